@@ -1,0 +1,47 @@
+.DEFAULT_GOAL := help
+PY := .venv/bin/python
+PYTHON ?= python3
+CONSTRAINTS ?= constraints-cpu.txt
+
+.PHONY: help env env-test serve test test-slow check bench proto
+
+help:            ## what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*##/  make \1\t/'
+
+env: .venv/.runtime       ## the environment alone (.venv)
+env-test: .venv/.test
+
+.venv/.python:
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/.runtime: .venv/.python pyproject.toml $(CONSTRAINTS)
+	$(PY) -m pip install --quiet -c $(CONSTRAINTS) -e '.[cluster]'
+	touch $@
+
+.venv/.test: .venv/.runtime
+	$(PY) -m pip install --quiet -c $(CONSTRAINTS) -e '.[cluster,test,dev]'
+	touch $@
+
+serve: env       ## start the whole cluster on this machine; ARGS="..." is passed on
+	$(PY) -m deploy.cli serve $(ARGS)
+
+test: env-test   ## the whole suite
+	$(PY) -m pytest -m "not slow" $(ARGS)
+
+test-slow: env-test  ## the long sweeps
+	$(PY) -m pytest -m slow --timeout 3600 $(ARGS)
+
+check: env-test  ## lint, types, import contracts
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	.venv/bin/lint-imports
+
+bench: env-test  ## CPU benchmarks; rows are appended to bench/results/
+	$(PY) -m planner.bench $(ARGS)
+
+proto: env-test  ## regenerate the stubs under proto/gen
+	rm -rf proto/gen && mkdir -p proto/gen/switchyard/v1
+	$(PY) -m grpc_tools.protoc -I proto --python_out=proto/gen --pyi_out=proto/gen --grpc_python_out=proto/gen proto/switchyard/v1/*.proto
+	touch proto/gen/switchyard/__init__.py proto/gen/switchyard/v1/__init__.py

@@ -1,0 +1,272 @@
+"""The `switchyard` command. Exit codes: 0 done, 1 failed, 2 bad usage or config; a failure is one line on stderr.
+
+Turns options into calls and results into text or JSON. Knows nothing of how clusters are made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+
+from deploy.errors import ConfigError, DeployError, StartError, one_line
+
+if TYPE_CHECKING:
+    from deploy.cluster import Cluster
+
+SAMPLE_PROMPT = "def fibonacci(n):"
+_SAMPLE_TOKENS = 64
+_CALLERS_FAULT = ("INVALID_ARGUMENT", "NOT_FOUND")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=False)
+@click.version_option(package_name="switchyard")
+def cli() -> None:
+    """Distributed serving of large language models."""
+
+
+@cli.command()
+@click.option("--config", "config_path", metavar="FILE", help="YAML of the whole cluster.")
+@click.option("--model", metavar="DIR_OR_HUB_ID", help="Model directory or Hub id. Default: the demo model.")
+@click.option("--prefill", type=int, metavar="N", help="Prefill workers.")
+@click.option("--decode", type=int, metavar="N", help="Decode workers.")
+@click.option("--mixed", type=int, metavar="N", help="Workers that do both; alone, instead of the default pair.")
+@click.option("--routers", type=int, metavar="N", help="Router processes; each next one has the next higher ports.")
+@click.option("--tp", type=int, metavar="N", help="Tensor-parallel ranks, in every pool.")
+@click.option("--pp", type=int, metavar="N", help="Pipeline stages, in every pool.")
+@click.option("--set", "assignments", multiple=True, metavar="A.B=C", help="Set any key of the configuration.")
+@click.option("--grpc-port", type=int, metavar="P", help="Default: 50051.")
+@click.option("--http-port", type=int, metavar="P", help="Default: 8000.")
+@click.option("--once", metavar="PROMPT", help="Answer this prompt, print the answer and its timings, exit.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+def serve(config_path: str | None, assignments: tuple[str, ...], once: str | None, as_json: bool, **flags: Any) -> int:
+    """Start a cluster on this machine, or on a Ray cluster; Ctrl-C stops what was started."""
+    from deploy.overrides import ServeFlags, load_with_flags
+
+    if once is not None and not once:
+        raise ConfigError("--once: the prompt must not be empty")
+    config = load_with_flags(config_path, ServeFlags(**flags), assignments)
+    from deploy.cluster import Cluster
+    from deploy.progress import Steps, own_stdout
+
+    with own_stdout() as out:
+        _run_cluster(Cluster(config, Steps()), once, as_json, out)
+    return 0
+
+
+@cli.command()
+@click.option(
+    "--target", default="127.0.0.1:50051", metavar="HOST:PORT", show_default=True, help="A router's gRPC address."
+)
+@click.option("--prompt", required=True, metavar="TEXT", help="What to continue.")
+@click.option("--max-tokens", type=int, metavar="N", help="Most tokens to generate. Default: up to the context length.")
+@click.option("--temperature", type=float, default=1.0, metavar="T", show_default=True, help="0 is greedy.")
+@click.option("--seed", type=int, metavar="S", help="Makes sampling repeatable. Default: the router draws one.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+def generate(
+    target: str, prompt: str, max_tokens: int | None, temperature: float, seed: int | None, as_json: bool
+) -> int:
+    """Stream one completion from a running cluster."""
+    from deploy.completion import summary
+    from router.events import SamplingOptions
+
+    sampling = SamplingOptions(temperature=temperature, max_tokens=max_tokens, seed=seed)
+    completion = _complete(target, prompt, sampling, None if as_json else sys.stdout)
+    if as_json:
+        click.echo(json.dumps(_plain(completion)))
+    else:
+        click.echo("\n" + "\n".join(summary(completion)), err=True)
+    return 0
+
+
+@cli.command()
+@click.option(
+    "--target", default="127.0.0.1:50051", metavar="HOST:PORT", show_default=True, help="A router's gRPC address."
+)
+@click.option("--trace", metavar="FILE", help="Requests to play: .csv (Azure) or .jsonl (Mooncake).")
+@click.option("--synthetic", metavar="SPEC", help="Made-up ones, such as requests=32,prompt=128,output=64,rate=4.")
+@click.option("--concurrency", type=click.IntRange(min=1), default=32, show_default=True, help="Most at a time.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N requests.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+def bench(
+    target: str, trace: str | None, synthetic: str | None, concurrency: int, limit: int | None, as_json: bool
+) -> int:
+    """Play requests against a running cluster and report what its clients feel."""
+    import asyncio
+    from pathlib import Path
+
+    from planner.loadgen import play
+    from planner.trace import TraceError, load_trace, synthetic_trace
+    from router.client import GenerationError
+
+    if trace is not None and synthetic is not None:
+        raise ConfigError("--trace and --synthetic exclude each other")
+    try:
+        requests = load_trace(Path(trace)) if trace is not None else synthetic_trace(synthetic or "")
+        report = asyncio.run(play(target, requests[:limit], concurrency))
+    except TraceError as error:
+        raise ConfigError(str(error)) from None
+    except GenerationError as error:
+        raise StartError(one_line(error)) from None
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(report)))
+    else:
+        click.echo("\n".join(report.lines()))
+    return 1 if report.num_failed else 0
+
+
+def _run_cluster(cluster: Cluster, once: str | None, as_json: bool, out: TextIO) -> None:
+    """Start it, show a completion, stay unless `once`, and end what was started."""
+    from deploy.routers import target_of
+
+    interrupts = Interrupts()
+    is_up = keep_logs = False
+    try:
+        began_s = time.monotonic()
+        endpoints = cluster.start()
+        interrupts.install()  # again: Ray has its own way with signals
+        ready_s = time.monotonic() - began_s
+        about = {"startup_s": ready_s, "endpoints": endpoints}
+        _show_sample(target_of(endpoints.routers[0]), once, about, as_json, out)
+        is_up = True
+        if once is None:
+            _stay(endpoints, as_json, out)
+    except KeyboardInterrupt:
+        if not is_up:
+            raise StartError("interrupted") from None
+    except StartError as error:
+        keep_logs = cluster.run_dir.exists()
+        raise StartError(f"{error} (logs in {cluster.run_dir})" if keep_logs else str(error)) from error
+    finally:
+        interrupts.is_stopping = True
+        cluster.stop(keep_logs)
+        interrupts.restore()
+
+
+# ---- what is shown
+
+
+def _complete(target: str, prompt: str, sampling: Any, out: TextIO | None) -> Any:
+    from deploy.completion import complete
+    from router.client import GenerationError
+    from router.events import GenerationRequest
+
+    def on_text(text: str) -> None:
+        if out is not None:
+            print(text, end="", file=out, flush=True)
+
+    try:
+        return complete(target, GenerationRequest(prompt, sampling), on_text)
+    except GenerationError as error:
+        kind = ConfigError if error.status in _CALLERS_FAULT else StartError
+        raise kind(one_line(error)) from None
+
+
+def _show_sample(target: str, once: str | None, about: dict[str, Any], as_json: bool, out: TextIO) -> None:
+    """One completion: the answer of `--once`, or a sign of life."""
+    from deploy.completion import summary
+    from router.events import SamplingOptions
+
+    prompt = SAMPLE_PROMPT if once is None else once
+    if not as_json:
+        print(f"\n{prompt}", end="", file=out, flush=True)
+    sampling = SamplingOptions(temperature=0.0, max_tokens=_SAMPLE_TOKENS)
+    completion = _complete(target, prompt, sampling, None if as_json else out)
+    if as_json:
+        print(json.dumps({**_plain(completion), **_plain(about)}), file=out, flush=True)
+    else:
+        lines = [*summary(completion), f"ready after           {about['startup_s']:.1f} s"]
+        print("\n\n" + "\n".join(lines), file=out, flush=True)
+
+
+def _stay(endpoints: Any, as_json: bool, out: TextIO) -> None:
+    """Show where everything is, and wait for Ctrl-C."""
+    if not as_json:
+        lines = [""]
+        for router in endpoints.routers:
+            lines += [f"gRPC       {router.grpc}", f"HTTP       http://{router.http}/v1"]
+        if endpoints.dashboard:
+            lines.append(f"Dashboard  {endpoints.dashboard}/#/serve")
+        lines += [f"Metrics    {endpoints.metrics}", f"Ray        {endpoints.ray_address}", "Ctrl-C stops the cluster."]
+        print("\n".join(lines), file=out, flush=True)
+    threading.Event().wait()
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as mappings; what `stats` holds stands beside the rest."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, dict):
+        merged = {key: _plain(item) for key, item in value.items() if key != "stats"}
+        return {**value.get("stats", {}), **merged}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+# ---- ends
+
+
+class Interrupts:
+    """Ctrl-C and SIGTERM ask for an orderly end; while that is under way, another one ends at once.
+
+    Nothing is left behind then either: what we have started ends with us.
+    """
+
+    def __init__(self) -> None:
+        self.is_stopping = False
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.install()
+
+    def install(self) -> None:
+        """Make them ours."""
+        for number in self._before:
+            signal.signal(number, self._handle)
+
+    def restore(self) -> None:
+        """Give them back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.is_stopping:
+            os._exit(1)
+        self.is_stopping = True
+        raise KeyboardInterrupt
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line; returns its exit code."""
+    try:
+        return cli.main(list(arguments), prog_name="switchyard", standalone_mode=False) or 0
+    except click.ClickException as error:
+        return _fail(error.format_message(), 2)
+    except DeployError as error:
+        return _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        return _fail("interrupted", 1)
+    except Exception as error:  # a bug: say where, still in one line
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return _fail(f"{type(error).__name__}: {one_line(error)} ({where.filename}:{where.lineno})", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"switchyard: {' '.join(message.split())}", err=True)
+    return code
+
+
+def main() -> None:
+    """The entry point."""
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

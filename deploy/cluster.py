@@ -1,0 +1,173 @@
+"""Brings a whole cluster up and down: Ray, KV nodes, routers, pools, in an order that lets them start side by side.
+
+What it has started it ends, and nothing else. Knows nothing of terminals and options.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploy.config import ClusterConfig
+from deploy.errors import ConfigError, StartError, one_line
+from deploy.plan import ClusterPlan, layers_per_fragment, make_plan, num_cpus_needed
+from deploy.preflight import FoundModel, check_control, check_model, check_ports, check_ray, free_port, tier_warning
+from deploy.progress import Steps
+from deploy.ray_runtime import RayRuntime, close_ray, open_ray
+from deploy.routers import RouterEndpoint, Routers, router_specs, workers_seen
+from router.config import RouterSpec
+
+if TYPE_CHECKING:  # brings ray, which must find the environment that open_ray prepares
+    from deploy.kv_nodes import KVNodeSettings
+
+_WORKERS_TIMEOUT_S = 1800.0  # loading a large model takes minutes
+_SEEN_TIMEOUT_S = 60.0
+_LOOK_S = 0.05
+_REMOVAL_ATTEMPTS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    """Where a running cluster is reached."""
+
+    routers: tuple[RouterEndpoint, ...]
+    ray_address: str
+    dashboard: str
+    metrics: str
+
+
+class Cluster:
+    """One cluster. `start` raises DeployError; `stop` may follow any failure."""
+
+    def __init__(self, config: ClusterConfig, steps: Steps) -> None:
+        self._config = config
+        self._steps = steps
+        self._undo: list[Callable[[], None]] = []
+        self._keep_logs = False
+        self.id = secrets.token_hex(4)
+        self.run_dir = Path(config.ray.temp_dir) / f"sy-{self.id}"
+
+    def check(self) -> FoundModel:
+        """See whether it can be started, without starting anything. Raises ConfigError or StartError."""
+        model = check_model(self._config)
+        layers_per_fragment(self._config, model.config.num_hidden_layers)
+        check_ports(self._config.endpoints, self._config.ray)
+        check_control(self._config.kvstore.control)
+        if self._config.ray.address:
+            check_ray(self._config.ray.address)
+        return model
+
+    def start(self) -> Endpoints:
+        """Bring everything up; returns when all workers can be reached through all routers."""
+        model = self.check()
+        warning = tier_warning(self._config.kvstore.tier)
+        if warning:
+            self._steps.note(f"warning: {warning}")
+        self.run_dir.mkdir(mode=0o700, parents=True)
+        self._undo.append(self._remove_run_dir)
+        with self._steps.step(self._ray_step()):
+            self._undo.append(close_ray)
+            ray = open_ray(self._config.ray, num_cpus_needed(self._config), self.run_dir / "ray")
+        return self._start_on(ray, model)
+
+    def stop(self, keep_logs: bool = False) -> None:
+        """End what was started, last things first. What fails to end does not keep the rest."""
+        self._keep_logs = keep_logs
+        undo, self._undo = self._undo, []
+        for action in reversed(undo):
+            with contextlib.suppress(Exception):
+                action()
+
+    def _remove_run_dir(self) -> None:
+        """Some of Ray's processes still write while they end."""
+        if self._keep_logs:
+            return
+        for _ in range(_REMOVAL_ATTEMPTS):
+            shutil.rmtree(self.run_dir, ignore_errors=True)
+            if not self.run_dir.exists():
+                return
+            time.sleep(_LOOK_S)
+
+    def _ray_step(self) -> str:
+        return f"Joining Ray at {self._config.ray.address}" if self._config.ray.address else "Starting Ray"
+
+    def _start_on(self, ray: RayRuntime, model: FoundModel) -> Endpoints:
+        # These import ray, which must find the environment that open_ray has prepared.
+        from deploy.kv_nodes import KVNodeSettings, describe, kv_node_on, stop_kv_nodes
+        from deploy.pools import check_capacity, close_serve, deploy_pools, open_serve, wait_running
+
+        control, control_address = self._control(ray)
+        plan = make_plan(self._config, model.config, model.reference, ray.num_gpus, control)
+        short = check_capacity(plan.pools)
+        if short and ray.was_started:
+            raise ConfigError(short)
+        if short:
+            self._steps.note(f"warning: {short}; waiting for it to grow")
+        settings = KVNodeSettings(
+            cluster_id=self.id,
+            run_dir=str(self.run_dir),
+            arena=plan.arena,
+            control_node_id=ray.node_id if control_address else "",
+            control_address=control_address,
+        )
+        names, deployed = [pool.name for pool in plan.pools], list[str]()
+        with self._steps.step("Starting the KV node, routers and pools"):
+            self._undo.append(lambda: stop_kv_nodes(settings, self._keep_logs))
+            described = describe(kv_node_on(ray.node_id, settings))
+            serve_was_started = open_serve()
+            if not ray.was_started:  # otherwise all ends with Ray
+                self._undo.append(lambda: close_serve(deployed, serve_was_started))
+            deploy_pools(plan.pools, settings)
+            deployed += names
+            routers = self._start_routers(plan, model)  # last to start, first to end: they let streams run out
+        with self._steps.step("Waiting for the KV node and routers"):
+            self._check_node(described, settings)
+            endpoints = routers.wait_ready()
+        with self._steps.step("Waiting for the workers"):
+            wait_running(names, _WORKERS_TIMEOUT_S, self._steps.note)
+            self._wait_seen(plan, endpoints)
+        return Endpoints(tuple(endpoints), ray.address, ray.dashboard, ray.metrics)
+
+    def _control(self, ray: RayRuntime) -> tuple[str, str]:
+        """URL of the control service, and the address that our KV node is to serve it on ("": it is elsewhere)."""
+        url = self._config.kvstore.control
+        if url != "memory://":
+            return url, ""
+        address = f"{ray.node_ip}:{free_port(ray.node_ip)}"
+        return f"memory://{address}", address
+
+    def _start_routers(self, plan: ClusterPlan, model: FoundModel) -> Routers:
+        template = RouterSpec("", str(model.directory), plan.model_name, plan.pools[0].spec.control)
+        specs = router_specs(template, self._config.endpoints, self._config.router, self.id)
+        routers = Routers(specs, self.run_dir)
+        self._undo.append(lambda: routers.stop(self._config.router.drain_s + 2.0))
+        routers.start()
+        return routers
+
+    def _check_node(self, described: Any, settings: KVNodeSettings) -> None:
+        import ray
+
+        try:
+            node = ray.get(described)
+        except ray.exceptions.RayError as error:
+            raise StartError(one_line(error)) from None
+        arena = settings.arena
+        if node.num_slots < arena.num_slots:
+            mib = node.num_slots * arena.slot_bytes >> 20
+            self._steps.note(f"warning: {arena.folder} has room for {mib} MiB of KV blocks only")
+
+    def _wait_seen(self, plan: ClusterPlan, endpoints: list[RouterEndpoint]) -> None:
+        """Return when every router has found all workers."""
+        wanted = {pool.name: pool.replicas for pool in plan.pools}
+        deadline_s = time.monotonic() + _SEEN_TIMEOUT_S
+        for endpoint in endpoints:
+            while any(workers_seen(endpoint).get(name, 0) < count for name, count in wanted.items()):
+                if time.monotonic() > deadline_s:
+                    raise StartError(f"the workers serve, but the router at {endpoint.http} does not see them all")
+                time.sleep(_LOOK_S)

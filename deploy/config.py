@@ -1,0 +1,337 @@
+"""The cluster's configuration: one YAML file and `--set a.b=c` make one frozen ClusterConfig, or one line says why not.
+
+Also the only place that reads or sets the environment. Knows nothing of models, Ray objects or processes: whether a
+model can be cut as a pool asks is checked in `preflight`, and derived numbers are computed in `plan`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from deploy.errors import ConfigError
+from kvstore.config import KVStoreConfig
+from router.config import RouterConfig
+from router.errors import ConfigError as RouterConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO_MODEL = ROOT / "models" / "demo"
+ROLES = ("prefill", "decode", "mixed")
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def _require(condition: bool, key: str, message: str) -> None:
+    if not condition:
+        raise ValueError(f"{key}: {message}")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Which model is served, and how it is computed in all pools alike."""
+
+    path: str = ""
+    """Directory in the Hugging Face layout, or a Hub id (org/name). Empty means the demo model."""
+    name: str = ""
+    """Name that clients use. Empty means the directory's name, or the Hub id."""
+    dtype: str = "auto"
+    """float32, bfloat16 or float16; auto means float32 on CPU and bfloat16 on CUDA. KV blocks are kept in it."""
+    max_model_len: int = 0
+    """Most tokens of prompt and completion together; 0 means what the model allows."""
+
+    def __post_init__(self) -> None:
+        _require(self.dtype in DTYPES, "dtype", f"must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        _require(self.max_model_len >= 0, "max_model_len", f"must be >= 0, not {self.max_model_len}")
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointsConfig:
+    """Where clients reach the cluster. Of several routers, each next one takes the next higher ports."""
+
+    routers: int = 1
+    """Router processes."""
+    grpc_host: str = "127.0.0.1"
+    """Address that gRPC listens on."""
+    grpc_port: int = 50051
+    """Port of the first router's gRPC server; 0 means any free one."""
+    http_host: str = "127.0.0.1"
+    """Address that HTTP listens on."""
+    http_port: int = 8000
+    """Port of the first router's HTTP server; 0 means any free one."""
+
+    def __post_init__(self) -> None:
+        _require(self.routers >= 1, "routers", f"must be at least 1, not {self.routers}")
+        for name in ("grpc_port", "http_port"):
+            port = getattr(self, name)
+            _require(0 <= port <= 65535 - self.routers, name, f"must be 0 or a port number, not {port}")
+        spans = [range(p, p + self.routers) for p in (self.grpc_port, self.http_port) if p]
+        overlap = len(spans) == 2 and self.grpc_host == self.http_host and set(spans[0]) & set(spans[1])
+        _require(not overlap, "http_port", f"overlaps the gRPC ports from {self.grpc_port} up")
+
+
+@dataclass(frozen=True, slots=True)
+class PoolConfig:
+    """Workers of one kind: one Ray Serve deployment, each replica a worker of tp x pp ranks."""
+
+    role: str
+    """prefill, decode or mixed: what its workers take at first."""
+    replicas: int = 1
+    """Workers."""
+    tp: int = 1
+    """Tensor-parallel ranks of a pipeline stage; they share one host."""
+    pp: int = 1
+    """Pipeline stages."""
+    device: str = "auto"
+    """cpu or cuda; auto means cuda where the Ray cluster has GPUs."""
+    num_blocks: int = 0
+    """Device KV blocks of a worker; 0 means from the free memory."""
+    max_num_seqs: int = 32
+    """Most requests in a running batch."""
+    max_num_batched_tokens: int = 512
+    """Most tokens of one engine step."""
+    enable_prefix_caching: bool = True
+    """Whether finished blocks stay as cache."""
+    num_threads: int = 1
+    """CPU threads of a rank."""
+    cpus_per_rank: float = 1.0
+    """CPUs that Ray reserves for a rank."""
+    gpus_per_rank: float = 1.0
+    """GPUs that Ray reserves for a rank on cuda."""
+    resources: dict[str, float] = field(default_factory=dict)
+    """Custom Ray resources that each bundle of a worker asks for besides: ties a pool to hosts that offer them."""
+    drain_timeout_s: float = 60.0
+    """How long a worker that is taken out may go on with its streams."""
+    progress_timeout_s: float = 120.0
+    """A worker with requests but no engine step for so long is replaced."""
+
+    def __post_init__(self) -> None:
+        _require(self.role in ROLES, "role", f"must be one of {', '.join(ROLES)}, not {self.role!r}")
+        _require(self.device in DEVICES, "device", f"must be one of {', '.join(DEVICES)}, not {self.device!r}")
+        for name in ("replicas", "tp", "pp", "max_num_seqs", "max_num_batched_tokens", "num_threads"):
+            _require(getattr(self, name) >= 1, name, f"must be at least 1, not {getattr(self, name)}")
+        for name in ("num_blocks", "cpus_per_rank"):
+            _require(getattr(self, name) >= 0, name, f"must be >= 0, not {getattr(self, name)}")
+        for name in ("gpus_per_rank", "drain_timeout_s", "progress_timeout_s"):
+            _require(0 < getattr(self, name) < float("inf"), name, f"must be > 0, not {getattr(self, name)}")
+        for resource, amount in self.resources.items():
+            _require(amount > 0, f"resources.{resource}", f"must be > 0, not {amount}")
+
+
+@dataclass(frozen=True, slots=True)
+class RayConfig:
+    """The Ray cluster to start on this machine, or the running one to join."""
+
+    address: str = ""
+    """HOST:PORT of a running Ray cluster to join; empty means one is started here. The other keys, temp_dir
+    apart, are for the one started here."""
+    node_ip: str = ""
+    """Address of this machine that Ray uses; empty means Ray finds it."""
+    num_cpus: int = 0
+    """CPUs that Ray may hand out here; 0 means the machine's, but never fewer than the pools ask for."""
+    object_store_bytes: int = 100 * 1024 * 1024
+    """Ray's object store. Neither tokens nor KV blocks pass through it."""
+    dashboard: bool = True
+    """Whether Ray's dashboard runs."""
+    dashboard_host: str = "127.0.0.1"
+    """Address that the dashboard listens on. It lets anybody who reaches it run code: keep it private."""
+    dashboard_port: int = 0
+    """Its port; 0 means the first free one from 8265 up."""
+    metrics_export_port: int = 0
+    """Port on which Ray and our workers export metrics for Prometheus; 0 means the first free one from 9101 up."""
+    temp_dir: str = "/tmp"
+    """Folder for logs and sockets. Keep it short: a Unix socket's path ends at 107 bytes."""
+
+    def __post_init__(self) -> None:
+        for name in ("dashboard_port", "metrics_export_port"):
+            _require(0 <= getattr(self, name) <= 65535, name, f"must be 0 or a port number, not {getattr(self, name)}")
+        worker_port = 10002 <= self.metrics_export_port <= 19999
+        _require(not worker_port, "metrics_export_port", "must lie outside 10002-19999, where Ray's workers listen")
+        _require(self.num_cpus >= 0, "num_cpus", f"must be >= 0, not {self.num_cpus}")
+        smallest = 80 * 1024 * 1024
+        _require(self.object_store_bytes >= smallest, "object_store_bytes", f"must be at least {smallest} (80 MiB)")
+        _require(self.temp_dir.startswith("/"), "temp_dir", f"must be an absolute path, not {self.temp_dir!r}")
+        _require(len(self.temp_dir) <= 24, "temp_dir", "must be at most 24 characters long: sockets are made below it")
+
+
+def _default_pools() -> dict[str, PoolConfig]:
+    return {"prefill": PoolConfig(role="prefill"), "decode": PoolConfig(role="decode")}
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterConfig:
+    """Everything that `switchyard serve` can be told. The defaults make the laptop's cluster."""
+
+    model: ModelSource = field(default_factory=ModelSource)
+    endpoints: EndpointsConfig = field(default_factory=EndpointsConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    pools: dict[str, PoolConfig] = field(default_factory=_default_pools)
+    kvstore: KVStoreConfig = field(default_factory=KVStoreConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+
+    def __post_init__(self) -> None:
+        _require(bool(self.pools), "pools", "must name at least one pool")
+        roles = {pool.role for pool in self.pools.values()}
+        complete = "mixed" in roles or {"prefill", "decode"} <= roles
+        _require(complete, "pools", "need a mixed pool, or a prefill and a decode pool")
+        for name in self.pools:
+            valid = name.isascii() and name.replace("-", "").replace("_", "").isalnum()
+            _require(valid, "pools", f"a pool's name is made of letters, digits, - and _, not {name!r}")
+
+
+# ---- reading
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The content of a configuration file, not yet checked. Raises ConfigError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{where}: not YAML ({getattr(error, 'problem', None) or 'unreadable'})") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must hold keys and values, not {_kind(content)}")
+    return content
+
+
+def set_key(raw: dict[str, Any], assignment: str) -> None:
+    """Apply one `a.b=c` to a raw configuration; the value is read as YAML. Raises ConfigError."""
+    key, separator, text = assignment.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise ConfigError(f"--set {assignment}: must look like a.b=c")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {assignment}: the value is not YAML") from None
+    place = raw
+    for depth, part in enumerate(parts[:-1]):
+        below = place.setdefault(part, {})
+        if below is None:
+            below = place[part] = {}
+        if not isinstance(below, dict):
+            raise ConfigError(f"--set {assignment}: {'.'.join(parts[: depth + 1])} has no keys")
+        place = below
+    place[parts[-1]] = value
+
+
+def default_pools() -> dict[str, Any]:
+    """The default pools in raw form, for overrides that change only a part of them."""
+    return {name: {"role": pool.role} for name, pool in _default_pools().items()}
+
+
+def parse(raw: Mapping[str, Any], source: str = "") -> ClusterConfig:
+    """Check a raw configuration. Raises ConfigError with the path of the first key that is wrong."""
+    prefix = f"{source}: " if source else ""
+    problem = _unknown_key(raw, ClusterConfig, "")
+    if problem:
+        raise ConfigError(prefix + problem)
+    try:
+        # JSON's strict mode takes mappings for dataclasses, yet neither "2" for 2 nor 1 for true.
+        text = json.dumps(raw, default=str)
+        return TypeAdapter(ClusterConfig).validate_json(text, strict=True)
+    except ValidationError as error:
+        raise ConfigError(prefix + _first_problem(error)) from None
+    except (TypeError, ValueError, RouterConfigError) as error:  # the router's names its path by itself
+        raise ConfigError(f"{prefix}{error}") from None
+
+
+def load(path: str | Path | None, overrides: Sequence[str] = ()) -> ClusterConfig:
+    """The configuration of a file (None: the defaults) with `a.b=c` overrides. Raises ConfigError."""
+    raw = read_yaml(path) if path is not None else {}
+    raw.setdefault("pools", default_pools())
+    for assignment in overrides:
+        set_key(raw, assignment)
+    return parse(raw, str(path) if path is not None else "")
+
+
+def _unknown_key(value: object, expected: object, path: str) -> str | None:
+    """What is wrong with the first unknown key below `path`, or None. Types are checked elsewhere."""
+    if not isinstance(value, Mapping):
+        return None
+    if typing.get_origin(expected) is dict:
+        below = typing.get_args(expected)[1]
+        found = (_unknown_key(item, below, f"{path}.{key}") for key, item in value.items())
+        return next((problem for problem in found if problem), None)
+    if not (isinstance(expected, type) and dataclasses.is_dataclass(expected)):
+        return None
+    hints = typing.get_type_hints(expected)
+    for key, item in value.items():
+        where = f"{path}.{key}" if path else str(key)
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1)
+            return f"{where}: unknown key" + (f" (did you mean {near[0]}?)" if near else "")
+        problem = _unknown_key(item, hints[key], where)
+        if problem:
+            return problem
+    return None
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    path = ".".join(str(part) for part in problem["loc"])
+    cause = problem.get("ctx", {}).get("error")
+    if isinstance(cause, ValueError):  # from a __post_init__; ours begin with "key: "
+        key, separator, message = str(cause).partition(": ")
+        if separator and " " not in key:
+            return f"{path}.{key}: {message}" if path else str(cause)
+        return f"{path}: {cause}"
+    if problem["type"] == "missing":
+        return f"{path}: missing"
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    message = message.replace("input should be", "must be").replace("an object", "keys and values")
+    return f"{path}: {message}, not {_kind(problem.get('input'))}"
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, str):
+        return f"the text {value!r}" if len(value) <= 40 else "a text"
+    if isinstance(value, dict):
+        return "keys and values"
+    return "a list" if isinstance(value, list) else "nothing" if value is None else json.dumps(value, default=str)
+
+
+# ---- the environment
+
+
+def prepare_ray_environment() -> None:
+    """What Ray's processes read at their start; must run before `import ray`. What the user has set stays."""
+    defaults = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Otherwise the first local start turns token mode on for the user's whole account.
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_metrics_report_interval_ms": "1000",
+        # Ray warns on each worker without GPUs unless it is told that this is meant.
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # Ray starts workers at nice 15: on a machine that does anything else, tokens would wait for it.
+        "RAY_worker_niceness": "0",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    os.environ["PYTHONPATH"] = _python_path()
+
+
+def child_environment() -> dict[str, str]:
+    """For processes that we start: this one's, and our packages can be imported."""
+    return {**os.environ, "PYTHONPATH": _python_path()}
+
+
+def _python_path() -> str:
+    ours = [str(ROOT), str(ROOT / "proto" / "gen")]
+    theirs = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part and part not in ours]
+    return os.pathsep.join(ours + theirs)

@@ -1,0 +1,145 @@
+"""One KV node process per host, each watched over by a named Ray actor on that host.
+
+Whoever needs the node of its host asks for it here; the first one to ask makes it. It outlives the workers: only
+`stop_kv_nodes` ends it. Knows nothing of what is stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from deploy.config import child_environment
+from deploy.plan import ArenaPlan
+from deploy.supervise import Ready, SupervisedProcess
+from kvstore.sealing import HEADER_BYTES
+
+_READY_TIMEOUT_S = 60.0
+_STOP_TIMEOUT_S = 15.0
+_ARENA_SHARE = 0.8  # of what is free
+
+
+@dataclass(frozen=True, slots=True)
+class KVNodeSettings:
+    """What the KV nodes of a cluster have in common."""
+
+    cluster_id: str
+    run_dir: str
+    """Folder for sockets and logs, the same path on every host."""
+    arena: ArenaPlan
+    control_node_id: str
+    """Ray node whose KV node holds leases and directory; "" when Redis does."""
+    control_address: str
+    """HOST:PORT for them; fixed beforehand so that a restarted process is found again."""
+
+    @property
+    def namespace(self) -> str:
+        """Ray namespace of the actors."""
+        return f"switchyard-{self.cluster_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class KVNode:
+    """A host's KV node, ready."""
+
+    node_id: str
+    """Its name in the directory."""
+    host_address: str
+    """Where workers of the host reach it."""
+    pid: int
+    """Its process now."""
+    num_slots: int
+    """Slots of its arena: fewer than wanted where the arena's folder has no room for more."""
+
+
+def short_node_id(ray_node_id: str) -> str:
+    """A host's name in the directory."""
+    return ray_node_id[:12]
+
+
+def slots_that_fit(arena: ArenaPlan) -> int:
+    """Slots that the arena's folder has room for, with some left: containers often get just 64 MiB of /dev/shm."""
+    free_bytes = shutil.disk_usage(arena.folder).free
+    return max(1, int(free_bytes * _ARENA_SHARE) // (arena.slot_bytes + HEADER_BYTES))
+
+
+class KVNodeActor:
+    """Runs the node process of the host that it is on."""
+
+    def __init__(self, settings: KVNodeSettings) -> None:
+        ray_node_id = ray.get_runtime_context().get_node_id()
+        self._node_id = short_node_id(ray_node_id)
+        run_dir = Path(settings.run_dir)
+        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._host_address = f"unix:{run_dir}/kv-{self._node_id}.sock"
+        arena = Path(settings.arena.folder) / f"switchyard-{settings.cluster_id}-{self._node_id}"
+        self._num_slots = min(settings.arena.num_slots, slots_that_fit(settings.arena))
+        command = [
+            *(sys.executable, "-m", "kvstore.node"),
+            *("--node-id", self._node_id, "--arena", str(arena), "--host-address", self._host_address),
+            *("--slot-bytes", str(settings.arena.slot_bytes), "--num-slots", str(self._num_slots)),
+        ]
+        if ray_node_id == settings.control_node_id:
+            command += ["--control-address", settings.control_address]
+
+        def next_command(_: Ready | None) -> list[str]:
+            return command
+
+        self._log = run_dir / f"kv-{self._node_id}.log"
+        # After a restart of this actor the process before may still be closing its port and its arena.
+        self._process = SupervisedProcess("KV node", next_command, child_environment(), self._log, first_attempts=6)
+        self._process.start()
+
+    def describe(self) -> KVNode:
+        """The node, once it is ready. Raises StartError."""
+        self._process.wait_ready(_READY_TIMEOUT_S)
+        return KVNode(self._node_id, self._host_address, self._process.pid or 0, self._num_slots)
+
+    def stop(self, keep_logs: bool) -> None:
+        """End the process; it removes its files, and this the folder when nothing else is in it."""
+        self._process.stop()
+        if not keep_logs:
+            self._log.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the driver's own host has more in it, and removes it
+                self._log.parent.rmdir()
+
+
+def kv_node_on(ray_node_id: str, settings: KVNodeSettings) -> Any:
+    """Handle of the KVNodeActor of a host, made if there is none."""
+    return (
+        ray.remote(KVNodeActor)
+        .options(
+            name=f"kv-node-{short_node_id(ray_node_id)}",
+            namespace=settings.namespace,
+            get_if_exists=True,
+            lifetime="detached",
+            num_cpus=0,
+            max_restarts=-1,
+            max_concurrency=8,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=ray_node_id, soft=False),
+        )
+        .remote(settings)
+    )
+
+
+def describe(actor: Any) -> Any:
+    """Reference to a KV node's KVNode, which survives a restart of its actor."""
+    return actor.describe.options(max_task_retries=-1).remote()
+
+
+def stop_kv_nodes(settings: KVNodeSettings, keep_logs: bool) -> None:
+    """End the KV nodes of all hosts of this cluster."""
+    listed = ray.util.list_named_actors(all_namespaces=True)
+    names = [entry["name"] for entry in listed if entry["namespace"] == settings.namespace]
+    actors = [ray.get_actor(name, namespace=settings.namespace) for name in names]
+    if actors:
+        ray.wait([actor.stop.remote(keep_logs) for actor in actors], num_returns=len(actors), timeout=_STOP_TIMEOUT_S)
+    for actor in actors:
+        ray.kill(actor)

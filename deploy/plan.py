@@ -1,0 +1,181 @@
+"""Derives from the configuration and the model's sizes what each process of the cluster is told.
+
+Pure: knows nothing of Ray, processes or files. The numbers here are handed on, never written back into the config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from deploy.config import ClusterConfig, PoolConfig
+from deploy.errors import ConfigError
+from kvstore.sealing import HEADER_BYTES
+from workers.config import EngineConfig, ModelConfig, WorkerSpec
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+REPLICA_CPUS = 0.1  # the replica only watches over its ranks
+StageLayers = Callable[[int, int, int], range]  # (num_layers, pp, stage)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolPlan:
+    """One pool: what Ray reserves for each worker, and what each worker is told."""
+
+    spec: WorkerSpec
+    """As far as it is known before a worker has a place: the worker fills in its id, host and addresses."""
+    replicas: int
+    bundles: tuple[dict[str, float], ...]
+    """Resources of one worker: the replica's, then one bundle per pipeline stage with all its ranks."""
+    cpus_per_rank: float
+    gpus_per_rank: float
+    drain_timeout_s: float
+    progress_timeout_s: float
+
+    @property
+    def name(self) -> str:
+        """The pool's name."""
+        return self.spec.pool
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of one worker."""
+        return self.spec.engine.tp * self.spec.engine.pp
+
+    def bundle_of(self, rank: int) -> int:
+        """Index of the bundle that a rank lives in: that of its stage."""
+        return 1 + rank // self.spec.engine.tp
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaPlan:
+    """Shape of each host's shared-memory arena."""
+
+    folder: str
+    slot_bytes: int
+    num_slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterPlan:
+    """What is to be started."""
+
+    model_name: str
+    pools: tuple[PoolPlan, ...]
+    arena: ArenaPlan
+
+
+def make_plan(config: ClusterConfig, model: ModelConfig, model_dir: str, num_gpus: float, control: str) -> ClusterPlan:
+    """Work out the whole cluster.
+
+    model_dir: an absolute path or a Hub id. num_gpus: what Ray has to offer. control: URL of the control service.
+    Raises ConfigError where parts of the configuration do not fit each other or the machines.
+    """
+    devices = {name: _device(pool, num_gpus) for name, pool in config.pools.items()}
+    dtype = _dtype(config, set(devices.values()))
+    block_size = config.kvstore.block_size or (64 if "cuda" in devices.values() else 16)
+    layers = layers_per_fragment(config, model.num_hidden_layers)
+    is_directory = model_dir.startswith("/")
+    name = config.model.name or (model_dir.rstrip("/").rsplit("/", 1)[-1] if is_directory else model_dir)
+    pools = []
+    for pool_name, pool in config.pools.items():
+        common = EngineConfig(
+            model_dir, dtype, devices[pool_name], block_size=block_size, max_model_len=config.model.max_model_len
+        )
+        spec = WorkerSpec(
+            worker_id="",
+            pool=pool_name,
+            role=pool.role,
+            engine=_engine(common, pool),
+            model_name=name,
+            tier=config.kvstore.tier,
+            tier_ttl_s=config.kvstore.tier_ttl_s,
+            control=control,
+            layers_per_fragment=layers,
+        )
+        pools.append(_pool_plan(spec, pool))
+    slot_bytes = layers * 2 * block_size * model.head_dim * DTYPE_BYTES[dtype]
+    num_slots = max(1, config.kvstore.host_bytes // (slot_bytes + HEADER_BYTES))
+    return ClusterPlan(name, tuple(pools), ArenaPlan(config.kvstore.arena_dir, slot_bytes, num_slots))
+
+
+def _engine(common: EngineConfig, pool: PoolConfig) -> EngineConfig:
+    return dataclasses.replace(
+        common,
+        tp=pool.tp,
+        pp=pool.pp,
+        num_blocks=pool.num_blocks,
+        max_num_seqs=pool.max_num_seqs,
+        max_num_batched_tokens=pool.max_num_batched_tokens,
+        enable_prefix_caching=pool.enable_prefix_caching,
+        num_threads=pool.num_threads,
+    )
+
+
+def _pool_plan(spec: WorkerSpec, pool: PoolConfig) -> PoolPlan:
+    on_gpu = spec.engine.device == "cuda"
+    stage = {"CPU": pool.tp * pool.cpus_per_rank, "GPU": pool.tp * pool.gpus_per_rank if on_gpu else 0.0}
+    bundles = [{"CPU": REPLICA_CPUS}, *[stage] * pool.pp]
+    return PoolPlan(
+        spec=spec,
+        replicas=pool.replicas,
+        bundles=tuple({k: v for k, v in {**bundle, **pool.resources}.items() if v} for bundle in bundles),
+        cpus_per_rank=pool.cpus_per_rank,
+        gpus_per_rank=pool.gpus_per_rank if on_gpu else 0.0,
+        drain_timeout_s=pool.drain_timeout_s,
+        progress_timeout_s=pool.progress_timeout_s,
+    )
+
+
+def num_cpus_needed(config: ClusterConfig) -> int:
+    """CPUs that all pools reserve together."""
+    return math.ceil(sum(p.replicas * (REPLICA_CPUS + p.tp * p.pp * p.cpus_per_rank) for p in config.pools.values()))
+
+
+def _device(pool: PoolConfig, num_gpus: float) -> str:
+    if pool.device != "auto":
+        return pool.device
+    return "cuda" if num_gpus else "cpu"
+
+
+def _dtype(config: ClusterConfig, devices: set[str]) -> str:
+    if config.model.dtype != "auto":
+        return config.model.dtype
+    if len(devices) > 1:
+        # A block of one dtype is never used for the other, so nothing would move from pool to pool.
+        raise ConfigError("model.dtype: must be set when some pools run on cpu and some on cuda")
+    return "bfloat16" if devices == {"cuda"} else "float32"
+
+
+# ---- layers that travel together
+
+
+def layers_per_fragment(config: ClusterConfig, num_layers: int) -> int:
+    """The configured number, checked, or the greatest that every stage boundary of every pool is a multiple of.
+
+    A stage then owns whole fragments, whatever the pipelines of the worker that wrote a block and of the one that
+    reads it. Raises ConfigError.
+    """
+    depths = {pool.pp for pool in config.pools.values()}
+    wanted = config.kvstore.layers_per_fragment
+    if depths == {1}:
+        boundaries = {num_layers}
+    else:
+        from workers.parallel import stage_layers  # brings torch: two seconds that a cluster without stages saves
+
+        boundaries = stage_boundaries(depths, num_layers, stage_layers)
+    greatest = math.gcd(*boundaries)
+    if wanted and greatest % wanted:
+        raise ConfigError(
+            f"kvstore.layers_per_fragment: {wanted} does not divide the stages of the pools, which begin and end at "
+            f"layers {', '.join(str(b) for b in sorted(boundaries))}; {greatest} is the greatest that does"
+        )
+    return wanted or greatest
+
+
+def stage_boundaries(depths: Iterable[int], num_layers: int, stage_layers: StageLayers) -> set[int]:
+    """Where a stage of any of the pipelines begins or ends, 0 left out."""
+    stages = [stage_layers(num_layers, pp, stage) for pp in depths for stage in range(pp)]
+    return {edge for layers in stages for edge in (layers.start, layers.stop)} - {0}

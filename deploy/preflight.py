@@ -1,0 +1,164 @@
+"""Checks what can be checked before anything is started: a wrong option costs a line and not a half-built cluster.
+
+Knows nothing of Ray. What only shows itself later (a worker that cannot load) is reported by `cluster`.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from deploy.config import DEMO_MODEL, ClusterConfig, EndpointsConfig, RayConfig
+from deploy.errors import ConfigError, StartError
+from workers.config import ModelConfig, resolve_model
+from workers.errors import ModelError
+
+_REACH_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class FoundModel:
+    """The model to serve, as this machine sees it."""
+
+    reference: str
+    """What workers on other hosts are told: an absolute path, or a Hub id."""
+    directory: Path
+    config: ModelConfig
+
+
+def check_model(config: ClusterConfig) -> FoundModel:
+    """Find the model and see that each pool can split it. Raises ConfigError."""
+    wanted = config.model.path or str(DEMO_MODEL)
+    try:
+        directory = resolve_model(wanted).resolve()
+        model = ModelConfig.load(directory)
+    except ModelError as error:
+        raise ConfigError(str(error)) from None
+    for name, pool in config.pools.items():
+        try:
+            model.check_split(pool.tp, pool.pp)
+        except ModelError as error:
+            raise ConfigError(f"pools.{name}: {error}") from None
+    _check_weights(directory)
+    is_directory = Path(wanted).expanduser().is_dir()
+    return FoundModel(str(directory) if is_directory else wanted, directory, model)
+
+
+def _check_weights(directory: Path) -> None:
+    """See that the weight files are there and whole; their headers say how long they should be."""
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"{directory}: no *.safetensors file")
+    for path in files:
+        try:
+            with safe_open(path, framework="np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{path}: not readable as safetensors ({error})") from None
+
+
+def check_ports(endpoints: EndpointsConfig, ray: RayConfig) -> None:
+    """See that every port that was asked for is free. Raises ConfigError naming the first that is not."""
+    for key, host, port in _wanted_ports(endpoints, ray):
+        problem = _bind_problem(host, port)
+        if problem:
+            raise ConfigError(f"{key}: {problem}")
+
+
+def _wanted_ports(endpoints: EndpointsConfig, ray: RayConfig) -> Iterator[tuple[str, str, int]]:
+    for key, host, port in (
+        ("endpoints.grpc_port", endpoints.grpc_host, endpoints.grpc_port),
+        ("endpoints.http_port", endpoints.http_host, endpoints.http_port),
+    ):
+        for offset in range(endpoints.routers if port else 0):
+            yield key, host, port + offset
+    if not ray.address:
+        if ray.dashboard and ray.dashboard_port:
+            yield "ray.dashboard_port", ray.dashboard_host, ray.dashboard_port
+        if ray.metrics_export_port:
+            yield "ray.metrics_export_port", ray.node_ip or "0.0.0.0", ray.metrics_export_port
+
+
+def _bind_problem(host: str, port: int) -> str:
+    """Why a port cannot be listened on, or ""."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError:
+        return f"{host} is not an address of this machine"
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except PermissionError:
+            return f"not allowed to listen on port {port}"
+        except OSError as error:
+            return (
+                f"port {port} on {host} is in use"
+                if error.errno == errno.EADDRINUSE
+                else f"{host}:{port}: {error.strerror}"
+            )
+    return ""
+
+
+def free_port(host: str, first: int = 0) -> int:
+    """A free port of this machine: the first from `first` up, or any one."""
+    for port in range(first, first + 200) if first else ():
+        if not _bind_problem(host, port):
+            return port
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def check_control(url: str) -> None:
+    """See that a Redis that is to hold leases and the directory answers. Raises StartError."""
+    if not url.startswith(("redis://", "rediss://")):
+        return
+    from kvstore.connect import open_directory
+    from kvstore.directory import DirectoryUnavailable
+
+    directory = open_directory(url)
+    try:
+        directory.workers()
+    except DirectoryUnavailable as error:
+        raise StartError(f"kvstore.control: {error}") from None
+    finally:
+        directory.close()
+
+
+def check_ray(address: str) -> None:
+    """See that the Ray cluster to join is there; Ray itself would try for minutes. Raises StartError."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"ray.address: must be HOST:PORT, not {address!r}")
+    problem = _dial_problem(host, int(port))
+    if problem:
+        raise StartError(f"ray.address: no Ray cluster at {address} ({problem})")
+
+
+def tier_warning(url: str) -> str:
+    """One line when the shared tier does not answer now, else "". The cluster runs without it, and finds it later."""
+    problem = _reach_problem(url) if url else ""
+    return f"kvstore.tier: {problem}; serving without this tier until it answers" if problem else ""
+
+
+def _reach_problem(url: str) -> str:
+    parts = urlsplit(url)
+    host, port = parts.hostname or "localhost", parts.port or 6379
+    problem = _dial_problem(host, port)
+    return f"no Redis at {host}:{port} ({problem})" if problem else ""
+
+
+def _dial_problem(host: str, port: int) -> str:
+    """Why nothing can be reached there, or ""."""
+    try:
+        with socket.create_connection((host, port), timeout=_REACH_TIMEOUT_S):
+            return ""
+    except OSError as error:
+        return (error.strerror or str(error) or "no answer").lower()

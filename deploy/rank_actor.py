@@ -1,0 +1,92 @@
+"""A Ray actor around one rank of a worker: gives it its host's addresses, then leaves it alone.
+
+Brings torch in only when it is made, so that drivers and replicas can name the class for free.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import os
+import socket
+import struct
+
+import ray
+
+from deploy.kv_nodes import KVNodeSettings, describe, kv_node_on
+from deploy.preflight import free_port
+from workers.config import WorkerSpec, resolve_model
+
+_SIOCGIFADDR = 0x8915
+
+
+class RankActor:
+    """One rank. Calls come from the replica: `connect` on all ranks at once, then `serve` on all."""
+
+    def __init__(self, spec: WorkerSpec, kv_nodes: KVNodeSettings, rank: int) -> None:
+        node = ray.get(describe(kv_node_on(ray.get_runtime_context().get_node_id(), kv_nodes)))
+        engine = dataclasses.replace(spec.engine, model_dir=str(resolve_model(spec.engine.model_dir)))
+        spec = dataclasses.replace(
+            spec,
+            engine=engine,
+            node_id=node.node_id,
+            host_address=node.host_address,
+            listen_host=ray.util.get_node_ip_address(),
+        )
+        from workers.rank import Rank
+
+        self._rank = Rank(spec, rank)
+
+    def __repr__(self) -> str:
+        """What logs and the dashboard call it."""
+        return f"{self._rank.spec.worker_id} rank {self._rank.shard.rank}"
+
+    def rendezvous(self) -> str:
+        """Where the ranks meet: on rank 0's host."""
+        host = ray.util.get_node_ip_address()
+        return f"tcp://{host}:{free_port(host)}"
+
+    def connect(self, init_method: str) -> None:
+        """Join the other ranks and load the shard."""
+        self._rank.connect(init_method, interface_of(ray.util.get_node_ip_address()))
+
+    def serve(self) -> str:
+        """HOST:PORT of the worker on rank 0, "" on the others."""
+        return self._rank.serve()
+
+    def metrics(self) -> dict[str, float | list[float]]:
+        """Load and counters; rank 0 only."""
+        return self._rank.metrics()
+
+    def wait_failed(self) -> str:
+        """Returns when the shard can no longer serve, and says why."""
+        error = self._rank.failure.result()
+        return f"{type(error).__name__}: {error}"
+
+    def pid(self) -> int:
+        """The process."""
+        return os.getpid()
+
+    def retire(self) -> None:
+        """Leave the directory; what is running runs on. Rank 0 only."""
+        self._rank.retire()
+
+    def stop(self) -> None:
+        """Leave the cluster and close."""
+        self._rank.stop()
+
+
+def interface_of(ip: str) -> str:
+    """Name of this host's network interface with an IPv4 address; "" when none has it.
+
+    gloo asks for a name, and takes what the host's name resolves to when it gets none: often 127.0.0.1.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            except OSError:
+                continue
+            if socket.inet_ntoa(answer[20:24]) == ip:
+                return name
+    return ""

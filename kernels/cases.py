@@ -1,0 +1,86 @@
+"""Draws arguments for cases: numbers inside larger poisoned buffers, and paged caches whose unused parts are NaN.
+
+A kernel that reads outside a tensor, past a sequence's end or in a block that is not its own meets a NaN and fails its
+comparison. On "meta" nothing is drawn. Knows nothing of any operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kernels.jit import cdiv
+
+DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True, slots=True)
+class PagedShape:
+    """A batch over a paged cache. `query_lens` is empty for decode: one query token each."""
+
+    seq_lens: tuple[int, ...]
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    query_lens: tuple[int, ...] = ()
+
+    def name(self, dtype: torch.dtype) -> str:
+        parts = [DTYPE_NAMES[dtype], f"heads{self.num_q_heads}-{self.num_kv_heads}", f"dim{self.head_dim}"]
+        parts.append(f"block{self.block_size}")
+        if self.query_lens:
+            parts.append(f"query{_numbers(self.query_lens)}")
+        return " ".join([*parts, f"len{_numbers(self.seq_lens)}"])
+
+
+def guard_size(shape: Sequence[int]) -> int:
+    """Elements to put on each side of a tensor: a row of its first dimension at least; keeps 16-byte alignment."""
+    return cdiv(max(1, torch.Size(shape[1:]).numel()), 256) * 256
+
+
+def _numbers(values: Sequence[int]) -> str:
+    return f"{values[0]}x{len(values)}" if len(set(values)) == 1 else ",".join(map(str, values))
+
+
+class Draw:
+    """A seeded source of tensors on one device."""
+
+    def __init__(self, device: str, dtype: torch.dtype, seed: int = 0) -> None:
+        self.device = device
+        self.dtype = dtype
+        self._generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        dtype = dtype or self.dtype
+        if self._generator is None:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        count, guard = torch.Size(shape).numel(), guard_size(shape)
+        buffer = torch.full((count + 2 * guard,), float("nan"), dtype=dtype, device=self.device)
+        tensor = buffer[guard : guard + count].view(shape)
+        return tensor.copy_(torch.randn(shape, generator=self._generator, dtype=torch.float32, device=self.device))
+
+    def integers(self, values: Sequence[int] | torch.Tensor, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.as_tensor(values).to(dtype).to(self.device)
+
+    def permutation(self, n: int) -> torch.Tensor:
+        """A shuffle of range(n), on the CPU: block numbers are decided by the host."""
+        return torch.randperm(n, generator=torch.Generator().manual_seed(n))
+
+    def paged_cache(self, shape: PagedShape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """kv_cache, block_table, seq_lens. The last block belongs to nobody; the table's unused entries point at it."""
+        num_blocks = [cdiv(n, shape.block_size) for n in shape.seq_lens]
+        nobody = sum(num_blocks)
+        table = torch.full((len(num_blocks), max(num_blocks) + 1), nobody)
+        free = self.permutation(nobody)
+        for row, count in zip(table, num_blocks, strict=True):
+            row[:count], free = free[:count], free[count:]
+        size = (nobody + 1, shape.num_kv_heads, 2, shape.block_size, shape.head_dim)
+        kv_cache = self.normal(*size)
+        if self._generator is not None:
+            kv_cache[nobody] = float("nan")
+            for row, count, length in zip(table.tolist(), num_blocks, shape.seq_lens, strict=True):
+                if length % shape.block_size:
+                    kv_cache[row[count - 1], :, :, length % shape.block_size :] = float("nan")
+        return kv_cache, self.integers(table), self.integers(shape.seq_lens)

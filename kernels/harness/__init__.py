@@ -1,0 +1,22 @@
+"""Ways to run the operations' cases: in Triton's interpreter, compiled on paper for Hopper, or on a GPU.
+
+For tests and benchmarks; the engine never imports it.
+"""
+
+from typing import Any
+
+from kernels.decode import decode_attention
+from kernels.gated import swiglu
+from kernels.norm import add_rms_norm, rms_norm
+from kernels.op import Op
+from kernels.prefill import prefill_attention
+from kernels.rope_kv import rope_and_write_kv
+
+OPS: tuple[Op[..., Any], ...] = (
+    decode_attention,
+    prefill_attention,
+    rms_norm,
+    add_rms_norm,
+    rope_and_write_kv,
+    swiglu,
+)

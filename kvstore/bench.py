@@ -1,0 +1,184 @@
+"""How fast fragments are handed from one worker to another, beside what this machine's memory and sockets can do.
+
+All figures of a run come from the same process and the same minutes. Hand-off is what it is in service: put with its
+checksum, then get with copy and verification. Knows nothing of where rows are kept.
+"""
+
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from kvstore.arena import arena_path
+from kvstore.host_tier import HostTier
+from kvstore.names import fragment_key
+from kvstore.redis_tier import RedisTier
+from kvstore.tiers import Fragment, Tier
+
+_REDIS_TTL_S = 60.0  # what a benchmark leaves in a Redis is gone a minute later
+_NODE_START_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class BandwidthRow:
+    """One measured quantity. Gigabytes are 10^9 bytes of payload."""
+
+    name: str
+    """memcpy, loopback_tcp, or TIER_put, TIER_get, TIER_hand_off (put and get, one after the other)."""
+    num_bytes: int
+    """Payload of one run."""
+    fragment_bytes: int
+    num_runs: int
+    median_gb_per_s: float
+    best_gb_per_s: float
+    worst_gb_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class BenchShape:
+    """How much is moved: a batch of fragments, several times."""
+
+    fragment_bytes: int = 256 * 1024
+    num_fragments: int = 256
+    num_runs: int = 9
+
+    @property
+    def num_bytes(self) -> int:
+        """Payload of one run."""
+        return self.fragment_bytes * self.num_fragments
+
+
+class BenchFailed(Exception):
+    """A fragment was lost or refused, so the figures would not be those of a hand-off."""
+
+
+def measure_hand_off(arena_dir: str, redis_url: str, shape: BenchShape) -> list[BandwidthRow]:
+    """All rows: memcpy, loopback TCP, the host tier of a node process started for this, and Redis if there is a URL."""
+    rows = [measure_memcpy(shape), measure_loopback_tcp(shape)]
+    with _node(arena_dir, shape) as host_address:
+        rows += _measure_and_close(HostTier(host_address), shape)
+    if redis_url:
+        rows += _measure_and_close(RedisTier(redis_url, _REDIS_TTL_S), shape)
+    return rows
+
+
+def measure_memcpy(shape: BenchShape) -> BandwidthRow:
+    """Copies between two buffers that are mapped already, in pieces of a fragment."""
+    source, target = memoryview(os.urandom(shape.num_bytes)), memoryview(bytearray(shape.num_bytes))
+
+    def copy() -> None:
+        for start in range(0, shape.num_bytes, shape.fragment_bytes):
+            target[start : start + shape.fragment_bytes] = source[start : start + shape.fragment_bytes]
+
+    copy()
+    return _row("memcpy", shape, [_seconds(copy) for _ in range(shape.num_runs)])
+
+
+def measure_loopback_tcp(shape: BenchShape) -> BandwidthRow:
+    """Sends from one thread to another over 127.0.0.1, into a buffer that is mapped already."""
+    source, target = memoryview(os.urandom(shape.num_bytes)), memoryview(bytearray(shape.num_bytes))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        sender = socket.create_connection(server.getsockname())
+        receiver, _ = server.accept()
+
+    def transfer() -> None:
+        thread = threading.Thread(target=sender.sendall, args=(source,))
+        thread.start()
+        num_received = 0
+        while num_received < shape.num_bytes:
+            num_received += receiver.recv_into(target[num_received:])
+        thread.join()
+
+    with sender, receiver:
+        transfer()
+        return _row("loopback_tcp", shape, [_seconds(transfer) for _ in range(shape.num_runs)])
+
+
+def measure_tier(tier: Tier, shape: BenchShape) -> list[BandwidthRow]:
+    """put, get and both together, every run with fragments that the tier has not seen."""
+    payload = memoryview(os.urandom(shape.num_bytes))
+    puts: list[float] = []
+    gets: list[float] = []
+    for run in range(shape.num_runs + 1):
+        fragments = _fragments(payload, shape)
+        keys = [fragment.key for fragment in fragments]
+        put_s = _seconds(lambda fragments=fragments: _must_put(tier, fragments))  # type: ignore[misc]
+        get_s = _seconds(lambda keys=keys: _must_get(tier, keys))  # type: ignore[misc]
+        if run > 0:  # the first one warms up connections and buffers
+            puts.append(put_s)
+            gets.append(get_s)
+    both = [put_s + get_s for put_s, get_s in zip(puts, gets, strict=True)]
+    named = {"put": puts, "get": gets, "hand_off": both}
+    return [_row(f"{tier.name}_{name}", shape, seconds) for name, seconds in named.items()]
+
+
+def _measure_and_close(tier: Tier, shape: BenchShape) -> list[BandwidthRow]:
+    try:
+        return measure_tier(tier, shape)
+    finally:
+        tier.close()
+
+
+def _must_put(tier: Tier, fragments: Sequence[Fragment]) -> None:
+    if not all(tier.put(fragments)):
+        raise BenchFailed(f"the {tier.name} tier did not keep every fragment")
+
+
+def _must_get(tier: Tier, keys: Sequence[bytes]) -> None:
+    if not all(isinstance(payload, memoryview) for payload in tier.get(keys)):
+        raise BenchFailed(f"the {tier.name} tier did not give back every fragment")
+
+
+def _fragments(payload: memoryview, shape: BenchShape) -> list[Fragment]:
+    name, size = os.urandom(16), shape.fragment_bytes
+    return [
+        Fragment(fragment_key(name, i, 1, 0), payload[i * size : (i + 1) * size]) for i in range(shape.num_fragments)
+    ]
+
+
+def _seconds(action: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def _row(name: str, shape: BenchShape, seconds: Sequence[float]) -> BandwidthRow:
+    rates = sorted(shape.num_bytes / run_s / 1e9 for run_s in seconds)
+    return BandwidthRow(
+        name=name,
+        num_bytes=shape.num_bytes,
+        fragment_bytes=shape.fragment_bytes,
+        num_runs=len(rates),
+        median_gb_per_s=statistics.median(rates),
+        best_gb_per_s=rates[-1],
+        worst_gb_per_s=rates[0],
+    )
+
+
+@contextmanager
+def _node(arena_dir: str, shape: BenchShape) -> Iterator[str]:
+    """A node process whose arena holds two batches, so that later runs evict, as in service; its host address."""
+    node_id = f"bench-{os.getpid()}"
+    with tempfile.TemporaryDirectory(prefix="kv-") as folder:
+        command = [sys.executable, "-m", "kvstore.node", "--node-id", node_id]
+        command += ["--arena", str(arena_path(arena_dir, node_id)), "--host-address", f"unix:{folder}/host.sock"]
+        command += ["--slot-bytes", str(shape.fragment_bytes), "--num-slots", str(2 * shape.num_fragments)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            if not line:
+                raise BenchFailed("the node process did not start")
+            yield json.loads(line)["host_address"]
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(_NODE_START_S)

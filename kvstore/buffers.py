@@ -1,0 +1,42 @@
+"""Buffers for private copies, used again as soon as nobody holds a view of them.
+
+Fresh memory is expensive: the kernel zeroes and maps each page on first touch, which costs more than copying it. Knows
+nothing of what is copied.
+"""
+
+import threading
+from collections import deque
+
+_KEPT_BYTES = 256 * 1024 * 1024  # in all; what is lent beyond that is freed when it comes back
+
+
+class CopyBuffers:
+    """Hands out writable views of buffers of one size. Thread-safe."""
+
+    def __init__(self, buffer_bytes: int, kept_bytes: int = _KEPT_BYTES) -> None:
+        self._buffer_bytes = buffer_bytes
+        self._max_buffers = max(1, kept_bytes // buffer_bytes)
+        self._buffers: deque[bytearray] = deque()  # longest lent first
+        self._lock = threading.Lock()
+
+    def take(self) -> memoryview:
+        """A buffer of which no other view exists; it stays the caller's until the last view of it is gone."""
+        with self._lock:
+            if self._buffers and _is_unused(self._buffers[0]):
+                self._buffers.rotate(-1)
+                return memoryview(self._buffers[-1])  # taken under the lock: from here on it is in use
+            if len(self._buffers) < self._max_buffers:
+                self._buffers.append(bytearray(self._buffer_bytes))
+                return memoryview(self._buffers[-1])
+            self._buffers.rotate(-1)  # do not ask the same one forever
+        return memoryview(bytearray(self._buffer_bytes))
+
+
+def _is_unused(buffer: bytearray) -> bool:
+    """Python refuses to resize a bytearray while a view of it, or of a part of it, exists."""
+    try:
+        last = buffer.pop()
+    except BufferError:
+        return False
+    buffer.append(last)  # in place: popping a byte keeps the allocation
+    return True

@@ -1,0 +1,52 @@
+"""How clients of a node process dial and call it. Knows nothing of what is said over the channel."""
+
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+
+_TIMEOUT_S = 5.0  # a node answers in a millisecond; a starved machine is not a lost node
+
+_OPTIONS = (
+    # A node process comes back within a second or two; gRPC's own back-off would wait for up to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 500),
+    ("grpc.min_reconnect_backoff_ms", 5000),  # despite its name: how long one attempt to connect may take
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.max_receive_message_length", 64 * 1024 * 1024),
+    ("grpc.max_send_message_length", 64 * 1024 * 1024),
+)
+
+
+class ChannelClosed(Exception):
+    """A call on a channel that this process has closed."""
+
+
+NODE_ERRORS: tuple[type[Exception], ...] = (grpc.RpcError, ChannelClosed)
+"""What call() and probe() raise."""
+
+
+def dial(address: str) -> grpc.Channel:
+    """A channel to HOST:PORT or unix:PATH; it connects when it is used."""
+    return grpc.insecure_channel(address, options=_OPTIONS)
+
+
+def call(method: Callable[..., Any], request: object) -> Any:
+    """One call; fails at once while the node is away."""
+    return _call(method, request, wait_for_ready=False)
+
+
+def probe(method: Callable[..., Any], request: object) -> Any:
+    """One call that waits a few seconds for the node to come.
+
+    This is what connects anew after a loss: gRPC serves the socket of a connection in the making only while a call is
+    waiting for it, and else looks after it every 5 seconds.
+    """
+    return _call(method, request, wait_for_ready=True)
+
+
+def _call(method: Callable[..., Any], request: object, wait_for_ready: bool) -> Any:
+    try:
+        return method(request, timeout=_TIMEOUT_S, wait_for_ready=wait_for_ready)
+    except ValueError as error:  # how grpc says it
+        raise ChannelClosed(str(error)) from error

@@ -1,0 +1,47 @@
+"""The `kvstore` branch of the cluster's configuration.
+
+Knows nothing of how the other branches are read; numbers that are derived from it are computed by those who need them.
+"""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class KVStoreConfig:
+    """Paging, naming and the tiers that fragments of KV blocks are kept in."""
+
+    block_size: int = 0
+    """Tokens of a KV block: the unit of paging, naming and transfer. 0 means 16 on CPU, 64 on CUDA."""
+    layers_per_fragment: int = 0
+    """Layers that travel in one fragment. 0 means derived from the model and the pools' pipeline stages."""
+    host_bytes: int = 512 * 1024 * 1024
+    """Size of each host's shared-memory arena."""
+    arena_dir: str = "/dev/shm"
+    """Folder of the arena's file; one that is kept in memory."""
+    tier: str = ""
+    """redis:// URL of the tier that hosts share; empty means shared memory alone."""
+    control: str = "memory://"
+    """Where leases and the block directory live: memory:// (a node process of this cluster) or a redis:// URL."""
+    tier_ttl_s: float = 3600.0
+    """Seconds after which the shared tier may forget a fragment that nobody wrote again."""
+
+    def __post_init__(self) -> None:
+        if self.block_size < 0:
+            raise ValueError(f"block_size: must be >= 0, not {self.block_size}")
+        if self.layers_per_fragment < 0:
+            raise ValueError(f"layers_per_fragment: must be >= 0, not {self.layers_per_fragment}")
+        if self.host_bytes < 1024 * 1024:
+            raise ValueError(f"host_bytes: must be at least 1 MiB, not {self.host_bytes}")
+        if not self.arena_dir.startswith("/"):
+            raise ValueError(f"arena_dir: must be an absolute path, not {self.arena_dir!r}")
+        if self.tier and not _is_redis(self.tier):
+            raise ValueError(f"tier: must be empty or a redis:// URL, not {self.tier!r}")
+        if not self.control.startswith("memory://") and not _is_redis(self.control):
+            raise ValueError(f"control: must be memory:// or a redis:// URL, not {self.control!r}")
+        if not (math.isfinite(self.tier_ttl_s) and self.tier_ttl_s >= 1):
+            raise ValueError(f"tier_ttl_s: must be at least 1 second, not {self.tier_ttl_s}")
+
+
+def _is_redis(url: str) -> bool:
+    return url.startswith(("redis://", "rediss://"))

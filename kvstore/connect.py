@@ -1,0 +1,39 @@
+"""Directories and tiers from the addresses that the configuration has.
+
+Nothing is raised because the other end is away: tiers are down then, and a directory says so when it is asked. Knows
+nothing of who starts the other ends.
+"""
+
+from kvstore.directory import Directory
+from kvstore.host_tier import HostTier
+from kvstore.redis_directory import RedisDirectory
+from kvstore.redis_tier import RedisTier
+from kvstore.remote_directory import RemoteDirectory
+from kvstore.tiers import Tier
+
+_MEMORY = "memory://"
+_REDIS = ("redis://", "rediss://")
+
+
+def open_directory(url: str) -> Directory:
+    """memory://HOST:PORT (or memory://unix:PATH) is a node process's directory, redis://... one in a Redis."""
+    if url.startswith(_MEMORY):
+        address = url.removeprefix(_MEMORY)
+        if not address:
+            raise ValueError("control: memory:// needs the HOST:PORT of a node process here")
+        return RemoteDirectory(address)
+    if url.startswith(_REDIS):
+        return RedisDirectory(url)
+    raise ValueError(f"control: must be memory://HOST:PORT or a redis:// URL, not {url!r}")
+
+
+def open_tiers(host_address: str, tier_url: str, tier_ttl_s: float) -> list[Tier]:
+    """The tiers of a worker in the order in which they are asked; an empty address leaves that tier out."""
+    tiers: list[Tier] = []
+    if host_address:
+        tiers.append(HostTier(host_address))
+    if tier_url:
+        if not tier_url.startswith(_REDIS):
+            raise ValueError(f"tier: must be empty or a redis:// URL, not {tier_url!r}")
+        tiers.append(RedisTier(tier_url, tier_ttl_s))
+    return tiers

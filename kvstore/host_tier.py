@@ -1,0 +1,164 @@
+"""The tier of one host: fragments in the shared-memory arena that the host's node process owns.
+
+The node process says which slot to write or read; the bytes are copied here, by the rank itself. One batch costs one or
+two calls to the node and one copy per fragment. Survives the node process: while it is away the tier is down, and when
+it is back the new arena is mapped. Knows nothing of other hosts, nor of who evicts what.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from switchyard.v1 import kvnode_pb2, kvnode_pb2_grpc
+
+from kvstore.arena import Arena, ArenaMismatch, attach_arena
+from kvstore.availability import Availability
+from kvstore.channels import NODE_ERRORS, call, dial, probe
+from kvstore.names import FRAGMENT_KEY_BYTES
+from kvstore.slot_table import SEALED_ALREADY
+from kvstore.tiers import Fragment, Rejected
+
+_LOG = logging.getLogger(__name__)
+
+_ERRORS: tuple[type[Exception], ...] = (*NODE_ERRORS, OSError, ArenaMismatch)
+
+_Result = TypeVar("_Result")
+
+
+class _ArenaReplaced(Exception):
+    """The node answered for another arena than the one that is mapped."""
+
+
+class HostTier:
+    """A client of the node process at `node_address`: unix:PATH, or HOST:PORT of the same host."""
+
+    name = "host"
+
+    def __init__(self, node_address: str) -> None:
+        self._channel = dial(node_address)
+        self._stub = kvnode_pb2_grpc.KVNodeServiceStub(self._channel)
+        self._attach_lock = threading.Lock()
+        self._arena: Arena | None = None
+        self._node_id = ""
+        self._has_warned_of_size = False
+        name = f"host tier at {node_address}"
+        self._availability = Availability(name, self._attach, lambda: self._attach(probe), _ERRORS)
+
+    @property
+    def is_up(self) -> bool:
+        """As in Tier."""
+        return self._availability.is_up
+
+    @property
+    def node_id(self) -> str:
+        """Name of this host's node in the directory; empty until the node was reached for the first time."""
+        return self._node_id
+
+    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
+        """As in Tier. A fragment larger than a slot is not kept."""
+        _check_keys([fragment.key for fragment in fragments])
+        stored = self._on_arena(lambda arena: self._put(arena, fragments)) if fragments else []
+        return [False] * len(fragments) if stored is None else stored
+
+    def get(self, keys: Sequence[bytes]) -> list[memoryview | Rejected | None]:
+        """As in Tier."""
+        _check_keys(keys)
+        payloads = self._on_arena(lambda arena: self._get(arena, keys)) if keys else []
+        return [None] * len(keys) if payloads is None else payloads
+
+    def close(self) -> None:
+        """As in Tier."""
+        self._availability.close(self._channel.close)
+        self._arena = None
+
+    def _on_arena(self, action: Callable[[Arena], _Result]) -> _Result | None:
+        """Runs the action on the mapped arena, once more if the arena was replaced; None when the node is away."""
+        try:
+            for _ in range(2):
+                arena = self._arena
+                if arena is None or not self._availability.is_up:
+                    return None
+                try:
+                    return action(arena)
+                except _ArenaReplaced:
+                    self._attach()
+        except _ERRORS as error:
+            self._availability.lost(error)
+        return None
+
+    def _attach(self, ask: Callable[..., Any] = call) -> None:
+        """Asks the node for its arena and maps it unless it is mapped already."""
+        with self._attach_lock:
+            reply = ask(self._stub.GetArena, kvnode_pb2.GetArenaRequest())
+            path, arena = Path(reply.path), self._arena
+            if arena is None or arena.path != path or not arena.is_current():
+                self._arena = attach_arena(path, reply.slot_bytes, reply.num_slots)
+                self._node_id = reply.node_id
+
+    def _put(self, arena: Arena, fragments: Sequence[Fragment]) -> list[bool]:
+        stored = [False] * len(fragments)
+        wanted = [i for i, fragment in enumerate(fragments) if fragment.payload.nbytes <= arena.slot_bytes]
+        if len(wanted) < len(fragments):
+            self._warn_of_size(arena)
+        reserve = kvnode_pb2.ReserveRequest(keys=[fragments[i].key for i in wanted])
+        reply = call(self._stub.Reserve, reserve)
+        seal = kvnode_pb2.SealRequest()
+        written: list[int] = []
+        for i, slot, generation in zip(wanted, reply.slots, reply.generations, strict=True):
+            if slot == SEALED_ALREADY:
+                stored[i] = True
+            elif slot >= 0:
+                if not arena.is_reserved_as(slot, generation):
+                    raise _ArenaReplaced
+                arena.write(slot, fragments[i].key, fragments[i].payload, generation)
+                seal.keys.append(fragments[i].key)
+                seal.slots.append(slot)
+                seal.generations.append(generation)
+                written.append(i)
+        if written:
+            is_sealed = self._seal(seal)
+            for i in written:
+                stored[i] = is_sealed[fragments[i].key]
+        return stored
+
+    def _seal(self, request: kvnode_pb2.SealRequest) -> dict[bytes, bool]:
+        reply = call(self._stub.Seal, request)
+        if reply.num_sealed == len(request.keys):
+            return dict.fromkeys(request.keys, True)
+        # Some reservations had been taken back meanwhile; only the node knows which.
+        lookup = call(self._stub.Lookup, kvnode_pb2.LookupRequest(keys=request.keys))
+        return {key: slot >= 0 for key, slot in zip(request.keys, lookup.slots, strict=True)}
+
+    def _get(self, arena: Arena, keys: Sequence[bytes]) -> list[memoryview | Rejected | None]:
+        reply = call(self._stub.Lookup, kvnode_pb2.LookupRequest(keys=keys))
+        payloads: list[memoryview | Rejected | None] = []
+        bad = kvnode_pb2.DropRequest()
+        for key, slot, generation in zip(keys, reply.slots, reply.generations, strict=True):
+            payload = arena.read(slot, key, generation) if slot >= 0 else None
+            if isinstance(payload, Rejected):
+                if not arena.is_current():
+                    raise _ArenaReplaced
+                bad.keys.append(key)
+                bad.generations.append(generation)
+            payloads.append(payload)
+        if bad.keys:
+            self._drop(bad)
+        return payloads
+
+    def _drop(self, bad: kvnode_pb2.DropRequest) -> None:
+        try:
+            call(self._stub.Drop, bad)
+        except NODE_ERRORS as error:  # the good copies of the batch were read already: hand them out
+            self._availability.lost(error)
+
+    def _warn_of_size(self, arena: Arena) -> None:
+        if not self._has_warned_of_size:
+            self._has_warned_of_size = True
+            _LOG.warning("a fragment is larger than the arena's slots of %d bytes and is not kept", arena.slot_bytes)
+
+
+def _check_keys(keys: Sequence[bytes]) -> None:
+    if any(len(key) != FRAGMENT_KEY_BYTES for key in keys):
+        raise ValueError(f"a fragment's key has {FRAGMENT_KEY_BYTES} bytes")

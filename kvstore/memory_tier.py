@@ -1,0 +1,54 @@
+"""A tier in this process's own memory: the fake beside the host and Redis tiers, and a store for a single process.
+
+Same verification as the others. Knows nothing of other processes.
+"""
+
+import threading
+from collections.abc import Sequence
+
+from kvstore.sealing import as_bytes_view, seal, unseal
+from kvstore.tiers import Fragment, Rejected
+
+
+class MemoryTier:
+    """Sealed fragments in a dict; nothing is evicted."""
+
+    name = "memory"
+
+    def __init__(self) -> None:
+        self.is_up = True
+        """Set to False to see what others do without this tier."""
+        self.stored: dict[bytes, bytearray] = {}
+        """Header and payload by key; tests damage them here."""
+        self._lock = threading.Lock()
+
+    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
+        """As in Tier."""
+        if not self.is_up:
+            return [False] * len(fragments)
+        with self._lock:
+            for fragment in fragments:
+                if fragment.key not in self.stored:
+                    payload = as_bytes_view(fragment.payload)
+                    self.stored[fragment.key] = bytearray(seal(fragment.key, payload, 0)) + payload
+        return [True] * len(fragments)
+
+    def get(self, keys: Sequence[bytes]) -> list[memoryview | Rejected | None]:
+        """As in Tier."""
+        if not self.is_up:
+            return [None] * len(keys)
+        return [self._get(key) for key in keys]
+
+    def close(self) -> None:
+        """As in Tier."""
+        self.is_up = False
+
+    def _get(self, key: bytes) -> memoryview | Rejected | None:
+        with self._lock:
+            held = self.stored.get(key)
+            if held is None:
+                return None
+            result = unseal(memoryview(bytearray(held)), key, 0)
+            if isinstance(result, Rejected):
+                del self.stored[key]
+            return result

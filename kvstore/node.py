@@ -1,0 +1,173 @@
+"""The KV node process of one host: `python -m kvstore.node --help`.
+
+Owns the shared-memory arena and serves its slots to the workers of this host; serves the cluster's directory too when
+--control-address is given. Prints one JSON line when it is ready and stays up until SIGTERM, then removes its files.
+Knows nothing of engines, routers or who started it.
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from switchyard.v1 import kvnode_pb2_grpc
+
+from kvstore.arena import Arena, ArenaInUse, create_arena
+from kvstore.directory import MemoryDirectory
+from kvstore.node_service import ControlServicer, KVNodeServicer
+from kvstore.slot_table import SlotTable
+
+_UNIX = "unix:"
+_LONGEST_SOCKET_PATH = 107  # bytes; the kernel's limit
+_NUM_THREADS = 8
+_SERVER_OPTIONS = (
+    ("grpc.so_reuseport", 0),  # else a second process binds the same port, and calls go to either
+    ("grpc.max_receive_message_length", 64 * 1024 * 1024),
+    ("grpc.max_send_message_length", 64 * 1024 * 1024),
+)
+
+
+class StartError(Exception):
+    """The node cannot start; the message is one line for the operator."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSpec:
+    """What one node process is to be."""
+
+    node_id: str
+    arena: Path
+    slot_bytes: int
+    num_slots: int
+    host_address: str
+    control_address: str
+    """Empty: no directory is served."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", self.node_id):
+            raise ValueError(f"--node-id: letters, digits, dot, dash and underscore, not {self.node_id!r}")
+        if self.slot_bytes <= 0 or self.num_slots <= 0:
+            raise ValueError("--slot-bytes and --num-slots: must be > 0")
+        path = self.host_address.removeprefix(_UNIX)
+        if self.host_address.startswith(_UNIX) and len(path.encode()) > _LONGEST_SOCKET_PATH:
+            raise ValueError(f"--host-address: longer than {_LONGEST_SOCKET_PATH} bytes: {path}")
+
+
+def run(spec: NodeSpec, stop: threading.Event, announce: Callable[[dict[str, object]], None]) -> None:
+    """Serves until `stop` is set. Raises StartError."""
+    try:
+        owned = create_arena(spec.arena, spec.node_id, spec.slot_bytes, spec.num_slots)
+    except (ArenaInUse, OSError) as error:
+        raise StartError(f"arena {spec.arena}: {error}") from error
+    try:
+        host_server, host_address = _serve_slots(spec, owned.arena)
+        servers, control_address = [host_server], ""
+        if spec.control_address:
+            control_server, control_address = _serve_directory(spec)
+            servers.append(control_server)
+        for server in servers:
+            server.start()
+        ready = {"host_address": host_address, "control_address": control_address}
+        announce({**ready, "arena": str(spec.arena), "pid": os.getpid()})
+        stop.wait()
+        for stopped in [server.stop(grace=0.5) for server in servers]:
+            stopped.wait()
+        if host_address.startswith(_UNIX):
+            Path(host_address.removeprefix(_UNIX)).unlink(missing_ok=True)
+    finally:
+        owned.remove()
+
+
+# First generation and first epoch are wall time: those of two processes that follow each other never overlap.
+
+
+def _serve_slots(spec: NodeSpec, arena: Arena) -> tuple[grpc.Server, str]:
+    _remove_dead_socket(spec.host_address)
+    server, address = _bind(spec.host_address)
+    table = SlotTable(spec.num_slots, time.monotonic, first_generation=time.time_ns())
+    kvnode_pb2_grpc.add_KVNodeServiceServicer_to_server(KVNodeServicer(arena, table, spec.node_id), server)
+    return server, address
+
+
+def _serve_directory(spec: NodeSpec) -> tuple[grpc.Server, str]:
+    server, address = _bind(spec.control_address)
+    directory = MemoryDirectory(time.monotonic, first_epoch=time.time_ns() // 1_000_000)
+    kvnode_pb2_grpc.add_ControlServiceServicer_to_server(ControlServicer(directory), server)
+    return server, address
+
+
+def _bind(address: str) -> tuple[grpc.Server, str]:
+    """A server that is bound but not started, and its address with the port that it really got."""
+    server = grpc.server(ThreadPoolExecutor(_NUM_THREADS, "kv-node"), options=_SERVER_OPTIONS)
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise StartError(f"cannot listen on {address}: in use or not an address of this host") from error
+    if address.startswith(_UNIX):
+        return server, address
+    return server, f"{address.rpartition(':')[0]}:{port}"
+
+
+def _remove_dead_socket(address: str) -> None:
+    """Unlinks the socket that a killed node left; refuses when somebody answers on it."""
+    if not address.startswith(_UNIX):
+        return
+    path = Path(address.removeprefix(_UNIX))
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            path.unlink(missing_ok=True)
+            return
+    raise StartError(f"another process listens on {path}")
+
+
+def _parse(arguments: Sequence[str]) -> NodeSpec:
+    parser = argparse.ArgumentParser(prog="python -m kvstore.node", description="The KV node process of one host.")
+    parser.add_argument("--node-id", required=True, help="name of the host in the directory")
+    parser.add_argument("--arena", required=True, type=Path, help="file to make, in a folder that is kept in memory")
+    parser.add_argument("--slot-bytes", required=True, type=int, help="largest payload of a fragment")
+    parser.add_argument("--num-slots", required=True, type=int, help="fragments that fit into the arena")
+    parser.add_argument("--host-address", required=True, help="unix:PATH (or HOST:PORT) for the workers of this host")
+    parser.add_argument("--control-address", default="", help="HOST:PORT for the directory; port 0 picks one")
+    values = parser.parse_args(arguments)
+    try:
+        return NodeSpec(
+            node_id=values.node_id,
+            arena=values.arena,
+            slot_bytes=values.slot_bytes,
+            num_slots=values.num_slots,
+            host_address=values.host_address,
+            control_address=values.control_address,
+        )
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit codes: 0 stopped, 1 could not start, 2 bad usage."""
+    spec = _parse(arguments)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # Not set() here: a handler runs between any two steps of this thread, which may hold the event's lock.
+        signal.signal(number, lambda *_: threading.Thread(target=stop.set).start())
+    try:
+        run(spec, stop, lambda ready: print(json.dumps(ready), flush=True))
+    except StartError as error:
+        print(f"kvstore.node: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

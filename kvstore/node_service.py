@@ -1,0 +1,122 @@
+"""The two gRPC services of a node process: slots of its arena, and the directory of a cluster without Redis.
+
+Knows nothing of processes, sockets or of who calls.
+"""
+
+import threading
+from collections.abc import Sequence
+
+import grpc
+from switchyard.v1 import kvnode_pb2, kvnode_pb2_grpc
+
+from kvstore.arena import Arena
+from kvstore.directory import MemoryDirectory
+from kvstore.names import FRAGMENT_KEY_BYTES
+from kvstore.remote_directory import worker_message, worker_record
+from kvstore.slot_table import SlotRef, SlotTable
+
+
+class KVNodeServicer(kvnode_pb2_grpc.KVNodeServiceServicer):
+    """Hands out slots. Bytes never pass through here."""
+
+    def __init__(self, arena: Arena, table: SlotTable, node_id: str) -> None:
+        self._arena = arena
+        self._table = table
+        self._node_id = node_id
+        self._lock = threading.Lock()
+
+    def GetArena(
+        self, request: kvnode_pb2.GetArenaRequest, context: grpc.ServicerContext
+    ) -> kvnode_pb2.GetArenaResponse:
+        """See kvnode.proto."""
+        with self._lock:
+            num_sealed = self._table.num_sealed
+        return kvnode_pb2.GetArenaResponse(
+            path=str(self._arena.path),
+            slot_bytes=self._arena.slot_bytes,
+            num_slots=self._arena.num_slots,
+            node_id=self._node_id,
+            num_sealed=num_sealed,
+        )
+
+    def Reserve(self, request: kvnode_pb2.ReserveRequest, context: grpc.ServicerContext) -> kvnode_pb2.ReserveResponse:
+        """See kvnode.proto."""
+        if any(len(key) != FRAGMENT_KEY_BYTES for key in request.keys):
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"keys: must have {FRAGMENT_KEY_BYTES} bytes each")
+        with self._lock:
+            refs = self._table.reserve(request.keys)
+            for ref in refs:
+                if ref.slot >= 0:
+                    # Before the writer starts: a reader of the slot's former content finds out at once.
+                    self._arena.reserve(ref.slot, ref.generation)
+        return kvnode_pb2.ReserveResponse(
+            slots=[ref.slot for ref in refs], generations=[ref.generation for ref in refs]
+        )
+
+    def Seal(self, request: kvnode_pb2.SealRequest, context: grpc.ServicerContext) -> kvnode_pb2.SealResponse:
+        """See kvnode.proto."""
+        _check_same_length(context, request.keys, request.slots)
+        _check_same_length(context, request.keys, request.generations)
+        refs = [SlotRef(slot, generation) for slot, generation in zip(request.slots, request.generations, strict=True)]
+        with self._lock:
+            return kvnode_pb2.SealResponse(num_sealed=self._table.seal(request.keys, refs))
+
+    def Lookup(self, request: kvnode_pb2.LookupRequest, context: grpc.ServicerContext) -> kvnode_pb2.LookupResponse:
+        """See kvnode.proto."""
+        with self._lock:
+            refs = self._table.lookup(request.keys)
+        return kvnode_pb2.LookupResponse(slots=[ref.slot for ref in refs], generations=[ref.generation for ref in refs])
+
+    def Drop(self, request: kvnode_pb2.DropRequest, context: grpc.ServicerContext) -> kvnode_pb2.DropResponse:
+        """See kvnode.proto."""
+        _check_same_length(context, request.keys, request.generations)
+        with self._lock:
+            return kvnode_pb2.DropResponse(num_dropped=self._table.drop(request.keys, request.generations))
+
+
+class ControlServicer(kvnode_pb2_grpc.ControlServiceServicer):
+    """Serves a directory that is kept in this process."""
+
+    def __init__(self, directory: MemoryDirectory) -> None:
+        self._directory = directory
+
+    def KeepAlive(
+        self, request: kvnode_pb2.KeepAliveRequest, context: grpc.ServicerContext
+    ) -> kvnode_pb2.KeepAliveResponse:
+        """See kvnode.proto."""
+        try:
+            epoch = self._directory.keep_alive(worker_record(request.worker), request.ttl_s)
+        except ValueError as error:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        return kvnode_pb2.KeepAliveResponse(epoch=epoch)
+
+    def Withdraw(
+        self, request: kvnode_pb2.WithdrawRequest, context: grpc.ServicerContext
+    ) -> kvnode_pb2.WithdrawResponse:
+        """See kvnode.proto."""
+        self._directory.withdraw(request.worker_id)
+        return kvnode_pb2.WithdrawResponse()
+
+    def ListWorkers(
+        self, request: kvnode_pb2.ListWorkersRequest, context: grpc.ServicerContext
+    ) -> kvnode_pb2.ListWorkersResponse:
+        """See kvnode.proto."""
+        workers = self._directory.workers()
+        return kvnode_pb2.ListWorkersResponse(
+            workers=[worker_message(worker.record) for worker in workers], epochs=[worker.epoch for worker in workers]
+        )
+
+    def Publish(self, request: kvnode_pb2.PublishRequest, context: grpc.ServicerContext) -> kvnode_pb2.PublishResponse:
+        """See kvnode.proto."""
+        self._directory.publish(request.block_names, request.place)
+        return kvnode_pb2.PublishResponse()
+
+    def Locate(self, request: kvnode_pb2.LocateRequest, context: grpc.ServicerContext) -> kvnode_pb2.LocateResponse:
+        """See kvnode.proto."""
+        places = self._directory.locate(request.block_names)
+        return kvnode_pb2.LocateResponse(places=[kvnode_pb2.Places(names=sorted(names)) for names in places])
+
+
+def _check_same_length(context: grpc.ServicerContext, keys: Sequence[bytes], values: Sequence[int]) -> None:
+    if len(keys) != len(values):
+        context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"{len(keys)} keys with {len(values)} values")

@@ -1,0 +1,78 @@
+"""How a fragment is stored: a 64-byte header, then the payload, with one checksum over key and payload.
+
+    offset  0  magic, 8 bytes          which format, and whether the payload is complete
+            8  generation, uint64      grows with each reuse of an arena's slot; 0 in tiers without slots
+           16  payload bytes, uint64
+           24  xxh3-64 over key + payload, uint64
+           32  zeros, 10 bytes
+           42  key, 22 bytes
+           64  payload
+
+The key lies right before the payload, so a reader verifies both in one pass. Integers are little-endian. Knows nothing
+of where the bytes are kept.
+"""
+
+import struct
+
+import xxhash
+
+from kvstore.names import FRAGMENT_KEY_BYTES
+from kvstore.tiers import Rejected
+
+HEADER_BYTES = 64
+GENERATION_OFFSET = 8
+SEALED = b"SYfrag1\0"
+RESERVED = b"SYopen1\0"
+
+_HEADER = struct.Struct("<8sQQQ10s22s")
+_GENERATION = struct.Struct("<Q")
+_KEY_OFFSET = HEADER_BYTES - FRAGMENT_KEY_BYTES
+_ZEROS = bytes(10)
+assert _HEADER.size == HEADER_BYTES
+
+
+def as_bytes_view(payload: memoryview) -> memoryview:
+    """The same bytes as a flat view of format "B", the only one that slices of an mmap can be assigned from."""
+    return payload if payload.format == "B" and payload.ndim == 1 else payload.cast("B")
+
+
+def seal(key: bytes, payload: memoryview, generation: int) -> bytes:
+    """The header of a complete fragment. The checksum is taken from the source, not from a copy that may differ."""
+    digest = xxhash.xxh3_64(key)
+    digest.update(payload)
+    return _HEADER.pack(SEALED, generation, payload.nbytes, digest.intdigest(), _ZEROS, key)
+
+
+def reserve(generation: int) -> bytes:
+    """The header of a slot that is being written: it holds nothing."""
+    return _HEADER.pack(RESERVED, generation, 0, 0, _ZEROS, bytes(FRAGMENT_KEY_BYTES))
+
+
+def generation_at(buffer: memoryview, offset: int) -> int:
+    """Generation in the header that starts at `offset`."""
+    generation: int = _GENERATION.unpack_from(buffer, offset + GENERATION_OFFSET)[0]
+    return generation
+
+
+def payload_bytes_at(buffer: memoryview, offset: int, key: bytes, generation: int) -> int | Rejected:
+    """Size of the payload after the header at `offset`, if that is the header of a complete fragment of this key."""
+    magic, held_generation, payload_bytes, _, zeros, held_key = _HEADER.unpack_from(buffer, offset)
+    if held_generation != generation or held_key != key:
+        return Rejected("stale")
+    if magic != SEALED or zeros != _ZEROS:
+        return Rejected("layout")
+    return int(payload_bytes)
+
+
+def unseal(copy: memoryview, key: bytes, generation: int) -> memoryview | Rejected:
+    """The payload within a private copy of a stored fragment, if header, size and checksum are right."""
+    if len(copy) < HEADER_BYTES:
+        return Rejected("truncated")
+    payload_bytes = payload_bytes_at(copy, 0, key, generation)
+    if isinstance(payload_bytes, Rejected):
+        return payload_bytes
+    if payload_bytes != len(copy) - HEADER_BYTES:
+        return Rejected("truncated")
+    if xxhash.xxh3_64_intdigest(copy[_KEY_OFFSET:]) != _HEADER.unpack_from(copy)[3]:
+        return Rejected("checksum")
+    return copy[HEADER_BYTES:]

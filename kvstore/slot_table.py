@@ -1,0 +1,140 @@
+"""The books of an arena's slots: which fragment is in which, which are being written, which goes next.
+
+    free  --reserve-->  reserved  --seal-->  sealed  --evicted by a reserve, or dropped-->  free
+                        reserved  --not sealed in time-->  free
+
+Every reservation has a generation of its own, greater than all before it, so a reader that was told (slot, generation)
+finds out when the slot has been given to another fragment. Pure, clock injected; knows nothing of memory or files.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+SEALED_ALREADY = -1
+NO_SLOT = -2
+ABSENT = -1
+
+
+@dataclass(frozen=True, slots=True)
+class SlotRef:
+    """A slot and the generation that its content has; a negative slot says why there is none (constants above)."""
+
+    slot: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Reservation:
+    key: bytes
+    generation: int
+    deadline_s: float
+
+
+class SlotTable:
+    """Slots 0 .. num_slots - 1. Not thread-safe."""
+
+    def __init__(
+        self, num_slots: int, clock: Callable[[], float], first_generation: int = 1, reservation_ttl_s: float = 30.0
+    ) -> None:
+        if num_slots <= 0:
+            raise ValueError(f"num_slots must be > 0, not {num_slots}")
+        self.num_slots = num_slots
+        self._clock = clock
+        self._next_generation = first_generation
+        self._reservation_ttl_s = reservation_ttl_s
+        self._free = list(range(num_slots - 1, -1, -1))
+        self._reserved: OrderedDict[int, _Reservation] = OrderedDict()  # by slot; earliest deadline first
+        self._sealed: OrderedDict[bytes, SlotRef] = OrderedDict()  # by key; least recently used first
+
+    @property
+    def num_sealed(self) -> int:
+        """Slots that hold a readable fragment."""
+        return len(self._sealed)
+
+    def reserve(self, keys: Sequence[bytes]) -> list[SlotRef]:
+        """A slot to write each fragment to. Two writers of one fragment get a slot each; the first to seal wins.
+
+        Evicts the least recently used fragments when no slot is free, but none that this very call asks for.
+        """
+        self._take_back_expired()
+        wanted = set(keys)
+        for key in wanted:
+            if key in self._sealed:
+                self._sealed.move_to_end(key)
+        deadline_s = self._clock() + self._reservation_ttl_s
+        return [self._reserve(key, wanted, deadline_s) for key in keys]
+
+    def seal(self, keys: Sequence[bytes], refs: Sequence[SlotRef]) -> int:
+        """Makes reserved slots readable; how many of the fragments are readable now. Outdated ones are ignored."""
+        num_sealed = 0
+        for key, ref in zip(keys, refs, strict=True):
+            reservation = self._reserved.get(ref.slot)
+            if reservation is not None and reservation.generation == ref.generation and reservation.key == key:
+                del self._reserved[ref.slot]
+                if key in self._sealed:
+                    self._free.append(ref.slot)
+                else:
+                    self._sealed[key] = ref
+            num_sealed += key in self._sealed
+        return num_sealed
+
+    def lookup(self, keys: Sequence[bytes]) -> list[SlotRef]:
+        """Where the fragments are; counts as a use of them."""
+        refs: list[SlotRef] = []
+        for key in keys:
+            ref = self._sealed.get(key)
+            if ref is None:
+                refs.append(SlotRef(ABSENT, 0))
+            else:
+                self._sealed.move_to_end(key)
+                refs.append(ref)
+        return refs
+
+    def drop(self, keys: Sequence[bytes], generations: Sequence[int]) -> int:
+        """Frees the slots of fragments that a reader found bad; how many. One written anew since then stays."""
+        num_dropped = 0
+        for key, generation in zip(keys, generations, strict=True):
+            ref = self._sealed.get(key)
+            if ref is not None and ref.generation == generation:
+                del self._sealed[key]
+                self._free.append(ref.slot)
+                num_dropped += 1
+        return num_dropped
+
+    def check(self) -> None:
+        """Re-derives the books; raises AssertionError when a slot is owned twice or by nobody."""
+        owned = [*self._free, *self._reserved, *(ref.slot for ref in self._sealed.values())]
+        assert sorted(owned) == list(range(self.num_slots)), "a slot is owned twice or by nobody"
+        deadlines = [reservation.deadline_s for reservation in self._reserved.values()]
+        assert deadlines == sorted(deadlines), "reservations are out of order"
+
+    def _reserve(self, key: bytes, wanted: set[bytes], deadline_s: float) -> SlotRef:
+        if key in self._sealed:
+            return SlotRef(SEALED_ALREADY, 0)
+        slot = self._take_slot(wanted)
+        if slot is None:
+            return SlotRef(NO_SLOT, 0)
+        generation = self._next_generation
+        self._next_generation += 1
+        self._reserved[slot] = _Reservation(key, generation, deadline_s)
+        return SlotRef(slot, generation)
+
+    def _take_slot(self, wanted: set[bytes]) -> int | None:
+        if self._free:
+            return self._free.pop()
+        if not self._sealed:
+            return None
+        oldest = next(iter(self._sealed))
+        if oldest in wanted:  # reserve() made the wanted ones the most recent: nothing else is left
+            return None
+        return self._sealed.pop(oldest).slot
+
+    def _take_back_expired(self) -> None:
+        now_s = self._clock()
+        while self._reserved:
+            slot, reservation = next(iter(self._reserved.items()))
+            if reservation.deadline_s > now_s:
+                return
+            del self._reserved[slot]
+            self._free.append(slot)

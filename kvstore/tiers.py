@@ -1,0 +1,50 @@
+"""What a tier is: a place that keeps fragments of KV blocks and gives back verified copies of them.
+
+A tier may lose any fragment at any time. It never gives back bytes that differ from those that were put, and it never
+raises because its other end is away. Knows nothing of blocks, models or of which tier is asked first.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+RejectReason = Literal["checksum", "stale", "truncated", "layout"]
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """One block x a group of layers x one KV head, and its key from kvstore.names."""
+
+    key: bytes
+    payload: memoryview
+    """C-contiguous; may be a slice of a larger buffer. The tier is through with it when put() returns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A stored fragment that failed its verification; the tier has dropped it."""
+
+    reason: RejectReason
+    """checksum: other bytes; stale: the place holds another fragment now; truncated: bytes are missing; layout: not a
+    fragment of ours."""
+
+
+class Tier(Protocol):
+    """Thread-safe. Calls take a batch, so that a batch costs one round trip, not one per fragment."""
+
+    @property
+    def name(self) -> str:
+        """Short name for counters: "host", "redis", "memory"."""
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the tier answered when it was last asked. While it is down, puts give False and gets give None."""
+
+    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
+        """Keeps the fragments; one that is there already is not written again. True where the fragment is there now."""
+
+    def get(self, keys: Sequence[bytes]) -> list[memoryview | Rejected | None]:
+        """For each key a verified, private, writable copy of the payload; None when absent, Rejected when bad."""
+
+    def close(self) -> None:
+        """Gives up connections and threads; the tier is down from then on."""

@@ -1,0 +1,273 @@
+from switchyard.v1 import generation_pb2 as _generation_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class RequestRole(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REQUEST_ROLE_UNSPECIFIED: _ClassVar[RequestRole]
+    REQUEST_ROLE_MIXED: _ClassVar[RequestRole]
+    REQUEST_ROLE_PREFILL: _ClassVar[RequestRole]
+    REQUEST_ROLE_DECODE: _ClassVar[RequestRole]
+
+class WorkerRole(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    WORKER_ROLE_UNSPECIFIED: _ClassVar[WorkerRole]
+    WORKER_ROLE_MIXED: _ClassVar[WorkerRole]
+    WORKER_ROLE_PREFILL: _ClassVar[WorkerRole]
+    WORKER_ROLE_DECODE: _ClassVar[WorkerRole]
+
+class RequestOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REQUEST_OUTCOME_UNSPECIFIED: _ClassVar[RequestOutcome]
+    REQUEST_OUTCOME_STOP: _ClassVar[RequestOutcome]
+    REQUEST_OUTCOME_LENGTH: _ClassVar[RequestOutcome]
+    REQUEST_OUTCOME_CANCELLED: _ClassVar[RequestOutcome]
+    REQUEST_OUTCOME_PREFILLED: _ClassVar[RequestOutcome]
+    REQUEST_OUTCOME_FAILED: _ClassVar[RequestOutcome]
+REQUEST_ROLE_UNSPECIFIED: RequestRole
+REQUEST_ROLE_MIXED: RequestRole
+REQUEST_ROLE_PREFILL: RequestRole
+REQUEST_ROLE_DECODE: RequestRole
+WORKER_ROLE_UNSPECIFIED: WorkerRole
+WORKER_ROLE_MIXED: WorkerRole
+WORKER_ROLE_PREFILL: WorkerRole
+WORKER_ROLE_DECODE: WorkerRole
+REQUEST_OUTCOME_UNSPECIFIED: RequestOutcome
+REQUEST_OUTCOME_STOP: RequestOutcome
+REQUEST_OUTCOME_LENGTH: RequestOutcome
+REQUEST_OUTCOME_CANCELLED: RequestOutcome
+REQUEST_OUTCOME_PREFILLED: RequestOutcome
+REQUEST_OUTCOME_FAILED: RequestOutcome
+
+class ConnectRequest(_message.Message):
+    __slots__ = ("hello", "submit", "cancel", "credit", "ping")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    SUBMIT_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    CONTINUE_FIELD_NUMBER: _ClassVar[int]
+    CREDIT_FIELD_NUMBER: _ClassVar[int]
+    PING_FIELD_NUMBER: _ClassVar[int]
+    hello: RouterHello
+    submit: Submit
+    cancel: Cancel
+    credit: Credit
+    ping: Ping
+    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., **kwargs) -> None: ...
+
+class RouterHello(_message.Message):
+    __slots__ = ("router_id", "epoch")
+    ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    router_id: str
+    epoch: int
+    def __init__(self, router_id: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class Submit(_message.Message):
+    __slots__ = ("stream_id", "epoch", "role", "token_ids", "num_prompt_tokens", "sampling", "window_tokens", "deadline_s", "tenant_salt")
+    STREAM_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    TENANT_SALT_FIELD_NUMBER: _ClassVar[int]
+    stream_id: str
+    epoch: int
+    role: RequestRole
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    num_prompt_tokens: int
+    sampling: _generation_pb2.SamplingParams
+    window_tokens: int
+    deadline_s: float
+    tenant_salt: bytes
+    def __init__(self, stream_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[RequestRole, str]] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., window_tokens: _Optional[int] = ..., deadline_s: _Optional[float] = ..., tenant_salt: _Optional[bytes] = ...) -> None: ...
+
+class Cancel(_message.Message):
+    __slots__ = ("stream_id",)
+    STREAM_ID_FIELD_NUMBER: _ClassVar[int]
+    stream_id: str
+    def __init__(self, stream_id: _Optional[str] = ...) -> None: ...
+
+class Continue(_message.Message):
+    __slots__ = ("stream_id", "token_ids")
+    STREAM_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    stream_id: str
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, stream_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Credit(_message.Message):
+    __slots__ = ("stream_id", "num_tokens")
+    STREAM_ID_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    stream_id: str
+    num_tokens: int
+    def __init__(self, stream_id: _Optional[str] = ..., num_tokens: _Optional[int] = ...) -> None: ...
+
+class Ping(_message.Message):
+    __slots__ = ("nonce",)
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    nonce: int
+    def __init__(self, nonce: _Optional[int] = ...) -> None: ...
+
+class ConnectResponse(_message.Message):
+    __slots__ = ("hello", "tokens", "finished", "load", "pong")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    PONG_FIELD_NUMBER: _ClassVar[int]
+    hello: WorkerHello
+    tokens: TokenBatch
+    finished: RequestFinished
+    load: WorkerLoad
+    pong: Pong
+    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., tokens: _Optional[_Union[TokenBatch, _Mapping]] = ..., finished: _Optional[_Union[RequestFinished, _Mapping]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ...) -> None: ...
+
+class WorkerHello(_message.Message):
+    __slots__ = ("worker_id", "role", "model", "num_blocks", "block_size", "kv_fingerprint", "tensor_parallel_size", "pipeline_parallel_size")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    KV_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_PARALLEL_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PIPELINE_PARALLEL_SIZE_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    role: WorkerRole
+    model: _generation_pb2.ModelInfo
+    num_blocks: int
+    block_size: int
+    kv_fingerprint: bytes
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., model: _Optional[_Union[_generation_pb2.ModelInfo, _Mapping]] = ..., num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., kv_fingerprint: _Optional[bytes] = ..., tensor_parallel_size: _Optional[int] = ..., pipeline_parallel_size: _Optional[int] = ...) -> None: ...
+
+class TokenBatch(_message.Message):
+    __slots__ = ("stream_ids", "epochs", "stream_index", "positions", "token_ids")
+    STREAM_IDS_FIELD_NUMBER: _ClassVar[int]
+    EPOCHS_FIELD_NUMBER: _ClassVar[int]
+    STREAM_INDEX_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    stream_ids: _containers.RepeatedScalarFieldContainer[str]
+    epochs: _containers.RepeatedScalarFieldContainer[int]
+    stream_index: _containers.RepeatedScalarFieldContainer[int]
+    positions: _containers.RepeatedScalarFieldContainer[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, stream_ids: _Optional[_Iterable[str]] = ..., epochs: _Optional[_Iterable[int]] = ..., stream_index: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class RequestFinished(_message.Message):
+    __slots__ = ("stream_id", "epoch", "outcome", "error", "is_invalid_request", "num_cached_prompt_tokens", "num_computed_prompt_tokens", "num_transferred_blocks", "num_published_blocks")
+    STREAM_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    IS_INVALID_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    NUM_CACHED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_COMPUTED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TRANSFERRED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PUBLISHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    stream_id: str
+    epoch: int
+    outcome: RequestOutcome
+    error: str
+    is_invalid_request: bool
+    num_cached_prompt_tokens: int
+    num_computed_prompt_tokens: int
+    num_transferred_blocks: int
+    num_published_blocks: int
+    def __init__(self, stream_id: _Optional[str] = ..., epoch: _Optional[int] = ..., outcome: _Optional[_Union[RequestOutcome, str]] = ..., error: _Optional[str] = ..., is_invalid_request: bool = ..., num_cached_prompt_tokens: _Optional[int] = ..., num_computed_prompt_tokens: _Optional[int] = ..., num_transferred_blocks: _Optional[int] = ..., num_published_blocks: _Optional[int] = ...) -> None: ...
+
+class Pong(_message.Message):
+    __slots__ = ("nonce",)
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    nonce: int
+    def __init__(self, nonce: _Optional[int] = ...) -> None: ...
+
+class WorkerLoad(_message.Message):
+    __slots__ = ("num_running", "num_waiting", "num_waiting_for_kv", "num_free_blocks", "num_queued_tokens", "num_steps", "num_computed_prompt_tokens", "num_cached_prompt_tokens", "num_recomputed_prompt_tokens", "num_generated_tokens", "num_preemptions", "num_published_blocks", "num_transferred_blocks", "num_rejected_fragments", "pulled_bytes", "published_bytes", "tier_is_up")
+    class NumRejectedFragmentsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class PulledBytesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class PublishedBytesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class TierIsUpEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bool
+        def __init__(self, key: _Optional[str] = ..., value: bool = ...) -> None: ...
+    NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
+    NUM_WAITING_FOR_KV_FIELD_NUMBER: _ClassVar[int]
+    NUM_FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_COMPUTED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_CACHED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_RECOMPUTED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PUBLISHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TRANSFERRED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_REJECTED_FRAGMENTS_FIELD_NUMBER: _ClassVar[int]
+    PULLED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PUBLISHED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TIER_IS_UP_FIELD_NUMBER: _ClassVar[int]
+    num_running: int
+    num_waiting: int
+    num_waiting_for_kv: int
+    num_free_blocks: int
+    num_queued_tokens: int
+    num_steps: int
+    num_computed_prompt_tokens: int
+    num_cached_prompt_tokens: int
+    num_recomputed_prompt_tokens: int
+    num_generated_tokens: int
+    num_preemptions: int
+    num_published_blocks: int
+    num_transferred_blocks: int
+    num_rejected_fragments: _containers.ScalarMap[str, int]
+    pulled_bytes: _containers.ScalarMap[str, int]
+    published_bytes: _containers.ScalarMap[str, int]
+    tier_is_up: _containers.ScalarMap[str, bool]
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_for_kv: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_queued_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_computed_prompt_tokens: _Optional[int] = ..., num_cached_prompt_tokens: _Optional[int] = ..., num_recomputed_prompt_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_published_blocks: _Optional[int] = ..., num_transferred_blocks: _Optional[int] = ..., num_rejected_fragments: _Optional[_Mapping[str, int]] = ..., pulled_bytes: _Optional[_Mapping[str, int]] = ..., published_bytes: _Optional[_Mapping[str, int]] = ..., tier_is_up: _Optional[_Mapping[str, bool]] = ...) -> None: ...
+
+class GetLoadRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetLoadResponse(_message.Message):
+    __slots__ = ("worker", "load")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    worker: WorkerHello
+    load: WorkerLoad
+    def __init__(self, worker: _Optional[_Union[WorkerHello, _Mapping]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ...) -> None: ...

@@ -1,0 +1,152 @@
+"""One router process, put together: reads the model's files, finds workers, opens both faces, stops gracefully.
+
+Knows every part by its constructor and none by its inside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvstore.connect import open_directory
+from kvstore.directory import Directory
+from router.config import RouterSpec
+from router.dispatch import Dispatcher
+from router.errors import ConfigError, StartupError
+from router.fleet import Fleet
+from router.generation import Generation
+from router.grpc_face import GrpcFace
+from router.http_face import HttpFace, HttpParts
+from router.link import LinkOptions, end_task
+from router.membership import Membership
+from router.metrics import Metrics
+from router.model_files import ModelFiles
+from router.policy import POLICIES, Rates
+from router.readiness import Readiness, readiness
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where a router listens."""
+
+    grpc_address: str
+    http_address: str
+
+
+class Router:
+    """start(), then stop(). Everything runs in the event loop of start()."""
+
+    def __init__(self, spec: RouterSpec) -> None:
+        config = spec.config
+        if config.policy not in POLICIES:
+            raise ConfigError(f"router.policy: {config.policy!r} is not one of {', '.join(POLICIES)}")
+        self._spec = spec
+        files = ModelFiles.load(spec.model_dir, spec.model_name)
+        self._metrics = Metrics()
+        rates = Rates(config.prefill_ms_per_token, config.decode_ms_per_step, config.transfer_ms_per_block)
+        fleet = Fleet(POLICIES[config.policy], rates)
+        self._dispatcher = Dispatcher(fleet, config, time.monotonic, self._metrics)
+        self._generation = Generation(files, config, self._dispatcher, self._metrics)
+        self._membership: Membership | None = None
+        self._metrics.watch(
+            self._dispatcher,
+            lambda: self._generation.admission.num_inflight,
+            lambda: self._directory_is_up,
+        )
+        self._grpc = GrpcFace(self._generation, config.max_message_bytes)
+        self._http = HttpFace(HttpParts(self._generation, self._metrics, self.readiness, config.max_message_bytes))
+        self._changed = asyncio.Event()
+        self._dispatcher.on_fleet_change = self._changed.set
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def readiness(self) -> Readiness:
+        """Whether it can serve, and what is missing."""
+        return readiness(
+            self._generation.files.name,
+            self._dispatcher,
+            self._directory_is_up,
+            self._generation.admission.is_stopping,
+        )
+
+    @property
+    def _directory_is_up(self) -> bool:
+        return self._membership is not None and self._membership.directory_is_up
+
+    async def start(self, directory: Callable[[], Directory]) -> Addresses:
+        """Listen, then open the directory and look for workers. Raises StartupError, and then holds nothing."""
+        try:
+            http_address = self._http.bind(self._spec.http_host, self._spec.http_port)
+            grpc_address = await self._grpc.start(self._spec.grpc_host, self._spec.grpc_port)
+            self._membership = self._join(directory())
+        except StartupError:
+            self._http.close()
+            await self._grpc.stop(0)
+            raise
+        self._tasks = [
+            asyncio.create_task(self._membership.run(), name="membership"),
+            asyncio.create_task(self._http.serve(self._spec.config.drain_s), name="http"),
+            asyncio.create_task(self._tell_health(), name="health"),
+        ]
+        return Addresses(grpc_address, http_address)
+
+    async def stop(self) -> None:
+        """Refuse what is new, give running streams drain_s to end, then cancel them and let go of everything."""
+        self._generation.admission.is_stopping = True
+        self._changed.set()
+        self._http.stop()
+        membership, http, health = self._tasks
+        await asyncio.gather(self._grpc.stop(self._spec.config.drain_s), http)
+        for task in (health, membership):
+            await end_task(task)
+        self._generation.close()
+
+    def _join(self, directory: Directory) -> Membership:
+        config, vocab_size = self._spec.config, self._generation.files.vocab_size
+        options = LinkOptions(
+            self._spec.router_id, _epochs(), vocab_size, config.worker_silence_s, config.max_message_bytes
+        )
+        return Membership(directory, self._dispatcher.fleet, self._dispatcher, options, config.directory_poll_s)
+
+    async def _tell_health(self) -> None:
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            await self._grpc.set_serving(self.readiness().is_ready)
+
+
+async def run(spec: RouterSpec, announce: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or SIGINT. Says where it listens as one line of JSON."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    with contextlib.ExitStack() as at_end:
+
+        def directory() -> Directory:
+            try:
+                return at_end.enter_context(contextlib.closing(open_directory(spec.control)))
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
+
+        router = Router(spec)
+        addresses = await router.start(directory)
+        announce(json.dumps({"grpc_address": addresses.grpc_address, "http_address": addresses.http_address}))
+        await stop.wait()
+        await router.stop()
+
+
+def _epochs() -> Callable[[], int]:
+    # A restarted router keeps its id, so its epochs must go on from where they were: the wall clock does.
+    last = 0
+
+    def next_epoch() -> int:
+        nonlocal last
+        last = max(last + 1, time.time_ns() // 1_000_000)
+        return last
+
+    return next_epoch

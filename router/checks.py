@@ -1,0 +1,68 @@
+"""What a request must be before anything is done for it. Every refusal names the field. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from router.errors import InvalidRequest
+from router.events import SamplingOptions
+
+MAX_STOP_TEXTS = 16
+MAX_STOP_CHARACTERS = 1024
+_LARGEST_FLOAT32 = 3.4028234663852886e38  # what the wire carries
+
+
+def check_sampling(sampling: SamplingOptions, vocab_size: int) -> None:
+    """Raise InvalidRequest for the first field that cannot be meant."""
+    if not (math.isfinite(sampling.temperature) and 0 <= sampling.temperature <= _LARGEST_FLOAT32):
+        raise _invalid("temperature", f"must be finite and >= 0, not {sampling.temperature}")
+    if not 0 < sampling.top_p <= 1:
+        raise _invalid("top_p", f"must be in (0, 1], not {sampling.top_p}")
+    if not 0 <= sampling.top_k < 2**32:
+        raise _invalid("top_k", f"must be >= 0 (0 means no limit), not {sampling.top_k}")
+    if sampling.max_tokens is not None and not 0 < sampling.max_tokens < 2**63:
+        raise _invalid("max_tokens", f"must be > 0, not {sampling.max_tokens}")
+    if sampling.seed is not None and not 0 <= sampling.seed < 2**64:
+        raise _invalid("seed", f"must be in [0, 2^64), not {sampling.seed}")
+    _check_stop(sampling.stop)
+    check_token_ids("stop_token_ids", sampling.stop_token_ids, vocab_size)
+
+
+def check_token_ids(param: str, token_ids: Sequence[int], vocab_size: int) -> None:
+    """Raise InvalidRequest for the first id outside the vocabulary."""
+    if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+        index, bad = next((i, t) for i, t in enumerate(token_ids) if not 0 <= t < vocab_size)
+        raise _invalid(param, f"id {bad} at index {index} is outside the vocabulary [0, {vocab_size})")
+
+
+def check_prompt(num_tokens: int, context_tokens: int) -> None:
+    """Raise InvalidRequest unless the prompt leaves room for one token of output."""
+    if num_tokens == 0:
+        raise _invalid("prompt", "must not be empty")
+    if num_tokens >= context_tokens:
+        room = f"the context of {context_tokens} tokens leaves no room for output"
+        raise _invalid("prompt", f"has {num_tokens} tokens, {room}")
+
+
+def check_text(param: str, text: str) -> int:
+    """The text's length in UTF-8 bytes. Raise InvalidRequest when it is empty or no Unicode text."""
+    if not text:
+        raise _invalid(param, "must not be empty")
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError:
+        raise _invalid(param, "is not valid Unicode (it has a lone surrogate)") from None
+
+
+def _check_stop(stop: Sequence[str]) -> None:
+    if len(stop) > MAX_STOP_TEXTS:
+        raise _invalid("stop", f"at most {MAX_STOP_TEXTS} stop texts, not {len(stop)}")
+    for text in stop:
+        check_text("stop", text)
+        if len(text) > MAX_STOP_CHARACTERS:
+            raise _invalid("stop", f"a stop text has at most {MAX_STOP_CHARACTERS} characters, not {len(text)}")
+
+
+def _invalid(param: str, complaint: str) -> InvalidRequest:
+    return InvalidRequest(f"{param}: {complaint}", param=param)

@@ -1,0 +1,108 @@
+"""Everything that the router refuses or fails, by name. Each edge (gRPC, HTTP, process exit) maps these once.
+
+RouterError
+ +- InvalidRequest          the client's fault; `param` names the field
+ |   +- UnknownModel        the model is not served here
+ |   +- PromptTooLarge      more bytes than the router looks at
+ +- Overloaded              admission is full; `retry_after_s` says when to come back
+ +- Unavailable             nobody can serve this now
+ |   +- NoWorker            no suitable worker lives, and none came in time
+ |   +- WorkersLost         placed anew as often as allowed, and lost each time
+ |   +- Stopping            this router is going down
+ +- DeadlineExceeded        the time of the request is over
+ +- Cancelled               the client went away
+StartupError                the process cannot start: exit code 2
+ +- ConfigError             a bad spec or config; the message names the path of the key
+ +- PortInUse               somebody else listens there
+ +- ModelFilesError         the model directory lacks what a router needs
+"""
+
+from __future__ import annotations
+
+
+class RouterError(Exception):
+    """A request ends with this instead of a completion. The message is one line."""
+
+    code = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+
+class InvalidRequest(RouterError):
+    """A field of the request is wrong; sending it again will not help."""
+
+    code = "invalid_request"
+
+
+class UnknownModel(InvalidRequest):
+    """The named model is not served here."""
+
+    code = "model_not_found"
+
+
+class PromptTooLarge(InvalidRequest):
+    """The prompt has more bytes than the router is willing to encode."""
+
+    code = "prompt_too_large"
+
+
+class Overloaded(RouterError):
+    """Too much is in flight; `retry_after_s` is set."""
+
+    code = "overloaded"
+
+
+class Unavailable(RouterError):
+    """Nobody can serve this request now."""
+
+    code = "unavailable"
+
+
+class NoWorker(Unavailable):
+    """No suitable worker lives, and none came back in time."""
+
+    code = "no_worker"
+
+
+class WorkersLost(Unavailable):
+    """The stream lost its workers more often than it may be placed anew."""
+
+    code = "workers_lost"
+
+
+class Stopping(Unavailable):
+    """This router is going down."""
+
+    code = "stopping"
+
+
+class DeadlineExceeded(RouterError):
+    """The time that the client or the router set is over."""
+
+    code = "deadline_exceeded"
+
+
+class Cancelled(RouterError):
+    """The client cancelled or went away."""
+
+    code = "cancelled"
+
+
+class StartupError(Exception):
+    """The process cannot start; the message is one line for stderr."""
+
+
+class ConfigError(StartupError):
+    """A value of the configuration is wrong; the message starts with its path."""
+
+
+class PortInUse(StartupError):
+    """The port that the router was told to listen on is taken."""
+
+
+class ModelFilesError(StartupError):
+    """The model directory lacks what the router needs of it."""

@@ -1,0 +1,87 @@
+"""What a request is once its face has been taken off, and what comes back: the nouns that all faces share.
+
+Plain data. Knows neither protobuf nor JSON.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """How tokens are chosen and when the stream ends; None means that the client left it open."""
+
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 means no limit
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One prompt and how to continue it, not yet checked."""
+
+    prompt: str | tuple[int, ...]
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    model: str = ""  # empty means the only model served
+    add_special_tokens: bool = True  # a chat template writes its own
+    deadline_s: float | None = None  # seconds from now
+
+
+class FinishReason(enum.Enum):
+    """Why a stream ended well."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStats:
+    """What one request cost, and where it ran; fields as in the RequestStats message."""
+
+    ttft_s: float = 0.0
+    duration_s: float = 0.0
+    num_cached_prompt_tokens: int = 0
+    num_computed_prompt_tokens: int = 0
+    num_recomputed_prompt_tokens: int = 0
+    num_transferred_blocks: int = 0
+    prefill_worker_id: str = ""
+    decode_worker_id: str = ""
+    num_replacements: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """Always first: the stream was admitted and placed."""
+
+    stream_id: str
+    model: str
+    num_prompt_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Newly committed tokens and the text that they completed."""
+
+    first_position: int
+    ids: tuple[int, ...]
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Always last."""
+
+    reason: FinishReason
+    num_output_tokens: int
+    stats: RequestStats
+
+
+Event = Started | Tokens | Finished

@@ -1,0 +1,242 @@
+"""One request from the client's words to the stream's events: check, admit, encode, dispatch, decode, count.
+
+What both faces call. Every request that comes in here is counted once, with exactly one outcome. Knows nothing of
+protobuf or HTTP, nor where a stream runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import secrets
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+from router.admission import Admission
+from router.chat import ChatTemplate
+from router.checks import check_prompt, check_sampling, check_text, check_token_ids
+from router.config import RouterConfig
+from router.dispatch import Dispatcher, TokenRequest
+from router.errors import InvalidRequest, Overloaded, PromptTooLarge, RouterError, Stopping, UnknownModel
+from router.events import Event, Finished, FinishReason, GenerationRequest, RequestStats, Started, Tokens
+from router.fleet import BlockNames, KvLayout, name_blocks
+from router.model_files import ModelFiles
+from router.text import StopTexts, TextCodec
+
+log = logging.getLogger(__name__)
+
+_INLINE_BYTES = 16 * 1024  # shorter prompts are encoded at once, longer ones in a thread
+_ENCODE_THREADS = 2
+
+
+@dataclass(slots=True)
+class Account:
+    """What is known of a request when it has ended."""
+
+    outcome: str = "internal_error"  # a FinishReason's value or a RouterError's code
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    stats: RequestStats = dataclasses.field(default_factory=RequestStats)
+
+
+class RequestObserver(Protocol):
+    """Who counts."""
+
+    def ended(self, account: Account) -> None: ...
+
+    def gave_tokens(self, num_tokens: int) -> None: ...
+
+
+class Generation:
+    """The service behind the faces."""
+
+    def __init__(
+        self, files: ModelFiles, config: RouterConfig, dispatcher: Dispatcher, observer: RequestObserver
+    ) -> None:
+        self.files = files
+        self.admission = Admission(config.max_inflight_requests, config.max_prompt_bytes)
+        self._codec = TextCodec(files.tokenizer_json)
+        self._chat = ChatTemplate(files.chat_template, files.special_tokens) if files.chat_template else None
+        self._config = config
+        self._dispatcher = dispatcher
+        self._observer = observer
+        self._threads = ThreadPoolExecutor(_ENCODE_THREADS, thread_name_prefix="encode")
+
+    @property
+    def context_tokens(self) -> int:
+        """Most tokens of prompt and completion together: the model's limit, or a lower one of a worker."""
+        limit = self._dispatcher.fleet.context_tokens
+        return self.files.context_tokens if limit is None else min(limit, self.files.context_tokens)
+
+    def check_model(self, name: str) -> None:
+        """Raise UnknownModel unless that name (or an empty one) means the model served here."""
+        if name not in ("", self.files.name):
+            raise UnknownModel(f"model: {name!r} is not served here; {self.files.name!r} is", param="model")
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The prompt that the model's chat template makes of these messages."""
+        if self._chat is None:
+            raise InvalidRequest(f"messages: model {self.files.name!r} has no chat template", param="messages")
+        return self._chat.render(messages)
+
+    async def tokenize(self, model: str, text: str) -> Sequence[int]:
+        """Ids of a text, as a prompt would be encoded."""
+        self.check_model(model)
+        with self._admitted(check_text("text", text)):
+            return (await self._encode(text, True, frozenset()))[0]
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """Started, then Tokens, then Finished; or a RouterError. To be closed by whoever stops reading early."""
+        with self._accounted() as account, self._admitted(self._check(request)):
+            order = await self._order(request)
+            account.num_prompt_tokens = len(order.token_ids)
+            live = self._dispatcher.open(order)
+            try:
+                await live.start()
+                assert order.sampling.seed is not None, "the seed is set before a stream is opened"
+                yield Started(order.stream_id, self.files.name, account.num_prompt_tokens, order.sampling.seed)
+                text = _TextOut(self._codec, order.sampling.stop)
+                while ids := await live.next():
+                    tokens = text.push(account.num_output_tokens, ids)
+                    account.num_output_tokens += len(tokens.ids)
+                    self._observer.gave_tokens(len(tokens.ids))
+                    yield tokens
+                    if text.is_stopped:
+                        live.finish()
+                        break
+                if rest := text.finish():
+                    yield Tokens(account.num_output_tokens, (), rest)
+                reason = FinishReason.STOP if text.is_stopped else live.reason
+                account.outcome = reason.value
+                yield Finished(reason, account.num_output_tokens, live.stats())
+            finally:
+                live.close()
+                account.stats = live.stats()
+
+    def close(self) -> None:
+        """Give up the threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def check(self, requests: Sequence[GenerationRequest]) -> None:
+        """Raise for the first of several that cannot be meant, before any of them begins; counted as one refusal."""
+        try:
+            for request in requests:
+                self._check(request)
+        except RouterError as error:
+            self._observer.ended(Account(outcome=error.code))
+            raise
+
+    # -- steps
+
+    def _check(self, request: GenerationRequest) -> int:
+        """All that can be said before encoding; the prompt's size in bytes."""
+        self.check_model(request.model)
+        check_sampling(request.sampling, self.files.vocab_size)
+        if isinstance(request.prompt, str):
+            return check_text("prompt", request.prompt)
+        check_prompt(len(request.prompt), self.context_tokens)
+        check_token_ids("prompt", request.prompt, self.files.vocab_size)
+        return 4 * len(request.prompt)
+
+    async def _order(self, request: GenerationRequest) -> TokenRequest:
+        arrived_s = self._dispatcher.clock()
+        context_tokens = self.context_tokens
+        layouts = self._dispatcher.fleet.layouts
+        if isinstance(request.prompt, str):
+            check_prompt(max(1, self._codec.min_tokens(len(request.prompt.encode()))), context_tokens)
+            token_ids, names = await self._encode(request.prompt, request.add_special_tokens, layouts)
+        else:
+            token_ids, names = request.prompt, name_blocks(layouts, request.prompt)
+        check_prompt(len(token_ids), context_tokens)
+        check_token_ids("prompt", token_ids, self.files.vocab_size)
+        room = context_tokens - len(token_ids)
+        sampling = request.sampling
+        seed = secrets.randbits(53) if sampling.seed is None else sampling.seed  # 53: exact in any JSON reader
+        return TokenRequest(
+            stream_id=secrets.token_hex(12),
+            token_ids=token_ids,
+            sampling=dataclasses.replace(sampling, seed=seed, max_tokens=min(sampling.max_tokens or room, room)),
+            names=names,
+            arrived_s=arrived_s,
+            deadline_s=self._deadline_s(request, arrived_s),
+        )
+
+    def _deadline_s(self, request: GenerationRequest, now_s: float) -> float | None:
+        limits = [request.deadline_s, self._config.request_timeout_s or None]
+        set_limits = [limit for limit in limits if limit is not None]
+        return now_s + min(set_limits) if set_limits else None
+
+    async def _encode(
+        self, text: str, add_special_tokens: bool, layouts: frozenset[KvLayout]
+    ) -> tuple[Sequence[int], BlockNames]:
+        def encode() -> tuple[Sequence[int], BlockNames]:
+            ids = self._codec.encode(text, add_special_tokens)
+            return ids, name_blocks(layouts, ids)
+
+        if len(text) < _INLINE_BYTES // 4:
+            return encode()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
+
+    # -- bookkeeping
+
+    @contextlib.contextmanager
+    def _admitted(self, num_prompt_bytes: int) -> Iterator[None]:
+        refusal = self.admission.admit(num_prompt_bytes)
+        if refusal is not None:
+            if refusal.reason == "prompt_bytes":
+                raise PromptTooLarge(f"prompt: {refusal.message}", param="prompt")
+            kind = Stopping if refusal.reason == "stopping" else Overloaded
+            raise kind(refusal.message, retry_after_s=refusal.retry_after_s)
+        since_s = self._dispatcher.clock()
+        try:
+            yield
+        finally:
+            self.admission.leave(self._dispatcher.clock() - since_s)
+
+    @contextlib.contextmanager
+    def _accounted(self) -> Iterator[Account]:
+        account = Account()
+        try:
+            yield account
+        except RouterError as error:
+            account.outcome = error.code
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            # A reader that stops after Finished has all it came for.
+            account.outcome = "cancelled" if account.outcome == "internal_error" else account.outcome
+            raise
+        finally:
+            self._observer.ended(account)
+
+
+class _TextOut:
+    """The text side of one stream: ids in, Tokens out, until a stop text shows up."""
+
+    def __init__(self, codec: TextCodec, stops: Sequence[str]) -> None:
+        self._detokenizer = codec.detokenizer()
+        self._stops = StopTexts(stops) if stops else None
+
+    @property
+    def is_stopped(self) -> bool:
+        return self._stops is not None and self._stops.is_hit
+
+    def push(self, first_position: int, ids: Sequence[int]) -> Tokens:
+        """The ids up to the one that completed a stop text, and the text that may be shown."""
+        if self._stops is None:
+            return Tokens(first_position, tuple(ids), self._detokenizer.push(ids))
+        text = ""
+        for count, token_id in enumerate(ids, start=1):
+            text += self._stops.push(self._detokenizer.push((token_id,)))
+            if self._stops.is_hit:
+                return Tokens(first_position, tuple(ids[:count]), text)
+        return Tokens(first_position, tuple(ids), text)
+
+    def finish(self) -> str:
+        rest = self._detokenizer.finish()
+        if self._stops is None:
+            return rest
+        return self._stops.push(rest) + self._stops.finish()

@@ -1,0 +1,210 @@
+"""The HTTP face: OpenAI's completions and chat, metrics, health. Maps errors to statuses, once, here.
+
+Knows HTTP; knows nothing of how a request is served.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from router import errors
+from router.errors import InvalidRequest, PortInUse, PromptTooLarge, RouterError
+from router.events import GenerationRequest
+from router.generation import Generation
+from router.metrics import Metrics
+from router.openai_answer import AnswerStyle, OpenAiAnswer, error_body
+from router.openai_schema import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, parse
+from router.readiness import Readiness
+
+# The most specific entry wins.
+STATUS_OF: dict[type[RouterError], int] = {
+    errors.InvalidRequest: 400,
+    errors.UnknownModel: 404,
+    errors.PromptTooLarge: 413,
+    errors.Overloaded: 429,
+    errors.Unavailable: 503,
+    errors.DeadlineExceeded: 504,
+    errors.Cancelled: 499,
+    errors.RouterError: 500,
+}
+_DRAINED_BODY_FACTOR = 4  # of a body that is too large this much is read, so that the client gets to see the answer
+
+
+@dataclass(frozen=True, slots=True)
+class HttpParts:
+    """What the face shows."""
+
+    generation: Generation
+    metrics: Metrics
+    readiness: Callable[[], Readiness]
+    max_body_bytes: int
+
+
+class HttpFace:
+    """The listening HTTP server of one router."""
+
+    def __init__(self, parts: HttpParts) -> None:
+        self._app = make_app(parts)
+        self._server: _Server | None = None
+        self._socket: socket.socket | None = None
+
+    def bind(self, host: str, port: int) -> str:
+        """Take the port; the address. Raises PortInUse."""
+        try:
+            self._socket = socket.create_server((host, port), backlog=1024)
+        except OSError as error:
+            raise PortInUse(f"HTTP port {port} on {host} is in use or cannot be bound ({error.strerror})") from None
+        return f"{host}:{self._socket.getsockname()[1]}"
+
+    async def serve(self, drain_s: float) -> None:
+        """Answer until stop(); then running answers have drain_s to end."""
+        assert self._socket is not None, "bind() comes first"
+        config = uvicorn.Config(
+            self._app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            timeout_graceful_shutdown=max(1, math.ceil(drain_s)),
+        )
+        self._server = _Server(config)
+        await self._server.serve(sockets=[self._socket])
+
+    def close(self) -> None:
+        """Let go of a port that is bound and was never served."""
+        if self._socket is not None:
+            self._socket.close()
+
+    def stop(self) -> None:
+        """Refuse new connections and let serve() end."""
+        if self._server is not None:
+            self._server.should_exit = True
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # signals are the process's, not this face's
+
+
+def make_app(parts: HttpParts) -> Starlette:
+    """The ASGI application."""
+    endpoints = _Endpoints(parts)
+    return Starlette(
+        routes=[
+            Route("/v1/completions", endpoints.completions, methods=["POST"]),
+            Route("/v1/chat/completions", endpoints.chat_completions, methods=["POST"]),
+            Route("/v1/models", endpoints.models),
+            Route("/v1/models/{name:path}", endpoints.model),
+            Route("/metrics", endpoints.metrics),
+            Route("/healthz", endpoints.healthz),
+            Route("/readyz", endpoints.readyz),
+        ],
+        exception_handlers={RouterError: _on_router_error, HTTPException: _on_http_error, Exception: _on_failure},
+    )
+
+
+class _Endpoints:
+    def __init__(self, parts: HttpParts) -> None:
+        self._parts = parts
+        self._generation = parts.generation
+
+    async def completions(self, request: Request) -> Response:
+        body = parse(CompletionRequest, await _read_json(request, self._parts.max_body_bytes))
+        self._generation.check_model(body.model)
+        sampling = body.sampling(DEFAULT_COMPLETION_TOKENS)
+        requests = [GenerationRequest(prompt, sampling, body.model) for prompt in body.prompts()]
+        if len(requests) > 1:
+            self._generation.check(requests)
+        style = AnswerStyle(False, bool(body.stream), body.has_usage_chunk, body.return_token_ids, body.model)
+        return OpenAiAnswer([self._generation.stream(one) for one in requests], style)
+
+    async def chat_completions(self, request: Request) -> Response:
+        body = parse(ChatRequest, await _read_json(request, self._parts.max_body_bytes))
+        self._generation.check_model(body.model)
+        prompt = self._generation.render_chat([message.plain() for message in body.messages])
+        sampling = body.sampling(None)
+        order = GenerationRequest(prompt, sampling, body.model, add_special_tokens=False)
+        style = AnswerStyle(True, bool(body.stream), body.has_usage_chunk, body.return_token_ids, body.model)
+        return OpenAiAnswer([self._generation.stream(order)], style)
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._model_card()]})
+
+    async def model(self, request: Request) -> Response:
+        self._generation.check_model(request.path_params["name"])
+        return JSONResponse(self._model_card())
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self._parts.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def healthz(self, request: Request) -> Response:
+        return PlainTextResponse("ok\n")
+
+    async def readyz(self, request: Request) -> Response:
+        state = self._parts.readiness()
+        return JSONResponse(asdict(state), status_code=200 if state.is_ready else 503)
+
+    def _model_card(self) -> dict[str, object]:
+        files = self._generation.files
+        return {
+            "id": files.name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "switchyard",
+            "max_model_len": self._generation.context_tokens,
+        }
+
+
+async def _read_json(request: Request, max_bytes: int) -> object:
+    """The body as JSON. Raises InvalidRequest or PromptTooLarge."""
+    chunks: list[bytes] = []
+    num_bytes = 0
+    try:
+        async for chunk in request.stream():
+            num_bytes += len(chunk)
+            if num_bytes <= max_bytes:
+                chunks.append(chunk)
+            elif num_bytes > _DRAINED_BODY_FACTOR * max_bytes:
+                break
+    except ClientDisconnect:
+        raise errors.Cancelled("the client went away while sending its request") from None
+    if num_bytes > max_bytes:
+        raise PromptTooLarge(f"request body: more than the {max_bytes} bytes this router accepts")
+    try:
+        return json.loads(b"".join(chunks).decode())
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"request body: not valid UTF-8 at byte {error.start}") from None
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"request body: not valid JSON ({error})") from None
+
+
+async def _on_router_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RouterError), "registered for RouterError"
+    status = next(STATUS_OF[kind] for kind in type(error).__mro__ if kind in STATUS_OF)
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+    return JSONResponse(error_body(error), status_code=status, headers=headers)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException), "registered for HTTPException"
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return JSONResponse(error_body(InvalidRequest(message)), status_code=error.status_code, headers=error.headers)
+
+
+async def _on_failure(request: Request, error: Exception) -> Response:
+    return JSONResponse(error_body(RouterError(f"internal error: {type(error).__name__}")), status_code=500)

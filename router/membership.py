@@ -1,0 +1,88 @@
+"""Who is in the cluster: polls the directory in a thread and keeps one link per worker that has a lease.
+
+A worker that loses its lease gets nothing new but keeps its connection while streams run over it. A worker whose
+connection breaks is out at once, whatever the directory says. While the directory is away nothing changes: known
+workers stay. Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from kvstore.directory import Directory, DirectoryUnavailable, LeasedWorker
+from router.fleet import Fleet
+from router.link import LinkEvents, LinkOptions, WorkerLink, end_task
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class _Member:
+    link: WorkerLink
+    task: asyncio.Task[None]
+
+
+class Membership:
+    """The links of one router, kept in step with the directory."""
+
+    def __init__(
+        self, directory: Directory, fleet: Fleet, events: LinkEvents, options: LinkOptions, poll_s: float
+    ) -> None:
+        self._directory = directory
+        self._fleet = fleet
+        self._events = events
+        self._options = options
+        self._poll_s = poll_s
+        self._members: dict[str, _Member] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="directory")
+        self.directory_is_up = True  # until a poll shows otherwise
+        self.on_change: Callable[[], None] = lambda: None
+
+    async def run(self) -> None:
+        """Poll until cancelled; then all links are closed."""
+        try:
+            while True:
+                await self._poll()
+                await asyncio.sleep(self._poll_s)
+        finally:
+            await asyncio.gather(*(end_task(member.task) for member in self._members.values()))
+            self._members.clear()
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _poll(self) -> None:
+        try:
+            leased = await asyncio.get_running_loop().run_in_executor(self._thread, self._directory.workers)
+        except DirectoryUnavailable as error:
+            if self.directory_is_up:
+                log.warning("the directory is away, the known workers stay: %s", error)
+            self._set_directory(is_up=False)
+            return
+        self._set_directory(is_up=True)
+        self._follow(leased)
+
+    def _set_directory(self, is_up: bool) -> None:
+        if is_up != self.directory_is_up:
+            self.directory_is_up = is_up
+            self.on_change()
+
+    def _follow(self, leased: Sequence[LeasedWorker]) -> None:
+        records = {entry.record.worker_id: entry.record for entry in leased}
+        for worker_id, member in list(self._members.items()):
+            record = records.get(worker_id)
+            is_wanted = record is not None and record.address == member.link.address
+            member.link.stays = is_wanted
+            self._fleet.retire(worker_id, not is_wanted)
+            if member.task.done():
+                if not member.task.cancelled() and (error := member.task.exception()) is not None:
+                    log.error("the link to worker %s failed and is made anew", worker_id, exc_info=error)
+                del self._members[worker_id]
+            elif not is_wanted and member.link.num_streams == 0:
+                member.task.cancel()
+        for worker_id, record in records.items():
+            if worker_id not in self._members:
+                link = WorkerLink(worker_id, record.address, record.pool, self._options, self._events)
+                self._members[worker_id] = _Member(link, asyncio.create_task(link.run(), name=f"link {worker_id}"))

@@ -1,0 +1,250 @@
+"""OpenAI's answers: one JSON body, or a stream of server-sent chunks, from the events of one or several streams.
+
+Watches for a client that goes away, and stops everything at once. Knows the shape of the answers and ASGI; knows
+nothing of how requests are checked or served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from router.errors import RouterError
+from router.events import Event, Finished, Started, Tokens
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerStyle:
+    """What the client asked for, beyond the tokens."""
+
+    is_chat: bool
+    is_stream: bool
+    has_usage_chunk: bool
+    has_token_ids: bool
+    model: str
+
+
+@dataclass(slots=True)
+class _Choice:
+    """What came of one prompt so far."""
+
+    started: Started | None = None
+    text: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    finished: Finished | None = None
+
+
+class OpenAiAnswer(Response):
+    """Runs the streams and answers, in the style asked for. A RouterError before the first byte is the caller's."""
+
+    def __init__(self, streams: Sequence[AsyncGenerator[Event, None]], style: AnswerStyle) -> None:
+        super().__init__()
+        self._streams = streams
+        self._style = style
+        self._choices = [_Choice() for _ in streams]
+        self._created = int(time.time())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        work = self._send_chunks(send) if self._style.is_stream else self._send_body(scope, receive, send)
+        await _until_disconnect(work, receive)
+
+    # -- one body
+
+    async def _send_body(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with contextlib.aclosing(_interleave(self._streams)) as events:
+            async for index, event in events:
+                self._note(index, event)
+        body = self._envelope("chat.completion" if self._style.is_chat else "text_completion")
+        body["choices"] = [self._whole_choice(index, choice) for index, choice in enumerate(self._choices)]
+        body |= self._usage()
+        await JSONResponse(body)(scope, receive, send)
+
+    def _whole_choice(self, index: int, choice: _Choice) -> Json:
+        assert choice.finished is not None, "a stream ended without Finished"
+        text = "".join(choice.text)
+        shown = {"message": {"role": "assistant", "content": text}} if self._style.is_chat else {"text": text}
+        ids = {"token_ids": choice.token_ids} if self._style.has_token_ids else {}
+        return {"index": index, **shown, "logprobs": None, "finish_reason": choice.finished.reason.value, **ids}
+
+    # -- chunks
+
+    async def _send_chunks(self, send: Send) -> None:
+        is_open = False
+        async with contextlib.aclosing(_interleave(self._streams)) as events:
+            try:
+                async for index, event in events:
+                    self._note(index, event)
+                    if any(choice.started is None for choice in self._choices):
+                        continue  # a status can still be chosen: until all streams have started, nothing is sent
+                    if not is_open:
+                        await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
+                        is_open = True
+                    for chunk in self._chunks(index, event):
+                        await _send_data(send, chunk)
+            except RouterError as error:
+                if not is_open:
+                    raise
+                await _send_data(send, error_body(error))
+            else:
+                if self._style.has_usage_chunk:
+                    await _send_data(send, {**self._chunk([]), **self._usage()})
+                await _send_raw(send, b"data: [DONE]\n\n")
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _chunks(self, index: int, event: Event) -> Sequence[Json]:
+        if isinstance(event, Started):
+            return [self._delta(index, {"role": "assistant", "content": ""}, None)] if self._style.is_chat else []
+        if isinstance(event, Finished):
+            return [self._delta(index, {} if self._style.is_chat else "", event.reason.value)]
+        if not event.text and not self._style.has_token_ids:
+            return []
+        shown = {"content": event.text} if self._style.is_chat else event.text
+        return [self._delta(index, shown, None, event.ids)]
+
+    def _delta(self, index: int, shown: Json | str, reason: str | None, ids: Sequence[int] = ()) -> Json:
+        key = "delta" if self._style.is_chat else "text"
+        choice: Json = {"index": index, key: shown, "logprobs": None, "finish_reason": reason}
+        if self._style.has_token_ids:
+            choice["token_ids"] = list(ids)
+        return self._chunk([choice])
+
+    def _chunk(self, choices: Sequence[Json]) -> Json:
+        kind = "chat.completion.chunk" if self._style.is_chat else "text_completion"
+        chunk = {**self._envelope(kind), "choices": list(choices)}
+        if self._style.has_usage_chunk:
+            chunk["usage"] = None
+        return chunk
+
+    # -- both
+
+    def _note(self, index: int, event: Event) -> None:
+        choice = self._choices[index]
+        if isinstance(event, Tokens):
+            if not self._style.is_stream:
+                choice.text.append(event.text)
+                choice.token_ids.extend(event.ids)
+        elif isinstance(event, Started):
+            choice.started = event
+        else:
+            choice.finished = event
+
+    def _envelope(self, kind: str) -> Json:
+        started = next((choice.started for choice in self._choices if choice.started is not None), None)
+        prefix = "chatcmpl" if self._style.is_chat else "cmpl"
+        stream_id = started.stream_id if started is not None else ""
+        return {"id": f"{prefix}-{stream_id}", "object": kind, "created": self._created, "model": self._style.model}
+
+    def _usage(self) -> Json:
+        started = [choice.started for choice in self._choices if choice.started is not None]
+        finished = [choice.finished for choice in self._choices if choice.finished is not None]
+        num_prompt = sum(event.num_prompt_tokens for event in started)
+        num_output = sum(event.num_output_tokens for event in finished)
+        num_cached = sum(event.stats.num_cached_prompt_tokens for event in finished)
+        usage = {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_output,
+            "total_tokens": num_prompt + num_output,
+            "prompt_tokens_details": {"cached_tokens": num_cached},
+        }
+        # An extension: what each choice cost and where it ran.
+        costs = [
+            {"stream_id": start.stream_id, "seed": start.seed, **asdict(end.stats)}
+            for start, end in zip(started, finished, strict=True)
+        ]
+        return {"usage": usage, "switchyard": costs}
+
+
+def error_body(error: RouterError) -> Json:
+    """OpenAI's error object."""
+    kind = "invalid_request_error" if error.param is not None or error.code == "invalid_request" else error.code
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+
+
+_SSE_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+async def _send_data(send: Send, content: Mapping[str, Any]) -> None:
+    await _send_raw(send, b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n")
+
+
+async def _send_raw(send: Send, data: bytes) -> None:
+    await send({"type": "http.response.body", "body": data, "more_body": True})
+
+
+async def _until_disconnect(work: Coroutine[Any, Any, None], receive: Receive) -> None:
+    """Do the work, unless the client goes away first: then it is cancelled."""
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _interleave(streams: Sequence[AsyncGenerator[Event, None]]) -> AsyncGenerator[tuple[int, Event], None]:
+    """Events of all streams as they come, each with its stream's index. The first failure ends them all.
+
+    All first events come before any second one.
+    """
+    if len(streams) == 1:
+        async with contextlib.aclosing(streams[0]) as only:
+            async for event in only:
+                yield 0, event
+        return
+    # One slot: nobody runs ahead of a slow client. An exception or None is a stream's last word.
+    queue: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue(maxsize=1)
+
+    async def pump(index: int, stream: AsyncGenerator[Event, None]) -> None:
+        last: Exception | None = None
+        try:
+            async with contextlib.aclosing(stream):
+                async for event in stream:
+                    await queue.put((index, event))
+                    await have_started.wait()
+        except Exception as error:
+            last = error
+        await queue.put((index, last))
+
+    have_started = asyncio.Event()
+    tasks = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
+    try:
+        num_open = num_silent = len(tasks)
+        while num_open:
+            index, word = await queue.get()
+            if isinstance(word, Exception):
+                raise word
+            if word is None:
+                num_open -= 1
+            else:
+                yield index, word
+                if isinstance(word, Started):
+                    num_silent -= 1
+                    if num_silent == 0:
+                        have_started.set()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,73 @@
+"""Whether this router can serve, and what is missing: one summary for /readyz, gRPC health and people."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from router.dispatch import Dispatcher
+
+
+@dataclass(frozen=True, slots=True)
+class PoolState:
+    """A pool as far as it lives."""
+
+    role: str
+    num_workers: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerState:
+    """A worker that takes requests."""
+
+    worker_id: str
+    pool: str
+    role: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class TierDown:
+    """A tier that a worker cannot reach."""
+
+    tier: str
+    worker_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """Ready: requests are served. Degraded: they are, but something that should be there is not."""
+
+    is_ready: bool
+    is_degraded: bool
+    model: str
+    pools: dict[str, PoolState]
+    workers: tuple[WorkerState, ...]
+    tiers_down: tuple[TierDown, ...]
+    directory_is_up: bool
+
+
+def readiness(model: str, dispatcher: Dispatcher, directory_is_up: bool, is_stopping: bool) -> Readiness:
+    """The state of things now."""
+    infos = dispatcher.fleet.workers
+    pools: dict[str, PoolState] = {}
+    for info in infos:
+        num_before = pools[info.pool].num_workers if info.pool in pools else 0
+        pools[info.pool] = PoolState(info.role.value, num_before + 1)
+    tiers_down = tuple(
+        TierDown(tier, worker_id)
+        for worker_id, load in sorted(dispatcher.loads.items())
+        for tier, is_up in sorted(load.tier_is_up.items())
+        if not is_up
+    )
+    return Readiness(
+        is_ready=dispatcher.fleet.can_serve and not is_stopping,
+        is_degraded=bool(tiers_down) or not directory_is_up,
+        model=model,
+        pools=pools,
+        workers=tuple(
+            WorkerState(info.worker_id, info.pool, info.role.value, dispatcher.links[info.worker_id].address)
+            for info in infos
+        ),
+        tiers_down=tiers_down,
+        directory_is_up=directory_is_up,
+    )

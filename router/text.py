@@ -1,0 +1,196 @@
+"""Between text and token ids: encoding, decoding as tokens come, and stop texts.
+
+A detokenizer never shows half a character, and all it shows together is what decoding all ids at once would give.
+Knows nothing of requests, models or streams.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from tokenizers import Tokenizer
+
+from router.errors import ModelFilesError
+
+_REPLACEMENT = "\ufffd"
+_MAX_PENDING_TOKENS = 8  # a character takes at most 4 bytes, so an incomplete end longer than this is no character
+
+
+class Detokenizer(Protocol):
+    """Text of a growing list of ids."""
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """More ids came: the text that is complete now."""
+        ...
+
+    def finish(self) -> str:
+        """No more will come: what was held back. An incomplete character shows as U+FFFD."""
+        ...
+
+
+class TextCodec:
+    """One model's tokenizer. Thread-safe; encoding lets go of the interpreter lock."""
+
+    def __init__(self, tokenizer_json: Path) -> None:
+        try:
+            content = tokenizer_json.read_text(encoding="utf-8")
+            self._tokenizer = Tokenizer.from_str(content)
+        except Exception as error:  # tokenizers raises bare Exceptions
+            raise ModelFilesError(f"{tokenizer_json}: not a tokenizer ({error})") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        layout = json.loads(content)
+        self._is_byte_level = (layout.get("decoder") or {}).get("type") == "ByteLevel"
+        added = layout.get("added_tokens") or []
+        self._special_ids = frozenset(token["id"] for token in added if token.get("special"))
+        self._bytes_of: dict[int, bytes] = {}  # filled as ids are seen
+        self._longest_token_bytes = self._bound_token_bytes(layout)
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Ids of a text. Takes about a microsecond per byte or two: long texts belong in a thread."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of all ids at once, special tokens left out."""
+        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return text
+
+    def min_tokens(self, num_bytes: int) -> int:
+        """No text of so many bytes has fewer tokens; 0 where the tokenizer allows no such bound."""
+        return num_bytes // self._longest_token_bytes if self._longest_token_bytes else 0
+
+    def detokenizer(self) -> Detokenizer:
+        """A fresh one, for one stream."""
+        return _ByteDetokenizer(self) if self._is_byte_level else _WindowDetokenizer(self)
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether an id has no text of its own."""
+        return token_id in self._special_ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one id of a byte-level tokenizer stands for; nothing for a special or an unknown one."""
+        known = self._bytes_of.get(token_id)
+        if known is None:
+            known = self._bytes_of[token_id] = self._spell(token_id)
+        return known
+
+    def _spell(self, token_id: int) -> bytes:
+        token = None if self.is_special(token_id) else self._tokenizer.id_to_token(token_id)
+        if token is None:
+            return b""
+        try:
+            return bytes(_BYTE_OF_CHARACTER[character] for character in token)
+        except KeyError:  # an added token, spelled as itself
+            return str(token).encode()
+
+    def _bound_token_bytes(self, layout: dict[str, object]) -> int:
+        # A normalizer may shorten a text, an added token may swallow the spaces around it, an unknown token may stand
+        # for any length: only without these does every token cover at most its own bytes.
+        added = layout.get("added_tokens") or []
+        assert isinstance(added, list)
+        swallows = any(token.get("lstrip") or token.get("rstrip") for token in added)
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        has_all_bytes = all(character in vocabulary for character in _BYTE_OF_CHARACTER)
+        if not self._is_byte_level or layout.get("normalizer") is not None or swallows or not has_all_bytes:
+            return 0
+        return max(len(token.encode()) for token in vocabulary)
+
+
+class _ByteDetokenizer:
+    """For byte-level vocabularies: every id is some bytes, and a character is shown when its last byte came."""
+
+    def __init__(self, codec: TextCodec) -> None:
+        self._codec = codec
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        return self._decoder.decode(b"".join(map(self._codec.token_bytes, token_ids)))
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class _WindowDetokenizer:
+    """For all other vocabularies, where a token's text depends on its neighbours: decodes a short window twice.
+
+    ids[:_shown] are shown, special ones are left out. The window starts one shown piece earlier, so that what is
+    decoded has its left neighbours; the new text is what the longer window has more than the shorter.
+    """
+
+    def __init__(self, codec: TextCodec) -> None:
+        self._codec = codec
+        self._ids: list[int] = []
+        self._start = 0
+        self._shown = 0
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        text = ""
+        for token_id in token_ids:
+            if not self._codec.is_special(token_id):  # it would make the window longer and show nothing
+                self._ids.append(token_id)
+                text += self._advance(is_last=False)
+        return text
+
+    def finish(self) -> str:
+        return self._advance(is_last=True)
+
+    def _advance(self, is_last: bool) -> str:
+        before = self._codec.decode(self._ids[self._start : self._shown])
+        after = self._codec.decode(self._ids[self._start :])
+        is_incomplete = after.endswith(_REPLACEMENT) and len(self._ids) - self._shown < _MAX_PENDING_TOKENS
+        if len(after) <= len(before) or (is_incomplete and not is_last):
+            return ""
+        self._start, self._shown = self._shown, len(self._ids)
+        return after[len(before) :]
+
+
+class StopTexts:
+    """Watches a growing text for the first of some stop texts; holds back what may become one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""
+        self.is_hit = False
+
+    def push(self, text: str) -> str:
+        """More text came: the part that may be shown. After a hit, nothing."""
+        if self.is_hit:
+            return ""
+        text = self._held + text
+        hits = [index for index in (text.find(stop) for stop in self._stops) if index >= 0]
+        if hits:
+            self.is_hit = True
+            self._held = ""
+            return text[: min(hits)]
+        num_held = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - num_held :]
+        return text[: len(text) - num_held]
+
+    def finish(self) -> str:
+        """No more will come: what was held back was no stop text."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of the text that a stop text, longer than it, begins with."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if stop.startswith(text[len(text) - length :]):
+            return length
+    return 0
+
+
+def _byte_characters() -> dict[str, int]:
+    """The byte-level alphabet: printable Latin-1 stands for itself, other bytes for the characters from U+0100 on."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1), *range(ord("\u00ae"), 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    table = {chr(byte): byte for byte in shown}
+    return table | {chr(256 + index): byte for index, byte in enumerate(hidden)}
+
+
+_BYTE_OF_CHARACTER = _byte_characters()

@@ -1,0 +1,204 @@
+"""Between the router's own nouns and the protobuf messages of both its sides. Pure conversion; checks nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from switchyard.v1 import generation_pb2 as generation
+from switchyard.v1 import worker_pb2 as worker
+
+from router.events import (
+    Event,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    RequestStats,
+    SamplingOptions,
+    Started,
+    Tokens,
+)
+from router.fleet import KvLayout, LoadReport, WorkerInfo
+from router.policy import Role
+from router.streams import Outcome, Part, PartReport
+
+_ROLES = {
+    worker.WORKER_ROLE_MIXED: Role.MIXED,
+    worker.WORKER_ROLE_PREFILL: Role.PREFILL,
+    worker.WORKER_ROLE_DECODE: Role.DECODE,
+}
+_PARTS = {
+    Part.WHOLE: worker.REQUEST_ROLE_MIXED,
+    Part.PREFILL: worker.REQUEST_ROLE_PREFILL,
+    Part.DECODE: worker.REQUEST_ROLE_DECODE,
+}
+_OUTCOMES = {
+    worker.REQUEST_OUTCOME_STOP: Outcome.STOP,
+    worker.REQUEST_OUTCOME_LENGTH: Outcome.LENGTH,
+    worker.REQUEST_OUTCOME_CANCELLED: Outcome.CANCELLED,
+    worker.REQUEST_OUTCOME_PREFILLED: Outcome.PREFILLED,
+    worker.REQUEST_OUTCOME_FAILED: Outcome.FAILED,
+}
+_REASONS = {
+    FinishReason.STOP: generation.FINISH_REASON_STOP,
+    FinishReason.LENGTH: generation.FINISH_REASON_LENGTH,
+}
+_REASONS_BACK = {number: reason for reason, number in _REASONS.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class PartOrder:
+    """All that a worker is told of a part."""
+
+    stream_id: str
+    epoch: int
+    part: Part
+    token_ids: Sequence[int]  # prompt, then what was emitted
+    num_prompt_tokens: int  # of token_ids, the client's
+    sampling: SamplingOptions  # seed and max_tokens are set
+    window_tokens: int
+    deadline_s: float  # seconds from now; 0 means none
+
+
+def submit_message(order: PartOrder) -> worker.ConnectRequest:
+    """A Submit."""
+    submit = worker.Submit(
+        stream_id=order.stream_id,
+        epoch=order.epoch,
+        role=_PARTS[order.part],
+        token_ids=order.token_ids,
+        num_prompt_tokens=order.num_prompt_tokens,
+        sampling=sampling_message(order.sampling),
+        window_tokens=order.window_tokens,
+        deadline_s=order.deadline_s,
+    )
+    return worker.ConnectRequest(submit=submit)
+
+
+def sampling_message(sampling: SamplingOptions) -> generation.SamplingParams:
+    """SamplingParams; stop texts are left to whoever decodes text, but travel along for a router."""
+    return generation.SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        max_tokens=sampling.max_tokens,
+        seed=sampling.seed,
+        stop=sampling.stop,
+        stop_token_ids=sampling.stop_token_ids,
+        ignore_eos=sampling.ignore_eos,
+    )
+
+
+def sampling_options(message: generation.SamplingParams) -> SamplingOptions:
+    """The options of a client's SamplingParams, its absent fields at their defaults."""
+    return SamplingOptions(
+        temperature=message.temperature if message.HasField("temperature") else 1.0,
+        top_p=message.top_p if message.HasField("top_p") else 1.0,
+        top_k=message.top_k,
+        max_tokens=message.max_tokens if message.HasField("max_tokens") else None,
+        seed=message.seed if message.HasField("seed") else None,
+        stop=tuple(message.stop),
+        stop_token_ids=tuple(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+    )
+
+
+def generation_request(message: generation.GenerateRequest, deadline_s: float | None) -> GenerationRequest:
+    """The request of a gRPC client; a prompt that is not set is an empty one."""
+    is_ids = message.WhichOneof("prompt") == "token_ids"
+    return GenerationRequest(
+        prompt=tuple(message.token_ids.ids) if is_ids else message.text,
+        sampling=sampling_options(message.sampling),
+        model=message.model,
+        deadline_s=deadline_s,
+    )
+
+
+def worker_info(hello: worker.WorkerHello, pool: str) -> WorkerInfo | None:
+    """Who a worker says it is; None when it names no role that this router knows."""
+    role = _ROLES.get(hello.role)
+    if role is None or hello.block_size < 1 or not hello.worker_id:
+        return None
+    return WorkerInfo(
+        worker_id=hello.worker_id,
+        pool=pool,
+        role=role,
+        kv=KvLayout(hello.kv_fingerprint, hello.block_size),
+        num_blocks=hello.num_blocks,
+        context_tokens=hello.model.context_tokens,
+    )
+
+
+def load_report(load: worker.WorkerLoad) -> LoadReport:
+    """The part of a load that placement looks at."""
+    return LoadReport(
+        num_streams=load.num_running + load.num_waiting + load.num_waiting_for_kv,
+        num_free_blocks=load.num_free_blocks,
+        num_queued_tokens=load.num_queued_tokens,
+    )
+
+
+def part_report(message: worker.RequestFinished) -> PartReport:
+    """A worker's last word; an outcome that this router does not know is a failure."""
+    return PartReport(
+        outcome=_OUTCOMES.get(message.outcome, Outcome.FAILED),
+        error=message.error,
+        is_invalid_request=message.is_invalid_request,
+        num_cached_prompt_tokens=message.num_cached_prompt_tokens,
+        num_computed_prompt_tokens=message.num_computed_prompt_tokens,
+        num_transferred_blocks=message.num_transferred_blocks,
+    )
+
+
+def event_message(stream_id: str, event: Event) -> generation.GenerateResponse:
+    """One message of a Generate stream."""
+    if isinstance(event, Tokens):
+        tokens = generation.Tokens(first_position=event.first_position, ids=event.ids, text=event.text)
+        return generation.GenerateResponse(stream_id=stream_id, tokens=tokens)
+    if isinstance(event, Started):
+        started = generation.Started(model=event.model, num_prompt_tokens=event.num_prompt_tokens, seed=event.seed)
+        return generation.GenerateResponse(stream_id=stream_id, started=started)
+    finished = generation.Finished(
+        reason=_REASONS[event.reason], num_output_tokens=event.num_output_tokens, stats=_stats_message(event.stats)
+    )
+    return generation.GenerateResponse(stream_id=stream_id, finished=finished)
+
+
+def event_of(message: generation.GenerateResponse) -> Event:
+    """What a Generate stream's message says, for clients."""
+    kind = message.WhichOneof("event")
+    if kind == "tokens":
+        return Tokens(message.tokens.first_position, tuple(message.tokens.ids), message.tokens.text)
+    if kind == "started":
+        started = message.started
+        return Started(message.stream_id, started.model, started.num_prompt_tokens, started.seed)
+    finished = message.finished
+    return Finished(_REASONS_BACK[finished.reason], finished.num_output_tokens, _stats_of(finished.stats))
+
+
+def _stats_message(stats: RequestStats) -> generation.RequestStats:
+    return generation.RequestStats(
+        ttft_s=stats.ttft_s,
+        duration_s=stats.duration_s,
+        num_cached_prompt_tokens=stats.num_cached_prompt_tokens,
+        num_computed_prompt_tokens=stats.num_computed_prompt_tokens,
+        num_recomputed_prompt_tokens=stats.num_recomputed_prompt_tokens,
+        num_transferred_blocks=stats.num_transferred_blocks,
+        prefill_worker_id=stats.prefill_worker_id,
+        decode_worker_id=stats.decode_worker_id,
+        num_replacements=stats.num_replacements,
+    )
+
+
+def _stats_of(message: generation.RequestStats) -> RequestStats:
+    return RequestStats(
+        ttft_s=message.ttft_s,
+        duration_s=message.duration_s,
+        num_cached_prompt_tokens=message.num_cached_prompt_tokens,
+        num_computed_prompt_tokens=message.num_computed_prompt_tokens,
+        num_recomputed_prompt_tokens=message.num_recomputed_prompt_tokens,
+        num_transferred_blocks=message.num_transferred_blocks,
+        prefill_worker_id=message.prefill_worker_id,
+        decode_worker_id=message.decode_worker_id,
+        num_replacements=message.num_replacements,
+    )

@@ -1,0 +1,129 @@
+"""Greedy tokens through gRPC and a whole cluster equal transformers', for a pairwise selection of settings.
+
+Every pair of values of (prefix caching, chunk size, memory) occurs, each with several splits, disaggregated and mixed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from router.client import GenerationClient
+from router.events import Finished, GenerationRequest, SamplingOptions, Tokens
+from tests.deploy.conftest import write_tiny_model
+from tests.workers.tiny_llama import generate_with_transformers
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).resolve().parents[2]
+LENGTHS = (5, 40, 100, 150, 64, 33)
+MAX_TOKENS = 24
+MANY, FEW = 200, 24  # KV blocks of 16 tokens; the prompts and their completions need 36
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cluster: pools as (role, tp, pp), and what they are told."""
+
+    pools: tuple[tuple[str, int, int], ...]
+    caching: bool
+    chunk: int
+    num_blocks: int
+
+    @property
+    def name(self) -> str:
+        pools = "-".join(f"{role}{tp}x{pp}" for role, tp, pp in self.pools)
+        return f"{pools}-{'cache' if self.caching else 'nocache'}-chunk{self.chunk}-{self.num_blocks}blocks"
+
+    def options(self) -> list[str]:
+        """Arguments of `switchyard serve`."""
+        roles = [role for role, _, _ in self.pools]
+        options = [part for role in roles for part in (f"--{role}", "1")]
+        for role, tp, pp in self.pools:
+            for key, value in (
+                ("tp", tp), ("pp", pp), ("max_num_batched_tokens", self.chunk), ("num_blocks", self.num_blocks),
+                ("enable_prefix_caching", str(self.caching).lower()),
+            ):  # fmt: skip
+                options += ["--set", f"pools.{role}.{key}={value}"]
+        return options
+
+
+CASES = [
+    Case((("prefill", 1, 1), ("decode", 2, 1)), caching=True, chunk=37, num_blocks=FEW),
+    Case((("prefill", 2, 1), ("decode", 1, 1)), caching=False, chunk=512, num_blocks=FEW),
+    Case((("prefill", 1, 2), ("decode", 2, 1)), caching=True, chunk=512, num_blocks=MANY),
+    Case((("prefill", 2, 1), ("decode", 1, 2)), caching=False, chunk=37, num_blocks=MANY),
+    Case((("mixed", 2, 1),), caching=True, chunk=512, num_blocks=FEW),
+    Case((("mixed", 1, 2),), caching=False, chunk=37, num_blocks=MANY),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def prompt(length: int) -> list[int]:
+    return torch.randint(1, 4000, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+
+
+@pytest.fixture(scope="module")
+def expected(model) -> list[list[int]]:
+    return [generate_with_transformers(model, prompt(n), MAX_TOKENS) for n in LENGTHS]
+
+
+@contextmanager
+def serve(model: Path, options: list[str]) -> Iterator[str]:
+    """A cluster on free ports; yields the gRPC address of its router."""
+    command = [sys.executable, "-m", "deploy.cli", "serve", "--json", "--model", str(model), *options]
+    for setting in ("endpoints.grpc_port=0", "endpoints.http_port=0", "ray.dashboard=false"):
+        command += ["--set", setting]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'proto' / 'gen'}", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, cwd=ROOT, text=True)
+    try:
+        line = process.stdout.readline()
+        assert line, "serve ended before it was ready"
+        yield json.loads(line)["endpoints"]["routers"][0]["grpc"]
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+
+
+async def complete(client: GenerationClient, token_ids: list[int]) -> tuple[list[int], Finished]:
+    tokens: list[int] = []
+    sampling = SamplingOptions(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True)
+    async for event in client.generate_async(GenerationRequest(tuple(token_ids), sampling)):
+        if isinstance(event, Tokens):
+            assert event.first_position == len(tokens)
+            tokens += event.ids
+        elif isinstance(event, Finished):
+            return tokens, event
+    raise AssertionError("the stream ended without a Finished")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_greedy_tokens_equal_transformers(case, model, expected):
+    async def all_at_once(target: str) -> list[tuple[list[int], Finished]]:
+        async with GenerationClient(target) as client:
+            return await asyncio.gather(*(complete(client, prompt(n)) for n in LENGTHS))
+
+    with serve(model, case.options()) as target:
+        results = asyncio.run(all_at_once(target))
+    assert [tokens for tokens, _ in results] == expected
+    if case.pools[0][0] == "prefill":
+        for length, (_, finished) in zip(LENGTHS, results, strict=True):
+            assert finished.stats.num_recomputed_prompt_tokens == 0
+            assert finished.stats.num_transferred_blocks >= -(-length // 16)
+            if case.num_blocks == MANY:
+                assert finished.stats.num_computed_prompt_tokens == length

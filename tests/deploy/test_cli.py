@@ -1,0 +1,96 @@
+"""What can be refused is refused before anything is started: exit code and one line."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from deploy import cli
+from deploy.preflight import free_port
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    code = cli.run(arguments)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("switchyard: ")
+    assert captured.err.count("\n") == 1
+    return code, captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Missing command"),
+        (["nonsense"], "No such command 'nonsense'"),
+        (["serve", "--nonsense"], "No such option '--nonsense'"),
+        (["serve", "--tp", "two"], "'two' is not a valid integer"),
+        (["serve", "--set", "pools.decode.nonsense=1"], "pools.decode.nonsense: unknown key"),
+        (["serve", "--set", "pools.decode.tp=1.5"], "pools.decode.tp: must be a valid integer"),
+        (["serve", "--config", "no-such.yaml"], "no-such.yaml: No such file"),
+        (["serve", "--model", "/no/such/model"], "/no/such/model: no such model directory"),
+        (["serve", "--once", ""], "--once: the prompt must not be empty"),
+        (["serve", "--mixed", "0", "--prefill", "0"], "need a mixed pool, or a prefill and a decode pool"),
+        (["generate"], "Missing option '--prompt'"),
+        (["bench", "--trace", "no-such.csv"], "no-such.csv: No such file"),
+        (["bench", "--synthetic", "speed=9"], "--synthetic: 'speed=9' is not one of"),
+        (["bench", "--trace", "a.csv", "--synthetic", "prompt=3"], "exclude each other"),
+        (["bench", "--concurrency", "0"], "0 is not in the range"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    code, line = refusal(capsys, *arguments)
+    assert code == 2
+    assert message in line
+
+
+def test_a_config_file_is_named_with_the_path_of_its_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text("pools: {a: {role: mixed, max_num_seq: 3}}")
+    code, line = refusal(capsys, "serve", "--config", str(path))
+    assert code == 2
+    assert line == f"switchyard: {path}: pools.a.max_num_seq: unknown key (did you mean max_num_seqs?)\n"
+
+
+def test_heads_that_tp_does_not_divide(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, line = refusal(capsys, "serve", "--model", str(tiny_model), "--tp", "3")
+    assert code == 2
+    assert "tp=3 does not divide num_attention_heads=4" in line
+
+
+def test_a_port_in_use(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        code, line = refusal(capsys, "serve", "--model", str(tiny_model), "--grpc-port", str(port), "--http-port", "0")
+    assert code == 2
+    assert f"endpoints.grpc_port: port {port} on 127.0.0.1 is in use" in line
+
+
+def test_a_control_redis_that_is_away(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    control = f"kvstore.control=redis://127.0.0.1:{free_port('127.0.0.1')}/0"
+    ports = ["--grpc-port", "0", "--http-port", "0"]
+    code, line = refusal(capsys, "serve", "--model", str(tiny_model), *ports, "--set", control)
+    assert code == 1
+    assert "kvstore.control" in line
+
+
+def test_nobody_to_generate(capsys: pytest.CaptureFixture[str]) -> None:
+    target = f"127.0.0.1:{free_port('127.0.0.1')}"
+    code, line = refusal(capsys, "generate", "--target", target, "--prompt", "x")
+    assert code == 1
+    assert "UNAVAILABLE" in line
+
+
+def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["serve", "--help"]) == 0
+    text = capsys.readouterr().out
+    flags = (
+        "--config --model --prefill --decode --mixed --routers --tp --pp --set --grpc-port --http-port --once --json"
+    )
+    assert [flag for flag in flags.split() if flag not in text] == []

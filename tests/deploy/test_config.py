@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from deploy import config
+from deploy.config import ClusterConfig, PoolConfig
+from deploy.errors import ConfigError
+from deploy.overrides import ServeFlags, load_with_flags
+from kvstore.config import KVStoreConfig
+
+EXAMPLES = sorted((Path(config.__file__).parent / "examples").glob("*.yaml"))
+
+
+def load_text(tmp_path: Path, text: str, *overrides: str) -> ClusterConfig:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    return config.load(path, overrides)
+
+
+def test_defaults_are_the_laptops_cluster() -> None:
+    made = config.load(None)
+    assert made == ClusterConfig()
+    assert {name: (pool.role, pool.replicas, pool.tp, pool.pp) for name, pool in made.pools.items()} == {
+        "prefill": ("prefill", 1, 1, 1),
+        "decode": ("decode", 1, 1, 1),
+    }
+    assert made.kvstore.control == "memory://"
+    assert made.kvstore.tier == ""
+    assert made.ray.address == ""
+
+
+def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
+    assert load_text(tmp_path, "# nothing\n") == ClusterConfig()
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_load(path: Path) -> None:
+    assert config.load(path).pools
+
+
+def test_there_are_the_promised_examples() -> None:
+    assert {path.stem for path in EXAMPLES} >= {"laptop", "two-hosts", "node-8gpu"}
+
+
+def test_the_laptop_example_says_what_the_defaults_are() -> None:
+    assert config.load(next(path for path in EXAMPLES if path.stem == "laptop")) == ClusterConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("foo: 1", "foo: unknown key"),
+        ("pools: {d: {role: mixed, replica: 2}}", "pools.d.replica: unknown key (did you mean replicas?)"),
+        ("kvstore: {hostbytes: 2}", "kvstore.hostbytes: unknown key (did you mean host_bytes?)"),
+        ("pools: {d: {role: mixed, replicas: '2'}}", "pools.d.replicas: must be a valid integer, not the text '2'"),
+        ("pools: {d: {role: mixed, replicas: 1.5}}", "pools.d.replicas: must be a valid integer, not 1.5"),
+        ("pools: {d: {role: mixed, tp: true}}", "pools.d.tp: must be a valid integer, not true"),
+        ("ray: {dashboard: 1}", "ray.dashboard: must be a valid boolean, not 1"),
+        ("pools: {d: {role: mixed, resources: {x: a}}}", "pools.d.resources.x: must be a valid number, not the text"),
+        ("pools: {d: {replicas: 2}}", "pools.d.role: missing"),
+        ("pools: {d: {role: both}}", "pools.d.role: must be one of prefill, decode, mixed, not 'both'"),
+        ("pools: {d: {role: mixed, tp: 0}}", "pools.d.tp: must be at least 1, not 0"),
+        ("pools: {d: {role: mixed, drain_timeout_s: .nan}}", "pools.d.drain_timeout_s: must be > 0, not nan"),
+        ("pools: {d: {role: mixed, resources: {x: -1}}}", "pools.d.resources.x: must be > 0"),
+        ("pools: {d: {role: decode}}", "pools: need a mixed pool, or a prefill and a decode pool"),
+        ("pools: {}", "pools: must name at least one pool"),
+        ("pools: []", "pools: must be keys and values, not a list"),
+        ("pools: {d: null}", "pools.d: must be keys and values, not nothing"),
+        ("pools: {'a b': {role: mixed}}", "pools: a pool's name is made of"),
+        ("model: 3", "model: must be keys and values, not 3"),
+        ("model: {dtype: int8}", "model.dtype: must be one of"),
+        ("kvstore: {host_bytes: 1}", "kvstore.host_bytes: must be at least 1 MiB"),
+        ("kvstore: {tier: 'http://x'}", "kvstore.tier: must be empty or a redis:// URL"),
+        ("router: {window_tokens: 0}", "router.window_tokens: must be at least 1"),
+        ("endpoints: {grpc_port: 70000}", "endpoints.grpc_port: must be 0 or a port number"),
+        ("endpoints: {grpc_port: 7999, routers: 2}", "endpoints.http_port: overlaps the gRPC ports"),
+        ("ray: {metrics_export_port: 12000}", "ray.metrics_export_port: must lie outside 10002-19999"),
+        ("[1]", "must hold keys and values, not a list"),
+        ("a: b: c", "not YAML"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_the_path_of_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_text(tmp_path, text)
+    assert message in str(refused.value)
+    assert str(refused.value).startswith(str(tmp_path / "c.yaml"))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"no-such\.yaml: No such file"):
+        config.load("no-such.yaml")
+
+
+def test_set_reaches_into_defaults_and_files(tmp_path: Path) -> None:
+    made = load_text(
+        tmp_path, "kvstore: {block_size: 32}", "pools.decode.tp=2", "kvstore.host_bytes=2097152", "ray.dashboard=false"
+    )
+    assert made.pools == {"prefill": PoolConfig("prefill"), "decode": PoolConfig("decode", tp=2)}
+    assert made.kvstore == KVStoreConfig(block_size=32, host_bytes=2097152)
+    assert made.ray.dashboard is False
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("pools.decode.tp", "must look like a.b=c"),
+        (".tp=1", "must look like a.b=c"),
+        ("pools.decode.tp=two", "pools.decode.tp: must be a valid integer, not the text 'two'"),
+        ("pools.decode.max_num_seq=1", "did you mean max_num_seqs?"),
+        ("pools.decode.role.x=1", "pools.decode.role has no keys"),
+        ("pools.decode.tp={", "not YAML"),
+    ],
+)
+def test_a_wrong_set_is_refused(assignment: str, message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        config.load(None, [assignment])
+    assert message in str(refused.value)
+
+
+def test_flags_become_keys() -> None:
+    flags = ServeFlags(model="m", prefill=2, routers=3, tp=2, grpc_port=1000, http_port=2000)
+    made = load_with_flags(None, flags, ["pools.prefill.tp=4"])
+    assert made.model.path == "m"
+    assert made.pools == {"prefill": PoolConfig("prefill", replicas=2, tp=4), "decode": PoolConfig("decode", tp=2)}
+    assert (made.endpoints.routers, made.endpoints.grpc_port, made.endpoints.http_port) == (3, 1000, 2000)
+
+
+def test_mixed_alone_replaces_the_default_pair() -> None:
+    assert load_with_flags(None, ServeFlags(mixed=2), []).pools == {"mixed": PoolConfig("mixed", replicas=2)}
+
+
+def test_mixed_beside_the_pair() -> None:
+    made = load_with_flags(None, ServeFlags(mixed=1, decode=2), [])
+    assert {name: pool.replicas for name, pool in made.pools.items()} == {"prefill": 1, "decode": 2, "mixed": 1}
+
+
+def test_zero_takes_a_pool_away() -> None:
+    made = load_with_flags(None, ServeFlags(prefill=0, decode=0, mixed=1), [])
+    assert list(made.pools) == ["mixed"]
+
+
+def test_flags_find_a_files_pool_by_its_role(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("pools: {small: {role: prefill}, d: {role: decode}}")
+    made = load_with_flags(str(path), ServeFlags(prefill=3), [])
+    assert {name: pool.replicas for name, pool in made.pools.items()} == {"small": 3, "d": 1}
+
+
+def test_a_flag_that_could_mean_two_pools_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("pools: {a: {role: mixed}, b: {role: mixed}}")
+    with pytest.raises(ConfigError, match=r"--mixed: several pools have that role \(a, b\)"):
+        load_with_flags(str(path), ServeFlags(mixed=3), [])
+
+
+def test_what_the_user_set_for_ray_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    config.prepare_ray_environment()
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert os.environ["PYTHONPATH"].split(":") == [str(config.ROOT), str(config.ROOT / "proto" / "gen"), "/elsewhere"]

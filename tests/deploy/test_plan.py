@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from deploy import config
+from deploy.errors import ConfigError
+from deploy.plan import ClusterPlan, layers_per_fragment, make_plan, num_cpus_needed, stage_boundaries
+from workers.config import ModelConfig
+from workers.parallel import stage_layers
+
+
+def plan(tiny_model: Path, *overrides: str, num_gpus: float = 0) -> ClusterPlan:
+    made = config.load(None, overrides)
+    return make_plan(made, ModelConfig.load(tiny_model), str(tiny_model), num_gpus, "memory://h:1")
+
+
+def test_the_laptops_plan(tiny_model: Path) -> None:
+    made = plan(tiny_model)
+    assert [(pool.name, pool.spec.role, pool.replicas, pool.num_ranks) for pool in made.pools] == [
+        ("prefill", "prefill", 1, 1),
+        ("decode", "decode", 1, 1),
+    ]
+    engine = made.pools[0].spec.engine
+    assert (engine.device, engine.dtype, engine.block_size) == ("cpu", "float32", 16)
+    assert made.pools[0].spec.control == "memory://h:1"
+    assert made.model_name == "tiny"
+    # 4 layers, K and V, 16 tokens, 16 numbers of 4 bytes
+    assert made.arena.slot_bytes == 4 * 2 * 16 * 16 * 4
+    assert made.arena.num_slots == 512 * 2**20 // (made.arena.slot_bytes + 64)
+
+
+def test_gpus_change_block_size_dtype_and_resources(tiny_model: Path) -> None:
+    made = plan(tiny_model, "pools.decode.tp=2", "pools.decode.pp=2", num_gpus=8)
+    decode = made.pools[1]
+    assert (decode.spec.engine.device, decode.spec.engine.dtype, decode.spec.engine.block_size) == (
+        "cuda",
+        "bfloat16",
+        64,
+    )
+    assert decode.bundles == ({"CPU": 0.1}, {"CPU": 2.0, "GPU": 2.0}, {"CPU": 2.0, "GPU": 2.0})
+    assert [decode.bundle_of(rank) for rank in range(4)] == [1, 1, 2, 2]
+    assert decode.gpus_per_rank == 1.0
+
+
+def test_a_cpu_pool_takes_no_gpus(tiny_model: Path) -> None:
+    made = plan(tiny_model, "pools.decode.device=cpu", "pools.prefill.device=cpu", num_gpus=8)
+    assert all("GPU" not in bundle for pool in made.pools for bundle in pool.bundles)
+    assert made.pools[0].gpus_per_rank == 0
+
+
+def test_pools_on_different_devices_must_agree_on_a_dtype(tiny_model: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.dtype"):
+        plan(tiny_model, "pools.decode.device=cpu", num_gpus=8)
+    made = plan(tiny_model, "pools.decode.device=cpu", "model.dtype=bfloat16", num_gpus=8)
+    assert {pool.spec.engine.dtype for pool in made.pools} == {"bfloat16"}
+    assert {pool.spec.engine.block_size for pool in made.pools} == {64}
+
+
+def test_custom_resources_tie_every_bundle(tiny_model: Path) -> None:
+    made = plan(tiny_model, "pools.decode.resources={decode_host: 0.01}")
+    assert all(bundle["decode_host"] == 0.01 for bundle in made.pools[1].bundles)
+    assert all("decode_host" not in bundle for bundle in made.pools[0].bundles)
+
+
+def test_cpus_needed_counts_every_rank() -> None:
+    made = config.load(None, ["pools.decode.tp=2", "pools.decode.pp=2", "pools.prefill.replicas=3"])
+    assert num_cpus_needed(made) == math.ceil(3 * 1.1 + 4.1)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "depths", "expected"),
+    [
+        (8, (1, 1), 8),
+        (8, (2, 1), 4),
+        (8, (2, 4), 2),
+        (7, (2, 1), 1),  # stages of 4 and 3 layers
+        (6, (2, 3), 1),  # boundaries 3, and 2 and 4
+        (12, (4, 2), 3),
+        (32, (1, 8), 4),
+    ],
+)
+def test_the_greatest_group_of_layers_that_no_stage_cuts(
+    num_layers: int, depths: tuple[int, int], expected: int
+) -> None:
+    made = config.load(None, [f"pools.prefill.pp={depths[0]}", f"pools.decode.pp={depths[1]}"])
+    found = layers_per_fragment(made, num_layers)
+    assert found == expected
+    boundaries = stage_boundaries(depths, num_layers, stage_layers)
+    fits = [g for g in range(1, num_layers + 1) if all(edge % g == 0 for edge in boundaries)]
+    assert found == max(fits)
+
+
+def test_a_configured_group_of_layers_is_checked() -> None:
+    made = config.load(None, ["pools.prefill.pp=2", "kvstore.layers_per_fragment=2"])
+    assert layers_per_fragment(made, 8) == 2
+    wrong = config.load(None, ["pools.prefill.pp=2", "kvstore.layers_per_fragment=3"])
+    with pytest.raises(
+        ConfigError, match=r"kvstore\.layers_per_fragment: 3 does not divide .* 4, 8; 4 is the greatest"
+    ):
+        layers_per_fragment(wrong, 8)
+
+
+def test_a_hub_id_is_the_models_name(tiny_model: Path) -> None:
+    assert make_plan(config.load(None), ModelConfig.load(tiny_model), "org/name", 0, "").model_name == "org/name"

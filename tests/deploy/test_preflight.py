@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+from deploy import config
+from deploy.config import EndpointsConfig, RayConfig
+from deploy.errors import ConfigError, StartError
+from deploy.preflight import check_control, check_model, check_ports, check_ray, free_port, tier_warning
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as refused:
+        check_model(config.load(None, overrides))
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_a_good_model_is_found(tiny_model: Path) -> None:
+    found = check_model(config.load(None, [f"model.path={tiny_model}", "pools.decode.tp=2"]))
+    assert found.directory == tiny_model
+    assert found.reference == str(tiny_model)
+    assert found.config.num_key_value_heads == 2
+
+
+def test_no_such_directory() -> None:
+    assert "no such model directory" in refusal("model.path=/no/such/model")
+
+
+def test_a_directory_without_config(model: Path) -> None:
+    (model / "config.json").unlink()
+    assert refusal(f"model.path={model}") == f"{model}/config.json: missing"
+
+
+def test_an_unsupported_architecture_names_what_is_supported(model: Path) -> None:
+    raw = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**raw, "architectures": ["GPT2LMHeadModel"]}))
+    said = refusal(f"model.path={model}")
+    assert "GPT2LMHeadModel is not supported" in said
+    assert "LlamaForCausalLM" in said
+
+
+def test_a_tp_that_does_not_divide_the_heads_names_pool_and_numbers(model: Path) -> None:
+    assert (
+        refusal(f"model.path={model}", "pools.decode.tp=3")
+        == "pools.decode: tp=3 does not divide num_attention_heads=4"
+    )
+
+
+def test_truncated_weights(model: Path) -> None:
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert f"{weights}: not readable as safetensors" in refusal(f"model.path={model}")
+
+
+def test_no_weights(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    assert "no *.safetensors file" in refusal(f"model.path={model}")
+
+
+@pytest.fixture
+def taken_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield int(listener.getsockname()[1])
+
+
+def test_a_port_in_use_is_named(taken_port: int) -> None:
+    with pytest.raises(ConfigError, match=rf"endpoints\.http_port: port {taken_port} on 127\.0\.0\.1 is in use"):
+        check_ports(EndpointsConfig(grpc_port=0, http_port=taken_port), RayConfig())
+    with pytest.raises(ConfigError, match=rf"endpoints\.grpc_port: port {taken_port}"):
+        check_ports(EndpointsConfig(grpc_port=taken_port - 1, http_port=0, routers=2), RayConfig())
+    with pytest.raises(ConfigError, match=r"ray\.dashboard_port"):
+        check_ports(EndpointsConfig(grpc_port=0, http_port=0), RayConfig(dashboard_port=taken_port))
+
+
+def test_rays_ports_are_not_ours_when_we_join(taken_port: int) -> None:
+    check_ports(EndpointsConfig(grpc_port=0, http_port=0), RayConfig(address="h:1", dashboard_port=taken_port))
+
+
+def test_a_foreign_address_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"endpoints\.grpc_port: 203\.0\.113\.7:50051"):
+        check_ports(EndpointsConfig(grpc_host="203.0.113.7"), RayConfig())
+
+
+def test_free_ports(taken_port: int) -> None:
+    assert free_port("127.0.0.1", taken_port) > taken_port
+    assert free_port("127.0.0.1") > 0
+
+
+def test_servers_that_are_away(taken_port: int) -> None:
+    port = free_port("127.0.0.1")
+    assert tier_warning("") == ""
+    assert tier_warning(f"redis://127.0.0.1:{taken_port}/0") == ""
+    warning = tier_warning(f"redis://127.0.0.1:{port}/0")
+    assert warning.startswith(f"kvstore.tier: no Redis at 127.0.0.1:{port}")
+    assert "\n" not in warning
+    check_control("memory://")
+    with pytest.raises(
+        StartError, match=rf"ray\.address: no Ray cluster at 127\.0\.0\.1:{port} \(connection refused\)"
+    ):
+        check_ray(f"127.0.0.1:{port}")
+    with pytest.raises(ConfigError, match=r"ray\.address: must be HOST:PORT, not 'auto'"):
+        check_ray("auto")
+    check_ray(f"127.0.0.1:{taken_port}")
+    with pytest.raises(StartError, match=r"kvstore\.control: "):
+        check_control(f"redis://127.0.0.1:{port}/0")

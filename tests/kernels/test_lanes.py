@@ -1,0 +1,116 @@
+"""The Triton code of every operation, in three lanes: interpreted, compiled for Hopper on paper, and on a GPU.
+
+Triton decides at import whether it interprets, so each lane is one child process that prints a JSON line per case;
+the cases are known here beforehand, and each is a test.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import prefill_attention
+from kernels.harness import OPS
+
+ROOT = Path(__file__).parents[2]
+PAPER_BASELINE = Path(__file__).with_name("paper_baseline.jsonl")
+REGENERATE = f"python -m kernels.harness.lanes paper > {PAPER_BASELINE.relative_to(ROOT)}"
+
+
+def keyed(lines):
+    records = [json.loads(line) for line in lines.splitlines()]
+    return {(record["op"], record["case"]): record for record in records}
+
+
+@functools.cache
+def lane(name):
+    environment = {**os.environ, "TRITON_INTERPRET": str(int(name == "interpreter")), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "kernels.harness.lanes", name]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    return keyed(done.stdout), done.stderr
+
+
+def result(name, op, case):
+    records, stderr = lane(name)
+    assert (op.name, case.name) in records, f"the {name} lane said nothing of this case:\n{stderr[-2000:]}"
+    record = records[op.name, case.name]
+    assert "failure" not in record, record["failure"]
+    return record
+
+
+def cases(*kinds):
+    return [
+        pytest.param(op, case, id=f"{op.name} {case.name}")
+        for op in OPS
+        for kind in kinds
+        for case in getattr(op, kind)
+    ]
+
+
+@pytest.mark.xdist_group("interpreter lane")
+@pytest.mark.parametrize(("op", "case"), cases("small"))
+def test_interpreted(op, case):
+    record = result("interpreter", op, case)
+    assert record["error"] <= record["tolerance"]
+
+
+@pytest.mark.xdist_group("paper lane")
+@pytest.mark.parametrize(("op", "case"), cases("full"))
+def test_compiled_for_hopper(op, case):
+    kernels = result("paper", op, case)["kernels"]
+    assert kernels
+    baseline = {k["name"]: k for k in keyed(PAPER_BASELINE.read_text())[op.name, case.name]["kernels"]}
+    for kernel in kernels:
+        assert kernel["shared_bytes"] <= 232_448
+        assert kernel["local_bytes"] == 0, "it spills"
+        assert kernel["registers"] <= 1.1 * baseline[kernel["name"]]["registers"], f"if this is meant: {REGENERATE}"
+
+
+@pytest.mark.xdist_group("paper lane")
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in prefill_attention.full])
+def test_prefill_in_16_bits_uses_the_large_tensor_core_instructions(case):
+    q, kv_cache, _, _, _, max_query_len, _ = case.build("meta")
+    num_rows = max_query_len * q.shape[1] // kv_cache.shape[1]
+    (kernel,) = result("paper", prefill_attention, case)["kernels"]
+    assert kernel["uses_wgmma"] == (case.dtype != torch.float32 and num_rows >= 64)
+
+
+@pytest.mark.gpu
+@pytest.mark.xdist_group("gpu lane")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the kernels' GPU lane did not run")
+@pytest.mark.parametrize(("op", "case"), cases("small", "full"))
+def test_on_the_gpu(op, case):
+    record = result("gpu", op, case)
+    assert record["error"] <= record["tolerance"]
+
+
+def test_a_lane_refuses_the_wrong_kind_of_process():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "kernels.harness.lanes", "paper"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 1
+    assert "TRITON_INTERPRET=0" in done.stderr
+
+
+def test_a_case_that_fails_to_run_is_reported_and_the_others_still_run():
+    code = (
+        "import dataclasses, sys\n"
+        "from kernels.harness import lanes\n"
+        "def broken(*arguments): raise ValueError('on purpose')\n"
+        "broken_op = lambda op: dataclasses.replace(op, launch=broken) if op.name == 'rms_norm' else op\n"
+        "lanes.OPS = tuple(map(broken_op, lanes.OPS))\n"
+        "sys.argv = ['lanes', 'interpreter', '--only', 'rms_norm fp32']\n"
+        "lanes.main()\n"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 1
+    failures = {op: record.get("failure") for (op, _), record in keyed(done.stdout).items()}
+    assert failures == {"rms_norm": "ValueError: on purpose", "add_rms_norm": None}

@@ -1,0 +1,45 @@
+"""The benchmark's rows are complete and their numbers belong together; how large they are is not a test's business."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from kvstore.bench import BandwidthRow, BenchFailed, BenchShape, measure_hand_off, measure_tier
+from kvstore.memory_tier import MemoryTier
+from tests.processes import REPOSITORY, RedisServer, python_environment
+
+SHAPE = BenchShape(fragment_bytes=1024, num_fragments=8, num_runs=3)
+
+
+def check(row: BandwidthRow) -> None:
+    assert (row.num_bytes, row.fragment_bytes, row.num_runs) == (8192, 1024, 3)
+    assert 0 < row.worst_gb_per_s <= row.median_gb_per_s <= row.best_gb_per_s
+
+
+@pytest.mark.redis
+def test_all_rows(tmp_path: Path, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", python_environment()["PYTHONPATH"])
+    monkeypatch.chdir(REPOSITORY)
+    rows = measure_hand_off(str(tmp_path), redis_server.url, SHAPE)
+    assert [row.name for row in rows] == [
+        "memcpy",
+        "loopback_tcp",
+        *("host_put", "host_get", "host_hand_off"),
+        *("redis_put", "redis_get", "redis_hand_off"),
+    ]
+    for row in rows:
+        check(row)
+    assert os.listdir(tmp_path) == []  # the node process is gone and took its arena along
+
+
+def test_a_hand_off_is_slower_than_its_halves() -> None:
+    put, get, both = measure_tier(MemoryTier(), SHAPE)
+    assert both.best_gb_per_s < min(put.best_gb_per_s, get.best_gb_per_s)
+
+
+def test_a_tier_that_loses_fragments_has_no_figures() -> None:
+    tier = MemoryTier()
+    tier.is_up = False
+    with pytest.raises(BenchFailed, match="memory tier"):
+        measure_tier(tier, SHAPE)

@@ -1,0 +1,32 @@
+"""The kvstore branch refuses values that nothing can run with, and names the key."""
+
+import pytest
+
+from kvstore.config import KVStoreConfig
+
+
+def test_defaults_are_valid() -> None:
+    assert KVStoreConfig().control == "memory://"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("block_size", -1),
+        ("layers_per_fragment", -1),
+        ("host_bytes", 0),
+        ("arena_dir", "relative/path"),
+        ("tier", "memcached://host"),
+        ("control", "http://host"),
+        ("tier_ttl_s", 0.0),
+        ("tier_ttl_s", float("nan")),
+    ],
+)
+def test_bad_value_names_its_key(key: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"^{key}: "):
+        KVStoreConfig(**{key: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("url", ["redis://host:6379/1", "rediss://:secret@host/0"])
+def test_redis_urls_are_taken(url: str) -> None:
+    assert KVStoreConfig(tier=url, control=url).tier == url

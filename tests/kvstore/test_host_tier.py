@@ -1,0 +1,201 @@
+"""What is particular to the host tier: slots, pressure, and a node process that goes and comes back."""
+
+import uuid
+from collections.abc import Iterator
+
+import grpc
+import pytest
+from switchyard.v1 import kvnode_pb2, kvnode_pb2_grpc
+
+from kvstore.channels import dial
+from kvstore.host_tier import HostTier
+from kvstore.names import FRAGMENT_KEY_BYTES
+from kvstore.tiers import Fragment, Rejected
+from tests.kvstore.fragments import keys_of, make_fragments
+from tests.processes import KVNode, wait_until
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[KVNode]:
+    node = KVNode(f"test-{uuid.uuid4().hex[:12]}", slot_bytes=4096, num_slots=16)
+    yield node
+    node.close()
+
+
+@pytest.fixture
+def tier(node: KVNode) -> Iterator[HostTier]:
+    tier = HostTier(node.host_address)
+    yield tier
+    tier.close()
+
+
+@pytest.fixture
+def stub(node: KVNode) -> Iterator[kvnode_pb2_grpc.KVNodeServiceStub]:
+    with dial(node.host_address) as channel:
+        yield kvnode_pb2_grpc.KVNodeServiceStub(channel)
+
+
+def test_knows_its_node(tier: HostTier, node: KVNode) -> None:
+    assert tier.node_id == node.node_id
+    assert (tier.name, tier.is_up) == ("host", True)
+
+
+def test_two_workers_share_what_one_of_them_wrote(tier: HostTier, node: KVNode) -> None:
+    fragments = make_fragments(4)
+    other = HostTier(node.host_address)
+    tier.put(fragments)
+    assert other.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]
+    other.close()
+
+
+def test_under_pressure_the_oldest_go_and_nothing_wrong_is_read(tier: HostTier, node: KVNode) -> None:
+    batches = [make_fragments(6) for _ in range(4)]
+    for batch in batches:
+        assert tier.put(batch) == [True] * 6
+    assert tier.get(keys_of(batches[3])) == [fragment.payload for fragment in batches[3]]
+    assert tier.get(keys_of(batches[0])) == [None] * 6
+    for fragment, got in zip(batches[1], tier.get(keys_of(batches[1])), strict=True):
+        assert got is None or got == fragment.payload
+
+
+def test_a_batch_larger_than_the_arena_keeps_what_fits(tier: HostTier, node: KVNode) -> None:
+    fragments = make_fragments(node.num_slots + 4)
+    stored = tier.put(fragments)
+    assert stored == [True] * node.num_slots + [False] * 4
+    got = tier.get(keys_of(fragments))
+    assert got == [f.payload if is_stored else None for f, is_stored in zip(fragments, stored, strict=True)]
+
+
+def test_a_fragment_larger_than_a_slot_is_not_kept(tier: HostTier, node: KVNode) -> None:
+    (large,), (small,) = make_fragments(1, node.slot_bytes + 1), make_fragments(1, node.slot_bytes)
+    assert tier.put([large, small]) == [False, True]
+    assert tier.get([large.key, small.key]) == [None, small.payload]
+
+
+def test_a_key_of_another_length_is_the_callers_error(tier: HostTier) -> None:
+    with pytest.raises(ValueError, match="22 bytes"):
+        tier.get([b"short"])
+    with pytest.raises(ValueError, match="22 bytes"):
+        tier.put([Fragment(b"short", memoryview(b"x"))])
+
+
+def test_a_slot_given_to_another_fragment_is_stale_for_its_former_reader(
+    tier: HostTier, stub: kvnode_pb2_grpc.KVNodeServiceStub
+) -> None:
+    (fragment,) = make_fragments(1)
+    tier.put([fragment])
+    found = stub.Lookup(kvnode_pb2.LookupRequest(keys=[fragment.key]))
+    for _ in range(3):
+        tier.put(make_fragments(16))
+    arena = tier._arena
+    assert arena is not None
+    assert arena.read(found.slots[0], fragment.key, found.generations[0]) == Rejected("stale")
+
+
+def test_a_reservation_in_progress_is_not_readable(tier: HostTier, stub: kvnode_pb2_grpc.KVNodeServiceStub) -> None:
+    (fragment,) = make_fragments(1)
+    reserved = stub.Reserve(kvnode_pb2.ReserveRequest(keys=[fragment.key]))
+    assert tier.get([fragment.key]) == [None]
+    assert tier.put([fragment]) == [True]  # another writer does not wait for it
+    assert tier.get([fragment.key]) == [fragment.payload]
+    stub.Seal(
+        kvnode_pb2.SealRequest(keys=[fragment.key], slots=reserved.slots, generations=reserved.generations)
+    )  # late and empty-handed: changes nothing
+    assert tier.get([fragment.key]) == [fragment.payload]
+
+
+def test_a_seal_without_a_reservation_makes_nothing_readable(stub: kvnode_pb2_grpc.KVNodeServiceStub) -> None:
+    (fragment,) = make_fragments(1)
+    reply = stub.Seal(kvnode_pb2.SealRequest(keys=[fragment.key], slots=[0], generations=[1]))
+    assert reply.num_sealed == 0
+    assert list(stub.Lookup(kvnode_pb2.LookupRequest(keys=[fragment.key])).slots) == [-1]
+
+
+def test_a_fragment_that_was_sealed_but_never_written_is_refused(
+    tier: HostTier, stub: kvnode_pb2_grpc.KVNodeServiceStub
+) -> None:
+    (fragment,) = make_fragments(1)
+    reserved = stub.Reserve(kvnode_pb2.ReserveRequest(keys=[fragment.key]))
+    stub.Seal(kvnode_pb2.SealRequest(keys=[fragment.key], slots=reserved.slots, generations=reserved.generations))
+    assert isinstance(tier.get([fragment.key])[0], Rejected)
+    assert tier.get([fragment.key]) == [None]
+
+
+@pytest.mark.parametrize(
+    ("method", "request_"),
+    [
+        ("Reserve", kvnode_pb2.ReserveRequest(keys=[b"short"])),
+        ("Seal", kvnode_pb2.SealRequest(keys=[bytes(FRAGMENT_KEY_BYTES)], slots=[1])),
+        ("Drop", kvnode_pb2.DropRequest(keys=[bytes(FRAGMENT_KEY_BYTES)])),
+    ],
+)
+def test_bad_requests_are_refused(
+    stub: kvnode_pb2_grpc.KVNodeServiceStub, method: str, request_: kvnode_pb2.ReserveRequest
+) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        getattr(stub, method)(request_)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "keys" in caught.value.details()
+
+
+def test_survives_kill_and_restart_of_the_node(kv_node: KVNode) -> None:
+    tier = HostTier(kv_node.host_address)
+    fragments = make_fragments(4)
+    assert tier.put(fragments) == [True] * 4
+    kv_node.kill()
+    assert tier.put(fragments) == [False] * 4
+    assert tier.get(keys_of(fragments)) == [None] * 4
+    assert not tier.is_up
+    kv_node.start()
+    wait_until(lambda: tier.is_up, "the tier is up again")
+    assert tier.get(keys_of(fragments)) == [None] * 4  # a new arena
+    assert tier.put(fragments) == [True] * 4
+    assert tier.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]
+    tier.close()
+
+
+def test_a_restart_between_two_calls_goes_unnoticed(kv_node: KVNode) -> None:
+    tier = HostTier(kv_node.host_address)
+    old, new = make_fragments(4), make_fragments(4)
+    tier.put(old)
+    former = tier._arena
+    kv_node.restart()
+    tier._arena = former  # as if the check that runs every second had not been made yet
+    wait_until(lambda: tier.put(new) == [True] * 4, "fragments are in the new arena")
+    assert tier._arena is not former
+    assert tier.get(keys_of(old) + keys_of(new)) == [None] * 4 + [fragment.payload for fragment in new]
+    tier.close()
+
+
+def test_a_reader_with_the_former_arena_maps_the_new_one(kv_node: KVNode) -> None:
+    reader, writer = HostTier(kv_node.host_address), HostTier(kv_node.host_address)
+    fragments = make_fragments(4)
+    former = reader._arena
+    kv_node.restart()
+    wait_until(lambda: writer.put(fragments) == [True] * 4, "the other worker wrote to the new arena")
+    wait_until(lambda: reader.is_up, "the reader is connected")
+    reader._arena = former
+    assert reader.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]
+    reader.close()
+    writer.close()
+
+
+def test_starts_without_a_node_and_finds_it_later(kv_node: KVNode) -> None:
+    kv_node.kill()
+    tier = HostTier(kv_node.host_address)
+    fragments = make_fragments(1)
+    assert not tier.is_up
+    assert tier.node_id == ""
+    assert tier.put(fragments) == [False]
+    kv_node.start()
+    wait_until(lambda: tier.is_up, "the tier is up")
+    assert tier.put(fragments) == [True]
+    tier.close()
+
+
+def test_a_node_that_dies_while_nobody_asks_is_noticed(kv_node: KVNode) -> None:
+    tier = HostTier(kv_node.host_address)
+    assert tier.is_up
+    kv_node.kill()
+    wait_until(lambda: not tier.is_up, "the tier is down")
+    tier.close()

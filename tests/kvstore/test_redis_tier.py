@@ -1,0 +1,117 @@
+"""What is particular to the Redis tier: time to live, a server that refuses, goes away, and comes back."""
+
+import pytest
+
+from kvstore.redis_tier import KEY_PREFIX, RedisTier
+from kvstore.sealing import HEADER_BYTES
+from kvstore.tiers import Rejected
+from tests.kvstore.fragments import keys_of, make_fragments
+from tests.processes import RedisServer, free_port, wait_until
+
+pytestmark = pytest.mark.redis
+
+
+def test_values_carry_header_payload_and_a_time_to_live(redis_server: RedisServer) -> None:
+    (fragment,) = make_fragments(1)
+    tier = RedisTier(redis_server.url, ttl_s=100)
+    tier.put([fragment])
+    with redis_server.client() as client:
+        assert client.keys() == [KEY_PREFIX + fragment.key]
+        assert client.get(KEY_PREFIX + fragment.key)[HEADER_BYTES:] == fragment.payload
+        assert 0 < client.pttl(KEY_PREFIX + fragment.key) <= 100_000
+    tier.close()
+
+
+def test_putting_again_renews_the_time_to_live(redis_server: RedisServer) -> None:
+    (fragment,) = make_fragments(1)
+    tier = RedisTier(redis_server.url, ttl_s=100)
+    tier.put([fragment])
+    with redis_server.client() as client:
+        client.pexpire(KEY_PREFIX + fragment.key, 10_000)
+        tier.put([fragment])
+        assert client.pttl(KEY_PREFIX + fragment.key) > 10_000
+    tier.close()
+
+
+@pytest.mark.parametrize("num_bytes", [0, 10, HEADER_BYTES, HEADER_BYTES + 999])
+def test_a_truncated_value_is_refused_and_dropped(redis_server: RedisServer, num_bytes: int) -> None:
+    (fragment,) = make_fragments(1)
+    tier = RedisTier(redis_server.url)
+    tier.put([fragment])
+    with redis_server.client() as client:
+        client.set(KEY_PREFIX + fragment.key, client.get(KEY_PREFIX + fragment.key)[:num_bytes])
+        assert tier.get([fragment.key]) == [Rejected("truncated")]
+        assert client.keys() == []
+    tier.close()
+
+
+def test_another_value_under_the_key_is_refused(redis_server: RedisServer) -> None:
+    (fragment,), (other,) = make_fragments(1), make_fragments(1)
+    tier = RedisTier(redis_server.url)
+    tier.put([fragment, other])
+    with redis_server.client() as client:
+        client.set(KEY_PREFIX + fragment.key, client.get(KEY_PREFIX + other.key))
+    assert tier.get([fragment.key, other.key]) == [Rejected("stale"), other.payload]
+    tier.close()
+
+
+def test_a_redis_that_is_full_takes_nothing_and_stays_up(redis_server: RedisServer) -> None:
+    there, refused = make_fragments(1), make_fragments(3)
+    tier = RedisTier(redis_server.url)
+    tier.put(there)
+    with redis_server.client() as client:
+        client.config_set("maxmemory-policy", "noeviction")
+        client.config_set("maxmemory", "1")
+        try:
+            assert tier.put(refused) == [False] * 3
+            assert tier.is_up
+            assert tier.get(keys_of(there)) == [there[0].payload]
+        finally:
+            client.config_set("maxmemory", "0")
+    assert tier.put(refused) == [True] * 3
+    tier.close()
+
+
+def test_survives_kill_and_restart_of_redis(redis_server: RedisServer) -> None:
+    fragments = make_fragments(4)
+    tier = RedisTier(redis_server.url)
+    assert tier.put(fragments) == [True] * 4
+    redis_server.kill()
+    assert tier.get(keys_of(fragments)) == [None] * 4
+    assert not tier.is_up
+    assert tier.put(fragments) == [False] * 4
+    redis_server.start()
+    wait_until(lambda: tier.is_up, "the tier is up again")
+    assert tier.get(keys_of(fragments)) == [None] * 4
+    assert tier.put(fragments) == [True] * 4
+    assert tier.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]
+    tier.close()
+
+
+def test_a_restart_between_two_calls_costs_what_was_stored_only(redis_server: RedisServer) -> None:
+    fragments = make_fragments(4)
+    tier = RedisTier(redis_server.url)
+    tier.put(fragments)
+    redis_server.restart()
+    wait_until(lambda: tier.put(fragments) == [True] * 4, "fragments are stored again")
+    assert tier.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]
+    tier.close()
+
+
+def test_nobody_listens() -> None:
+    tier = RedisTier(f"redis://127.0.0.1:{free_port()}/0")
+    fragments = make_fragments(2)
+    assert not tier.is_up
+    assert tier.put(fragments) == [False, False]
+    assert tier.get(keys_of(fragments)) == [None, None]
+    tier.close()
+
+
+def test_a_password_is_never_logged(caplog: pytest.LogCaptureFixture, redis_server: RedisServer) -> None:
+    tier = RedisTier(redis_server.url.replace("redis://", "redis://:hush@"))  # the server wants none: an error
+    tier.get(keys_of(make_fragments(1)))
+    redis_server.kill()
+    tier.get(keys_of(make_fragments(1)))
+    wait_until(lambda: not tier.is_up, "the tier is down")
+    tier.close()
+    assert "hush" not in caplog.text

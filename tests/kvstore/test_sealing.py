@@ -1,0 +1,67 @@
+"""A stored fragment gives back exactly what was sealed, or says what is wrong with it."""
+
+import pytest
+import xxhash
+
+from kvstore.sealing import HEADER_BYTES, as_bytes_view, reserve, seal, unseal
+from kvstore.tiers import Rejected
+from tests.kvstore.fragments import make_fragments
+
+FRAGMENT = make_fragments(1, payload_bytes=100)[0]
+STORED = seal(FRAGMENT.key, FRAGMENT.payload, 7) + FRAGMENT.payload
+
+
+def unsealed(stored: bytes, key: bytes = FRAGMENT.key, generation: int = 7) -> memoryview | Rejected:
+    return unseal(memoryview(bytearray(stored)), key, generation)
+
+
+def test_what_was_sealed_comes_back() -> None:
+    assert unsealed(STORED) == FRAGMENT.payload
+
+
+def test_the_checksum_is_xxh3_over_key_and_payload() -> None:
+    expected = xxhash.xxh3_64_intdigest(FRAGMENT.key + bytes(FRAGMENT.payload))
+    assert expected.to_bytes(8, "little") == STORED[24:32]
+
+
+@pytest.mark.parametrize("offset", range(len(STORED)))
+def test_any_flipped_byte_is_noticed(offset: int) -> None:
+    damaged = bytearray(STORED)
+    damaged[offset] ^= 1 << offset % 8
+    result = unsealed(bytes(damaged))
+    assert isinstance(result, Rejected)
+    if offset >= HEADER_BYTES:
+        assert result.reason == "checksum"
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, HEADER_BYTES - 1, HEADER_BYTES, len(STORED) - 1])
+def test_any_missing_end_is_noticed(num_bytes: int) -> None:
+    assert unsealed(STORED[:num_bytes]) == Rejected("truncated")
+
+
+def test_surplus_bytes_are_noticed() -> None:
+    assert unsealed(STORED + b"x") == Rejected("truncated")
+
+
+def test_another_fragment_in_its_place_is_stale() -> None:
+    other = make_fragments(1)[0]
+    assert unsealed(STORED, key=other.key) == Rejected("stale")
+    assert unsealed(STORED, generation=8) == Rejected("stale")
+
+
+def test_a_payload_under_another_key_does_not_verify() -> None:
+    other = make_fragments(1)[0]
+    swapped = STORED[: HEADER_BYTES - 22] + other.key + STORED[HEADER_BYTES:]
+    assert unsealed(swapped, key=other.key) == Rejected("checksum")
+
+
+def test_a_reserved_slot_holds_nothing() -> None:
+    empty = bytearray(reserve(7))
+    empty[HEADER_BYTES - 22 :] = FRAGMENT.key
+    assert unsealed(bytes(empty)) == Rejected("layout")
+
+
+def test_a_payload_of_another_format_is_the_same_bytes() -> None:
+    wide = FRAGMENT.payload.cast("H")
+    assert as_bytes_view(wide) == FRAGMENT.payload
+    assert seal(FRAGMENT.key, wide, 7) == STORED[:HEADER_BYTES]

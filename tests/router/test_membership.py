@@ -1,0 +1,115 @@
+"""Who is in: leases come and go, the directory goes away, strangers answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kvstore.directory import DirectoryUnavailable, LeasedWorker
+from tests.router.conftest import Cluster, running_cluster, until
+from tests.router.fake_worker import FakeWorker, expected_tokens
+from tests.router.test_grpc_face import PROMPT, collect, request
+
+
+def go_away(cluster: Cluster) -> Callable[[], None]:
+    """The directory stops answering; call the result and it is back."""
+    answer = cluster.directory.workers
+
+    def refuse() -> list[LeasedWorker]:
+        raise DirectoryUnavailable("nobody there")
+
+    cluster.directory.workers = refuse
+
+    def come_back() -> None:
+        cluster.directory.workers = answer
+
+    return come_back
+
+
+async def test_a_worker_that_withdraws_finishes_its_streams_and_gets_no_more(model_dir: Path) -> None:
+    leaving, staying = FakeWorker("a", "mixed"), FakeWorker("b", "mixed")
+    leaving.step_s = 0.005
+    async with running_cluster(model_dir, leaving) as cluster:
+        answer = asyncio.create_task(collect(cluster.grpc_address, request(max_tokens=60)))
+        await until(lambda: leaving.num_sent >= 5, "it runs")
+        await cluster.add(staying)
+        cluster.directory.withdraw("a")
+        await cluster.loses(leaving)
+        assert (await collect(cluster.grpc_address, request()))[3].stats.decode_worker_id == "b"
+        _, ids, _, finished = await answer
+        assert ids == expected_tokens(PROMPT, 60)
+        assert (finished.stats.decode_worker_id, finished.stats.num_replacements) == ("a", 0)
+        await until(lambda: "a" not in cluster.router._membership._members, "its link was closed")
+        cluster.lease(leaving)
+        await cluster.sees(leaving)
+
+
+async def test_known_workers_stay_while_the_directory_is_away(model_dir: Path) -> None:
+    worker, late = FakeWorker("a", "mixed"), FakeWorker("b", "mixed")
+    async with running_cluster(model_dir, worker) as cluster:
+        come_back = go_away(cluster)
+        await until(lambda: not cluster.router.readiness().directory_is_up, "it was noticed")
+        assert cluster.router.readiness().is_ready
+        assert cluster.router.readiness().is_degraded
+        assert (await collect(cluster.grpc_address, request()))[1] == expected_tokens(PROMPT, 20)
+        come_back()
+        await cluster.add(late)
+        assert not cluster.router.readiness().is_degraded
+
+
+@pytest.mark.parametrize("how", ["another worker", "another model", "no block size"])
+async def test_strangers_are_not_used(model_dir: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stranger, good = FakeWorker("a", "mixed"), FakeWorker("b", "mixed")
+    if how == "another worker":
+        stranger.hello_worker_id = "c"
+    elif how == "another model":
+        stranger.vocab_size = 7
+    else:
+        monkeypatch.setattr("tests.router.fake_worker.BLOCK_SIZE", 0)
+    async with running_cluster(model_dir) as cluster:
+        await stranger.start()
+        cluster.workers.append(stranger)
+        cluster.lease(stranger)
+        await until(lambda: stranger.num_connections >= 2, "it was tried twice")
+        assert not cluster.router.readiness().is_ready
+        monkeypatch.undo()
+        await cluster.add(good)
+        assert (await collect(cluster.grpc_address, request()))[3].stats.decode_worker_id == "b"
+
+
+async def test_a_worker_that_moved_is_found_at_its_new_address(model_dir: Path) -> None:
+    worker = FakeWorker("a", "mixed")
+    async with running_cluster(model_dir, worker) as cluster:
+        await worker.kill()
+        await cluster.loses(worker)
+        worker.address = ""
+        await worker.start()
+        cluster.directory.withdraw("a")
+        cluster.lease(worker)
+        await cluster.sees(worker)
+        assert (await collect(cluster.grpc_address, request()))[1] == expected_tokens(PROMPT, 20)
+
+
+async def test_a_malformed_batch_breaks_the_connection_and_not_the_stream(model_dir: Path) -> None:
+    worker = FakeWorker("a", "mixed")
+    worker.step_s = 0.005
+    async with running_cluster(model_dir, worker) as cluster:
+        answer = asyncio.create_task(collect(cluster.grpc_address, request(max_tokens=60)))
+        await until(lambda: worker.num_sent >= 5, "it runs")
+        link = cluster.router._dispatcher.links["a"]
+        from switchyard.v1 import worker_pb2
+
+        broken = worker_pb2.TokenBatch(stream_ids=["x"], epochs=[1], stream_index=[3], positions=[0], token_ids=[1])
+        take = link._take
+
+        def take_broken_once(message: worker_pb2.ConnectResponse) -> None:
+            link._take = take
+            take(worker_pb2.ConnectResponse(tokens=broken))
+
+        link._take = take_broken_once
+        _, ids, _, finished = await answer
+    assert ids == expected_tokens(PROMPT, 60)
+    assert finished.stats.num_replacements == 1

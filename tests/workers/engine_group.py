@@ -1,0 +1,116 @@
+"""Runs engines on a tp x pp group of processes that is started once and reused for many jobs."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+import torch
+
+from workers.config import EngineConfig, ModelConfig
+from workers.engine import Engine
+from workers.executor import follow
+from workers.parallel import ParallelGroups, Shard
+from workers.rank import make_engine
+from workers.request import Request, SamplingParams
+from workers.runner import TorchModelRunner
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """Completions in the prompts' order, and what it took."""
+
+    completions: list[list[int]]
+    num_preemptions: int
+    num_cached_prompt_tokens: int
+    num_computed_prompt_tokens: int
+
+
+def run_to_end(engine: Engine, requests: Sequence[Request]) -> dict[str, list[int]]:
+    """All tokens of all requests; the engine must come to rest with its books in order."""
+    tokens: dict[str, list[int]] = {r.request_id: [] for r in requests}
+    for request in requests:
+        engine.submit(request)
+    for _ in range(10_000):
+        events = engine.step()
+        if events is None:
+            break
+        for token in events.tokens:
+            assert token.position == len(tokens[token.request_id]), "positions follow each other without gaps"
+            tokens[token.request_id].append(token.token_id)
+    assert not engine.scheduler.has_work()
+    engine.scheduler.pool.check()
+    assert engine.scheduler.pool.num_referenced == 0
+    return tokens
+
+
+def run_job(
+    config: EngineConfig, groups: ParallelGroups, prompts: list[list[int]], sampling: SamplingParams
+) -> JobResult | None:
+    """One rank's part of a job; the leader returns the result."""
+    model = ModelConfig.load(config.model_dir)
+    runner = TorchModelRunner(config, model, groups, torch.device("cpu"))
+    if groups.shard.rank != 0:
+        follow(runner, groups)
+        return None
+    engine = make_engine(config, model, runner, groups, clock=lambda: 0.0)
+    requests = [Request(f"r{i}", list(p), len(p), sampling, arrival_time_s=float(i)) for i, p in enumerate(prompts)]
+    tokens = run_to_end(engine, requests)
+    engine.close()
+    return JobResult(
+        [tokens[f"r{i}"] for i in range(len(prompts))],
+        engine.scheduler.num_preemptions,
+        engine.counters.num_cached_prompt_tokens,
+        engine.counters.num_computed_prompt_tokens,
+    )
+
+
+def _rank_process(rank: int, tp: int, pp: int, url: str, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    groups = ParallelGroups.connect(Shard.of_rank(rank, tp, pp), torch.device("cpu"), url, "lo")
+    while (job := pipe.recv()) is not None:
+        result = run_job(job[0], groups, job[1], job[2])
+        if rank == 0:
+            pipe.send(result)
+    groups.close()
+
+
+class EngineGroup:
+    """tp x pp processes; a context manager."""
+
+    def __init__(self, tp: int, pp: int) -> None:
+        self.tp, self.pp = tp, pp
+        context = multiprocessing.get_context("spawn")
+        self._meeting = tempfile.TemporaryDirectory()
+        url = f"file://{self._meeting.name}/meeting"
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(tp * pp):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_rank_process, args=(rank, tp, pp, url, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def __enter__(self) -> EngineGroup:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pipe in self._pipes:
+            pipe.send(None)
+        for process in self._processes:
+            process.join(timeout=20)
+            process.kill()
+        self._meeting.cleanup()
+
+    def run(self, config: EngineConfig, prompts: list[list[int]], sampling: SamplingParams) -> JobResult:
+        """One job on all ranks."""
+        for pipe in self._pipes:
+            pipe.send((config, prompts, sampling))
+        if not self._pipes[0].poll(120):
+            raise TimeoutError(f"no result from tp={self.tp} pp={self.pp}")
+        return self._pipes[0].recv()

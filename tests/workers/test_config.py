@@ -1,0 +1,132 @@
+"""What a model directory must be, and what is said when it is not."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.workers.tiny_llama import make_checkpoint
+from workers.config import EngineConfig, ModelConfig, WorkerSpec, resolve_model
+from workers.errors import ModelError
+from workers.loader import Checkpoint, weights_digest
+from workers.parallel import ParallelGroups, Shard, stage_layers
+from workers.runner import TorchModelRunner
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def directory(tmp_path) -> Path:
+    return make_checkpoint("gqa", tmp_path)
+
+
+def edit(directory: Path, **changes) -> Path:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return directory
+
+
+def load_runner(directory: Path) -> TorchModelRunner:
+    config = EngineConfig(str(directory), num_blocks=4, device="cpu")
+    return TorchModelRunner(config, ModelConfig.load(directory), ParallelGroups(Shard(), CPU), CPU)
+
+
+def test_directory_without_config(tmp_path):
+    with pytest.raises(ModelError, match=r"config\.json: missing"):
+        ModelConfig.load(tmp_path)
+
+
+def test_no_directory():
+    with pytest.raises(ModelError, match="no such model directory"):
+        resolve_model("./does/not/exist")
+
+
+def test_unsupported_architecture_names_what_is_supported(directory):
+    with pytest.raises(ModelError, match=r"architecture GPT2LMHeadModel is not supported.*LlamaForCausalLM"):
+        ModelConfig.load(edit(directory, architectures=["GPT2LMHeadModel"]))
+
+
+@pytest.mark.parametrize("value", [None, "32", 0, -4, True, 1.5])
+def test_bad_size_names_the_field(directory, value):
+    with pytest.raises(ModelError, match="hidden_size must be a positive integer"):
+        ModelConfig.load(edit(directory, hidden_size=value))
+
+
+def test_unsupported_rope_scaling(directory):
+    with pytest.raises(ModelError, match="rope scaling 'yarn' is not supported"):
+        ModelConfig.load(edit(directory, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}))
+
+
+def test_config_that_is_not_json(directory):
+    (directory / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="not readable as JSON"):
+        ModelConfig.load(directory)
+
+
+def test_truncated_safetensors(directory):
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ModelError, match=r"model\.safetensors: not readable as safetensors"):
+        load_runner(directory)
+
+
+def test_missing_weights(directory):
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"model\.safetensors: missing"):
+        load_runner(directory)
+
+
+def test_wrong_shape_names_the_tensor(directory):
+    with pytest.raises(ModelError, match=r"embed_tokens\.weight is \[97, 32\], config\.json says \[96, 32\]"):
+        load_runner(edit(directory, vocab_size=96))
+
+
+def test_sharded_checkpoint_reads_like_a_single_one(directory, tmp_path):
+    sharded = make_checkpoint("gqa", tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    one, many = (Checkpoint(d, torch.float32, CPU) for d in (directory, sharded))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(one.read(name, (97, 32)), many.read(name, (97, 32)))
+    (next(iter(sharded.glob("*-of-*.safetensors")))).unlink()
+    with pytest.raises(ModelError, match=r"safetensors: missing"):
+        Checkpoint(sharded, torch.float32, CPU)
+
+
+def test_digest_tells_checkpoints_apart(directory):
+    before = weights_digest(directory)
+    save_file({"x": torch.zeros(3)}, directory / "model.safetensors")
+    assert weights_digest(directory) != before
+
+
+@pytest.mark.parametrize(("tp", "field"), [(3, "num_attention_heads"), (4, "num_key_value_heads")])
+def test_tp_must_divide_the_heads(directory, tp, field):
+    with pytest.raises(ModelError, match=f"tp={tp} does not divide {field}"):
+        ModelConfig.load(directory).check_split(tp, 1)
+
+
+def test_pp_must_not_exceed_the_layers(directory):
+    with pytest.raises(ModelError, match="pp=4"):
+        ModelConfig.load(directory).check_split(1, 4)
+
+
+@pytest.mark.parametrize(("layers", "pp"), [(6, 1), (6, 4), (3, 2), (32, 5)])
+def test_stages_cover_all_layers_once_and_evenly(layers, pp):
+    stages = [stage_layers(layers, pp, s) for s in range(pp)]
+    assert [layer for stage in stages for layer in stage] == list(range(layers))
+    assert max(map(len, stages)) - min(map(len, stages)) <= 1
+
+
+def test_spec_survives_json():
+    from dataclasses import asdict
+
+    spec = WorkerSpec("w", "pool", "decode", EngineConfig("dir", tp=2), tier="redis://x")
+    assert WorkerSpec.from_json(json.dumps(asdict(spec))) == spec
+
+
+def test_engine_config_refuses_nonsense():
+    with pytest.raises(ValueError, match="tp must be at least 1"):
+        EngineConfig("dir", tp=0)
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        EngineConfig("dir", dtype="int3")

@@ -1,0 +1,307 @@
+"""The scheduler's promises, without tensors: budgets hold, blocks are owned once, every request comes to an end."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+
+from kvstore.block_pool import BlockPool
+from workers.engine import Engine
+from workers.errors import InvalidRequest
+from workers.request import FinishReason, Request, RequestRole, RequestStatus, SamplingParams
+from workers.scheduler import Scheduler, SchedulerConfig
+from workers.step import ModelRunnerOutput, SchedulerOutput
+
+BLOCK_SIZE = 4
+VOCAB = 50
+EOS = 49
+
+
+class FakeRunner:
+    """Tokens are a function of position; loads and stores succeed as far as told."""
+
+    def __init__(self) -> None:
+        self.plans: list[SchedulerOutput] = []
+        self.load_limit = 1 << 30  # blocks that verify, per load
+        self.next_token = 7
+
+    def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
+        self.plans.append(plan)
+        return ModelRunnerOutput(
+            [self.next_token for r in plan.requests if r.sample],
+            [min(self.load_limit, len(load.block_ids)) for load in plan.loads],
+            [len(store.block_ids) for store in plan.stores],
+        )
+
+    def stop(self) -> None:
+        self.plans.append(SchedulerOutput())
+
+
+def make_engine(num_blocks=16, max_num_seqs=4, budget=8, context=48) -> tuple[Engine, FakeRunner]:
+    runner = FakeRunner()
+    scheduler = Scheduler(
+        SchedulerConfig(max_num_seqs, budget, context), BlockPool(num_blocks, BLOCK_SIZE), b"f" * 16, frozenset({EOS})
+    )
+    return Engine(scheduler, runner, VOCAB, clock=lambda: 0.0), runner
+
+
+def make_request(
+    name: str, length: int, max_tokens=4, role=RequestRole.MIXED, arrival=0.0, start=0, **options
+) -> Request:
+    token_ids = [(start + i) % 40 for i in range(length)]
+    sampling = SamplingParams(max_tokens=max_tokens, **options)
+    return Request(name, token_ids, length, sampling, role=role, arrival_time_s=arrival)
+
+
+def finish_all(engine: Engine) -> dict[str, FinishReason]:
+    ends: dict[str, FinishReason] = {}
+    for _ in range(1000):
+        events = engine.step()
+        if events is None:
+            return ends
+        ends.update({e.request_id: e.reason for e in events.ended})
+    raise AssertionError("the engine did not come to rest")
+
+
+def test_long_prompts_are_computed_in_chunks_beside_decodes():
+    engine, runner = make_engine(budget=8)
+    engine.submit(make_request("short", 3, max_tokens=6))
+    engine.step()
+    engine.submit(make_request("long", 20, arrival=1.0))
+    finish_all(engine)
+    sizes = [[r.num_scheduled_tokens for r in plan.requests] for plan in runner.plans]
+    assert sizes[:5] == [[3], [1, 7], [1, 7], [1, 6], [1, 1]]
+
+
+def test_a_shared_prefix_is_taken_from_the_cache():
+    engine, _ = make_engine()
+    engine.submit(make_request("a", 12))
+    finish_all(engine)
+    second = make_request("b", 12)
+    engine.submit(second)
+    finish_all(engine)
+    assert second.num_cached_prompt_tokens == 11  # the last token must be computed for its logits
+    assert second.num_computed_prompt_tokens == 1
+
+
+def test_a_fully_cached_prompt_writes_nothing_into_the_shared_block():
+    engine, runner = make_engine()
+    engine.submit(make_request("a", 8))
+    finish_all(engine)
+    engine.submit(make_request("b", 8))
+    runner.plans.clear()
+    engine.step()
+    (chunk,) = runner.plans[0].requests
+    assert (chunk.start_position, chunk.write_from, chunk.num_scheduled_tokens) == (7, 8, 1)
+
+
+def test_eos_ends_the_stream_and_is_not_shown():
+    engine, runner = make_engine()
+    engine.submit(make_request("a", 3, max_tokens=9))
+    engine.submit(make_request("b", 3, max_tokens=9, ignore_eos=True, arrival=1.0))
+    runner.next_token = EOS
+    events = engine.step()
+    assert [t.request_id for t in events.tokens] == ["b"]
+    assert [(e.request_id, e.reason) for e in events.ended] == [("a", FinishReason.STOP)]
+
+
+def test_the_context_ends_a_stream():
+    engine, _ = make_engine(num_blocks=16, context=10)
+    engine.submit(make_request("a", 7, max_tokens=100))
+    assert finish_all(engine) == {"a": FinishReason.LENGTH}
+
+
+def test_preempted_requests_come_back_and_finish():
+    engine, _ = make_engine(num_blocks=6, budget=100)
+    for i in range(3):
+        engine.submit(make_request(f"r{i}", 5, max_tokens=10, arrival=float(i), start=10 * i))
+    ends = finish_all(engine)
+    assert set(ends.values()) == {FinishReason.LENGTH}
+    assert len(ends) == 3
+    assert engine.scheduler.num_preemptions > 0
+    assert engine.scheduler.pool.num_free == 6
+
+
+def test_prefill_publishes_every_block_once_the_tail_last():
+    engine, runner = make_engine(budget=8)
+    engine.submit(make_request("p", 18, role=RequestRole.PREFILL))
+    assert finish_all(engine) == {"p": FinishReason.PREFILLED}
+    stored = [list(s.num_tokens) for plan in runner.plans for s in plan.stores]
+    assert stored == [[4, 4], [4, 4], [2]]
+
+
+def test_decode_waits_pulls_and_continues():
+    engine, runner = make_engine()
+    request = make_request("d", 10, role=RequestRole.DECODE)
+    engine.submit(request)
+    assert engine.step() is None
+    assert request.status is RequestStatus.WAITING_FOR_KV
+    ((_, names),) = engine.scheduler.pending_pulls()
+    assert len(names) == 3
+    engine.scheduler.kv_available("d", 2)
+    engine.step()
+    assert [len(load.block_ids) for load in runner.plans[-1].loads] == [2]
+    engine.continue_request("d", [7])
+    assert finish_all(engine) == {"d": FinishReason.LENGTH}
+    assert request.num_transferred_blocks == 3
+    assert engine.scheduler.num_recomputed_prompt_tokens == 0
+    assert [r.start_position for plan in runner.plans for r in plan.requests] == [10, 11, 12]
+
+
+@pytest.mark.parametrize("good_blocks", [0, 1])
+def test_decode_recomputes_what_does_not_verify(good_blocks):
+    engine, runner = make_engine(budget=100)
+    runner.load_limit = good_blocks
+    engine.submit(make_request("d", 10, role=RequestRole.DECODE))
+    engine.continue_request("d", [7])
+    assert finish_all(engine) == {"d": FinishReason.LENGTH}
+    assert engine.scheduler.num_recomputed_prompt_tokens == 10 - BLOCK_SIZE * good_blocks
+
+
+def test_a_preempted_decode_pulls_again():
+    engine, _ = make_engine(num_blocks=6, budget=100)
+    for i in range(2):
+        engine.submit(make_request(f"d{i}", 8, max_tokens=12, role=RequestRole.DECODE, arrival=float(i), start=20 * i))
+        engine.continue_request(f"d{i}", [7])
+    assert len(finish_all(engine)) == 2
+    assert engine.scheduler.num_preemptions > 0
+    assert engine.scheduler.num_recomputed_prompt_tokens == 0
+
+
+def test_a_ready_decode_waits_for_a_step_with_room():
+    engine, runner = make_engine(budget=8)
+    engine.submit(make_request("first", 8))
+    finish_all(engine)
+    engine.submit(make_request("long", 20, start=11))
+    engine.submit(make_request("d", 8, role=RequestRole.DECODE, arrival=1.0))
+    engine.continue_request("d", [7])
+    runner.plans.clear()
+    finish_all(engine)
+    sizes = [[r.num_scheduled_tokens for r in plan.requests] for plan in runner.plans]
+    assert sizes[:2] == [[8], [8]]
+    assert all(size > 0 for plan in sizes for size in plan)
+
+
+def test_clients_that_do_not_read_stop_nobody_else():
+    engine, _ = make_engine(num_blocks=8, max_num_seqs=2)
+    for i in range(3):
+        stalled = make_request(f"stalled{i}", 7, max_tokens=20, arrival=float(i), start=10 * i)
+        stalled.window_tokens = 1
+        engine.submit(stalled)
+        while engine.step() is not None:
+            pass
+    assert all(r.is_stalled for r in engine.scheduler.requests.values())
+    engine.submit(make_request("quick", 20, max_tokens=9, arrival=9.0, start=5))
+    assert finish_all(engine) == {"quick": FinishReason.LENGTH}
+    for i in range(3):
+        engine.credit(f"stalled{i}", 100)
+    assert len(finish_all(engine)) == 3
+
+
+def test_continue_that_completes_the_request_ends_it():
+    engine, _ = make_engine()
+    engine.submit(make_request("d", 5, max_tokens=1, role=RequestRole.DECODE))
+    engine.step()
+    end = engine.continue_request("d", [7])
+    assert end is not None
+    assert end.reason is FinishReason.LENGTH
+    assert engine.scheduler.pool.num_free == 16
+
+
+def test_unknown_names_are_ignored():
+    engine, _ = make_engine()
+    assert engine.cancel("nobody") is None
+    assert engine.continue_request("nobody", [1]) is None
+    engine.credit("nobody", 5)
+    engine.scheduler.kv_available("nobody", 3)
+
+
+def test_the_same_id_twice_is_refused():
+    engine, _ = make_engine()
+    engine.submit(make_request("a", 3))
+    with pytest.raises(InvalidRequest, match="stream_id"):
+        engine.submit(make_request("a", 3))
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Random submits, cancels, continues, credits and lossy pulls, over a pool that is too small."""
+
+    names = Bundle("names")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.engine, self.runner = make_engine(num_blocks=10, max_num_seqs=3, budget=6, context=32)
+        self.count = 0
+        self.live: set[str] = set()
+
+    @rule(
+        target=names, length=st.integers(1, 24), max_tokens=st.integers(1, 9), role=st.sampled_from(RequestRole),
+        start=st.integers(0, 2), window=st.sampled_from([1 << 40, 2]),
+    )  # fmt: skip
+    def submit(self, length, max_tokens, role, start, window):
+        self.count += 1
+        request = make_request(f"r{self.count}", length, max_tokens, role, float(self.count), start)
+        request.window_tokens = window
+        self.engine.submit(request)
+        self.live.add(request.request_id)
+        return request.request_id
+
+    @rule(name=names)
+    def cancel(self, name):
+        end = self.engine.cancel(name)
+        assert (end is not None) == (name in self.live)
+        self.live.discard(name)
+
+    @rule(name=names, lost=st.booleans())
+    def continue_request(self, name, lost):
+        request = self.engine.scheduler.requests.get(name)
+        if request is not None and request.role is RequestRole.DECODE:
+            end = self.engine.continue_request(name, [] if lost or request.is_continued else [7])
+            if end is not None:
+                self.live.remove(name)
+
+    @rule(name=names, count=st.integers(0, 9))
+    def announce(self, name, count):
+        request = self.engine.scheduler.requests.get(name)
+        if request is not None:
+            self.engine.scheduler.kv_available(name, min(count, -(-request.num_given_tokens // BLOCK_SIZE)))
+
+    @rule(limit=st.integers(0, 3), token=st.sampled_from([7, EOS]))
+    def step(self, limit, token):
+        self.runner.load_limit, self.runner.next_token = limit, token
+        events = self.engine.step()
+        if events is None:
+            return
+        plan = self.runner.plans[-1]
+        assert plan.total_num_scheduled_tokens <= 6
+        assert len(plan.requests) <= 3
+        assert all(r.num_scheduled_tokens > 0 for r in plan.requests)
+        for end in events.ended:
+            self.live.remove(end.request_id)
+
+    @invariant()
+    def books_are_in_order(self):
+        scheduler = self.engine.scheduler
+        scheduler.pool.check()
+        assert set(scheduler.requests) == self.live
+        queued = [*scheduler.waiting, *scheduler.waiting_for_kv, *scheduler.running]
+        assert len(queued) == len(set(map(id, queued))) == len(self.live)
+        owned = [b for r in queued for b in r.block_table]
+        assert scheduler.pool.num_referenced == len(set(owned))
+
+    def teardown(self):
+        self.runner.load_limit, self.runner.next_token = 1 << 30, 7
+        for name in sorted(self.live):
+            request = self.engine.scheduler.requests[name]
+            self.engine.credit(name, 1 << 40)
+            if request.role is RequestRole.DECODE and self.engine.continue_request(name, []) is not None:
+                self.live.remove(name)
+        ends = finish_all(self.engine)
+        assert set(ends) == self.live
+        assert self.engine.scheduler.pool.num_referenced == 0
+
+
+EngineMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestEngineMachine = EngineMachine.TestCase

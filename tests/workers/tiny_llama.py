@@ -1,0 +1,74 @@
+"""Tiny random Llama checkpoints of several shapes, and what transformers makes of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+_BASE: dict[str, object] = {
+    "vocab_size": 97,  # not a multiple of 2: the vocabulary-parallel split must pad
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,  # not a multiple of 2: pipeline stages are uneven
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+SHAPES: dict[str, dict[str, object]] = {
+    "mha": {"num_key_value_heads": 4},
+    "gqa": {},
+    "tied": {"tie_word_embeddings": True},
+    "head_dim": {"head_dim": 24},
+    "llama3_rope": {"rope_parameters": _LLAMA3_ROPE},
+}
+
+
+def make_checkpoint(shape: str, directory: Path, **save: object) -> Path:
+    """A random model in bf16, large enough weights that greedy choices are clear."""
+    torch.manual_seed(sum(map(ord, shape)))
+    model = LlamaForCausalLM(LlamaConfig(**{**_BASE, **SHAPES[shape], "initializer_range": 0.2}))
+    path = directory / shape
+    model.to(torch.bfloat16).save_pretrained(path, **save)
+    return path
+
+
+def prompts(seed: int = 0) -> list[list[int]]:
+    """Prompts of several lengths; two share a prefix."""
+    generator = torch.Generator().manual_seed(seed)
+    shared = torch.randint(97, (13,), generator=generator).tolist()
+    return [
+        torch.randint(97, (9,), generator=generator).tolist(),
+        shared + torch.randint(97, (10,), generator=generator).tolist(),
+        shared + torch.randint(97, (4,), generator=generator).tolist(),
+    ]
+
+
+def generate_with_transformers(path: Path, token_ids: list[int], max_tokens: int) -> list[int]:
+    """Greedy, in fp32."""
+    model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
+    prompt = torch.tensor([token_ids])
+    mask = torch.ones_like(prompt)  # without it, generate takes the prompt's own zeros for padding
+    with torch.inference_mode():
+        out = model.generate(
+            prompt,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=max_tokens,
+            pad_token_id=0,
+            eos_token_id=None,
+        )
+    return out[0, len(token_ids) :].tolist()

@@ -1,0 +1,211 @@
+"""What an engine and a worker are told at their start, and what a model directory says of itself.
+
+Reads config.json and generation_config.json. Knows nothing of tensors, routers or Ray.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from workers.errors import ModelError
+
+SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """Llama 3's scaling of the rotary frequencies (arXiv:2407.21783)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Sizes of a model, under the names of its Hugging Face config.json."""
+
+    architecture: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    tie_word_embeddings: bool
+    eos_token_ids: tuple[int, ...]
+
+    @classmethod
+    def load(cls, directory: str | Path) -> ModelConfig:
+        """Read a model directory. Raises ModelError naming the file or field."""
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise ModelError(f"{directory}: no such model directory")
+        raw = _read_json(directory / "config.json", required=True)
+        generation = _read_json(directory / "generation_config.json", required=False)
+        architecture = (raw.get("architectures") or ["(none named)"])[0]
+        if architecture not in SUPPORTED_ARCHITECTURES:
+            supported = ", ".join(SUPPORTED_ARCHITECTURES)
+            raise ModelError(
+                f"{directory}/config.json: architecture {architecture} is not supported (supported: {supported})"
+            )
+        return _parse(raw, generation, directory / "config.json")
+
+    def check_split(self, tp: int, pp: int) -> None:
+        """Raise ModelError unless the model can be cut into tp x pp shards."""
+        for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+            if getattr(self, field) % tp:
+                raise ModelError(f"tp={tp} does not divide {field}={getattr(self, field)}")
+        if pp > self.num_hidden_layers:
+            raise ModelError(f"pp={pp} is more than num_hidden_layers={self.num_hidden_layers}")
+
+
+def _read_json(path: Path, required: bool) -> dict[str, Any]:
+    if not path.exists():
+        if required:
+            raise ModelError(f"{path}: missing")
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: not a JSON object")
+    return content
+
+
+def _parse(raw: dict[str, Any], generation: dict[str, Any], path: Path) -> ModelConfig:
+    def size(field: str, default: int | None = None) -> int:
+        value = raw.get(field)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise ModelError(f"{path}: {field} must be a positive integer, not {value!r}")
+        return value
+
+    for unsupported in ("attention_bias", "mlp_bias"):
+        if raw.get(unsupported):
+            raise ModelError(f"{path}: {unsupported}=true is not supported")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise ModelError(f"{path}: hidden_act={raw['hidden_act']} is not supported (supported: silu)")
+    heads = size("num_attention_heads")
+    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    eos = generation.get("eos_token_id", raw.get("eos_token_id"))
+    return ModelConfig(
+        architecture=raw["architectures"][0],
+        hidden_size=size("hidden_size"),
+        intermediate_size=size("intermediate_size"),
+        num_hidden_layers=size("num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=size("num_key_value_heads", heads),
+        head_dim=size("head_dim", size("hidden_size") // heads),
+        vocab_size=size("vocab_size"),
+        max_position_embeddings=size("max_position_embeddings", 2048),
+        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
+        rope_scaling=_rope_scaling(rope, path),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
+    )
+
+
+def _rope_scaling(rope: dict[str, Any], path: Path) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ModelError(f"{path}: rope scaling {kind!r} is not supported (supported: default, llama3)")
+    try:
+        return RopeScaling(
+            factor=float(rope["factor"]),
+            low_freq_factor=float(rope["low_freq_factor"]),
+            high_freq_factor=float(rope["high_freq_factor"]),
+            original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
+        )
+    except KeyError as error:
+        raise ModelError(f"{path}: rope scaling llama3 lacks {error.args[0]}") from None
+
+
+def resolve_model(model: str) -> Path:
+    """A local directory as it is; anything else is a Hugging Face Hub id and is fetched into its cache.
+
+    Raises ModelError when it is neither.
+    """
+    path = Path(model).expanduser()
+    if path.exists() or model.startswith((".", "/", "~")):
+        if not path.is_dir():
+            raise ModelError(f"{model}: no such model directory")
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{model}: neither a model directory nor a Hub id that can be fetched ({reason})") from None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """One engine: what it computes with and how much at a time."""
+
+    model_dir: str
+    dtype: str = "auto"  # auto: float32 on CPU, bfloat16 on CUDA
+    device: str = "auto"  # auto: cuda when there is one
+    tp: int = 1
+    pp: int = 1
+    block_size: int = 16  # tokens per KV block
+    num_blocks: int = 0  # device KV blocks; 0: from the free memory
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 512
+    max_model_len: int = 0  # tokens; 0: what the model allows
+    enable_prefix_caching: bool = True
+    num_threads: int = 1  # CPU threads per rank
+
+    def __post_init__(self) -> None:
+        for field in ("tp", "pp", "block_size", "max_num_seqs", "max_num_batched_tokens", "num_threads"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
+        for field in ("num_blocks", "max_model_len"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field} must not be negative, not {getattr(self, field)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype}")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """One worker: its engine, its place in the cluster, and the KV tiers that it uses."""
+
+    worker_id: str
+    pool: str
+    role: str  # "prefill", "decode" or "mixed"
+    engine: EngineConfig
+    model_name: str = "demo"
+    node_id: str = "local"
+    host_address: str = ""  # KV node of this host; "": no host tier
+    tier: str = ""  # redis://... ; "": no remote tier
+    tier_ttl_s: float = 3600.0
+    control: str = ""  # where to register and announce blocks; "": nowhere
+    layers_per_fragment: int = 0  # 0: all layers of a stage
+    listen_host: str = "127.0.0.1"
+
+    def __post_init__(self) -> None:
+        if self.role not in ("prefill", "decode", "mixed"):
+            raise ValueError(f"role must be prefill, decode or mixed, not {self.role}")
+
+    @classmethod
+    def from_json(cls, text: str) -> WorkerSpec:
+        """The inverse of json.dumps(dataclasses.asdict(spec))."""
+        raw = json.loads(text)
+        return cls(**{**raw, "engine": EngineConfig(**raw["engine"])})

@@ -1,0 +1,127 @@
+"""Runs requests to completion: takes them in, steps the scheduler and the executor, hands out tokens and ends.
+
+Knows nothing of gRPC, text, Ray or other workers. Not thread-safe: one thread owns an engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from workers.errors import InvalidRequest
+from workers.request import FinishReason, Request, RequestEnd, TokenOutput
+from workers.scheduler import Scheduler
+from workers.step import Executor
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class StepEvents:
+    """What one step has to tell."""
+
+    tokens: list[TokenOutput] = field(default_factory=list)
+    ended: list[RequestEnd] = field(default_factory=list)
+    published_names: list[bytes] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class EngineCounters:
+    """Grow from 0 at the engine's start."""
+
+    num_steps: int = 0
+    num_computed_prompt_tokens: int = 0
+    num_cached_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_published_blocks: int = 0
+    num_transferred_blocks: int = 0
+
+
+class Engine:
+    """One worker's engine."""
+
+    def __init__(self, scheduler: Scheduler, executor: Executor, vocab_size: int, clock: Clock) -> None:
+        self.scheduler = scheduler
+        self.counters = EngineCounters()
+        self._executor = executor
+        self._vocab_size = vocab_size
+        self._clock = clock
+
+    def submit(self, request: Request) -> None:
+        """Take a request in. Raises InvalidRequest when it can never be served here."""
+        limit = self.scheduler.config.max_model_len
+        if request.request_id in self.scheduler.requests:
+            raise InvalidRequest(f"stream_id: {request.request_id} is in use")
+        if not 0 < request.num_prompt_tokens <= request.num_tokens:
+            raise InvalidRequest(f"num_prompt_tokens: {request.num_prompt_tokens} of {request.num_tokens} token_ids")
+        if request.num_tokens >= limit:
+            raise InvalidRequest(f"token_ids: {request.num_tokens} tokens leave no room in a context of {limit}")
+        if not all(0 <= t < self._vocab_size for t in request.token_ids):
+            raise InvalidRequest(f"token_ids: ids must be in [0, {self._vocab_size})")
+        if request.sampling.max_tokens <= request.num_output_tokens:
+            raise InvalidRequest(f"sampling.max_tokens: {request.sampling.max_tokens} are generated already")
+        self.scheduler.add(request)
+
+    def continue_request(self, request_id: str, token_ids: list[int]) -> RequestEnd | None:
+        """Let a request that waits for KV begin to decode; ends it when the tokens already complete it."""
+        self.scheduler.continue_request(request_id, token_ids)
+        request = self.scheduler.requests.get(request_id)
+        if request is not None and request.num_output_tokens >= request.sampling.max_tokens:
+            return self._end(request, FinishReason.LENGTH)
+        return None
+
+    def cancel(self, request_id: str) -> RequestEnd | None:
+        """Stop a request; None when it is not here."""
+        request = self.scheduler.requests.get(request_id)
+        return None if request is None else self._end(request, FinishReason.CANCELLED)
+
+    def credit(self, request_id: str, num_tokens: int) -> None:
+        """Widen a request's window."""
+        request = self.scheduler.requests.get(request_id)
+        if request is not None:
+            request.window_tokens += num_tokens
+
+    def expire(self) -> Iterator[RequestEnd]:
+        """End what is past its deadline."""
+        now = self._clock()
+        for request in [r for r in self.scheduler.requests.values() if r.deadline_s <= now]:
+            yield self._end(request, FinishReason.CANCELLED)
+
+    def step(self) -> StepEvents | None:
+        """One step; None when there was nothing to do."""
+        plan = self.scheduler.schedule()
+        if plan.is_empty:
+            return StepEvents() if plan.preempted_ids else None  # who was preempted may come back at once
+        output = self._executor.execute(plan)
+        result = self.scheduler.update(plan, output)
+        now = self._clock()
+        for token in result.tokens:
+            request = self.scheduler.requests[token.request_id]
+            if request.first_token_time_s is None:
+                request.first_token_time_s = now
+        self.counters.num_steps += 1
+        self.counters.num_generated_tokens += len(result.tokens)
+        self.counters.num_published_blocks += len(result.published_names)
+        self.counters.num_transferred_blocks += sum(output.num_loaded_blocks)
+        ended = [self._end(request, reason) for request, reason in result.finished]
+        return StepEvents(result.tokens, ended, result.published_names)
+
+    def close(self) -> None:
+        """Let the other ranks go; no step may follow."""
+        self._executor.stop()
+
+    def _end(self, request: Request, reason: FinishReason) -> RequestEnd:
+        self.scheduler.finish(request)
+        self.counters.num_computed_prompt_tokens += request.num_computed_prompt_tokens
+        self.counters.num_cached_prompt_tokens += request.num_cached_prompt_tokens
+        first = request.first_token_time_s
+        return RequestEnd(
+            request.request_id,
+            request.epoch,
+            reason,
+            request.num_cached_prompt_tokens,
+            request.num_computed_prompt_tokens,
+            request.num_transferred_blocks,
+            request.num_published_blocks,
+            None if first is None else first - request.arrival_time_s,
+        )

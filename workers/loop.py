@@ -1,0 +1,294 @@
+"""The thread that owns an engine: feeds it commands, steps it, and passes on what comes out.
+
+Also watches the directory for requests that wait for KV blocks, and announces blocks that were published.
+Knows nothing of gRPC or of which router asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from kvstore.directory import Directory, DirectoryUnavailable
+from workers.engine import Clock, Engine, StepEvents
+from workers.errors import InvalidRequest
+from workers.request import Request, RequestEnd
+
+_IDLE_WAIT_S = 0.05  # how long an idle engine sleeps before it looks at deadlines again
+_WATCH_S = 0.002  # how often the directory is asked while blocks are awaited
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """A new request."""
+
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Stop a request."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Continue:
+    """The prefill side is through."""
+
+    request_id: str
+    token_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """More tokens may be sent."""
+
+    request_id: str
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class KVAvailable:
+    """Blocks of a prompt were announced."""
+
+    request_id: str
+    num_blocks: int
+
+
+Command = Submit | Cancel | Continue | Credit | KVAvailable
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A request that the engine did not take."""
+
+    request: Request
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoopEvents:
+    """Passed to the listener, on the engine's thread."""
+
+    step: StepEvents = field(default_factory=StepEvents)
+    refused: Sequence[Refused] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSnapshot:
+    """The engine's load after its last step."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_waiting_for_kv: int = 0
+    num_free_blocks: int = 0
+    num_queued_tokens: int = 0
+    num_steps: int = 0
+    num_computed_prompt_tokens: int = 0
+    num_cached_prompt_tokens: int = 0
+    num_recomputed_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_preemptions: int = 0
+    num_published_blocks: int = 0
+    num_transferred_blocks: int = 0
+
+
+class EngineLoop:
+    """Runs an engine in a thread of its own.
+
+    places: where this worker publishes to and can pull from, as the directory names them ("host:NODE_ID", "redis").
+    on_failure: called once, with the error, when the engine itself fails; nothing runs after it.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        directory: Directory | None,
+        places: Callable[[], Sequence[str]],
+        on_events: Callable[[LoopEvents], None],
+        on_failure: Callable[[BaseException], None],
+        clock: Clock,
+    ) -> None:
+        self._engine = engine
+        self._directory = directory
+        self._places = places
+        self._on_events = on_events
+        self._on_failure = on_failure
+        self._clock = clock
+        self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._pulls: list[tuple[str, int, list[bytes]]] = []  # (request, blocks it has, names it lacks)
+        self._pulls_changed = threading.Event()
+        self._stopped = threading.Event()
+        self._announcements: queue.SimpleQueue[list[bytes] | None] = queue.SimpleQueue()
+        self._step_began_s: float | None = None
+        self.load = LoadSnapshot()
+        self._threads = [
+            threading.Thread(target=self._run, name="engine", daemon=True),
+            threading.Thread(target=self._watch, name="kv-watch", daemon=True),
+            threading.Thread(target=self._announce, name="kv-announce", daemon=True),
+        ]
+
+    def start(self) -> None:
+        """Start stepping."""
+        self._snapshot()
+        for thread in self._threads:
+            thread.start()
+
+    def post(self, command: Command) -> None:
+        """Hand the engine a command; from any thread."""
+        self._inbox.put(command)
+
+    def stop(self) -> None:
+        """Finish the step in progress and end."""
+        self._stopped.set()
+        self._pulls_changed.set()
+        self._announcements.put(None)
+        self._inbox.put(None)
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(timeout=10)
+
+    @property
+    def step_age_s(self) -> float:
+        """How long the step in progress has taken so far; 0 between steps. A hung collective shows here."""
+        began_s = self._step_began_s
+        return 0.0 if began_s is None else self._clock() - began_s
+
+    def close(self) -> None:
+        """After stop: let the other ranks of the worker go."""
+        self._engine.close()
+
+    # ---------------------------------------------------------------------------------------------- the engine's thread
+    def _run(self) -> None:
+        try:
+            busy = False
+            while not self._stopped.is_set():
+                refused: list[Refused] = []
+                ended: list[RequestEnd] = []
+                for command in self._drain(wait=not busy):
+                    self._apply(command, refused, ended)
+                ended += self._engine.expire()
+                if refused or ended:
+                    self._on_events(LoopEvents(StepEvents(ended=ended), refused))
+                self._step_began_s = self._clock()
+                events = self._engine.step()
+                self._step_began_s = None
+                busy = events is not None
+                self._note_pulls()
+                if events is not None:
+                    if events.published_names:
+                        self._announcements.put(events.published_names)
+                    self._snapshot()
+                    self._on_events(LoopEvents(events))
+                else:
+                    self._snapshot()
+        except BaseException as error:
+            self._on_failure(error)
+
+    def _drain(self, wait: bool) -> list[Command]:
+        commands: list[Command] = []
+        with contextlib.suppress(queue.Empty):
+            if wait:
+                first = self._inbox.get(timeout=_IDLE_WAIT_S)
+                if first is not None:
+                    commands.append(first)
+            while True:
+                command = self._inbox.get_nowait()
+                if command is not None:
+                    commands.append(command)
+        return commands
+
+    def _apply(self, command: Command, refused: list[Refused], ended: list[RequestEnd]) -> None:
+        end: RequestEnd | None = None
+        match command:
+            case Submit(request):
+                try:
+                    request.arrival_time_s = self._clock()
+                    self._engine.submit(request)
+                except InvalidRequest as error:
+                    refused.append(Refused(request, str(error)))
+            case Cancel(request_id):
+                end = self._engine.cancel(request_id)
+            case Continue(request_id, token_ids):
+                end = self._engine.continue_request(request_id, token_ids)
+            case Credit(request_id, num_tokens):
+                self._engine.credit(request_id, num_tokens)
+            case KVAvailable(request_id, num_blocks):
+                self._engine.scheduler.kv_available(request_id, num_blocks)
+        if end is not None:
+            ended.append(end)
+
+    def _note_pulls(self) -> None:
+        requests = self._engine.scheduler.requests
+        self._pulls = [
+            (request_id, requests[request_id].num_ready_blocks, names)
+            for request_id, names in self._engine.scheduler.pending_pulls()
+        ]
+        if self._pulls:
+            self._pulls_changed.set()
+
+    def _snapshot(self) -> None:
+        scheduler, counters = self._engine.scheduler, self._engine.counters
+        self.load = LoadSnapshot(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_waiting_for_kv=len(scheduler.waiting_for_kv),
+            num_free_blocks=scheduler.pool.num_free,
+            num_queued_tokens=scheduler.num_queued_tokens,
+            num_steps=counters.num_steps,
+            num_computed_prompt_tokens=counters.num_computed_prompt_tokens,
+            num_cached_prompt_tokens=counters.num_cached_prompt_tokens,
+            num_recomputed_prompt_tokens=scheduler.num_recomputed_prompt_tokens,
+            num_generated_tokens=counters.num_generated_tokens,
+            num_preemptions=scheduler.num_preemptions,
+            num_published_blocks=counters.num_published_blocks,
+            num_transferred_blocks=counters.num_transferred_blocks,
+        )
+
+    # ------------------------------------------------------------------------------------------ the directory's threads
+    def _announce(self) -> None:
+        """Tell the directory what was published, off the engine's thread: a slow directory must not hold up tokens.
+
+        Only a hint: without it decode workers still find the blocks when they are told to continue.
+        """
+        while (names := self._announcements.get()) is not None:
+            if self._directory is not None:
+                with contextlib.suppress(DirectoryUnavailable):
+                    for place in self._places():
+                        self._directory.publish(names, place)
+
+    def _watch(self) -> None:
+        if self._directory is None:
+            return
+        told: dict[str, int] = {}
+        while not self._stopped.is_set():
+            self._pulls_changed.wait()
+            self._pulls_changed.clear()  # before the look at what is wanted, so that no change is missed
+            pulls = self._pulls
+            told = {request_id: told[request_id] for request_id, _, _ in pulls if request_id in told}
+            if not pulls:
+                continue
+            self._pulls_changed.set()  # look again after a pause, until nothing is wanted
+            with contextlib.suppress(DirectoryUnavailable):
+                for request_id, num_ready, names in pulls:
+                    available = num_ready + self._num_located(names)
+                    if available > max(num_ready, told.get(request_id, 0)):
+                        told[request_id] = available
+                        self.post(KVAvailable(request_id, available))
+            self._stopped.wait(_WATCH_S)
+
+    def _num_located(self, names: list[bytes]) -> int:
+        """How many of the names, from the first on, are at a place that this worker can pull from."""
+        if not names or self._directory is None:
+            return 0
+        mine = set(self._places())
+        count = 0
+        for places in self._directory.locate(names):
+            if mine.isdisjoint(places):
+                break
+            count += 1
+        return count

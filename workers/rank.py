@@ -1,0 +1,265 @@
+"""One rank of a worker: its shard, and on rank 0 the engine and its gRPC server.
+
+A plain object, so that a process, a test or a Ray actor can own it. Knows nothing of who started it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict
+from pathlib import Path
+
+import grpc
+import torch
+from switchyard.v1 import generation_pb2, worker_pb2, worker_pb2_grpc
+
+from kvstore.block_pool import BlockPool
+from kvstore.connect import open_directory, open_tiers
+from kvstore.directory import Directory, DirectoryUnavailable, WorkerRecord
+from kvstore.names import fingerprint
+from kvstore.store import FragmentStore
+from kvstore.tiers import Tier
+from workers.config import EngineConfig, ModelConfig, WorkerSpec
+from workers.engine import Engine
+from workers.executor import GroupExecutor, follow
+from workers.kv_transfer import KVTransfer
+from workers.loader import weights_digest
+from workers.loop import EngineLoop, LoopEvents
+from workers.parallel import ParallelGroups, Shard
+from workers.runner import TorchModelRunner, pick_device, pick_dtype
+from workers.scheduler import Scheduler, SchedulerConfig
+from workers.server import MAX_MESSAGE_BYTES, WorkerServicer
+
+log = logging.getLogger(__name__)
+
+LEASE_TTL_S = 3.0
+LEASE_RENEWAL_S = 0.75
+_WIRE_ROLES = {
+    "mixed": worker_pb2.WORKER_ROLE_MIXED,
+    "prefill": worker_pb2.WORKER_ROLE_PREFILL,
+    "decode": worker_pb2.WORKER_ROLE_DECODE,
+}
+
+
+def kv_fingerprint(engine: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> bytes:
+    """Names what the bytes of a KV block mean: the weights, and everything that shapes or rotates keys and values."""
+    return fingerprint(
+        {
+            "weights": weights_digest(Path(engine.model_dir)),
+            "dtype": str(dtype),
+            "layers": model.num_hidden_layers,
+            "kv_heads": model.num_key_value_heads,
+            "head_dim": model.head_dim,
+            "block_size": engine.block_size,
+            "rms_norm_eps": model.rms_norm_eps,
+            "rope_theta": model.rope_theta,
+            "rope_scaling": None if model.rope_scaling is None else asdict(model.rope_scaling),
+        }
+    )
+
+
+def make_engine(
+    config: EngineConfig,
+    model: ModelConfig,
+    runner: TorchModelRunner,
+    groups: ParallelGroups,
+    clock: Callable[[], float] = time.monotonic,
+) -> Engine:
+    """An engine over a loaded runner; on rank 0 only."""
+    context_tokens = min(
+        config.max_model_len or model.max_position_embeddings,
+        model.max_position_embeddings,
+        runner.num_blocks * config.block_size,
+    )
+    scheduler = Scheduler(
+        SchedulerConfig(config.max_num_seqs, config.max_num_batched_tokens, context_tokens),
+        BlockPool(runner.num_blocks, config.block_size, config.enable_prefix_caching),
+        kv_fingerprint(config, model, pick_dtype(config, runner.cache.device)),
+        frozenset(model.eos_token_ids),
+    )
+    return Engine(scheduler, GroupExecutor(runner, groups), model.vocab_size, clock)
+
+
+class Rank:
+    """A shard. Call `connect` on all ranks of a worker at once, then `serve` on all of them."""
+
+    def __init__(self, spec: WorkerSpec, rank: int) -> None:
+        self.spec = spec
+        self.shard = Shard.of_rank(rank, spec.engine.tp, spec.engine.pp)
+        self.failure: Future[BaseException] = Future()  # set when the shard can no longer serve
+        self._model = ModelConfig.load(spec.engine.model_dir)
+        self._model.check_split(spec.engine.tp, spec.engine.pp)
+        self._ttft_s: deque[float] = deque(maxlen=4096)  # filled by the engine, drained by metrics
+        self._stopping = threading.Event()
+        self._retired = threading.Event()
+        self._lease: threading.Thread | None = None
+        self._loop: EngineLoop | None = None
+        self._asyncio: asyncio.AbstractEventLoop | None = None
+        self._directory: Directory | None = None
+        self._tiers: list[Tier] = []
+
+    # ---------------------------------------------------------------------------------------------------------- start
+    def connect(self, init_method: str = "", interface: str = "") -> None:
+        """Join the other ranks, load the shard's weights, open the KV tiers."""
+        engine = self.spec.engine
+        torch.set_num_threads(engine.num_threads)
+        device = pick_device(engine, self.shard.tp_rank)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        self._groups = ParallelGroups.connect(self.shard, device, init_method, interface)
+        self._runner = TorchModelRunner(engine, self._model, self._groups, device)
+        self._tiers = open_tiers(self.spec.host_address, self.spec.tier, self.spec.tier_ttl_s)
+        self._store = FragmentStore(self._tiers)
+        grid = self._runner.grid(self.spec.layers_per_fragment)
+        self._runner.attach(KVTransfer(self._runner.cache, grid, self._store))
+        self._runner.warm_up()
+
+    def serve(self) -> str:
+        """Rank 0: start the engine and its server, register, and return HOST:PORT. Others: follow; returns ""."""
+        if self.shard.rank != 0:
+            threading.Thread(target=self._follow, name="follow", daemon=True).start()
+            return ""
+        if self.spec.control:
+            self._directory = open_directory(self.spec.control)
+        engine = make_engine(self.spec.engine, self._model, self._runner, self._groups)
+        started: Future[str] = Future()
+        threading.Thread(target=self._serve_asyncio, args=(engine, started), name="grpc", daemon=True).start()
+        address = started.result()
+        if self._directory is not None:
+            self._keep_alive_once(address)
+            self._lease = threading.Thread(target=self._keep_alive, args=(address,), name="lease", daemon=True)
+            self._lease.start()
+        return address
+
+    def _follow(self) -> None:
+        try:
+            follow(self._runner, self._groups)
+        except BaseException as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        if not self._stopping.is_set() and not self.failure.done():
+            log.error("rank %d of %s failed", self.shard.rank, self.spec.worker_id, exc_info=error)
+            self.failure.set_result(error)
+
+    # --------------------------------------------------------------------------------------------------------- rank 0
+    def _serve_asyncio(self, engine: Engine, started: Future[str]) -> None:
+        try:
+            asyncio.run(self._serve_grpc(engine, started))
+        except BaseException as error:
+            if not started.done():
+                started.set_exception(error)
+            self._fail(error)
+
+    async def _serve_grpc(self, engine: Engine, started: Future[str]) -> None:
+        self._asyncio = asyncio.get_running_loop()
+        self._closed = asyncio.Event()
+        servicer = WorkerServicer(self._hello(engine), self.wire_load, time.monotonic)
+        loop = EngineLoop(engine, self._directory, self._places, self._deliver_to(servicer), self._fail, time.monotonic)
+        servicer.attach(loop)
+        self._loop = loop
+        server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.so_reuseport", 0),
+            ]
+        )
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server)
+        port = server.add_insecure_port(f"{self.spec.listen_host}:0")
+        await server.start()
+        loop.start()
+        started.set_result(f"{self.spec.listen_host}:{port}")
+        await self._closed.wait()
+        await server.stop(grace=0.5)
+
+    def _deliver_to(self, servicer: WorkerServicer) -> Callable[[LoopEvents], None]:
+        def deliver(events: LoopEvents) -> None:
+            self._ttft_s.extend(end.ttft_s for end in events.step.ended if end.ttft_s is not None)
+            servicer.deliver(events)
+
+        return deliver
+
+    def _hello(self, engine: Engine) -> worker_pb2.WorkerHello:
+        spec, scheduler = self.spec, engine.scheduler
+        return worker_pb2.WorkerHello(
+            worker_id=spec.worker_id,
+            role=_WIRE_ROLES[spec.role],
+            model=generation_pb2.ModelInfo(
+                name=spec.model_name,
+                context_tokens=scheduler.config.max_model_len,
+                vocab_size=self._model.vocab_size,
+            ),
+            num_blocks=self._runner.num_blocks,
+            block_size=spec.engine.block_size,
+            kv_fingerprint=kv_fingerprint(spec.engine, self._model, self._runner.cache.dtype),
+            tensor_parallel_size=spec.engine.tp,
+            pipeline_parallel_size=spec.engine.pp,
+        )
+
+    def _places(self) -> Sequence[str]:
+        """Where this worker publishes to and pulls from now, as the directory names places."""
+        return [f"host:{self.spec.node_id}" if tier.name == "host" else tier.name for tier in self._tiers if tier.is_up]
+
+    def _keep_alive_once(self, address: str) -> None:
+        assert self._directory is not None
+        record = WorkerRecord(self.spec.worker_id, address, self.spec.pool, self.spec.role, self.spec.node_id)
+        try:
+            self._directory.keep_alive(record, LEASE_TTL_S)
+        except DirectoryUnavailable as error:
+            log.warning("control is away: %s", error)
+
+    def _keep_alive(self, address: str) -> None:
+        while not self._retired.wait(LEASE_RENEWAL_S):
+            self._keep_alive_once(address)
+
+    # -------------------------------------------------------------------------------------------------------- reports
+    def wire_load(self) -> worker_pb2.WorkerLoad:
+        """Load and counters (rank 0); fragments and bytes are this rank's own."""
+        stats = self._store.stats()
+        rejected = dict(stats.rejected)
+        if self._runner.num_layout_rejects:
+            rejected["layout"] = rejected.get("layout", 0) + self._runner.num_layout_rejects
+        snapshot = {} if self._loop is None else asdict(self._loop.load)
+        return worker_pb2.WorkerLoad(
+            **snapshot,
+            num_rejected_fragments=rejected,
+            pulled_bytes=dict(stats.pulled_bytes),
+            published_bytes=dict(stats.published_bytes),
+            tier_is_up=dict(stats.tier_is_up),
+        )
+
+    def metrics(self) -> dict[str, float | list[float]]:
+        """Scalars of the load, "step_age_s", and under "ttft_s" the times to first token (s) since the last call."""
+        ttft_s = [self._ttft_s.popleft() for _ in range(len(self._ttft_s))]
+        if self._loop is None:
+            return {"ttft_s": ttft_s}
+        return {**asdict(self._loop.load), "step_age_s": self._loop.step_age_s, "ttft_s": ttft_s}
+
+    def retire(self) -> None:
+        """Take no new work: leave the directory while the requests that are here run on."""
+        self._retired.set()
+        if self._lease is not None:
+            self._lease.join()
+        if self._directory is not None:
+            try:
+                self._directory.withdraw(self.spec.worker_id)
+            except DirectoryUnavailable as error:
+                log.warning("control is away: %s", error)
+
+    def stop(self) -> None:
+        """Leave the directory, let the other ranks go, close."""
+        self._stopping.set()
+        self.retire()
+        if self._loop is not None:
+            self._loop.stop()
+            self._loop.close()
+        if self._asyncio is not None:
+            self._asyncio.call_soon_threadsafe(self._closed.set)
+        self._groups.close()

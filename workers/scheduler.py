@@ -1,0 +1,356 @@
+"""Continuous batching by iteration, as pure decisions.
+
+There is no prefill phase and no decode phase: there are requests whose `num_computed_tokens` catch up with their
+tokens under a token budget. Chunked prefill, prefix hits and recompute after preemption are all that one rule. A decode
+request whose prompt was computed elsewhere first holds blocks that fill from the tiers (WAITING_FOR_KV).
+
+`schedule` returns a plan, `update` takes what became of it. Knows nothing of tensors, tiers, sockets or clocks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kvstore.block_pool import BlockPool
+from kvstore.names import block_name, root_name
+from workers.request import FinishReason, Request, RequestRole, RequestStatus, TokenOutput
+from workers.step import BlockTransfer, ModelRunnerOutput, SampleSpec, ScheduledRequest, SchedulerOutput
+
+MAX_LOAD_BLOCKS_PER_STEP = 64  # bounds how long a pull may hold up the running batch
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Bounds of one step."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateResult:
+    """What a finished step means for requests."""
+
+    tokens: list[TokenOutput]
+    finished: list[tuple[Request, FinishReason]]
+    published_names: list[bytes]
+
+
+def _order(request: Request) -> tuple[float, str]:
+    return request.arrival_time_s, request.request_id
+
+
+class Scheduler:
+    """Owns the requests of one engine and their blocks."""
+
+    def __init__(
+        self, config: SchedulerConfig, pool: BlockPool, kv_fingerprint: bytes, eos_token_ids: frozenset[int]
+    ) -> None:
+        self.config = config
+        self.pool = pool
+        self._fingerprint = kv_fingerprint
+        self._eos = eos_token_ids
+        self.requests: dict[str, Request] = {}
+        self.waiting: deque[Request] = deque()
+        self.waiting_for_kv: list[Request] = []
+        self.running: list[Request] = []
+        self.num_recomputed_prompt_tokens = 0
+        self.num_preemptions = 0
+
+    # ------------------------------------------------------------------------------------------------------ requests
+    def add(self, request: Request) -> None:
+        """Queue a request; its id must be new."""
+        assert request.request_id not in self.requests
+        self.requests[request.request_id] = request
+        self._extend_names(request)
+        self.waiting.append(request)
+
+    def kv_available(self, request_id: str, num_blocks: int) -> None:
+        """The first `num_blocks` blocks of a request's prompt are announced."""
+        request = self.requests.get(request_id)
+        if request is not None:
+            request.num_available_blocks = max(request.num_available_blocks, num_blocks)
+
+    def continue_request(self, request_id: str, token_ids: list[int]) -> None:
+        """The prefill side is through: what can be pulled is there, and these tokens were chosen there."""
+        request = self.requests.get(request_id)
+        if request is not None and not request.is_continued:
+            request.is_continued = True
+            request.token_ids.extend(token_ids)
+            self._extend_names(request)
+
+    def finish(self, request: Request) -> None:
+        """Take a request out; its blocks are only cache from then on."""
+        self._remove_from_queues(request)
+        self._release_blocks(request)
+        request.status = RequestStatus.FINISHED
+        del self.requests[request.request_id]
+
+    def has_work(self) -> bool:
+        """A step might do something."""
+        return bool(self.waiting or self.running or self.waiting_for_kv)
+
+    def pending_pulls(self) -> Iterator[tuple[str, list[bytes]]]:
+        """Requests that wait for blocks, and the names that they still lack, for whoever watches the directory."""
+        for request in self.waiting_for_kv:
+            if not request.is_continued:
+                yield request.request_id, self._prompt_names(request)[request.num_ready_blocks :]
+
+    @property
+    def num_queued_tokens(self) -> int:
+        """Prompt tokens accepted and not yet computed (decode requests bring theirs)."""
+        return sum(
+            max(0, r.num_given_tokens - r.num_computed_tokens)
+            for r in (*self.waiting, *self.running)
+            if r.role is not RequestRole.DECODE
+        )
+
+    # ------------------------------------------------------------------------------------------------------ schedule
+    def schedule(self) -> SchedulerOutput:
+        """Decide the next step."""
+        budget = self.config.max_num_batched_tokens
+        preempted: list[str] = []
+        scheduled: list[ScheduledRequest] = []
+        stores: list[BlockTransfer] = []
+        self._start_what_is_ready()
+        for request in sorted(self.running, key=_order):  # victims are the latest, so none of them is planned already
+            if request.status is not RequestStatus.RUNNING or request.is_stalled:
+                continue  # preempted by an earlier one in this loop, or its client is slow
+            if len(scheduled) == self.config.max_num_seqs:
+                break  # more than that when stalled ones come back to life
+            count = min(request.num_tokens - request.num_computed_tokens, budget)
+            if count > 0 and self._make_room(request, request.num_computed_tokens + count, preempted):
+                budget -= count
+                self._plan_chunk(request, count, scheduled, stores)
+        for request in [r for r in self.waiting if not r.is_stalled]:
+            if preempted or self._num_active() >= self.config.max_num_seqs:
+                break
+            if (budget <= 0 and request.role is not RequestRole.DECODE) or not self._admit(request, budget):
+                break
+            self.waiting.remove(request)
+            count = min(request.num_tokens - request.num_computed_tokens, budget)
+            if request.status is RequestStatus.RUNNING and count > 0:
+                budget -= count
+                self._plan_chunk(request, count, scheduled, stores)
+        return SchedulerOutput(scheduled, self._schedule_loads(), stores, preempted)
+
+    def _num_active(self) -> int:
+        """Requests that take part in the batch, or will; those whose client does not read stop nobody else."""
+        return sum(not r.is_stalled for r in (*self.running, *self.waiting_for_kv))
+
+    def _admit(self, request: Request, budget: int) -> bool:
+        """Give a waiting request its first blocks; False when there are too few."""
+        pool, size = self.pool, self.pool.block_size
+        hit = pool.match_prefix(request.block_names[: request.num_tokens // size])
+        request.num_ready_blocks = len(hit)
+        waits_for_kv = request.role is RequestRole.DECODE and not self._is_ready(request)
+        hit_tokens = len(hit) * size
+        computed = min(hit_tokens, request.num_tokens - 1)
+        target = request.num_given_tokens if waits_for_kv else computed + min(request.num_tokens - computed, budget)
+        needed = max(0, -(-target // size) - len(hit))
+        pool.acquire(hit)
+        if not pool.can_allocate(needed):
+            pool.release(hit)
+            return False
+        request.block_table = [*hit, *pool.allocate(needed)]
+        request.num_registered_blocks = len(hit)
+        request.num_kv_tokens = hit_tokens
+        if waits_for_kv:
+            request.status = RequestStatus.WAITING_FOR_KV
+            self.waiting_for_kv.append(request)
+        else:
+            self._start_running(request, computed)
+        return True
+
+    def _start_running(self, request: Request, num_computed_tokens: int) -> None:
+        request.num_computed_tokens = num_computed_tokens
+        if request.num_preemptions == 0 and request.role is not RequestRole.DECODE:
+            request.num_cached_prompt_tokens = min(num_computed_tokens, request.num_prompt_tokens)
+        request.status = RequestStatus.RUNNING
+        self.running.append(request)
+
+    def _make_room(self, request: Request, num_tokens: int, preempted: list[str]) -> bool:
+        """Blocks for `num_tokens` tokens of a running request, preempting the latest; False when it went itself."""
+        needed = -(-num_tokens // self.pool.block_size) - len(request.block_table)
+        while needed > 0 and not self.pool.can_allocate(needed):
+            victim = max((*self.running, *self.waiting_for_kv), key=lambda r: (r.is_stalled, *_order(r)))
+            self._preempt(victim)
+            preempted.append(victim.request_id)
+            if victim is request:
+                return False
+        if needed > 0:
+            request.block_table.extend(self.pool.allocate(needed))
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self._remove_from_queues(request)
+        self._release_blocks(request)
+        request.status = RequestStatus.PREEMPTED
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(request)
+
+    def _plan_chunk(
+        self, request: Request, count: int, scheduled: list[ScheduledRequest], stores: list[BlockTransfer]
+    ) -> None:
+        start, end = request.num_computed_tokens, request.num_computed_tokens + count
+        s = request.sampling
+        is_last = end == request.num_tokens
+        sample = SampleSpec(s.temperature, s.top_p, s.top_k, s.seed, request.num_output_tokens) if is_last else None
+        scheduled.append(
+            ScheduledRequest(
+                request.request_id,
+                request.token_ids[start:end],
+                start,
+                request.num_kv_tokens,
+                request.block_table[: -(-end // self.pool.block_size)],
+                sample,
+            )
+        )
+        if request.role is RequestRole.PREFILL:
+            first = request.num_stored_blocks
+            full = end // self.pool.block_size
+            last = len(self._prompt_names(request)) if is_last else full
+            if last > first:
+                stores.append(self._transfer(request, first, last))
+
+    # ------------------------------------------------------------------------------------------- blocks from elsewhere
+    def _is_ready(self, request: Request) -> bool:
+        """A decode request whose prefill side is through and whose blocks are all there."""
+        return request.is_continued and request.num_ready_blocks >= len(self._prompt_names(request))
+
+    def _start_what_is_ready(self) -> None:
+        for request in [r for r in self.waiting_for_kv if self._is_ready(r)]:
+            self._start_decoding(request)
+
+    def _start_decoding(self, request: Request) -> None:
+        """Everything that came has come: compute the rest."""
+        self.waiting_for_kv.remove(request)
+        self._start_running(request, min(request.num_kv_tokens, request.num_tokens - 1))
+
+    def _schedule_loads(self) -> list[BlockTransfer]:
+        """Pull what is announced; after Continue, try whatever is missing once, then run with what came."""
+        loads, room = [], MAX_LOAD_BLOCKS_PER_STEP
+        for request in self.waiting_for_kv:
+            num_blocks = len(self._prompt_names(request))
+            wanted = num_blocks if request.is_continued else request.num_available_blocks
+            first, last = request.num_ready_blocks, min(num_blocks, wanted, request.num_ready_blocks + room)
+            if last > first:
+                loads.append(self._transfer(request, first, last))
+                room -= last - first
+        return loads
+
+    def _update_loads(self, plan: SchedulerOutput, output: ModelRunnerOutput) -> None:
+        for load, count in zip(plan.loads, output.num_loaded_blocks, strict=True):
+            request = self.requests.get(load.request_id)
+            if request is None or request.status is not RequestStatus.WAITING_FOR_KV:
+                continue
+            request.num_ready_blocks += count
+            request.num_transferred_blocks += count
+            request.num_kv_tokens = max(
+                request.num_kv_tokens, min(request.num_ready_blocks * self.pool.block_size, request.num_given_tokens)
+            )
+            self._register_blocks(request)
+            if count == len(load.block_ids):
+                continue
+            if request.is_continued:
+                self._start_decoding(request)
+            else:
+                request.num_available_blocks = request.num_ready_blocks  # announced and gone: ask again
+
+    # -------------------------------------------------------------------------------------------------------- update
+    def update(self, plan: SchedulerOutput, output: ModelRunnerOutput) -> UpdateResult:
+        """Take a step's outcome into the books."""
+        result = UpdateResult([], [], [])
+        self._update_loads(plan, output)
+        for store, count in zip(plan.stores, output.num_stored_blocks, strict=True):
+            result.published_names.extend(store.block_names[:count])
+            request = self.requests.get(store.request_id)
+            if request is not None:
+                request.num_published_blocks += count
+                request.num_stored_blocks += len(store.block_names)
+        sampled = iter(output.sampled_token_ids)
+        for chunk in plan.requests:
+            token_id = next(sampled) if chunk.sample is not None else None
+            request = self.requests.get(chunk.request_id)
+            if request is None or request.status is not RequestStatus.RUNNING:
+                continue
+            self._count_computed(request, chunk)
+            request.num_computed_tokens += chunk.num_scheduled_tokens
+            request.num_kv_tokens = max(request.num_kv_tokens, request.num_computed_tokens)
+            self._register_blocks(request)
+            if token_id is not None:
+                self._append_token(request, token_id, result)
+        return result
+
+    def _append_token(self, request: Request, token_id: int, result: UpdateResult) -> None:
+        s = request.sampling
+        if token_id in s.stop_token_ids or (token_id in self._eos and not s.ignore_eos):
+            result.finished.append((request, FinishReason.STOP))
+            return
+        result.tokens.append(TokenOutput(request.request_id, request.epoch, request.num_output_tokens, token_id))
+        request.token_ids.append(token_id)
+        request.window_tokens -= 1
+        self._extend_names(request)
+        if request.num_output_tokens >= s.max_tokens or request.num_tokens >= self.config.max_model_len:
+            result.finished.append((request, FinishReason.LENGTH))
+        elif request.role is RequestRole.PREFILL:
+            result.finished.append((request, FinishReason.PREFILLED))
+
+    def _count_computed(self, request: Request, chunk: ScheduledRequest) -> None:
+        prompt_tokens = max(
+            0, min(chunk.start_position + chunk.num_scheduled_tokens, request.num_given_tokens) - chunk.start_position
+        )
+        request.num_computed_prompt_tokens += prompt_tokens
+        if request.role is RequestRole.DECODE:
+            self.num_recomputed_prompt_tokens += prompt_tokens
+
+    # --------------------------------------------------------------------------------------------------------- blocks
+    def _extend_names(self, request: Request) -> None:
+        size, names = self.pool.block_size, request.block_names
+        while (len(names) + 1) * size <= request.num_tokens:
+            parent = names[-1] if names else root_name(self._fingerprint, request.tenant_salt)
+            names.append(block_name(parent, request.token_ids[len(names) * size : (len(names) + 1) * size]))
+
+    def _prompt_names(self, request: Request) -> list[bytes]:
+        """Names of the blocks that prefill publishes: full ones, and the tail named by exactly its tokens."""
+        size = self.pool.block_size
+        full, rest = divmod(request.num_given_tokens, size)
+        names = request.block_names[:full]
+        if rest:
+            parent = names[-1] if names else root_name(self._fingerprint, request.tenant_salt)
+            names.append(block_name(parent, request.token_ids[full * size : request.num_given_tokens]))
+        return names
+
+    def _transfer(self, request: Request, first: int, last: int) -> BlockTransfer:
+        size = self.pool.block_size
+        return BlockTransfer(
+            request.request_id,
+            self._prompt_names(request)[first:last],
+            request.block_table[first:last],
+            [min(size, request.num_given_tokens - i * size) for i in range(first, last)],
+        )
+
+    def _register_blocks(self, request: Request) -> None:
+        """Name the blocks that are full now, so that other requests find them."""
+        full = request.num_kv_tokens // self.pool.block_size
+        for i in range(request.num_registered_blocks, min(full, len(request.block_names))):
+            self.pool.register(request.block_table[i], request.block_names[i])
+            request.num_registered_blocks = i + 1
+
+    def _release_blocks(self, request: Request) -> None:
+        self.pool.release(request.block_table)
+        request.block_table = []
+        request.num_computed_tokens = request.num_kv_tokens = 0
+        request.num_registered_blocks = request.num_ready_blocks = 0
+
+    def _remove_from_queues(self, request: Request) -> None:
+        if request in self.running:
+            self.running.remove(request)
+        elif request in self.waiting_for_kv:
+            self.waiting_for_kv.remove(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
