@@ -207,8 +207,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
     async def _emit(self, part: _Part, connection: _Connection, history: list[int]) -> int:
         """Choose and send the next token; an outcome when that was a stop token."""
         await asyncio.sleep(self.step_s)
-        if self.die_after is not None and self.num_sent >= self.die_after:
-            await asyncio.Event().wait()  # dying: not one token more
+        if self._is_to_die():
+            await asyncio.Event().wait()  # not one token more
         position = len(history) - part.submit.num_prompt_tokens
         if position == self.stop_at:
             return worker_pb2.REQUEST_OUTCOME_STOP
@@ -227,9 +227,16 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         )
         connection.outbox.put_nowait(worker_pb2.ConnectResponse(tokens=batch))
         self.num_sent += 1
-        if self.die_after is not None and self.num_sent >= self.die_after and self._death is None:
-            self._death = asyncio.create_task(self._die())
+        self._is_to_die()
         return 0
+
+    def _is_to_die(self) -> bool:
+        """Whether it has sent all that it may; its death is under way then. die_after may be set at any time."""
+        if self.die_after is None or self.num_sent < self.die_after:
+            return False
+        if self._death is None:
+            self._death = asyncio.create_task(self._die())
+        return True
 
     async def _die(self) -> None:
         with contextlib.suppress(asyncio.CancelledError):
