@@ -46,9 +46,15 @@ def draw_loss_curve(plan: Plan, history: list[dict[str, float]]) -> None:
     figure.savefig(HERE / plan.name / "loss_curve.png")
 
 
-def card(plan: Plan, num_parameters: int, bpb: float, xz_bpb: float, num_bytes: tuple[int, int]) -> str:
+def num_megabytes(documents: list[str]) -> float:
+    """10^6 bytes of UTF-8."""
+    return sum(len(text.encode()) for text in documents) / 1e6
+
+
+def card(plan: Plan, num_parameters: int, bpb: float, xz_bpb: float, data: corpus.Corpus) -> str:
     """The text of one card."""
-    shape, trained, held = plan.shape, *num_bytes
+    shape = plan.shape
+    sources, tests, held_out = (num_megabytes(part) for part in (data.sources, data.tests, data.held_out))
     how = (
         "trained on the text alone"
         if plan is DEMO
@@ -72,9 +78,10 @@ something real on a laptop; it is no assistant and knows nothing but how the sta
 {shape.num_key_value_heads} KV heads of {shape.head_dim}, MLP {shape.intermediate_size}, tied head, bf16 |
 | tokenizer | byte-level BPE, {VOCAB_SIZE} tokens, trained on the same text |
 | context | {CONTEXT_TOKENS} tokens (the last {plan.cooldown_steps} steps train on all of it) |
-| data | sources of the CPython {platform.python_version()} standard library without tests and generated tables: \
-{trained / 1e6:.1f} MB |
-| held out | {held / 1e6:.2f} MB, whole modules: {modules}. No tests are trained on, so neither are theirs |
+| data | the CPython {platform.python_version()} standard library without generated tables: {sources:.1f} MB of \
+sources and {tests:.1f} MB of tests, half of each batch from either |
+| held out | {held_out:.2f} MB, every sixteenth module of the library, whole: {modules}. Their tests are not trained \
+on either |
 | training | {plan.num_steps} steps of {plan.batch_tokens} tokens, Muon and Adam, seed {SEED}: \
 `python -m models.train {"demo" if plan is DEMO else "draft"}` |
 | **held-out bits per byte** | **{bpb:.3f}** (`xz -9e` on the same files: {xz_bpb:.3f}) |
@@ -90,18 +97,17 @@ def main() -> None:
     """A card for each model that is there."""
     torch.set_num_threads(2)
     tok = Tokenizer.from_file(str(HERE / "demo" / "tokenizer.json"))
-    held_out, trained = corpus.texts(held_out=True), corpus.texts(held_out=False)
-    num_bytes = (sum(len(t.encode()) for t in trained), sum(len(t.encode()) for t in held_out))
-    xz_bpb = xz_bits_per_byte(held_out)
+    data = corpus.read()
+    xz_bpb = xz_bits_per_byte(data.held_out)
     for plan in (DEMO, DRAFT):
         if not (HERE / plan.name / "model.safetensors").exists():
             continue
         model = load(plan)
-        bpb = bits_per_byte(model, tok, held_out)
+        bpb = bits_per_byte(model, tok, data.held_out)
         history = json.loads((HERE / plan.name / "training_history.json").read_text())
         draw_loss_curve(plan, history)
         parameters = sum(p.numel() for p in model.parameters())
-        (HERE / plan.name / "README.md").write_text(card(plan, parameters, bpb, xz_bpb, num_bytes))
+        (HERE / plan.name / "README.md").write_text(card(plan, parameters, bpb, xz_bpb, data))
         print(f"{plan.name}: {parameters} parameters, {bpb:.4f} bits per byte held out (xz -9e: {xz_bpb:.4f})")
 
 

@@ -30,12 +30,16 @@ SEED = 20261120
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One training run. Batches hold `batch_tokens` tokens: short sequences first, the full context at the end."""
+    """One training run. Batches hold `batch_tokens` tokens: short sequences first, the full context at the end.
+
+    Half of a batch comes from the library's sources and half from its tests, of which there are twice as many.
+    """
 
     name: str
     shape: Shape
     num_steps: int
     batch_tokens: int = 8192
+    micro_batch_tokens: int = 2048  # what one forward and backward pass holds: more leaves the CPU's caches
     short_tokens: int = 512
     slope_steps: int = 900  # the learning rate falls in a straight line that would reach zero here
     cooldown_steps: int = 80  # the last steps: full context, and the learning rate falls to zero
@@ -44,7 +48,7 @@ class Plan:
     warmup_steps: int = 20
 
 
-DEMO = Plan("demo", Shape(VOCAB_SIZE, 320, 768, 6, 4, 2, 64, CONTEXT_TOKENS), num_steps=780)
+DEMO = Plan("demo", Shape(VOCAB_SIZE, 320, 768, 6, 4, 2, 64, CONTEXT_TOKENS), num_steps=800)
 DRAFT = Plan("demo-draft", Shape(VOCAB_SIZE, 128, 384, 4, 2, 2, 64, CONTEXT_TOKENS), num_steps=300, slope_steps=340)
 
 
@@ -57,12 +61,19 @@ def encode(tok: Tokenizer, documents: list[str]) -> Tensor:
     return torch.tensor(stream, dtype=torch.int64)
 
 
-def batch_at(stream: Tensor, plan: Plan, step: int) -> Tensor:
-    """Token ids [rows, length + 1] of one step, drawn by the step's own seed, so that a resumed run sees the same."""
+def batch_at(streams: tuple[Tensor, Tensor], plan: Plan, step: int) -> Tensor:
+    """Token ids [rows, length + 1] of one step, drawn by the step's own seed, so that a resumed run sees the same.
+
+    Rows come from the streams (sources, tests) in turn.
+    """
     length = CONTEXT_TOKENS if step >= plan.num_steps - plan.cooldown_steps else plan.short_tokens
     generator = torch.Generator().manual_seed(SEED + step)
-    starts = torch.randint(len(stream) - length - 1, (plan.batch_tokens // length,), generator=generator)
-    return torch.stack([stream[s : s + length + 1] for s in starts.tolist()])
+    rows = []
+    for row in range(plan.batch_tokens // length):
+        stream = streams[row % len(streams)]
+        start = int(torch.randint(len(stream) - length - 1, (), generator=generator))
+        rows.append(stream[start : start + length + 1])
+    return torch.stack(rows)
 
 
 def lr_scale(plan: Plan, step: int) -> float:
@@ -149,35 +160,41 @@ class Training:
             optimizer.zero_grad()
 
 
-def run(plan: Plan, tok: Tokenizer, teacher: Llama | None, checkpoint: Path) -> Training:
+def run(plan: Plan, tok: Tokenizer, data: corpus.Corpus, teacher: Llama | None, checkpoint: Path) -> Training:
     """Train to the plan's end, from the checkpoint if there is one."""
     training = Training.start(plan)
     if checkpoint.exists():
         training.resume(checkpoint)
-    stream, held_out = encode(tok, corpus.texts(held_out=False)), corpus.texts(held_out=True)
-    forward = torch.compile(training.model, dynamic=False)
+    streams = encode(tok, data.sources), encode(tok, data.tests)
+
+    @torch.compile(dynamic=False)
+    def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
+        logits = training.model(inputs)
+        if teacher is None:
+            return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        with torch.no_grad():
+            guide = teacher(inputs)
+        return distillation_loss(logits, guide, targets)
+
     first = training.num_steps_done
     bar = tqdm(range(first, plan.num_steps), initial=first, total=plan.num_steps, desc=plan.name, unit="step")
     for step in bar:
-        batch = batch_at(stream, plan, step)
-        inputs, targets = batch[:, :-1], batch[:, 1:]
-        logits = forward(inputs)
-        if teacher is None:
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        else:
-            with torch.no_grad():
-                guide = teacher(inputs)
-            loss = distillation_loss(logits, guide, targets)
-        loss.backward()
+        batch = batch_at(streams, plan, step)
+        micro_batches = batch.split(plan.micro_batch_tokens // (batch.shape[1] - 1))
+        train_loss = 0.0
+        for rows in micro_batches:
+            loss = loss_of(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()) / len(micro_batches)
+            loss.backward()
+            train_loss += loss.item()
         training.update(lr_scale(plan, step), (plan.matrix_lr, plan.embedding_lr))
         training.num_steps_done = step + 1
-        row = {"step": step + 1, "tokens": (step + 1) * plan.batch_tokens, "train_loss": loss.item()}
+        row = {"step": step + 1, "tokens": (step + 1) * plan.batch_tokens, "train_loss": train_loss}
         training.history.append(row)
         if (step + 1) % 50 == 0 or step + 1 == plan.num_steps:
-            row["held_out_bpb"] = bits_per_byte(training.model, tok, held_out[::6], limit_windows=12)
+            row["held_out_bpb"] = bits_per_byte(training.model, tok, data.held_out, limit_windows=8)
             training.save(checkpoint)
             bar.write(f"step {step + 1}: {row['held_out_bpb']:.3f} bits per byte held out (a sample)")
-        bar.set_postfix(loss=f"{row['train_loss']:.3f}")
+        bar.set_postfix(loss=f"{train_loss:.3f}")
     return training
 
 
@@ -211,10 +228,11 @@ def main() -> None:
     plan = DEMO if args.which == "demo" else DRAFT
     checkpoint = args.checkpoint or HERE.parent / "build" / f"train-{plan.name}.pt"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    data = corpus.read()
     if plan is DEMO and not (HERE / "demo" / "tokenizer.json").exists():
-        tokenizer.save(tokenizer.train(corpus.texts(held_out=False), VOCAB_SIZE), HERE / "demo", CONTEXT_TOKENS)
+        tokenizer.save(tokenizer.train(data.trained(), VOCAB_SIZE), HERE / "demo", CONTEXT_TOKENS)
     tok = Tokenizer.from_file(str(HERE / "demo" / "tokenizer.json"))
-    training = run(plan, tok, None if plan is DEMO else load(DEMO), checkpoint)
+    training = run(plan, tok, data, None if plan is DEMO else load(DEMO), checkpoint)
     export(training.model, tok, plan, training.history)
 
 
