@@ -1,17 +1,24 @@
-"""Directories and tiers from the addresses that the configuration has.
+"""Directories, journals and tiers from the addresses that the configuration has.
 
 Nothing is raised because the other end is away: tiers are down then, and a directory says so when it is asked. Knows
 nothing of who starts the other ends.
 """
 
+import time
+from pathlib import Path
+
 from kvstore.directory import Directory
+from kvstore.file_journal import FileJournal
 from kvstore.host_tier import HostTier
+from kvstore.journal import StreamJournal
 from kvstore.redis_directory import RedisDirectory
+from kvstore.redis_journal import RedisJournal
 from kvstore.redis_tier import RedisTier
 from kvstore.remote_directory import RemoteDirectory
 from kvstore.tiers import Tier
 
 _MEMORY = "memory://"
+_FILE = "file://"
 _REDIS = ("redis://", "rediss://")
 
 
@@ -25,6 +32,21 @@ def open_directory(url: str) -> Directory:
     if url.startswith(_REDIS):
         return RedisDirectory(url)
     raise ValueError(f"control: must be memory://HOST:PORT or a redis:// URL, not {url!r}")
+
+
+def open_journal(url: str) -> StreamJournal:
+    """file:///PATH is a file that the routers of one machine share, redis://... one in a Redis.
+
+    Raises JournalUnavailable when the file cannot be opened.
+    """
+    if url.startswith(_FILE):
+        path = Path(url.removeprefix(_FILE))
+        if not path.is_absolute():
+            raise ValueError(f"journal: file:// needs an absolute path, not {str(path)!r}")
+        return FileJournal(path, time.time)
+    if url.startswith(_REDIS):
+        return RedisJournal(url)
+    raise ValueError(f"journal: must be file:///PATH or a redis:// URL, not {url!r}")
 
 
 def open_tiers(host_address: str, tier_url: str, tier_ttl_s: float) -> list[Tier]:
