@@ -66,7 +66,13 @@ def serve(config_path: str | None, assignments: tuple[str, ...], once: str | Non
 
 @cli.command()
 @click.option(
-    "--target", default="127.0.0.1:50051", metavar="HOST:PORT", show_default=True, help="A router's gRPC address."
+    "--target",
+    "targets",
+    multiple=True,
+    default=["127.0.0.1:50051"],
+    metavar="HOST:PORT",
+    show_default=True,
+    help="A router's gRPC address; of several, the next one goes on with a stream whose router dies.",
 )
 @click.option("--prompt", required=True, metavar="TEXT", help="What to continue.")
 @click.option("--max-tokens", type=int, metavar="N", help="Most tokens to generate. Default: up to the context length.")
@@ -74,14 +80,14 @@ def serve(config_path: str | None, assignments: tuple[str, ...], once: str | Non
 @click.option("--seed", type=int, metavar="S", help="Makes sampling repeatable. Default: the router draws one.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def generate(
-    target: str, prompt: str, max_tokens: int | None, temperature: float, seed: int | None, as_json: bool
+    targets: tuple[str, ...], prompt: str, max_tokens: int | None, temperature: float, seed: int | None, as_json: bool
 ) -> int:
     """Stream one completion from a running cluster."""
     from deploy.completion import summary
     from router.events import SamplingOptions
 
     sampling = SamplingOptions(temperature=temperature, max_tokens=max_tokens, seed=seed)
-    completion = _complete(target, prompt, sampling, None if as_json else sys.stdout)
+    completion = _complete(targets, prompt, sampling, None if as_json else sys.stdout)
     if as_json:
         click.echo(json.dumps(_plain(completion)))
     else:
@@ -137,7 +143,7 @@ def _run_cluster(cluster: Cluster, once: str | None, as_json: bool, out: TextIO)
         interrupts.install()  # again: Ray has its own way with signals
         ready_s = time.monotonic() - began_s
         about = {"startup_s": ready_s, "endpoints": endpoints}
-        _show_sample(target_of(endpoints.routers[0]), once, about, as_json, out)
+        _show_sample([target_of(router) for router in endpoints.routers], once, about, as_json, out)
         is_up = True
         if once is None:
             _stay(endpoints, as_json, out)
@@ -156,7 +162,7 @@ def _run_cluster(cluster: Cluster, once: str | None, as_json: bool, out: TextIO)
 # ---- what is shown
 
 
-def _complete(target: str, prompt: str, sampling: Any, out: TextIO | None) -> Any:
+def _complete(targets: Sequence[str], prompt: str, sampling: Any, out: TextIO | None) -> Any:
     from deploy.completion import complete
     from router.client import GenerationError
     from router.events import GenerationRequest
@@ -166,13 +172,13 @@ def _complete(target: str, prompt: str, sampling: Any, out: TextIO | None) -> An
             print(text, end="", file=out, flush=True)
 
     try:
-        return complete(target, GenerationRequest(prompt, sampling), on_text)
+        return complete(targets, GenerationRequest(prompt, sampling), on_text)
     except GenerationError as error:
         kind = ConfigError if error.status in _CALLERS_FAULT else StartError
         raise kind(one_line(error)) from None
 
 
-def _show_sample(target: str, once: str | None, about: dict[str, Any], as_json: bool, out: TextIO) -> None:
+def _show_sample(targets: Sequence[str], once: str | None, about: dict[str, Any], as_json: bool, out: TextIO) -> None:
     """One completion: the answer of `--once`, or a sign of life."""
     from deploy.completion import summary
     from router.events import SamplingOptions
@@ -181,7 +187,7 @@ def _show_sample(target: str, once: str | None, about: dict[str, Any], as_json: 
     if not as_json:
         print(f"\n{prompt}", end="", file=out, flush=True)
     sampling = SamplingOptions(temperature=0.0, max_tokens=_SAMPLE_TOKENS)
-    completion = _complete(target, prompt, sampling, None if as_json else out)
+    completion = _complete(targets, prompt, sampling, None if as_json else out)
     if as_json:
         print(json.dumps({**_plain(completion), **_plain(about)}), file=out, flush=True)
     else:

@@ -143,7 +143,10 @@ class Cluster:
         return f"memory://{address}", address
 
     def _start_routers(self, plan: ClusterPlan, model: FoundModel) -> Routers:
-        template = RouterSpec("", str(model.directory), plan.model_name, plan.pools[0].spec.control)
+        control = plan.pools[0].spec.control
+        # In memory, the streams of one machine are written down in a file that outlives its routers.
+        journal = f"file://{self.run_dir}/streams.journal" if control.startswith("memory://") else control
+        template = RouterSpec("", str(model.directory), plan.model_name, control, journal)
         specs = router_specs(template, self._config.endpoints, self._config.router, self.id)
         routers = Routers(specs, self.run_dir)
         self._undo.append(lambda: routers.stop(self._config.router.drain_s + 2.0))

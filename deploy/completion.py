@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from router.client import GenerationClient
+from router.client import GenerationClient, Target
 from router.events import Finished, GenerationRequest, RequestStats, Started, Tokens
 
 
@@ -27,7 +27,7 @@ class Completion:
     stats: RequestStats = field(default_factory=RequestStats)
 
 
-def complete(target: str, request: GenerationRequest, on_text: Callable[[str], None]) -> Completion:
+def complete(target: Target, request: GenerationRequest, on_text: Callable[[str], None]) -> Completion:
     """Stream a completion, telling each piece of text as it comes. Raises router.client.GenerationError."""
     assert isinstance(request.prompt, str)
     completion = Completion(request.prompt)

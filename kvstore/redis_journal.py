@@ -71,7 +71,7 @@ class RedisJournal:
         try:
             pipeline = self._redis.pipeline(transaction=False)
             for change in changes:
-                arguments = [
+                arguments: list[int | str | bytes] = [
                     change.epoch,
                     change.position,
                     pack_token_ids(change.token_ids),

@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvstore.connect import open_directory
+from kvstore.connect import open_directory, open_journal
 from kvstore.directory import Directory
+from kvstore.journal import JournalUnavailable, StreamJournal
 from router.config import RouterSpec
 from router.dispatch import Dispatcher
 from router.errors import ConfigError, StartupError
@@ -22,12 +23,13 @@ from router.fleet import Fleet
 from router.generation import Generation
 from router.grpc_face import GrpcFace
 from router.http_face import HttpFace, HttpParts
+from router.journal import JournalWriter
 from router.link import LinkOptions, end_task
 from router.membership import Membership
 from router.metrics import Metrics
 from router.model_files import ModelFiles
 from router.policy import POLICIES, Rates
-from router.readiness import Readiness, readiness
+from router.readiness import ControlState, Readiness, readiness
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class Addresses:
 class Router:
     """start(), then stop(). Everything runs in the event loop of start()."""
 
-    def __init__(self, spec: RouterSpec) -> None:
+    def __init__(self, spec: RouterSpec, journal: StreamJournal | None = None) -> None:
         config = spec.config
         if config.policy not in POLICIES:
             raise ConfigError(f"router.policy: {config.policy!r} is not one of {', '.join(POLICIES)}")
@@ -51,12 +53,14 @@ class Router:
         rates = Rates(config.prefill_ms_per_token, config.decode_ms_per_step, config.transfer_ms_per_block)
         fleet = Fleet(POLICIES[config.policy], rates)
         self._dispatcher = Dispatcher(fleet, config, time.monotonic, self._metrics)
-        self._generation = Generation(files, config, self._dispatcher, self._metrics)
+        self._journal = JournalWriter(journal)
+        self._generation = Generation(files, config, self._dispatcher, self._journal, self._metrics)
         self._membership: Membership | None = None
         self._metrics.watch(
             self._dispatcher,
             lambda: self._generation.admission.num_inflight,
             lambda: self._directory_is_up,
+            lambda: self._journal.is_up,
         )
         self._grpc = GrpcFace(self._generation, config.max_message_bytes)
         self._http = HttpFace(HttpParts(self._generation, self._metrics, self.readiness, config.max_message_bytes))
@@ -69,7 +73,7 @@ class Router:
         return readiness(
             self._generation.files.name,
             self._dispatcher,
-            self._directory_is_up,
+            ControlState(self._directory_is_up, self._journal.is_up, self._journal.is_missing),
             self._generation.admission.is_stopping,
         )
 
@@ -91,6 +95,7 @@ class Router:
             asyncio.create_task(self._membership.run(), name="membership"),
             asyncio.create_task(self._http.serve(self._spec.config.drain_s), name="http"),
             asyncio.create_task(self._tell_health(), name="health"),
+            asyncio.create_task(self._journal.run(), name="journal"),
         ]
         return Addresses(grpc_address, http_address)
 
@@ -99,10 +104,11 @@ class Router:
         self._generation.admission.is_stopping = True
         self._changed.set()
         self._http.stop()
-        membership, http, health = self._tasks
+        membership, http, health, journal = self._tasks
         await asyncio.gather(self._grpc.stop(self._spec.config.drain_s), http)
-        for task in (health, membership):
+        for task in (health, membership, journal):
             await end_task(task)
+        await self._journal.stop()
         self._generation.close()
 
     def _join(self, directory: Directory) -> Membership:
@@ -133,11 +139,18 @@ async def run(spec: RouterSpec, announce: Callable[[str], None]) -> None:
             except ValueError as error:
                 raise ConfigError(str(error)) from None
 
-        router = Router(spec)
+        router = Router(spec, _open_journal(spec.journal))
         addresses = await router.start(directory)
         announce(json.dumps({"grpc_address": addresses.grpc_address, "http_address": addresses.http_address}))
         await stop.wait()
         await router.stop()
+
+
+def _open_journal(url: str) -> StreamJournal | None:
+    try:
+        return open_journal(url) if url else None
+    except (ValueError, JournalUnavailable) as error:
+        raise ConfigError(f"journal: {error}" if isinstance(error, JournalUnavailable) else str(error)) from None
 
 
 def _epochs() -> Callable[[], int]:

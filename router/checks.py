@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from router.errors import InvalidRequest
-from router.events import SamplingOptions
+from router.events import ResumeRequest, SamplingOptions
 
 MAX_STOP_TEXTS = 16
 MAX_STOP_CHARACTERS = 1024
@@ -43,6 +43,20 @@ def check_prompt(num_tokens: int, context_tokens: int) -> None:
     if num_tokens >= context_tokens:
         room = f"the context of {context_tokens} tokens leaves no room for output"
         raise _invalid("prompt", f"has {num_tokens} tokens, {room}")
+
+
+def check_resumption(request: ResumeRequest, committed: Sequence[int], vocab_size: int) -> None:
+    """Raise InvalidRequest when what a client has of a stream cannot be what was sent to it."""
+    kept = request.token_ids
+    check_token_ids("token_ids", kept, vocab_size)
+    if kept and len(kept) != request.num_tokens:
+        raise _invalid("token_ids", f"must be empty or num_tokens ({request.num_tokens}) long, not {len(kept)}")
+    for position, (mine, theirs) in enumerate(zip(committed, kept, strict=False)):
+        if mine != theirs:
+            raise _invalid("token_ids", f"id {theirs} at position {position} was never sent: it was {mine}")
+    if request.num_tokens > max(len(committed), len(kept)):
+        known = f"only {len(committed)} tokens are written down; send the token_ids"
+        raise _invalid("num_tokens", f"{request.num_tokens} cannot be resumed, {known}")
 
 
 def check_text(param: str, text: str) -> int:

@@ -1,21 +1,35 @@
-"""A gRPC client of a router, for programs and for the command line: token streams as plain events.
+"""A gRPC client of one or several routers, for programs and for the command line: token streams as plain events.
 
-Knows the GenerationService contract; knows nothing of what is behind it.
+A stream whose router dies is resumed by itself, at the next router or at the same one when it is back; the caller sees
+one unbroken stream. Knows the GenerationService contract; knows nothing of what is behind it.
 """
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import grpc
 from switchyard.v1 import generation_pb2, generation_pb2_grpc
 
-from router.events import Event, GenerationRequest
+from router.events import Event, Finished, GenerationRequest, Started, Tokens
 from router.wire import event_of, sampling_message
 
-_OPTIONS = [("grpc.max_receive_message_length", 64 * 2**20), ("grpc.max_send_message_length", 64 * 2**20)]
+_OPTIONS = [
+    ("grpc.max_receive_message_length", 64 * 2**20),
+    ("grpc.max_send_message_length", 64 * 2**20),
+    # A router that died is back on its port within seconds: do not wait longer than that to see it.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.02, 1.0
+
+Target = str | Sequence[str]
 
 
 class GenerationError(Exception):
@@ -38,34 +52,44 @@ class ServedModel:
 
 
 class GenerationClient:
-    """Streams completions from the router at `target` ("HOST:PORT"). The channel opens at the first call."""
+    """Streams completions from the routers at `target` ("HOST:PORT", or several of them). Connects at the first call.
 
-    def __init__(self, target: str) -> None:
-        self._target = target
-        self._channel: grpc.Channel | None = None
-        self._aio_channel: grpc.aio.Channel | None = None
+    resume_within_s: how long a stream that lost its router is tried for; 0 means that it fails at once.
+    """
+
+    def __init__(self, target: Target, resume_within_s: float = 30.0) -> None:
+        self._targets = [target] if isinstance(target, str) else list(target)
+        self._resume_within_s = resume_within_s
+        self._channels: dict[str, grpc.Channel] = {}
+        self._aio_channels: dict[str, grpc.aio.Channel] = {}
 
     def generate(self, request: GenerationRequest) -> Iterator[Event]:
         """Started, then Tokens, then Finished. Raises GenerationError. Closing the iterator cancels the stream."""
-        call = self._stub().Generate(_message(request), timeout=request.deadline_s)
-        try:
-            for message in call:
-                yield event_of(message)
-        except grpc.RpcError as error:
-            raise _error(error) from None
-        finally:
-            call.cancel()
+        stream = _ResumingStream(request, self._targets, self._resume_within_s)
+        while not stream.is_finished:
+            call = stream.call(self._stub(stream.target))
+            try:
+                for message in call:
+                    if (event := stream.take(message)) is not None:
+                        yield event
+            except grpc.RpcError as error:
+                time.sleep(stream.pause_after(error))
+            finally:
+                call.cancel()
 
     async def generate_async(self, request: GenerationRequest) -> AsyncIterator[Event]:
         """As generate, in an event loop."""
-        call = self._aio_stub().Generate(_message(request), timeout=request.deadline_s)
-        try:
-            async for message in call:
-                yield event_of(message)
-        except grpc.aio.AioRpcError as error:
-            raise _error(error) from None
-        finally:
-            call.cancel()
+        stream = _ResumingStream(request, self._targets, self._resume_within_s)
+        while not stream.is_finished:
+            call = stream.call(self._aio_stub(stream.target))
+            try:
+                async for message in call:
+                    if (event := stream.take(message)) is not None:
+                        yield event
+            except grpc.aio.AioRpcError as error:
+                await asyncio.sleep(stream.pause_after(error))
+            finally:
+                call.cancel()
 
     def tokenize(self, text: str, model: str = "") -> Sequence[int]:
         """Ids of a text. Raises GenerationError."""
@@ -83,17 +107,15 @@ class GenerationClient:
         return tuple(ServedModel(model.name, model.context_tokens, model.vocab_size) for model in answer.models)
 
     def close(self) -> None:
-        """Close the channel of the synchronous calls."""
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
+        """Close the channels of the synchronous calls."""
+        while self._channels:
+            self._channels.popitem()[1].close()
 
     async def aclose(self) -> None:
-        """Close both channels."""
+        """Close all channels."""
         self.close()
-        if self._aio_channel is not None:
-            await self._aio_channel.close()
-            self._aio_channel = None
+        while self._aio_channels:
+            await self._aio_channels.popitem()[1].close()
 
     def __enter__(self) -> GenerationClient:
         return self
@@ -109,15 +131,79 @@ class GenerationClient:
     ) -> None:
         await self.aclose()
 
-    def _stub(self) -> generation_pb2_grpc.GenerationServiceStub:
-        if self._channel is None:
-            self._channel = grpc.insecure_channel(self._target, options=_OPTIONS)
-        return generation_pb2_grpc.GenerationServiceStub(self._channel)
+    def _stub(self, target: str = "") -> generation_pb2_grpc.GenerationServiceStub:
+        target = target or self._targets[0]
+        if target not in self._channels:
+            self._channels[target] = grpc.insecure_channel(target, options=_OPTIONS)
+        return generation_pb2_grpc.GenerationServiceStub(self._channels[target])
 
-    def _aio_stub(self) -> generation_pb2_grpc.GenerationServiceStub:
-        if self._aio_channel is None:
-            self._aio_channel = grpc.aio.insecure_channel(self._target, options=_OPTIONS)
-        return generation_pb2_grpc.GenerationServiceStub(self._aio_channel)
+    def _aio_stub(self, target: str) -> generation_pb2_grpc.GenerationServiceStub:
+        if target not in self._aio_channels:
+            self._aio_channels[target] = grpc.aio.insecure_channel(target, options=_OPTIONS)
+        return generation_pb2_grpc.GenerationServiceStub(self._aio_channels[target])
+
+
+class _ResumingStream:
+    """One stream as its client knows it, across routers: which call comes next, and what of it is new."""
+
+    def __init__(self, request: GenerationRequest, targets: Sequence[str], resume_within_s: float) -> None:
+        self._request = _message(request)
+        self._targets = targets
+        self._resume_within_s = resume_within_s
+        self._deadline_s = None if request.deadline_s is None else time.monotonic() + request.deadline_s
+        self._known = generation_pb2.ResumeRequest()
+        self._num_losses = 0
+        self._lost_s: float | None = None  # since when no router carries it
+        self._pause_s = _FIRST_PAUSE_S
+        self.is_finished = False
+
+    @property
+    def target(self) -> str:
+        """The router to ask next."""
+        return self._targets[self._num_losses % len(self._targets)]
+
+    def call(self, stub: generation_pb2_grpc.GenerationServiceStub) -> Any:
+        """Begin the stream, or go on with it."""
+        left_s = None if self._deadline_s is None else max(0.0, self._deadline_s - time.monotonic())
+        if self._known.stream_id:
+            return stub.Resume(self._known, timeout=left_s)
+        return stub.Generate(self._request, timeout=left_s)
+
+    def take(self, message: generation_pb2.GenerateResponse) -> Event | None:
+        """The event of a message; None when the caller has had it."""
+        event = event_of(message)
+        self._lost_s, self._pause_s = None, _FIRST_PAUSE_S
+        if isinstance(event, Started):
+            is_new = not self._known.stream_id
+            self._known.stream_id = event.stream_id
+            return event if is_new else None
+        if isinstance(event, Tokens):
+            self._known.token_ids.ids.extend(event.ids)
+            self._known.num_tokens += len(event.ids)
+            self._known.has_rest = not event.ids and bool(event.text)
+        self.is_finished = isinstance(event, Finished)
+        return event
+
+    def pause_after(self, error: grpc.RpcError) -> float:
+        """How long to wait before the next call. Raises GenerationError when there is to be none."""
+        trailers = _trailers(error)
+        # A router that says why it failed a stream has made up its mind, unless it is only going down itself. One that
+        # goes down without a word cancels what it still carries.
+        is_router_lost = error.code() in _LOST and trailers.get("switchyard-error") in _NOT_MEANT
+        now_s = time.monotonic()
+        if self._lost_s is None:
+            self._lost_s = now_s
+        self._num_losses += 1
+        is_begun = bool(self._known.stream_id)
+        may_go_on = now_s - self._lost_s < self._resume_within_s if is_begun else self._num_losses < len(self._targets)
+        if not (is_router_lost and may_go_on):
+            raise _error(error) from None
+        pause_s, self._pause_s = self._pause_s, min(_LAST_PAUSE_S, 2 * self._pause_s)
+        return pause_s
+
+
+_LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+_NOT_MEANT = (None, "stopping", "journal_away")  # None: no router said anything
 
 
 def _message(request: GenerationRequest) -> generation_pb2.GenerateRequest:
@@ -133,7 +219,10 @@ def _message(request: GenerationRequest) -> generation_pb2.GenerateRequest:
 
 
 def _error(error: grpc.RpcError) -> GenerationError:
-    # aio's Metadata looks like a mapping but iterates over pairs: dict() would stumble.
-    trailers = {key: value for key, value in error.trailing_metadata() or ()}  # noqa: C416
-    retry_after = trailers.get("retry-after-s")
+    retry_after = _trailers(error).get("retry-after-s")
     return GenerationError(error.code().name, error.details() or "", float(retry_after) if retry_after else None)
+
+
+def _trailers(error: grpc.RpcError) -> dict[str, str]:
+    # aio's Metadata looks like a mapping but iterates over pairs: dict() would stumble.
+    return {key: value for key, value in error.trailing_metadata() or ()}  # noqa: C416

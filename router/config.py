@@ -55,6 +55,7 @@ class RouterSpec:
     model_dir: str
     model_name: str
     control: str  # URL for kvstore.connect.open_directory
+    journal: str = ""  # URL for kvstore.connect.open_journal; empty means that no stream can be resumed
     grpc_host: str = "127.0.0.1"
     grpc_port: int = 50051  # 0 means any free one
     http_host: str = "127.0.0.1"

@@ -68,9 +68,12 @@ class Dispatcher:
         self.waiting: set[LiveStream] = set()  # for any change of the fleet
         self.on_fleet_change: Callable[[], None] = lambda: None
 
-    def open(self, request: TokenRequest) -> LiveStream:
-        """A stream, not yet placed. Ends with its close()."""
-        return LiveStream(self, request)
+    def open(self, request: TokenRequest, emitted: Sequence[int] = (), num_given: int = 0) -> LiveStream:
+        """A stream, not yet placed. Ends with its close().
+
+        emitted: its tokens so far, when it is resumed; the first num_given of them the reader has.
+        """
+        return LiveStream(self, request, emitted, num_given)
 
     # -- LinkEvents
 
@@ -97,16 +100,16 @@ class Dispatcher:
 class LiveStream:
     """One stream from placement to its end. start(), then next() until it gives nothing; close() in any case."""
 
-    def __init__(self, dispatcher: Dispatcher, request: TokenRequest) -> None:
+    def __init__(self, dispatcher: Dispatcher, request: TokenRequest, emitted: Sequence[int], num_given: int) -> None:
         self._dispatcher = dispatcher
         self._request = request
         sampling = request.sampling
         assert sampling.max_tokens is not None, "max_tokens is set before a stream is opened"
-        self._state = Stream(len(request.token_ids), sampling.max_tokens)
+        self._state = Stream(len(request.token_ids), sampling.max_tokens, emitted)
         self._wake = asyncio.Event()
-        self._num_taken = 0  # tokens that next() gave and whose reader came back
-        self._num_given = 0
-        self._num_credited = 0
+        self._num_taken = num_given  # tokens that next() gave and whose reader came back
+        self._num_given = num_given
+        self._num_credited = num_given
         self._placement: Placement | None = None
         self._placed_s = 0.0
         self._is_held_back = False  # the reader was slower than the worker: says nothing of the worker's speed

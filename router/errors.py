@@ -4,13 +4,16 @@ RouterError
  +- InvalidRequest          the client's fault; `param` names the field
  |   +- UnknownModel        the model is not served here
  |   +- PromptTooLarge      more bytes than the router looks at
+ |   +- UnknownStream       no such stream to resume
  +- Overloaded              admission is full; `retry_after_s` says when to come back
  +- Unavailable             nobody can serve this now
  |   +- NoWorker            no suitable worker lives, and none came in time
  |   +- WorkersLost         placed anew as often as allowed, and lost each time
  |   +- Stopping            this router is going down
+ |   +- JournalAway         nobody may take a stream over now
  +- DeadlineExceeded        the time of the request is over
  +- Cancelled               the client went away
+ +- Superseded              another router carries the stream now
 StartupError                the process cannot start: exit code 2
  +- ConfigError             a bad spec or config; the message names the path of the key
  +- PortInUse               somebody else listens there
@@ -50,6 +53,12 @@ class PromptTooLarge(InvalidRequest):
     code = "prompt_too_large"
 
 
+class UnknownStream(InvalidRequest):
+    """No journal knows the stream, or it ended too long ago."""
+
+    code = "stream_not_found"
+
+
 class Overloaded(RouterError):
     """Too much is in flight; `retry_after_s` is set."""
 
@@ -80,6 +89,12 @@ class Stopping(Unavailable):
     code = "stopping"
 
 
+class JournalAway(Unavailable):
+    """The stream journal does not answer, so no stream may be taken over."""
+
+    code = "journal_away"
+
+
 class DeadlineExceeded(RouterError):
     """The time that the client or the router set is over."""
 
@@ -90,6 +105,12 @@ class Cancelled(RouterError):
     """The client cancelled or went away."""
 
     code = "cancelled"
+
+
+class Superseded(RouterError):
+    """The stream was resumed elsewhere; this end of it is over."""
+
+    code = "superseded"
 
 
 class StartupError(Exception):

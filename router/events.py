@@ -34,6 +34,16 @@ class GenerationRequest:
     deadline_s: float | None = None  # seconds from now
 
 
+@dataclass(frozen=True, slots=True)
+class ResumeRequest:
+    """A stream to go on with, from what its client has of it."""
+
+    stream_id: str
+    num_tokens: int  # that the client has
+    token_ids: tuple[int, ...] = ()  # those tokens, if the client kept them
+    has_rest: bool = False  # the client has the text that came without ids after the last token
+
+
 class FinishReason(enum.Enum):
     """Why a stream ended well."""
 

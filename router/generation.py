@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import logging
 import secrets
+import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,19 +19,30 @@ from typing import Protocol
 
 from router.admission import Admission
 from router.chat import ChatTemplate
-from router.checks import check_prompt, check_sampling, check_text, check_token_ids
+from router.checks import check_prompt, check_resumption, check_sampling, check_text, check_token_ids
 from router.config import RouterConfig
 from router.dispatch import Dispatcher, TokenRequest
-from router.errors import InvalidRequest, Overloaded, PromptTooLarge, RouterError, Stopping, UnknownModel
-from router.events import Event, Finished, FinishReason, GenerationRequest, RequestStats, Started, Tokens
+from router.errors import (
+    InvalidRequest,
+    Overloaded,
+    PromptTooLarge,
+    RouterError,
+    Stopping,
+    UnknownModel,
+    UnknownStream,
+)
+from router.events import Event, Finished, FinishReason, GenerationRequest, RequestStats, ResumeRequest, Started, Tokens
 from router.fleet import BlockNames, KvLayout, name_blocks
+from router.journal import JournalWriter, StreamLog
 from router.model_files import ModelFiles
 from router.text import StopTexts, TextCodec
+from router.wire import journal_header, journal_record
 
 log = logging.getLogger(__name__)
 
 _INLINE_BYTES = 16 * 1024  # shorter prompts are encoded at once, longer ones in a thread
 _ENCODE_THREADS = 2
+_FROM_THE_START = ResumeRequest(stream_id="", num_tokens=0)
 
 
 @dataclass(slots=True)
@@ -50,14 +62,22 @@ class RequestObserver(Protocol):
 
     def gave_tokens(self, num_tokens: int) -> None: ...
 
+    def resumed(self) -> None: ...
+
 
 class Generation:
     """The service behind the faces."""
 
     def __init__(
-        self, files: ModelFiles, config: RouterConfig, dispatcher: Dispatcher, observer: RequestObserver
+        self,
+        files: ModelFiles,
+        config: RouterConfig,
+        dispatcher: Dispatcher,
+        journal: JournalWriter,
+        observer: RequestObserver,
     ) -> None:
         self.files = files
+        self._journal = journal
         self.admission = Admission(config.max_inflight_requests, config.max_prompt_bytes)
         self._codec = TextCodec(files.tokenizer_json)
         self._chat = ChatTemplate(files.chat_template, files.special_tokens) if files.chat_template else None
@@ -65,6 +85,11 @@ class Generation:
         self._dispatcher = dispatcher
         self._observer = observer
         self._threads = ThreadPoolExecutor(_ENCODE_THREADS, thread_name_prefix="encode")
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether streams are written down at all."""
+        return self._journal.is_kept
 
     @property
     def context_tokens(self) -> int:
@@ -89,33 +114,91 @@ class Generation:
         with self._admitted(check_text("text", text)):
             return (await self._encode(text, True, frozenset()))[0]
 
-    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """Started, then Tokens, then Finished; or a RouterError. To be closed by whoever stops reading early."""
+    async def stream(self, request: GenerationRequest, commits_first: bool = False) -> AsyncGenerator[Event, None]:
+        """Started, then Tokens, then Finished; or a RouterError. To be closed by whoever stops reading early.
+
+        commits_first: no token comes before the journal has it, for clients that cannot say what they have.
+        """
         with self._accounted() as account, self._admitted(self._check(request)):
             order = await self._order(request)
             account.num_prompt_tokens = len(order.token_ids)
-            live = self._dispatcher.open(order)
-            try:
+            deadline_unix_s = None if order.deadline_s is None else order.deadline_s - order.arrived_s + time.time()
+            header = journal_header(self.files.name, order.token_ids, order.sampling, deadline_unix_s)
+            log = self._journal.open(order.stream_id, header)
+            async with contextlib.aclosing(self._carry(order, log, _FROM_THE_START, account, commits_first)) as events:
+                async for event in events:
+                    yield event
+
+    async def resume(self, request: ResumeRequest, commits_first: bool = False) -> AsyncGenerator[Event, None]:
+        """The rest of a stream that this or another router began: Started again, then what the client lacks."""
+        with self._accounted() as account, self._admitted(0):
+            entry = await self._journal.claim(request.stream_id)
+            if entry is None:
+                message = f"stream_id: {request.stream_id!r} is not known here, or ended too long ago"
+                raise UnknownStream(message, param="stream_id")
+            check_resumption(request, entry.token_ids, self.files.vocab_size)
+            self._observer.resumed()
+            log = self._journal.adopt(request.stream_id, entry)
+            if not log.ending:
+                log.add(0, request.token_ids)
+            first, deadline_unix_s = journal_record(entry.header)
+            order = await self._order(first)
+            order = dataclasses.replace(
+                order,
+                # To workers it is another stream: nothing that they still say of the earlier one can be taken for this.
+                stream_id=f"{request.stream_id}.{entry.epoch}",
+                deadline_s=None if deadline_unix_s is None else order.arrived_s + deadline_unix_s - time.time(),
+            )
+            account.num_prompt_tokens = len(order.token_ids)
+            async with contextlib.aclosing(self._carry(order, log, request, account, commits_first)) as events:
+                async for event in events:
+                    yield event
+
+    async def _carry(
+        self, order: TokenRequest, log: StreamLog, given: ResumeRequest, account: Account, commits_first: bool
+    ) -> AsyncGenerator[Event, None]:
+        """The events of a stream that the client lacks; its log holds what is known of it already."""
+        sampling = order.sampling
+        assert sampling.seed is not None, "the seed is set before a stream is opened"
+        assert sampling.max_tokens is not None, "max_tokens is set before a stream is opened"
+        text = _TextOut(self._codec, sampling.stop)
+        text.push(0, log.token_ids[: given.num_tokens])
+        account.num_output_tokens = given.num_tokens
+        live = self._dispatcher.open(order, log.token_ids, given.num_tokens)
+        try:
+            is_complete = bool(log.ending) or text.is_stopped or len(log.token_ids) == sampling.max_tokens
+            if not is_complete:
                 await live.start()
-                assert order.sampling.seed is not None, "the seed is set before a stream is opened"
-                yield Started(order.stream_id, self.files.name, account.num_prompt_tokens, order.sampling.seed)
-                text = _TextOut(self._codec, order.sampling.stop)
-                while ids := await live.next():
-                    tokens = text.push(account.num_output_tokens, ids)
-                    account.num_output_tokens += len(tokens.ids)
-                    self._observer.gave_tokens(len(tokens.ids))
-                    yield tokens
-                    if text.is_stopped:
-                        live.finish()
-                        break
-                if rest := text.finish():
-                    yield Tokens(account.num_output_tokens, (), rest)
-                reason = FinishReason.STOP if text.is_stopped else live.reason
-                account.outcome = reason.value
-                yield Finished(reason, account.num_output_tokens, live.stats())
-            finally:
-                live.close()
-                account.stats = live.stats()
+            await log.committed()
+            yield Started(log.stream_id, self.files.name, account.num_prompt_tokens, sampling.seed)
+            while not text.is_stopped:
+                ids = log.token_ids[account.num_output_tokens :] if is_complete else await live.next()
+                if not ids:
+                    break
+                tokens = text.push(account.num_output_tokens, ids)
+                account.num_output_tokens += len(tokens.ids)
+                log.add(tokens.first_position, tokens.ids)
+                if commits_first:
+                    await log.committed()
+                self._observer.gave_tokens(len(tokens.ids))
+                yield tokens
+            if text.is_stopped:
+                live.finish()
+            if (rest := text.finish()) and not given.has_rest:
+                yield Tokens(account.num_output_tokens, (), rest)
+            if text.is_stopped:
+                reason = FinishReason.STOP
+            elif is_complete:
+                reason = FinishReason(log.ending or FinishReason.LENGTH.value)
+            else:
+                reason = live.reason
+            log.end(reason.value)
+            account.outcome = reason.value
+            yield Finished(reason, account.num_output_tokens, live.stats())
+        finally:
+            log.close()
+            live.close()
+            account.stats = live.stats()
 
     def close(self) -> None:
         """Give up the threads."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -18,8 +18,9 @@ from switchyard.v1 import generation_pb2, generation_pb2_grpc
 
 from router import errors
 from router.errors import PortInUse, RouterError
+from router.events import Event
 from router.generation import Generation
-from router.wire import event_message, generation_request
+from router.wire import event_message, generation_request, resume_request
 
 log = logging.getLogger(__name__)
 
@@ -29,11 +30,13 @@ SERVICE = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_n
 STATUS_OF: dict[type[RouterError], grpc.StatusCode] = {
     errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     errors.UnknownModel: grpc.StatusCode.NOT_FOUND,
+    errors.UnknownStream: grpc.StatusCode.NOT_FOUND,
     errors.PromptTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.Cancelled: grpc.StatusCode.CANCELLED,
+    errors.Superseded: grpc.StatusCode.ABORTED,
     errors.RouterError: grpc.StatusCode.INTERNAL,
 }
 
@@ -87,12 +90,10 @@ class _Servicer(generation_pb2_grpc.GenerationServiceServicer):
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> None:  # written, not yielded: a cancelled call then closes the stream at once
-        stream_id = ""
-        order = generation_request(request, context.time_remaining())
-        async with contextlib.aclosing(self._generation.stream(order)) as events:
-            async for event in events:
-                stream_id = stream_id or getattr(event, "stream_id", "")
-                await context.write(event_message(stream_id, event))
+        await _write(self._generation.stream(generation_request(request, context.time_remaining())), context)
+
+    async def Resume(self, request: generation_pb2.ResumeRequest, context: grpc.aio.ServicerContext) -> None:
+        await _write(self._generation.resume(resume_request(request)), context)
 
     async def Tokenize(
         self, request: generation_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
@@ -108,6 +109,14 @@ class _Servicer(generation_pb2_grpc.GenerationServiceServicer):
             name=files.name, context_tokens=self._generation.context_tokens, vocab_size=files.vocab_size
         )
         return generation_pb2.ListModelsResponse(models=[model])
+
+
+async def _write(events: AsyncGenerator[Event, None], context: grpc.aio.ServicerContext) -> None:
+    stream_id = ""
+    async with contextlib.aclosing(events):
+        async for event in events:
+            stream_id = stream_id or getattr(event, "stream_id", "")
+            await context.write(event_message(stream_id, event))
 
 
 class _Edge(grpc.aio.ServerInterceptor):  # type: ignore[misc]

@@ -21,10 +21,10 @@ from starlette.routing import Route
 
 from router import errors
 from router.errors import InvalidRequest, PortInUse, PromptTooLarge, RouterError
-from router.events import GenerationRequest
+from router.events import GenerationRequest, ResumeRequest
 from router.generation import Generation
 from router.metrics import Metrics
-from router.openai_answer import AnswerStyle, OpenAiAnswer, error_body
+from router.openai_answer import AnswerStyle, OpenAiAnswer, error_body, parse_event_id
 from router.openai_schema import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, parse
 from router.readiness import Readiness
 
@@ -32,11 +32,13 @@ from router.readiness import Readiness
 STATUS_OF: dict[type[RouterError], int] = {
     errors.InvalidRequest: 400,
     errors.UnknownModel: 404,
+    errors.UnknownStream: 404,
     errors.PromptTooLarge: 413,
     errors.Overloaded: 429,
     errors.Unavailable: 503,
     errors.DeadlineExceeded: 504,
     errors.Cancelled: 499,
+    errors.Superseded: 409,
     errors.RouterError: 500,
 }
 _DRAINED_BODY_FACTOR = 4  # of a body that is too large this much is read, so that the client gets to see the answer
@@ -124,21 +126,36 @@ class _Endpoints:
     async def completions(self, request: Request) -> Response:
         body = parse(CompletionRequest, await _read_json(request, self._parts.max_body_bytes))
         self._generation.check_model(body.model)
+        style = self._style(body, is_chat=False)
+        if (known := _resumption(request, style)) is not None:
+            return OpenAiAnswer([self._generation.resume(known, commits_first=True)], style)
         sampling = body.sampling(DEFAULT_COMPLETION_TOKENS)
         requests = [GenerationRequest(prompt, sampling, body.model) for prompt in body.prompts()]
         if len(requests) > 1:
             self._generation.check(requests)
-        style = AnswerStyle(False, bool(body.stream), body.has_usage_chunk, body.return_token_ids, body.model)
-        return OpenAiAnswer([self._generation.stream(one) for one in requests], style)
+        commits_first = style.is_stream and len(requests) == 1
+        return OpenAiAnswer([self._generation.stream(one, commits_first) for one in requests], style)
 
     async def chat_completions(self, request: Request) -> Response:
         body = parse(ChatRequest, await _read_json(request, self._parts.max_body_bytes))
         self._generation.check_model(body.model)
+        style = self._style(body, is_chat=True)
+        if (known := _resumption(request, style)) is not None:
+            return OpenAiAnswer([self._generation.resume(known, commits_first=True)], style)
         prompt = self._generation.render_chat([message.plain() for message in body.messages])
         sampling = body.sampling(None)
         order = GenerationRequest(prompt, sampling, body.model, add_special_tokens=False)
-        style = AnswerStyle(True, bool(body.stream), body.has_usage_chunk, body.return_token_ids, body.model)
-        return OpenAiAnswer([self._generation.stream(order)], style)
+        return OpenAiAnswer([self._generation.stream(order, style.is_stream)], style)
+
+    def _style(self, body: CompletionRequest | ChatRequest, is_chat: bool) -> AnswerStyle:
+        return AnswerStyle(
+            is_chat=is_chat,
+            is_stream=bool(body.stream),
+            has_usage_chunk=body.has_usage_chunk,
+            has_token_ids=body.return_token_ids,
+            has_event_ids=self._generation.can_resume,
+            model=body.model,
+        )
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._model_card()]})
@@ -166,6 +183,12 @@ class _Endpoints:
             "owned_by": "switchyard",
             "max_model_len": self._generation.context_tokens,
         }
+
+
+def _resumption(request: Request, style: AnswerStyle) -> ResumeRequest | None:
+    """What a client that lost its connection has; it sends its request again, with the id of the last event it saw."""
+    event_id = request.headers.get("last-event-id")
+    return parse_event_id(event_id) if event_id and style.is_stream else None
 
 
 async def _read_json(request: Request, max_bytes: int) -> object:

@@ -53,6 +53,7 @@ class Metrics:
         self._placements = self._counter("switchyard_placements", "First placements, by kind.", ("kind",))
         self._replacements = self._counter("switchyard_replacements", "Streams placed anew after losing a worker.")
         self._dropped = self._counter("switchyard_dropped_frames", "Token frames dropped: old epoch, or doubled.")
+        self._resumed = self._counter("switchyard_resumed_streams", "Streams that a client came back for.")
         self._prompt_tokens = self._counter("switchyard_prompt_tokens", "Prompt tokens of requests ended.")
         self._output_tokens = self._counter("switchyard_output_tokens", "Tokens given to clients.")
         self._ttft = self._histogram("switchyard_ttft_seconds", "From arrival to the first token.")
@@ -66,13 +67,19 @@ class Metrics:
         return generate_latest(self.registry)
 
     def watch(
-        self, dispatcher: Dispatcher, num_inflight: Callable[[], int], is_directory_up: Callable[[], bool]
+        self,
+        dispatcher: Dispatcher,
+        num_inflight: Callable[[], int],
+        is_directory_up: Callable[[], bool],
+        is_journal_up: Callable[[], bool],
     ) -> None:
         """Show what these say at the time of each scrape."""
         inflight = Gauge("switchyard_inflight_requests", "Requests admitted and not ended.", registry=self.registry)
         inflight.set_function(num_inflight)
         directory = Gauge("switchyard_directory_up", "Whether the directory answers.", registry=self.registry)
         directory.set_function(lambda: float(is_directory_up()))
+        journal = Gauge("switchyard_journal_up", "Whether streams can be resumed.", registry=self.registry)
+        journal.set_function(lambda: float(is_journal_up()))
         self.registry.register(_WorkerMetrics(dispatcher))
 
     # -- RequestObserver
@@ -88,6 +95,9 @@ class Metrics:
 
     def gave_tokens(self, num_tokens: int) -> None:
         self._output_tokens.inc(num_tokens)
+
+    def resumed(self) -> None:
+        self._resumed.inc()
 
     # -- DispatchObserver
 

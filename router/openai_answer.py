@@ -17,8 +17,8 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from router.errors import RouterError
-from router.events import Event, Finished, Started, Tokens
+from router.errors import InvalidRequest, RouterError
+from router.events import Event, Finished, ResumeRequest, Started, Tokens
 
 Json = dict[str, Any]
 
@@ -31,6 +31,7 @@ class AnswerStyle:
     is_stream: bool
     has_usage_chunk: bool
     has_token_ids: bool
+    has_event_ids: bool  # the stream can be resumed
     model: str
 
 
@@ -41,6 +42,8 @@ class _Choice:
     started: Started | None = None
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
+    has_rest: bool = False  # text came without ids, after the last token
+    num_tokens: int = 0
     finished: Finished | None = None
 
 
@@ -90,7 +93,7 @@ class OpenAiAnswer(Response):
                         await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
                         is_open = True
                     for chunk in self._chunks(index, event):
-                        await _send_data(send, chunk)
+                        await _send_data(send, chunk, self._event_id())
             except RouterError as error:
                 if not is_open:
                     raise
@@ -130,6 +133,8 @@ class OpenAiAnswer(Response):
     def _note(self, index: int, event: Event) -> None:
         choice = self._choices[index]
         if isinstance(event, Tokens):
+            choice.num_tokens = event.first_position + len(event.ids)
+            choice.has_rest = not event.ids
             if not self._style.is_stream:
                 choice.text.append(event.text)
                 choice.token_ids.extend(event.ids)
@@ -137,6 +142,13 @@ class OpenAiAnswer(Response):
             choice.started = event
         else:
             choice.finished = event
+
+    def _event_id(self) -> str:
+        """What a client sends back as Last-Event-ID; empty where nothing can be resumed, as with several streams."""
+        choice = self._choices[0]
+        if not self._style.has_event_ids or len(self._choices) > 1 or choice.started is None:
+            return ""
+        return format_event_id(ResumeRequest(choice.started.stream_id, choice.num_tokens, has_rest=choice.has_rest))
 
     def _envelope(self, kind: str) -> Json:
         started = next((choice.started for choice in self._choices if choice.started is not None), None)
@@ -177,8 +189,23 @@ _SSE_HEADERS = [
 ]
 
 
-async def _send_data(send: Send, content: Mapping[str, Any]) -> None:
-    await _send_raw(send, b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n")
+def format_event_id(known: ResumeRequest) -> str:
+    """The id of a server-sent event after which a client has so much of a stream."""
+    return f"{known.stream_id}/{known.num_tokens}{'+' if known.has_rest else ''}"
+
+
+def parse_event_id(event_id: str) -> ResumeRequest:
+    """The reverse of format_event_id. Raises InvalidRequest."""
+    stream_id, _, rest = event_id.rpartition("/")
+    digits = rest.removesuffix("+")
+    if not stream_id or not (digits.isascii() and digits.isdigit()) or len(digits) > 9:
+        raise InvalidRequest(f"Last-Event-ID: {event_id!r} is no event of this server", param="Last-Event-ID")
+    return ResumeRequest(stream_id, int(digits), has_rest=rest.endswith("+"))
+
+
+async def _send_data(send: Send, content: Mapping[str, Any], event_id: str = "") -> None:
+    data = b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    await _send_raw(send, (f"id: {event_id}\n".encode() if event_id else b"") + data)
 
 
 async def _send_raw(send: Send, data: bytes) -> None:

@@ -34,6 +34,15 @@ class TierDown:
 
 
 @dataclass(frozen=True, slots=True)
+class ControlState:
+    """What the router shares with the other routers, as far as it answers."""
+
+    directory_is_up: bool
+    journal_is_up: bool
+    journal_is_missing: bool  # there should be one
+
+
+@dataclass(frozen=True, slots=True)
 class Readiness:
     """Ready: requests are served. Degraded: they are, but something that should be there is not."""
 
@@ -44,9 +53,10 @@ class Readiness:
     workers: tuple[WorkerState, ...]
     tiers_down: tuple[TierDown, ...]
     directory_is_up: bool
+    streams_can_resume: bool
 
 
-def readiness(model: str, dispatcher: Dispatcher, directory_is_up: bool, is_stopping: bool) -> Readiness:
+def readiness(model: str, dispatcher: Dispatcher, control: ControlState, is_stopping: bool) -> Readiness:
     """The state of things now."""
     infos = dispatcher.fleet.workers
     pools: dict[str, PoolState] = {}
@@ -61,7 +71,7 @@ def readiness(model: str, dispatcher: Dispatcher, directory_is_up: bool, is_stop
     )
     return Readiness(
         is_ready=dispatcher.fleet.can_serve and not is_stopping,
-        is_degraded=bool(tiers_down) or not directory_is_up,
+        is_degraded=bool(tiers_down) or not control.directory_is_up or control.journal_is_missing,
         model=model,
         pools=pools,
         workers=tuple(
@@ -69,5 +79,6 @@ def readiness(model: str, dispatcher: Dispatcher, directory_is_up: bool, is_stop
             for info in infos
         ),
         tiers_down=tiers_down,
-        directory_is_up=directory_is_up,
+        directory_is_up=control.directory_is_up,
+        streams_can_resume=control.journal_is_up,
     )

@@ -95,10 +95,11 @@ _NOTHING: tuple[Action, ...] = ()
 class Stream:
     """One stream. Every handler returns the actions to be carried out, in order."""
 
-    def __init__(self, num_prompt_tokens: int, max_tokens: int) -> None:
+    def __init__(self, num_prompt_tokens: int, max_tokens: int, emitted: Sequence[int] = ()) -> None:
+        """emitted: what an earlier life of the stream committed; less than max_tokens."""
         self.num_prompt_tokens = num_prompt_tokens
         self.max_tokens = max_tokens
-        self.emitted: list[int] = []
+        self.emitted: list[int] = list(emitted)
         self.phase = Phase.PLACING
         self.epoch = 0  # of the current placement; 0 before the first
         self.ending: FinishReason | RouterError | None = None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from switchyard.v1 import generation_pb2 as generation
+from switchyard.v1 import journal_pb2 as journal
 from switchyard.v1 import worker_pb2 as worker
 
 from router.events import (
@@ -14,6 +15,7 @@ from router.events import (
     FinishReason,
     GenerationRequest,
     RequestStats,
+    ResumeRequest,
     SamplingOptions,
     Started,
     Tokens,
@@ -112,6 +114,28 @@ def generation_request(message: generation.GenerateRequest, deadline_s: float | 
         model=message.model,
         deadline_s=deadline_s,
     )
+
+
+def resume_request(message: generation.ResumeRequest) -> ResumeRequest:
+    """What a gRPC client wants to go on with."""
+    return ResumeRequest(message.stream_id, message.num_tokens, tuple(message.token_ids.ids), message.has_rest)
+
+
+def journal_header(
+    model: str, prompt: Sequence[int], sampling: SamplingOptions, deadline_unix_s: float | None
+) -> bytes:
+    """A StreamRecord; the sampling leaves nothing open."""
+    request = generation.GenerateRequest(
+        model=model, token_ids=generation.TokenIds(ids=prompt), sampling=sampling_message(sampling)
+    )
+    header: bytes = journal.StreamRecord(request=request, deadline_unix_s=deadline_unix_s or 0.0).SerializeToString()
+    return header
+
+
+def journal_record(header: bytes) -> tuple[GenerationRequest, float | None]:
+    """The request of a header and its deadline, in seconds since 1970."""
+    record = journal.StreamRecord.FromString(header)
+    return generation_request(record.request, None), record.deadline_unix_s or None
 
 
 def worker_info(hello: worker.WorkerHello, pool: str) -> WorkerInfo | None:

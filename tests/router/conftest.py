@@ -16,6 +16,7 @@ import pytest
 from switchyard.v1 import generation_pb2_grpc
 
 from kvstore.directory import MemoryDirectory, WorkerRecord
+from kvstore.journal import StreamJournal
 from router.app import Router
 from router.config import RouterConfig, RouterSpec
 from tests.router.fake_worker import CONTEXT_TOKENS, VOCAB_SIZE, FakeWorker
@@ -44,7 +45,7 @@ async def until(condition: Callable[[], bool], what: str) -> None:
 class Cluster:
     """One router and its workers."""
 
-    def __init__(self, model_dir: Path, config: RouterConfig) -> None:
+    def __init__(self, model_dir: Path, config: RouterConfig, journal: StreamJournal | None) -> None:
         self.directory = MemoryDirectory(time.monotonic)
         self.workers: list[FakeWorker] = []
         self.spec = RouterSpec(
@@ -56,7 +57,7 @@ class Cluster:
             http_port=0,
             config=config,
         )
-        self.router = Router(self.spec)
+        self.router = Router(self.spec, journal)
         self.grpc_address = ""
         self.http_url = ""
 
@@ -105,10 +106,10 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @asynccontextmanager
 async def running_cluster(
-    model_dir: Path, *workers: FakeWorker, config: RouterConfig = QUICK
+    model_dir: Path, *workers: FakeWorker, config: RouterConfig = QUICK, journal: StreamJournal | None = None
 ) -> AsyncIterator[Cluster]:
     """A started router with these workers; afterwards its books must balance."""
-    cluster = Cluster(model_dir, config)
+    cluster = Cluster(model_dir, config, journal)
     addresses = await cluster.router.start(lambda: cluster.directory)
     cluster.grpc_address = addresses.grpc_address
     cluster.http_url = f"http://{addresses.http_address}"

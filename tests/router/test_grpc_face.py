@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from switchyard.v1 import generation_pb2, worker_pb2
 
-from router.client import GenerationClient, GenerationError
+from router.client import GenerationClient, GenerationError, Target
 from router.events import Finished, FinishReason, GenerationRequest, SamplingOptions, Started, Tokens
 from router.model_files import ModelFiles
 from router.text import TextCodec
@@ -28,11 +28,13 @@ def request(prompt: object = PROMPT, **sampling: object) -> GenerationRequest:
     return GenerationRequest(prompt, SamplingOptions(**options))
 
 
-async def collect(target: str, order: GenerationRequest) -> tuple[Started, list[int], str, Finished]:
+async def collect(
+    target: Target, order: GenerationRequest, resume_within_s: float = 30.0
+) -> tuple[Started, list[int], str, Finished]:
     """Run one stream and check the shape that the contract gives it."""
     ids: list[int] = []
     text = ""
-    async with GenerationClient(target) as client:
+    async with GenerationClient(target, resume_within_s) as client:
         events = [event async for event in client.generate_async(order)]
     assert isinstance(events[0], Started)
     assert isinstance(events[-1], Finished)

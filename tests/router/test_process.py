@@ -153,7 +153,7 @@ async def test_what_does_not_end_in_time_is_cancelled_when_the_router_stops(mode
     worker = FakeWorker("mixed-0", "mixed")
     worker.prefill_s = 60.0
     async with running_cluster(model_dir, worker, config=config_with(drain_s=0.1)) as cluster:
-        answer = asyncio.create_task(collect(cluster.grpc_address, request()))
+        answer = asyncio.create_task(collect(cluster.grpc_address, request(), resume_within_s=0))
         await until(lambda: worker.num_live == 1, "it runs")
         stopping = asyncio.create_task(cluster.router.stop())
         with pytest.raises(GenerationError, match=r"UNAVAILABLE|CANCELLED"):

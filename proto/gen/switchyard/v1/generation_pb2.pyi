@@ -28,6 +28,18 @@ class GenerateRequest(_message.Message):
     sampling: SamplingParams
     def __init__(self, model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ...) -> None: ...
 
+class ResumeRequest(_message.Message):
+    __slots__ = ("stream_id", "num_tokens", "token_ids", "has_rest")
+    STREAM_ID_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    HAS_REST_FIELD_NUMBER: _ClassVar[int]
+    stream_id: str
+    num_tokens: int
+    token_ids: TokenIds
+    has_rest: bool
+    def __init__(self, stream_id: _Optional[str] = ..., num_tokens: _Optional[int] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., has_rest: bool = ...) -> None: ...
+
 class TokenIds(_message.Message):
     __slots__ = ("ids",)
     IDS_FIELD_NUMBER: _ClassVar[int]

@@ -28,7 +28,7 @@ if _version_not_supported:
 class GenerationServiceStub(object):
     """Text generation for clients of the cluster. Errors are gRPC statuses; the message names the offending field:
     INVALID_ARGUMENT (bad field), NOT_FOUND (unknown model), RESOURCE_EXHAUSTED (queue full or prompt too large),
-    UNAVAILABLE (no worker can serve), DEADLINE_EXCEEDED, CANCELLED.
+    UNAVAILABLE (no worker can serve), DEADLINE_EXCEEDED, CANCELLED, ABORTED (the stream was resumed elsewhere).
     """
 
     def __init__(self, channel):
@@ -40,6 +40,11 @@ class GenerationServiceStub(object):
         self.Generate = channel.unary_stream(
                 '/switchyard.v1.GenerationService/Generate',
                 request_serializer=switchyard_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=switchyard_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
+                _registered_method=True)
+        self.Resume = channel.unary_stream(
+                '/switchyard.v1.GenerationService/Resume',
+                request_serializer=switchyard_dot_v1_dot_generation__pb2.ResumeRequest.SerializeToString,
                 response_deserializer=switchyard_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
                 _registered_method=True)
         self.Tokenize = channel.unary_unary(
@@ -57,11 +62,20 @@ class GenerationServiceStub(object):
 class GenerationServiceServicer(object):
     """Text generation for clients of the cluster. Errors are gRPC statuses; the message names the offending field:
     INVALID_ARGUMENT (bad field), NOT_FOUND (unknown model), RESOURCE_EXHAUSTED (queue full or prompt too large),
-    UNAVAILABLE (no worker can serve), DEADLINE_EXCEEDED, CANCELLED.
+    UNAVAILABLE (no worker can serve), DEADLINE_EXCEEDED, CANCELLED, ABORTED (the stream was resumed elsewhere).
     """
 
     def Generate(self, request, context):
         """Streams the completion of one prompt. Cancelling the call stops the generation.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resume(self, request, context):
+        """Goes on with a stream of any router's whose connection broke: Started again, then the tokens after those that the
+        client has, each position once. Whoever carried the stream before stops. NOT_FOUND when no journal knows the
+        stream (any more), UNAVAILABLE while the journal is away.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -89,6 +103,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     request_deserializer=switchyard_dot_v1_dot_generation__pb2.GenerateRequest.FromString,
                     response_serializer=switchyard_dot_v1_dot_generation__pb2.GenerateResponse.SerializeToString,
             ),
+            'Resume': grpc.unary_stream_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=switchyard_dot_v1_dot_generation__pb2.ResumeRequest.FromString,
+                    response_serializer=switchyard_dot_v1_dot_generation__pb2.GenerateResponse.SerializeToString,
+            ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
                     request_deserializer=switchyard_dot_v1_dot_generation__pb2.TokenizeRequest.FromString,
@@ -110,7 +129,7 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 class GenerationService(object):
     """Text generation for clients of the cluster. Errors are gRPC statuses; the message names the offending field:
     INVALID_ARGUMENT (bad field), NOT_FOUND (unknown model), RESOURCE_EXHAUSTED (queue full or prompt too large),
-    UNAVAILABLE (no worker can serve), DEADLINE_EXCEEDED, CANCELLED.
+    UNAVAILABLE (no worker can serve), DEADLINE_EXCEEDED, CANCELLED, ABORTED (the stream was resumed elsewhere).
     """
 
     @staticmethod
@@ -129,6 +148,33 @@ class GenerationService(object):
             target,
             '/switchyard.v1.GenerationService/Generate',
             switchyard_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
+            switchyard_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/switchyard.v1.GenerationService/Resume',
+            switchyard_dot_v1_dot_generation__pb2.ResumeRequest.SerializeToString,
             switchyard_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
             options,
             channel_credentials,
