@@ -26,6 +26,10 @@ class RouterConfig:
     max_replacements: int = 3  # times that one stream may be placed anew after losing its worker
     new_request_wait_s: float = 2.0  # how long a new request waits for a first worker
     replacement_wait_s: float = 30.0  # how long a stream that lost its worker waits for another
+    first_token_wait_s: float = (
+        300.0  # a placement that brings no token for so long, though its worker lives, is given up
+    )
+    next_token_wait_s: float = 60.0  # and so is one whose next token takes so long
     request_timeout_s: float = 1800.0  # deadline of a request whose client set none; 0 means none
     directory_poll_s: float = 0.25
     worker_silence_s: float = 10.0  # a worker that says nothing for so long is lost; it reports every second
@@ -40,7 +44,14 @@ class RouterConfig:
                 raise ConfigError(f"router.{name}: must be at least 1")
         if self.max_replacements < 0:
             raise ConfigError("router.max_replacements: must not be negative")
-        for name in ("directory_poll_s", "worker_silence_s", "prefill_ms_per_token", "decode_ms_per_step"):
+        for name in (
+            "directory_poll_s",
+            "worker_silence_s",
+            "first_token_wait_s",
+            "next_token_wait_s",
+            "prefill_ms_per_token",
+            "decode_ms_per_step",
+        ):
             _require(name, getattr(self, name), math.isfinite(getattr(self, name)) and getattr(self, name) > 0)
         for name in ("new_request_wait_s", "replacement_wait_s", "request_timeout_s", "drain_s"):
             _require(name, getattr(self, name), math.isfinite(getattr(self, name)) and getattr(self, name) >= 0)

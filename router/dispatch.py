@@ -148,8 +148,7 @@ class LiveStream:
             if state.phase is Phase.PLACING:
                 await self._place()
                 continue
-            await self._wake.wait()
-            self._wake.clear()
+            await self._wait_for_token()
 
     def finish(self) -> None:
         """The reader has enough: a stop text was found."""
@@ -323,6 +322,20 @@ class LiveStream:
             window_tokens=max(1, self._dispatcher.config.window_tokens - (len(state.emitted) - self._num_taken)),
             deadline_s=left_s,
         )
+
+    async def _wait_for_token(self) -> None:
+        """Until something happened; a placement that brings nothing for too long is given up.
+
+        The reader has everything, so its window is open: that nothing comes is the worker's doing.
+        """
+        config = self._dispatcher.config
+        wait_s = config.first_token_wait_s if self._segment is None else config.next_token_wait_s
+        try:
+            async with asyncio.timeout(wait_s):
+                await self._wake.wait()
+            self._wake.clear()
+        except TimeoutError:
+            self._do(self._state.on_stalled(wait_s))
 
     def _credit(self) -> None:
         # The reader came back, so it has taken what it was given. Half a window at a time keeps these messages few.

@@ -198,6 +198,13 @@ class Stream:
             return self._on_decode_gone(worker_id, "connection lost")
         return _NOTHING
 
+    def on_stalled(self, waited_s: float) -> Sequence[Action]:
+        """Nothing came for too long from workers that live."""
+        worker_id = self._prefill_id if self.phase is Phase.PREFILLING else self._decode_id
+        if worker_id is None:
+            return _NOTHING  # placed anew, or over, meanwhile
+        return self._lose(worker_id, f"no token for {waited_s:g} s")
+
     # -- transitions
 
     def _on_first_token(self, token_id: int) -> Sequence[Action]:

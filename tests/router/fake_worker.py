@@ -69,6 +69,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.prefill_s = 0.0  # time per prompt
         self.stop_at: int | None = None  # the position at which a stop token is chosen
         self.die_after: int | None = None  # tokens sent in all, then kill() by itself
+        self.hang_after: int | None = None  # tokens sent in all, then none, though it lives and answers
         self.refuse_with: worker_pb2.RequestFinished | None = None  # last word on every submit
         self.bend: list[int] = []  # offsets added to the next tokens' positions, one each: a broken worker
         self.load = worker_pb2.WorkerLoad(num_free_blocks=1000)
@@ -207,7 +208,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
     async def _emit(self, part: _Part, connection: _Connection, history: list[int]) -> int:
         """Choose and send the next token; an outcome when that was a stop token."""
         await asyncio.sleep(self.step_s)
-        if self._is_to_die():
+        if self._is_to_die() or (self.hang_after is not None and self.num_sent >= self.hang_after):
             await asyncio.Event().wait()  # not one token more
         position = len(history) - part.submit.num_prompt_tokens
         if position == self.stop_at:

@@ -168,6 +168,19 @@ async def test_a_silent_worker_is_lost(model_dir: Path) -> None:
     assert finished.stats.decode_worker_id == "mixed-1"
 
 
+@pytest.mark.parametrize("hang_after", [0, 3])
+@pytest.mark.parametrize("who", ["prefill", "decode"])
+async def test_a_worker_that_lives_and_brings_nothing_is_given_up(model_dir: Path, who: str, hang_after: int) -> None:
+    shared: set[tuple[int, ...]] = set()
+    prefill, decode = pair(0, shared)
+    {"prefill": prefill, "decode": decode}[who].hang_after = hang_after
+    config = config_with(first_token_wait_s=0.2, next_token_wait_s=0.2)
+    async with running_cluster(model_dir, prefill, decode, *pair(1, shared), config=config) as cluster:
+        answers = [collect(cluster.grpc_address, request((*PROMPT, i), max_tokens=20)) for i in range(1, 4)]
+        for i, (_, ids, _, _) in enumerate(await asyncio.gather(*answers), start=1):
+            assert ids == expected_tokens((*PROMPT, i), 20)
+
+
 async def test_a_slow_reader_stops_only_itself(model_dir: Path) -> None:
     worker = FakeWorker("mixed-0", "mixed")
     async with running_cluster(model_dir, worker) as cluster:

@@ -215,6 +215,8 @@ def play(script: Sequence[tuple[str, str]]) -> list[int]:
             workers.do(stream.place(next(placements)))
         if kind == "lose":
             workers.lose(worker_id)
+        elif kind == "stall":
+            workers.do(stream.on_stalled(1.0))
         elif kind == "stale":
             workers.do(stream.on_token(worker_id, stream.epoch - 1, len(stream.emitted), 999))
         elif kind == "double" and stream.emitted:
@@ -244,7 +246,7 @@ def test_any_worker_lost_after_any_word(loser: str, num_words: int) -> None:
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(["speak", "speak", "speak", "lose", "stale", "double"]),
+            st.sampled_from(["speak", "speak", "speak", "lose", "stall", "stale", "double"]),
             st.sampled_from(["p", "q", "d", "e", "m"]),
         ),
         max_size=60,
