@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from deploy.config import child_environment
 from deploy.plan import ArenaPlan
 from deploy.supervise import Ready, SupervisedProcess
-from kvstore.sealing import HEADER_BYTES
+from kvstore.arena import num_slots_for
 
 _READY_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 15.0
@@ -67,7 +67,7 @@ def short_node_id(ray_node_id: str) -> str:
 def slots_that_fit(arena: ArenaPlan) -> int:
     """Slots that the arena's folder has room for, with some left: containers often get just 64 MiB of /dev/shm."""
     free_bytes = shutil.disk_usage(arena.folder).free
-    return max(1, int(free_bytes * _ARENA_SHARE) // (arena.slot_bytes + HEADER_BYTES))
+    return num_slots_for(int(free_bytes * _ARENA_SHARE), arena.slot_bytes)
 
 
 class KVNodeActor:

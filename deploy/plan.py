@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from deploy.config import ClusterConfig, PoolConfig
 from deploy.errors import ConfigError
-from kvstore.sealing import HEADER_BYTES
+from kvstore.arena import num_slots_for
 from workers.config import EngineConfig, ModelConfig, WorkerSpec
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -97,7 +97,7 @@ def make_plan(config: ClusterConfig, model: ModelConfig, model_dir: str, num_gpu
         )
         pools.append(_pool_plan(spec, pool))
     slot_bytes = layers * 2 * block_size * model.head_dim * DTYPE_BYTES[dtype]
-    num_slots = max(1, config.kvstore.host_bytes // (slot_bytes + HEADER_BYTES))
+    num_slots = num_slots_for(config.kvstore.host_bytes, slot_bytes)
     return ClusterPlan(name, tuple(pools), ArenaPlan(config.kvstore.arena_dir, slot_bytes, num_slots))
 
 

@@ -51,6 +51,9 @@ class GrpcFace:
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", max_message_bytes),
             ("grpc.so_reuseport", 0),  # two routers on one port must not share it silently
+            # A client whose host vanished says nothing: without these its streams would run to their end.
+            ("grpc.keepalive_time_ms", 10_000),
+            ("grpc.keepalive_timeout_ms", 5_000),
         ]
         self._server = grpc.aio.server(interceptors=[_Edge()], options=options)
         self._health = health.aio.HealthServicer()

@@ -169,6 +169,9 @@ class Rank:
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.so_reuseport", 0),
+                # A router whose host vanished says nothing: without these its requests would stay until TCP gives up.
+                ("grpc.keepalive_time_ms", 10_000),
+                ("grpc.keepalive_timeout_ms", 5_000),
             ]
         )
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server)

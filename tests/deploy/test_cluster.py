@@ -42,10 +42,10 @@ class Running:
     def router(self) -> dict[str, Any]:
         return self.said["endpoints"]["routers"][0]
 
-    def generate(self, prompt: str = PROMPT) -> Completion:
-        sampling = SamplingOptions(temperature=0.0, max_tokens=12, ignore_eos=True)
+    def generate(self, prompt: str = PROMPT, max_tokens: int = 12, on_text: Callable[[str], None] = str) -> Completion:
+        sampling = SamplingOptions(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
         request = GenerationRequest(prompt, sampling, deadline_s=60.0)
-        return complete(self.router["grpc"], request, lambda text: None)
+        return complete(self.router["grpc"], request, on_text)
 
     def processes(self, pattern: str) -> list[psutil.Process]:
         """Processes below `serve` whose command line matches."""
@@ -207,13 +207,31 @@ def test_a_killed_kv_node_comes_back(cluster: Running) -> None:
     assert [found.pid for found in cluster.processes(r"-m kvstore\.node ")] != [node.pid]
 
 
-def test_a_killed_router_comes_back_on_its_ports(cluster: Running) -> None:
-    (router,) = cluster.processes(r"-m router --spec ")
-    os.kill(router.pid, signal.SIGKILL)
-    after = eventually(cluster.generate, "a router on the same port")
-    assert after.num_output_tokens == 12
-    (again,) = cluster.processes(r"-m router --spec ")
-    assert again.pid != router.pid
+@pytest.mark.parametrize("victim", ["router", "decode"])
+def test_a_stream_goes_on_when_a_process_is_killed_under_it(cluster: Running, victim: str) -> None:
+    undisturbed = eventually(lambda: moved(cluster.generate(f"# {victim}\n{PROMPT}", max_tokens=100)), "a transfer")
+    if victim == "router":
+        (router,) = cluster.processes(r"-m router --spec ")
+        pid = router.pid
+    else:
+        pid = rank_pids(cluster)[f"{undisturbed.stats.decode_worker_id} rank 1"]
+    num_heard = 0
+
+    def kill_in_the_middle(text: str) -> None:
+        nonlocal num_heard
+        num_heard += 1
+        if num_heard == 5:
+            os.kill(pid, signal.SIGKILL)
+
+    killed = cluster.generate(f"# {victim}\n{PROMPT}", 100, kill_in_the_middle)
+    assert num_heard > 5
+    assert killed.token_ids == undisturbed.token_ids
+    assert killed.text == undisturbed.text
+    if victim == "router":
+        (again,) = cluster.processes(r"-m router --spec ")
+        assert again.pid != pid
+    else:
+        assert killed.stats.num_replacements == 1
 
 
 def test_ctrl_c_ends_all_that_was_started(cluster: Running) -> None:
