@@ -2,8 +2,10 @@
 PY := .venv/bin/python
 PYTHON ?= python3
 CONSTRAINTS ?= constraints-cpu.txt
+GPU_PYTHON ?= $(PYTHON)
+OUT ?= bench/results
 
-.PHONY: help env env-test serve test test-slow check bench proto
+.PHONY: help env env-test serve test test-slow check bench bench-gpu proto
 
 help:            ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*##/  make \1\t/'
@@ -40,6 +42,10 @@ check: env-test  ## lint, types, import contracts
 
 bench: env-test  ## CPU benchmarks; rows are appended to bench/results/
 	$(PY) -m planner.bench $(ARGS)
+
+bench-gpu:       ## all GPU checks and benchmarks in one go, without Ray; OUT=DIR takes the results
+	PYTHONPATH=.:proto/gen $(GPU_PYTHON) -m kernels.harness.lanes gpu > $(OUT)/gpu_lane.jsonl
+	PYTHONPATH=.:proto/gen $(GPU_PYTHON) -m kernels.harness.bench --out $(OUT) --known bench/results
 
 proto: env-test  ## regenerate the stubs under proto/gen
 	rm -rf proto/gen && mkdir -p proto/gen/switchyard/v1
