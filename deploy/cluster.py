@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Any
 from deploy.config import ClusterConfig
 from deploy.errors import ConfigError, StartError, one_line
 from deploy.plan import ClusterPlan, layers_per_fragment, make_plan, num_cpus_needed
-from deploy.preflight import FoundModel, check_control, check_model, check_ports, check_ray, free_port, tier_warning
+from deploy.preflight import (
+    FoundModel,
+    check_control,
+    check_model,
+    check_ports,
+    check_ray,
+    free_port,
+    tier_secret,
+    tier_warning,
+)
 from deploy.progress import Steps
 from deploy.ray_runtime import RayRuntime, close_ray, open_ray
 from deploy.routers import RouterEndpoint, Routers, router_specs, workers_seen
@@ -50,6 +59,7 @@ class Cluster:
         self._steps = steps
         self._undo: list[Callable[[], None]] = []
         self._keep_logs = False
+        self._tier_secret = ""
         self.id = secrets.token_hex(4)
         self.run_dir = Path(config.ray.temp_dir) / f"sy-{self.id}"
 
@@ -59,6 +69,7 @@ class Cluster:
         layers_per_fragment(self._config, model.config.num_hidden_layers)
         check_ports(self._config.endpoints, self._config.ray)
         check_control(self._config.kvstore.control)
+        self._tier_secret = tier_secret(self._config.kvstore.tier_secret_file)
         if self._config.ray.address:
             check_ray(self._config.ray.address)
         return model
@@ -103,7 +114,7 @@ class Cluster:
         from deploy.pools import check_capacity, close_serve, deploy_pools, open_serve, wait_running
 
         control, control_address = self._control(ray)
-        plan = make_plan(self._config, model.config, model.reference, ray.num_gpus, control)
+        plan = make_plan(self._config, model.config, model.reference, ray.num_gpus, control, self._tier_secret)
         short = check_capacity(plan.pools)
         if short and ray.was_started:
             raise ConfigError(short)

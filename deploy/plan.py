@@ -67,10 +67,13 @@ class ClusterPlan:
     arena: ArenaPlan
 
 
-def make_plan(config: ClusterConfig, model: ModelConfig, model_dir: str, num_gpus: float, control: str) -> ClusterPlan:
+def make_plan(
+    config: ClusterConfig, model: ModelConfig, model_dir: str, num_gpus: float, control: str, tier_secret: str = ""
+) -> ClusterPlan:
     """Work out the whole cluster.
 
     model_dir: an absolute path or a Hub id. num_gpus: what Ray has to offer. control: URL of the control service.
+    tier_secret: of the remote tier, where there is one.
     Raises ConfigError where parts of the configuration do not fit each other or the machines.
     """
     devices = {name: _device(pool, num_gpus) for name, pool in config.pools.items()}
@@ -91,6 +94,7 @@ def make_plan(config: ClusterConfig, model: ModelConfig, model_dir: str, num_gpu
             engine=_engine(common, pool),
             model_name=name,
             tier=config.kvstore.tier,
+            tier_secret=tier_secret,
             tier_ttl_s=config.kvstore.tier_ttl_s,
             control=control,
             layers_per_fragment=layers,

@@ -6,6 +6,7 @@ Knows nothing of Ray. What only shows itself later (a worker that cannot load) i
 from __future__ import annotations
 
 import errno
+import secrets
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from workers.config import ModelConfig, resolve_model
 from workers.errors import ModelError
 
 _REACH_TIMEOUT_S = 2.0
+_LEAST_SECRET_CHARACTERS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +142,21 @@ def check_ray(address: str) -> None:
     problem = _dial_problem(host, int(port))
     if problem:
         raise StartError(f"ray.address: no Ray cluster at {address} ({problem})")
+
+
+def tier_secret(path: str) -> str:
+    """The secret of the shared tier: from a file, or a new one. Raises ConfigError."""
+    if not path:
+        return secrets.token_hex(32)
+    try:
+        secret = Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"kvstore.tier_secret_file: {path}: {error}") from None
+    if len(secret) < _LEAST_SECRET_CHARACTERS:
+        raise ConfigError(
+            f"kvstore.tier_secret_file: {path}: has {len(secret)} characters, {_LEAST_SECRET_CHARACTERS} are the least"
+        )
+    return secret
 
 
 def tier_warning(url: str) -> str:

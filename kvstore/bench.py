@@ -67,7 +67,7 @@ def measure_hand_off(arena_dir: str, redis_url: str, shape: BenchShape) -> list[
     with _node(arena_dir, shape) as host_address:
         rows += _measure_and_close(HostTier(host_address), shape)
     if redis_url:
-        rows += _measure_and_close(RedisTier(redis_url, _REDIS_TTL_S), shape)
+        rows += _measure_and_close(RedisTier(redis_url, "a benchmark's", _REDIS_TTL_S), shape)
     return rows
 
 

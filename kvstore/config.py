@@ -21,6 +21,9 @@ class KVStoreConfig:
     """Folder of the arena's file; one that is kept in memory."""
     tier: str = ""
     """redis:// URL of the tier that hosts share; empty means shared memory alone."""
+    tier_secret_file: str = ""
+    """File with the secret under which fragments in that tier are tagged, such as a mounted Kubernetes Secret. Empty:
+    one is drawn at each start, and fragments of earlier starts are not used."""
     control: str = "memory://"
     """Where leases and the block directory live: memory:// (a node process of this cluster) or a redis:// URL."""
     tier_ttl_s: float = 3600.0

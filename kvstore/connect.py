@@ -49,13 +49,16 @@ def open_journal(url: str) -> StreamJournal:
     raise ValueError(f"journal: must be file:///PATH or a redis:// URL, not {url!r}")
 
 
-def open_tiers(host_address: str, tier_url: str, tier_ttl_s: float) -> list[Tier]:
-    """The tiers of a worker in the order in which they are asked; an empty address leaves that tier out."""
+def open_tiers(host_address: str, tier_url: str, tier_secret: str, tier_ttl_s: float) -> list[Tier]:
+    """The tiers of a worker in the order in which they are asked; an empty address leaves that tier out.
+
+    Raises ValueError for an address that is none, and for a tier outside the host without a secret.
+    """
     tiers: list[Tier] = []
     if host_address:
         tiers.append(HostTier(host_address))
     if tier_url:
         if not tier_url.startswith(_REDIS):
             raise ValueError(f"tier: must be empty or a redis:// URL, not {tier_url!r}")
-        tiers.append(RedisTier(tier_url, tier_ttl_s))
+        tiers.append(RedisTier(tier_url, tier_secret, tier_ttl_s))
     return tiers

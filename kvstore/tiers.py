@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-RejectReason = Literal["checksum", "stale", "truncated", "layout"]
+RejectReason = Literal["checksum", "stale", "truncated", "layout", "forged"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Rejected:
 
     reason: RejectReason
     """checksum: other bytes; stale: the place holds another fragment now; truncated: bytes are missing; layout: not a
-    fragment of ours."""
+    fragment of ours; forged: right in itself, and written by somebody who does not know the cluster's secret."""
 
 
 class Tier(Protocol):

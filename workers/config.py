@@ -5,6 +5,7 @@ Reads config.json and generation_config.json. Knows nothing of tensors, routers 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,6 +196,7 @@ class WorkerSpec:
     node_id: str = "local"
     host_address: str = ""  # KV node of this host; "": no host tier
     tier: str = ""  # redis://... ; "": no remote tier
+    tier_secret: str = dataclasses.field(default="", repr=False)  # needed where there is a remote tier
     tier_ttl_s: float = 3600.0
     control: str = ""  # where to register and announce blocks; "": nowhere
     layers_per_fragment: int = 0  # 0: all layers of a stage

@@ -114,7 +114,7 @@ class Rank:
             torch.cuda.set_device(device)
         self._groups = ParallelGroups.connect(self.shard, device, init_method, interface)
         self._runner = TorchModelRunner(engine, self._model, self._groups, device)
-        self._tiers = open_tiers(self.spec.host_address, self.spec.tier, self.spec.tier_ttl_s)
+        self._tiers = open_tiers(self.spec.host_address, self.spec.tier, self.spec.tier_secret, self.spec.tier_ttl_s)
         self._store = FragmentStore(self._tiers)
         grid = self._runner.grid(self.spec.layers_per_fragment)
         self._runner.attach(KVTransfer(self._runner.cache, grid, self._store))

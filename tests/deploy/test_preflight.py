@@ -10,7 +10,7 @@ import pytest
 from deploy import config
 from deploy.config import EndpointsConfig, RayConfig
 from deploy.errors import ConfigError, StartError
-from deploy.preflight import check_control, check_model, check_ports, check_ray, free_port, tier_warning
+from deploy.preflight import check_control, check_model, check_ports, check_ray, free_port, tier_secret, tier_warning
 
 
 @pytest.fixture
@@ -116,3 +116,14 @@ def test_servers_that_are_away(taken_port: int) -> None:
     check_ray(f"127.0.0.1:{taken_port}")
     with pytest.raises(StartError, match=r"kvstore\.control: "):
         check_control(f"redis://127.0.0.1:{port}/0")
+
+
+def test_the_tiers_secret_is_drawn_or_read(tmp_path: Path) -> None:
+    assert tier_secret("") != tier_secret("")
+    (tmp_path / "secret").write_text("0123456789abcdef\n")
+    assert tier_secret(str(tmp_path / "secret")) == "0123456789abcdef"
+    (tmp_path / "short").write_text("hush")
+    with pytest.raises(ConfigError, match=r"kvstore\.tier_secret_file: .*short: has 4 characters, 16 are the least"):
+        tier_secret(str(tmp_path / "short"))
+    with pytest.raises(ConfigError, match=r"kvstore\.tier_secret_file: .*No such file"):
+        tier_secret(str(tmp_path / "nothing"))

@@ -3,8 +3,13 @@
 import random
 from collections.abc import Sequence
 
+from kvstore.authenticity import FragmentAuthenticator
 from kvstore.names import fragment_key
+from kvstore.redis_tier import KEY_PREFIX
 from kvstore.tiers import Fragment
+
+SECRET = "of the tests"
+REDIS_PREFIX = KEY_PREFIX + FragmentAuthenticator(SECRET).key_id.encode() + b":"
 
 
 def make_fragments(count: int, payload_bytes: int = 1000) -> list[Fragment]:

@@ -28,26 +28,26 @@ def test_other_control_urls_are_refused(url: str) -> None:
 
 @pytest.mark.redis
 def test_tiers_in_the_order_in_which_they_are_asked(shared_kv_node: KVNode, redis_server: RedisServer) -> None:
-    tiers = open_tiers(shared_kv_node.host_address, redis_server.url, 60.0)
+    tiers = open_tiers(shared_kv_node.host_address, redis_server.url, "secret", 60.0)
     assert [(tier.name, tier.is_up) for tier in tiers] == [("host", True), ("redis", True)]
     for tier in tiers:
         tier.close()
 
 
 def test_no_addresses_no_tiers() -> None:
-    assert open_tiers("", "", 60.0) == []
+    assert open_tiers("", "", "", 60.0) == []
 
 
 def test_other_tier_urls_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^tier: "):
-        open_tiers("", "http://host", 60.0)
+        open_tiers("", "http://host", "secret", 60.0)
 
 
 def test_a_process_that_closes_nothing_still_ends() -> None:
     program = f"""
 from kvstore.connect import open_directory, open_tiers
 port = {free_port()}
-tiers = open_tiers(f"127.0.0.1:{{port}}", f"redis://127.0.0.1:{{port}}", 60.0)
+tiers = open_tiers(f"127.0.0.1:{{port}}", f"redis://127.0.0.1:{{port}}", "secret", 60.0)
 directory = open_directory(f"memory://127.0.0.1:{{port}}")
 print([tier.is_up for tier in tiers])
 """

@@ -2,10 +2,11 @@
 
 import pytest
 
-from kvstore.redis_tier import KEY_PREFIX, RedisTier
-from kvstore.sealing import HEADER_BYTES
+from kvstore.authenticity import TAG_BYTES, FragmentAuthenticator
+from kvstore.redis_tier import RedisTier
+from kvstore.sealing import HEADER_BYTES, seal
 from kvstore.tiers import Rejected
-from tests.kvstore.fragments import keys_of, make_fragments
+from tests.kvstore.fragments import REDIS_PREFIX, SECRET, keys_of, make_fragments
 from tests.processes import RedisServer, free_port, wait_until
 
 pytestmark = pytest.mark.redis
@@ -13,33 +14,33 @@ pytestmark = pytest.mark.redis
 
 def test_values_carry_header_payload_and_a_time_to_live(redis_server: RedisServer) -> None:
     (fragment,) = make_fragments(1)
-    tier = RedisTier(redis_server.url, ttl_s=100)
+    tier = RedisTier(redis_server.url, SECRET, ttl_s=100)
     tier.put([fragment])
     with redis_server.client() as client:
-        assert client.keys() == [KEY_PREFIX + fragment.key]
-        assert client.get(KEY_PREFIX + fragment.key)[HEADER_BYTES:] == fragment.payload
-        assert 0 < client.pttl(KEY_PREFIX + fragment.key) <= 100_000
+        assert client.keys() == [REDIS_PREFIX + fragment.key]
+        assert client.get(REDIS_PREFIX + fragment.key)[HEADER_BYTES:-TAG_BYTES] == fragment.payload
+        assert 0 < client.pttl(REDIS_PREFIX + fragment.key) <= 100_000
     tier.close()
 
 
 def test_putting_again_renews_the_time_to_live(redis_server: RedisServer) -> None:
     (fragment,) = make_fragments(1)
-    tier = RedisTier(redis_server.url, ttl_s=100)
+    tier = RedisTier(redis_server.url, SECRET, ttl_s=100)
     tier.put([fragment])
     with redis_server.client() as client:
-        client.pexpire(KEY_PREFIX + fragment.key, 10_000)
+        client.pexpire(REDIS_PREFIX + fragment.key, 10_000)
         tier.put([fragment])
-        assert client.pttl(KEY_PREFIX + fragment.key) > 10_000
+        assert client.pttl(REDIS_PREFIX + fragment.key) > 10_000
     tier.close()
 
 
 @pytest.mark.parametrize("num_bytes", [0, 10, HEADER_BYTES, HEADER_BYTES + 999])
 def test_a_truncated_value_is_refused_and_dropped(redis_server: RedisServer, num_bytes: int) -> None:
     (fragment,) = make_fragments(1)
-    tier = RedisTier(redis_server.url)
+    tier = RedisTier(redis_server.url, SECRET)
     tier.put([fragment])
     with redis_server.client() as client:
-        client.set(KEY_PREFIX + fragment.key, client.get(KEY_PREFIX + fragment.key)[:num_bytes])
+        client.set(REDIS_PREFIX + fragment.key, client.get(REDIS_PREFIX + fragment.key)[:num_bytes])
         assert tier.get([fragment.key]) == [Rejected("truncated")]
         assert client.keys() == []
     tier.close()
@@ -47,17 +48,47 @@ def test_a_truncated_value_is_refused_and_dropped(redis_server: RedisServer, num
 
 def test_another_value_under_the_key_is_refused(redis_server: RedisServer) -> None:
     (fragment,), (other,) = make_fragments(1), make_fragments(1)
-    tier = RedisTier(redis_server.url)
+    tier = RedisTier(redis_server.url, SECRET)
     tier.put([fragment, other])
     with redis_server.client() as client:
-        client.set(KEY_PREFIX + fragment.key, client.get(KEY_PREFIX + other.key))
+        client.set(REDIS_PREFIX + fragment.key, client.get(REDIS_PREFIX + other.key))
     assert tier.get([fragment.key, other.key]) == [Rejected("stale"), other.payload]
     tier.close()
 
 
+def test_other_bytes_with_a_right_checksum_are_refused(redis_server: RedisServer) -> None:
+    """Whoever can write to Redis knows the format, and not the secret."""
+    (fragment,), (wanted,) = make_fragments(1), make_fragments(1)
+    tier = RedisTier(redis_server.url, SECRET)
+    tier.put([fragment])
+    forged = seal(fragment.key, wanted.payload, 0) + bytes(wanted.payload)
+    with redis_server.client() as client:
+        tags = [client.get(REDIS_PREFIX + fragment.key)[-TAG_BYTES:], FragmentAuthenticator("a guess").tag(forged)]
+        for tag in tags:
+            client.set(REDIS_PREFIX + fragment.key, forged + tag)
+            assert tier.get([fragment.key]) == [Rejected("forged")]
+            assert tier.get([fragment.key]) == [None]
+    tier.close()
+
+
+def test_clusters_with_other_secrets_leave_each_others_fragments_alone(redis_server: RedisServer) -> None:
+    (fragment,) = make_fragments(1)
+    tier, other = RedisTier(redis_server.url, SECRET), RedisTier(redis_server.url, "another secret")
+    tier.put([fragment])
+    assert other.get([fragment.key]) == [None]
+    assert tier.get([fragment.key]) == [fragment.payload]
+    tier.close()
+    other.close()
+
+
+def test_a_tier_outside_the_host_needs_a_secret(redis_server: RedisServer) -> None:
+    with pytest.raises(ValueError, match="tier_secret: must not be empty"):
+        RedisTier(redis_server.url, "")
+
+
 def test_a_redis_that_is_full_takes_nothing_and_stays_up(redis_server: RedisServer) -> None:
     there, refused = make_fragments(1), make_fragments(3)
-    tier = RedisTier(redis_server.url)
+    tier = RedisTier(redis_server.url, SECRET)
     tier.put(there)
     with redis_server.client() as client:
         client.config_set("maxmemory-policy", "noeviction")
@@ -74,7 +105,7 @@ def test_a_redis_that_is_full_takes_nothing_and_stays_up(redis_server: RedisServ
 
 def test_survives_kill_and_restart_of_redis(redis_server: RedisServer) -> None:
     fragments = make_fragments(4)
-    tier = RedisTier(redis_server.url)
+    tier = RedisTier(redis_server.url, SECRET)
     assert tier.put(fragments) == [True] * 4
     redis_server.kill()
     assert tier.get(keys_of(fragments)) == [None] * 4
@@ -90,7 +121,7 @@ def test_survives_kill_and_restart_of_redis(redis_server: RedisServer) -> None:
 
 def test_a_restart_between_two_calls_costs_what_was_stored_only(redis_server: RedisServer) -> None:
     fragments = make_fragments(4)
-    tier = RedisTier(redis_server.url)
+    tier = RedisTier(redis_server.url, SECRET)
     tier.put(fragments)
     redis_server.restart()
     wait_until(lambda: tier.put(fragments) == [True] * 4, "fragments are stored again")
@@ -99,7 +130,7 @@ def test_a_restart_between_two_calls_costs_what_was_stored_only(redis_server: Re
 
 
 def test_nobody_listens() -> None:
-    tier = RedisTier(f"redis://127.0.0.1:{free_port()}/0")
+    tier = RedisTier(f"redis://127.0.0.1:{free_port()}/0", SECRET)
     fragments = make_fragments(2)
     assert not tier.is_up
     assert tier.put(fragments) == [False, False]
@@ -108,7 +139,7 @@ def test_nobody_listens() -> None:
 
 
 def test_a_password_is_never_logged(caplog: pytest.LogCaptureFixture, redis_server: RedisServer) -> None:
-    tier = RedisTier(redis_server.url.replace("redis://", "redis://:hush@"))  # the server wants none: an error
+    tier = RedisTier(redis_server.url, SECRET.replace("redis://", "redis://:hush@"))  # the server wants none: an error
     tier.get(keys_of(make_fragments(1)))
     redis_server.kill()
     tier.get(keys_of(make_fragments(1)))

@@ -7,7 +7,7 @@ import pytest
 from kvstore.memory_tier import MemoryTier
 from kvstore.redis_tier import RedisTier
 from kvstore.store import FragmentStore
-from tests.kvstore.fragments import keys_of, make_fragments
+from tests.kvstore.fragments import SECRET, keys_of, make_fragments
 from tests.processes import RedisServer, wait_until
 
 
@@ -120,7 +120,7 @@ def test_closing_closes_the_tiers(near: NamedTier, far: NamedTier) -> None:
 
 @pytest.mark.redis
 def test_keeps_serving_when_redis_is_lost(near: NamedTier, redis_server: RedisServer) -> None:
-    redis_tier = RedisTier(redis_server.url)
+    redis_tier = RedisTier(redis_server.url, SECRET)
     store = FragmentStore([near, redis_tier])
     before, after = make_fragments(2), make_fragments(2)
     store.put(before)

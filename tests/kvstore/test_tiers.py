@@ -7,10 +7,10 @@ import pytest
 
 from kvstore.host_tier import HostTier
 from kvstore.memory_tier import MemoryTier
-from kvstore.redis_tier import KEY_PREFIX, RedisTier
+from kvstore.redis_tier import RedisTier
 from kvstore.sealing import HEADER_BYTES
 from kvstore.tiers import Fragment, Rejected, Tier
-from tests.kvstore.fragments import keys_of, make_fragments
+from tests.kvstore.fragments import REDIS_PREFIX, SECRET, keys_of, make_fragments
 from tests.processes import KVNode, RedisServer
 
 
@@ -46,11 +46,11 @@ def host_tier(node: KVNode) -> TierUnderTest:
 def redis_tier(server: RedisServer) -> TierUnderTest:
     def flip(fragment: Fragment, offset: int) -> None:
         with server.client() as client:
-            value = bytearray(client.get(KEY_PREFIX + fragment.key))
+            value = bytearray(client.get(REDIS_PREFIX + fragment.key))
             value[offset] ^= 1
-            client.set(KEY_PREFIX + fragment.key, bytes(value))
+            client.set(REDIS_PREFIX + fragment.key, bytes(value))
 
-    return TierUnderTest(RedisTier(server.url), flip)
+    return TierUnderTest(RedisTier(server.url, SECRET), flip)
 
 
 @pytest.fixture(params=["memory", "host", pytest.param("redis", marks=pytest.mark.redis)])
