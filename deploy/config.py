@@ -23,12 +23,11 @@ from deploy.errors import ConfigError
 from kvstore.config import KVStoreConfig
 from router.config import RouterConfig
 from router.errors import ConfigError as RouterConfigError
+from workers.config import DTYPES, ROLES
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_MODEL = ROOT / "models" / "demo"
-ROLES = ("prefill", "decode", "mixed")
 DEVICES = ("auto", "cpu", "cuda")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def _require(condition: bool, key: str, message: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from deploy import config
 from deploy.config import ClusterConfig
 from deploy.errors import ConfigError
+from workers.config import ROLES
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ def load_with_flags(path: str | None, flags: ServeFlags, assignments: Sequence[s
 
 
 def _apply_pools(raw: dict[str, Any], flags: ServeFlags) -> None:
-    counts = {role: getattr(flags, role) for role in config.ROLES}
+    counts = {role: getattr(flags, role) for role in ROLES}
     if raw.get("pools") is None:
         # `--mixed 2` alone means a cluster of mixed workers, not two besides the default pair.
         only_mixed = flags.mixed and flags.prefill is None and flags.decode is None

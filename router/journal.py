@@ -1,4 +1,5 @@
-"""Writes the tokens of live streams down, in groups: while one commit is under way, the next one gathers.
+"""Writes the tokens of live streams down, in groups: while one commit is under way, the next one gathers. Where nobody
+waits for it, it gathers a little longer.
 
 A stream is dirty when it has more than the journal; each commit takes all dirty streams from where each one's last
 commit ended, so an outage heals by itself and nothing is written twice. While the journal is away streams run on and
@@ -8,6 +9,7 @@ cannot be resumed; `is_up` says so. Knows nothing of what a header means.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +20,7 @@ from router.errors import JournalAway, Superseded
 log = logging.getLogger(__name__)
 
 _RETRY_S = 0.5
+_GATHER_S = 0.02  # what a router that is killed may not have written down of streams whose clients keep their ids
 _MAX_BACKLOG = 10_000  # streams kept for a journal that is away; those beyond can never be resumed
 
 
@@ -103,6 +106,7 @@ class JournalWriter:
         self._journal = journal
         self._dirty: dict[int, StreamLog] = {}  # by identity
         self._has_work = asyncio.Event()
+        self._is_awaited = asyncio.Event()
         self._settled = asyncio.Event()  # replaced after each commit
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="journal")
         self.is_up = journal is not None
@@ -142,13 +146,17 @@ class JournalWriter:
             self._has_work.set()
 
     async def next_commit(self) -> None:
-        """Wait for the end of a commit, good or bad."""
+        """Ask for a commit, and wait for the end of one, good or bad."""
+        self._is_awaited.set()
         await self._settled.wait()
 
     async def run(self) -> None:
         """Commit until cancelled."""
         while True:
             await self._has_work.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_GATHER_S):
+                    await self._is_awaited.wait()
             if not await self._commit():
                 await asyncio.sleep(_RETRY_S)
 
@@ -163,6 +171,7 @@ class JournalWriter:
     async def _commit(self) -> bool:
         assert self._journal is not None, "only a journal makes streams dirty"
         self._has_work.clear()
+        self._is_awaited.clear()
         batch, self._dirty = [one for one in self._dirty.values() if one.is_dirty], {}
         if not batch:
             return True

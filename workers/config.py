@@ -14,6 +14,7 @@ from typing import Any
 from workers.errors import ModelError
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
+ROLES = ("prefill", "decode", "mixed")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -190,7 +191,7 @@ class WorkerSpec:
 
     worker_id: str
     pool: str
-    role: str  # "prefill", "decode" or "mixed"
+    role: str  # one of ROLES
     engine: EngineConfig
     model_name: str = "demo"
     node_id: str = "local"
@@ -203,8 +204,8 @@ class WorkerSpec:
     listen_host: str = "127.0.0.1"
 
     def __post_init__(self) -> None:
-        if self.role not in ("prefill", "decode", "mixed"):
-            raise ValueError(f"role must be prefill, decode or mixed, not {self.role}")
+        if self.role not in ROLES:
+            raise ValueError(f"role must be one of {', '.join(ROLES)}, not {self.role}")
 
     @classmethod
     def from_json(cls, text: str) -> WorkerSpec:
