@@ -193,6 +193,7 @@ class Generation:
             else:
                 reason = live.reason
             log.end(reason.value)
+            await log.committed()
             account.outcome = reason.value
             yield Finished(reason, account.num_output_tokens, live.stats())
         finally:

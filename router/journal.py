@@ -105,6 +105,7 @@ class JournalWriter:
         """Without a journal nothing can be resumed, and everything else works."""
         self._journal = journal
         self._dirty: dict[int, StreamLog] = {}  # by identity
+        self._in_flight: list[StreamLog] = []
         self._has_work = asyncio.Event()
         self._is_awaited = asyncio.Event()
         self._settled = asyncio.Event()  # replaced after each commit
@@ -130,6 +131,8 @@ class JournalWriter:
         """Take a stream over; None when no router knows it. Raises JournalAway."""
         if self._journal is None:
             return None
+        while self.is_up and self._has_more_of(stream_id):  # it was ours: first what we have of it
+            await self.next_commit()
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, self._journal.claim, stream_id)
         except JournalUnavailable as error:
@@ -149,6 +152,9 @@ class JournalWriter:
         """Ask for a commit, and wait for the end of one, good or bad."""
         self._is_awaited.set()
         await self._settled.wait()
+
+    def _has_more_of(self, stream_id: str) -> bool:
+        return any(one.stream_id == stream_id for one in (*self._dirty.values(), *self._in_flight))
 
     async def run(self) -> None:
         """Commit until cancelled."""
@@ -173,8 +179,7 @@ class JournalWriter:
         self._has_work.clear()
         self._is_awaited.clear()
         batch, self._dirty = [one for one in self._dirty.values() if one.is_dirty], {}
-        if not batch:
-            return True
+        self._in_flight = batch
         changes = [one.change() for one in batch]
         try:
             verdicts = await asyncio.get_running_loop().run_in_executor(self._threads, self._journal.commit, changes)
@@ -198,6 +203,7 @@ class JournalWriter:
                 one.settle(change, verdict)
                 if one.is_dirty:
                     self.mark(one)
+        self._in_flight = []
         settled, self._settled = self._settled, asyncio.Event()
         settled.set()
         return self.is_up

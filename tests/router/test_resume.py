@@ -100,7 +100,9 @@ async def test_another_router_goes_on_after_any_token(model_dir: Path, journal_u
     assert reader.text == TextCodec(model_dir / "tokenizer.json").decode(TOKENS)
     assert reader.finished is not None
     assert reader.finished.num_output_tokens == NUM_TOKENS
-    assert reader.finished.stats.decode_worker_id == "mixed-0-twin"
+    # Nobody, if the first router wrote the last token down before it saw that its client was gone.
+    assert reader.finished.stats.decode_worker_id in ("mixed-0-twin", "")
+    assert reader.finished.stats.decode_worker_id or taken > NUM_TOKENS // 2
 
 
 async def test_a_resumed_stream_can_be_resumed_again_and_by_the_same_router(model_dir: Path, journal_url: str) -> None:
