@@ -174,7 +174,7 @@ async def test_a_worker_that_lives_and_brings_nothing_is_given_up(model_dir: Pat
     shared: set[tuple[int, ...]] = set()
     prefill, decode = pair(0, shared)
     {"prefill": prefill, "decode": decode}[who].hang_after = hang_after
-    config = config_with(first_token_wait_s=0.2, next_token_wait_s=0.2)
+    config = config_with(first_token_wait_s=1.0, next_token_wait_s=1.0, max_replacements=10)
     async with running_cluster(model_dir, prefill, decode, *pair(1, shared), config=config) as cluster:
         answers = [collect(cluster.grpc_address, request((*PROMPT, i), max_tokens=20)) for i in range(1, 4)]
         for i, (_, ids, _, _) in enumerate(await asyncio.gather(*answers), start=1):
