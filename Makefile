@@ -46,6 +46,7 @@ bench: env-test  ## CPU benchmarks; rows are appended to bench/results/
 bench-gpu:       ## all GPU checks and benchmarks in one go, without Ray; OUT=DIR takes the results
 	PYTHONPATH=.:proto/gen $(GPU_PYTHON) -m kernels.harness.lanes gpu > $(OUT)/gpu_lane.jsonl
 	PYTHONPATH=.:proto/gen $(GPU_PYTHON) -m kernels.harness.bench --out $(OUT) --known bench/results
+	PYTHONPATH=.:proto/gen $(GPU_PYTHON) -m workers.bench --shape llama-3.1-8b --out $(OUT)
 
 proto: env-test  ## regenerate the stubs under proto/gen
 	rm -rf proto/gen && mkdir -p proto/gen/switchyard/v1

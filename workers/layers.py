@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.loader import Checkpoint
+from workers.loader import Weights
 from workers.parallel import ParallelGroups
 
 
@@ -17,10 +17,10 @@ class ColumnParallelLinear:
     """y = x W^T, each rank with its share of the outputs; several equally split matrices share one product."""
 
     def __init__(
-        self, checkpoint: Checkpoint, groups: ParallelGroups, names: list[str], sizes: list[int], inputs: int
+        self, weights: Weights, groups: ParallelGroups, names: list[str], sizes: list[int], inputs: int
     ) -> None:
         shares = [
-            checkpoint.read(name, (size, inputs), rows=groups.shard.slice_of(size))
+            weights.read(name, (size, inputs), rows=groups.shard.slice_of(size))
             for name, size in zip(names, sizes, strict=True)
         ]
         self.weight = torch.cat(shares) if len(shares) > 1 else shares[0]
@@ -33,8 +33,8 @@ class ColumnParallelLinear:
 class RowParallelLinear:
     """y = x W^T, each rank with its share of the inputs; the partial sums are added up over the ranks."""
 
-    def __init__(self, checkpoint: Checkpoint, groups: ParallelGroups, name: str, outputs: int, inputs: int) -> None:
-        self.weight = checkpoint.read(name, (outputs, inputs), columns=groups.shard.slice_of(inputs))
+    def __init__(self, weights: Weights, groups: ParallelGroups, name: str, outputs: int, inputs: int) -> None:
+        self.weight = weights.read(name, (outputs, inputs), columns=groups.shard.slice_of(inputs))
         self._groups = groups
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -44,12 +44,12 @@ class RowParallelLinear:
 class VocabParallel:
     """A [vocab, hidden] matrix split by rows, padded to a multiple of tp; serves as embedding and as head."""
 
-    def __init__(self, checkpoint: Checkpoint, groups: ParallelGroups, name: str, vocab_size: int, hidden: int) -> None:
+    def __init__(self, weights: Weights, groups: ParallelGroups, name: str, vocab_size: int, hidden: int) -> None:
         self._groups = groups
         share = -(-vocab_size // groups.shard.tp)
         self.first_id = groups.shard.tp_rank * share
         held = slice(min(self.first_id, vocab_size), min(self.first_id + share, vocab_size))
-        weight = checkpoint.read(name, (vocab_size, hidden), rows=held)
+        weight = weights.read(name, (vocab_size, hidden), rows=held)
         self.weight = F.pad(weight, (0, 0, 0, share - weight.shape[0]))
 
     def embed(self, token_ids: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,6 +14,15 @@ from torch import Tensor
 from workers.errors import ModelError
 
 _SAMPLE_BYTES, _NUM_SAMPLES = 64 << 10, 256  # 16 MiB of each file: a model of any size starts quickly
+
+
+class Weights(Protocol):
+    """Where a shard's weights come from."""
+
+    def read(
+        self, name: str, shape: tuple[int, ...], rows: slice | None = None, columns: slice | None = None
+    ) -> Tensor:
+        """A tensor, or this shard's rows or columns of it; `shape` is the whole tensor's."""
 
 
 class Checkpoint:

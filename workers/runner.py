@@ -15,7 +15,7 @@ from workers.batching import prepare_batch
 from workers.config import EngineConfig, ModelConfig
 from workers.errors import ModelError
 from workers.kv_transfer import FragmentGrid, KVTransfer
-from workers.loader import Checkpoint
+from workers.loader import Checkpoint, Weights
 from workers.models.llama import LlamaStage, rope_cos_sin
 from workers.parallel import ParallelGroups
 from workers.sampler import sample
@@ -44,13 +44,21 @@ def pick_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
 class TorchModelRunner:
     """One rank's weights and KV cache."""
 
-    def __init__(self, config: EngineConfig, model: ModelConfig, groups: ParallelGroups, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: ModelConfig,
+        groups: ParallelGroups,
+        device: torch.device,
+        weights: Weights | None = None,
+    ) -> None:
+        """weights: those of config.model_dir unless others are given."""
         self._device = device
         self._groups = groups
         self._vocab_size = model.vocab_size
         self._block_size = config.block_size
         dtype = pick_dtype(config, device)
-        self._stage = LlamaStage(model, Checkpoint(Path(config.model_dir), dtype, device), groups)
+        self._stage = LlamaStage(model, weights or Checkpoint(Path(config.model_dir), dtype, device), groups)
         self._cos_sin = rope_cos_sin(model, model.max_position_embeddings, device)
         self.num_blocks = config.num_blocks or self._blocks_that_fit(config, model, dtype)
         (self.num_blocks,) = groups.min_over_ranks([self.num_blocks])

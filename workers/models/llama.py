@@ -15,7 +15,7 @@ from torch import Tensor
 import kernels
 from workers.config import ModelConfig, RopeScaling
 from workers.layers import ColumnParallelLinear, RowParallelLinear, VocabParallel
-from workers.loader import Checkpoint
+from workers.loader import Weights
 from workers.parallel import ParallelGroups, stage_layers
 
 
@@ -58,19 +58,19 @@ def _scale_llama3(inv_freq: Tensor, scaling: RopeScaling) -> Tensor:
 class LlamaLayer:
     """One decoder layer on one rank."""
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, groups: ParallelGroups, index: int) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, groups: ParallelGroups, index: int) -> None:
         c, tp = config, groups.shard.tp
         prefix = f"model.layers.{index}."
         query, key = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         attn, mlp = prefix + "self_attn.", prefix + "mlp."
         qkv_names = [attn + f"{p}_proj.weight" for p in "qkv"]
-        self.qkv = ColumnParallelLinear(checkpoint, groups, qkv_names, [query, key, key], c.hidden_size)
-        self.o = RowParallelLinear(checkpoint, groups, attn + "o_proj.weight", c.hidden_size, query)
+        self.qkv = ColumnParallelLinear(weights, groups, qkv_names, [query, key, key], c.hidden_size)
+        self.o = RowParallelLinear(weights, groups, attn + "o_proj.weight", c.hidden_size, query)
         gate_up = [mlp + "gate_proj.weight", mlp + "up_proj.weight"]
-        self.gate_up = ColumnParallelLinear(checkpoint, groups, gate_up, [c.intermediate_size] * 2, c.hidden_size)
-        self.down = RowParallelLinear(checkpoint, groups, mlp + "down_proj.weight", c.hidden_size, c.intermediate_size)
-        self.input_norm = checkpoint.read(prefix + "input_layernorm.weight", (c.hidden_size,))
-        self.post_norm = checkpoint.read(prefix + "post_attention_layernorm.weight", (c.hidden_size,))
+        self.gate_up = ColumnParallelLinear(weights, groups, gate_up, [c.intermediate_size] * 2, c.hidden_size)
+        self.down = RowParallelLinear(weights, groups, mlp + "down_proj.weight", c.hidden_size, c.intermediate_size)
+        self.input_norm = weights.read(prefix + "input_layernorm.weight", (c.hidden_size,))
+        self.post_norm = weights.read(prefix + "post_attention_layernorm.weight", (c.hidden_size,))
         self.num_heads, self.num_kv_heads, self.head_dim = (
             c.num_attention_heads // tp,
             c.num_key_value_heads // tp,
@@ -116,7 +116,7 @@ class LlamaLayer:
 class LlamaStage:
     """The layers of one pipeline stage; the first also embeds, the last also has the head."""
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, groups: ParallelGroups) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, groups: ParallelGroups) -> None:
         self.config = config
         self._groups = groups
         shard = groups.shard
@@ -124,15 +124,15 @@ class LlamaStage:
         embed, vocab, hidden = "model.embed_tokens.weight", config.vocab_size, config.hidden_size
         self.embedding = self.head = None
         if shard.is_first_stage or (shard.is_last_stage and config.tie_word_embeddings):
-            self.embedding = VocabParallel(checkpoint, groups, embed, vocab, hidden)
+            self.embedding = VocabParallel(weights, groups, embed, vocab, hidden)
         if shard.is_last_stage:
             self.head = (
                 self.embedding
                 if config.tie_word_embeddings
-                else VocabParallel(checkpoint, groups, "lm_head.weight", vocab, hidden)
+                else VocabParallel(weights, groups, "lm_head.weight", vocab, hidden)
             )
-            self.norm = checkpoint.read("model.norm.weight", (hidden,))
-        self.layers = [LlamaLayer(config, checkpoint, groups, i) for i in self.layer_range]
+            self.norm = weights.read("model.norm.weight", (hidden,))
+        self.layers = [LlamaLayer(config, weights, groups, i) for i in self.layer_range]
 
     def forward(self, batch: Batch, kv_caches: list[Tensor], cos_sin: Tensor) -> Tensor | None:
         """Run the stage. kv_caches: one [blocks, kv_heads, 2, block_size, head_dim] per layer of the stage.

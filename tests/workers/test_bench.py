@@ -1,0 +1,40 @@
+"""The engine benchmark, rehearsed on the CPU over a tiny shape."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from workers.bench import RandomWeights
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_rates_of_decode_and_prefill_are_printed_and_written(tmp_path):
+    command = [sys.executable, "-m", "workers.bench", "--shape", "tiny", "--device", "cpu", "--threads", "1"]
+    command += ["--batch-sizes", "1", "3", "--context", "48", "--prompt", "200", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "engine.jsonl").read_text().splitlines()]
+    assert [(row["name"], row["batch_size"], row["context_tokens"]) for row in rows] == [
+        ("decode", 1, 48),
+        ("decode", 3, 48),
+        ("prefill", 1, 200),
+    ]
+    for row in rows:
+        assert row["tokens_per_s"] > 0
+        assert row["share_of_roofline"] > 0
+        num_tokens = 200 if row["name"] == "prefill" else row["batch_size"]
+        assert row["tokens_per_s"] == pytest.approx(num_tokens / row["step_ms"] * 1000)
+    assert done.stdout.count("of the roofline") == 3
+
+
+def test_random_weights_have_the_shards_shape():
+    weights = RandomWeights(torch.float32, torch.device("cpu"))
+    assert weights.read("norm", (8,)).tolist() == [1.0] * 8
+    assert weights.read("w", (8, 6), rows=slice(2, 5)).shape == (3, 6)
+    assert weights.read("w", (8, 6), columns=slice(0, 3)).shape == (8, 3)
+    assert 0.01 < float(weights.read("w", (100, 100)).std()) < 0.03

@@ -1,0 +1,211 @@
+"""Runs an engine of a named shape on random weights, without Ray, and prints its rates beside the roofline.
+
+    python -m workers.bench --shape llama-3.1-8b --out DIR   # on a CUDA device; a row per measurement in engine.jsonl
+    python -m workers.bench --shape tiny                     # anywhere: a rehearsal
+
+Decode is timed over steps of a full batch at a fixed context, prefill over one step that computes a whole prompt. The
+roofline is what the weights and the KV cost at the copy and GEMM rates that are measured first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from costs.model import DenseModel, model_step
+from kernels.harness.timing import Ceilings, measure_ceilings
+from kvstore.block_pool import BlockPool
+from workers.config import EngineConfig, ModelConfig
+from workers.engine import Engine
+from workers.executor import GroupExecutor
+from workers.parallel import ParallelGroups, Shard
+from workers.request import Request, SamplingParams
+from workers.runner import TorchModelRunner, pick_device, pick_dtype
+from workers.scheduler import Scheduler, SchedulerConfig
+
+_DECODE_STEPS = 32
+_RUNS = 3
+
+
+def _llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, context: int) -> ModelConfig:
+    return ModelConfig(
+        architecture="LlamaForCausalLM",
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=hidden // heads,
+        vocab_size=vocab,
+        max_position_embeddings=context,
+        rms_norm_eps=1e-5,
+        rope_theta=500000.0,
+        rope_scaling=None,
+        tie_word_embeddings=False,
+        eos_token_ids=(),
+    )
+
+
+SHAPES = {
+    "tiny": _llama(256, 512, 4, 4, 2, 4096, 2048),
+    "llama-3.2-1b": _llama(2048, 8192, 16, 32, 8, 128256, 16384),
+    "llama-3.1-8b": _llama(4096, 14336, 32, 32, 8, 128256, 16384),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RandomWeights:
+    """Normal numbers in place of a checkpoint, drawn on the device; norms are ones."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def read(
+        self, name: str, shape: tuple[int, ...], rows: slice | None = None, columns: slice | None = None
+    ) -> Tensor:
+        """As in Weights."""
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=self.dtype, device=self.device)
+        height = len(range(shape[0])[rows]) if rows is not None else shape[0]
+        width = len(range(shape[1])[columns]) if columns is not None else shape[1]
+        return torch.empty(height, width, dtype=self.dtype, device=self.device).normal_(std=0.02)
+
+
+class Bench:
+    """One loaded engine and the ceilings of its device."""
+
+    def __init__(self, model: ModelConfig, config: EngineConfig) -> None:
+        self.device = pick_device(config, 0)
+        self.dtype = pick_dtype(config, self.device)
+        self.ceilings: Ceilings = measure_ceilings(self.device.type)
+        self._config = config
+        self._model = model
+        self._sizes = DenseModel(**{name: getattr(model, name) for name in DenseModel.__slots__})
+        self._groups = ParallelGroups(Shard(), self.device)
+        weights = RandomWeights(self.dtype, self.device)
+        self._runner = TorchModelRunner(config, model, self._groups, self.device, weights)
+        self._runner.warm_up()
+
+    def decode(self, batch_size: int, context: int) -> dict[str, object]:
+        """Tokens per second of a batch whose sequences have about so many tokens."""
+        runs = [self._decode_once(batch_size, context) for _ in range(_RUNS)]
+        mean_length = context + _DECODE_STEPS // 2
+        return self._row("decode", batch_size, context, batch_size, [1] * batch_size, [mean_length] * batch_size, runs)
+
+    def prefill(self, num_tokens: int) -> dict[str, object]:
+        """Tokens per second of one prompt, computed in one step."""
+        runs = [self._prefill_once(num_tokens) for _ in range(_RUNS)]
+        return self._row("prefill", 1, num_tokens, num_tokens, [num_tokens], [num_tokens], runs)
+
+    def _row(
+        self,
+        name: str,
+        batch_size: int,
+        context: int,
+        num_tokens: int,
+        query_lens: Sequence[int],
+        seq_lens: Sequence[int],
+        runs_s: Sequence[float],
+    ) -> dict[str, object]:
+        step_s = statistics.median(runs_s)
+        cost = model_step(self._sizes, query_lens, seq_lens, batch_size, self.dtype.itemsize)
+        return {
+            "name": name,
+            "batch_size": batch_size,
+            "context_tokens": context,
+            "step_ms": step_s * 1000,
+            "runs_ms": [run * 1000 for run in runs_s],
+            "tokens_per_s": num_tokens / step_s,
+            "share_of_roofline": self.ceilings.floor_s(cost.memory_bytes, cost.flops) / step_s,
+            "ceilings": asdict(self.ceilings),
+        }
+
+    def _engine(self, max_num_seqs: int) -> Engine:
+        scheduler = Scheduler(
+            SchedulerConfig(max_num_seqs, self._config.max_num_batched_tokens, self._model.max_position_embeddings),
+            BlockPool(self._runner.num_blocks, self._config.block_size, enable_prefix_caching=False),
+            b"bench",
+            frozenset(),
+        )
+        return Engine(scheduler, GroupExecutor(self._runner, self._groups), self._model.vocab_size, time.monotonic)
+
+    def _submit(self, engine: Engine, number: int, num_tokens: int, max_tokens: int) -> None:
+        generator = torch.Generator().manual_seed(number)
+        prompt = torch.randint(self._model.vocab_size, (num_tokens,), generator=generator).tolist()
+        engine.submit(Request(str(number), prompt, num_tokens, SamplingParams(max_tokens=max_tokens, ignore_eos=True)))
+
+    def _decode_once(self, batch_size: int, context: int) -> float:
+        engine = self._engine(batch_size)
+        for i in range(batch_size):
+            self._submit(engine, i, context, _DECODE_STEPS + 2 + batch_size * context)
+        # Until every prompt is computed; what decodes meanwhile has a few tokens more than the others.
+        while any(r.num_computed_tokens < r.num_given_tokens for r in engine.scheduler.requests.values()):
+            engine.step()
+        engine.step()
+        return self._timed(engine, _DECODE_STEPS)
+
+    def _prefill_once(self, num_tokens: int) -> float:
+        engine = self._engine(1)
+        self._submit(engine, 0, num_tokens, 1)
+        return self._timed(engine, 1)
+
+    def _timed(self, engine: Engine, num_steps: int) -> float:
+        self._wait()
+        began_s = time.perf_counter()
+        for _ in range(num_steps):
+            engine.step()
+        self._wait()
+        return (time.perf_counter() - began_s) / num_steps
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 64])
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--prompt", type=int, default=8192)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=None, help="folder; rows are appended to engine.jsonl there")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model = SHAPES[options.shape]
+    is_cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
+    largest, prompt = max(options.batch_sizes), min(options.prompt, model.max_position_embeddings - 1)
+    block_size = 64 if is_cuda else 16
+    blocks = max(largest * -(-(options.context + _DECODE_STEPS + largest) // block_size), -(-prompt // block_size)) + 64
+    config = EngineConfig(
+        "", device=options.device, block_size=block_size, num_blocks=blocks, max_num_batched_tokens=prompt
+    )
+    with torch.inference_mode():
+        bench = Bench(model, config)
+        rows = [bench.decode(batch_size, options.context) for batch_size in options.batch_sizes]
+        rows.append(bench.prefill(prompt))
+    print(f"{options.shape}, {bench.dtype}, {bench.ceilings.device}")
+    for row in rows:
+        print(
+            f"{row['name']:8} batch {row['batch_size']:3} at {row['context_tokens']:6} tokens:"
+            f" {row['step_ms']:9.2f} ms, {row['tokens_per_s']:10.1f} tokens/s,"
+            f" {row['share_of_roofline']:.0%} of the roofline"
+        )
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        with (options.out / "engine.jsonl").open("a", encoding="utf-8") as out:
+            for row in rows:
+                out.write(json.dumps({"shape": options.shape, **row}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
