@@ -66,24 +66,36 @@ class FileJournal:
                 self._sweep(now_s)
             return verdicts
 
+    def look_up(self, stream_id: str) -> JournalEntry | None:
+        """As in StreamJournal."""
+        with self._transaction():
+            return self._entry(stream_id)
+
     def claim(self, stream_id: str) -> JournalEntry | None:
         """As in StreamJournal."""
         with self._transaction():
-            row = self._db.execute(
-                "update streams set epoch = epoch + 1, expires_s = ? where stream_id = ? and expires_s > ?"
-                " returning epoch, header, ending",
-                (self._clock() + self._ttl_s, stream_id, self._clock()),
-            ).fetchone()
-            if row is None:
-                return None
-            parts = self._db.execute("select packed from tokens where stream_id = ? order by position", (stream_id,))
-            packed = b"".join(part for (part,) in parts)
-            return JournalEntry(row[0], row[1], unpack_token_ids(packed), row[2])
+            now_s = self._clock()
+            self._db.execute(
+                "update streams set epoch = epoch + 1, expires_s = ? where stream_id = ? and expires_s > ?",
+                (now_s + self._ttl_s, stream_id, now_s),
+            )
+            return self._entry(stream_id)
 
     def close(self) -> None:
         """As in StreamJournal."""
         with self._lock:
             self._db.close()
+
+    def _entry(self, stream_id: str) -> JournalEntry | None:
+        row = self._db.execute(
+            "select epoch, header, ending from streams where stream_id = ? and expires_s > ?",
+            (stream_id, self._clock()),
+        ).fetchone()
+        if row is None:
+            return None
+        parts = self._db.execute("select packed from tokens where stream_id = ? order by position", (stream_id,))
+        packed = b"".join(part for (part,) in parts)
+        return JournalEntry(row[0], row[1], unpack_token_ids(packed), row[2])
 
     def _apply(self, change: Change, now_s: float) -> Verdict:
         if change.header is not None:

@@ -45,10 +45,10 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class JournalEntry:
-    """A stream as its new owner finds it."""
+    """A stream as it is found."""
 
     epoch: int
-    """The new owner's."""
+    """Its owner's; after a claim, the new one's."""
     header: bytes
     token_ids: tuple[int, ...]
     ending: str
@@ -60,6 +60,9 @@ class StreamJournal(Protocol):
 
     def commit(self, changes: Sequence[Change]) -> list[Verdict]:
         """Applies the changes in order, at once; when it returns they outlive this process. One verdict for each."""
+
+    def look_up(self, stream_id: str) -> JournalEntry | None:
+        """The stream as it is, under its owner's epoch. None when it is not known (any more)."""
 
     def claim(self, stream_id: str) -> JournalEntry | None:
         """Takes a stream over, under the next epoch. None when it is not known (any more)."""

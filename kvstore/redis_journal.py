@@ -44,14 +44,14 @@ redis.call('PEXPIRE', KEYS[2], ARGV[5])
 return 'committed'
 """
 
-# KEYS: stream, tokens; ARGV: TTL in ms.
-_CLAIM = """
+# KEYS: stream, tokens; ARGV: what to add to the epoch, TTL in ms.
+_FIND = """
 if redis.call('EXISTS', KEYS[1]) == 0 then
   return false
 end
-local epoch = redis.call('HINCRBY', KEYS[1], 'epoch', 1)
-redis.call('PEXPIRE', KEYS[1], ARGV[1])
-redis.call('PEXPIRE', KEYS[2], ARGV[1])
+local epoch = redis.call('HINCRBY', KEYS[1], 'epoch', ARGV[1])
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+redis.call('PEXPIRE', KEYS[2], ARGV[2])
 return {epoch, redis.call('HGET', KEYS[1], 'header'), redis.call('GET', KEYS[2]) or '',
         redis.call('HGET', KEYS[1], 'ending')}
 """
@@ -64,7 +64,7 @@ class RedisJournal:
         self._redis = connect(url)
         self._ttl_ms = round(ttl_s * 1000)
         self._commit = self._redis.register_script(_COMMIT)
-        self._claim = self._redis.register_script(_CLAIM)
+        self._find = self._redis.register_script(_FIND)
 
     def commit(self, changes: Sequence[Change]) -> list[Verdict]:
         """As in StreamJournal."""
@@ -85,20 +85,27 @@ class RedisJournal:
         except REDIS_ERRORS as error:
             raise JournalUnavailable(f"{address_of(self._redis)}: {error}") from error
 
+    def look_up(self, stream_id: str) -> JournalEntry | None:
+        """As in StreamJournal."""
+        return self._entry(stream_id, epochs_further=0)
+
     def claim(self, stream_id: str) -> JournalEntry | None:
         """As in StreamJournal."""
+        return self._entry(stream_id, epochs_further=1)
+
+    def close(self) -> None:
+        """As in StreamJournal."""
+        self._redis.close()
+
+    def _entry(self, stream_id: str, epochs_further: int) -> JournalEntry | None:
         try:
-            found = self._claim(_keys(stream_id), [self._ttl_ms])
+            found = self._find(_keys(stream_id), [epochs_further, self._ttl_ms])
         except REDIS_ERRORS as error:
             raise JournalUnavailable(f"{address_of(self._redis)}: {error}") from error
         if found is None:
             return None
         epoch, header, packed, ending = found
         return JournalEntry(int(epoch), header, unpack_token_ids(packed), ending.decode())
-
-    def close(self) -> None:
-        """As in StreamJournal."""
-        self._redis.close()
 
 
 def _keys(stream_id: str) -> list[bytes]:

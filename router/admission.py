@@ -35,7 +35,7 @@ class Admission:
         if self.is_stopping:
             return Refusal("stopping", "this router is going down", _MIN_RETRY_S)
         if num_prompt_bytes > self._max_prompt_bytes:
-            message = f"prompt has {num_prompt_bytes} bytes, more than the {self._max_prompt_bytes} this router accepts"
+            message = f"has {num_prompt_bytes} bytes, more than the {self._max_prompt_bytes} this router accepts"
             return Refusal("prompt_bytes", message, None)
         if self.num_inflight >= self._max_inflight_requests:
             message = f"{self.num_inflight} requests are in flight, the limit of this router"

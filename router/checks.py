@@ -16,13 +16,13 @@ _LARGEST_FLOAT32 = 3.4028234663852886e38  # what the wire carries
 def check_sampling(sampling: SamplingOptions, vocab_size: int) -> None:
     """Raise InvalidRequest for the first field that cannot be meant."""
     if not (math.isfinite(sampling.temperature) and 0 <= sampling.temperature <= _LARGEST_FLOAT32):
-        raise _invalid("temperature", f"must be finite and >= 0, not {sampling.temperature}")
+        raise _invalid("temperature", f"must be >= 0 and a finite 32-bit number, not {sampling.temperature}")
     if not 0 < sampling.top_p <= 1:
         raise _invalid("top_p", f"must be in (0, 1], not {sampling.top_p}")
     if not 0 <= sampling.top_k < 2**32:
         raise _invalid("top_k", f"must be >= 0 (0 means no limit), not {sampling.top_k}")
     if sampling.max_tokens is not None and not 0 < sampling.max_tokens < 2**63:
-        raise _invalid("max_tokens", f"must be > 0, not {sampling.max_tokens}")
+        raise _invalid("max_tokens", f"must be > 0 and < 2^63, not {sampling.max_tokens}")
     if sampling.seed is not None and not 0 <= sampling.seed < 2**64:
         raise _invalid("seed", f"must be in [0, 2^64), not {sampling.seed}")
     _check_stop(sampling.stop)

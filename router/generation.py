@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
+from kvstore.journal import JournalEntry
 from router.admission import Admission
 from router.chat import ChatTemplate
 from router.checks import check_prompt, check_resumption, check_sampling, check_text, check_token_ids
@@ -111,7 +112,7 @@ class Generation:
     async def tokenize(self, model: str, text: str) -> Sequence[int]:
         """Ids of a text, as a prompt would be encoded."""
         self.check_model(model)
-        with self._admitted(check_text("text", text)):
+        with self._admitted(check_text("text", text), "text"):
             return (await self._encode(text, True, frozenset()))[0]
 
     async def stream(self, request: GenerationRequest, commits_first: bool = False) -> AsyncGenerator[Event, None]:
@@ -132,11 +133,9 @@ class Generation:
     async def resume(self, request: ResumeRequest, commits_first: bool = False) -> AsyncGenerator[Event, None]:
         """The rest of a stream that this or another router began: Started again, then what the client lacks."""
         with self._accounted() as account, self._admitted(0):
-            entry = await self._journal.claim(request.stream_id)
-            if entry is None:
-                message = f"stream_id: {request.stream_id!r} is not known here, or ended too long ago"
-                raise UnknownStream(message, param="stream_id")
-            check_resumption(request, entry.token_ids, self.files.vocab_size)
+            # First a look: a request that is refused takes the stream from nobody.
+            self._check_resumption(request, await self._journal.look_up(request.stream_id))
+            entry = self._check_resumption(request, await self._journal.claim(request.stream_id))
             self._observer.resumed()
             log = self._journal.adopt(request.stream_id, entry)
             if not log.ending:
@@ -226,6 +225,13 @@ class Generation:
         check_token_ids("prompt", request.prompt, self.files.vocab_size)
         return 4 * len(request.prompt)
 
+    def _check_resumption(self, request: ResumeRequest, entry: JournalEntry | None) -> JournalEntry:
+        if entry is None:
+            message = f"stream_id: {request.stream_id!r} is not known here, or ended too long ago"
+            raise UnknownStream(message, param="stream_id")
+        check_resumption(request, entry.token_ids, self.files.vocab_size)
+        return entry
+
     async def _order(self, request: GenerationRequest) -> TokenRequest:
         arrived_s = self._dispatcher.clock()
         context_tokens = self.context_tokens
@@ -268,11 +274,11 @@ class Generation:
     # -- bookkeeping
 
     @contextlib.contextmanager
-    def _admitted(self, num_prompt_bytes: int) -> Iterator[None]:
+    def _admitted(self, num_prompt_bytes: int, param: str = "prompt") -> Iterator[None]:
         refusal = self.admission.admit(num_prompt_bytes)
         if refusal is not None:
             if refusal.reason == "prompt_bytes":
-                raise PromptTooLarge(f"prompt: {refusal.message}", param="prompt")
+                raise PromptTooLarge(f"{param}: {refusal.message}", param=param)
             kind = Stopping if refusal.reason == "stopping" else Overloaded
             raise kind(refusal.message, retry_after_s=refusal.retry_after_s)
         since_s = self._dispatcher.clock()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from kvstore.journal import Change, JournalEntry, JournalUnavailable, StreamJournal, Verdict
@@ -127,14 +127,19 @@ class JournalWriter:
         """A new stream."""
         return StreamLog(self, stream_id, header)
 
+    async def look_up(self, stream_id: str) -> JournalEntry | None:
+        """What is known of a stream; None when no router knows it. Raises JournalAway."""
+        return None if self._journal is None else await self._ask(self._journal.look_up, stream_id)
+
     async def claim(self, stream_id: str) -> JournalEntry | None:
         """Take a stream over; None when no router knows it. Raises JournalAway."""
-        if self._journal is None:
-            return None
+        return None if self._journal is None else await self._ask(self._journal.claim, stream_id)
+
+    async def _ask(self, question: Callable[[str], JournalEntry | None], stream_id: str) -> JournalEntry | None:
         while self.is_up and self._has_more_of(stream_id):  # it was ours: first what we have of it
             await self.next_commit()
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, self._journal.claim, stream_id)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, question, stream_id)
         except JournalUnavailable as error:
             raise JournalAway(f"the stream journal is away ({error})", retry_after_s=1.0) from None
 

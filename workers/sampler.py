@@ -53,7 +53,7 @@ def gumbel(seed: int, choice: int, position: int, first_id: int, num_ids: int) -
 
 
 def mask_top_k_top_p(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """fp32 [vocab]: logits outside the top_k, then outside the smallest set of probability >= top_p, become -inf."""
+    """[vocab]: logits outside the top_k, then outside the smallest set of probability >= top_p, become -inf."""
     if 0 < top_k < len(logits):
         kth = torch.topk(logits, top_k).values[-1]
         logits = logits.masked_fill(logits < kth, float("-inf"))
@@ -98,7 +98,8 @@ def _best(logits: Tensor, specs: Sequence[SampleSpec], first_id: int) -> tuple[T
         if spec.temperature == 0:
             scores.append(row.double())
             continue
-        scaled = mask_top_k_top_p(row / spec.temperature, spec.top_k, spec.top_p).double()
+        # In fp64: a temperature of 1e-40 is allowed, and means nearly greedy, not infinite.
+        scaled = mask_top_k_top_p(row.double() / spec.temperature, spec.top_k, spec.top_p)
         scores.append(scaled + gumbel(spec.seed, 0, spec.position, first_id, len(row)).to(row.device))
     values, ids = torch.stack(scores).max(dim=-1)
     return values, ids + first_id

@@ -50,6 +50,14 @@ def test_what_was_committed_is_found_by_who_claims_it(journal: StreamJournal, ur
     other.close()
 
 
+def test_a_look_takes_nothing(journal: StreamJournal, stream_id: str) -> None:
+    journal.commit([change(stream_id, 0, 1, is_new=True)])
+    assert journal.look_up(stream_id) == JournalEntry(1, HEADER, (1,), "")
+    assert journal.commit([change(stream_id, 1, 2)]) == [Verdict.COMMITTED]
+    assert journal.look_up(stream_id) == JournalEntry(1, HEADER, (1, 2), "")
+    assert journal.look_up(f"not {stream_id}") is None
+
+
 def test_an_unknown_stream_is_none(journal: StreamJournal, stream_id: str) -> None:
     assert journal.claim(stream_id) is None
     assert journal.commit([change(stream_id, 0, 1)]) == [Verdict.MISSING]

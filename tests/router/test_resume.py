@@ -191,6 +191,23 @@ async def test_what_cannot_be_resumed_is_refused_by_name(
     assert caught.value.code().name == status
 
 
+async def test_a_refused_resumption_takes_the_stream_from_nobody(model_dir: Path, journal_url: str) -> None:
+    worker = FakeWorker("mixed-0", "mixed")
+    worker.step_s = 0.02
+    async with running_cluster(model_dir, worker, journal=open_journal(journal_url)) as cluster:
+        reader, stub = Reader(), cluster.stub()
+        reading = asyncio.create_task(reader.read(stub.Generate(message(max_tokens=60))))
+        await until(lambda: len(reader.ids) >= 3, "it streams")
+        for num_tokens in (1900, 1):
+            wrong = generation_pb2.ResumeRequest(
+                stream_id=reader.stream_id, num_tokens=num_tokens, token_ids=generation_pb2.TokenIds(ids=[7])
+            )
+            with pytest.raises(grpc.aio.AioRpcError, match="INVALID_ARGUMENT"):
+                await Reader().read(stub.Resume(wrong))
+        await reading
+    assert reader.ids == expected_tokens(PROMPT, 60)
+
+
 async def test_without_a_journal_no_stream_is_known(model_dir: Path) -> None:
     async with running_cluster(model_dir, FakeWorker("mixed-0", "mixed")) as cluster:
         with pytest.raises(grpc.aio.AioRpcError, match="is not known here"):

@@ -70,6 +70,14 @@ def test_frequencies_follow_the_softmax():
     assert torch.allclose(found, torch.softmax(logits[0] / 2.0, -1), atol=0.03)
 
 
+@pytest.mark.parametrize("temperature", [1e-45, 1e-40, 1e-30, 1e-6])
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (2, 1.0), (0, 0.5)])
+def test_hardly_any_temperature_is_greedy(temperature, top_k, top_p):
+    logits = torch.tensor([[-30.0, 12.0, 40.0, 39.0]])
+    specs = [spec(temperature, top_p, top_k, position=i) for i in range(20)]
+    assert sample(logits.expand(20, 4), specs, ALONE, 4).tolist() == [2] * 20
+
+
 def test_top_k_and_top_p_keep_the_right_tokens():
     logits = torch.log(torch.tensor([0.5, 0.1, 0.25, 0.15]))
     assert torch.isfinite(mask_top_k_top_p(logits, 2, 1.0)).tolist() == [True, False, True, False]
