@@ -206,6 +206,8 @@ class WorkerSpec:
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise ValueError(f"role must be one of {', '.join(ROLES)}, not {self.role}")
+        if self.tier and not self.tier_secret:
+            raise ValueError("tier_secret must be set where there is a tier outside the host")
 
     @classmethod
     def from_json(cls, text: str) -> WorkerSpec:

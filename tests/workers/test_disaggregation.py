@@ -159,7 +159,7 @@ def test_decode_goes_on_alone_when_the_node_is_killed(checkpoint, kv_node):
 
 
 def test_redis_alone_carries_the_blocks(checkpoint, kv_node, redis_server):
-    options = {"host_address": "", "tier": redis_server.url, "control": redis_server.url}
+    options = {"host_address": "", "tier": redis_server.url, "tier_secret": "of the tests", "control": redis_server.url}
     with (
         worker(spec_for(checkpoint, "prefill", kv_node, **options)) as prefill,
         worker(spec_for(checkpoint, "decode", kv_node, **options)) as decode,
