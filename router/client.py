@@ -57,7 +57,7 @@ class GenerationClient:
     resume_within_s: how long a stream that lost its router is tried for; 0 means that it fails at once.
     """
 
-    def __init__(self, target: Target, resume_within_s: float = 30.0) -> None:
+    def __init__(self, target: Target, resume_within_s: float = 60.0) -> None:
         self._targets = [target] if isinstance(target, str) else list(target)
         self._resume_within_s = resume_within_s
         self._channels: dict[str, grpc.Channel] = {}

@@ -44,7 +44,7 @@ class Running:
 
     def generate(self, prompt: str = PROMPT, max_tokens: int = 12, on_text: Callable[[str], None] = str) -> Completion:
         sampling = SamplingOptions(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-        request = GenerationRequest(prompt, sampling, deadline_s=60.0)
+        request = GenerationRequest(prompt, sampling, deadline_s=240.0)
         return complete(self.router["grpc"], request, on_text)
 
     def processes(self, pattern: str) -> list[psutil.Process]:
@@ -81,6 +81,7 @@ def eventually(attempt: Callable[[], T | None], what: str, timeout_s: float = 24
 def cluster(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'proto' / 'gen'}", "OMP_NUM_THREADS": "1"}
     settings = ("endpoints.grpc_port=0", "endpoints.http_port=0", "pools.decode.tp=2", "pools.prefill.pp=2")
+    settings += ("router.replacement_wait_s=180",)  # a slow machine takes its time to start a group again
     command = [sys.executable, "-m", "deploy.cli", "serve", "--json", "--model", str(tiny_model)]
     command += [part for setting in settings for part in ("--set", setting)]
     errors = (tmp_path_factory.mktemp("serve") / "stderr").open("w+b")
