@@ -5,6 +5,7 @@ gets the next one, and what an earlier owner still commits is refused, so two ro
 nothing of requests: a header is bytes, and an ending a word of the router's.
 """
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -73,9 +74,9 @@ class StreamJournal(Protocol):
 
 def pack_token_ids(token_ids: Sequence[int]) -> bytes:
     """4 bytes each, little-endian."""
-    return b"".join(token_id.to_bytes(4, "little") for token_id in token_ids)
+    return struct.pack(f"<{len(token_ids)}I", *token_ids)
 
 
 def unpack_token_ids(packed: bytes) -> tuple[int, ...]:
     """The reverse of pack_token_ids."""
-    return tuple(int.from_bytes(packed[i : i + 4], "little") for i in range(0, len(packed), 4))
+    return struct.unpack(f"<{len(packed) // 4}I", packed)

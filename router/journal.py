@@ -111,7 +111,6 @@ class JournalWriter:
         self._settled = asyncio.Event()  # replaced after each commit
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="journal")
         self.is_up = journal is not None
-        self.num_commits = 0
 
     @property
     def is_kept(self) -> bool:
@@ -203,7 +202,6 @@ class JournalWriter:
             if not self.is_up:
                 log.info("the stream journal is back")
             self.is_up = True
-            self.num_commits += 1
             for one, change, verdict in zip(batch, changes, verdicts, strict=True):
                 one.settle(change, verdict)
                 if one.is_dirty:
