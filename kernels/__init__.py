@@ -19,10 +19,10 @@ definition that both are tested against. Importing touches no GPU.
     swiglu(gate_up) -> silu(first half) * second half
 """
 
-from kernels.decode import decode_attention
+from kernels.attention.decode import decode_attention
+from kernels.attention.prefill import prefill_attention
 from kernels.gated import swiglu
 from kernels.norm import add_rms_norm, rms_norm
-from kernels.prefill import prefill_attention
 from kernels.rope_kv import rope_and_write_kv
 
 __all__ = [

@@ -67,4 +67,6 @@ FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SMALL = (_case(3, 256, FP32), _case(2, 3000, BF16), _case(1, 688, FP16), _case(4, 33, FP32))
 FULL = (*(_case(8192, 14336, dtype) for dtype in (FP32, FP16, BF16)), _case(64, 3584, BF16), _case(64, 11008, BF16))
 
-swiglu = Op("swiglu", reference, launch, cpu, _cost, SMALL, FULL)
+LIMIT = "Memory: gate and up are read once, by 16-byte loads; a program has no state to keep."
+
+swiglu = Op("swiglu", reference, launch, cpu, _cost, SMALL, FULL, limit=LIMIT)

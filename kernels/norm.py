@@ -138,5 +138,7 @@ FULL_ADD = (
     _case_add(8192, 16384, BF16),
 )
 
-rms_norm = Op("rms_norm", reference, launch, cpu, _cost, SMALL, FULL)
-add_rms_norm = Op("add_rms_norm", reference_add, launch_add, cpu_add, _cost_add, SMALL_ADD, FULL_ADD)
+LIMIT = "Memory: one row per program, held in registers between the sum and the scaling, so every byte moves once."
+
+rms_norm = Op("rms_norm", reference, launch, cpu, _cost, SMALL, FULL, limit=LIMIT)
+add_rms_norm = Op("add_rms_norm", reference_add, launch_add, cpu_add, _cost_add, SMALL_ADD, FULL_ADD, limit=LIMIT)

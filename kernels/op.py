@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar
 
 import torch
 
@@ -21,12 +21,26 @@ TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-5, torch.float16: 2e
 
 
 @dataclass(frozen=True, slots=True)
+class Target:
+    """What a full case is to reach on an H200. `of` says what `value` is a share of, or the unit that it has.
+
+    "memory" and "gemm" are the ceilings measured in the same run, "peer" the fastest peer of that row; "us" is an upper
+    bound, all others are lower bounds.
+    """
+
+    value: float
+    of: Literal["memory", "gemm", "peer", "TFLOP/s", "us"]
+
+
+@dataclass(frozen=True, slots=True)
 class Case:
     """Arguments for one call. `build` draws them on "cpu", "cuda" or "meta", the same values for the same device."""
 
     name: str
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the activations: what the tolerance is looked up by
     build: Callable[[str], tuple[Any, ...]]
+    sass: tuple[str, ...] = ()  # beginnings of instructions that its compiled kernels must have between them
+    target: Target | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +55,7 @@ class Op(Generic[P, R]):
     small: tuple[Case, ...]  # seconds in the interpreter: ragged, tails, odd sizes
     full: tuple[Case, ...]  # production shapes: compiled on paper, compared and timed on a GPU
     tolerance: Mapping[torch.dtype, float] = field(default_factory=lambda: TOLERANCE)
+    limit: str = ""  # one line for the static table: what bounds it on sm_90, and what was tried
 
     def __call__(self, first: torch.Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
         if first.is_cuda:

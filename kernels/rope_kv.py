@@ -212,4 +212,6 @@ FULL = (
     _case((28, 4), 128, BF16, 256, 64),
 )
 
-rope_and_write_kv = Op("rope_and_write_kv", reference, launch, cpu, _cost, SMALL, FULL)
+LIMIT = "Memory at 8,192 tokens; at 64 the launch. Half-rotation splits a head into two loads of half its width."
+
+rope_and_write_kv = Op("rope_and_write_kv", reference, launch, cpu, _cost, SMALL, FULL, limit=LIMIT)

@@ -5,11 +5,11 @@ For tests and benchmarks; the engine never imports it.
 
 from typing import Any
 
-from kernels.decode import decode_attention
+from kernels.attention.decode import decode_attention
+from kernels.attention.prefill import prefill_attention
 from kernels.gated import swiglu
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.op import Op
-from kernels.prefill import prefill_attention
 from kernels.rope_kv import rope_and_write_kv
 
 OPS: tuple[Op[..., Any], ...] = (

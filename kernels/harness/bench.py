@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import inspect
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -24,7 +25,6 @@ from typing import Any
 import torch
 import triton
 
-from kernels import cases, op, tile
 from kernels.harness import OPS
 from kernels.harness.compare import case_error
 from kernels.harness.peers import PEERS
@@ -32,18 +32,29 @@ from kernels.harness.timing import Ceilings, measure_ceilings, num_sets_for, sec
 from kernels.op import Case, Op
 
 FILE_NAME = "kernels.jsonl"
+_ROOT = Path(__file__).resolve().parents[2]
 Row = dict[str, Any]
 
 
 def fingerprint(one: Op[..., Any], case: Case, device_name: str) -> str:
-    """Of all that a row depends on: the operation's file and what it shares, the case, toolchain and device."""
-    files = {inspect.getsourcefile(part) for part in (one.launch, one.reference, cases, op, tile)}
+    """Of all a row depends on: the operation's file and what it imports of ours, the case, toolchain, device."""
     digest = hashlib.sha256()
-    for name in sorted(str(file) for file in files):
-        digest.update(Path(name).read_bytes())
+    for path in sorted(_sources(Path(inspect.getsourcefile(one.reference) or ""), set())):
+        digest.update(path.read_bytes())
     for word in (one.name, case.name, torch.__version__, triton.__version__, device_name):
         digest.update(b"\0" + word.encode())
     return digest.hexdigest()[:16]
+
+
+def _sources(path: Path, found: set[Path]) -> set[Path]:
+    """The file, the files of this package that it imports, and so on; and the operation's table, if it has one."""
+    if path in found or not path.exists():
+        return found
+    found.add(path)
+    for module in re.findall(r"^from (kernels[\w.]*) import", path.read_text(encoding="utf-8"), re.MULTILINE):
+        _sources(_ROOT.joinpath(*module.split(".")).with_suffix(".py"), found)
+    table = _ROOT / "kernels" / "configs" / f"{path.stem}.json"
+    return found | ({table} if table.exists() else set())
 
 
 def bench_case(one: Op[..., Any], case: Case, device: str, ceilings: Ceilings) -> Row:

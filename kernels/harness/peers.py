@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 
-from kernels.decode import gather_sequence
+from kernels.attention.decode import gather_sequence
 
 Peer = Callable[..., Callable[[], object] | None]
 

@@ -33,6 +33,12 @@ def test_every_operation_has_cases_in_three_dtypes():
             assert {case.dtype for case in cases} == set(op.tolerance)
 
 
+def test_every_operation_says_what_limits_it_in_one_line():
+    for op in OPS:
+        assert op.limit, op.name
+        assert "\n" not in op.limit
+
+
 class OnCuda(torch.Tensor):
     is_cuda = True
 

@@ -148,7 +148,7 @@ def test_a_nan_of_another_sequence_stays_there():
 
 
 def test_very_ragged_decode_is_cut_into_calls_of_similar_length():
-    from kernels.decode import _similar_lengths
+    from kernels.attention.decode import _similar_lengths
 
     assert _similar_lengths([8, 8, 8], 1 << 20) == [[0, 1, 2]]
     assert _similar_lengths([9, 7], 1) == [[1, 0]]  # a little padding is cheaper than a call

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from costs import ops as costs
+from kernels.attention.decode import LOG2_E, gather_blocks, gather_sequence
+from kernels.attention.tile import attend
 from kernels.cases import Draw, PagedShape
-from kernels.decode import LOG2_E, gather_blocks, gather_sequence
 from kernels.jit import Value, cdiv, constexpr, jit, next_power_of_2, tl
 from kernels.op import Case, Op
-from kernels.tile import attend
 
 
 @jit
@@ -198,7 +198,9 @@ def _case(shape: PagedShape, dtype: torch.dtype, fused_qkv: bool = False, sharpn
         longest = max(shape.query_lens)
         return q, kv_cache, block_table, draw.integers(starts), seq_lens, longest, sharpness * shape.head_dim**-0.5
 
-    return Case(shape.name(dtype) + " strided" * fused_qkv + " sharp" * (sharpness > 1), dtype, build)
+    num_rows = max(shape.query_lens) * shape.num_q_heads // shape.num_kv_heads
+    sass = ("HGMMA",) if dtype != torch.float32 and num_rows >= 64 else ()
+    return Case(shape.name(dtype) + " strided" * fused_qkv + " sharp" * (sharpness > 1), dtype, build, sass)
 
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -229,4 +231,9 @@ FULL = (
     _case(PagedShape((900, 80), 32, 8, 128, 64, query_lens=(5, 3)), BF16),  # short chunks take a small tile
 )
 
-prefill_attention = Op("prefill_attention", reference, launch, cpu, _cost, SMALL, FULL)
+LIMIT = (
+    "Tensor cores: 128 query rows by HGMMA, one block of 8 warps per SM by registers; only diagonal tiles are masked. "
+    "4 warps spill; warp specialisation needs descriptor loads, which a table of small blocks does not give."
+)
+
+prefill_attention = Op("prefill_attention", reference, launch, cpu, _cost, SMALL, FULL, limit=LIMIT)

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from costs import ops as costs
+from kernels.attention.tile import attend
 from kernels.cases import Draw, PagedShape
 from kernels.jit import Value, cdiv, constexpr, jit, next_power_of_2, num_sms, tl
 from kernels.op import Case, Op
-from kernels.tile import attend
 
 LOG2_E = 1.4426950408889634
 PROGRAMS_PER_SM = 4  # as many as fit at once; more splits only add to the combining
@@ -301,4 +301,9 @@ FULL = (
     _case(PagedShape((300,) * 8, 8, 4, 32, 16), FP32),
 )
 
-decode_attention = Op("decode_attention", reference, launch, cpu, _cost, SMALL, FULL)
+LIMIT = (
+    "Memory: every cached key and value is read once. Four blocks per SM hide its latency; more stages would not: the "
+    "look-up in the block table keeps one K and one V tile in flight whatever num_stages says."
+)
+
+decode_attention = Op("decode_attention", reference, launch, cpu, _cost, SMALL, FULL, limit=LIMIT)

@@ -1,0 +1,1 @@
+"""Attention over a paged cache, one operation per file."""
