@@ -21,6 +21,10 @@ from workers.request import FinishReason, Request, RequestRole, RequestStatus, T
 from workers.step import BlockTransfer, ModelRunnerOutput, SampleSpec, ScheduledRequest, SchedulerOutput
 
 MAX_LOAD_BLOCKS_PER_STEP = 64  # bounds how long a pull may hold up the running batch
+# A prefill request ends with a chunk of this size when its prompt is many times as long: what its decode worker still
+# has to pull after the last chunk is then a few blocks, and all else has travelled while the prompt was computed.
+LAST_CHUNK_TOKENS = 64
+MIN_CHUNKS_FOR_A_SHORT_LAST_ONE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +81,12 @@ class Scheduler:
     def kv_available(self, request_id: str, num_blocks: int) -> None:
         """The first `num_blocks` blocks of a request's prompt are announced; answers a look-up, if there is one."""
         request = self.requests.get(request_id)
-        if request is not None:
+        if request is None:
+            return
+        request.awaits_lookup = False
+        if request.role is RequestRole.DECODE or request.status is not RequestStatus.WAITING_FOR_KV:
             request.num_available_blocks = max(request.num_available_blocks, num_blocks)
-            request.awaits_lookup = False
+        # else it holds room for what it was admitted with, and computes the rest
 
     def wants_lookup(self, request: Request) -> bool:
         """Whether the tiers may have a part of a new request's prompt that this device has not.
@@ -137,7 +144,7 @@ class Scheduler:
                 continue  # preempted by an earlier one in this loop, or its client is slow
             if len(scheduled) == self.config.max_num_seqs:
                 break  # more than that when stalled ones come back to life
-            count = min(request.num_tokens - request.num_computed_tokens, budget)
+            count = self._chunk_tokens(request, request.num_computed_tokens, budget)
             if count > 0 and self._make_room(request, request.num_computed_tokens + count, preempted):
                 budget -= count
                 self._plan_chunk(request, count, scheduled, stores, write_backs)
@@ -147,11 +154,23 @@ class Scheduler:
             if (budget <= 0 and request.role is not RequestRole.DECODE) or not self._admit(request, budget):
                 break
             self.waiting.remove(request)
-            count = min(request.num_tokens - request.num_computed_tokens, budget)
+            count = self._chunk_tokens(request, request.num_computed_tokens, budget)
             if request.status is RequestStatus.RUNNING and count > 0:
                 budget -= count
                 self._plan_chunk(request, count, scheduled, stores, write_backs)
         return SchedulerOutput(scheduled, self._schedule_loads(), stores, write_backs, preempted)
+
+    def _chunk_tokens(self, request: Request, num_computed_tokens: int, budget: int) -> int:
+        """How many tokens of a request to compute next."""
+        left = request.num_tokens - num_computed_tokens
+        count = min(left, budget)
+        hands_off = request.role is RequestRole.PREFILL
+        if hands_off and request.num_tokens >= MIN_CHUNKS_FOR_A_SHORT_LAST_ONE * LAST_CHUNK_TOKENS:
+            # On a block's border, so that everything before the last chunk is published before it.
+            before_last = (request.num_tokens - LAST_CHUNK_TOKENS) // self.pool.block_size * self.pool.block_size
+            if num_computed_tokens < before_last:
+                count = min(count, before_last - num_computed_tokens)
+        return count
 
     def _num_active(self) -> int:
         """Requests that take part in the batch, or will; those whose client does not read stop nobody else."""
@@ -167,7 +186,7 @@ class Scheduler:
         waits_for_kv = not self._is_ready(request) if request.role is RequestRole.DECODE else fetches
         hit_tokens = len(hit) * size
         computed = min(hit_tokens, request.num_tokens - 1)
-        target = computed + min(request.num_tokens - computed, budget)
+        target = computed + self._chunk_tokens(request, computed, budget)
         if waits_for_kv:
             target = min(request.num_given_tokens, self._num_awaited_blocks(request) * size)
         needed = max(0, -(-target // size) - len(hit))

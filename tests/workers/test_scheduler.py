@@ -132,6 +132,15 @@ def test_prefill_publishes_every_block_once_the_tail_last():
     assert stored == [[4, 4], [4, 4], [2]]
 
 
+def test_a_long_prefill_ends_with_a_short_chunk_that_begins_with_a_block():
+    engine, runner = make_engine(num_blocks=300, budget=500, context=1200)
+    engine.submit(make_request("p", 1027, role=RequestRole.PREFILL))
+    finish_all(engine)
+    assert [r.num_scheduled_tokens for plan in runner.plans for r in plan.requests] == [500, 460, 67]
+    stored = [sum(s.num_tokens) for plan in runner.plans for s in plan.stores]
+    assert stored == [500, 460, 67]
+
+
 def test_decode_waits_pulls_and_continues():
     engine, runner = make_engine()
     request = make_request("d", 10, role=RequestRole.DECODE)
