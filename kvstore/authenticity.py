@@ -25,7 +25,7 @@ class FragmentAuthenticator:
         self.key_id = _derive(secret, b"key id", 4).hex()
         """Tells values of one secret from those of another; says nothing about the secret."""
 
-    def tag(self, value: bytes) -> bytes:
+    def tag(self, value: bytes | memoryview) -> bytes:
         """TAG_BYTES to be stored behind the value."""
         nonce = os.urandom(_NONCE_BYTES)
         return nonce + self._mac.encrypt(nonce, b"", value)

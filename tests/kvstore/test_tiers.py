@@ -1,17 +1,20 @@
-"""What every tier does, asked of all: MemoryTier, HostTier with a real node process, RedisTier with a real Redis."""
+"""What every tier does, asked of all: in memory, of a real node process, on disk, in a real Redis."""
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
+from kvstore.disk import DiskTier
 from kvstore.host_tier import HostTier
 from kvstore.memory_tier import MemoryTier
 from kvstore.redis_tier import RedisTier
 from kvstore.sealing import HEADER_BYTES
 from kvstore.tiers import Fragment, Rejected, Tier
-from tests.kvstore.fragments import REDIS_PREFIX, SECRET, keys_of, make_fragments
-from tests.processes import KVNode, RedisServer
+from tests.kvstore.fragments import REDIS_PREFIX, SECRET, damage_segments, keys_of, make_fragments, sealed_copy
+from tests.processes import KVNode, RedisServer, wait_until
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,48 @@ def redis_tier(server: RedisServer) -> TierUnderTest:
     return TierUnderTest(RedisTier(server.url, SECRET), flip)
 
 
-@pytest.fixture(params=["memory", "host", pytest.param("redis", marks=pytest.mark.redis)])
+class DiskAsTier:
+    """The disk tier as a worker would see it if it were not behind the host tier."""
+
+    name = "disk"
+
+    def __init__(self, folder: Path) -> None:
+        self.disk = DiskTier(folder, 64 << 20, 65536, SECRET, time.monotonic)
+        wait_until(lambda: self.disk.is_up, "the disk tier is up")
+
+    @property
+    def is_up(self) -> bool:
+        return self.disk.is_up
+
+    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
+        self.disk.write([sealed_copy(fragment) for fragment in fragments])
+        return [self.is_up and self.disk.has(fragment.key) for fragment in fragments]
+
+    def get(self, keys: Sequence[bytes]) -> list[memoryview | Rejected | None]:
+        read = [self.disk.read(key) for key in keys]
+        return [sealed[HEADER_BYTES:] if isinstance(sealed, memoryview) else sealed for sealed in read]
+
+    def close(self) -> None:
+        self.disk.close()
+
+
+def disk_tier(folder: Path) -> TierUnderTest:
+    def flip(fragment: Fragment, offset: int) -> None:
+        damage_segments(
+            folder, fragment, lambda stored: stored[:offset] + bytes([stored[offset] ^ 1]) + stored[offset + 1 :]
+        )
+
+    return TierUnderTest(DiskAsTier(folder), flip)
+
+
+@pytest.fixture(params=["memory", "host", "disk", pytest.param("redis", marks=pytest.mark.redis)])
 def under_test(request: pytest.FixtureRequest) -> Iterator[TierUnderTest]:
     if request.param == "memory":
         made = memory_tier()
     elif request.param == "host":
         made = host_tier(request.getfixturevalue("shared_kv_node"))
+    elif request.param == "disk":
+        made = disk_tier(request.getfixturevalue("tmp_path") / "disk")
     else:
         made = redis_tier(request.getfixturevalue("redis_server"))
     yield made
