@@ -30,7 +30,7 @@ class FragmentAuthenticator:
         nonce = os.urandom(_NONCE_BYTES)
         return nonce + self._mac.encrypt(nonce, b"", value)
 
-    def is_genuine(self, value: memoryview, tag: memoryview) -> bool:
+    def is_genuine(self, value: memoryview, tag: bytes | memoryview) -> bool:
         """Whether this tag was made for this value under this secret."""
         try:
             self._mac.decrypt(tag[:_NONCE_BYTES], tag[_NONCE_BYTES:], value)

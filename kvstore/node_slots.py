@@ -36,7 +36,7 @@ class NodeStats:
     num_promotions_late: int
     """Lookups that did not wait for the disk any longer."""
     rejected: Mapping[str, int]
-    """Fragments in slots that failed their verification here, on their way to the disk; by reason."""
+    """Fragments in slots that failed their verification in this process, on their way elsewhere; by reason."""
     disk: DiskStats | None
 
 
@@ -98,6 +98,22 @@ class NodeSlots:
         with self._lock:
             return self._table.drop(keys, generations)
 
+    def view(self, key: bytes, ref: SlotRef) -> memoryview | Rejected:
+        """Header and payload as they lie in the slot, the header's fields verified; a slot with bad ones is freed."""
+        view = self.arena.sealed_view(ref.slot, key, ref.generation)
+        if isinstance(view, Rejected):
+            self._reject(key, ref, view)
+        return view
+
+    def check(self, keys: Sequence[bytes]) -> None:
+        """Verifies fragments that somebody found bad, and frees the slots of those that are."""
+        with self._lock:
+            refs = self._table.lookup(keys)
+        for key, ref in zip(keys, refs, strict=True):
+            copy = self.arena.read_sealed(ref.slot, key, ref.generation) if ref.slot >= 0 else None
+            if isinstance(copy, Rejected):
+                self._reject(key, ref, copy)
+
     def stats(self) -> NodeStats:
         """The counters now."""
         with self._lock:
@@ -120,6 +136,12 @@ class NodeSlots:
                 _LOG.warning("the disk hangs: left as it is")
             else:
                 self._disk.close()
+
+    def _reject(self, key: bytes, ref: SlotRef, rejected: Rejected) -> None:
+        """Frees the slot and counts it, unless it was given away meanwhile: then nothing is wrong with it."""
+        with self._lock:
+            if self._table.drop([key], [ref.generation]):
+                self._rejected[rejected.reason] += 1
 
     # -- from the disk
 
@@ -189,7 +211,6 @@ class NodeSlots:
             copy = self.arena.read_sealed(ref.slot, key, ref.generation)
             if not isinstance(copy, Rejected):
                 copies.append(copy)
-            elif copy.reason != "stale":  # a stale one was given away while we came to it
-                with self._lock:
-                    self._rejected[copy.reason] += self._table.drop([key], [ref.generation])
+            else:
+                self._reject(key, ref, copy)
         return not copies or self._disk.write(copies) > 0
