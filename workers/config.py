@@ -197,7 +197,8 @@ class WorkerSpec:
     node_id: str = "local"
     host_address: str = ""  # KV node of this host; "": no host tier
     tier: str = ""  # redis://... ; "": no remote tier
-    tier_secret: str = dataclasses.field(default="", repr=False)  # needed where there is a remote tier
+    peers: bool = False  # whether to pull from other hosts, which the directory at `control` names
+    tier_secret: str = dataclasses.field(default="", repr=False)  # needed where there is a remote tier, or peers
     tier_ttl_s: float = 3600.0
     control: str = ""  # where to register and announce blocks; "": nowhere
     layers_per_fragment: int = 0  # 0: all layers of a stage
@@ -206,7 +207,7 @@ class WorkerSpec:
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise ValueError(f"role must be one of {', '.join(ROLES)}, not {self.role}")
-        if self.tier and not self.tier_secret:
+        if (self.tier or self.peers) and not self.tier_secret:
             raise ValueError("tier_secret must be set where there is a tier outside the host")
 
     @classmethod
