@@ -20,7 +20,7 @@ _LOG = logging.getLogger(__name__)
 
 KEY_PREFIX = b"switchyard:kv2:"
 
-_CHUNK_BYTES = 4 * 1024 * 1024
+CHUNK_BYTES = 4 * 1024 * 1024
 _MAX_CHUNK_KEYS = 1024
 _FIRST_GUESS_BYTES = 256 * 1024
 
@@ -66,7 +66,7 @@ class RedisTier:
         try:
             start = 0
             while start < len(keys):
-                num_keys = min(_MAX_CHUNK_KEYS, max(1, _CHUNK_BYTES // self._value_bytes))
+                num_keys = min(_MAX_CHUNK_KEYS, max(1, CHUNK_BYTES // self._value_bytes))
                 chunk = keys[start : start + num_keys]
                 payloads[start : start + num_keys] = self._read(chunk)
                 start += num_keys
@@ -146,12 +146,12 @@ class RedisTier:
 
 
 def _chunks_by_size(fragments: Sequence[Fragment], indices: Sequence[int]) -> Iterator[list[int]]:
-    """The indices in groups of about _CHUNK_BYTES."""
+    """The indices in groups of about CHUNK_BYTES."""
     chunk: list[int] = []
     chunk_bytes = 0
     for i in indices:
         value_bytes = HEADER_BYTES + fragments[i].payload.nbytes + TAG_BYTES
-        if chunk and (chunk_bytes + value_bytes > _CHUNK_BYTES or len(chunk) == _MAX_CHUNK_KEYS):
+        if chunk and (chunk_bytes + value_bytes > CHUNK_BYTES or len(chunk) == _MAX_CHUNK_KEYS):
             yield chunk
             chunk, chunk_bytes = [], 0
         chunk.append(i)
