@@ -12,7 +12,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -92,24 +91,38 @@ def measure_memcpy(shape: BenchShape) -> BandwidthRow:
     return _row("memcpy", shape, [_seconds(copy) for _ in range(shape.num_runs)])
 
 
+_SENDER = """
+import os, socket, sys
+payload = os.urandom(int(sys.argv[2]))
+with socket.create_connection(("127.0.0.1", int(sys.argv[1]))) as receiver:
+    while receiver.recv(1):
+        receiver.sendall(payload)
+"""
+
+
 def measure_loopback_tcp(shape: BenchShape) -> BandwidthRow:
-    """Sends from one thread to another over 127.0.0.1, into a buffer that is mapped already."""
-    source, target = memoryview(os.urandom(shape.num_bytes)), memoryview(bytearray(shape.num_bytes))
+    """Another process sends over 127.0.0.1, on request, into a buffer that is mapped already."""
+    target = memoryview(bytearray(shape.num_bytes))
     with socket.create_server(("127.0.0.1", 0)) as server:
-        sender = socket.create_connection(server.getsockname())
+        port = server.getsockname()[1]
+        sender = subprocess.Popen([sys.executable, "-c", _SENDER, str(port), str(shape.num_bytes)])
         receiver, _ = server.accept()
 
     def transfer() -> None:
-        thread = threading.Thread(target=sender.sendall, args=(source,))
-        thread.start()
+        receiver.sendall(b"?")
         num_received = 0
         while num_received < shape.num_bytes:
-            num_received += receiver.recv_into(target[num_received:])
-        thread.join()
+            count = receiver.recv_into(target[num_received:])
+            if count == 0:
+                raise BenchFailed("the sending process ended")
+            num_received += count
 
-    with sender, receiver:
-        transfer()
-        return _row("loopback_tcp", shape, [_seconds(transfer) for _ in range(shape.num_runs)])
+    try:
+        with receiver:
+            transfer()
+            return _row("loopback_tcp", shape, [_seconds(transfer) for _ in range(shape.num_runs)])
+    finally:
+        sender.wait(_NODE_START_S)
 
 
 def measure_peer(host_address: str, shape: BenchShape) -> BandwidthRow:

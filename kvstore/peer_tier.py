@@ -6,6 +6,7 @@ go on. Knows nothing of what carries the bytes, nor of slots.
 """
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +29,8 @@ _LOG = logging.getLogger(__name__)
 PEER_PLACE = "peer:"
 """Before the HOST:PORT of a node process: a place, as the directory names them."""
 
-_NUM_CONNECTIONS = 2  # to each peer, used at once
+_MAX_CONNECTIONS = 4  # to each peer, used at once; one fills a slow network, and two share one core's time
+_CORES_PER_CONNECTION = 4
 _MIN_KEYS = 16  # for each of them
 _PULL_S = 5.0  # for all that one get asks of the peers
 _FIRST_PAUSE_S = 0.5
@@ -59,6 +61,7 @@ class PeerTier:
         self._directory = directory
         self._authenticator = FragmentAuthenticator(secret)
         self._own_address = own_address
+        self._num_connections = min(_MAX_CONNECTIONS, max(1, (os.cpu_count() or 1) // _CORES_PER_CONNECTION))
         self._buffers = CopyBuffers(GROUP_BYTES)
         self._connect = connect if connect is not None else self._connect_tcp
         self._lock = threading.Lock()
@@ -146,7 +149,7 @@ class PeerTier:
     ) -> None:
         pulls: list[Future[None]] = []
         for address, indices in wanted.items():
-            size = max(_MIN_KEYS, -(-len(indices) // _NUM_CONNECTIONS))
+            size = max(_MIN_KEYS, -(-len(indices) // self._num_connections))
             for first in range(0, len(indices), size):
                 part = indices[first : first + size]
                 pulls.append(self._threads.submit(self._pull, address, part, keys, payloads, deadline_s))
@@ -226,7 +229,7 @@ class PeerTier:
             if not self._is_closed:
                 peer = self._peers.setdefault(address, _Peer())
                 peer.pause_s = _FIRST_PAUSE_S
-                if len(peer.idle) < _NUM_CONNECTIONS:
+                if len(peer.idle) < self._num_connections:
                     peer.idle.append(transport)
                     return
         transport.close()

@@ -33,7 +33,6 @@ _MAX_GROUP = 256  # fragments; sendmsg takes 1024 pieces at most
 _MAGIC = b"SYpeer1\0"
 _CHALLENGE_BYTES = 16
 _STALL_S = 1.0  # without a single byte, where bytes are due
-_SOCKET_BUFFER_BYTES = 4 * 1024 * 1024
 
 _HELLO = struct.Struct(f"<8s{_CHALLENGE_BYTES}s")
 _HEAD = struct.Struct("<8sQII")
@@ -79,10 +78,8 @@ class TableEntry:
 
 
 def tune(connection: socket.socket) -> None:
-    """Buffers for bulk, no waiting for more to send."""
+    """No waiting for more to send. Sizes of buffers are left alone: the kernel adapts those that nobody set."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-        connection.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER_BYTES)
 
 
 def pack_hello(challenge: bytes) -> bytes:

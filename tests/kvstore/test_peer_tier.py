@@ -102,7 +102,11 @@ def test_the_own_host_is_not_asked(host: HostTier, directory: MemoryDirectory) -
     peer.close()
 
 
-def test_many_fragments_over_several_connections(host: HostTier, peer: PeerTier, directory: MemoryDirectory) -> None:
+@pytest.mark.parametrize("num_connections", [1, 3])
+def test_many_fragments_over_several_connections(
+    host: HostTier, peer: PeerTier, directory: MemoryDirectory, num_connections: int
+) -> None:
+    peer._num_connections = num_connections  # else it depends on the machine
     fragments = make_fragments(200, 60_000)
     assert host.put(fragments) == [True] * 200
     publish(directory, fragments, host.peer_address)
