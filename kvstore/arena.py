@@ -68,8 +68,9 @@ class Arena:
     def write(self, slot: int, key: bytes, payload: memoryview, generation: int) -> None:
         """Fills a reserved slot. The header goes last: until then readers see that the slot holds nothing."""
         start = self._offset(slot) + HEADER_BYTES
+        header = seal(key, payload, generation)  # before the copy, for which it brings the bytes near
         self._view[start : start + payload.nbytes] = as_bytes_view(payload)
-        self._view[start - HEADER_BYTES : start] = seal(key, payload, generation)
+        self._view[start - HEADER_BYTES : start] = header
 
     def read(self, slot: int, key: bytes, generation: int) -> memoryview | Rejected:
         """A verified private copy of the payload."""

@@ -6,10 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.kvstore.fragments import SECRET
 from tests.processes import KVNode, RedisServer, redis_executable
-
-PEERS = ["--peer-address", "127.0.0.1:0"]
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +43,6 @@ def kv_node() -> Iterator[KVNode]:
 @pytest.fixture(scope="session")
 def shared_kv_node() -> Iterator[KVNode]:
     """One node process for all tests of this process that leave it running and bring keys of their own."""
-    node = KVNode(f"test-{uuid.uuid4().hex[:12]}", slot_bytes=64 * 1024, num_slots=256, options=PEERS, secret=SECRET)
+    node = KVNode(f"test-{uuid.uuid4().hex[:12]}", slot_bytes=64 * 1024, num_slots=256)
     yield node
     node.close()

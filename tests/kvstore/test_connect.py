@@ -27,11 +27,11 @@ def test_other_control_urls_are_refused(url: str) -> None:
 
 
 @pytest.mark.redis
-def test_tiers_in_the_order_in_which_they_are_asked(shared_kv_node: KVNode, redis_server: RedisServer) -> None:
-    tiers = open_tiers(shared_kv_node.host_address, redis_server.url, "secret", 60.0, redis_server.url)
+def test_tiers_in_the_order_in_which_they_are_asked(peer_node: KVNode, redis_server: RedisServer) -> None:
+    tiers = open_tiers(peer_node.host_address, redis_server.url, "secret", 60.0, redis_server.url)
     assert [(tier.name, tier.is_up) for tier in tiers] == [("host", True), ("peer", True), ("redis", True)]
     places = [place_of(tier, "here") for tier in tiers]
-    assert places == [["host:here", f"peer:{shared_kv_node.ready['peer_address']}"], [], ["redis"]]
+    assert places == [["host:here", f"peer:{peer_node.ready['peer_address']}"], [], ["redis"]]
     for tier in tiers:
         tier.close()
 

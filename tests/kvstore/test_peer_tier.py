@@ -32,9 +32,9 @@ SEALED_BYTES = HEADER_BYTES + 1000
 
 
 @pytest.fixture
-def host(shared_kv_node: KVNode) -> Iterator[HostTier]:
+def host(peer_node: KVNode) -> Iterator[HostTier]:
     """Of the host that is pulled from."""
-    tier = HostTier(shared_kv_node.host_address)
+    tier = HostTier(peer_node.host_address)
     yield tier
     tier.close()
 
@@ -199,19 +199,19 @@ def test_what_does_not_fit_ends_the_connection(
 
 
 def test_bytes_that_the_peer_holds_damaged_are_refused_and_forgotten_there(
-    peer: PeerTier, directory: MemoryDirectory, shared_kv_node: KVNode, host: HostTier
+    peer: PeerTier, directory: MemoryDirectory, peer_node: KVNode, host: HostTier
 ) -> None:
     good, bad = make_fragments(2)
     host.put([good, bad])
     publish(directory, [good, bad], host.peer_address)
-    before = dict(stats_of(shared_kv_node).rejected).get("checksum", 0)
-    place = shared_kv_node.arena.read_bytes().index(bad.payload)
-    with open(shared_kv_node.arena, "r+b") as file:
+    before = dict(stats_of(peer_node).rejected).get("checksum", 0)
+    place = peer_node.arena.read_bytes().index(bad.payload)
+    with open(peer_node.arena, "r+b") as file:
         file.seek(place)
         file.write(bytes([bad.payload[0] ^ 1]))
     assert peer.get([good.key, bad.key]) == [good.payload, Rejected("checksum")]
     assert peer.get([good.key, bad.key]) == [good.payload, None]
-    assert stats_of(shared_kv_node).rejected["checksum"] == before + 1
+    assert stats_of(peer_node).rejected["checksum"] == before + 1
 
 
 def test_a_stranger_is_told_nothing(host: HostTier, directory: MemoryDirectory) -> None:

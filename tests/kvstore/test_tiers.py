@@ -134,7 +134,7 @@ def under_test(request: pytest.FixtureRequest) -> Iterator[TierUnderTest]:
     elif request.param == "host":
         made = host_tier(request.getfixturevalue("shared_kv_node"))
     elif request.param == "peer":
-        made = peer_tier(request.getfixturevalue("shared_kv_node"))
+        made = peer_tier(request.getfixturevalue("peer_node"))
     elif request.param == "disk":
         made = disk_tier(request.getfixturevalue("tmp_path") / "disk")
     else:
