@@ -28,6 +28,7 @@ from kvstore.tiers import Tier
 from workers.config import EngineConfig, ModelConfig, WorkerSpec
 from workers.engine import Engine
 from workers.executor import GroupExecutor, follow
+from workers.fake_runner import FakeModelRunner
 from workers.kv_transfer import KVTransfer
 from workers.loader import weights_digest
 from workers.loop import EngineLoop, LoopEvents
@@ -40,18 +41,21 @@ log = logging.getLogger(__name__)
 
 LEASE_TTL_S = 3.0
 LEASE_RENEWAL_S = 0.75
+_FAKE_WEIGHTS = "hashes of the history, 1"  # in place of a digest of weights: changes with workers.fake_model
 _WIRE_ROLES = {
     "mixed": worker_pb2.WORKER_ROLE_MIXED,
     "prefill": worker_pb2.WORKER_ROLE_PREFILL,
     "decode": worker_pb2.WORKER_ROLE_DECODE,
 }
 
+LoadedRunner = TorchModelRunner | FakeModelRunner
+
 
 def kv_fingerprint(engine: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> bytes:
     """Names what the bytes of a KV block mean: the weights, and everything that shapes or rotates keys and values."""
     return fingerprint(
         {
-            "weights": weights_digest(Path(engine.model_dir)),
+            "weights": _FAKE_WEIGHTS if engine.runner == "fake" else weights_digest(Path(engine.model_dir)),
             "dtype": str(dtype),
             "layers": model.num_hidden_layers,
             "kv_heads": model.num_key_value_heads,
@@ -67,7 +71,7 @@ def kv_fingerprint(engine: EngineConfig, model: ModelConfig, dtype: torch.dtype)
 def make_engine(
     config: EngineConfig,
     model: ModelConfig,
-    runner: TorchModelRunner,
+    runner: LoadedRunner,
     groups: ParallelGroups,
     clock: Callable[[], float] = time.monotonic,
 ) -> Engine:
@@ -84,6 +88,13 @@ def make_engine(
         frozenset(model.eos_token_ids),
     )
     return Engine(scheduler, GroupExecutor(runner, groups), model.vocab_size, clock)
+
+
+def load_runner(config: EngineConfig, model: ModelConfig, groups: ParallelGroups, device: torch.device) -> LoadedRunner:
+    """The runner that the config asks for, its weights loaded. Raises ModelError."""
+    if config.runner == "fake":
+        return FakeModelRunner(config, model, pick_dtype(config, device))
+    return TorchModelRunner(config, model, groups, device)
 
 
 class Rank:
@@ -109,11 +120,11 @@ class Rank:
         """Join the other ranks, load the shard's weights, open the KV tiers."""
         engine = self.spec.engine
         torch.set_num_threads(engine.num_threads)
-        device = pick_device(engine, self.shard.tp_rank)
+        device = torch.device("cpu") if engine.runner == "fake" else pick_device(engine, self.shard.tp_rank)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         self._groups = ParallelGroups.connect(self.shard, device, init_method, interface)
-        self._runner = TorchModelRunner(engine, self._model, self._groups, device)
+        self._runner = load_runner(engine, self._model, self._groups, device)
         self._tiers = open_tiers(self.spec.host_address, self.spec.tier, self.spec.tier_secret, self.spec.tier_ttl_s)
         self._store = FragmentStore(self._tiers)
         grid = self._runner.grid(self.spec.layers_per_fragment)
@@ -201,7 +212,7 @@ class Rank:
             ),
             num_blocks=self._runner.num_blocks,
             block_size=spec.engine.block_size,
-            kv_fingerprint=kv_fingerprint(spec.engine, self._model, self._runner.cache.dtype),
+            kv_fingerprint=kv_fingerprint(spec.engine, self._model, pick_dtype(spec.engine, self._runner.cache.device)),
             tensor_parallel_size=spec.engine.tp,
             pipeline_parallel_size=spec.engine.pp,
         )
