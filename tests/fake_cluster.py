@@ -1,6 +1,7 @@
-"""A whole cluster without Ray and without weights: a KV node, workers with the fake engine, routers; each can be killed.
+"""A whole cluster without Ray and without weights: a KV node, workers with the fake engine, routers.
 
-Every part is the real program in a process of its own, on free ports. What the right tokens are, `expected` says.
+Every part is the real program in a process of its own that can be killed, on free ports. What the right tokens are,
+`expected` says.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
 from switchyard.v1 import worker_pb2, worker_pb2_grpc
@@ -35,6 +38,7 @@ from workers.fake_model import fake_completion
 DEMO = REPOSITORY / "models" / "demo"
 MODEL_NAME = "fake"
 VOCAB_SIZE = 4096  # the demo tokenizer's
+NUM_BLOCKS = 1024  # of a worker
 SIZES = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 16,
@@ -55,6 +59,8 @@ QUICK = RouterConfig(
     drain_s=1.0,
 )
 
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
 
 def write_fake_model(directory: Path, **sizes: int) -> Path:
     """A model directory for the fake engine: config and tokenizer."""
@@ -66,11 +72,11 @@ def write_fake_model(directory: Path, **sizes: int) -> Path:
 
 
 class Prefork:
-    """The process that forks servers."""
+    """The process that forks servers. enter: a command line that runs another one elsewhere, in a namespace."""
 
-    def __init__(self) -> None:
+    def __init__(self, enter: Sequence[str] = ()) -> None:
         environment = {**python_environment(), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "tests.prefork"]
+        command = [*enter, sys.executable, "-m", "tests.prefork"]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=REPOSITORY
         )
@@ -230,6 +236,30 @@ class Shape:
         """Workers by role."""
         return {"prefill": self.prefill, "decode": self.decode, "mixed": self.mixed}
 
+    def worker_spec(self, model_dir: Path, name: str, worker_id: str) -> WorkerSpec:
+        """Of a worker that is called ROLE-NUMBER; its place in the cluster is left open."""
+        role = name.partition("-")[0]
+        settings = {
+            "dtype": "float32",
+            "device": "cpu",
+            "block_size": self.block_size,
+            "num_blocks": NUM_BLOCKS,
+            "runner": "fake",
+            "fake_step_s": self.step_s,
+            "fake_token_s": self.token_s,
+            **self.engine,
+        }
+        return WorkerSpec(
+            worker_id=worker_id,
+            pool=role,
+            role=role,
+            engine=EngineConfig(str(model_dir), **settings),
+            model_name=MODEL_NAME,
+            tier=self.tier,
+            tier_secret="of the tests" if self.tier else "",
+            layers_per_fragment=1,
+        )
+
 
 class FakeCluster:
     """Started when it is made; a context manager."""
@@ -282,33 +312,13 @@ class FakeCluster:
 
     def start_worker(self, name: str, waits: bool = True) -> None:
         """Start it (again): as a new worker, as every restarted one is."""
-        shape, role = self.shape, name.partition("-")[0]
         self._num_workers += 1
-        engine = EngineConfig(
-            str(self.model_dir),
-            **{
-                "dtype": "float32",
-                "device": "cpu",
-                "block_size": shape.block_size,
-                "num_blocks": 1024,
-                "runner": "fake",
-                "fake_step_s": shape.step_s,
-                "fake_token_s": shape.token_s,
-                **shape.engine,
-            },
-        )
-        spec = WorkerSpec(
-            worker_id=f"{name}.{self._num_workers}",
-            pool=role,
-            role=role,
-            engine=engine,
-            model_name=MODEL_NAME,
+        spec = self.shape.worker_spec(self.model_dir, name, f"{name}.{self._num_workers}")
+        spec = dataclasses.replace(
+            spec,
             node_id=self.node.node_id,
-            host_address=self.node.host_address if shape.uses_arena else "",
-            tier=shape.tier,
-            tier_secret="of the tests" if shape.tier else "",
+            host_address=self.node.host_address if self.shape.uses_arena else "",
             control=self.control_url,
-            layers_per_fragment=1,
         )
         self._start(self.workers[name], dataclasses.asdict(spec), waits)
 
@@ -361,22 +371,21 @@ class FakeCluster:
             if self.routers[name].is_running:
                 wait_until(lambda url=url: self.seen_by(url) == wanted, f"{name} sees {wanted}")
 
-    def seen_by(self, url: str) -> set[str]:
-        """The workers that a router has."""
+    def readyz(self, url: str) -> dict[str, Any]:
+        """What a router says of the cluster; nothing while it is away."""
         try:
-            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
-                f"{url}/readyz", timeout=5
-            ) as answer:
+            with _OPENER.open(f"{url}/readyz", timeout=5) as answer:
                 body = answer.read()
         except urllib.error.HTTPError as error:
             body = error.read()
         except OSError:
-            return set()
-        return {worker["worker_id"] for worker in json.loads(body)["workers"]}
+            return {}
+        state: dict[str, Any] = json.loads(body)
+        return state
 
-    def worker_named(self, worker_id: str) -> str:
-        """Which of our workers goes by this id now."""
-        return worker_id.partition(".")[0]
+    def seen_by(self, url: str) -> set[str]:
+        """The workers that a router has."""
+        return {worker["worker_id"] for worker in self.readyz(url).get("workers", ())}
 
     def load(self, name: str) -> worker_pb2.WorkerLoad:
         """A worker's counters now."""
@@ -426,7 +435,7 @@ class FakeCluster:
     def is_at_rest(self, name: str) -> bool:
         """Whether all of a worker's blocks are free and nothing runs."""
         load = self.load(name)
-        num_blocks = self.shape.engine.get("num_blocks", 1024)
+        num_blocks = self.shape.engine.get("num_blocks", NUM_BLOCKS)
         busy = load.num_running + load.num_waiting + load.num_waiting_for_kv + load.num_queued_tokens
         return busy == 0 and load.num_free_blocks == num_blocks
 

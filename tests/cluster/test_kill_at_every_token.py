@@ -5,11 +5,14 @@ A spread of positions in every run, all of them in the slow one. The longest pau
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from router.client import GenerationClient
 from tests.fake_cluster import Answer, FakeCluster, expected
 from tests.processes import wait_until
 
@@ -113,8 +116,9 @@ def test_a_process_may_die_at_each_phase_of_prefill(fake_cluster: MakeCluster, m
     num_recomputed = 0
     for phase in range(NUM_CHUNKS + 1):
         before = {name: cluster.load(name).num_steps for name in cluster.workers if name.startswith("prefill")}
+        killed: list[str] = []
 
-        def wait_and_kill(before: dict[str, int] = before, phase: int = phase) -> None:
+        def wait_and_kill(before: dict[str, int] = before, phase: int = phase, killed: list[str] = killed) -> None:
             """In a thread of its own: the client sees nothing of what goes on before the first token."""
             names: list[str] = []
 
@@ -130,7 +134,6 @@ def test_a_process_may_die_at_each_phase_of_prefill(fake_cluster: MakeCluster, m
                 cluster.kill(doomed)
             killed.append(doomed)
 
-        killed: list[str] = []
         number = 1000 + phase
         num_prompt_tokens = NUM_CHUNKS * CHUNK_TOKENS - 3
         answer, pause_s = ask_while(cluster, client, number, num_prompt_tokens, wait_and_kill)
@@ -148,11 +151,9 @@ def test_a_process_may_die_at_each_phase_of_prefill(fake_cluster: MakeCluster, m
 
 
 def ask_while(
-    cluster: FakeCluster, client: object, number: int, num_prompt_tokens: int, action: Callable[[], None]
+    cluster: FakeCluster, client: GenerationClient, number: int, num_prompt_tokens: int, action: Callable[[], None]
 ) -> tuple[Answer, float]:
     """A stream, and beside it the action; the longest pause of the client, the time to the first token included."""
-    from concurrent.futures import ThreadPoolExecutor
-
     with ThreadPoolExecutor(1) as threads:
         began_s = time.monotonic()
         done = threads.submit(action)
@@ -197,15 +198,16 @@ def test_the_kv_node_may_die_at_any_token(
     cluster.wait_complete()
     after = cluster.ask(client, prompt(5000, 60), NUM_TOKENS)
     check(after, 5000, 60)
-    wait_until(lambda: moves_again(cluster, client), "blocks move again")
+    wait_until(lambda: moves(cluster, client), "blocks move again")
     cluster.wait_at_rest()
 
 
-def moves_again(cluster: FakeCluster, client: object) -> bool:
-    """Whether a new prompt's blocks get from prefill to decode."""
-    moves_again.number = getattr(moves_again, "number", 6000) + 1
-    answer = cluster.ask(client, prompt(moves_again.number, 40), 4)
+_probes = itertools.count(10_000)
+
+
+def moves(cluster: FakeCluster, client: GenerationClient) -> bool:
+    """Whether all ten blocks of a new prompt get from prefill to decode."""
+    answer = cluster.ask(client, prompt(next(_probes), 40), 4)
     assert answer.finished is not None
-    return (
-        answer.finished.stats.num_transferred_blocks == 10 and answer.finished.stats.num_recomputed_prompt_tokens == 0
-    )
+    stats = answer.finished.stats
+    return stats.num_transferred_blocks == 10 and stats.num_recomputed_prompt_tokens == 0
