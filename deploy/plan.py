@@ -101,6 +101,7 @@ def make_plan(
             tier=config.kvstore.tier,
             tier_secret=tier_secret,
             tier_ttl_s=config.kvstore.tier_ttl_s,
+            prefix_fetch=config.kvstore.prefix_fetch,
             control=control,
             layers_per_fragment=layers,
         )

@@ -6,6 +6,8 @@ Knows nothing of how the other branches are read; numbers that are derived from 
 import math
 from dataclasses import dataclass
 
+PREFIX_FETCH = ("cheapest", "always", "never")
+
 
 @dataclass(frozen=True, slots=True)
 class KVStoreConfig:
@@ -28,6 +30,9 @@ class KVStoreConfig:
     """Where leases and the block directory live: memory:// (a node process of this cluster) or a redis:// URL."""
     tier_ttl_s: float = 3600.0
     """Seconds after which the shared tier may forget a fragment that nobody wrote again."""
+    prefix_fetch: str = "cheapest"
+    """Whether a worker pulls a prefix that only the tiers have: always, never, or when that is cheaper than computing
+    it, by what each worker measured at its start. The hand-off from prefill to decode is not affected."""
 
     def __post_init__(self) -> None:
         if self.block_size < 0:
@@ -42,6 +47,8 @@ class KVStoreConfig:
             raise ValueError(f"tier: must be empty or a redis:// URL, not {self.tier!r}")
         if not self.control.startswith("memory://") and not _is_redis(self.control):
             raise ValueError(f"control: must be memory:// or a redis:// URL, not {self.control!r}")
+        if self.prefix_fetch not in PREFIX_FETCH:
+            raise ValueError(f"prefix_fetch: must be one of {', '.join(PREFIX_FETCH)}, not {self.prefix_fetch!r}")
         if not (math.isfinite(self.tier_ttl_s) and self.tier_ttl_s >= 1):
             raise ValueError(f"tier_ttl_s: must be at least 1 second, not {self.tier_ttl_s}")
 

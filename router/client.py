@@ -55,9 +55,11 @@ class GenerationClient:
     """Streams completions from the routers at `target` ("HOST:PORT", or several of them). Connects at the first call.
 
     resume_within_s: how long a stream that lost its router is tried for; 0 means that it fails at once.
+    api_key: sent with each call; callers with different keys share no KV blocks, and a stream is its own caller's.
     """
 
-    def __init__(self, target: Target, resume_within_s: float = 60.0) -> None:
+    def __init__(self, target: Target, resume_within_s: float = 60.0, api_key: str = "") -> None:
+        self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
         self._targets = [target] if isinstance(target, str) else list(target)
         self._resume_within_s = resume_within_s
         self._channels: dict[str, grpc.Channel] = {}
@@ -65,7 +67,7 @@ class GenerationClient:
 
     def generate(self, request: GenerationRequest) -> Iterator[Event]:
         """Started, then Tokens, then Finished. Raises GenerationError. Closing the iterator cancels the stream."""
-        stream = _ResumingStream(request, self._targets, self._resume_within_s)
+        stream = _ResumingStream(request, self._targets, self._resume_within_s, self._metadata)
         while not stream.is_finished:
             call = stream.call(self._stub(stream.target))
             try:
@@ -79,7 +81,7 @@ class GenerationClient:
 
     async def generate_async(self, request: GenerationRequest) -> AsyncIterator[Event]:
         """As generate, in an event loop."""
-        stream = _ResumingStream(request, self._targets, self._resume_within_s)
+        stream = _ResumingStream(request, self._targets, self._resume_within_s, self._metadata)
         while not stream.is_finished:
             call = stream.call(self._aio_stub(stream.target))
             try:
@@ -146,8 +148,15 @@ class GenerationClient:
 class _ResumingStream:
     """One stream as its client knows it, across routers: which call comes next, and what of it is new."""
 
-    def __init__(self, request: GenerationRequest, targets: Sequence[str], resume_within_s: float) -> None:
+    def __init__(
+        self,
+        request: GenerationRequest,
+        targets: Sequence[str],
+        resume_within_s: float,
+        metadata: Sequence[tuple[str, str]],
+    ) -> None:
         self._request = _message(request)
+        self._metadata = metadata
         self._targets = targets
         self._resume_within_s = resume_within_s
         self._deadline_s = None if request.deadline_s is None else time.monotonic() + request.deadline_s
@@ -166,8 +175,8 @@ class _ResumingStream:
         """Begin the stream, or go on with it."""
         left_s = None if self._deadline_s is None else max(0.0, self._deadline_s - time.monotonic())
         if self._known.stream_id:
-            return stub.Resume(self._known, timeout=left_s)
-        return stub.Generate(self._request, timeout=left_s)
+            return stub.Resume(self._known, timeout=left_s, metadata=self._metadata)
+        return stub.Generate(self._request, timeout=left_s, metadata=self._metadata)
 
     def take(self, message: generation_pb2.GenerateResponse) -> Event | None:
         """The event of a message; None when the caller has had it."""

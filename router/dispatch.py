@@ -39,6 +39,7 @@ class TokenRequest:
     names: BlockNames
     arrived_s: float  # on the dispatcher's clock
     deadline_s: float | None  # on the dispatcher's clock
+    tenant_salt: bytes  # of the names, and of those of all that is generated
 
 
 class DispatchObserver(Protocol):
@@ -237,6 +238,8 @@ class LiveStream:
 
     async def _before_replacement(self) -> None:
         dispatcher, state = self._dispatcher, self._state
+        if self._segment is not None:
+            dispatcher.fleet.stored(self._names())  # the lost worker had computed, and so published, nearly all of it
         self._release()
         if state.epoch > dispatcher.config.max_replacements:
             message = f"placed {state.epoch} times and lost each time; last: {state.last_failure}"
@@ -266,7 +269,8 @@ class LiveStream:
     def _names(self) -> BlockNames:
         if not self._state.emitted:
             return self._request.names
-        return extend_names(self._request.names, [*self._request.token_ids, *self._state.emitted])
+        request = self._request
+        return extend_names(request.names, [*request.token_ids, *self._state.emitted], request.tenant_salt)
 
     def _on_placed(self, placement: Placement) -> None:
         self._placement = placement
@@ -321,6 +325,7 @@ class LiveStream:
             # What the reader has not taken yet counts against the window; 0 would mean no window.
             window_tokens=max(1, self._dispatcher.config.window_tokens - (len(state.emitted) - self._num_taken)),
             deadline_s=left_s,
+            tenant_salt=request.tenant_salt,
         )
 
     async def _wait_for_token(self) -> None:

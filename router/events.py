@@ -32,6 +32,7 @@ class GenerationRequest:
     model: str = ""  # empty means the only model served
     add_special_tokens: bool = True  # a chat template writes its own
     deadline_s: float | None = None  # seconds from now
+    tenant_salt: bytes = b""  # from the caller's credential: whose KV blocks it shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class ResumeRequest:
     num_tokens: int  # that the client has
     token_ids: tuple[int, ...] = ()  # those tokens, if the client kept them
     has_rest: bool = False  # the client has the text that came without ids after the last token
+    tenant_salt: bytes = b""  # from the caller's credential, which must be that of the stream
 
 
 class FinishReason(enum.Enum):

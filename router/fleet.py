@@ -27,6 +27,7 @@ from router.policy import (
 _SMOOTHING = 0.1  # weight of the newest observation of a pool's speed
 _MIN_OBSERVED_TOKENS = 32  # shorter prefills measure overhead, not speed
 _MIN_OBSERVED_STEPS = 8
+_MAX_STORED_BLOCKS = 1 << 16  # names kept of what the tiers probably hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,7 @@ class _Reservation:
     shares: dict[str, _Share]
     placed_s: float
     num_tokens_ahead: int  # to be computed before the first token, its own included
+    names: BlockNames  # of the prompt
 
 
 class Fleet:
@@ -108,6 +110,8 @@ class Fleet:
         self._rates: dict[str, Rates] = {}
         self._workers: dict[str, _Worker] = {}
         self._reservations: dict[str, _Reservation] = {}
+        # What workers compute they publish, and the tiers outlive them.
+        self._stored: dict[KvLayout, SeenBlocks] = {}
 
     # -- workers
 
@@ -158,7 +162,9 @@ class Fleet:
     def views(self, names: BlockNames) -> list[WorkerView]:
         """The workers as a policy sees them, for a prompt with these block names."""
         return [
-            _view(worker, names, self._rates_of(worker)) for worker in self._workers.values() if not worker.is_retired
+            _view(worker, names, self._rates_of(worker), self._num_stored_blocks(worker.info.kv, names))
+            for worker in self._workers.values()
+            if not worker.is_retired
         ]
 
     # -- reservations
@@ -179,7 +185,7 @@ class Fleet:
             worker.now.num_blocks += share.num_blocks
             worker.seen.remember(names.get(worker.info.kv, ()))
         num_ahead = first.num_queued_tokens + placement.num_uncached_tokens
-        self._reservations[request.request_id] = _Reservation(placement, shares, now_s, num_ahead)
+        self._reservations[request.request_id] = _Reservation(placement, shares, now_s, num_ahead, names)
         return placement
 
     def first_token(self, request_id: str, now_s: float) -> None:
@@ -187,6 +193,7 @@ class Fleet:
         reservation = self._reservations.get(request_id)
         if reservation is None:
             return
+        self.stored(reservation.names)
         placement = reservation.placement
         prefiller = placement.prefill_id or placement.decode_id
         worker = self._workers.get(prefiller)
@@ -223,6 +230,16 @@ class Fleet:
         worker = self._workers.get(worker_id)
         if worker is not None:
             worker.seen.remember(names.get(worker.info.kv, ()))
+        self.stored(names)
+
+    def stored(self, names: BlockNames) -> None:
+        """The tiers hold these blocks now, whatever becomes of the worker that computed them."""
+        for layout, known in names.items():
+            self._stored.setdefault(layout, SeenBlocks(_MAX_STORED_BLOCKS)).remember(known)
+
+    def _num_stored_blocks(self, layout: KvLayout, names: BlockNames) -> int:
+        stored = self._stored.get(layout)
+        return 0 if stored is None else stored.match_prefix(names.get(layout, ()))
 
     def _rates_of(self, worker: _Worker) -> Rates:
         return self._rates.get(worker.info.pool, self._first_rates)
@@ -259,7 +276,7 @@ class Fleet:
             assert worker.now == derived, f"{worker_id}: books say {worker.now}, reservations say {derived}"
 
 
-def name_blocks(layouts: frozenset[KvLayout], token_ids: Sequence[int], tenant_salt: bytes = b"") -> BlockNames:
+def name_blocks(layouts: frozenset[KvLayout], token_ids: Sequence[int], tenant_salt: bytes) -> BlockNames:
     """Names of a prompt's full blocks under each layout. Worth a thread when the prompt is long."""
     return {
         layout: block_names(root_name(layout.fingerprint, tenant_salt), token_ids, layout.block_size, with_tail=False)
@@ -267,19 +284,19 @@ def name_blocks(layouts: frozenset[KvLayout], token_ids: Sequence[int], tenant_s
     }
 
 
-def extend_names(names: BlockNames, token_ids: Sequence[int]) -> BlockNames:
+def extend_names(names: BlockNames, token_ids: Sequence[int], tenant_salt: bytes) -> BlockNames:
     """The names of a longer prompt, given those of its beginning: only the new blocks are hashed."""
     longer: dict[KvLayout, Sequence[bytes]] = {}
     for layout, known in names.items():
         if not known:
-            longer |= name_blocks(frozenset((layout,)), token_ids)
+            longer |= name_blocks(frozenset((layout,)), token_ids, tenant_salt)
             continue
         rest = token_ids[len(known) * layout.block_size :]
         longer[layout] = [*known, *block_names(known[-1], rest, layout.block_size, with_tail=False)]
     return longer
 
 
-def _view(worker: _Worker, names: BlockNames, rates: Rates) -> WorkerView:
+def _view(worker: _Worker, names: BlockNames, rates: Rates, num_stored_blocks: int) -> WorkerView:
     info, report, now, then = worker.info, worker.report, worker.now, worker.at_report
     # The report covers what was here when it was made, everybody's. Since then only our own changes are known. It may
     # lag behind what we sent just before it, hence the floor (or ceiling) of our own sums.
@@ -295,6 +312,7 @@ def _view(worker: _Worker, names: BlockNames, rates: Rates) -> WorkerView:
         num_streams=max(now.num_streams, report.num_streams + now.num_streams - then.num_streams),
         num_queued_tokens=max(now.num_tokens, report.num_queued_tokens + now.num_tokens - then.num_tokens),
         num_cached_tokens=worker.seen.match_prefix(names.get(info.kv, ())) * info.kv.block_size,
+        num_stored_tokens=num_stored_blocks * info.kv.block_size,
         rates=rates,
     )
 

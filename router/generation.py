@@ -113,7 +113,7 @@ class Generation:
         """Ids of a text, as a prompt would be encoded."""
         self.check_model(model)
         with self._admitted(check_text("text", text), "text"):
-            return (await self._encode(text, True, frozenset()))[0]
+            return (await self._encode(text, True, frozenset(), b""))[0]
 
     async def stream(self, request: GenerationRequest, commits_first: bool = False) -> AsyncGenerator[Event, None]:
         """Started, then Tokens, then Finished; or a RouterError. To be closed by whoever stops reading early.
@@ -124,7 +124,10 @@ class Generation:
             order = await self._order(request)
             account.num_prompt_tokens = len(order.token_ids)
             deadline_unix_s = None if order.deadline_s is None else order.deadline_s - order.arrived_s + time.time()
-            header = journal_header(self.files.name, order.token_ids, order.sampling, deadline_unix_s)
+            settled = dataclasses.replace(
+                request, prompt=tuple(order.token_ids), sampling=order.sampling, model=self.files.name
+            )
+            header = journal_header(settled, deadline_unix_s)
             log = self._journal.open(order.stream_id, header)
             async with contextlib.aclosing(self._carry(order, log, _FROM_THE_START, account, commits_first)) as events:
                 async for event in events:
@@ -226,7 +229,7 @@ class Generation:
         return 4 * len(request.prompt)
 
     def _check_resumption(self, request: ResumeRequest, entry: JournalEntry | None) -> JournalEntry:
-        if entry is None:
+        if entry is None or journal_record(entry.header)[0].tenant_salt != request.tenant_salt:
             message = f"stream_id: {request.stream_id!r} is not known here, or ended too long ago"
             raise UnknownStream(message, param="stream_id")
         check_resumption(request, entry.token_ids, self.files.vocab_size)
@@ -238,9 +241,11 @@ class Generation:
         layouts = self._dispatcher.fleet.layouts
         if isinstance(request.prompt, str):
             check_prompt(max(1, self._codec.min_tokens(len(request.prompt.encode()))), context_tokens)
-            token_ids, names = await self._encode(request.prompt, request.add_special_tokens, layouts)
+            token_ids, names = await self._encode(
+                request.prompt, request.add_special_tokens, layouts, request.tenant_salt
+            )
         else:
-            token_ids, names = request.prompt, name_blocks(layouts, request.prompt)
+            token_ids, names = request.prompt, name_blocks(layouts, request.prompt, request.tenant_salt)
         check_prompt(len(token_ids), context_tokens)
         check_token_ids("prompt", token_ids, self.files.vocab_size)
         room = context_tokens - len(token_ids)
@@ -253,6 +258,7 @@ class Generation:
             names=names,
             arrived_s=arrived_s,
             deadline_s=self._deadline_s(request, arrived_s),
+            tenant_salt=request.tenant_salt,
         )
 
     def _deadline_s(self, request: GenerationRequest, now_s: float) -> float | None:
@@ -261,11 +267,11 @@ class Generation:
         return now_s + min(set_limits) if set_limits else None
 
     async def _encode(
-        self, text: str, add_special_tokens: bool, layouts: frozenset[KvLayout]
+        self, text: str, add_special_tokens: bool, layouts: frozenset[KvLayout], tenant_salt: bytes
     ) -> tuple[Sequence[int], BlockNames]:
         def encode() -> tuple[Sequence[int], BlockNames]:
             ids = self._codec.encode(text, add_special_tokens)
-            return ids, name_blocks(layouts, ids)
+            return ids, name_blocks(layouts, ids, tenant_salt)
 
         if len(text) < _INLINE_BYTES // 4:
             return encode()

@@ -20,6 +20,7 @@ from router import errors
 from router.errors import PortInUse, RouterError
 from router.events import Event
 from router.generation import Generation
+from router.tenancy import tenant_salt
 from router.wire import event_message, generation_request, resume_request
 
 log = logging.getLogger(__name__)
@@ -93,10 +94,11 @@ class _Servicer(generation_pb2_grpc.GenerationServiceServicer):
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> None:  # written, not yielded: a cancelled call then closes the stream at once
-        await _write(self._generation.stream(generation_request(request, context.time_remaining())), context)
+        order = generation_request(request, context.time_remaining(), _tenant_salt(context))
+        await _write(self._generation.stream(order), context)
 
     async def Resume(self, request: generation_pb2.ResumeRequest, context: grpc.aio.ServicerContext) -> None:
-        await _write(self._generation.resume(resume_request(request)), context)
+        await _write(self._generation.resume(resume_request(request, _tenant_salt(context))), context)
 
     async def Tokenize(
         self, request: generation_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
@@ -112,6 +114,11 @@ class _Servicer(generation_pb2_grpc.GenerationServiceServicer):
             name=files.name, context_tokens=self._generation.context_tokens, vocab_size=files.vocab_size
         )
         return generation_pb2.ListModelsResponse(models=[model])
+
+
+def _tenant_salt(context: grpc.aio.ServicerContext) -> bytes:
+    values = [value for key, value in context.invocation_metadata() or () if key == "authorization"]
+    return tenant_salt(str(values[0]) if values else "")
 
 
 async def _write(events: AsyncGenerator[Event, None], context: grpc.aio.ServicerContext) -> None:

@@ -6,11 +6,12 @@ Knows HTTP; knows nothing of how a request is served.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import uvicorn
 from starlette.applications import Starlette
@@ -27,6 +28,7 @@ from router.metrics import Metrics
 from router.openai_answer import AnswerStyle, OpenAiAnswer, error_body, parse_event_id
 from router.openai_schema import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, parse
 from router.readiness import Readiness
+from router.tenancy import tenant_salt
 
 # The most specific entry wins.
 STATUS_OF: dict[type[RouterError], int] = {
@@ -130,7 +132,8 @@ class _Endpoints:
         if (known := _resumption(request, style)) is not None:
             return OpenAiAnswer([self._generation.resume(known, commits_first=True)], style)
         sampling = body.sampling(DEFAULT_COMPLETION_TOKENS)
-        requests = [GenerationRequest(prompt, sampling, body.model) for prompt in body.prompts()]
+        salt = _tenant_salt(request)
+        requests = [GenerationRequest(prompt, sampling, body.model, tenant_salt=salt) for prompt in body.prompts()]
         if len(requests) > 1:
             self._generation.check(requests)
         commits_first = style.is_stream and len(requests) == 1
@@ -144,7 +147,9 @@ class _Endpoints:
             return OpenAiAnswer([self._generation.resume(known, commits_first=True)], style)
         prompt = self._generation.render_chat([message.plain() for message in body.messages])
         sampling = body.sampling(None)
-        order = GenerationRequest(prompt, sampling, body.model, add_special_tokens=False)
+        order = GenerationRequest(
+            prompt, sampling, body.model, add_special_tokens=False, tenant_salt=_tenant_salt(request)
+        )
         return OpenAiAnswer([self._generation.stream(order, style.is_stream)], style)
 
     def _style(self, body: CompletionRequest | ChatRequest, is_chat: bool) -> AnswerStyle:
@@ -172,7 +177,7 @@ class _Endpoints:
 
     async def readyz(self, request: Request) -> Response:
         state = self._parts.readiness()
-        return JSONResponse(asdict(state), status_code=200 if state.is_ready else 503)
+        return JSONResponse(dataclasses.asdict(state), status_code=200 if state.is_ready else 503)
 
     def _model_card(self) -> dict[str, object]:
         files = self._generation.files
@@ -188,7 +193,13 @@ class _Endpoints:
 def _resumption(request: Request, style: AnswerStyle) -> ResumeRequest | None:
     """What a client that lost its connection has; it sends its request again, with the id of the last event it saw."""
     event_id = request.headers.get("last-event-id")
-    return parse_event_id(event_id) if event_id and style.is_stream else None
+    if not event_id or not style.is_stream:
+        return None
+    return dataclasses.replace(parse_event_id(event_id), tenant_salt=_tenant_salt(request))
+
+
+def _tenant_salt(request: Request) -> bytes:
+    return tenant_salt(request.headers.get("authorization", ""))
 
 
 async def _read_json(request: Request, max_bytes: int) -> object:

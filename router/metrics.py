@@ -30,12 +30,14 @@ _GAUGES = {
 _COUNTERS = {
     "num_steps": "Engine steps done.",
     "num_computed_prompt_tokens": "Prompt tokens computed.",
-    "num_cached_prompt_tokens": "Prompt tokens taken from the device prefix cache.",
+    "num_cached_prompt_tokens": "Prompt tokens taken from the device prefix cache, or from the tiers.",
     "num_recomputed_prompt_tokens": "Prompt tokens computed by decode requests because blocks were missing or bad.",
     "num_generated_tokens": "Tokens generated.",
     "num_preemptions": "Requests preempted for want of blocks.",
     "num_published_blocks": "KV blocks published.",
     "num_transferred_blocks": "KV blocks pulled, verified and used.",
+    "num_prefixes_fetched": "Prefixes that only the tiers had and that were pulled, because that was cheaper.",
+    "num_prefixes_recomputed": "Prefixes that only the tiers had and that were computed again: that was cheaper.",
 }
 _LABELLED_COUNTERS = {
     "num_rejected_fragments": ("reason", "KV fragments rejected."),

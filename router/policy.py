@@ -19,6 +19,9 @@ from dataclasses import dataclass
 EXPECTED_OUTPUT_TOKENS = 128
 # One more sequence in the batch makes a decode step this much longer, relative to the step observed.
 STEP_SHARE = 0.02
+# A decode worker that is handed a prompt which is cached but for so few tokens computes them itself: a hand-off costs
+# more than they do. A prompt that nobody has seen is the prefill pool's, however short.
+MAX_LOCAL_PREFILL_TOKENS = 32
 
 
 class Role(enum.Enum):
@@ -61,6 +64,7 @@ class WorkerView:
     num_streams: int  # running and waiting
     num_queued_tokens: int  # prompt tokens accepted and not yet computed
     num_cached_tokens: int  # of this request's prompt, probably held by this worker
+    num_stored_tokens: int  # of this request's prompt, probably in the KV tiers
     rates: Rates
 
 
@@ -71,7 +75,7 @@ class CostTerms:
     queue_ms: float = 0.0  # prompt tokens ahead of this one
     prefill_ms: float = 0.0  # the uncached part of this prompt
     stall_ms: float = 0.0  # that prefill, for the streams that decode on the same worker
-    transfer_ms: float = 0.0  # KV blocks to be pulled by the decode worker
+    transfer_ms: float = 0.0  # KV blocks to be pulled, by either worker
     decode_ms: float = 0.0  # the expected output, for this stream and for those beside it
     memory_ms: float = 0.0  # until enough KV blocks are free
 
@@ -135,7 +139,8 @@ def cheapest(request: RouteRequest, workers: Sequence[WorkerView]) -> Placement 
 
 def least_loaded(request: RouteRequest, workers: Sequence[WorkerView]) -> Placement | Reject:
     """As cheapest, but blind to prefixes: the yardstick for what affinity is worth."""
-    return cheapest(request, [dataclasses.replace(view, num_cached_tokens=0) for view in workers])
+    blind = [dataclasses.replace(view, num_cached_tokens=0, num_stored_tokens=0) for view in workers]
+    return cheapest(request, blind)
 
 
 POLICIES: dict[str, RoutingPolicy] = {"cheapest": cheapest, "least_loaded": least_loaded}
@@ -156,6 +161,7 @@ def _best(request: RouteRequest, workers: Sequence[WorkerView]) -> Placement | N
         if not prefillers:
             whole += group  # a decode worker that nobody prefills for takes whole requests
             continue
+        whole += [view for view in group if _is_nearly_cached(request, view)]
         # The two halves do not depend on each other, so P + D candidates are weighed, not P x D.
         prefiller, prefill_cost, prefill_key = _cheapest_of(request, prefillers, _prefill_cost)
         decoder, decode_cost, decode_key = _cheapest_of(request, group, _decode_cost)
@@ -192,13 +198,26 @@ def _fits(request: RouteRequest, view: WorkerView) -> bool:
 
 def _uncached(request: RouteRequest, view: WorkerView) -> int:
     # At least one token is always computed: the logits of the last one choose the next.
-    return max(1, request.num_prompt_tokens - view.num_cached_tokens)
+    return max(1, request.num_prompt_tokens - view.num_cached_tokens - _num_fetched_tokens(request, view))
+
+
+def _num_fetched_tokens(request: RouteRequest, view: WorkerView) -> int:
+    """Prompt tokens that the worker pulls from the tiers, because that is cheaper than to compute them."""
+    pays = view.rates.transfer_ms_per_block < view.block_size * view.rates.prefill_ms_per_token
+    return max(0, view.num_stored_tokens - view.num_cached_tokens) if pays else 0
+
+
+def _is_nearly_cached(request: RouteRequest, view: WorkerView) -> bool:
+    has_any = max(view.num_cached_tokens, view.num_stored_tokens) > 0
+    return has_any and _uncached(request, view) <= MAX_LOCAL_PREFILL_TOKENS
 
 
 def _prefill_cost(request: RouteRequest, view: WorkerView) -> CostTerms:
+    num_fetched_blocks = _num_fetched_tokens(request, view) // view.block_size
     return CostTerms(
         queue_ms=view.num_queued_tokens * view.rates.prefill_ms_per_token,
         prefill_ms=_uncached(request, view) * view.rates.prefill_ms_per_token,
+        transfer_ms=num_fetched_blocks * view.rates.transfer_ms_per_block,
         memory_ms=_memory_ms(view, num_blocks_needed(request.num_prompt_tokens, view.block_size)),
     )
 
@@ -223,6 +242,7 @@ def _whole_cost(request: RouteRequest, view: WorkerView) -> CostTerms:
     return CostTerms(
         queue_ms=prefill.queue_ms,
         prefill_ms=prefill.prefill_ms,
+        transfer_ms=prefill.transfer_ms,
         stall_ms=prefill.prefill_ms * view.num_streams,
         decode_ms=decode.decode_ms,
         memory_ms=decode.memory_ms,

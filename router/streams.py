@@ -271,9 +271,10 @@ class Stream:
 
     def _count(self, part: Part, report: PartReport) -> None:
         self.num_computed_prompt_tokens += report.num_computed_prompt_tokens
+        if part is not Part.PREFILL:
+            self.num_transferred_blocks += report.num_transferred_blocks
         if part is Part.DECODE:
             self.num_recomputed_prompt_tokens += report.num_computed_prompt_tokens
-            self.num_transferred_blocks += report.num_transferred_blocks
         else:
             # Of the last placement; its prompt may hold emitted tokens too.
             self.num_cached_prompt_tokens = min(report.num_cached_prompt_tokens, self.num_prompt_tokens)

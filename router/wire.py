@@ -60,6 +60,7 @@ class PartOrder:
     sampling: SamplingOptions  # seed and max_tokens are set
     window_tokens: int
     deadline_s: float  # seconds from now; 0 means none
+    tenant_salt: bytes
 
 
 def submit_message(order: PartOrder) -> worker.ConnectRequest:
@@ -73,6 +74,7 @@ def submit_message(order: PartOrder) -> worker.ConnectRequest:
         sampling=sampling_message(order.sampling),
         window_tokens=order.window_tokens,
         deadline_s=order.deadline_s,
+        tenant_salt=order.tenant_salt,
     )
     return worker.ConnectRequest(submit=submit)
 
@@ -105,7 +107,9 @@ def sampling_options(message: generation.SamplingParams) -> SamplingOptions:
     )
 
 
-def generation_request(message: generation.GenerateRequest, deadline_s: float | None) -> GenerationRequest:
+def generation_request(
+    message: generation.GenerateRequest, deadline_s: float | None, tenant_salt: bytes
+) -> GenerationRequest:
     """The request of a gRPC client; a prompt that is not set is an empty one."""
     is_ids = message.WhichOneof("prompt") == "token_ids"
     return GenerationRequest(
@@ -113,29 +117,35 @@ def generation_request(message: generation.GenerateRequest, deadline_s: float | 
         sampling=sampling_options(message.sampling),
         model=message.model,
         deadline_s=deadline_s,
+        tenant_salt=tenant_salt,
     )
 
 
-def resume_request(message: generation.ResumeRequest) -> ResumeRequest:
+def resume_request(message: generation.ResumeRequest, tenant_salt: bytes) -> ResumeRequest:
     """What a gRPC client wants to go on with."""
-    return ResumeRequest(message.stream_id, message.num_tokens, tuple(message.token_ids.ids), message.has_rest)
+    ids = tuple(message.token_ids.ids)
+    return ResumeRequest(message.stream_id, message.num_tokens, ids, message.has_rest, tenant_salt)
 
 
-def journal_header(
-    model: str, prompt: Sequence[int], sampling: SamplingOptions, deadline_unix_s: float | None
-) -> bytes:
-    """A StreamRecord; the sampling leaves nothing open."""
-    request = generation.GenerateRequest(
-        model=model, token_ids=generation.TokenIds(ids=prompt), sampling=sampling_message(sampling)
+def journal_header(request: GenerationRequest, deadline_unix_s: float | None) -> bytes:
+    """A StreamRecord of a request that leaves nothing open and whose prompt is token ids."""
+    assert not isinstance(request.prompt, str), "the prompt is encoded before it is written down"
+    message = generation.GenerateRequest(
+        model=request.model,
+        token_ids=generation.TokenIds(ids=request.prompt),
+        sampling=sampling_message(request.sampling),
     )
-    header: bytes = journal.StreamRecord(request=request, deadline_unix_s=deadline_unix_s or 0.0).SerializeToString()
+    record = journal.StreamRecord(
+        request=message, deadline_unix_s=deadline_unix_s or 0.0, tenant_salt=request.tenant_salt
+    )
+    header: bytes = record.SerializeToString()
     return header
 
 
 def journal_record(header: bytes) -> tuple[GenerationRequest, float | None]:
     """The request of a header and its deadline, in seconds since 1970."""
     record = journal.StreamRecord.FromString(header)
-    return generation_request(record.request, None), record.deadline_unix_s or None
+    return generation_request(record.request, None, record.tenant_salt), record.deadline_unix_s or None
 
 
 def worker_info(hello: worker.WorkerHello, pool: str) -> WorkerInfo | None:

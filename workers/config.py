@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvstore.config import PREFIX_FETCH
 from workers.errors import ModelError
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
@@ -208,6 +209,7 @@ class WorkerSpec:
     tier: str = ""  # redis://... ; "": no remote tier
     tier_secret: str = dataclasses.field(default="", repr=False)  # needed where there is a remote tier
     tier_ttl_s: float = 3600.0
+    prefix_fetch: str = "cheapest"  # one of PREFIX_FETCH
     control: str = ""  # where to register and announce blocks; "": nowhere
     layers_per_fragment: int = 0  # 0: all layers of a stage
     listen_host: str = "127.0.0.1"
@@ -215,6 +217,8 @@ class WorkerSpec:
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise ValueError(f"role must be one of {', '.join(ROLES)}, not {self.role}")
+        if self.prefix_fetch not in PREFIX_FETCH:
+            raise ValueError(f"prefix_fetch must be one of {', '.join(PREFIX_FETCH)}, not {self.prefix_fetch}")
         if self.tier and not self.tier_secret:
             raise ValueError("tier_secret must be set where there is a tier outside the host")
 

@@ -6,7 +6,9 @@ the layers that it owns, whatever the tp and pp of the other side. Knows nothing
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +44,9 @@ class FragmentGrid:
         ]
 
 
+MAX_WAITING_WRITE_BACKS = 64  # batches; tiers that are slower than decoding lose the rest, not tokens
+
+
 class KVTransfer:
     """Loads and stores blocks of one rank's cache [layers, blocks, kv_heads, 2, block_size, head_dim]."""
 
@@ -50,6 +55,12 @@ class KVTransfer:
         self._grid = grid
         self._store = store
         self.num_layout_rejects = 0  # verified bytes of a length that this rank does not expect
+        self.num_dropped_write_backs = 0  # blocks
+        self.on_written_back: Callable[[list[bytes]], None] = lambda names: None  # from a thread of this object's own
+        self._write_backs: queue.Queue[tuple[Sequence[bytes], list[Fragment]] | None]
+        self._write_backs = queue.Queue(MAX_WAITING_WRITE_BACKS)
+        self._writer = threading.Thread(target=self._write, name="kv-write-back", daemon=True)
+        self._writer.start()
 
     def load(self, transfer: BlockTransfer) -> int:
         """Pull blocks into the cache; returns how many are whole and verified, counted from the first."""
@@ -83,21 +94,52 @@ class KVTransfer:
 
     def save(self, transfer: BlockTransfer) -> int:
         """Publish blocks from the cache; returns how many are stored whole, counted from the first."""
-        if not transfer.block_ids:
-            return 0
-        fragments: list[Fragment] = []
-        num_full = sum(n == transfer.num_tokens[0] for n in transfer.num_tokens)  # only the last may differ
-        for first, last in ((0, num_full), (num_full, len(transfer.block_ids))):
-            if last > first:
-                fragments += self._fragments(
-                    transfer.block_names[first:last], transfer.block_ids[first:last], transfer.num_tokens[first]
-                )
+        return self._put(transfer.block_names, self._cut(transfer))
+
+    def write_back(self, transfer: BlockTransfer) -> None:
+        """Publish blocks when there is time: they are copied now, a thread puts them into the tiers.
+
+        Nobody waits for them, so a tier that cannot keep up costs cache hits and never a token.
+        """
+        try:
+            self._write_backs.put_nowait((transfer.block_names, self._cut(transfer)))
+        except queue.Full:
+            self.num_dropped_write_backs += len(transfer.block_names)
+
+    def close(self) -> None:
+        """Publish what waits, and let the thread go."""
+        self._write_backs.put(None)
+        self._writer.join()
+
+    def _write(self) -> None:
+        while (waiting := self._write_backs.get()) is not None:
+            names, fragments = waiting
+            count = self._put(names, fragments)
+            if count:
+                self.on_written_back(list(names[:count]))
+
+    def _put(self, names: Sequence[bytes], fragments: Sequence[Fragment]) -> int:
+        """How many of the blocks are stored whole, counted from the first."""
         stored = self._store.put(fragments)
-        per_block = len(self._grid.keys(transfer.block_names[0]))
+        per_block = len(fragments) // max(1, len(names))
         count = 0
-        while count < len(transfer.block_ids) and all(stored[count * per_block : (count + 1) * per_block]):
+        while count < len(names) and all(stored[count * per_block : (count + 1) * per_block]):
             count += 1
         return count
+
+    def _cut(self, transfer: BlockTransfer) -> list[Fragment]:
+        """The fragments of blocks, copied out of the cache, block by block."""
+        if not transfer.block_ids:
+            return []
+        num_full = sum(n == transfer.num_tokens[0] for n in transfer.num_tokens)  # only the last may differ
+        return [
+            fragment
+            for first, last in ((0, num_full), (num_full, len(transfer.block_ids)))
+            if last > first
+            for fragment in self._fragments(
+                transfer.block_names[first:last], transfer.block_ids[first:last], transfer.num_tokens[first]
+            )
+        ]
 
     def _fragments(self, names: Sequence[bytes], block_ids: Sequence[int], num_tokens: int) -> list[Fragment]:
         """Fragments of blocks with equally many filled slots, block by block."""

@@ -1,7 +1,7 @@
 """The thread that owns an engine: feeds it commands, steps it, and passes on what comes out.
 
-Also watches the directory for requests that wait for KV blocks, and announces blocks that were published.
-Knows nothing of gRPC or of which router asked.
+Also asks the directory which blocks of a new request are in the tiers, watches it for requests that wait for theirs,
+and announces blocks that were published. Knows nothing of gRPC or of which router asked.
 """
 
 from __future__ import annotations
@@ -95,6 +95,8 @@ class LoadSnapshot:
     num_preemptions: int = 0
     num_published_blocks: int = 0
     num_transferred_blocks: int = 0
+    num_prefixes_fetched: int = 0
+    num_prefixes_recomputed: int = 0
 
 
 class EngineLoop:
@@ -124,12 +126,14 @@ class EngineLoop:
         self._pulls_changed = threading.Event()
         self._stopped = threading.Event()
         self._announcements: queue.SimpleQueue[list[bytes] | None] = queue.SimpleQueue()
+        self._lookups: queue.SimpleQueue[tuple[str, int, list[bytes]] | None] = queue.SimpleQueue()  # as in _pulls
         self._step_began_s: float | None = None
         self.load = LoadSnapshot()
         self._threads = [
             threading.Thread(target=self._run, name="engine", daemon=True),
             threading.Thread(target=self._watch, name="kv-watch", daemon=True),
             threading.Thread(target=self._announce, name="kv-announce", daemon=True),
+            threading.Thread(target=self._look_up, name="kv-look-up", daemon=True),
         ]
 
     def start(self) -> None:
@@ -142,11 +146,16 @@ class EngineLoop:
         """Hand the engine a command; from any thread."""
         self._inbox.put(command)
 
+    def announce(self, block_names: list[bytes]) -> None:
+        """Blocks were published beside the steps; from any thread."""
+        self._announcements.put(block_names)
+
     def stop(self) -> None:
         """Finish the step in progress and end."""
         self._stopped.set()
         self._pulls_changed.set()
         self._announcements.put(None)
+        self._lookups.put(None)
         self._inbox.put(None)
         for thread in self._threads:
             if thread is not threading.current_thread():
@@ -209,6 +218,7 @@ class EngineLoop:
                 try:
                     request.arrival_time_s = self._clock()
                     self._engine.submit(request)
+                    self._ask_for_prefix(request)
                 except InvalidRequest as error:
                     refused.append(Refused(request, str(error)))
             case Cancel(request_id):
@@ -221,6 +231,13 @@ class EngineLoop:
                 self._engine.scheduler.kv_available(request_id, num_blocks)
         if end is not None:
             ended.append(end)
+
+    def _ask_for_prefix(self, request: Request) -> None:
+        scheduler = self._engine.scheduler
+        if self._directory is not None and scheduler.wants_lookup(request):
+            request.awaits_lookup = True
+            num_held = len(scheduler.pool.match_prefix(request.block_names))
+            self._lookups.put((request.request_id, num_held, request.block_names[num_held:]))
 
     def _note_pulls(self) -> None:
         requests = self._engine.scheduler.requests
@@ -247,6 +264,8 @@ class EngineLoop:
             num_preemptions=scheduler.num_preemptions,
             num_published_blocks=counters.num_published_blocks,
             num_transferred_blocks=counters.num_transferred_blocks,
+            num_prefixes_fetched=scheduler.num_prefixes_fetched,
+            num_prefixes_recomputed=scheduler.num_prefixes_recomputed,
         )
 
     # ------------------------------------------------------------------------------------------ the directory's threads
@@ -260,6 +279,18 @@ class EngineLoop:
                 with contextlib.suppress(DirectoryUnavailable):
                     for place in self._places():
                         self._directory.publish(names, place)
+
+    def _look_up(self) -> None:
+        """Answer each look-up, if only with "nothing": its request is held back until then.
+
+        One call of a millisecond; a directory that is away answers at once, one that hangs is found out once.
+        """
+        while (asked := self._lookups.get()) is not None:
+            request_id, num_held, names = asked
+            num_located = 0
+            with contextlib.suppress(DirectoryUnavailable):
+                num_located = self._num_located(names)
+            self.post(KVAvailable(request_id, num_held + num_located if num_located else 0))
 
     def _watch(self) -> None:
         if self._directory is None:

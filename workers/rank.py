@@ -19,12 +19,14 @@ import grpc
 import torch
 from switchyard.v1 import generation_pb2, worker_pb2, worker_pb2_grpc
 
+from costs.transfer import ALWAYS_FETCH, NEVER_FETCH, TransferCost
 from kvstore.block_pool import BlockPool
 from kvstore.connect import open_directory, open_tiers
 from kvstore.directory import Directory, DirectoryUnavailable, WorkerRecord
 from kvstore.names import fingerprint
 from kvstore.store import FragmentStore
 from kvstore.tiers import Tier
+from workers.calibration import calibrate
 from workers.config import EngineConfig, ModelConfig, WorkerSpec
 from workers.engine import Engine
 from workers.executor import GroupExecutor, follow
@@ -74,15 +76,22 @@ def make_engine(
     runner: LoadedRunner,
     groups: ParallelGroups,
     clock: Callable[[], float] = time.monotonic,
+    transfer_cost: TransferCost | None = None,
 ) -> Engine:
-    """An engine over a loaded runner; on rank 0 only."""
+    """An engine over a loaded runner; on rank 0 only. transfer_cost: of its KV tiers, where there are any."""
     context_tokens = min(
         config.max_model_len or model.max_position_embeddings,
         model.max_position_embeddings,
         runner.num_blocks * config.block_size,
     )
     scheduler = Scheduler(
-        SchedulerConfig(config.max_num_seqs, config.max_num_batched_tokens, context_tokens),
+        SchedulerConfig(
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            context_tokens,
+            writes_back=transfer_cost is not None,
+            transfer_cost=transfer_cost or ALWAYS_FETCH,
+        ),
         BlockPool(runner.num_blocks, config.block_size, config.enable_prefix_caching),
         kv_fingerprint(config, model, pick_dtype(config, runner.cache.device)),
         frozenset(model.eos_token_ids),
@@ -128,8 +137,25 @@ class Rank:
         self._tiers = open_tiers(self.spec.host_address, self.spec.tier, self.spec.tier_secret, self.spec.tier_ttl_s)
         self._store = FragmentStore(self._tiers)
         grid = self._runner.grid(self.spec.layers_per_fragment)
-        self._runner.attach(KVTransfer(self._runner.cache, grid, self._store))
+        self._transfer = KVTransfer(self._runner.cache, grid, self._store)
+        self._runner.attach(self._transfer)
         self._runner.warm_up()
+        self._transfer_cost: TransferCost | None = None
+        if self._tiers:
+            self._transfer_cost = self._measure_transfer_cost()
+            log.info("%s: prefixes are fetched by %s", self.spec.worker_id, self._transfer_cost)
+
+    def _measure_transfer_cost(self) -> TransferCost:
+        if self.spec.prefix_fetch == "always":
+            return ALWAYS_FETCH
+        if self.spec.prefix_fetch == "never":
+            return NEVER_FETCH
+        engine = self.spec.engine
+        names = kv_fingerprint(engine, self._model, self._runner.cache.dtype)
+        measured = calibrate(
+            self._runner, names, engine.block_size, self._runner.num_blocks, engine.max_num_batched_tokens
+        )
+        return measured or ALWAYS_FETCH  # no tier answers yet: whatever one has later is worth a try
 
     def serve(self) -> str:
         """Rank 0: start the engine and its server, register, and return HOST:PORT. Others: follow; returns ""."""
@@ -138,7 +164,9 @@ class Rank:
             return ""
         if self.spec.control:
             self._directory = open_directory(self.spec.control)
-        engine = make_engine(self.spec.engine, self._model, self._runner, self._groups)
+        engine = make_engine(
+            self.spec.engine, self._model, self._runner, self._groups, transfer_cost=self._transfer_cost
+        )
         started: Future[str] = Future()
         threading.Thread(target=self._serve_asyncio, args=(engine, started), name="grpc", daemon=True).start()
         address = started.result()
@@ -175,6 +203,7 @@ class Rank:
         loop = EngineLoop(engine, self._directory, self._places, self._deliver_to(servicer), self._fail, time.monotonic)
         servicer.attach(loop)
         self._loop = loop
+        self._transfer.on_written_back = loop.announce
         server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -274,6 +303,7 @@ class Rank:
         if self._loop is not None:
             self._loop.stop()
             self._loop.close()
+        self._transfer.close()
         if self._asyncio is not None:
             self._asyncio.call_soon_threadsafe(self._closed.set)
         self._groups.close()

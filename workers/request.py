@@ -68,11 +68,12 @@ class Request:
     num_kv_tokens: int = 0  # tokens whose KV is in the block table; > num_computed_tokens after a full prefix hit
     num_registered_blocks: int = 0
     num_given_tokens: int = 0  # length of token_ids at submit: the prompt, and what was emitted elsewhere
-    num_stored_blocks: int = 0  # handed to the tiers; the next one to publish (PREFILL)
-    num_published_blocks: int = 0  # of those, how many a tier took
-    num_available_blocks: int = 0  # announced in the directory (DECODE)
-    num_ready_blocks: int = 0  # in the block table: cached on the device or pulled (DECODE)
+    num_stored_blocks: int = 0  # handed to the tiers, or found there; the next one to publish
+    num_published_blocks: int = 0  # how many a tier took while the step waited for it (PREFILL)
+    num_available_blocks: int = 0  # announced in the directory, from the first on
+    num_ready_blocks: int = 0  # in the block table: cached on the device or pulled
     is_continued: bool = False  # the prefill side is through (DECODE)
+    awaits_lookup: bool = False  # the directory is being asked for its prefix; nothing is scheduled before it answered
     num_preemptions: int = 0
     num_cached_prompt_tokens: int = 0
     num_computed_prompt_tokens: int = 0
@@ -91,6 +92,11 @@ class Request:
     def is_stalled(self) -> bool:
         """Its client has not taken what was sent; nothing is computed until credit comes."""
         return self.window_tokens <= 0
+
+    @property
+    def is_announced(self) -> bool:
+        """What can be pulled is known: nobody is computing more of its blocks for it."""
+        return self.role is not RequestRole.DECODE or self.is_continued
 
     @property
     def num_output_tokens(self) -> int:

@@ -113,7 +113,7 @@ class TorchModelRunner:
     # ------------------------------------------------------------------------------------------------------- one step
     @torch.inference_mode()
     def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
-        """Loads, forward pass, stores."""
+        """Loads, forward pass, stores, write-backs."""
         started = time.perf_counter()
         loaded = [self._load(load) for load in plan.loads]
         tokens: Tensor | None = None
@@ -126,6 +126,9 @@ class TorchModelRunner:
                 tokens = sample(logits, prepared.samples, self._groups, self._vocab_size)
             tokens = self._groups.tokens_to_leader(tokens, len(order))
         stored = [self._save(store) for store in plan.stores]
+        if self._transfer is not None:
+            for write_back in plan.write_backs:
+                self._transfer.write_back(write_back)
         counts = self._groups.min_over_ranks([*loaded, *stored])
         sampled = [0] * (0 if tokens is None else len(tokens))
         if tokens is not None:

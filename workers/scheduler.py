@@ -1,8 +1,9 @@
 """Continuous batching by iteration, as pure decisions.
 
 There is no prefill phase and no decode phase: there are requests whose `num_computed_tokens` catch up with their
-tokens under a token budget. Chunked prefill, prefix hits and recompute after preemption are all that one rule. A decode
-request whose prompt was computed elsewhere first holds blocks that fill from the tiers (WAITING_FOR_KV).
+tokens under a token budget. Chunked prefill, prefix hits and recompute after preemption are all that one rule. A
+request whose blocks are elsewhere - because a prefill worker computes them, or because an earlier turn or an earlier
+life of the stream left them in the tiers - first holds blocks that fill from there (WAITING_FOR_KV).
 
 `schedule` returns a plan, `update` takes what became of it. Knows nothing of tensors, tiers, sockets or clocks.
 """
@@ -13,12 +14,17 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from costs.transfer import ALWAYS_FETCH, TransferCost
 from kvstore.block_pool import BlockPool
 from kvstore.names import block_name, root_name
 from workers.request import FinishReason, Request, RequestRole, RequestStatus, TokenOutput
 from workers.step import BlockTransfer, ModelRunnerOutput, SampleSpec, ScheduledRequest, SchedulerOutput
 
 MAX_LOAD_BLOCKS_PER_STEP = 64  # bounds how long a pull may hold up the running batch
+# A prefill request ends with a chunk of this size when its prompt is many times as long: what its decode worker still
+# has to pull after the last chunk is then a few blocks, and all else has travelled while the prompt was computed.
+LAST_CHUNK_TOKENS = 64
+MIN_CHUNKS_FOR_A_SHORT_LAST_ONE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +34,8 @@ class SchedulerConfig:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
+    writes_back: bool = False  # publish what requests other than prefill compute, too
+    transfer_cost: TransferCost = ALWAYS_FETCH
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +67,8 @@ class Scheduler:
         self.running: list[Request] = []
         self.num_recomputed_prompt_tokens = 0
         self.num_preemptions = 0
+        self.num_prefixes_fetched = 0  # of the prefixes that only the tiers had: cheaper to pull
+        self.num_prefixes_recomputed = 0  # cheaper to compute again
 
     # ------------------------------------------------------------------------------------------------------ requests
     def add(self, request: Request) -> None:
@@ -69,10 +79,22 @@ class Scheduler:
         self.waiting.append(request)
 
     def kv_available(self, request_id: str, num_blocks: int) -> None:
-        """The first `num_blocks` blocks of a request's prompt are announced."""
+        """The first `num_blocks` blocks of a request's prompt are announced; answers a look-up, if there is one."""
         request = self.requests.get(request_id)
-        if request is not None:
+        if request is None:
+            return
+        request.awaits_lookup = False
+        if request.role is RequestRole.DECODE or request.status is not RequestStatus.WAITING_FOR_KV:
             request.num_available_blocks = max(request.num_available_blocks, num_blocks)
+        # else it holds room for what it was admitted with, and computes the rest
+
+    def wants_lookup(self, request: Request) -> bool:
+        """Whether the tiers may have a part of a new request's prompt that this device has not.
+
+        Decode requests are watched over as long as they wait; see pending_pulls.
+        """
+        hit = self.pool.match_prefix(request.block_names)
+        return request.role is not RequestRole.DECODE and len(hit) < len(request.block_names)
 
     def continue_request(self, request_id: str, token_ids: list[int]) -> None:
         """The prefill side is through: what can be pulled is there, and these tokens were chosen there."""
@@ -96,7 +118,7 @@ class Scheduler:
     def pending_pulls(self) -> Iterator[tuple[str, list[bytes]]]:
         """Requests that wait for blocks, and the names that they still lack, for whoever watches the directory."""
         for request in self.waiting_for_kv:
-            if not request.is_continued:
+            if not request.is_announced:
                 yield request.request_id, self._prompt_names(request)[request.num_ready_blocks :]
 
     @property
@@ -115,27 +137,40 @@ class Scheduler:
         preempted: list[str] = []
         scheduled: list[ScheduledRequest] = []
         stores: list[BlockTransfer] = []
+        write_backs: list[BlockTransfer] = []
         self._start_what_is_ready()
         for request in sorted(self.running, key=_order):  # victims are the latest, so none of them is planned already
             if request.status is not RequestStatus.RUNNING or request.is_stalled:
                 continue  # preempted by an earlier one in this loop, or its client is slow
             if len(scheduled) == self.config.max_num_seqs:
                 break  # more than that when stalled ones come back to life
-            count = min(request.num_tokens - request.num_computed_tokens, budget)
+            count = self._chunk_tokens(request, request.num_computed_tokens, budget)
             if count > 0 and self._make_room(request, request.num_computed_tokens + count, preempted):
                 budget -= count
-                self._plan_chunk(request, count, scheduled, stores)
-        for request in [r for r in self.waiting if not r.is_stalled]:
+                self._plan_chunk(request, count, scheduled, stores, write_backs)
+        for request in [r for r in self.waiting if not (r.is_stalled or r.awaits_lookup)]:
             if preempted or self._num_active() >= self.config.max_num_seqs:
                 break
             if (budget <= 0 and request.role is not RequestRole.DECODE) or not self._admit(request, budget):
                 break
             self.waiting.remove(request)
-            count = min(request.num_tokens - request.num_computed_tokens, budget)
+            count = self._chunk_tokens(request, request.num_computed_tokens, budget)
             if request.status is RequestStatus.RUNNING and count > 0:
                 budget -= count
-                self._plan_chunk(request, count, scheduled, stores)
-        return SchedulerOutput(scheduled, self._schedule_loads(), stores, preempted)
+                self._plan_chunk(request, count, scheduled, stores, write_backs)
+        return SchedulerOutput(scheduled, self._schedule_loads(), stores, write_backs, preempted)
+
+    def _chunk_tokens(self, request: Request, num_computed_tokens: int, budget: int) -> int:
+        """How many tokens of a request to compute next."""
+        left = request.num_tokens - num_computed_tokens
+        count = min(left, budget)
+        hands_off = request.role is RequestRole.PREFILL
+        if hands_off and request.num_tokens >= MIN_CHUNKS_FOR_A_SHORT_LAST_ONE * LAST_CHUNK_TOKENS:
+            # On a block's border, so that everything before the last chunk is published before it.
+            before_last = (request.num_tokens - LAST_CHUNK_TOKENS) // self.pool.block_size * self.pool.block_size
+            if num_computed_tokens < before_last:
+                count = min(count, before_last - num_computed_tokens)
+        return count
 
     def _num_active(self) -> int:
         """Requests that take part in the batch, or will; those whose client does not read stop nobody else."""
@@ -146,10 +181,14 @@ class Scheduler:
         pool, size = self.pool, self.pool.block_size
         hit = pool.match_prefix(request.block_names[: request.num_tokens // size])
         request.num_ready_blocks = len(hit)
-        waits_for_kv = request.role is RequestRole.DECODE and not self._is_ready(request)
+        num_elsewhere = self._num_awaited_blocks(request) - len(hit)
+        fetches = num_elsewhere > 0 and self.config.transfer_cost.fetch_pays(num_elsewhere, size)
+        waits_for_kv = not self._is_ready(request) if request.role is RequestRole.DECODE else fetches
         hit_tokens = len(hit) * size
         computed = min(hit_tokens, request.num_tokens - 1)
-        target = request.num_given_tokens if waits_for_kv else computed + min(request.num_tokens - computed, budget)
+        target = computed + self._chunk_tokens(request, computed, budget)
+        if waits_for_kv:
+            target = min(request.num_given_tokens, self._num_awaited_blocks(request) * size)
         needed = max(0, -(-target // size) - len(hit))
         pool.acquire(hit)
         if not pool.can_allocate(needed):
@@ -158,6 +197,9 @@ class Scheduler:
         request.block_table = [*hit, *pool.allocate(needed)]
         request.num_registered_blocks = len(hit)
         request.num_kv_tokens = hit_tokens
+        if request.role is not RequestRole.DECODE and num_elsewhere > 0:
+            self.num_prefixes_fetched += fetches
+            self.num_prefixes_recomputed += not fetches
         if waits_for_kv:
             request.status = RequestStatus.WAITING_FOR_KV
             self.waiting_for_kv.append(request)
@@ -169,6 +211,8 @@ class Scheduler:
         request.num_computed_tokens = num_computed_tokens
         if request.num_preemptions == 0 and request.role is not RequestRole.DECODE:
             request.num_cached_prompt_tokens = min(num_computed_tokens, request.num_prompt_tokens)
+        if request.role is not RequestRole.PREFILL:  # which publishes its prefix hits too: a tier may have lost them
+            request.num_stored_blocks = max(request.num_stored_blocks, request.num_kv_tokens // self.pool.block_size)
         request.status = RequestStatus.RUNNING
         self.running.append(request)
 
@@ -194,7 +238,12 @@ class Scheduler:
         self.waiting.appendleft(request)
 
     def _plan_chunk(
-        self, request: Request, count: int, scheduled: list[ScheduledRequest], stores: list[BlockTransfer]
+        self,
+        request: Request,
+        count: int,
+        scheduled: list[ScheduledRequest],
+        stores: list[BlockTransfer],
+        write_backs: list[BlockTransfer],
     ) -> None:
         start, end = request.num_computed_tokens, request.num_computed_tokens + count
         s = request.sampling
@@ -210,36 +259,45 @@ class Scheduler:
                 sample,
             )
         )
+        first, last = request.num_stored_blocks, end // self.pool.block_size
         if request.role is RequestRole.PREFILL:
-            first = request.num_stored_blocks
-            full = end // self.pool.block_size
-            last = len(self._prompt_names(request)) if is_last else full
+            names = self._prompt_names(request)
+            last = len(names) if is_last else last
             if last > first:
-                stores.append(self._transfer(request, first, last))
+                stores.append(self._transfer(request, names, first, last, request.num_given_tokens))
+        elif self.config.writes_back and last > first:
+            write_backs.append(self._transfer(request, request.block_names, first, last, end))
+            request.num_stored_blocks = last
 
     # ------------------------------------------------------------------------------------------- blocks from elsewhere
+    def _num_awaited_blocks(self, request: Request) -> int:
+        """How many blocks, from the first on, are or will be in the tiers."""
+        if request.role is RequestRole.DECODE:
+            return len(self._prompt_names(request))
+        return min(request.num_available_blocks, request.num_given_tokens // self.pool.block_size)
+
     def _is_ready(self, request: Request) -> bool:
-        """A decode request whose prefill side is through and whose blocks are all there."""
-        return request.is_continued and request.num_ready_blocks >= len(self._prompt_names(request))
+        """Nothing more will be announced, and what was is in the block table."""
+        return request.is_announced and request.num_ready_blocks >= self._num_awaited_blocks(request)
 
     def _start_what_is_ready(self) -> None:
         for request in [r for r in self.waiting_for_kv if self._is_ready(r)]:
-            self._start_decoding(request)
+            self._start_with_what_came(request)
 
-    def _start_decoding(self, request: Request) -> None:
-        """Everything that came has come: compute the rest."""
+    def _start_with_what_came(self, request: Request) -> None:
+        """Nothing more will come: compute the rest."""
         self.waiting_for_kv.remove(request)
         self._start_running(request, min(request.num_kv_tokens, request.num_tokens - 1))
 
     def _schedule_loads(self) -> list[BlockTransfer]:
-        """Pull what is announced; after Continue, try whatever is missing once, then run with what came."""
+        """Pull what is announced; when nothing more will be, try whatever is missing once, then run with what came."""
         loads, room = [], MAX_LOAD_BLOCKS_PER_STEP
         for request in self.waiting_for_kv:
-            num_blocks = len(self._prompt_names(request))
-            wanted = num_blocks if request.is_continued else request.num_available_blocks
-            first, last = request.num_ready_blocks, min(num_blocks, wanted, request.num_ready_blocks + room)
+            names = self._prompt_names(request)
+            wanted = self._num_awaited_blocks(request) if request.is_announced else request.num_available_blocks
+            first, last = request.num_ready_blocks, min(len(names), wanted, request.num_ready_blocks + room)
             if last > first:
-                loads.append(self._transfer(request, first, last))
+                loads.append(self._transfer(request, names, first, last, request.num_given_tokens))
                 room -= last - first
         return loads
 
@@ -256,8 +314,8 @@ class Scheduler:
             self._register_blocks(request)
             if count == len(load.block_ids):
                 continue
-            if request.is_continued:
-                self._start_decoding(request)
+            if request.is_announced:
+                self._start_with_what_came(request)
             else:
                 request.num_available_blocks = request.num_ready_blocks  # announced and gone: ask again
 
@@ -325,13 +383,16 @@ class Scheduler:
             names.append(block_name(parent, request.token_ids[full * size : request.num_given_tokens]))
         return names
 
-    def _transfer(self, request: Request, first: int, last: int) -> BlockTransfer:
+    def _transfer(
+        self, request: Request, names: list[bytes], first: int, last: int, num_named_tokens: int
+    ) -> BlockTransfer:
+        """Blocks first .. last - 1; the last of `names` may be a short one, which ends with num_named_tokens."""
         size = self.pool.block_size
         return BlockTransfer(
             request.request_id,
-            self._prompt_names(request)[first:last],
+            names[first:last],
             request.block_table[first:last],
-            [min(size, request.num_given_tokens - i * size) for i in range(first, last)],
+            [min(size, num_named_tokens - i * size) for i in range(first, last)],
         )
 
     def _register_blocks(self, request: Request) -> None:

@@ -56,11 +56,12 @@ class BlockTransfer:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """The plan of one step: loads first, then the forward pass, then stores."""
+    """The plan of one step: loads first, then the forward pass, then stores and write-backs."""
 
     requests: Sequence[ScheduledRequest] = ()
     loads: Sequence[BlockTransfer] = ()
-    stores: Sequence[BlockTransfer] = ()
+    stores: Sequence[BlockTransfer] = ()  # somebody waits for them: the step ends when the tiers have them
+    write_backs: Sequence[BlockTransfer] = ()  # for a later turn or a failover: copied now, published beside the steps
     preempted_ids: Sequence[str] = ()
 
     @property
@@ -71,7 +72,7 @@ class SchedulerOutput:
     @property
     def is_empty(self) -> bool:
         """Nothing to carry out."""
-        return not (self.requests or self.loads or self.stores)
+        return not (self.requests or self.loads or self.stores or self.write_backs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +108,14 @@ class Executor(Protocol):
 # ----------------------------------------------------------------------------------------------------- the wire form
 def encode_plan(plan: SchedulerOutput) -> npt.NDArray[np.int32]:
     """The plan without its request ids, as int32 words."""
-    words: list[int] = [len(plan.requests), len(plan.loads), len(plan.stores)]
+    words: list[int] = [len(plan.requests), len(plan.loads), len(plan.stores), len(plan.write_backs)]
     for r in plan.requests:
         words += [len(r.token_ids), r.start_position, r.write_from, len(r.block_table), int(r.sample is not None)]
         words += r.token_ids
         words += r.block_table
         if r.sample is not None:
             words += _encode_sample(r.sample)
-    for transfer in (*plan.loads, *plan.stores):
+    for transfer in (*plan.loads, *plan.stores, *plan.write_backs):
         words.append(len(transfer.block_names))
         words += np.frombuffer(b"".join(transfer.block_names), np.int32).tolist()
         words += transfer.block_ids
@@ -125,11 +126,12 @@ def encode_plan(plan: SchedulerOutput) -> npt.NDArray[np.int32]:
 def decode_plan(words: npt.NDArray[np.int32]) -> SchedulerOutput:
     """The inverse of encode_plan; request ids come back empty."""
     reader = _Reader(words)
-    num_requests, num_loads, num_stores = reader.take(3)
+    num_requests, num_loads, num_stores, num_write_backs = reader.take(4)
     requests = [_decode_request(reader) for _ in range(num_requests)]
     loads = [_decode_transfer(reader) for _ in range(num_loads)]
     stores = [_decode_transfer(reader) for _ in range(num_stores)]
-    return SchedulerOutput(requests=requests, loads=loads, stores=stores)
+    write_backs = [_decode_transfer(reader) for _ in range(num_write_backs)]
+    return SchedulerOutput(requests=requests, loads=loads, stores=stores, write_backs=write_backs)
 
 
 class _Reader:

@@ -161,25 +161,29 @@ def test_the_dashboards_serve_page_shows_healthy_pools(cluster: Running) -> None
 
 @pytest.mark.parametrize("pool", ["decode", "prefill"])
 def test_a_killed_rank_brings_its_group_back(cluster: Running, pool: str) -> None:
-    before = cluster.generate()
+    # Fresh ones: a prompt that was seen before does not need the prefill pool.
+    prompts = [f"# {pool} {i}\n{PROMPT}" for i in range(1000)]
+    before = cluster.generate(prompts[0])
     lost = worker_of(before, pool)
     # The rank that only follows: neither the leader nor the replica is told.
     os.kill(rank_pids(cluster)[f"{lost} rank 1"], signal.SIGKILL)
 
+    fresh_prompts = iter(prompts[1:])
+
     def served_by_another() -> Completion | None:
-        found = cluster.generate()
+        found = cluster.generate(next(fresh_prompts))
         worker = worker_of(found, pool)
         return found if worker.startswith(f"{pool}-") and worker != lost else None
 
     after = eventually(served_by_another, f"a new {pool} worker")
-    assert after.text == before.text
+    assert cluster.generate(prompts[0]).text == before.text
     group = {f"{worker_of(after, pool)} rank {rank}" for rank in (0, 1)}
 
     def only_the_new_group() -> bool | None:  # the dashboard learns of it a little later
         return {name for name in rank_pids(cluster) if name.startswith(f"{pool}-")} == group or None
 
     eventually(only_the_new_group, "the dashboard to show the new ranks alone")
-    fresh = eventually(lambda: moved(cluster.generate(f"# {pool} again\n{PROMPT}")), "a transfer to or from it")
+    fresh = eventually(lambda: moved(cluster.generate(next(fresh_prompts))), "a transfer to or from it")
     assert fresh.stats.num_recomputed_prompt_tokens == 0
 
 

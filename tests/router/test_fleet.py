@@ -26,7 +26,7 @@ def fleet_of(*infos: WorkerInfo) -> Fleet:
 
 def pick(fleet: Fleet, request_id: str, num_tokens: int = 64, prompt: list[int] | None = None) -> Placement:
     prompt = list(range(num_tokens)) if prompt is None else prompt
-    names = name_blocks(fleet.layouts, prompt)
+    names = name_blocks(fleet.layouts, prompt, b"")
     placement = fleet.pick(RouteRequest(request_id, len(prompt), num_output_tokens=32), names, now_s=0.0)
     assert isinstance(placement, Placement)
     fleet.check()
@@ -115,8 +115,8 @@ def test_a_prompt_goes_where_its_prefix_was_seen() -> None:
 
 def test_the_next_turn_of_a_chat_finds_its_last_answer() -> None:
     fleet = fleet_of(*(info(f"w{i}") for i in range(8)))
-    names = name_blocks(fleet.layouts, [1] * 40)
-    fleet.remember("w5", extend_names(names, [1] * 40 + [2] * 40))
+    names = name_blocks(fleet.layouts, [1] * 40, b"")
+    fleet.remember("w5", extend_names(names, [1] * 40 + [2] * 40, b""))
     placement = pick(fleet, "r", prompt=[1] * 40 + [2] * 40 + [3] * 16)
     assert (placement.decode_id, placement.num_uncached_tokens) == ("w5", 16)
 
@@ -124,8 +124,8 @@ def test_the_next_turn_of_a_chat_finds_its_last_answer() -> None:
 def test_extended_names_are_the_names_of_the_longer_prompt() -> None:
     for num_tokens in (0, 15, 16, 33, 64):
         tokens = list(range(100))
-        short = name_blocks(frozenset({LAYOUT}), tokens[:num_tokens])
-        assert extend_names(short, tokens) == name_blocks(frozenset({LAYOUT}), tokens)
+        short = name_blocks(frozenset({LAYOUT}), tokens[:num_tokens], b"")
+        assert extend_names(short, tokens, b"") == name_blocks(frozenset({LAYOUT}), tokens, b"")
 
 
 def test_speeds_are_learnt_per_pool() -> None:
@@ -150,7 +150,7 @@ def test_the_books_balance_whatever_happens(events: list[tuple[str, int]]) -> No
     for kind, number in events:
         request_id, worker = f"r{number}", infos[number % 4]
         if kind == "pick" and request_id not in live:
-            names = name_blocks(fleet.layouts, [number] * 40)
+            names = name_blocks(fleet.layouts, [number] * 40, b"")
             if isinstance(fleet.pick(RouteRequest(request_id, 40, 10), names, 0.0), Placement):
                 live.add(request_id)
         elif kind == "first":

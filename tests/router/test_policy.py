@@ -33,6 +33,7 @@ def view(worker_id: str, role: Role, **changes: object) -> WorkerView:
         num_streams=0,
         num_queued_tokens=0,
         num_cached_tokens=0,
+        num_stored_tokens=0,
         rates=RATES,
     )
     return dataclasses.replace(idle, **changes)
@@ -53,6 +54,28 @@ def test_prefill_and_decode_pools_share_a_request() -> None:
     assert (placement.prefill_id, placement.decode_id) == ("p", "d")
     assert placement.cost.prefill_ms == 50.0
     assert placement.cost.transfer_ms == pytest.approx(0.7)
+
+
+def test_a_history_that_the_tiers_hold_goes_whole_to_a_decode_worker() -> None:
+    stored = {"num_stored_tokens": 992}
+    workers = [view("p", Role.PREFILL, **stored), view("d", Role.DECODE, **stored)]
+    placement = place(*workers, order=request(1000))
+    assert (placement.prefill_id, placement.decode_id, placement.num_uncached_tokens) == (None, "d", 8)
+    assert placement.cost.prefill_ms == pytest.approx(4.0)
+    assert placement.cost.transfer_ms == pytest.approx(6.2)
+    longer = place(*workers, order=request(1200))  # too much to compute beside other streams
+    assert (longer.prefill_id, longer.decode_id, longer.num_uncached_tokens) == ("p", "d", 208)
+
+
+def test_a_short_prompt_that_nobody_has_seen_is_the_prefill_pools() -> None:
+    assert place(view("p", Role.PREFILL), view("d", Role.DECODE), order=request(3)).prefill_id == "p"
+
+
+def test_what_is_dearer_to_pull_than_to_compute_is_computed() -> None:
+    slow = Rates(prefill_ms_per_token=0.01, decode_ms_per_step=10.0, transfer_ms_per_block=1.0)
+    placement = place(view("m", Role.MIXED, num_stored_tokens=992, rates=slow), order=request(1000))
+    assert placement.num_uncached_tokens == 1000
+    assert placement.cost.transfer_ms == 0.0
 
 
 def test_decode_workers_take_whole_requests_when_no_prefill_worker_lives() -> None:

@@ -28,6 +28,7 @@ from tests.router.test_process import process, spec_file
 
 NUM_TOKENS = 12
 TOKENS = expected_tokens(PROMPT, NUM_TOKENS)
+MINE = (("authorization", "Bearer a key"),)
 
 
 @asynccontextmanager
@@ -130,6 +131,22 @@ async def test_a_stream_that_ended_unseen_is_given_from_the_journal(model_dir: P
             assert late.finished is not None
             assert late.finished.reason == generation_pb2.FINISH_REASON_LENGTH
         assert second.workers[0].submits == []
+
+
+async def test_only_who_began_a_stream_may_resume_it(model_dir: Path, journal_url: str) -> None:
+    async with two_routers(model_dir, journal_url, FakeWorker("mixed-0", "mixed")) as (first, second):
+        first.workers[0].step_s = 0.02
+        reader = Reader()
+        await reader.read(first.stub().Generate(message(), metadata=MINE), up_to=4)
+        for metadata in ((), (("authorization", "Bearer somebody else"),)):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await Reader().read(second.stub().Resume(reader.resumption(), metadata=metadata))
+            assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+        await reader.read(second.stub().Resume(reader.resumption(), metadata=MINE))
+    assert reader.ids == TOKENS
+    salts = {submit.tenant_salt for cluster in (first, second) for submit in cluster.workers[0].submits}
+    assert len(salts) == 1
+    assert b"" not in salts
 
 
 async def test_a_stop_text_is_found_across_the_seam(model_dir: Path, journal_url: str) -> None:

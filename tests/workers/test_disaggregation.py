@@ -15,6 +15,8 @@ import pytest
 import torch
 from switchyard.v1 import worker_pb2
 
+from kvstore.connect import open_directory
+from kvstore.names import block_names, root_name
 from tests.workers.tiny_llama import generate_with_transformers, make_checkpoint
 from tests.workers.worker_client import WorkerClient, disaggregate, wait_until
 from workers.config import EngineConfig, WorkerSpec
@@ -105,6 +107,24 @@ def test_second_time_prefill_computes_the_tail_and_decode_pulls_the_tail_only(ch
     assert whole == generate_with_transformers(checkpoint, token_ids[:32], 8)
     assert (prefilled.num_cached_prompt_tokens, prefilled.num_computed_prompt_tokens) == (31, 1)
     assert (decoded.num_transferred_blocks, decoded.num_computed_prompt_tokens) == (0, 0)
+
+
+def test_what_decode_computed_is_found_by_the_next_turn_and_by_a_failover(checkpoint, shared_kv_node, prefill, decode):
+    token_ids = prompt(21, seed=7)
+    tokens, _, _ = disaggregate(prefill, decode, token_ids, max_tokens=60)
+    history = [*token_ids, *tokens]
+    expected = generate_with_transformers(checkpoint, history, 8)
+    with worker(spec_for(checkpoint, "mixed", shared_kv_node, prefix_fetch="always")) as other:
+        names = block_names(root_name(other.kv_fingerprint(), b""), history[:80], BLOCK_SIZE, with_tail=False)
+        directory = open_directory(shared_kv_node.control_url)
+        wait_until(lambda: all(directory.locate(names)))  # they are written back beside the steps
+        directory.close()
+        other.submit("next", history, worker_pb2.REQUEST_ROLE_MIXED)
+        finished = other.wait_finished("next")
+        assert other.tokens["next"] == expected
+        assert finished.num_transferred_blocks == 5
+        assert (finished.num_cached_prompt_tokens, finished.num_computed_prompt_tokens) == (80, 1)
+        assert other.load().num_prefixes_fetched == 1
 
 
 def test_a_flipped_byte_is_counted_and_recomputed(checkpoint, shared_kv_node, prefill, decode):

@@ -7,6 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
+from costs.transfer import TransferCost
 from kvstore.block_pool import BlockPool
 from workers.engine import Engine
 from workers.errors import InvalidRequest
@@ -39,11 +40,10 @@ class FakeRunner:
         self.plans.append(SchedulerOutput())
 
 
-def make_engine(num_blocks=16, max_num_seqs=4, budget=8, context=48) -> tuple[Engine, FakeRunner]:
+def make_engine(num_blocks=16, max_num_seqs=4, budget=8, context=48, **options) -> tuple[Engine, FakeRunner]:
     runner = FakeRunner()
-    scheduler = Scheduler(
-        SchedulerConfig(max_num_seqs, budget, context), BlockPool(num_blocks, BLOCK_SIZE), b"f" * 16, frozenset({EOS})
-    )
+    config = SchedulerConfig(max_num_seqs, budget, context, **options)
+    scheduler = Scheduler(config, BlockPool(num_blocks, BLOCK_SIZE), b"f" * 16, frozenset({EOS}))
     return Engine(scheduler, runner, VOCAB, clock=lambda: 0.0), runner
 
 
@@ -132,6 +132,15 @@ def test_prefill_publishes_every_block_once_the_tail_last():
     assert stored == [[4, 4], [4, 4], [2]]
 
 
+def test_a_long_prefill_ends_with_a_short_chunk_that_begins_with_a_block():
+    engine, runner = make_engine(num_blocks=300, budget=500, context=1200)
+    engine.submit(make_request("p", 1027, role=RequestRole.PREFILL))
+    finish_all(engine)
+    assert [r.num_scheduled_tokens for plan in runner.plans for r in plan.requests] == [500, 460, 67]
+    stored = [sum(s.num_tokens) for plan in runner.plans for s in plan.stores]
+    assert stored == [500, 460, 67]
+
+
 def test_decode_waits_pulls_and_continues():
     engine, runner = make_engine()
     request = make_request("d", 10, role=RequestRole.DECODE)
@@ -148,6 +157,71 @@ def test_decode_waits_pulls_and_continues():
     assert request.num_transferred_blocks == 3
     assert engine.scheduler.num_recomputed_prompt_tokens == 0
     assert [r.start_position for plan in runner.plans for r in plan.requests] == [10, 11, 12]
+
+
+@pytest.mark.parametrize("role", [RequestRole.MIXED, RequestRole.PREFILL])
+def test_a_prefix_that_the_tiers_have_is_pulled_and_the_rest_computed(role):
+    engine, runner = make_engine(budget=100)
+    request = make_request("r", 14, role=role)
+    request.awaits_lookup = True
+    engine.submit(request)
+    assert engine.scheduler.wants_lookup(request)
+    assert engine.step() is None
+    engine.scheduler.kv_available("r", 2)
+    finish_all(engine)
+    assert [len(load.block_ids) for plan in runner.plans for load in plan.loads] == [2]
+    first = next(r for plan in runner.plans for r in plan.requests)
+    assert (first.start_position, first.num_scheduled_tokens) == (8, 6)
+    assert (request.num_cached_prompt_tokens, request.num_computed_prompt_tokens) == (8, 6)
+    assert (engine.scheduler.num_prefixes_fetched, engine.scheduler.num_prefixes_recomputed) == (1, 0)
+
+
+def test_a_prefix_that_is_cheaper_to_compute_is_not_pulled():
+    cost = TransferCost(compute_s_per_token=1.0, fetch_s=9.0, fetch_s_per_block=0.0)
+    engine, runner = make_engine(budget=100, transfer_cost=cost)
+    for name, length, num_blocks in (("short", 10, 2), ("long", 14, 3)):
+        engine.submit(make_request(name, length, start=length))
+        engine.scheduler.kv_available(name, num_blocks)
+        finish_all(engine)
+    assert [load.request_id for plan in runner.plans for load in plan.loads] == ["long"]
+    assert (engine.scheduler.num_prefixes_fetched, engine.scheduler.num_prefixes_recomputed) == (1, 1)
+
+
+@pytest.mark.parametrize("good_blocks", [0, 1])
+def test_a_prefix_that_does_not_verify_is_computed(good_blocks):
+    engine, runner = make_engine(budget=100)
+    runner.load_limit = good_blocks
+    request = make_request("r", 14)
+    engine.submit(request)
+    engine.scheduler.kv_available("r", 3)
+    assert finish_all(engine) == {"r": FinishReason.LENGTH}
+    assert request.num_computed_prompt_tokens == 14 - BLOCK_SIZE * good_blocks
+    assert engine.scheduler.num_recomputed_prompt_tokens == 0  # those count what a prefill worker had promised
+
+
+def test_what_is_cached_here_is_not_asked_for():
+    engine, _ = make_engine()
+    engine.submit(make_request("a", 8))
+    finish_all(engine)
+    again = make_request("b", 10)
+    engine.submit(again)
+    assert not engine.scheduler.wants_lookup(again)
+
+
+def test_whoever_computes_a_full_block_writes_it_back_once():
+    engine, runner = make_engine(budget=100, writes_back=True)
+    engine.submit(make_request("m", 10, max_tokens=8))
+    finish_all(engine)
+    written = [list(w.num_tokens) for plan in runner.plans for w in plan.write_backs]
+    assert written == [[4, 4], [4], [4]]
+    runner.plans.clear()
+    decode = make_request("d", 6, max_tokens=8, role=RequestRole.DECODE, start=20)
+    engine.submit(decode)
+    engine.continue_request("d", [7])
+    finish_all(engine)
+    written = [w for plan in runner.plans for w in plan.write_backs]
+    assert [list(w.num_tokens) for w in written] == [[4], [4]]  # not the prompt's, which prefill published
+    assert written[0].block_names == decode.block_names[1:2]
 
 
 @pytest.mark.parametrize("good_blocks", [0, 1])

@@ -15,6 +15,7 @@ def test_round_trip():
         ],
         loads=[BlockTransfer("", names, [7, 8], [16, 3])],
         stores=[BlockTransfer("", names[:1], [0], [16]), BlockTransfer("", names[1:], [1], [2])],
+        write_backs=[BlockTransfer("", names, [3, 4], [16, 16])],
     )
     assert decode_plan(encode_plan(plan)) == plan
 

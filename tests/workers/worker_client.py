@@ -69,6 +69,10 @@ class WorkerClient:
         wait_until(lambda: stream_id in self.finished, timeout_s)
         return self.finished[stream_id]
 
+    def kv_fingerprint(self) -> bytes:
+        """What the worker's block names begin with."""
+        return self._stub.GetLoad(worker_pb2.GetLoadRequest()).worker.kv_fingerprint
+
     def load(self) -> worker_pb2.WorkerLoad:
         """The worker's counters now."""
         return self._stub.GetLoad(worker_pb2.GetLoadRequest()).load

@@ -7,9 +7,11 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class StreamRecord(_message.Message):
-    __slots__ = ("request", "deadline_unix_s")
+    __slots__ = ("request", "deadline_unix_s", "tenant_salt")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    TENANT_SALT_FIELD_NUMBER: _ClassVar[int]
     request: _generation_pb2.GenerateRequest
     deadline_unix_s: float
-    def __init__(self, request: _Optional[_Union[_generation_pb2.GenerateRequest, _Mapping]] = ..., deadline_unix_s: _Optional[float] = ...) -> None: ...
+    tenant_salt: bytes
+    def __init__(self, request: _Optional[_Union[_generation_pb2.GenerateRequest, _Mapping]] = ..., deadline_unix_s: _Optional[float] = ..., tenant_salt: _Optional[bytes] = ...) -> None: ...
