@@ -23,7 +23,7 @@ from deploy.errors import ConfigError
 from kvstore.config import KVStoreConfig
 from router.config import RouterConfig
 from router.errors import ConfigError as RouterConfigError
-from workers.config import DTYPES, ROLES
+from workers.config import DTYPES, ROLES, RUNNERS
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_MODEL = ROOT / "models" / "demo"
@@ -162,6 +162,24 @@ class RayConfig:
         _require(len(self.temp_dir) <= 24, "temp_dir", "must be at most 24 characters long: sockets are made below it")
 
 
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What computes the tokens, in all pools alike."""
+
+    runner: str = "torch"
+    """torch: the model. fake: hashes of the history, kept in a real KV cache that moves as a model's would; needs the
+    model's config and tokenizer but no weights. For tests of everything else, and for rehearsals of faults."""
+    fake_step_s: float = 0.0
+    """How long each step of the fake engine takes."""
+    fake_token_s: float = 0.0
+    """How much longer a step takes for each token of a prompt in it."""
+
+    def __post_init__(self) -> None:
+        _require(self.runner in RUNNERS, "runner", f"must be one of {', '.join(RUNNERS)}, not {self.runner!r}")
+        for name in ("fake_step_s", "fake_token_s"):
+            _require(0 <= getattr(self, name) < float("inf"), name, f"must be >= 0, not {getattr(self, name)}")
+
+
 def _default_pools() -> dict[str, PoolConfig]:
     return {"prefill": PoolConfig(role="prefill"), "decode": PoolConfig(role="decode")}
 
@@ -171,6 +189,7 @@ class ClusterConfig:
     """Everything that `switchyard serve` can be told. The defaults make the laptop's cluster."""
 
     model: ModelSource = field(default_factory=ModelSource)
+    engine: EngineSettings = field(default_factory=EngineSettings)
     endpoints: EndpointsConfig = field(default_factory=EndpointsConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     pools: dict[str, PoolConfig] = field(default_factory=_default_pools)
@@ -185,6 +204,9 @@ class ClusterConfig:
         for name in self.pools:
             valid = name.isascii() and name.replace("-", "").replace("_", "").isalnum()
             _require(valid, "pools", f"a pool's name is made of letters, digits, - and _, not {name!r}")
+        for name, pool in self.pools.items():
+            is_one = pool.tp * pool.pp == 1
+            _require(is_one or self.engine.runner != "fake", f"pools.{name}", "engine.runner=fake takes tp=1 and pp=1")
 
 
 # ---- reading

@@ -76,7 +76,7 @@ def make_plan(
     tier_secret: of the remote tier, where there is one.
     Raises ConfigError where parts of the configuration do not fit each other or the machines.
     """
-    devices = {name: _device(pool, num_gpus) for name, pool in config.pools.items()}
+    devices = {name: _device(config, pool, num_gpus) for name, pool in config.pools.items()}
     dtype = _dtype(config, set(devices.values()))
     block_size = config.kvstore.block_size or (64 if "cuda" in devices.values() else 16)
     layers = layers_per_fragment(config, model.num_hidden_layers)
@@ -85,7 +85,12 @@ def make_plan(
     pools = []
     for pool_name, pool in config.pools.items():
         common = EngineConfig(
-            model_dir, dtype, devices[pool_name], block_size=block_size, max_model_len=config.model.max_model_len
+            model_dir,
+            dtype,
+            devices[pool_name],
+            block_size=block_size,
+            max_model_len=config.model.max_model_len,
+            **dataclasses.asdict(config.engine),
         )
         spec = WorkerSpec(
             worker_id="",
@@ -140,7 +145,9 @@ def num_cpus_needed(config: ClusterConfig) -> int:
     return math.ceil(sum(p.replicas * (REPLICA_CPUS + p.tp * p.pp * p.cpus_per_rank) for p in config.pools.values()))
 
 
-def _device(pool: PoolConfig, num_gpus: float) -> str:
+def _device(config: ClusterConfig, pool: PoolConfig, num_gpus: float) -> str:
+    if config.engine.runner == "fake":
+        return "cpu"
     if pool.device != "auto":
         return pool.device
     return "cuda" if num_gpus else "cpu"

@@ -45,7 +45,8 @@ def check_model(config: ClusterConfig) -> FoundModel:
             model.check_split(pool.tp, pool.pp)
         except ModelError as error:
             raise ConfigError(f"pools.{name}: {error}") from None
-    _check_weights(directory)
+    if config.engine.runner != "fake":
+        _check_weights(directory)
     is_directory = Path(wanted).expanduser().is_dir()
     return FoundModel(str(directory) if is_directory else wanted, directory, model)
 

@@ -17,6 +17,7 @@ from workers.errors import ModelError
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
 ROLES = ("prefill", "decode", "mixed")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+RUNNERS = ("torch", "fake")
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +175,9 @@ class EngineConfig:
     max_model_len: int = 0  # tokens; 0: what the model allows
     enable_prefix_caching: bool = True
     num_threads: int = 1  # CPU threads per rank
+    runner: str = "torch"  # fake: tokens are hashes of the history, and no weights are read
+    fake_step_s: float = 0.0  # how long each step of the fake runner takes
+    fake_token_s: float = 0.0  # and each token of a prompt beside it
 
     def __post_init__(self) -> None:
         for field in ("tp", "pp", "block_size", "max_num_seqs", "max_num_batched_tokens", "num_threads"):
@@ -184,6 +188,11 @@ class EngineConfig:
                 raise ValueError(f"{field} must not be negative, not {getattr(self, field)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype}")
+        if self.runner not in RUNNERS:
+            raise ValueError(f"runner must be one of {', '.join(RUNNERS)}, not {self.runner}")
+        for field in ("fake_step_s", "fake_token_s"):
+            if not 0 <= getattr(self, field) < float("inf"):
+                raise ValueError(f"{field} must not be negative, not {getattr(self, field)}")
 
 
 @dataclass(frozen=True, slots=True)

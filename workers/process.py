@@ -25,7 +25,7 @@ _LAST_WORDS_S = 5.0
 _LOOK_S = 0.05
 
 
-def _run_rank(spec: WorkerSpec, rank: int, init_method: str, interface: str, report: Connection) -> None:
+def run_rank(spec: WorkerSpec, rank: int, init_method: str, interface: str, report: Connection) -> None:
     """A rank's process: serve until the parent closes the pipe or the shard fails."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     from workers.rank import Rank
@@ -88,7 +88,7 @@ def main() -> int:
     pipes, processes = [], []
     for rank in range(world):
         ours, theirs = context.Pipe()
-        process = context.Process(target=_run_rank, args=(spec, rank, init_method, args.interface, theirs), daemon=True)
+        process = context.Process(target=run_rank, args=(spec, rank, init_method, args.interface, theirs), daemon=True)
         process.start()
         theirs.close()
         pipes.append(ours)

@@ -21,7 +21,7 @@ from switchyard.v1 import generation_pb2, worker_pb2, worker_pb2_grpc
 
 from costs.transfer import ALWAYS_FETCH, NEVER_FETCH, TransferCost
 from kvstore.block_pool import BlockPool
-from kvstore.connect import open_directory, open_tiers, place_of
+from kvstore.connect import open_directory, open_tiers, place_of, reaches
 from kvstore.directory import Directory, DirectoryUnavailable, WorkerRecord
 from kvstore.names import fingerprint
 from kvstore.store import FragmentStore
@@ -30,6 +30,7 @@ from workers.calibration import calibrate
 from workers.config import EngineConfig, ModelConfig, WorkerSpec
 from workers.engine import Engine
 from workers.executor import GroupExecutor, follow
+from workers.fake_runner import FakeModelRunner
 from workers.kv_transfer import KVTransfer
 from workers.loader import weights_digest
 from workers.loop import EngineLoop, LoopEvents
@@ -42,18 +43,21 @@ log = logging.getLogger(__name__)
 
 LEASE_TTL_S = 3.0
 LEASE_RENEWAL_S = 0.75
+_FAKE_WEIGHTS = "hashes of the history, 1"  # in place of a digest of weights: changes with workers.fake_model
 _WIRE_ROLES = {
     "mixed": worker_pb2.WORKER_ROLE_MIXED,
     "prefill": worker_pb2.WORKER_ROLE_PREFILL,
     "decode": worker_pb2.WORKER_ROLE_DECODE,
 }
 
+LoadedRunner = TorchModelRunner | FakeModelRunner
+
 
 def kv_fingerprint(engine: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> bytes:
     """Names what the bytes of a KV block mean: the weights, and everything that shapes or rotates keys and values."""
     return fingerprint(
         {
-            "weights": weights_digest(Path(engine.model_dir)),
+            "weights": _FAKE_WEIGHTS if engine.runner == "fake" else weights_digest(Path(engine.model_dir)),
             "dtype": str(dtype),
             "layers": model.num_hidden_layers,
             "kv_heads": model.num_key_value_heads,
@@ -69,7 +73,7 @@ def kv_fingerprint(engine: EngineConfig, model: ModelConfig, dtype: torch.dtype)
 def make_engine(
     config: EngineConfig,
     model: ModelConfig,
-    runner: TorchModelRunner,
+    runner: LoadedRunner,
     groups: ParallelGroups,
     clock: Callable[[], float] = time.monotonic,
     transfer_cost: TransferCost | None = None,
@@ -95,6 +99,13 @@ def make_engine(
     return Engine(scheduler, GroupExecutor(runner, groups), model.vocab_size, clock)
 
 
+def load_runner(config: EngineConfig, model: ModelConfig, groups: ParallelGroups, device: torch.device) -> LoadedRunner:
+    """The runner that the config asks for, its weights loaded. Raises ModelError."""
+    if config.runner == "fake":
+        return FakeModelRunner(config, model, pick_dtype(config, device))
+    return TorchModelRunner(config, model, groups, device)
+
+
 class Rank:
     """A shard. Call `connect` on all ranks of a worker at once, then `serve` on all of them."""
 
@@ -118,11 +129,11 @@ class Rank:
         """Join the other ranks, load the shard's weights, open the KV tiers."""
         engine = self.spec.engine
         torch.set_num_threads(engine.num_threads)
-        device = pick_device(engine, self.shard.tp_rank)
+        device = torch.device("cpu") if engine.runner == "fake" else pick_device(engine, self.shard.tp_rank)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         self._groups = ParallelGroups.connect(self.shard, device, init_method, interface)
-        self._runner = TorchModelRunner(engine, self._model, self._groups, device)
+        self._runner = load_runner(engine, self._model, self._groups, device)
         spec = self.spec
         peers_control = spec.control if spec.peers else ""
         self._tiers = open_tiers(spec.host_address, spec.tier, spec.tier_secret, spec.tier_ttl_s, peers_control)
@@ -191,7 +202,15 @@ class Rank:
         self._asyncio = asyncio.get_running_loop()
         self._closed = asyncio.Event()
         servicer = WorkerServicer(self._hello(engine), self.wire_load, time.monotonic)
-        loop = EngineLoop(engine, self._directory, self._places, self._deliver_to(servicer), self._fail, time.monotonic)
+        loop = EngineLoop(
+            engine,
+            self._directory,
+            self._places,
+            self._reaches,
+            self._deliver_to(servicer),
+            self._fail,
+            time.monotonic,
+        )
         servicer.attach(loop)
         self._loop = loop
         self._transfer.on_written_back = loop.announce
@@ -232,14 +251,18 @@ class Rank:
             ),
             num_blocks=self._runner.num_blocks,
             block_size=spec.engine.block_size,
-            kv_fingerprint=kv_fingerprint(spec.engine, self._model, self._runner.cache.dtype),
+            kv_fingerprint=kv_fingerprint(spec.engine, self._model, pick_dtype(spec.engine, self._runner.cache.device)),
             tensor_parallel_size=spec.engine.tp,
             pipeline_parallel_size=spec.engine.pp,
         )
 
     def _places(self) -> Sequence[str]:
-        """Where this worker publishes to and pulls from now, as the directory names places."""
+        """Where what this worker publishes is now, as the directory names places."""
         return [place for tier in self._tiers if tier.is_up for place in place_of(tier, self.spec.node_id)]
+
+    def _reaches(self, places: frozenset[str]) -> bool:
+        """Whether a block that is in these places can be pulled by this worker now."""
+        return any(tier.is_up and reaches(tier, self.spec.node_id, places) for tier in self._tiers)
 
     def _keep_alive_once(self, address: str) -> None:
         assert self._directory is not None

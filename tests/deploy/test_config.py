@@ -57,6 +57,8 @@ def test_the_laptop_example_says_what_the_defaults_are() -> None:
         ("pools: {d: {role: mixed, replicas: '2'}}", "pools.d.replicas: must be a valid integer, not the text '2'"),
         ("pools: {d: {role: mixed, replicas: 1.5}}", "pools.d.replicas: must be a valid integer, not 1.5"),
         ("pools: {d: {role: mixed, tp: true}}", "pools.d.tp: must be a valid integer, not true"),
+        ("engine: {runner: real}", "engine.runner: must be one of torch, fake, not 'real'"),
+        ("engine: {runner: fake}\npools: {m: {role: mixed, tp: 2}}", "pools.m: engine.runner=fake takes tp=1 and pp=1"),
         ("ray: {dashboard: 1}", "ray.dashboard: must be a valid boolean, not 1"),
         ("pools: {d: {role: mixed, resources: {x: a}}}", "pools.d.resources.x: must be a valid number, not the text"),
         ("pools: {d: {replicas: 2}}", "pools.d.role: missing"),

@@ -67,6 +67,11 @@ def test_custom_resources_tie_every_bundle(tiny_model: Path) -> None:
     assert all("decode_host" not in bundle for bundle in made.pools[0].bundles)
 
 
+def test_the_fake_engine_stays_on_the_cpu_and_knows_its_speed(tiny_model: Path) -> None:
+    engine = plan(tiny_model, "engine.runner=fake", "engine.fake_step_s=0.01", num_gpus=8).pools[0].spec.engine
+    assert (engine.runner, engine.fake_step_s, engine.device) == ("fake", 0.01, "cpu")
+
+
 def test_cpus_needed_counts_every_rank() -> None:
     made = config.load(None, ["pools.decode.tp=2", "pools.decode.pp=2", "pools.prefill.replicas=3"])
     assert num_cpus_needed(made) == math.ceil(3 * 1.1 + 4.1)

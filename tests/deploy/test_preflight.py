@@ -33,6 +33,13 @@ def test_a_good_model_is_found(tiny_model: Path) -> None:
     assert found.config.num_key_value_heads == 2
 
 
+def test_the_fake_engine_needs_no_weights(model: Path) -> None:
+    for path in model.glob("*.safetensors"):
+        path.unlink()
+    assert "no *.safetensors file" in refusal(f"model.path={model}")
+    assert check_model(config.load(None, [f"model.path={model}", "engine.runner=fake"])).directory == model
+
+
 def test_no_such_directory() -> None:
     assert "no such model directory" in refusal("model.path=/no/such/model")
 

@@ -1,0 +1,108 @@
+"""What is not a death: processes that hang, a Redis that goes and comes, shared memory that is full."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+import pytest
+
+from tests.cluster.test_kill_at_every_token import NUM_TOKENS, STEP_S, Once, busy, check, moves, prompt
+from tests.fake_cluster import FakeCluster
+from tests.processes import RedisServer, redis_executable, wait_until
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+MakeCluster = Callable[..., FakeCluster]
+Measured = Callable[[str, float], None]
+
+
+@pytest.mark.parametrize("position", [0, 1, 20])
+def test_a_decode_worker_that_hangs_is_left_and_its_late_tokens_are_dropped(
+    fake_cluster: MakeCluster, measured: Measured, position: int
+) -> None:
+    cluster = fake_cluster(step_s=STEP_S)
+    hung: list[str] = []
+
+    def hang() -> None:
+        hung.append(busy(cluster, "decode"))
+        cluster.workers[hung[0]].signal(signal.SIGSTOP)
+
+    once = Once(position, hang)
+    answer = cluster.ask(cluster.client(), prompt(1), NUM_TOKENS, once)
+    check(answer, 1)
+    assert answer.finished is not None
+    assert answer.finished.stats.num_replacements == 1
+    measured("pause at a decode worker's hanging (silence is given 1 s)", once.gap_s(answer))
+    cluster.workers[hung[0]].signal(signal.SIGCONT)
+    cluster.wait_complete()
+    cluster.wait_at_rest()
+    check(cluster.ask(cluster.client(), prompt(2), NUM_TOKENS), 2)
+
+
+def test_a_prefill_worker_that_hangs_does_not_hold_its_stream(fake_cluster: MakeCluster, measured: Measured) -> None:
+    cluster = fake_cluster(step_s=STEP_S, token_s=0.001, engine={"max_num_batched_tokens": 16})
+    with ThreadPoolExecutor(1) as threads:
+        answered = threads.submit(cluster.ask, cluster.client(), prompt(1, 150), NUM_TOKENS)
+        wait_until(lambda: bool(busy(cluster, "prefill")), "a prefill worker is at it")
+        name = busy(cluster, "prefill")
+        cluster.workers[name].signal(signal.SIGSTOP)
+        answer = answered.result()
+    check(answer, 1, 150)
+    measured("first token when the prefill worker hangs (silence is given 1 s)", answer.longest_gap_s)
+    cluster.workers[name].signal(signal.SIGCONT)
+    cluster.wait_complete()
+    cluster.wait_at_rest()
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize("lost", ["tier", "control"])
+def test_a_redis_that_is_killed_and_started_again(
+    fake_cluster: MakeCluster, redis_server: RedisServer, measured: Measured, lost: str
+) -> None:
+    """One is the tier; the other one leases, directory and journal. Streams run on, and afterwards all is as before."""
+    executable = redis_executable()
+    assert executable is not None
+    with ExitStack() as stack:
+        control = RedisServer(executable)
+        stack.callback(control.kill)
+        cluster = fake_cluster(
+            step_s=STEP_S, tier=redis_server.url, control=control.url, journal=control.url, uses_arena=False
+        )
+        client = cluster.client()
+        victim = redis_server if lost == "tier" else control
+        for number, position in enumerate((0, 1, 32)):
+            once = Once(position, victim.kill)
+            answer = cluster.ask(client, prompt(number), NUM_TOKENS, once)
+            check(answer, number)
+            measured(f"pause when the Redis of the {lost} dies", once.gap_s(answer))
+            check(cluster.ask(client, prompt(100 + number), NUM_TOKENS), 100 + number)  # a new one, without it
+            victim.start()
+            wait_until(lambda: is_whole(cluster), "everything is there again")
+        wait_until(lambda: moves(cluster, client), "blocks move through Redis again")
+        killed = Once(20, lambda: cluster.kill("router-0"))
+        check(cluster.ask(client, prompt(200), NUM_TOKENS, killed), 200)  # the journal is kept again
+        cluster.start_router("router-0")
+        cluster.wait_complete()
+        cluster.wait_at_rest()
+
+
+def is_whole(cluster: FakeCluster) -> bool:
+    """Whether every tier, the directory and the journal answer."""
+    tiers = [cluster.load(name).tier_is_up for name in cluster.workers]
+    states = [cluster.readyz(url) for url in cluster.http_urls]
+    return all(all(up.values()) for up in tiers) and not any(state["is_degraded"] for state in states)
+
+
+def test_a_full_arena_costs_recomputation_and_nothing_else(fake_cluster: MakeCluster) -> None:
+    """A prompt of 30 blocks is 120 fragments; the arena holds 50."""
+    cluster = fake_cluster(num_slots=50)
+    client = cluster.client()
+    for number in range(6):
+        answer = cluster.ask(client, prompt(number, 120), NUM_TOKENS)
+        check(answer, number, 120)
+        assert answer.finished is not None
+        assert answer.finished.stats.num_recomputed_prompt_tokens > 0
+    cluster.wait_at_rest()

@@ -1,0 +1,213 @@
+"""SIGKILL for each kind of process at each position of a stream: no token is lost, doubled or changed.
+
+A spread of positions in every run, all of them in the slow one. The longest pause that the client saw is reported.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from router.client import GenerationClient
+from tests.fake_cluster import Answer, FakeCluster, expected
+from tests.processes import wait_until
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+
+NUM_TOKENS = 64
+SPREAD = (0, 1, 2, 3, 15, 16, 31, 48, 62, 63)
+EVERY = tuple(range(NUM_TOKENS))
+NUM_CHUNKS = 8
+CHUNK_TOKENS = 16
+STEP_S = 0.004
+
+MakeCluster = Callable[..., FakeCluster]
+Measured = Callable[[str, float], None]
+
+
+def all_positions(spread: tuple[int, ...]) -> pytest.MarkDecorator:
+    """A spread of positions always, every one of them in the slow run."""
+    cases = [pytest.param(spread, id="spread"), pytest.param(EVERY, id="every", marks=pytest.mark.slow)]
+    return pytest.mark.parametrize("positions", cases)
+
+
+def prompt(number: int, num_tokens: int = 30) -> list[int]:
+    """Prompts that share nothing."""
+    return [(number * 1009 + i * 31 + 7) % 4096 for i in range(num_tokens)]
+
+
+def busy(cluster: FakeCluster, role: str) -> str:
+    """The worker of a role that has a request now, or ""."""
+    for name in cluster.workers:
+        if name.startswith(role) and cluster.workers[name].is_running:
+            load = cluster.load(name)
+            if load.num_running + load.num_waiting + load.num_waiting_for_kv:
+                return name
+    return ""
+
+
+class Once:
+    """Does something when a stream has got so far, once, and says how long the client then waited."""
+
+    def __init__(self, position: int, action: Callable[[], None]) -> None:
+        self.position = position
+        self.num_tokens_at_action: int | None = None
+        self._action = action
+
+    def __call__(self, answer: Answer) -> None:
+        if self.num_tokens_at_action is None and len(answer.ids) >= self.position:
+            self.num_tokens_at_action = len(answer.ids)
+            self._action()
+
+    def gap_s(self, answer: Answer) -> float:
+        """The longest pause from there on."""
+        assert self.num_tokens_at_action is not None, "the stream ended before it got so far"
+        return answer.longest_gap_s
+
+
+def check(answer: Answer, number: int, num_prompt_tokens: int = 30, sampled: bool = False) -> None:
+    """The stream is the undisturbed one."""
+    right = expected(prompt(number, num_prompt_tokens), NUM_TOKENS, 0.8 if sampled else 0.0)
+    assert answer.ids == right
+    assert answer.finished is not None
+    assert answer.finished.num_output_tokens == NUM_TOKENS
+
+
+@all_positions(SPREAD)
+def test_the_decode_worker_may_die_at_any_token(
+    fake_cluster: MakeCluster, measured: Measured, positions: tuple[int, ...]
+) -> None:
+    cluster = fake_cluster(step_s=STEP_S)
+    client = cluster.client()
+    num_replaced = 0
+    for number, position in enumerate(positions):
+        killed: list[str] = []
+
+        def kill(killed: list[str] = killed) -> None:
+            name = busy(cluster, "decode")
+            if name:
+                cluster.kill(name)
+                killed.append(name)
+
+        once = Once(position, kill)
+        is_sampled = number % 2 == 1
+        answer = cluster.ask(client, prompt(number), NUM_TOKENS, once, temperature=0.8 if is_sampled else 0.0)
+        check(answer, number, sampled=is_sampled)
+        measured("pause at a decode worker's death", once.gap_s(answer))
+        assert answer.finished is not None
+        num_replaced += answer.finished.stats.num_replacements
+        for name in killed:
+            cluster.start_worker(name)
+        cluster.wait_complete()
+    # Whoever is killed at the last tokens may have sent all of them: nothing is left to be placed anew.
+    assert num_replaced >= len(positions) - 4
+    cluster.wait_at_rest()
+
+
+@pytest.mark.parametrize("victim", ["prefill", "decode", "node"])
+def test_a_process_may_die_at_each_phase_of_prefill(fake_cluster: MakeCluster, measured: Measured, victim: str) -> None:
+    options = {"max_num_batched_tokens": CHUNK_TOKENS}
+    cluster = fake_cluster(step_s=STEP_S, token_s=0.001, engine=options)
+    client = cluster.client()
+    num_recomputed = 0
+    for phase in range(NUM_CHUNKS + 1):
+        before = {name: cluster.load(name).num_steps for name in cluster.workers if name.startswith("prefill")}
+        killed: list[str] = []
+
+        def wait_and_kill(before: dict[str, int] = before, phase: int = phase, killed: list[str] = killed) -> None:
+            """In a thread of its own: the client sees nothing of what goes on before the first token."""
+            names: list[str] = []
+
+            def has_begun() -> bool:
+                names[:] = [name for name in before if cluster.load(name).num_steps - before[name] >= phase]
+                if phase == 0:
+                    names[:] = [busy(cluster, "prefill")]
+                return bool(names and names[0])
+
+            wait_until(has_begun, f"a prefill worker got to chunk {phase}")
+            doomed = {"prefill": names[0], "decode": busy(cluster, "decode"), "node": "node"}[victim]
+            if doomed:
+                cluster.kill(doomed)
+            killed.append(doomed)
+
+        number = 1000 + phase
+        num_prompt_tokens = NUM_CHUNKS * CHUNK_TOKENS - 3
+        answer, pause_s = ask_while(cluster, client, number, num_prompt_tokens, wait_and_kill)
+        check(answer, number, num_prompt_tokens)
+        measured(f"first token or next one when the {victim} process dies in prefill", pause_s)
+        assert answer.finished is not None
+        num_recomputed += answer.finished.stats.num_recomputed_prompt_tokens
+        for name in killed:
+            if name:
+                cluster.restart(name)
+        cluster.wait_complete()
+    if victim == "prefill":
+        assert num_recomputed > 0, "no decode worker ever had to go on alone: nothing was killed in time"
+    cluster.wait_at_rest()
+
+
+def ask_while(
+    cluster: FakeCluster, client: GenerationClient, number: int, num_prompt_tokens: int, action: Callable[[], None]
+) -> tuple[Answer, float]:
+    """A stream, and beside it the action; the longest pause of the client, the time to the first token included."""
+    with ThreadPoolExecutor(1) as threads:
+        began_s = time.monotonic()
+        done = threads.submit(action)
+        answer = cluster.ask(client, prompt(number, num_prompt_tokens), NUM_TOKENS)
+        done.result()
+    return answer, max(answer.longest_gap_s, answer.times_s[1] - began_s)
+
+
+@all_positions((0, 1, 2, 31, 62, 63))
+def test_the_router_may_die_at_any_token(
+    fake_cluster: MakeCluster, measured: Measured, positions: tuple[int, ...]
+) -> None:
+    cluster = fake_cluster(step_s=STEP_S)
+    for number, position in enumerate(positions):
+        first = number % 2
+        name = f"router-{first}"
+        once = Once(position, lambda name=name: cluster.kill(name))
+        client = cluster.client(first)
+        is_sampled = number % 2 == 1
+        answer = cluster.ask(client, prompt(number), NUM_TOKENS, once, temperature=0.8 if is_sampled else 0.0)
+        check(answer, number, sampled=is_sampled)
+        measured("pause at a router's death", once.gap_s(answer))
+        client.close()
+        cluster.start_router(name)
+        cluster.wait_complete()
+    cluster.wait_at_rest()
+
+
+@all_positions((0, 1, 31, 63))
+def test_the_kv_node_may_die_at_any_token(
+    fake_cluster: MakeCluster, measured: Measured, positions: tuple[int, ...]
+) -> None:
+    """It holds the arena, the leases and the directory."""
+    cluster = fake_cluster(step_s=STEP_S)
+    client = cluster.client()
+    for number, position in enumerate(positions):
+        once = Once(position, lambda: cluster.kill("node"))
+        answer = cluster.ask(client, prompt(number), NUM_TOKENS, once)
+        check(answer, number)
+        measured("pause at a KV node's death", once.gap_s(answer))
+        cluster.node.start()
+    cluster.wait_complete()
+    after = cluster.ask(client, prompt(5000, 60), NUM_TOKENS)
+    check(after, 5000, 60)
+    wait_until(lambda: moves(cluster, client), "blocks move again")
+    cluster.wait_at_rest()
+
+
+_probes = itertools.count(10_000)
+
+
+def moves(cluster: FakeCluster, client: GenerationClient) -> bool:
+    """Whether all ten blocks of a new prompt get from prefill to decode."""
+    answer = cluster.ask(client, prompt(next(_probes), 40), 4)
+    assert answer.finished is not None
+    stats = answer.finished.stats
+    return stats.num_transferred_blocks == 10 and stats.num_recomputed_prompt_tokens == 0

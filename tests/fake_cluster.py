@@ -1,0 +1,467 @@
+"""A whole cluster without Ray and without weights: a KV node, workers with the fake engine, routers.
+
+Every part is the real program in a process of its own that can be killed, on free ports. What the right tokens are,
+`expected` says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+from switchyard.v1 import worker_pb2, worker_pb2_grpc
+
+from router.client import GenerationClient
+from router.config import RouterConfig, RouterSpec
+from router.events import Finished, GenerationRequest, SamplingOptions, Started, Tokens
+from tests.processes import DEADLINE_S, REPOSITORY, KVNode, free_port, python_environment, wait_until
+from workers.config import EngineConfig, WorkerSpec
+from workers.fake_model import fake_completion
+
+DEMO = REPOSITORY / "models" / "demo"
+MODEL_NAME = "fake"
+VOCAB_SIZE = 4096  # the demo tokenizer's
+NUM_BLOCKS = 1024  # of a worker
+SIZES = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": 2048,
+}
+QUICK = RouterConfig(
+    directory_poll_s=0.05,
+    worker_silence_s=1.0,
+    new_request_wait_s=DEADLINE_S,
+    replacement_wait_s=DEADLINE_S,
+    max_replacements=100,
+    drain_s=1.0,
+)
+
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def write_fake_model(directory: Path, **sizes: int) -> Path:
+    """A model directory for the fake engine: config and tokenizer."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / name, directory / name)
+    (directory / "config.json").write_text(json.dumps({**SIZES, **sizes}))
+    return directory
+
+
+class Prefork:
+    """The process that forks servers. enter: a command line that runs another one elsewhere, in a namespace."""
+
+    def __init__(self, enter: Sequence[str] = ()) -> None:
+        environment = {**python_environment(), "OMP_NUM_THREADS": "1"}
+        command = [*enter, sys.executable, "-m", "tests.prefork"]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=REPOSITORY
+        )
+        self._lock = threading.Lock()
+        self._answer()
+
+    def fork(self, program: str, spec: Path, output: Path, errors: Path) -> int:
+        """The pid of a new server."""
+        order = {"program": program, "spec": str(spec), "output": str(output), "errors": str(errors)}
+        with self._lock:
+            assert self._process.stdin is not None
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+            return self._answer()
+
+    def close(self) -> None:
+        """Ends it, and with it whatever it has forked."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(DEADLINE_S)
+        self._process.stdout.close()
+
+    def _answer(self) -> int:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, "the forking process ended"
+        pid: int = json.loads(line)["pid"]
+        return pid
+
+
+class Server:
+    """One worker, router or node."""
+
+    def __init__(self, prefork: Prefork, program: str, name: str, folder: Path) -> None:
+        self.name = name
+        self.program = program
+        self.errors = folder / f"{name}.log"
+        self.pid = 0
+        self.ready: dict[str, str] = {}
+        self._prefork = prefork
+        self._folder = folder
+        self._pidfd = -1
+        self._num_starts = 0
+
+    def start(self, spec: object) -> None:
+        """Fork it; `wait_ready` follows."""
+        self._num_starts += 1
+        path, self._output = self._folder / f"{self.name}.json", self._folder / f"{self.name}.{self._num_starts}.out"
+        path.write_text(json.dumps(spec))
+        if self._num_starts > 1:
+            self.errors.rename(self.errors.with_suffix(f".{self._num_starts - 1}.log"))
+        self.pid = self._prefork.fork(self.program, path, self._output, self.errors)
+        self._pidfd = os.pidfd_open(self.pid)
+
+    def wait_ready(self) -> dict[str, str]:
+        """What it said when it served."""
+        wait_until(lambda: self._has_said() or not self.is_running, f"{self.name} says that it serves")
+        assert self._has_said(), f"{self.name} ended while it was started: {self.errors.read_text()}"
+        self.ready = json.loads(self._output.read_text())
+        assert "refused" not in self.ready, self.ready
+        return self.ready
+
+    def _has_said(self) -> bool:
+        return self._output.exists() and self._output.read_text().endswith("\n")
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the process is there."""
+        return self._pidfd >= 0 and not select.select([self._pidfd], [], [], 0)[0]
+
+    def signal(self, number: signal.Signals) -> None:
+        """SIGSTOP, SIGCONT and the like."""
+        if self._pidfd >= 0:
+            signal.pidfd_send_signal(self._pidfd, number)
+
+    def kill(self) -> None:
+        """SIGKILL: nothing is cleaned up."""
+        self.end(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        """SIGTERM, and wait."""
+        self.end(signal.SIGTERM)
+
+    def end(self, number: signal.Signals) -> None:
+        """Send a signal that ends it, and wait."""
+        if self._pidfd < 0:
+            return
+        if self.is_running:
+            signal.pidfd_send_signal(self._pidfd, number)
+        ended = select.select([self._pidfd], [], [], DEADLINE_S)[0]
+        assert ended, f"{self.name} did not end"
+        os.close(self._pidfd)
+        self._pidfd = -1
+
+
+class ForkedNode(KVNode):
+    """A KV node that is forked instead of being started from the beginning."""
+
+    def __init__(self, prefork: Prefork, folder: Path, slot_bytes: int, num_slots: int) -> None:
+        self.server = Server(prefork, "node", "node", folder)
+        super().__init__(f"fake-{uuid.uuid4().hex[:12]}", slot_bytes, num_slots)
+
+    @property
+    def pid(self) -> int:
+        """Of the running process."""
+        return self.server.pid
+
+    def start(self) -> None:
+        """Forks the process and waits for its ready line."""
+        self.server.start(self.command()[3:])  # without "python -m kvstore.node"
+        self.ready = dict(self.server.wait_ready())
+
+    def _end(self, number: signal.Signals) -> int:
+        self.server.end(number)
+        return 0
+
+
+@dataclass
+class Answer:
+    """What a client got."""
+
+    prompt: Sequence[int]
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    times_s: list[float] = field(default_factory=list)  # of each message with tokens
+    finished: Finished | None = None
+
+    @property
+    def longest_gap_s(self) -> float:
+        """Between two messages."""
+        return max((b - a for a, b in zip(self.times_s, self.times_s[1:], strict=False)), default=0.0)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a fake cluster is made of."""
+
+    prefill: int = 2
+    decode: int = 2
+    mixed: int = 0
+    routers: int = 2
+    step_s: float = 0.0
+    token_s: float = 0.0
+    control: str = ""  # empty: the node's directory
+    tier: str = ""  # empty: the node's arena alone
+    uses_arena: bool = True
+    journal: str = ""  # empty: a file
+    block_size: int = 4
+    num_slots: int = 8192
+    engine: dict[str, object] = field(default_factory=dict)  # of EngineConfig
+    router: dict[str, object] = field(default_factory=dict)  # of RouterConfig
+    sizes: dict[str, int] = field(default_factory=dict)  # of the model
+
+    @property
+    def roles(self) -> dict[str, int]:
+        """Workers by role."""
+        return {"prefill": self.prefill, "decode": self.decode, "mixed": self.mixed}
+
+    def worker_spec(self, model_dir: Path, name: str, worker_id: str) -> WorkerSpec:
+        """Of a worker that is called ROLE-NUMBER; its place in the cluster is left open."""
+        role = name.partition("-")[0]
+        settings = {
+            "dtype": "float32",
+            "device": "cpu",
+            "block_size": self.block_size,
+            "num_blocks": NUM_BLOCKS,
+            "runner": "fake",
+            "fake_step_s": self.step_s,
+            "fake_token_s": self.token_s,
+            **self.engine,
+        }
+        return WorkerSpec(
+            worker_id=worker_id,
+            pool=role,
+            role=role,
+            engine=EngineConfig(str(model_dir), **settings),
+            model_name=MODEL_NAME,
+            tier=self.tier,
+            tier_secret="of the tests" if self.tier else "",
+            layers_per_fragment=1,
+        )
+
+
+class FakeCluster:
+    """Started when it is made; a context manager."""
+
+    def __init__(self, prefork: Prefork, shape: Shape | None = None) -> None:
+        self.shape = shape or Shape()
+        self.folder = Path(tempfile.mkdtemp(prefix="fc-"))
+        self.model_dir = write_fake_model(self.folder / "model", **self.shape.sizes)
+        sizes = {**SIZES, **self.shape.sizes}
+        fragment_bytes = 2 * self.shape.block_size * sizes["head_dim"] * 4
+        self.node = ForkedNode(prefork, self.folder, fragment_bytes, self.shape.num_slots)
+        self._prefork = prefork
+        self._num_workers = 0
+        self.workers = {
+            f"{role}-{i}": Server(prefork, "worker", f"{role}-{i}", self.folder)
+            for role, count in self.shape.roles.items()
+            for i in range(count)
+        }
+        names = [f"router-{i}" for i in range(self.shape.routers)]
+        self.routers = {name: Server(prefork, "router", name, self.folder) for name in names}
+        self._ports = {name: (free_port(), free_port()) for name in names}
+        self._clients: list[GenerationClient] = []
+        try:
+            for name in self.workers:
+                self.start_worker(name, waits=False)
+            for name in self.routers:
+                self.start_router(name, waits=False)
+            for server in (*self.workers.values(), *self.routers.values()):
+                server.wait_ready()
+            self.wait_complete()
+        except BaseException:
+            self.close()
+            raise
+
+    # ------------------------------------------------------------------------------------------------------ processes
+    @property
+    def control_url(self) -> str:
+        """Of the directory."""
+        return self.shape.control or self.node.control_url
+
+    @property
+    def targets(self) -> list[str]:
+        """The routers' gRPC addresses."""
+        return [f"127.0.0.1:{grpc_port}" for grpc_port, _ in self._ports.values()]
+
+    @property
+    def http_urls(self) -> list[str]:
+        """The routers' HTTP addresses."""
+        return [f"http://127.0.0.1:{http_port}" for _, http_port in self._ports.values()]
+
+    def start_worker(self, name: str, waits: bool = True) -> None:
+        """Start it (again): as a new worker, as every restarted one is."""
+        self._num_workers += 1
+        spec = self.shape.worker_spec(self.model_dir, name, f"{name}.{self._num_workers}")
+        spec = dataclasses.replace(
+            spec,
+            node_id=self.node.node_id,
+            host_address=self.node.host_address if self.shape.uses_arena else "",
+            control=self.control_url,
+        )
+        self._start(self.workers[name], dataclasses.asdict(spec), waits)
+
+    def start_router(self, name: str, waits: bool = True) -> None:
+        """Start it (again), under its old name and ports."""
+        grpc_port, http_port = self._ports[name]
+        spec = RouterSpec(
+            name,
+            str(self.model_dir),
+            MODEL_NAME,
+            self.control_url,
+            journal=self.shape.journal or f"file://{self.folder}/streams.journal",
+            grpc_port=grpc_port,
+            http_port=http_port,
+            config=dataclasses.replace(QUICK, **self.shape.router),
+        )
+        self._start(self.routers[name], dataclasses.asdict(spec), waits)
+
+    def _start(self, server: Server, spec: dict[str, object], waits: bool) -> None:
+        server.start(spec)
+        if waits:
+            server.wait_ready()
+
+    def restart(self, name: str) -> None:
+        """Kill it if it lives, and start it again."""
+        if name == "node":
+            self.node.restart()
+        elif name in self.workers:
+            self.workers[name].kill()
+            self.start_worker(name)
+        else:
+            self.routers[name].kill()
+            self.start_router(name)
+
+    def server(self, name: str) -> Server:
+        """A worker or router by its name."""
+        return self.workers[name] if name in self.workers else self.routers[name]
+
+    def kill(self, name: str) -> None:
+        """SIGKILL."""
+        if name == "node":
+            self.node.kill()
+        else:
+            self.server(name).kill()
+
+    def wait_complete(self) -> None:
+        """Until every router that runs sees every worker that runs, and nobody else."""
+        wanted = {server.ready["worker_id"] for server in self.workers.values() if server.is_running}
+        for name, url in zip(self.routers, self.http_urls, strict=True):
+            if self.routers[name].is_running:
+                wait_until(lambda url=url: self.seen_by(url) == wanted, f"{name} sees {wanted}")
+
+    def readyz(self, url: str) -> dict[str, Any]:
+        """What a router says of the cluster; nothing while it is away."""
+        try:
+            with _OPENER.open(f"{url}/readyz", timeout=5) as answer:
+                body = answer.read()
+        except urllib.error.HTTPError as error:
+            body = error.read()
+        except OSError:
+            return {}
+        state: dict[str, Any] = json.loads(body)
+        return state
+
+    def seen_by(self, url: str) -> set[str]:
+        """The workers that a router has."""
+        return {worker["worker_id"] for worker in self.readyz(url).get("workers", ())}
+
+    def load(self, name: str) -> worker_pb2.WorkerLoad:
+        """A worker's counters now."""
+        with grpc.insecure_channel(self.workers[name].ready["address"]) as channel:
+            stub = worker_pb2_grpc.WorkerServiceStub(channel)
+            return stub.GetLoad(worker_pb2.GetLoadRequest(), timeout=DEADLINE_S).load
+
+    # -------------------------------------------------------------------------------------------------------- streams
+    def client(self, first: int = 0) -> GenerationClient:
+        """A resuming client that asks the router of that number first."""
+        client = GenerationClient([*self.targets[first:], *self.targets[:first]], resume_within_s=DEADLINE_S)
+        self._clients.append(client)
+        return client
+
+    def ask(
+        self,
+        client: GenerationClient,
+        prompt: Sequence[int],
+        num_tokens: int,
+        on_tokens: Callable[[Answer], None] = lambda answer: None,
+        temperature: float = 0.0,
+        seed: int = 1,
+    ) -> Answer:
+        """One stream to its end."""
+        answer = Answer(prompt)
+        sampling = SamplingOptions(temperature=temperature, max_tokens=num_tokens, ignore_eos=True, seed=seed)
+        for event in client.generate(GenerationRequest(tuple(prompt), sampling)):
+            if isinstance(event, Started):
+                answer.times_s.append(time.monotonic())
+            elif isinstance(event, Tokens):
+                assert event.first_position == len(answer.ids), "a token was lost or doubled"
+                answer.ids += event.ids
+                answer.text += event.text
+                answer.times_s.append(time.monotonic())
+                on_tokens(answer)
+            else:
+                answer.finished = event
+        assert answer.finished is not None, "a stream without an end"
+        return answer
+
+    def wait_at_rest(self) -> None:
+        """Until no worker holds a request, a block or a wait; fails when that does not come."""
+        for name, server in self.workers.items():
+            if server.is_running:
+                wait_until(lambda name=name: self.is_at_rest(name), f"{name} is at rest")
+
+    def is_at_rest(self, name: str) -> bool:
+        """Whether all of a worker's blocks are free and nothing runs."""
+        load = self.load(name)
+        num_blocks = self.shape.engine.get("num_blocks", NUM_BLOCKS)
+        busy = load.num_running + load.num_waiting + load.num_waiting_for_kv + load.num_queued_tokens
+        return busy == 0 and load.num_free_blocks == num_blocks
+
+    # ------------------------------------------------------------------------------------------------------------ end
+    def close(self) -> None:
+        """Ends every process and removes every file."""
+        for client in self._clients:
+            client.close()
+        for server in (*self.routers.values(), *self.workers.values()):
+            server.kill()
+        self.node.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __enter__(self) -> FakeCluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def expected(prompt: Sequence[int], num_tokens: int, temperature: float = 0.0, seed: int = 1) -> list[int]:
+    """What every fake cluster makes of a prompt."""
+    return fake_completion(prompt, num_tokens, VOCAB_SIZE, temperature, seed)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The nearest rank."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
