@@ -91,3 +91,8 @@ def swiglu(num_tokens: int, intermediate_size: int, dtype_bytes: int) -> OpCost:
     """Per output: negate, exp, add, divide, multiply."""
     elements = num_tokens * intermediate_size
     return OpCost(3 * elements * dtype_bytes, 5 * elements)
+
+
+def copy(num_bytes: int) -> OpCost:
+    """Each byte is read and written."""
+    return OpCost(2 * num_bytes, 0)

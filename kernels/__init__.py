@@ -23,19 +23,24 @@ definition that both are tested against. Importing touches no GPU.
     rms_norm(x, weight, eps) -> normed
     add_rms_norm(x, residual, weight, eps) -> (normed, new_residual)
     swiglu(gate_up) -> silu(first half) * second half
+    gather_kv_blocks(all layers' caches, block_ids, layers_per_fragment, num_tokens) -> buffer of fragments
+    scatter_kv_blocks(buffer, block_ids, all layers' caches) -> the caches, written in place
 """
 
 from kernels.attention.decode import decode_attention
 from kernels.attention.prefill import prefill_attention
 from kernels.gated import swiglu
+from kernels.kv_copy import gather_kv_blocks, scatter_kv_blocks
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.rope_kv import rope_and_write_kv
 
 __all__ = [
     "add_rms_norm",
     "decode_attention",
+    "gather_kv_blocks",
     "prefill_attention",
     "rms_norm",
     "rope_and_write_kv",
+    "scatter_kv_blocks",
     "swiglu",
 ]

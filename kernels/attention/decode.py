@@ -25,31 +25,14 @@ from kernels.attention.paged import (
     is_per_head,
     kv_token_bytes,
 )
+from kernels.attention.split import combine, plan_splits, shares
 from kernels.attention.tile import attend, score_factors
 from kernels.cases import Draw, PagedShape
-from kernels.jit import Value, cdiv, constexpr, jit, next_power_of_2, num_sms, tl
+from kernels.jit import Value, constexpr, jit, next_power_of_2, tl
 from kernels.op import Case, Op, Target
 
 PROGRAMS_PER_SM = 4  # as many as fit at once; more splits only add to the combining
-MAX_SPLITS = 128
-SPLIT_KEYS = 512  # keys of a share in batch-invariant mode
 MIN_ROWS = 16  # the smallest tile tl.dot takes
-_COMBINED_AT_ONCE = 16
-
-
-@jit
-def _shares(
-    length: Value, window: Value, num_splits: Value, SPLIT_KEYS: constexpr, WINDOWED: constexpr, BLOCK_N: constexpr
-) -> Value:
-    """(first, origin, share): split i has the keys from origin + i * share on, but none before `first`."""
-    first = length * 0
-    if WINDOWED:
-        first = tl.maximum(length - window, 0) // BLOCK_N * BLOCK_N
-    if SPLIT_KEYS:
-        origin, share = first // SPLIT_KEYS * SPLIT_KEYS, first * 0 + SPLIT_KEYS
-    else:
-        origin, share = first, tl.maximum(tl.cdiv(tl.cdiv(length - first, num_splits), BLOCK_N), 1) * BLOCK_N
-    return first, origin, share
 
 
 @jit
@@ -82,7 +65,7 @@ def _decode_kernel(
     seq, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_q_heads, num_splits = tl.num_programs(1) * GROUP, tl.num_programs(2)
     length = tl.load(seq_lens_ptr + seq)
-    first, origin, share = _shares(length, window, num_splits, SPLIT_KEYS, WINDOWED, BLOCK_N)
+    first, origin, share = shares(length, window, num_splits, SPLIT_KEYS, WINDOWED, BLOCK_N)
     begin = tl.maximum(origin + split * share, first)
     end = tl.minimum(origin + (split + 1) * share, length)
 
@@ -124,53 +107,6 @@ def _decode_kernel(
         tl.store(lse_ptr + slot, peak + tl.log2(total), mask=(row < GROUP) & (begin < end))
 
 
-@jit
-def _combine_kernel(
-    out_ptr: Value,  # [batch, q_heads, HEAD_DIM]
-    part_ptr: Value,  # [batch, q_heads, splits, HEAD_DIM] fp32
-    lse_ptr: Value,  # [batch, q_heads, splits] fp32
-    seq_lens_ptr: Value,
-    num_splits: Value,
-    window: Value,
-    HEAD_DIM: constexpr,
-    SPLIT_KEYS: constexpr,
-    WINDOWED: constexpr,
-    BLOCK_N: constexpr,
-    BLOCK_D: constexpr,
-    AT_ONCE: constexpr,
-) -> None:
-    """AT_ONCE splits at a time, in order: how many there could have been has no part in the result."""
-    seq, q_head = tl.program_id(0), tl.program_id(1)
-    length = tl.load(seq_lens_ptr + seq)
-    _, origin, share = _shares(length, window, num_splits, SPLIT_KEYS, WINDOWED, BLOCK_N)
-    used = tl.cdiv(length - origin, share)
-    head = (seq * tl.num_programs(1) + q_head).to(tl.int64)
-    dims = tl.arange(0, BLOCK_D)
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    peak = length * 0.0 - float("inf")
-    total = length * 0.0
-    for start in range(0, used, AT_ONCE):
-        split = start + tl.arange(0, AT_ONCE)
-        lse = tl.load(lse_ptr + head * num_splits + split, mask=split < used, other=float("-inf"))
-        part_ptrs = part_ptr + (head * num_splits + split)[:, None] * HEAD_DIM + dims[None, :]
-        part = tl.load(part_ptrs, mask=(split < used)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
-        new_peak = tl.maximum(peak, tl.max(lse, 0))
-        weight = tl.exp2(lse - new_peak)
-        decay = tl.exp2(peak - new_peak)
-        total = total * decay + tl.sum(weight, 0)
-        acc = acc * decay + tl.sum(part * weight[:, None], 0)
-        peak = new_peak
-    out = acc / tl.where(total > 0, total, 1.0)
-    tl.store(out_ptr + head * HEAD_DIM + dims, out.to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
-
-
-def _num_splits(q: torch.Tensor, num_kv_heads: int, max_tiles: int) -> int:
-    """A power of two: enough programs to fill the device, never more than there can be tiles."""
-    wanted = PROGRAMS_PER_SM * num_sms(q) // (q.shape[0] * num_kv_heads)
-    most = max(1, min(wanted, max_tiles, MAX_SPLITS))
-    return 1 << (most.bit_length() - 1)
-
-
 def launch(
     q: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -190,33 +126,20 @@ def launch(
     # Unpacking a narrow cache takes registers: at 64 keys they would leave two blocks per SM.
     block_n = 64 if block_d * q.element_size() <= 512 and kv_cache.element_size() > 1 else 32
     most_keys = block_table.shape[1] * block_size
-    if window:
-        most_keys = min(most_keys, window + block_n)  # first and last tile may hold fewer
-    if batch_invariant:
-        splits = cdiv(most_keys, SPLIT_KEYS) + bool(window)
-    else:
-        splits = _num_splits(q, num_kv_heads, cdiv(most_keys, block_n))
+    split = plan_splits(q, PROGRAMS_PER_SM, batch * num_kv_heads, most_keys, window, block_n, batch_invariant)
     out = torch.empty(batch, num_q_heads, head_dim, dtype=q.dtype, device=q.device)
-    parts, lse = out, None
-    if splits > 1 or batch_invariant:
-        parts = torch.empty(batch, num_q_heads, splits, head_dim, dtype=torch.float32, device=q.device)
-        lse = torch.empty(batch, num_q_heads, splits, dtype=torch.float32, device=q.device)
-    split_keys = SPLIT_KEYS if batch_invariant else 0
+    parts, lse = split.empty_parts(out)
     head_scales, slot_scales = (kv_scales, None) if kv_scales is None or is_per_head(kv_scales) else (None, kv_scales)
     score_scale, cap = score_factors(scale, soft_cap)
-    _decode_kernel[(batch, num_kv_heads, splits)](
+    _decode_kernel[(batch, num_kv_heads, split.num_splits)](
         parts, lse, q, kv_cache, block_table, seq_lens, sinks, head_scales, slot_scales, score_scale, cap, window,
         q.stride(0), kv_cache.stride(0), block_table.stride(0),
         GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
-        SPLIT_KEYS=split_keys, WINDOWED=window > 0, CAPPED=soft_cap > 0,
+        SPLIT_KEYS=split.split_keys, WINDOWED=window > 0, CAPPED=soft_cap > 0,
         BLOCK_G=max(MIN_ROWS, next_power_of_2(group)), BLOCK_D=block_d, BLOCK_N=block_n, num_warps=4, num_stages=3,
     )  # fmt: skip
     if lse is not None:
-        _combine_kernel[(batch, num_q_heads)](
-            out, parts, lse, seq_lens, splits, window,
-            HEAD_DIM=head_dim, SPLIT_KEYS=split_keys, WINDOWED=window > 0, BLOCK_N=block_n, BLOCK_D=block_d,
-            AT_ONCE=_COMBINED_AT_ONCE, num_warps=4,
-        )  # fmt: skip
+        combine(out, parts, lse, seq_lens, split, window, block_n)
     return out
 
 

@@ -43,4 +43,32 @@ def torch_prefill(
     return out
 
 
-TORCH = {"decode_attention": torch_decode, "prefill_attention": torch_prefill}
+def torch_gather(kv_cache, block_ids, layers_per_fragment, num_tokens):
+    """As a rank sends fragments: for each block its groups of layers, in each group its heads."""
+    fragments = [
+        kv_cache[first : first + layers_per_fragment, block, head, :, :num_tokens].double()
+        for block in block_ids.tolist()
+        for first in range(0, len(kv_cache), layers_per_fragment)
+        for head in range(kv_cache.shape[2])
+    ]
+    shape = (len(block_ids), len(kv_cache) // layers_per_fragment, kv_cache.shape[2], *fragments[0].shape)
+    return torch.stack(fragments).view(shape)
+
+
+def torch_scatter(buffer, block_ids, kv_cache):
+    out = kv_cache.double()
+    layers_per_fragment, num_tokens = buffer.shape[3], buffer.shape[5]
+    for layer in range(len(out)):
+        for token in range(num_tokens):
+            for i, block in enumerate(block_ids.tolist()):
+                group, within = divmod(layer, layers_per_fragment)
+                out[layer, block, :, :, token] = buffer[i, group, :, within, :, token].double()
+    return out
+
+
+TORCH = {
+    "decode_attention": torch_decode,
+    "prefill_attention": torch_prefill,
+    "gather_kv_blocks": torch_gather,
+    "scatter_kv_blocks": torch_scatter,
+}
