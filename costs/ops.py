@@ -96,3 +96,30 @@ def swiglu(num_tokens: int, intermediate_size: int, dtype_bytes: int) -> OpCost:
 def copy(num_bytes: int) -> OpCost:
     """Each byte is read and written."""
     return OpCost(2 * num_bytes, 0)
+
+
+def mla_decode_attention(
+    seq_lens: Sequence[int], num_heads: int, latent_dim: int, rope_dim: int, dtype_bytes: int
+) -> OpCost:
+    """Absorbed: a token's latent and rotary part are read once for all heads."""
+    width, num_tokens = latent_dim + rope_dim, sum(seq_lens)
+    query_bytes = sum(n > 0 for n in seq_lens) * num_heads * (width + latent_dim) * dtype_bytes
+    return OpCost(query_bytes + num_tokens * width * dtype_bytes, 2 * num_tokens * num_heads * (width + latent_dim))
+
+
+def mla_prefill_attention(
+    query_lens: Sequence[int],
+    seq_lens: Sequence[int],
+    num_heads: int,
+    nope_dim: int,
+    rope_dim: int,
+    v_dim: int,
+    dtype_bytes: int,
+) -> OpCost:
+    """Expanded: each head has keys and values of its own, but for the rotary part of a key."""
+    asking = [(n, length) for n, length in zip(query_lens, seq_lens, strict=True) if n]
+    query_elements = sum(query_lens) * num_heads * (nope_dim + rope_dim + v_dim)
+    kv_elements = sum(length for _, length in asking) * (num_heads * (nope_dim + v_dim) + rope_dim)
+    pairs = sum(_seen_by_first(length, length) - _seen_by_first(length - n, length) for n, length in asking)
+    flops = 2 * pairs * num_heads * (nope_dim + rope_dim + v_dim)
+    return OpCost((query_elements + kv_elements) * dtype_bytes, flops)

@@ -25,9 +25,15 @@ definition that both are tested against. Importing touches no GPU.
     swiglu(gate_up) -> silu(first half) * second half
     gather_kv_blocks(all layers' caches, block_ids, layers_per_fragment, num_tokens) -> buffer of fragments
     scatter_kv_blocks(buffer, block_ids, all layers' caches) -> the caches, written in place
+    mla_decode_attention(q, latent_cache, block_table, seq_lens, scale, rope_dim) -> [batch, heads, latent_dim]
+        q [batch, heads, latent_dim + rope_dim], latent_cache [num_blocks, block_size, latent_dim + rope_dim]
+    mla_prefill_attention(q, kv, k_rope, query_start_loc, kv_start_loc, max_query_len, scale) -> [tokens, heads, v_dim]
+        kv [kv_tokens, heads, nope_dim + v_dim], k_rope [kv_tokens, rope_dim]: each sequence's context and chunk
 """
 
 from kernels.attention.decode import decode_attention
+from kernels.attention.mla import mla_decode_attention
+from kernels.attention.mla_prefill import mla_prefill_attention
 from kernels.attention.prefill import prefill_attention
 from kernels.gated import swiglu
 from kernels.kv_copy import gather_kv_blocks, scatter_kv_blocks
@@ -38,6 +44,8 @@ __all__ = [
     "add_rms_norm",
     "decode_attention",
     "gather_kv_blocks",
+    "mla_decode_attention",
+    "mla_prefill_attention",
     "prefill_attention",
     "rms_norm",
     "rope_and_write_kv",

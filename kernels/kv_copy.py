@@ -201,8 +201,8 @@ _FULL: tuple[tuple[_Shape, torch.dtype, Target | None], ...] = (
 _EXACT = dict.fromkeys((FP32, FP16, BF16, FP8, INT8), 0.0)
 
 LIMIT = (
-    "Memory: each byte is read once and written once, 16 bytes an access, a run of one head's K or V a program. at "
-    "least 73 KB per SM in flight, with 4 KB runs (blocks of 16). 2,048 words at once: 4,096 take 46 registers for nothing."
+    "Memory: each byte is read once and written once, 16 bytes an access, a run of one head's K or V a program; at "
+    "least 73 KB per SM in flight, with runs of 4 KB (blocks of 16). 4,096 words at once would only take registers."
 )
 
 gather_kv_blocks = Op(

@@ -6,6 +6,8 @@ For tests and benchmarks; the engine never imports it.
 from typing import Any
 
 from kernels.attention.decode import decode_attention
+from kernels.attention.mla import mla_decode_attention
+from kernels.attention.mla_prefill import mla_prefill_attention
 from kernels.attention.prefill import prefill_attention
 from kernels.gated import swiglu
 from kernels.kv_copy import gather_kv_blocks, scatter_kv_blocks
@@ -22,4 +24,6 @@ OPS: tuple[Op[..., Any], ...] = (
     swiglu,
     gather_kv_blocks,
     scatter_kv_blocks,
+    mla_decode_attention,
+    mla_prefill_attention,
 )

@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 
+from kernels.attention.mla import gather_latents
 from kernels.attention.paged import gather_sequence
+from kernels.kv_copy import gather_cpu, scatter_cpu
 
 Peer = Callable[..., Callable[[], object] | None]
 
@@ -59,6 +61,50 @@ def _sdpa_prefill(
     )
 
 
+def _sdpa_mla_decode(
+    q: torch.Tensor,
+    latent_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    rope_dim: int,
+    batch_invariant: bool,
+) -> Callable[[], object] | None:
+    lengths = seq_lens.tolist()
+    if len(set(lengths)) > 1:
+        return None
+    keys = torch.stack([gather_latents(latent_cache, row, lengths[0]) for row in block_table]).unsqueeze(1)
+    rows, values = q.unsqueeze(1), keys[..., :-rope_dim]
+    return lambda: F.scaled_dot_product_attention(rows, keys, values, scale=scale)
+
+
+def _sdpa_mla_prefill(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    k_rope: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    kv_start_loc: torch.Tensor,
+    max_query_len: int,
+    scale: float,
+) -> Callable[[], object] | None:
+    if len(query_start_loc) > 2 or len(q) != len(kv):
+        return None
+    nope_dim = q.shape[2] - k_rope.shape[1]
+    k = torch.cat((kv[..., :nope_dim], k_rope[:, None].expand(-1, q.shape[1], -1)), dim=-1)
+    rows, keys, values = (x.transpose(0, 1).unsqueeze(0).contiguous() for x in (q, k, kv[..., nope_dim:]))
+    return lambda: F.scaled_dot_product_attention(rows, keys, values, is_causal=True, scale=scale)
+
+
+def _torch_gather(
+    kv_cache: torch.Tensor, block_ids: torch.Tensor, layers_per_fragment: int, num_tokens: int
+) -> Callable[[], object]:
+    return lambda: gather_cpu(kv_cache, block_ids, layers_per_fragment, num_tokens)
+
+
+def _torch_scatter(buffer: torch.Tensor, block_ids: torch.Tensor, kv_cache: torch.Tensor) -> Callable[[], object]:
+    return lambda: scatter_cpu(buffer, block_ids, kv_cache)
+
+
 def _torch_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Callable[[], object]:
     return lambda: F.rms_norm(x, (x.shape[-1],), weight, eps)
 
@@ -79,6 +125,10 @@ def _liger_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Callab
 PEERS: Mapping[str, Mapping[str, Peer]] = {
     "decode_attention": {"torch sdpa, contiguous": _sdpa_decode},
     "prefill_attention": {"torch sdpa, contiguous": _sdpa_prefill},
+    "mla_decode_attention": {"torch sdpa, contiguous": _sdpa_mla_decode},
+    "mla_prefill_attention": {"torch sdpa, contiguous": _sdpa_mla_prefill},
+    "gather_kv_blocks": {"torch": _torch_gather},
+    "scatter_kv_blocks": {"torch": _torch_scatter},
     "rms_norm": {"torch": _torch_rms_norm, "liger": _liger_rms_norm},
     "swiglu": {"torch, two kernels": _torch_swiglu},
 }

@@ -69,3 +69,18 @@ def test_decode_of_a_large_model_is_bound_by_its_cache():
     cost = ops.decode_attention([4096] * 32, 32, 8, 128, 2)
     assert cost.memory_bytes == pytest.approx(537e6, rel=0.01)
     assert cost.flops / cost.memory_bytes == pytest.approx(4, rel=0.01)
+
+
+def test_mla_decode_reads_a_latent_once_for_all_heads():
+    # two tokens of 32 + 8 numbers, two heads that ask with 40 and answer with 32
+    assert ops.mla_decode_attention([2, 0], 2, 32, 8, 2) == OpCost((2 * 40 + 2 * (40 + 32)) * 2, 2 * 2 * 2 * (40 + 32))
+
+
+def test_a_copy_reads_and_writes():
+    assert ops.copy(10) == OpCost(20, 0)
+
+
+def test_mla_prefill_counts_pairs_over_keys_of_each_head():
+    cost = ops.mla_prefill_attention([3, 0], [10, 7], 2, 8, 4, 16, 2)
+    queries, keys = 3 * 2 * (8 + 4 + 16), 10 * (2 * (8 + 16) + 4)
+    assert cost == OpCost(2 * (queries + keys), 2 * (8 + 9 + 10) * 2 * (8 + 4 + 16))

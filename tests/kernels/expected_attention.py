@@ -66,9 +66,39 @@ def torch_scatter(buffer, block_ids, kv_cache):
     return out
 
 
+def torch_mla_decode(q, latent_cache, block_table, seq_lens, scale, rope_dim, batch_invariant=False):
+    out = torch.zeros(*q.shape[:2], q.shape[2] - rope_dim, dtype=torch.float64)
+    for i, length in enumerate(seq_lens.tolist()):
+        table, block_size = block_table[i].tolist(), latent_cache.shape[1]
+        cached = [latent_cache[table[t // block_size], t % block_size].double() for t in range(length)]
+        scores = [(q[i].double() * latent).sum(-1) * scale for latent in cached]
+        total = torch.logsumexp(torch.stack(scores), 0) if scores else 0
+        for score, latent in zip(scores, cached, strict=True):
+            out[i] += torch.exp(score - total)[:, None] * latent[:-rope_dim]
+    return out
+
+
+def torch_mla_prefill(q, kv, k_rope, query_start_loc, kv_start_loc, max_query_len, scale):
+    """As multi-head attention of each token, with its keys put together."""
+    nope_dim = q.shape[2] - k_rope.shape[1]
+    out = []
+    for i in range(len(query_start_loc) - 1):
+        begin, end = query_start_loc[i : i + 2].tolist()
+        assert end - begin <= max_query_len
+        for row in range(begin, end):
+            keys = slice(kv_start_loc[i].item(), kv_start_loc[i + 1].item() - (end - row) + 1)
+            shared = k_rope[keys].double()[:, None].repeat(1, q.shape[1], 1)
+            k = torch.cat((kv[keys, :, :nope_dim].double(), shared), dim=-1)
+            weights = torch.softmax((k * q[row].double()).sum(-1) * scale, dim=0)
+            out.append((weights[..., None] * kv[keys, :, nope_dim:].double()).sum(0))
+    return torch.stack(out)
+
+
 TORCH = {
     "decode_attention": torch_decode,
     "prefill_attention": torch_prefill,
     "gather_kv_blocks": torch_gather,
+    "mla_decode_attention": torch_mla_decode,
+    "mla_prefill_attention": torch_mla_prefill,
     "scatter_kv_blocks": torch_scatter,
 }
