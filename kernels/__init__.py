@@ -11,25 +11,44 @@ definition that both are tested against. Importing touches no GPU.
     positions        [num_tokens] int64
     slot_mapping     [num_tokens] int64, block * block_size + offset; -1 writes nothing
 
-    decode_attention(q, kv_cache, block_table, seq_lens, scale) -> [batch, q_heads, head_dim]
-    prefill_attention(q, kv_cache, block_table, query_start_loc, seq_lens, max_query_len, scale) -> shaped as q
+    decode_attention(q, kv_cache, block_table, seq_lens, scale, ...) -> [batch, q_heads, head_dim]
+    prefill_attention(q, kv_cache, block_table, query_start_loc, seq_lens, max_query_len, scale, ...) -> shaped as q
+        window=0               how many positions a token sees, its own included; 0 is all before it
+        sinks=None             [q_heads] fp32, a logit of each head that takes weight and brings no value
+        soft_cap=0.0           scores become soft_cap * tanh(score / soft_cap); 0 leaves them
+        kv_scales=None         fp32; of a float8_e4m3fn cache [kv_heads, 2], of an int8 one [blocks, kv_heads, 2,
+                               block_size]: a cached number times its scale is meant
+        batch_invariant=False  a token's bits then depend on its own sequence only (kernels/attention/ says how far)
     rope_and_write_kv(q, k, v, cos_sin, positions, kv_cache, slot_mapping) -> rotated q
     rms_norm(x, weight, eps) -> normed
     add_rms_norm(x, residual, weight, eps) -> (normed, new_residual)
     swiglu(gate_up) -> silu(first half) * second half
+    gather_kv_blocks(all layers' caches, block_ids, layers_per_fragment, num_tokens) -> buffer of fragments
+    scatter_kv_blocks(buffer, block_ids, all layers' caches) -> the caches, written in place
+    mla_decode_attention(q, latent_cache, block_table, seq_lens, scale, rope_dim) -> [batch, heads, latent_dim]
+        q [batch, heads, latent_dim + rope_dim], latent_cache [num_blocks, block_size, latent_dim + rope_dim]
+    mla_prefill_attention(q, kv, k_rope, query_start_loc, kv_start_loc, max_query_len, scale) -> [tokens, heads, v_dim]
+        kv [kv_tokens, heads, nope_dim + v_dim], k_rope [kv_tokens, rope_dim]: each sequence's context and chunk
 """
 
 from kernels.attention.decode import decode_attention
+from kernels.attention.mla import mla_decode_attention
+from kernels.attention.mla_prefill import mla_prefill_attention
 from kernels.attention.prefill import prefill_attention
 from kernels.gated import swiglu
+from kernels.kv_copy import gather_kv_blocks, scatter_kv_blocks
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.rope_kv import rope_and_write_kv
 
 __all__ = [
     "add_rms_norm",
     "decode_attention",
+    "gather_kv_blocks",
+    "mla_decode_attention",
+    "mla_prefill_attention",
     "prefill_attention",
     "rms_norm",
     "rope_and_write_kv",
+    "scatter_kv_blocks",
     "swiglu",
 ]

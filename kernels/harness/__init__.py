@@ -6,8 +6,11 @@ For tests and benchmarks; the engine never imports it.
 from typing import Any
 
 from kernels.attention.decode import decode_attention
+from kernels.attention.mla import mla_decode_attention
+from kernels.attention.mla_prefill import mla_prefill_attention
 from kernels.attention.prefill import prefill_attention
 from kernels.gated import swiglu
+from kernels.kv_copy import gather_kv_blocks, scatter_kv_blocks
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.op import Op
 from kernels.rope_kv import rope_and_write_kv
@@ -19,4 +22,8 @@ OPS: tuple[Op[..., Any], ...] = (
     add_rms_norm,
     rope_and_write_kv,
     swiglu,
+    gather_kv_blocks,
+    scatter_kv_blocks,
+    mla_decode_attention,
+    mla_prefill_attention,
 )

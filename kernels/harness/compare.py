@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels.cases import guard_size
 from kernels.op import Case, Op
 
-_SENTINEL = 8192.0  # exact in every dtype; not NaN, because a NaN read out of bounds is often written out of bounds
+_SENTINEL = 256.0  # exact in every dtype; not NaN, because a NaN read out of bounds is often written out of bounds
 
 
 class GuardedEmpty(TorchDispatchMode):

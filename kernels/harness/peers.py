@@ -11,16 +11,28 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 
-from kernels.attention.decode import gather_sequence
+from kernels.attention.mla import gather_latents
+from kernels.attention.paged import gather_sequence
+from kernels.kv_copy import gather_cpu, scatter_cpu
 
 Peer = Callable[..., Callable[[], object] | None]
 
 
+def _is_plain(options: tuple[object, ...]) -> bool:
+    """Neither window, sinks, cap nor scales: the last option, batch invariance, asks for the same numbers."""
+    return not any(isinstance(option, torch.Tensor) or option for option in options[:-1])
+
+
 def _sdpa_decode(
-    q: torch.Tensor, kv_cache: torch.Tensor, block_table: torch.Tensor, seq_lens: torch.Tensor, scale: float
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    *options: object,
 ) -> Callable[[], object] | None:
     lengths = seq_lens.tolist()
-    if len(set(lengths)) > 1:
+    if not _is_plain(options) or len(set(lengths)) > 1:
         return None
     keys, values = zip(*(gather_sequence(kv_cache, row, lengths[0]).unbind(1) for row in block_table), strict=True)
     k, v = torch.stack(keys), torch.stack(values)
@@ -36,16 +48,61 @@ def _sdpa_prefill(
     seq_lens: torch.Tensor,
     max_query_len: int,
     scale: float,
+    *options: object,
 ) -> Callable[[], object] | None:
     lengths = seq_lens.tolist()
     queries = query_start_loc.diff().tolist()
-    if len(lengths) > 1 or queries != lengths:
+    if not _is_plain(options) or len(lengths) > 1 or queries != lengths:
         return None  # torch's causal mask begins at the first key: only a whole prompt is the same question
     k, v = gather_sequence(kv_cache, block_table[0], lengths[0]).unbind(1)
     rows = q.transpose(0, 1).unsqueeze(0).contiguous()
     return lambda: F.scaled_dot_product_attention(
         rows, k.unsqueeze(0), v.unsqueeze(0), is_causal=True, scale=scale, enable_gqa=True
     )
+
+
+def _sdpa_mla_decode(
+    q: torch.Tensor,
+    latent_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    rope_dim: int,
+    batch_invariant: bool,
+) -> Callable[[], object] | None:
+    lengths = seq_lens.tolist()
+    if len(set(lengths)) > 1:
+        return None
+    keys = torch.stack([gather_latents(latent_cache, row, lengths[0]) for row in block_table]).unsqueeze(1)
+    rows, values = q.unsqueeze(1), keys[..., :-rope_dim]
+    return lambda: F.scaled_dot_product_attention(rows, keys, values, scale=scale)
+
+
+def _sdpa_mla_prefill(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    k_rope: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    kv_start_loc: torch.Tensor,
+    max_query_len: int,
+    scale: float,
+) -> Callable[[], object] | None:
+    if len(query_start_loc) > 2 or len(q) != len(kv):
+        return None
+    nope_dim = q.shape[2] - k_rope.shape[1]
+    k = torch.cat((kv[..., :nope_dim], k_rope[:, None].expand(-1, q.shape[1], -1)), dim=-1)
+    rows, keys, values = (x.transpose(0, 1).unsqueeze(0).contiguous() for x in (q, k, kv[..., nope_dim:]))
+    return lambda: F.scaled_dot_product_attention(rows, keys, values, is_causal=True, scale=scale)
+
+
+def _torch_gather(
+    kv_cache: torch.Tensor, block_ids: torch.Tensor, layers_per_fragment: int, num_tokens: int
+) -> Callable[[], object]:
+    return lambda: gather_cpu(kv_cache, block_ids, layers_per_fragment, num_tokens)
+
+
+def _torch_scatter(buffer: torch.Tensor, block_ids: torch.Tensor, kv_cache: torch.Tensor) -> Callable[[], object]:
+    return lambda: scatter_cpu(buffer, block_ids, kv_cache)
 
 
 def _torch_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Callable[[], object]:
@@ -68,6 +125,10 @@ def _liger_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Callab
 PEERS: Mapping[str, Mapping[str, Peer]] = {
     "decode_attention": {"torch sdpa, contiguous": _sdpa_decode},
     "prefill_attention": {"torch sdpa, contiguous": _sdpa_prefill},
+    "mla_decode_attention": {"torch sdpa, contiguous": _sdpa_mla_decode},
+    "mla_prefill_attention": {"torch sdpa, contiguous": _sdpa_mla_prefill},
+    "gather_kv_blocks": {"torch": _torch_gather},
+    "scatter_kv_blocks": {"torch": _torch_scatter},
     "rms_norm": {"torch": _torch_rms_norm, "liger": _liger_rms_norm},
     "swiglu": {"torch, two kernels": _torch_swiglu},
 }

@@ -29,6 +29,7 @@ def test_rows_are_written_once_and_known_ones_are_passed_over(tmp_path):
     rows = [json.loads(line) for line in lines]
     assert {row["op"] for row in rows} == {
         "decode_attention", "prefill_attention", "rms_norm", "add_rms_norm", "rope_and_write_kv", "swiglu",
+        "gather_kv_blocks", "scatter_kv_blocks",
     }  # fmt: skip
     for row in rows:
         assert row["share_of_ceiling"] > 0
