@@ -17,17 +17,20 @@ definition that both are tested against. Importing touches no GPU.
     rms_norm(x, weight, eps) -> normed
     add_rms_norm(x, residual, weight, eps) -> (normed, new_residual)
     swiglu(gate_up) -> silu(first half) * second half
+    fixed_order_linear(x, weight, bias) -> x @ weight.T + bias, each row's bits the same in every batch
 """
 
 from kernels.attention.decode import decode_attention
 from kernels.attention.prefill import prefill_attention
 from kernels.gated import swiglu
+from kernels.gemm.linear import fixed_order_linear
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.rope_kv import rope_and_write_kv
 
 __all__ = [
     "add_rms_norm",
     "decode_attention",
+    "fixed_order_linear",
     "prefill_attention",
     "rms_norm",
     "rope_and_write_kv",

@@ -8,6 +8,7 @@ from typing import Any
 from kernels.attention.decode import decode_attention
 from kernels.attention.prefill import prefill_attention
 from kernels.gated import swiglu
+from kernels.gemm.linear import fixed_order_linear
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.op import Op
 from kernels.rope_kv import rope_and_write_kv
@@ -19,4 +20,5 @@ OPS: tuple[Op[..., Any], ...] = (
     add_rms_norm,
     rope_and_write_kv,
     swiglu,
+    fixed_order_linear,
 )
