@@ -12,3 +12,9 @@ from costs.ops import OpCost
 def linear(num_tokens: int, n: int, k: int, dtype_bytes: int) -> OpCost:
     """x [num_tokens, k] times weight [n, k], everything in one dtype."""
     return OpCost((num_tokens * (k + n) + n * k) * dtype_bytes, 2 * num_tokens * n * k)
+
+
+def w4a16_gemm(num_tokens: int, n: int, k: int, group_size: int, has_zeros: bool, dtype_bytes: int) -> OpCost:
+    """Half a byte a weight; a scale, and where there are zero points a byte, per group."""
+    weight_bytes = n * k // 2 + n * (k // group_size) * (dtype_bytes + int(has_zeros))
+    return OpCost(num_tokens * (k + n) * dtype_bytes + weight_bytes, 2 * num_tokens * n * k)

@@ -18,12 +18,14 @@ definition that both are tested against. Importing touches no GPU.
     add_rms_norm(x, residual, weight, eps) -> (normed, new_residual)
     swiglu(gate_up) -> silu(first half) * second half
     fixed_order_linear(x, weight, bias) -> x @ weight.T + bias, each row's bits the same in every batch
+    w4a16_gemm(x, packed, scales, zeros) -> x @ W.T, W in 4 bits; the layout is that of kernels.gemm.w4a16.pack
 """
 
 from kernels.attention.decode import decode_attention
 from kernels.attention.prefill import prefill_attention
 from kernels.gated import swiglu
 from kernels.gemm.linear import fixed_order_linear
+from kernels.gemm.w4a16 import w4a16_gemm
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.rope_kv import rope_and_write_kv
 
@@ -35,4 +37,5 @@ __all__ = [
     "rms_norm",
     "rope_and_write_kv",
     "swiglu",
+    "w4a16_gemm",
 ]

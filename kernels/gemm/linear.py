@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from costs import gemm as costs
 from costs.ops import OpCost
 from kernels.cases import DTYPE_NAMES, Draw
+from kernels.gemm.tile import add_shares
 from kernels.jit import Value, cdiv, constexpr, jit, tl
 from kernels.op import Case, Op
 
@@ -78,27 +79,6 @@ def _linear_kernel(
         tl.store(out_ptr + at_out, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@jit
-def _add_shares_kernel(
-    out_ptr: Value,  # [tokens, n]
-    part_ptr: Value,  # [SHARES, tokens, n] fp32
-    bias_ptr: Value,
-    num_elements: Value,  # tokens * n
-    n: Value,
-    SHARES: constexpr,
-    HAS_BIAS: constexpr,
-    BLOCK: constexpr,
-) -> None:
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < num_elements
-    total = tl.zeros([BLOCK], tl.float32)
-    for index in tl.static_range(SHARES):
-        total += tl.load(part_ptr + index * num_elements + at, mask=mask, other=0.0)
-    if HAS_BIAS:
-        total += tl.load(bias_ptr + at % n, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=mask)
-
-
 def num_shares(n: int, k: int, block_n: int) -> int:
     """A power of two, from the weight's shape alone."""
     most = max(1, min(_PROGRAMS_WANTED // cdiv(n, block_n), k // _MIN_SHARE, _MAX_SHARES))
@@ -126,10 +106,7 @@ def launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
         num_warps=8 if block_m == 128 else 4, num_stages=4,
     )  # fmt: skip
     if split:
-        _add_shares_kernel[(cdiv(num_tokens * n, 1024),)](
-            out, sums, x if bias is None else bias, num_tokens * n, n,
-            SHARES=shares, HAS_BIAS=bias is not None, BLOCK=1024, num_warps=4,
-        )  # fmt: skip
+        add_shares(out, sums, bias)
     return out
 
 

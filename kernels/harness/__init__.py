@@ -9,6 +9,7 @@ from kernels.attention.decode import decode_attention
 from kernels.attention.prefill import prefill_attention
 from kernels.gated import swiglu
 from kernels.gemm.linear import fixed_order_linear
+from kernels.gemm.w4a16 import w4a16_gemm
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.op import Op
 from kernels.rope_kv import rope_and_write_kv
@@ -21,4 +22,5 @@ OPS: tuple[Op[..., Any], ...] = (
     rope_and_write_kv,
     swiglu,
     fixed_order_linear,
+    w4a16_gemm,
 )
