@@ -19,13 +19,17 @@ definition that both are tested against. Importing touches no GPU.
     swiglu(gate_up) -> silu(first half) * second half
     fixed_order_linear(x, weight, bias) -> x @ weight.T + bias, each row's bits the same in every batch
     w4a16_gemm(x, packed, scales, zeros) -> x @ W.T, W in 4 bits; the layout is that of kernels.gemm.w4a16.pack
+    fp8_gemm, int8_gemm(x, weight, x_scales, weight_scales) -> x @ weight.T, scaled per row and per column, bf16
+    fp8_block_gemm(x, weight, x_scales, weight_scales) -> the same with a scale per 128 of k and per 128x128, bf16
 """
 
 from kernels.attention.decode import decode_attention
 from kernels.attention.prefill import prefill_attention
 from kernels.gated import swiglu
+from kernels.gemm.fp8_block import fp8_block_gemm
 from kernels.gemm.linear import fixed_order_linear
 from kernels.gemm.w4a16 import w4a16_gemm
+from kernels.gemm.w8a8 import fp8_gemm, int8_gemm
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.rope_kv import rope_and_write_kv
 
@@ -33,6 +37,9 @@ __all__ = [
     "add_rms_norm",
     "decode_attention",
     "fixed_order_linear",
+    "fp8_block_gemm",
+    "fp8_gemm",
+    "int8_gemm",
     "prefill_attention",
     "rms_norm",
     "rope_and_write_kv",

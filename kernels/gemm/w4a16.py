@@ -243,7 +243,7 @@ FULL = (
 )
 
 LIMIT = (
-    "Memory up to 64 tokens, and close behind it the issue of instructions: an SM's share of the memory brings the 8 KB "
+    "Memory up to 64 tokens, and close behind it the issue of instructions: an SM's share of memory brings the 8 KB "
     "of a 128x128 piece in about 440 cycles; the 16-token loop has 326 instructions for it (501 without the packed "
     "assembly, which the memory would wait for). Above 64 tokens each weight is scaled: a tile has one accumulator."
 )

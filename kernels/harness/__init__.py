@@ -8,8 +8,10 @@ from typing import Any
 from kernels.attention.decode import decode_attention
 from kernels.attention.prefill import prefill_attention
 from kernels.gated import swiglu
+from kernels.gemm.fp8_block import fp8_block_gemm
 from kernels.gemm.linear import fixed_order_linear
 from kernels.gemm.w4a16 import w4a16_gemm
+from kernels.gemm.w8a8 import fp8_gemm, int8_gemm
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.op import Op
 from kernels.rope_kv import rope_and_write_kv
@@ -23,4 +25,7 @@ OPS: tuple[Op[..., Any], ...] = (
     swiglu,
     fixed_order_linear,
     w4a16_gemm,
+    fp8_gemm,
+    int8_gemm,
+    fp8_block_gemm,
 )

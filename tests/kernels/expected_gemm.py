@@ -21,7 +21,26 @@ def torch_w4a16(x, packed, scales, zeros):
     return torch.einsum("mk,nk->mn", x.double(), weight)
 
 
+def torch_w8a8(x, weight, x_scales, weight_scales):
+    return F.linear(x.double() * x_scales[:, None], weight.double() * weight_scales[:, None])
+
+
+def torch_fp8_block(x, weight, x_scales, weight_scales):
+    """Block by block, each product scaled after it was summed."""
+    out = torch.zeros(len(x), len(weight), dtype=torch.float64)
+    for i in range(weight_scales.shape[0]):
+        columns = slice(128 * i, 128 * (i + 1))
+        for j in range(weight_scales.shape[1]):
+            depth = slice(128 * j, 128 * (j + 1))
+            part = x[:, depth].double() @ weight[columns, depth].double().T
+            out[:, columns] += part * x_scales[:, j : j + 1] * weight_scales[i, j]
+    return out
+
+
 TORCH_GEMM = {
     "fixed_order_linear": torch_linear,
     "w4a16_gemm": torch_w4a16,
+    "fp8_gemm": torch_w8a8,
+    "int8_gemm": torch_w8a8,
+    "fp8_block_gemm": torch_fp8_block,
 }
