@@ -29,6 +29,10 @@ definition that both are tested against. Importing touches no GPU.
         q [batch, heads, latent_dim + rope_dim], latent_cache [num_blocks, block_size, latent_dim + rope_dim]
     mla_prefill_attention(q, kv, k_rope, query_start_loc, kv_start_loc, max_query_len, scale) -> [tokens, heads, v_dim]
         kv [kv_tokens, heads, nope_dim + v_dim], k_rope [kv_tokens, rope_dim]: each sequence's context and chunk
+    fixed_order_linear(x, weight, bias) -> x @ weight.T + bias, each row's bits the same in every batch
+    w4a16_gemm(x, packed, scales, zeros) -> x @ W.T, W in 4 bits; the layout is that of kernels.gemm.w4a16.pack
+    fp8_gemm, int8_gemm(x, weight, x_scales, weight_scales) -> x @ weight.T, scaled per row and per column, bf16
+    fp8_block_gemm(x, weight, x_scales, weight_scales) -> the same with a scale per 128 of k and per 128x128, bf16
 """
 
 from kernels.attention.decode import decode_attention
@@ -36,6 +40,10 @@ from kernels.attention.mla import mla_decode_attention
 from kernels.attention.mla_prefill import mla_prefill_attention
 from kernels.attention.prefill import prefill_attention
 from kernels.gated import swiglu
+from kernels.gemm.fp8_block import fp8_block_gemm
+from kernels.gemm.linear import fixed_order_linear
+from kernels.gemm.w4a16 import w4a16_gemm
+from kernels.gemm.w8a8 import fp8_gemm, int8_gemm
 from kernels.kv_copy import gather_kv_blocks, scatter_kv_blocks
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.rope_kv import rope_and_write_kv
@@ -43,7 +51,11 @@ from kernels.rope_kv import rope_and_write_kv
 __all__ = [
     "add_rms_norm",
     "decode_attention",
+    "fixed_order_linear",
+    "fp8_block_gemm",
+    "fp8_gemm",
     "gather_kv_blocks",
+    "int8_gemm",
     "mla_decode_attention",
     "mla_prefill_attention",
     "prefill_attention",
@@ -51,4 +63,5 @@ __all__ = [
     "rope_and_write_kv",
     "scatter_kv_blocks",
     "swiglu",
+    "w4a16_gemm",
 ]

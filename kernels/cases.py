@@ -73,6 +73,25 @@ class Draw:
         drawn = torch.randn(shape, generator=self._generator, dtype=torch.float32, device=self.device)
         return tensor.copy_(drawn.mul_(40).round_().clamp_(-127, 127) if dtype == torch.int8 else drawn)
 
+    def bits(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """Integers in which every bit is random: packed codes."""
+        width = 8 * dtype.itemsize
+        low = -(1 << (width - 1)) if dtype.is_signed else 0
+        return self._uniform(low, low + (1 << width), shape, dtype)
+
+    def below(self, end: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """Integers 0 .. end - 1."""
+        return self._uniform(0, end, shape, dtype)
+
+    def _uniform(self, low: int, end: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        if self._generator is None:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        count, guard = torch.Size(shape).numel(), guard_size(shape)
+        # No integer is NaN: outside lies the type's largest, which is a wrong code, scale or index.
+        buffer = torch.full((count + 2 * guard,), torch.iinfo(dtype).max, dtype=dtype, device=self.device)
+        tensor = buffer[guard : guard + count].view(shape)
+        return tensor.copy_(torch.randint(low, end, shape, generator=self._generator, device=self.device))
+
     def integers(self, values: Sequence[int] | torch.Tensor, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.as_tensor(values).to(dtype).to(self.device)
 

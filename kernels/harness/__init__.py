@@ -10,6 +10,10 @@ from kernels.attention.mla import mla_decode_attention
 from kernels.attention.mla_prefill import mla_prefill_attention
 from kernels.attention.prefill import prefill_attention
 from kernels.gated import swiglu
+from kernels.gemm.fp8_block import fp8_block_gemm
+from kernels.gemm.linear import fixed_order_linear
+from kernels.gemm.w4a16 import w4a16_gemm
+from kernels.gemm.w8a8 import fp8_gemm, int8_gemm
 from kernels.kv_copy import gather_kv_blocks, scatter_kv_blocks
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.op import Op
@@ -26,4 +30,9 @@ OPS: tuple[Op[..., Any], ...] = (
     scatter_kv_blocks,
     mla_decode_attention,
     mla_prefill_attention,
+    fixed_order_linear,
+    w4a16_gemm,
+    fp8_gemm,
+    int8_gemm,
+    fp8_block_gemm,
 )

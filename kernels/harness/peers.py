@@ -122,6 +122,26 @@ def _liger_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Callab
     return (lambda: liger_rms_norm(x, weight, eps)) if x.is_cuda else None
 
 
+def _scaled_mm(
+    x: torch.Tensor, weight: torch.Tensor, x_scales: torch.Tensor, weight_scales: torch.Tensor
+) -> Callable[[], object] | None:
+    if not x.is_cuda:
+        return None
+    return lambda: torch._scaled_mm(
+        x, weight.T, x_scales[:, None], weight_scales[None, :], out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+
+
+def _int_mm(
+    x: torch.Tensor, weight: torch.Tensor, x_scales: torch.Tensor, weight_scales: torch.Tensor
+) -> Callable[[], object] | None:
+    return (lambda: torch._int_mm(x, weight.T)) if x.shape[0] > 16 else None  # fewer rows it does not do
+
+
+def _torch_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[], object]:
+    return lambda: F.linear(x, weight, bias)
+
+
 PEERS: Mapping[str, Mapping[str, Peer]] = {
     "decode_attention": {"torch sdpa, contiguous": _sdpa_decode},
     "prefill_attention": {"torch sdpa, contiguous": _sdpa_prefill},
@@ -129,6 +149,9 @@ PEERS: Mapping[str, Mapping[str, Peer]] = {
     "mla_prefill_attention": {"torch sdpa, contiguous": _sdpa_mla_prefill},
     "gather_kv_blocks": {"torch": _torch_gather},
     "scatter_kv_blocks": {"torch": _torch_scatter},
+    "fixed_order_linear": {"torch, in any order": _torch_linear},
+    "fp8_gemm": {"torch._scaled_mm": _scaled_mm},
+    "int8_gemm": {"torch._int_mm, unscaled": _int_mm},
     "rms_norm": {"torch": _torch_rms_norm, "liger": _liger_rms_norm},
     "swiglu": {"torch, two kernels": _torch_swiglu},
 }
