@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 _POSITION_BYTES = 8  # positions and slots are int64
 _ROTARY_BYTES = 4  # the cosine and sine table is fp32
+_SCALE_BYTES = 4  # scales of quantised numbers are fp32
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,3 +71,9 @@ def swiglu(num_tokens: int, intermediate_size: int, dtype_bytes: int) -> OpCost:
     """Per output: negate, exp, add, divide, multiply."""
     elements = num_tokens * intermediate_size
     return OpCost(3 * elements * dtype_bytes, 5 * elements)
+
+
+def quantised(plain: OpCost, elements: int, dtype_bytes: int, num_scales: int) -> OpCost:
+    """An operation whose `elements` results leave as 8 bits with scales. Per result: compare, multiply."""
+    saved = elements * (dtype_bytes - 1) - num_scales * _SCALE_BYTES
+    return OpCost(plain.memory_bytes - saved, plain.flops + 2 * elements)

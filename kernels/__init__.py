@@ -17,19 +17,31 @@ definition that both are tested against. Importing touches no GPU.
     rms_norm(x, weight, eps) -> normed
     add_rms_norm(x, residual, weight, eps) -> (normed, new_residual)
     swiglu(gate_up) -> silu(first half) * second half
+
+Quantised results come with their fp32 scales, [num_tokens, 1] or, in groups of 128, [num_tokens, groups]; scheme is
+"fp8", "fp8 groups" or "int8".
+
+    rms_norm_quantised(x, weight, eps, scheme) -> (normed, scales)
+    add_rms_norm_quantised(x, residual, weight, eps, scheme) -> (normed, scales, new_residual)
+    swiglu_quantised(gate_up, scheme) -> (silu(first half) * second half, scales)
 """
 
 from kernels.attention.decode import decode_attention
 from kernels.attention.prefill import prefill_attention
-from kernels.gated import swiglu
-from kernels.norm import add_rms_norm, rms_norm
-from kernels.rope_kv import rope_and_write_kv
+from kernels.gated import swiglu, swiglu_quantised
+from kernels.norm import add_rms_norm, add_rms_norm_quantised, rms_norm, rms_norm_quantised
+from kernels.rope_kv import rope_and_write_kv, rope_and_write_kv_fp8, rope_and_write_kv_int8
 
 __all__ = [
     "add_rms_norm",
+    "add_rms_norm_quantised",
     "decode_attention",
     "prefill_attention",
     "rms_norm",
+    "rms_norm_quantised",
     "rope_and_write_kv",
+    "rope_and_write_kv_fp8",
+    "rope_and_write_kv_int8",
     "swiglu",
+    "swiglu_quantised",
 ]

@@ -56,6 +56,8 @@ class Draw:
         dtype = dtype or self.dtype
         if self._generator is None:
             return torch.empty(shape, dtype=dtype, device=self.device)
+        if dtype == torch.int8:  # quantised numbers, which have no NaN to guard them
+            return torch.randint(-127, 128, shape, generator=self._generator, dtype=dtype, device=self.device)
         count, guard = torch.Size(shape).numel(), guard_size(shape)
         buffer = torch.full((count + 2 * guard,), float("nan"), dtype=dtype, device=self.device)
         tensor = buffer[guard : guard + count].view(shape)

@@ -7,10 +7,10 @@ from typing import Any
 
 from kernels.attention.decode import decode_attention
 from kernels.attention.prefill import prefill_attention
-from kernels.gated import swiglu
-from kernels.norm import add_rms_norm, rms_norm
+from kernels.gated import swiglu, swiglu_quantised
+from kernels.norm import add_rms_norm, add_rms_norm_quantised, rms_norm, rms_norm_quantised
 from kernels.op import Op
-from kernels.rope_kv import rope_and_write_kv
+from kernels.rope_kv import rope_and_write_kv, rope_and_write_kv_fp8, rope_and_write_kv_int8
 
 OPS: tuple[Op[..., Any], ...] = (
     decode_attention,
@@ -19,4 +19,9 @@ OPS: tuple[Op[..., Any], ...] = (
     add_rms_norm,
     rope_and_write_kv,
     swiglu,
+    rms_norm_quantised,
+    add_rms_norm_quantised,
+    swiglu_quantised,
+    rope_and_write_kv_fp8,
+    rope_and_write_kv_int8,
 )

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from kernels.cases import Draw, PagedShape
 from kernels.harness import OPS
 from kernels.harness.compare import case_error, row_error
+from tests.kernels.expected_elementwise import EXPECTED as EXPECTED_ELEMENTWISE
 
 CASES = [pytest.param(op, case, id=f"{op.name} {case.name}") for op in OPS for case in op.small]
 
@@ -91,6 +92,7 @@ TORCH = {
     "rope_and_write_kv": torch_rope,
     "swiglu": lambda gate_up: F.silu(gate_up[:, : gate_up.shape[1] // 2].double()) * gate_up.double().chunk(2, -1)[1],
 }
+TORCH |= EXPECTED_ELEMENTWISE
 
 
 def op_named(name):
