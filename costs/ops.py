@@ -77,3 +77,13 @@ def quantised(plain: OpCost, elements: int, dtype_bytes: int, num_scales: int) -
     """An operation whose `elements` results leave as 8 bits with scales. Per result: compare, multiply."""
     saved = elements * (dtype_bytes - 1) - num_scales * _SCALE_BYTES
     return OpCost(plain.memory_bytes - saved, plain.flops + 2 * elements)
+
+
+def vocab_argmax(num_rows: int, num_ids: int, dtype_bytes: int) -> OpCost:
+    """Reads the logits once; per logit a comparison."""
+    return OpCost(num_rows * num_ids * dtype_bytes, num_rows * num_ids)
+
+
+def sample(num_rows: int, num_ids: int, dtype_bytes: int) -> OpCost:
+    """Reads the logits once. Per logit: scale, two logarithms, add, compare; the generator's integers do not count."""
+    return OpCost(num_rows * num_ids * dtype_bytes, 5 * num_rows * num_ids)

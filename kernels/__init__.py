@@ -31,6 +31,7 @@ from kernels.attention.prefill import prefill_attention
 from kernels.gated import swiglu, swiglu_quantised
 from kernels.norm import add_rms_norm, add_rms_norm_quantised, rms_norm, rms_norm_quantised
 from kernels.rope_kv import rope_and_write_kv, rope_and_write_kv_fp8, rope_and_write_kv_int8
+from kernels.sampling import sample, vocab_argmax
 
 __all__ = [
     "add_rms_norm",
@@ -42,6 +43,8 @@ __all__ = [
     "rope_and_write_kv",
     "rope_and_write_kv_fp8",
     "rope_and_write_kv_int8",
+    "sample",
     "swiglu",
     "swiglu_quantised",
+    "vocab_argmax",
 ]

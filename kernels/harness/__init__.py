@@ -11,6 +11,7 @@ from kernels.gated import swiglu, swiglu_quantised
 from kernels.norm import add_rms_norm, add_rms_norm_quantised, rms_norm, rms_norm_quantised
 from kernels.op import Op
 from kernels.rope_kv import rope_and_write_kv, rope_and_write_kv_fp8, rope_and_write_kv_int8
+from kernels.sampling import sample, vocab_argmax
 
 OPS: tuple[Op[..., Any], ...] = (
     decode_attention,
@@ -24,4 +25,6 @@ OPS: tuple[Op[..., Any], ...] = (
     swiglu_quantised,
     rope_and_write_kv_fp8,
     rope_and_write_kv_int8,
+    vocab_argmax,
+    sample,
 )

@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from workers.sampler import gumbel, mask_top_k_top_p
+
 E4M3, INT8 = torch.float8_e4m3fn, torch.int8
 
 
@@ -59,10 +61,36 @@ def rope_and_write_kv_int8(q, k, v, cos_sin, positions, kv_cache, slot_mapping, 
     return rope(q, cos_sin, positions)
 
 
+def vocab_argmax(logits, first_id):
+    values, places = logits.double().sort(dim=-1, descending=True, stable=True)
+    return values[:, 0], places[:, 0] + first_id
+
+
+def sample(logits, temperature, top_k, top_p, min_p, seeds, positions, first_id):
+    """The worker's first sampler, and min-p after it."""
+    values, ids = [], []
+    for i, row in enumerate(logits.double()):
+        if temperature[i] == 0:
+            scores = row
+        else:
+            scaled = row / temperature[i].double()
+            left = mask_top_k_top_p(scaled, int(top_k[i]), float(top_p[i]))
+            left[
+                torch.softmax(scaled, 0) < min_p[i].double() * torch.softmax(scaled, 0).max() * (1 - 1e-9)
+            ] = -torch.inf
+            scores = left + gumbel(int(seeds[i]) % 2**64, 0, int(positions[i]), first_id, len(row))
+        value, place = scores.max(dim=-1)
+        values.append(value)
+        ids.append(place + first_id)
+    return torch.stack(values), torch.stack(ids)
+
+
 EXPECTED = {
     "rms_norm_quantised": rms_norm_quantised,
     "add_rms_norm_quantised": add_rms_norm_quantised,
     "swiglu_quantised": swiglu_quantised,
+    "vocab_argmax": vocab_argmax,
+    "sample": sample,
     "rope_and_write_kv_fp8": rope_and_write_kv_fp8,
     "rope_and_write_kv_int8": rope_and_write_kv_int8,
 }
