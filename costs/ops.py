@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 _POSITION_BYTES = 8  # positions and slots are int64
 _ROTARY_BYTES = 4  # the cosine and sine table is fp32
+_COUNT_BYTES = 4  # counts of seen tokens are int32
 _SCALE_BYTES = 4  # scales of quantised numbers are fp32
 
 
@@ -87,3 +88,13 @@ def vocab_argmax(num_rows: int, num_ids: int, dtype_bytes: int) -> OpCost:
 def sample(num_rows: int, num_ids: int, dtype_bytes: int) -> OpCost:
     """Reads the logits once. Per logit: scale, two logarithms, add, compare; the generator's integers do not count."""
     return OpCost(num_rows * num_ids * dtype_bytes, 5 * num_rows * num_ids)
+
+
+def apply_penalties(num_rows: int, num_ids: int) -> OpCost:
+    """Reads the counts of the rows that have penalties; seen tokens are too few to count. Per count a comparison."""
+    return OpCost(num_rows * num_ids * _COUNT_BYTES, num_rows * num_ids)
+
+
+def embedding(num_tokens: int, hidden_size: int, dtype_bytes: int) -> OpCost:
+    """Reads a row per token and writes it; ids are int64."""
+    return OpCost(num_tokens * (2 * hidden_size * dtype_bytes + _POSITION_BYTES), num_tokens * hidden_size)

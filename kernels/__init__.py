@@ -28,14 +28,17 @@ Quantised results come with their fp32 scales, [num_tokens, 1] or, in groups of 
 
 from kernels.attention.decode import decode_attention
 from kernels.attention.prefill import prefill_attention
+from kernels.embedding import vocab_embedding
 from kernels.gated import swiglu, swiglu_quantised
 from kernels.norm import add_rms_norm, add_rms_norm_quantised, rms_norm, rms_norm_quantised
+from kernels.penalties import apply_penalties
 from kernels.rope_kv import rope_and_write_kv, rope_and_write_kv_fp8, rope_and_write_kv_int8
 from kernels.sampling import sample, vocab_argmax
 
 __all__ = [
     "add_rms_norm",
     "add_rms_norm_quantised",
+    "apply_penalties",
     "decode_attention",
     "prefill_attention",
     "rms_norm",
@@ -47,4 +50,5 @@ __all__ = [
     "swiglu",
     "swiglu_quantised",
     "vocab_argmax",
+    "vocab_embedding",
 ]

@@ -85,11 +85,30 @@ def sample(logits, temperature, top_k, top_p, min_p, seeds, positions, first_id)
     return torch.stack(values), torch.stack(ids)
 
 
+def vocab_embedding(weight, token_ids, first_id):
+    """As a product with one-hot rows."""
+    one_hot = token_ids[:, None] == torch.arange(first_id, first_id + weight.shape[0])
+    return one_hot.double() @ weight.double()
+
+
+def apply_penalties(logits, counts, count_rows, repetition, presence, frequency):
+    """Token by token."""
+    out = logits.double()
+    for i, slot in enumerate(count_rows.tolist()):
+        for token in counts[slot].nonzero()[:, 0].tolist() if slot >= 0 else ():
+            count = int(counts[slot, token])
+            out[i, token] *= repetition[i] if out[i, token] <= 0 else 1 / repetition[i].double()
+            out[i, token] -= (presence[i] if count >= 2 else 0.0) + frequency[i].double() * (count // 2)
+    return out
+
+
 EXPECTED = {
     "rms_norm_quantised": rms_norm_quantised,
     "add_rms_norm_quantised": add_rms_norm_quantised,
     "swiglu_quantised": swiglu_quantised,
     "vocab_argmax": vocab_argmax,
+    "vocab_embedding": vocab_embedding,
+    "apply_penalties": apply_penalties,
     "sample": sample,
     "rope_and_write_kv_fp8": rope_and_write_kv_fp8,
     "rope_and_write_kv_int8": rope_and_write_kv_int8,
