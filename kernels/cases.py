@@ -13,7 +13,14 @@ import torch
 
 from kernels.jit import cdiv
 
-DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+DTYPE_NAMES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "fp8",
+    torch.int8: "int8",
+}
+_INT8_POISON = -128  # int8 knows no NaN; this is the one value that a symmetric quantisation never gives
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +47,10 @@ def guard_size(shape: Sequence[int]) -> int:
     return cdiv(max(1, torch.Size(shape[1:]).numel()), 256) * 256
 
 
+def poison(dtype: torch.dtype) -> float:
+    return float("nan") if dtype.is_floating_point else _INT8_POISON
+
+
 def _numbers(values: Sequence[int]) -> str:
     return f"{values[0]}x{len(values)}" if len(set(values)) == 1 else ",".join(map(str, values))
 
@@ -56,12 +67,11 @@ class Draw:
         dtype = dtype or self.dtype
         if self._generator is None:
             return torch.empty(shape, dtype=dtype, device=self.device)
-        if dtype == torch.int8:  # quantised numbers, which have no NaN to guard them
-            return torch.randint(-127, 128, shape, generator=self._generator, dtype=dtype, device=self.device)
         count, guard = torch.Size(shape).numel(), guard_size(shape)
-        buffer = torch.full((count + 2 * guard,), float("nan"), dtype=dtype, device=self.device)
+        buffer = torch.full((count + 2 * guard,), poison(dtype), dtype=dtype, device=self.device)
         tensor = buffer[guard : guard + count].view(shape)
-        return tensor.copy_(torch.randn(shape, generator=self._generator, dtype=torch.float32, device=self.device))
+        drawn = torch.randn(shape, generator=self._generator, dtype=torch.float32, device=self.device)
+        return tensor.copy_(drawn.mul_(40).round_().clamp_(-127, 127) if dtype == torch.int8 else drawn)
 
     def integers(self, values: Sequence[int] | torch.Tensor, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.as_tensor(values).to(dtype).to(self.device)

@@ -105,9 +105,9 @@ def _case(num_tokens: int, width: int, dtype: torch.dtype, scheme: Scheme | None
 
     name = f"{DTYPE_NAMES[dtype]} {num_tokens}x{width}" + (f" {scheme}" if scheme else "")
     target = None
-    if full and num_tokens <= 64:
+    if full and num_tokens <= 64 and dtype != FP32:
         target = Target(2.5, "us")
-    elif full and num_tokens >= 8192:
+    elif full and num_tokens >= 8192 and dtype != FP32:
         target = Target(0.93, "memory")
     return Case(name, dtype, build, ("LDG.E.128", "STG.E.128") if full else (), target)
 

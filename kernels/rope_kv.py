@@ -21,6 +21,7 @@ from kernels.jit import Value, cdiv, constexpr, jit, next_power_of_2, tl
 from kernels.op import Case, Op, Target
 from kernels.quantise import FP8, LARGEST, largest_magnitude, narrow, quantise, round_scaled
 
+INT8 = torch.int8
 _FEW_TOKENS = 2  # CPU: up to here plain writes are faster than indexed ones
 _MANY_TOKENS = 256  # GPU: from here on tokens alone fill the device, and a program takes all heads of one
 _FEW_HEADS = 4  # GPU: query heads that a program of a decode step has at least, where there are as many
@@ -36,8 +37,7 @@ def _rope_kernel(
     positions_ptr: Value,
     kv_ptr: Value,
     slots_ptr: Value,
-    k_scale_ptr: Value,  # FIXED_SCALES: [kv_heads]; SLOT_SCALES: [num_blocks, kv_heads, 2, BLOCK_SIZE], written
-    v_scale_ptr: Value,  # FIXED_SCALES: [kv_heads]
+    scale_ptr: Value,  # FIXED_SCALES: [kv_heads, 2]; SLOT_SCALES: [num_blocks, kv_heads, 2, BLOCK_SIZE], written
     stride_q: Value,
     stride_k: Value,
     stride_v: Value,
@@ -95,13 +95,13 @@ def _rope_kernel(
             if SLOT_SCALES:
                 k_peak = largest_magnitude(tl.maximum(tl.abs(k_first), tl.abs(k_second)), 1)
                 v_peak = largest_magnitude(tl.maximum(tl.abs(v_first), tl.abs(v_second)), 1)
-                scale_ptrs = k_scale_ptr + block * stride_scales + head * (2 * BLOCK_SIZE) + offset
+                scale_ptrs = scale_ptr + block * stride_scales + head * (2 * BLOCK_SIZE) + offset
                 tl.store(scale_ptrs, k_peak / 127.0, mask=is_head)
                 tl.store(scale_ptrs + BLOCK_SIZE, v_peak / 127.0, mask=is_head)
                 k_factor, v_factor = (127.0 / k_peak)[:, None], (127.0 / v_peak)[:, None]
             else:
-                k_factor = (1.0 / tl.load(k_scale_ptr + head, mask=is_head, other=1.0))[:, None]
-                v_factor = (1.0 / tl.load(v_scale_ptr + head, mask=is_head, other=1.0))[:, None]
+                k_factor = (1.0 / tl.load(scale_ptr + head * 2, mask=is_head, other=1.0))[:, None]
+                v_factor = (1.0 / tl.load(scale_ptr + head * 2 + 1, mask=is_head, other=1.0))[:, None]
             tl.store(k_slots, round_scaled(k_first * k_factor, INT8), mask=mask)
             tl.store(k_slots + HALF, round_scaled(k_second * k_factor, INT8), mask=mask)
             tl.store(v_slots, round_scaled(v_first * v_factor, INT8), mask=mask)
@@ -121,20 +121,19 @@ def _launch(
     positions: torch.Tensor,
     kv_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
-    fixed_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
-    slot_scales: torch.Tensor | None = None,
+    kv_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads, group, half = k.shape[1], num_q_heads // k.shape[1], head_dim // 2
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     heads = num_kv_heads if num_tokens >= _MANY_TOKENS else math.gcd(num_kv_heads, max(1, _FEW_HEADS // group))
-    k_scales, v_scales = fixed_scales or (cos_sin if slot_scales is None else slot_scales, cos_sin)
+    scales = cos_sin if kv_scales is None else kv_scales
     _rope_kernel[(num_tokens, num_kv_heads // heads)](
-        out, q, k, v, cos_sin, positions, kv_cache, slot_mapping, k_scales, v_scales,
-        q.stride(0), k.stride(0), v.stride(0), kv_cache.stride(0), k_scales.stride(0),
+        out, q, k, v, cos_sin, positions, kv_cache, slot_mapping, scales,
+        q.stride(0), k.stride(0), v.stride(0), kv_cache.stride(0), scales.stride(0),
         HEADS=heads, GROUP=group, HALF=half, BLOCK_SIZE=kv_cache.shape[3], BLOCK_H=next_power_of_2(heads),
         BLOCK_Q=next_power_of_2(heads * group), BLOCK_HALF=next_power_of_2(half),
-        FIXED_SCALES=fixed_scales is not None, SLOT_SCALES=slot_scales is not None,
+        FIXED_SCALES=kv_cache.dtype == FP8, SLOT_SCALES=kv_cache.dtype == INT8,
         num_warps=min(8, next_power_of_2(cdiv(heads * group * half, 512))),
     )  # fmt: skip
     return out
@@ -152,21 +151,7 @@ def launch(
     return _launch(q, k, v, cos_sin, positions, kv_cache, slot_mapping)
 
 
-def launch_fp8(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cos_sin: torch.Tensor,
-    positions: torch.Tensor,
-    kv_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    k_scale: torch.Tensor,
-    v_scale: torch.Tensor,
-) -> torch.Tensor:
-    return _launch(q, k, v, cos_sin, positions, kv_cache, slot_mapping, fixed_scales=(k_scale, v_scale))
-
-
-def launch_int8(
+def launch_quantised(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -176,7 +161,7 @@ def launch_int8(
     slot_mapping: torch.Tensor,
     kv_scales: torch.Tensor,
 ) -> torch.Tensor:
-    return _launch(q, k, v, cos_sin, positions, kv_cache, slot_mapping, slot_scales=kv_scales)
+    return _launch(q, k, v, cos_sin, positions, kv_cache, slot_mapping, kv_scales)
 
 
 def _rotate64(x: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -206,11 +191,11 @@ def reference_fp8(
     positions: torch.Tensor,
     kv_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
-    k_scale: torch.Tensor,
-    v_scale: torch.Tensor,
+    kv_scales: torch.Tensor,
 ) -> torch.Tensor:
-    k_row = narrow(_rotate64(k, cos_sin, positions) / k_scale.double()[:, None], FP8)
-    _write_rows(k_row, narrow(v.double() / v_scale.double()[:, None], FP8), kv_cache, slot_mapping)
+    k_scale, v_scale = kv_scales.double().unsqueeze(-1).unbind(1)
+    k_row = narrow(_rotate64(k, cos_sin, positions) / k_scale, FP8)
+    _write_rows(k_row, narrow(v.double() / v_scale, FP8), kv_cache, slot_mapping)
     return _rotate64(q, cos_sin, positions).to(q.dtype)
 
 
@@ -274,11 +259,11 @@ def cpu_fp8(
     positions: torch.Tensor,
     kv_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
-    k_scale: torch.Tensor,
-    v_scale: torch.Tensor,
+    kv_scales: torch.Tensor,
 ) -> torch.Tensor:
     rotated, num_q_heads = _rotate32(q, k, cos_sin, positions)
-    k_rows, v_rows = narrow(rotated[:, num_q_heads:] / k_scale[:, None], FP8), narrow(v.float() / v_scale[:, None], FP8)
+    k_scale, v_scale = kv_scales.unsqueeze(-1).unbind(1)
+    k_rows, v_rows = narrow(rotated[:, num_q_heads:] / k_scale, FP8), narrow(v.float() / v_scale, FP8)
     # Indexed writes know no fp8; a copy of bytes needs none.
     _write_kv(k_rows.view(torch.uint8), v_rows.view(torch.uint8), kv_cache.view(torch.uint8), slot_mapping)
     return rotated[:, :num_q_heads].to(q.dtype)
@@ -354,7 +339,7 @@ def _cost_int8(
     return costs.quantised(_cost(q, k, v, cos_sin, positions), 2 * k.numel(), q.element_size(), num_scales)
 
 
-FP32, FP16, BF16, INT8 = torch.float32, torch.float16, torch.bfloat16, torch.int8
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
 def _case(
@@ -383,18 +368,17 @@ def _case(
         kv_cache = draw.normal(num_blocks, heads[1], 2, block_size, head_dim, dtype=cache_dtype)
         scales: tuple[torch.Tensor, ...] = ()
         if cache_dtype == FP8:  # wide enough for most; the last head's values overflow
-            k_scale, v_scale = (draw.normal(heads[1], dtype=FP32).abs_().add_(0.01) for _ in range(2))
-            k_scale[-1:], v_scale[-1:] = 1 / LARGEST[FP8], 2 / LARGEST[FP8]
-            scales = k_scale, v_scale
+            scales = (draw.normal(heads[1], 2, dtype=FP32).abs_().add_(0.01),)
+            scales[0][-1] = 1 / LARGEST[FP8]
         elif cache_dtype == INT8:
             scales = (draw.normal(num_blocks, heads[1], 2, block_size, dtype=FP32),)
         return q, k, v, cos_sin, positions, kv_cache, draw.integers(slots, torch.int64), *scales
 
     name = f"{DTYPE_NAMES[dtype]} heads{heads[0]}-{heads[1]} dim{head_dim} block{block_size} tokens{num_tokens}"
     target = None
-    if full and num_tokens <= 64:
+    if full and num_tokens <= 64 and dtype != FP32:
         target = Target(2.5, "us")
-    elif full and num_tokens >= 8192:
+    elif full and num_tokens >= 8192 and dtype != FP32:
         target = Target(0.93, "memory")
     sass = ("LDG.E.128", "STG.E.128") if full else ()
     return Case(name + " strided" * fused_qkv + " skipping" * bool(skipped), dtype, build, sass, target)
@@ -448,10 +432,10 @@ TOLERANCE_QUANTISED = {FP32: 1e-2, FP16: 1e-2, BF16: 1e-2}  # a step of 8 bits w
 
 rope_and_write_kv = Op("rope_and_write_kv", reference, launch, cpu, _cost, SMALL, FULL, limit=LIMIT)
 rope_and_write_kv_fp8 = Op(
-    "rope_and_write_kv_fp8", reference_fp8, launch_fp8, cpu_fp8, _cost_fp8,
+    "rope_and_write_kv_fp8", reference_fp8, launch_quantised, cpu_fp8, _cost_fp8,
     _small_quantised(FP8), _full_quantised(FP8), TOLERANCE_QUANTISED, LIMIT_QUANTISED,
 )  # fmt: skip
 rope_and_write_kv_int8 = Op(
-    "rope_and_write_kv_int8", reference_int8, launch_int8, cpu_int8, _cost_int8,
+    "rope_and_write_kv_int8", reference_int8, launch_quantised, cpu_int8, _cost_int8,
     _small_quantised(INT8), _full_quantised(INT8), TOLERANCE_QUANTISED, LIMIT_QUANTISED,
 )  # fmt: skip

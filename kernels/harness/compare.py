@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.cases import guard_size
+from kernels.cases import guard_size, poison
 from kernels.op import Case, Op
 
 _SENTINEL = 96.0  # exact in every dtype; not NaN, because a NaN read out of bounds is often written out of bounds
-_UNWRITTEN_INT8 = -128  # quantised numbers have no NaN, but never are this one
 
 
 class GuardedEmpty(TorchDispatchMode):
@@ -36,8 +35,7 @@ class GuardedEmpty(TorchDispatchMode):
         guard = guard_size(made.shape)
         buffer = torch.full((made.numel() + 2 * guard,), _SENTINEL, dtype=made.dtype, device=made.device)
         self._guards += [buffer[:guard], buffer[guard + made.numel() :]]
-        unwritten = _UNWRITTEN_INT8 if made.dtype == torch.int8 else float("nan")
-        return buffer[guard : guard + made.numel()].view(made.shape).fill_(unwritten)
+        return buffer[guard : guard + made.numel()].view(made.shape).fill_(poison(made.dtype))
 
     def guards_are_intact(self) -> bool:
         return all(bool((guard == _SENTINEL).all()) for guard in self._guards)

@@ -53,7 +53,7 @@ def rope(q, cos_sin, positions):
     return torch.cat((turned.real, turned.imag), -1)
 
 
-def rope_and_write_kv_fp8(q, k, v, cos_sin, positions, kv_cache, slot_mapping, k_scale, v_scale):
+def rope_and_write_kv_fp8(q, k, v, cos_sin, positions, kv_cache, slot_mapping, kv_scales):
     return rope(q, cos_sin, positions)
 
 

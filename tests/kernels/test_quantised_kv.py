@@ -19,11 +19,12 @@ def written(slots, block_size):
 @pytest.mark.parametrize("case", FP8_OP.small, ids=lambda case: case.name)
 def test_fp8_slots_hold_the_rotation_over_the_heads_scale(run, case):
     arguments = case.build("cpu")
-    _, k, v, cos_sin, positions, kv_cache, slots, k_scale, v_scale = arguments
+    _, k, v, cos_sin, positions, kv_cache, slots, kv_scales = arguments
     before = kv_cache.clone()
+    k_scale, v_scale = kv_scales.double()[:, :, None].unbind(1)
     getattr(FP8_OP, run)(*arguments)
-    keys = round_e4m3(rope(k, cos_sin, positions) / k_scale.double()[:, None]).float()
-    values = round_e4m3(v.double() / v_scale.double()[:, None]).float()
+    keys = round_e4m3(rope(k, cos_sin, positions) / k_scale).float()
+    values = round_e4m3(v.double() / v_scale).float()
     num_slots = 0
     for token, block, offset in written(slots, kv_cache.shape[3]):
         for which, want in enumerate((keys[token], values[token])):
