@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 _POSITION_BYTES = 8  # positions and slots are int64
 _ROTARY_BYTES = 4  # the cosine and sine table is fp32
@@ -21,9 +22,10 @@ _SCALE_BYTES = 4  # scales of quantised numbers are fp32
 class OpCost:
     memory_bytes: int
     flops: int
+    unit: Literal["bf16", "fp8", "int8"] = "bf16"  # whose rate bounds the flops; of a sum, that of its first part
 
     def __add__(self, other: OpCost) -> OpCost:
-        return OpCost(self.memory_bytes + other.memory_bytes, self.flops + other.flops)
+        return OpCost(self.memory_bytes + other.memory_bytes, self.flops + other.flops, self.unit)
 
 
 def decode_attention(

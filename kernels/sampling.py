@@ -311,13 +311,13 @@ def _combine_kernel(
 
 def _choose(logits: Tensor, first_id: int, choice: Choice, threshold: Tensor, rows: tuple[Tensor, ...]) -> Choice:
     """The arg max, in as many splits as fill the device; `rows` holds temperatures, seeds and positions, or nothing."""
-    (num_rows, num_ids), values, is_sampled = logits.shape, choice[0], len(rows) > 0
+    (num_rows, num_ids), is_sampled = logits.shape, len(rows) > 0
     shift = first_id % 4
     wanted = min(_MAX_SPLITS, _PROGRAMS_PER_SM * num_sms(logits) // max(1, num_rows), cdiv(num_ids + shift, _BLOCK))
     splits = 1 << (max(1, wanted).bit_length() - 1)
     parts = choice
     if splits > 1:
-        parts = (values.new_empty(num_rows, splits), choice[1].new_empty(num_rows, splits))
+        parts = _empty_choice(logits, num_rows, splits)
     temperature, seeds, positions = rows or (threshold, threshold, threshold)
     _choose_kernel[(num_rows, splits)](
         *parts, logits, threshold, temperature, seeds, positions, logits.stride(0), num_ids, first_id,
@@ -329,15 +329,13 @@ def _choose(logits: Tensor, first_id: int, choice: Choice, threshold: Tensor, ro
     return choice
 
 
-def _empty_choice(logits: Tensor) -> Choice:
-    num_rows, device = logits.shape[0], logits.device
-    return torch.empty(num_rows, dtype=torch.float32, device=device), torch.empty(
-        num_rows, dtype=torch.int64, device=device
-    )
+def _empty_choice(logits: Tensor, *shape: int) -> Choice:
+    values = torch.empty(shape, dtype=torch.float32, device=logits.device)
+    return values, torch.empty(shape, dtype=torch.int64, device=logits.device)
 
 
 def launch_argmax(logits: Tensor, first_id: int) -> Choice:
-    choice = _empty_choice(logits)
+    choice = _empty_choice(logits, logits.shape[0])
     return _choose(logits, first_id, choice, choice[0], ())
 
 
@@ -352,7 +350,7 @@ def launch(
     first_id: int,
 ) -> Choice:
     num_rows, num_ids = logits.shape
-    choice = _empty_choice(logits)
+    choice = _empty_choice(logits, logits.shape[0])
     columns = min(_MAX_COLUMNS, max(128, next_power_of_2(num_ids) // 8))
     threshold = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     listed = torch.empty(num_rows, columns // 2, dtype=logits.dtype, device=logits.device)
@@ -417,7 +415,7 @@ def cpu(
     first_id: int,
 ) -> Choice:
     """As the reference, but a filtered row is cut to its 1,024 largest logits first, where those are enough."""
-    choice = _empty_choice(logits)
+    choice = _empty_choice(logits, logits.shape[0])
     specs = zip(*(x.tolist() for x in (temperature, top_k, top_p, min_p, seeds, positions)), strict=True)
     for i, (heat, k, p, least, seed, position) in enumerate(specs):
         row = logits[i].double()

@@ -20,6 +20,12 @@ def calls(dtype):
     yield "rms_norm", lambda batch: (x[batch], weight, 1e-5)
     yield "add_rms_norm", lambda batch: (x[batch], y[batch], weight, 1e-5)
     yield "swiglu", lambda batch: (x[batch],)
+    temperature, top_k = torch.linspace(0, 2, ROWS), torch.arange(ROWS) % 3 * 20
+    top_p, min_p = 1 - torch.arange(ROWS) % 2 * 0.2, torch.arange(ROWS) % 5 * 0.01
+    seeds, positions = torch.arange(ROWS) * 77, torch.arange(ROWS) % 4
+    columns = (3 * x, temperature, top_k, top_p, min_p, seeds, positions)
+    yield "sample", lambda batch: (*(column[batch] for column in columns), 0)
+    yield "vocab_argmax", lambda batch: (x[batch], 0)
     for scheme in ("fp8", "fp8 groups", "int8"):
         yield "rms_norm_quantised", lambda batch, scheme=scheme: (x[batch], weight, 1e-5, scheme)
         yield "add_rms_norm_quantised", lambda batch, scheme=scheme: (x[batch], y[batch], weight, 1e-5, scheme)
