@@ -10,18 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 _POSITION_BYTES = 8  # positions and slots are int64
 _ROTARY_BYTES = 4  # the cosine and sine table is fp32
+_COUNT_BYTES = 4  # counts of seen tokens are int32
+_SCALE_BYTES = 4  # scales of quantised numbers are fp32
 
 
 @dataclass(frozen=True, slots=True)
 class OpCost:
     memory_bytes: int
     flops: int
+    unit: Literal["bf16", "fp8", "int8"] = "bf16"  # whose rate bounds the flops; of a sum, that of its first part
 
     def __add__(self, other: OpCost) -> OpCost:
-        return OpCost(self.memory_bytes + other.memory_bytes, self.flops + other.flops)
+        return OpCost(self.memory_bytes + other.memory_bytes, self.flops + other.flops, self.unit)
 
 
 def decode_attention(
@@ -123,3 +127,29 @@ def mla_prefill_attention(
     pairs = sum(_seen_by_first(length, length) - _seen_by_first(length - n, length) for n, length in asking)
     flops = 2 * pairs * num_heads * (nope_dim + rope_dim + v_dim)
     return OpCost((query_elements + kv_elements) * dtype_bytes, flops)
+
+
+def quantised(plain: OpCost, elements: int, dtype_bytes: int, num_scales: int) -> OpCost:
+    """An operation whose `elements` results leave as 8 bits with scales. Per result: compare, multiply."""
+    saved = elements * (dtype_bytes - 1) - num_scales * _SCALE_BYTES
+    return OpCost(plain.memory_bytes - saved, plain.flops + 2 * elements)
+
+
+def vocab_argmax(num_rows: int, num_ids: int, dtype_bytes: int) -> OpCost:
+    """Reads the logits once; per logit a comparison."""
+    return OpCost(num_rows * num_ids * dtype_bytes, num_rows * num_ids)
+
+
+def sample(num_rows: int, num_ids: int, dtype_bytes: int) -> OpCost:
+    """Reads the logits once. Per logit: scale, two logarithms, add, compare; the generator's integers do not count."""
+    return OpCost(num_rows * num_ids * dtype_bytes, 5 * num_rows * num_ids)
+
+
+def apply_penalties(num_rows: int, num_ids: int) -> OpCost:
+    """Reads the counts of the rows that have penalties; seen tokens are too few to count. Per count a comparison."""
+    return OpCost(num_rows * num_ids * _COUNT_BYTES, num_rows * num_ids)
+
+
+def embedding(num_tokens: int, hidden_size: int, dtype_bytes: int) -> OpCost:
+    """Reads a row per token and writes it; ids are int64."""
+    return OpCost(num_tokens * (2 * hidden_size * dtype_bytes + _POSITION_BYTES), num_tokens * hidden_size)

@@ -33,23 +33,35 @@ definition that both are tested against. Importing touches no GPU.
     w4a16_gemm(x, packed, scales, zeros) -> x @ W.T, W in 4 bits; the layout is that of kernels.gemm.w4a16.pack
     fp8_gemm, int8_gemm(x, weight, x_scales, weight_scales) -> x @ weight.T, scaled per row and per column, bf16
     fp8_block_gemm(x, weight, x_scales, weight_scales) -> the same with a scale per 128 of k and per 128x128, bf16
+
+Quantised results come with their fp32 scales, [num_tokens, 1] or, in groups of 128, [num_tokens, groups]; scheme is
+"fp8", "fp8 groups" or "int8".
+
+    rms_norm_quantised(x, weight, eps, scheme) -> (normed, scales)
+    add_rms_norm_quantised(x, residual, weight, eps, scheme) -> (normed, scales, new_residual)
+    swiglu_quantised(gate_up, scheme) -> (silu(first half) * second half, scales)
 """
 
 from kernels.attention.decode import decode_attention
 from kernels.attention.mla import mla_decode_attention
 from kernels.attention.mla_prefill import mla_prefill_attention
 from kernels.attention.prefill import prefill_attention
-from kernels.gated import swiglu
+from kernels.embedding import vocab_embedding
+from kernels.gated import swiglu, swiglu_quantised
 from kernels.gemm.fp8_block import fp8_block_gemm
 from kernels.gemm.linear import fixed_order_linear
 from kernels.gemm.w4a16 import w4a16_gemm
 from kernels.gemm.w8a8 import fp8_gemm, int8_gemm
 from kernels.kv_copy import gather_kv_blocks, scatter_kv_blocks
-from kernels.norm import add_rms_norm, rms_norm
-from kernels.rope_kv import rope_and_write_kv
+from kernels.norm import add_rms_norm, add_rms_norm_quantised, rms_norm, rms_norm_quantised
+from kernels.penalties import apply_penalties
+from kernels.rope_kv import rope_and_write_kv, rope_and_write_kv_fp8, rope_and_write_kv_int8
+from kernels.sampling import sample, vocab_argmax
 
 __all__ = [
     "add_rms_norm",
+    "add_rms_norm_quantised",
+    "apply_penalties",
     "decode_attention",
     "fixed_order_linear",
     "fp8_block_gemm",
@@ -60,8 +72,15 @@ __all__ = [
     "mla_prefill_attention",
     "prefill_attention",
     "rms_norm",
+    "rms_norm_quantised",
     "rope_and_write_kv",
+    "rope_and_write_kv_fp8",
+    "rope_and_write_kv_int8",
+    "sample",
     "scatter_kv_blocks",
     "swiglu",
+    "swiglu_quantised",
+    "vocab_argmax",
+    "vocab_embedding",
     "w4a16_gemm",
 ]

@@ -142,6 +142,50 @@ def _torch_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     return lambda: F.linear(x, weight, bias)
 
 
+def _torch_add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> Callable[[], object]:
+    def call() -> object:
+        total = x + residual
+        return F.rms_norm(total, (x.shape[-1],), weight, eps), total
+
+    return call
+
+
+def _torch_argmax(logits: torch.Tensor, first_id: int) -> Callable[[], object] | None:
+    return (lambda: logits.max(dim=-1)) if first_id == 0 else None
+
+
+def _torch_sample(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    first_id: int,
+) -> Callable[[], object] | None:
+    """The usual way, by a sort; with noise of its own, so that only its time can be compared."""
+    if not logits.is_cuda or first_id:
+        return None
+
+    def call() -> object:
+        scaled, order = (logits.float() / temperature.clamp(min=1e-5)[:, None]).sort(dim=-1, descending=True)
+        ranks = torch.arange(logits.shape[1], device=logits.device)
+        scaled = scaled.masked_fill((top_k > 0)[:, None] & (ranks >= top_k[:, None]), float("-inf"))
+        shares = torch.softmax(scaled, dim=-1)
+        shares = shares.masked_fill(shares.cumsum(dim=-1) - shares >= top_p[:, None], 0.0)
+        shares = shares.masked_fill(shares < min_p[:, None] * shares[:, :1], 0.0)
+        return order.gather(1, (shares / torch.empty_like(shares).exponential_()).argmax(dim=-1, keepdim=True))
+
+    return call
+
+
+def _torch_embedding(weight: torch.Tensor, token_ids: torch.Tensor, first_id: int) -> Callable[[], object] | None:
+    return (lambda: F.embedding(token_ids, weight)) if first_id == 0 else None
+
+
 PEERS: Mapping[str, Mapping[str, Peer]] = {
     "decode_attention": {"torch sdpa, contiguous": _sdpa_decode},
     "prefill_attention": {"torch sdpa, contiguous": _sdpa_prefill},
@@ -152,6 +196,10 @@ PEERS: Mapping[str, Mapping[str, Peer]] = {
     "fixed_order_linear": {"torch, in any order": _torch_linear},
     "fp8_gemm": {"torch._scaled_mm": _scaled_mm},
     "int8_gemm": {"torch._int_mm, unscaled": _int_mm},
+    "add_rms_norm": {"torch, two kernels": _torch_add_rms_norm},
+    "vocab_argmax": {"torch": _torch_argmax},
+    "sample": {"torch, by sorting": _torch_sample},
+    "vocab_embedding": {"torch": _torch_embedding},
     "rms_norm": {"torch": _torch_rms_norm, "liger": _liger_rms_norm},
     "swiglu": {"torch, two kernels": _torch_swiglu},
 }

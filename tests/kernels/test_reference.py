@@ -8,6 +8,7 @@ from kernels.cases import Draw, PagedShape
 from kernels.harness import OPS
 from kernels.harness.compare import case_error, row_error
 from tests.kernels import expected_attention
+from tests.kernels.expected_elementwise import EXPECTED as EXPECTED_ELEMENTWISE
 from tests.kernels.expected_gemm import TORCH_GEMM
 
 CASES = [pytest.param(op, case, id=f"{op.name} {case.name}") for op in OPS for case in op.small]
@@ -62,7 +63,8 @@ TORCH = {
     "add_rms_norm": torch_add_rms_norm,
     "rope_and_write_kv": torch_rope,
     "swiglu": lambda gate_up: F.silu(gate_up[:, : gate_up.shape[1] // 2].double()) * gate_up.double().chunk(2, -1)[1],
-} | TORCH_GEMM
+}
+TORCH |= TORCH_GEMM | EXPECTED_ELEMENTWISE
 
 
 def op_named(name):
