@@ -47,6 +47,9 @@ class ModelSource:
     """float32, bfloat16 or float16; auto means float32 on CPU and bfloat16 on CUDA. KV blocks are kept in it."""
     max_model_len: int = 0
     """Most tokens of prompt and completion together; 0 means what the model allows."""
+    batch_invariant: bool = False
+    """Whether a request gives the same bits alone, in any batch, after any preemption and on any worker. Slower; all
+    pools must have the same tp."""
 
     def __post_init__(self) -> None:
         _require(self.dtype in DTYPES, "dtype", f"must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
@@ -102,6 +105,8 @@ class PoolConfig:
     """Whether finished blocks stay as cache."""
     num_threads: int = 1
     """CPU threads of a rank."""
+    cuda_graphs: bool | None = None
+    """Whether steps run from captured graphs; null means on cuda."""
     cpus_per_rank: float = 1.0
     """CPUs that Ray reserves for a rank."""
     gpus_per_rank: float = 1.0

@@ -173,6 +173,8 @@ class EngineConfig:
     max_model_len: int = 0  # tokens; 0: what the model allows
     enable_prefix_caching: bool = True
     num_threads: int = 1  # CPU threads per rank
+    cuda_graphs: bool | None = None  # replay captured graphs; None: on CUDA. On a CPU only the buffers are the same
+    batch_invariant: bool = False  # a request's logits have the same bits whatever is computed beside it; slower
 
     def __post_init__(self) -> None:
         for field in ("tp", "pp", "block_size", "max_num_seqs", "max_num_batched_tokens", "num_threads"):

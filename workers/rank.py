@@ -48,9 +48,14 @@ _WIRE_ROLES = {
 
 
 def kv_fingerprint(engine: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> bytes:
-    """Names what the bytes of a KV block mean: the weights, and everything that shapes or rotates keys and values."""
+    """Names what the bytes of a KV block mean: the weights, and everything that shapes or rotates keys and values.
+
+    In batch-invariant mode also how they were summed: a block from a worker that sums otherwise has other bits.
+    """
+    summed = {"batch_invariant": True, "tp": engine.tp} if engine.batch_invariant else {}
     return fingerprint(
         {
+            **summed,
             "weights": weights_digest(Path(engine.model_dir)),
             "dtype": str(dtype),
             "layers": model.num_hidden_layers,

@@ -5,15 +5,18 @@ The only file between the scheduler and the tensors. Knows nothing of requests b
 
 from __future__ import annotations
 
+import gc
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from workers.batching import prepare_batch
+from workers.batching import NO_PADDING, InputBuffers, PreparedBatch
 from workers.config import EngineConfig, ModelConfig
 from workers.errors import ModelError
+from workers.graphs import GraphedStage
 from workers.kv_transfer import FragmentGrid, KVTransfer
 from workers.loader import Checkpoint, Weights
 from workers.models.llama import LlamaStage, rope_cos_sin
@@ -23,7 +26,8 @@ from workers.step import BlockTransfer, ModelRunnerOutput, SampleSpec, Scheduled
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU_CACHE_BYTES = 256 << 20  # KV cache of one worker on a CPU when the config does not say
-CUDA_CACHE_SHARE = 0.85  # of the memory that is free after the weights are loaded
+CUDA_CACHE_SHARE = 0.95  # of the memory that is free beside weights, activations and graphs
+_WARM_UP_TOKENS, _WARM_UP_SEQS = 3, 2
 
 
 def pick_device(config: EngineConfig, local_rank: int) -> torch.device:
@@ -53,33 +57,58 @@ class TorchModelRunner:
         weights: Weights | None = None,
     ) -> None:
         """weights: those of config.model_dir unless others are given."""
+        self._config = config
         self._device = device
         self._groups = groups
         self._vocab_size = model.vocab_size
-        self._block_size = config.block_size
-        dtype = pick_dtype(config, device)
-        self._stage = LlamaStage(model, weights or Checkpoint(Path(config.model_dir), dtype, device), groups)
+        self._dtype = pick_dtype(config, device)
+        weights = weights or Checkpoint(Path(config.model_dir), self._dtype, device)
+        self._stage = LlamaStage(model, weights, groups, config.batch_invariant)
         self._cos_sin = rope_cos_sin(model, model.max_position_embeddings, device)
-        self.num_blocks = config.num_blocks or self._blocks_that_fit(config, model, dtype)
-        (self.num_blocks,) = groups.min_over_ranks([self.num_blocks])
-        layers, heads = len(self._stage.layers), model.num_key_value_heads // config.tp
-        # Zeros, not empty: attention multiplies masked slots by 0, and 0 x NaN is NaN.
-        self.cache = torch.zeros(
-            (layers, self.num_blocks, heads, 2, config.block_size, model.head_dim), dtype=dtype, device=device
+        self._context_tokens = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
+        self._inputs = InputBuffers(
+            max(config.max_num_batched_tokens, config.max_num_seqs, _WARM_UP_TOKENS),
+            max(config.max_num_seqs, _WARM_UP_SEQS),
+            -(-self._context_tokens // config.block_size),
+            device,
         )
-        self._layer_caches = list(self.cache.unbind(0))
+        self._graphs: GraphedStage | None = None
         self._transfer: KVTransfer | None = None
+        self._kv_heads = model.num_key_value_heads // config.tp
+        self._head_dim = model.head_dim
+        self.num_blocks = config.num_blocks or self._blocks_that_fit()
+        (self.num_blocks,) = groups.min_over_ranks([self.num_blocks])
+        self._make_cache(self.num_blocks)
 
-    def _blocks_that_fit(self, config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> int:
-        heads, layers = model.num_key_value_heads // config.tp, len(self._stage.layers)
-        block_bytes = layers * heads * 2 * config.block_size * model.head_dim * dtype.itemsize
+    def _make_cache(self, num_blocks: int) -> None:
+        # Zeros, not empty: attention multiplies masked slots by 0, and 0 x NaN is NaN.
+        shape = (len(self._stage.layers), num_blocks, self._kv_heads, 2, self._config.block_size, self._head_dim)
+        self.cache = torch.zeros(shape, dtype=self._dtype, device=self._device)
+        self._layer_caches = list(self.cache.unbind(0))
+
+    def _blocks_that_fit(self) -> int:
+        slot_bytes = len(self._stage.layers) * self._kv_heads * 2 * self._head_dim * self._dtype.itemsize
+        block_bytes = slot_bytes * self._config.block_size
         if self._device.type == "cuda":
-            free_bytes = int(torch.cuda.mem_get_info(self._device)[0] * CUDA_CACHE_SHARE)
+            free_bytes = int(self._free_bytes_beside_steps() * CUDA_CACHE_SHARE)
         else:
-            free_bytes = CPU_CACHE_BYTES // (config.tp * config.pp)
+            free_bytes = CPU_CACHE_BYTES // self._groups.world_size
         if free_bytes < block_bytes:
             raise ModelError(f"no memory for one KV block of {block_bytes} bytes ({free_bytes} bytes are free)")
         return free_bytes // block_bytes
+
+    def _free_bytes_beside_steps(self) -> int:
+        """What is free on the device when the largest steps have what they need: tried out, on a cache of one block."""
+        before, _ = torch.cuda.mem_get_info(self._device)
+        self._make_cache(1)
+        self.warm_up()
+        torch.cuda.synchronize(self._device)
+        needed = before - torch.cuda.mem_get_info(self._device)[0]
+        self._graphs = None  # they know the addresses of the small cache
+        self._layer_caches, self.cache = [], torch.empty(0)
+        gc.collect()
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self._device)[0] - needed
 
     def attach(self, transfer: KVTransfer) -> None:
         """Give the rank its way to the KV tiers; without one, plans must not load or store."""
@@ -101,14 +130,32 @@ class TorchModelRunner:
         """Fragments that verified but were not of the expected length."""
         return 0 if self._transfer is None else self._transfer.num_layout_rejects
 
+    @torch.inference_mode()
     def warm_up(self) -> None:
-        """One small step, so that the first request does not pay for what the first step sets up. On all ranks at once.
+        """Set up what the first steps would pay for, and record the graphs. On all ranks at once.
 
-        It writes into block 0, which no request owns yet.
+        Its first step writes into block 0, which no request owns yet.
         """
         chunk = ScheduledRequest("", [0, 0], 0, 0, [0, 0], None)
         decode = ScheduledRequest("", [0], 0, 0, [0], SampleSpec(0.0, 1.0, 0, 0, 0))
         self.execute(SchedulerOutput([chunk, decode]))
+        config = self._config
+        if self._device.type == "cuda":  # the largest steps, which settle how much memory steps take
+            num_tokens = min(config.max_num_batched_tokens, self._context_tokens)
+            blocks = [0] * -(-num_tokens // config.block_size)
+            self.execute(SchedulerOutput([ScheduledRequest("", [0] * num_tokens, 0, num_tokens, blocks, None)]))
+            sampled = ScheduledRequest("", [0], 0, 1, [0], SampleSpec(1.0, 0.9, 0, 0, 0))
+            self.execute(SchedulerOutput([sampled] * min(config.max_num_seqs, config.max_num_batched_tokens)))
+        if self._uses_graphs:
+            graphs = GraphedStage(self._stage, self._layer_caches, self._cos_sin, self._inputs)
+            is_leader = self._groups.shard.rank == 0
+            graphs.capture(config.max_num_seqs, config.max_num_batched_tokens, config.block_size, is_leader)
+            self._graphs = graphs
+
+    @property
+    def _uses_graphs(self) -> bool:
+        wanted = self._config.cuda_graphs
+        return self._device.type == "cuda" if wanted is None else wanted
 
     # ------------------------------------------------------------------------------------------------------- one step
     @torch.inference_mode()
@@ -119,11 +166,10 @@ class TorchModelRunner:
         tokens: Tensor | None = None
         order: list[int] = []
         if plan.requests:
-            prepared = prepare_batch(plan.requests, self._block_size, self._device)
+            prepared, logits = self._forward(plan.requests)
             order = prepared.order
-            logits = self._stage.forward(prepared.batch, self._layer_caches, self._cos_sin)
             if logits is not None and order:
-                tokens = sample(logits, prepared.samples, self._groups, self._vocab_size)
+                tokens = self._choose(logits, prepared)
             tokens = self._groups.tokens_to_leader(tokens, len(order))
         stored = [self._save(store) for store in plan.stores]
         counts = self._groups.min_over_ranks([*loaded, *stored])
@@ -133,6 +179,28 @@ class TorchModelRunner:
                 sampled[place] = token_id
         duration_s = time.perf_counter() - started
         return ModelRunnerOutput(sampled, counts[: len(loaded)], counts[len(loaded) :], duration_s)
+
+    def _forward(self, requests: Sequence[ScheduledRequest]) -> tuple[PreparedBatch, Tensor | None]:
+        """The batch, and on the last stage the logits of its sampled rows."""
+        padding = None if self._graphs is None else self._graphs.padding_for(requests)
+        prepared = self._inputs.fill(
+            requests, self._config.block_size, self._config.batch_invariant, padding or NO_PADDING
+        )
+        batch, received = prepared.batch, None
+        if not self._stage.is_first:
+            shape = (2, len(batch.token_ids), self._stage.config.hidden_size)
+            received = self._groups.recv_from_previous_stage(shape, self._dtype)
+        if self._graphs is not None and padding is not None:
+            out = self._graphs.run(prepared, received)
+        else:
+            out = self._stage.forward(batch, self._layer_caches, self._cos_sin, received)
+        if not self._stage.is_last:
+            self._groups.send_to_next_stage(out)
+            return prepared, None
+        return prepared, out[: len(prepared.samples)]
+
+    def _choose(self, logits: Tensor, prepared: PreparedBatch) -> Tensor:
+        return sample(logits, prepared.samples, self._groups, self._vocab_size)
 
     def _load(self, load: BlockTransfer) -> int:
         return 0 if self._transfer is None else self._transfer.load(load)
