@@ -73,6 +73,7 @@ class TorchModelRunner:
             device,
         )
         self._graphs: GraphedStage | None = None
+        self.replays = True  # graphs, where there are any; a benchmark compares
         self._transfer: KVTransfer | None = None
         self._kv_heads = model.num_key_value_heads // config.tp
         self._head_dim = model.head_dim
@@ -182,7 +183,8 @@ class TorchModelRunner:
 
     def _forward(self, requests: Sequence[ScheduledRequest]) -> tuple[PreparedBatch, Tensor | None]:
         """The batch, and on the last stage the logits of its sampled rows."""
-        padding = None if self._graphs is None else self._graphs.padding_for(requests)
+        graphs = self._graphs if self.replays else None
+        padding = None if graphs is None else graphs.padding_for(requests)
         prepared = self._inputs.fill(
             requests, self._config.block_size, self._config.batch_invariant, padding or NO_PADDING
         )
@@ -190,8 +192,8 @@ class TorchModelRunner:
         if not self._stage.is_first:
             shape = (2, len(batch.token_ids), self._stage.config.hidden_size)
             received = self._groups.recv_from_previous_stage(shape, self._dtype)
-        if self._graphs is not None and padding is not None:
-            out = self._graphs.run(prepared, received)
+        if graphs is not None and padding is not None:
+            out = graphs.run(prepared, received)
         else:
             out = self._stage.forward(batch, self._layer_caches, self._cos_sin, received)
         if not self._stage.is_last:
