@@ -25,11 +25,18 @@ class OpCost:
 
 
 def decode_attention(
-    seq_lens: Sequence[int], num_q_heads: int, num_kv_heads: int, head_dim: int, dtype_bytes: int
+    seq_lens: Sequence[int],
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype_bytes: int,
+    window: int = 0,
+    kv_token_bytes: int | None = None,
 ) -> OpCost:
     """One query token per sequence; seq_lens includes it."""
+    query_lens = [1 if n else 0 for n in seq_lens]
     return prefill_attention(
-        [1 if n else 0 for n in seq_lens], seq_lens, num_q_heads, num_kv_heads, head_dim, dtype_bytes
+        query_lens, seq_lens, num_q_heads, num_kv_heads, head_dim, dtype_bytes, window, kv_token_bytes
     )
 
 
@@ -40,13 +47,27 @@ def prefill_attention(
     num_kv_heads: int,
     head_dim: int,
     dtype_bytes: int,
+    window: int = 0,
+    kv_token_bytes: int | None = None,
 ) -> OpCost:
-    """Causal: the last query_lens[i] tokens of sequence i ask, each of those before it and of itself."""
+    """Causal: the last query_lens[i] tokens of sequence i ask, each of those before it and of itself.
+
+    With a window each asks that many, its own included. kv_token_bytes: K, V and scales of a cached token under one KV
+    head, where that is not 2 * head_dim * dtype_bytes.
+    """
+    if kv_token_bytes is None:
+        kv_token_bytes = 2 * head_dim * dtype_bytes
     query_bytes = 2 * sum(query_lens) * num_q_heads * head_dim * dtype_bytes  # read q, write the output
-    asking = [(n, length) for n, length in zip(query_lens, seq_lens, strict=True) if n]
-    kv_bytes = 2 * sum(length for _, length in asking) * num_kv_heads * head_dim * dtype_bytes
-    pairs = sum(n * (length - n) + n * (n + 1) // 2 for n, length in asking)
-    return OpCost(query_bytes + kv_bytes, 4 * pairs * num_q_heads * head_dim)
+    asking = [(n, length, window or length) for n, length in zip(query_lens, seq_lens, strict=True) if n]
+    num_read = sum(min(length, n - 1 + seen) for n, length, seen in asking)
+    pairs = sum(_seen_by_first(length, seen) - _seen_by_first(length - n, seen) for n, length, seen in asking)
+    return OpCost(query_bytes + num_read * num_kv_heads * kv_token_bytes, 4 * pairs * num_q_heads * head_dim)
+
+
+def _seen_by_first(num_tokens: int, window: int) -> int:
+    """Keys that a sequence's first tokens see between them."""
+    ramp = min(num_tokens, window)
+    return ramp * (ramp + 1) // 2 + (num_tokens - ramp) * window
 
 
 def rms_norm(num_tokens: int, hidden_size: int, dtype_bytes: int) -> OpCost:

@@ -11,8 +11,14 @@ definition that both are tested against. Importing touches no GPU.
     positions        [num_tokens] int64
     slot_mapping     [num_tokens] int64, block * block_size + offset; -1 writes nothing
 
-    decode_attention(q, kv_cache, block_table, seq_lens, scale) -> [batch, q_heads, head_dim]
-    prefill_attention(q, kv_cache, block_table, query_start_loc, seq_lens, max_query_len, scale) -> shaped as q
+    decode_attention(q, kv_cache, block_table, seq_lens, scale, ...) -> [batch, q_heads, head_dim]
+    prefill_attention(q, kv_cache, block_table, query_start_loc, seq_lens, max_query_len, scale, ...) -> shaped as q
+        window=0               how many positions a token sees, its own included; 0 is all before it
+        sinks=None             [q_heads] fp32, a logit of each head that takes weight and brings no value
+        soft_cap=0.0           scores become soft_cap * tanh(score / soft_cap); 0 leaves them
+        kv_scales=None         fp32; of a float8_e4m3fn cache [kv_heads, 2], of an int8 one [blocks, kv_heads, 2,
+                               block_size]: a cached number times its scale is meant
+        batch_invariant=False  a token's bits then depend on its own sequence only (kernels/attention/ says how far)
     rope_and_write_kv(q, k, v, cos_sin, positions, kv_cache, slot_mapping) -> rotated q
     rms_norm(x, weight, eps) -> normed
     add_rms_norm(x, residual, weight, eps) -> (normed, new_residual)

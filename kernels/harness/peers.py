@@ -11,16 +11,26 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 
-from kernels.attention.decode import gather_sequence
+from kernels.attention.paged import gather_sequence
 
 Peer = Callable[..., Callable[[], object] | None]
 
 
+def _is_plain(options: tuple[object, ...]) -> bool:
+    """Neither window, sinks, cap nor scales: the last option, batch invariance, asks for the same numbers."""
+    return not any(isinstance(option, torch.Tensor) or option for option in options[:-1])
+
+
 def _sdpa_decode(
-    q: torch.Tensor, kv_cache: torch.Tensor, block_table: torch.Tensor, seq_lens: torch.Tensor, scale: float
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    *options: object,
 ) -> Callable[[], object] | None:
     lengths = seq_lens.tolist()
-    if len(set(lengths)) > 1:
+    if not _is_plain(options) or len(set(lengths)) > 1:
         return None
     keys, values = zip(*(gather_sequence(kv_cache, row, lengths[0]).unbind(1) for row in block_table), strict=True)
     k, v = torch.stack(keys), torch.stack(values)
@@ -36,10 +46,11 @@ def _sdpa_prefill(
     seq_lens: torch.Tensor,
     max_query_len: int,
     scale: float,
+    *options: object,
 ) -> Callable[[], object] | None:
     lengths = seq_lens.tolist()
     queries = query_start_loc.diff().tolist()
-    if len(lengths) > 1 or queries != lengths:
+    if not _is_plain(options) or len(lengths) > 1 or queries != lengths:
         return None  # torch's causal mask begins at the first key: only a whole prompt is the same question
     k, v = gather_sequence(kv_cache, block_table[0], lengths[0]).unbind(1)
     rows = q.transpose(0, 1).unsqueeze(0).contiguous()

@@ -27,6 +27,22 @@ def test_prefill_attention_counts_the_causal_pairs():
     assert cost.memory_bytes == 2 * 3 * 4 * 8 * 2 + 2 * 10 * 2 * 8 * 2
 
 
+def test_a_window_bounds_what_each_token_sees_and_what_is_read():
+    # tokens 8, 9 and 10 see 4 each, from the 5th to the 10th: 6 of the cache are read
+    cost = ops.prefill_attention([3], [10], 4, 2, 8, 2, window=4)
+    assert cost == OpCost(2 * 3 * 4 * 8 * 2 + 6 * 2 * 2 * 8 * 2, 4 * 12 * 4 * 8)
+    assert ops.prefill_attention([3], [3], 4, 2, 8, 2, window=2).flops == 4 * (1 + 2 + 2) * 4 * 8
+    assert ops.decode_attention([100], 4, 2, 8, 2, window=7) == ops.decode_attention([7], 4, 2, 8, 2)
+    assert ops.prefill_attention([3], [10], 4, 2, 8, 2, window=10) == ops.prefill_attention([3], [10], 4, 2, 8, 2)
+
+
+def test_a_quantised_cache_is_read_in_its_own_bytes():
+    plain = ops.decode_attention([100], 4, 2, 8, 2)
+    narrow = ops.decode_attention([100], 4, 2, 8, 2, kv_token_bytes=2 * 8 + 2 * 4)
+    assert plain.memory_bytes - narrow.memory_bytes == 100 * 2 * (2 * 8 * 2 - 24)
+    assert plain.flops == narrow.flops
+
+
 def test_prefill_of_a_sequence_that_asks_nothing_is_free():
     assert ops.prefill_attention([0, 2], [100, 2], 4, 2, 8, 2) == ops.prefill_attention([2], [2], 4, 2, 8, 2)
 
