@@ -113,6 +113,7 @@ class LlamaLayer:
                     batch.seq_lens[n:],
                     batch.max_query_len,
                     self.scale,
+                    batch_invariant=self._batch_invariant,
                 )
             )
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).flatten(1)
