@@ -122,6 +122,7 @@ def _engine(common: EngineConfig, pool: PoolConfig) -> EngineConfig:
         enable_prefix_caching=pool.enable_prefix_caching,
         num_threads=pool.num_threads,
         cuda_graphs=pool.cuda_graphs,
+        async_scheduling=pool.async_scheduling,
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from workers.models.llama import Batch
-from workers.step import SampleSpec, ScheduledRequest
+from workers.step import SampleSpec, ScheduledRequest, pending_place
 
 _NUM_HOST_BUFFERS = 2  # one is filled while the copy of the other may still be under way
 
@@ -30,6 +30,7 @@ class PreparedBatch:
     num_tokens: int  # of the requests; the batch may have more rows, which stand for nothing
     samples: list[SampleSpec]  # one per sampled row; the batch may have more sample_rows
     order: list[int]  # place of each sampled row among the plan's requests that sample
+    has_pending_tokens: bool  # some token_ids are -1 - i: what the step before chooses in its sampled row i
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +98,12 @@ class InputBuffers:
         block_size: int,
         all_as_prefills: bool = False,
         padding: Padding = NO_PADDING,
+        last_order: Sequence[int] = (),
     ) -> PreparedBatch:
         """Rows in the order that the attention kernels want: sequences with one token first.
 
-        all_as_prefills: those with one token take the prefill kernel too. The batch is good until the next is filled.
+        all_as_prefills: those with one token take the prefill kernel too. last_order: of the step before. The batch is
+        good until the next is filled.
         """
         places = list(accumulate((r.sample is not None for r in requests), initial=0))  # among those that sample
         by_kind = sorted(range(len(requests)), key=lambda i: requests[i].num_scheduled_tokens > 1)
@@ -118,9 +121,10 @@ class InputBuffers:
             num_decodes = layout.num_sequences  # decodes are padded with decodes
         host = self._next_host(layout.num_words)
         self._write(host, layout, rows, block_size, num_decodes)
+        has_pending = self._find_pending(host, layout, rows, last_order)
         batch = self._send(layout, num_decodes, max(r.num_scheduled_tokens for r in rows))
         samples = [s for i in sampled if (s := requests[i].sample)]
-        return PreparedBatch(batch, num_tokens, samples, [places[i] for i in sampled])
+        return PreparedBatch(batch, num_tokens, samples, [places[i] for i in sampled], has_pending)
 
     def _next_host(self, num_words: int) -> npt.NDArray[np.int32]:
         assert num_words <= len(self._words), "the plan exceeds the engine's own bounds"
@@ -165,6 +169,26 @@ class InputBuffers:
         query_start_loc = fields["query_start_loc"]
         query_start_loc[: len(starts)] = starts
         query_start_loc[len(starts) :] = starts[-1]  # sequences that ask nothing
+
+    @staticmethod
+    def _find_pending(
+        host: npt.NDArray[np.int32],
+        layout: _Layout,
+        rows: Sequence[ScheduledRequest],
+        last_order: Sequence[int],
+    ) -> bool:
+        """Turn places in the last plan into its sampled rows; False when there are none."""
+        token_ids = host[layout.spans()["token_ids"]].view(np.int64)
+        row_of_place = {place: row for row, place in enumerate(last_order)}
+        has_pending = False
+        at = -1
+        for r in rows:
+            at += r.num_scheduled_tokens
+            place = pending_place(r.token_ids[-1])  # only the last token of a chunk can be one
+            if place is not None:
+                token_ids[at] = -1 - row_of_place[place]
+                has_pending = True
+        return has_pending
 
     def _send(self, layout: _Layout, num_decodes: int, max_query_len: int) -> Batch:
         num_words, host = layout.num_words, self._hosts[self._turn]

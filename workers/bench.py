@@ -16,7 +16,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -32,7 +32,7 @@ from workers.engine import Engine
 from workers.executor import GroupExecutor
 from workers.parallel import ParallelGroups, Shard
 from workers.request import Request, SamplingParams
-from workers.runner import TorchModelRunner, pick_device, pick_dtype
+from workers.runner import TorchModelRunner, pick_device, pick_dtype, schedules_async
 from workers.scheduler import Scheduler, SchedulerConfig
 
 _DECODE_STEPS = 32
@@ -116,6 +116,7 @@ class Bench:
         while (events := engine.step()) is not None:
             for token in events.tokens:
                 completions[int(token.request_id)].append(token.token_id)
+        engine.close()
         return completions
 
     def decode(self, batch_size: int, context: int) -> dict[str, object]:
@@ -145,6 +146,7 @@ class Bench:
             "name": name,
             "batch_invariant": self._config.batch_invariant,
             "graphs": bool(self._config.cuda_graphs),
+            "async_scheduling": schedules_async(self._config, self.device),
             "batch_size": batch_size,
             "context_tokens": context,
             "step_ms": step_s * 1000,
@@ -161,7 +163,9 @@ class Bench:
             b"bench",
             frozenset(),
         )
-        return Engine(scheduler, GroupExecutor(self._runner, self._groups), self._model.vocab_size, time.monotonic)
+        is_async = schedules_async(self._config, self.device)
+        executor = GroupExecutor(self._runner, self._groups, in_thread=is_async and self.device.type == "cpu")
+        return Engine(scheduler, executor, self._model.vocab_size, time.monotonic, is_async)
 
     def _submit(self, engine: Engine, number: int, num_tokens: int, max_tokens: int) -> None:
         generator = torch.Generator().manual_seed(number)
@@ -176,20 +180,33 @@ class Bench:
         while any(r.num_computed_tokens < r.num_given_tokens for r in engine.scheduler.requests.values()):
             engine.step()
         engine.step()
-        return self._timed(engine, _DECODE_STEPS)
+
+        def steps() -> None:
+            for _ in range(_DECODE_STEPS):
+                engine.step()
+
+        step_s = self._timed(steps) / _DECODE_STEPS
+        engine.close()
+        return step_s
 
     def _prefill_once(self, num_tokens: int) -> float:
         engine = self._engine(1)
         self._submit(engine, 0, num_tokens, 1)
-        return self._timed(engine, 1)
 
-    def _timed(self, engine: Engine, num_steps: int) -> float:
+        def whole() -> None:
+            while engine.step() is not None:
+                pass
+
+        prefill_s = self._timed(whole)
+        engine.close()
+        return prefill_s
+
+    def _timed(self, work: Callable[[], None]) -> float:
         self._wait()
         began_s = time.perf_counter()
-        for _ in range(num_steps):
-            engine.step()
+        work()
         self._wait()
-        return (time.perf_counter() - began_s) / num_steps
+        return time.perf_counter() - began_s
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -209,7 +226,7 @@ def measure(
 
 def describe(row: dict[str, object]) -> str:
     """A row as a line."""
-    modes = [name for name in ("graphs", "batch_invariant") if row[name]]
+    modes = [name.replace("_", " ") for name in ("graphs", "async_scheduling", "batch_invariant") if row[name]]
     same = {True: "; same tokens as without graphs", False: "; NOT the tokens without graphs", None: ""}
     return (
         f"{row['name']:8} batch {row['batch_size']:3} at {row['context_tokens']:6} tokens:"
@@ -229,6 +246,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(
+        "--async-scheduling", action=argparse.BooleanOptionalAction, default=None, help="default: on CUDA"
+    )
+    parser.add_argument(
         "--modes", choices=("plain", "batch-invariant"), nargs="+", default=["plain", "batch-invariant"]
     )
     parser.add_argument("--out", type=Path, default=None, help="folder; rows are appended to engine.jsonl there")
@@ -247,6 +267,7 @@ def main() -> None:
         max_num_seqs=max(largest, len(_COMPARED_PROMPTS)),
         max_num_batched_tokens=prompt,
         cuda_graphs=options.graphs,
+        async_scheduling=options.async_scheduling,
     )
     ceilings = measure_ceilings(device.type)
     print(f"{options.shape}, {ceilings.device}", flush=True)

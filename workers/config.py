@@ -174,6 +174,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     num_threads: int = 1  # CPU threads per rank
     cuda_graphs: bool | None = None  # replay captured graphs; None: on CUDA. On a CPU only the buffers are the same
+    async_scheduling: bool | None = None  # plan a step while the one before it runs; None: on CUDA, where pp is 1
     batch_invariant: bool = False  # a request's logits have the same bits whatever is computed beside it; slower
 
     def __post_init__(self) -> None:
@@ -183,6 +184,8 @@ class EngineConfig:
         for field in ("num_blocks", "max_model_len"):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field} must not be negative, not {getattr(self, field)}")
+        if self.async_scheduling and self.pp > 1:
+            raise ValueError("async_scheduling needs pp=1: the first stage has no tokens before the last is through")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype}")
 

@@ -32,7 +32,7 @@ from workers.kv_transfer import KVTransfer
 from workers.loader import weights_digest
 from workers.loop import EngineLoop, LoopEvents
 from workers.parallel import ParallelGroups, Shard
-from workers.runner import TorchModelRunner, pick_device, pick_dtype
+from workers.runner import TorchModelRunner, pick_device, pick_dtype, schedules_async
 from workers.scheduler import Scheduler, SchedulerConfig
 from workers.server import MAX_MESSAGE_BYTES, WorkerServicer
 
@@ -88,7 +88,9 @@ def make_engine(
         kv_fingerprint(config, model, pick_dtype(config, runner.cache.device)),
         frozenset(model.eos_token_ids),
     )
-    return Engine(scheduler, GroupExecutor(runner, groups), model.vocab_size, clock)
+    is_async = schedules_async(config, runner.cache.device)
+    executor = GroupExecutor(runner, groups, in_thread=is_async and not runner.cache.is_cuda)
+    return Engine(scheduler, executor, model.vocab_size, clock, is_async)
 
 
 class Rank:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -45,6 +45,32 @@ def pick_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
+def schedules_async(config: EngineConfig, device: torch.device) -> bool:
+    """Whether steps are planned ahead: what the config says, else on CUDA, where there is one stage."""
+    if config.async_scheduling is not None:
+        return config.async_scheduling
+    return device.type == "cuda" and config.pp == 1
+
+
+def _read_later(token_ids: Tensor | None) -> Callable[[], list[int]]:
+    """The copy to the host begins now; what is returned waits for it, and for nothing that is started later."""
+    if token_ids is None:
+        return list
+    if not token_ids.is_cuda:
+        return token_ids.tolist
+    host = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
+    host.copy_(token_ids, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[int]:
+        copied.synchronize()
+        values: list[int] = host.tolist()
+        return values
+
+    return read
+
+
 class TorchModelRunner:
     """One rank's weights and KV cache."""
 
@@ -75,6 +101,8 @@ class TorchModelRunner:
         self._graphs: GraphedStage | None = None
         self.replays = True  # graphs, where there are any; a benchmark compares
         self._transfer: KVTransfer | None = None
+        self._last_tokens: Tensor | None = None  # of the last step, on the device
+        self._last_order: Sequence[int] = ()  # place in the plan of each of them
         self._kv_heads = model.num_key_value_heads // config.tp
         self._head_dim = model.head_dim
         self.num_blocks = config.num_blocks or self._blocks_that_fit()
@@ -159,9 +187,13 @@ class TorchModelRunner:
         return self._device.type == "cuda" if wanted is None else wanted
 
     # ------------------------------------------------------------------------------------------------------- one step
-    @torch.inference_mode()
     def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
         """Loads, forward pass, stores."""
+        return self.start(plan)()
+
+    @torch.inference_mode()
+    def start(self, plan: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
+        """As execute, but on CUDA the forward pass may still run; what is returned waits for its tokens."""
         started = time.perf_counter()
         loaded = [self._load(load) for load in plan.loads]
         tokens: Tensor | None = None
@@ -172,23 +204,32 @@ class TorchModelRunner:
             if logits is not None and order:
                 tokens = self._choose(logits, prepared)
             tokens = self._groups.tokens_to_leader(tokens, len(order))
+            self._last_tokens, self._last_order = tokens, order
         stored = [self._save(store) for store in plan.stores]
         counts = self._groups.min_over_ranks([*loaded, *stored])
-        sampled = [0] * (0 if tokens is None else len(tokens))
-        if tokens is not None:
-            for place, token_id in zip(order, tokens.tolist(), strict=True):
+        read = _read_later(tokens)
+
+        def wait() -> ModelRunnerOutput:
+            token_ids = read()
+            sampled = [0] * len(token_ids)
+            for place, token_id in zip(order if token_ids else (), token_ids, strict=True):
                 sampled[place] = token_id
-        duration_s = time.perf_counter() - started
-        return ModelRunnerOutput(sampled, counts[: len(loaded)], counts[len(loaded) :], duration_s)
+            duration_s = time.perf_counter() - started
+            return ModelRunnerOutput(sampled, counts[: len(loaded)], counts[len(loaded) :], duration_s)
+
+        return wait
 
     def _forward(self, requests: Sequence[ScheduledRequest]) -> tuple[PreparedBatch, Tensor | None]:
         """The batch, and on the last stage the logits of its sampled rows."""
         graphs = self._graphs if self.replays else None
         padding = None if graphs is None else graphs.padding_for(requests)
+        config = self._config
         prepared = self._inputs.fill(
-            requests, self._config.block_size, self._config.batch_invariant, padding or NO_PADDING
+            requests, config.block_size, config.batch_invariant, padding or NO_PADDING, self._last_order
         )
         batch, received = prepared.batch, None
+        if prepared.has_pending_tokens:
+            self._put_last_tokens(batch.token_ids)
         if not self._stage.is_first:
             shape = (2, len(batch.token_ids), self._stage.config.hidden_size)
             received = self._groups.recv_from_previous_stage(shape, self._dtype)
@@ -200,6 +241,12 @@ class TorchModelRunner:
             self._groups.send_to_next_stage(out)
             return prepared, None
         return prepared, out[: len(prepared.samples)]
+
+    def _put_last_tokens(self, token_ids: Tensor) -> None:
+        """In place of -1 - i, the token that the last step chose in its row i; the host may not know it yet."""
+        assert self._last_tokens is not None
+        rows = (-1 - token_ids).clamp_(min=0)
+        token_ids.copy_(torch.where(token_ids < 0, self._last_tokens[rows], token_ids))
 
     def _choose(self, logits: Tensor, prepared: PreparedBatch) -> Tensor:
         return sample(logits, prepared.samples, self._groups, self._vocab_size)

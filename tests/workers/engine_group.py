@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -38,9 +38,9 @@ class RecordingRunner(TorchModelRunner):
 
     logits: dict[str, list[Tensor]]
 
-    def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
+    def start(self, plan: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
         self._sampling_ids = [r.request_id for r in plan.requests if r.sample is not None]
-        return super().execute(plan)
+        return super().start(plan)
 
     def _choose(self, logits: Tensor, prepared: PreparedBatch) -> Tensor:
         for row, place in zip(logits, prepared.order, strict=True):

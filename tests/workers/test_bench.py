@@ -35,12 +35,13 @@ def test_rates_of_decode_and_prefill_are_printed_and_written(tmp_path):
 
 def test_without_graphs_nothing_is_compared(tmp_path):
     command = [sys.executable, "-m", "workers.bench", "--shape", "tiny", "--device", "cpu", "--no-graphs"]
-    command += ["--threads", "1", "--modes", "plain", "--batch-sizes", "2", "--context", "20", "--prompt", "40"]
+    command += ["--async-scheduling", "--threads", "1", "--modes", "plain"]
+    command += ["--batch-sizes", "2", "--context", "20", "--prompt", "40"]
     done = subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "engine.jsonl").read_text().splitlines()]
     assert [(row["graphs"], row["same_tokens"]) for row in rows] == [(False, None)] * 2
-    assert done.stdout.count("(plain)") == 2
+    assert done.stdout.count("(async scheduling)") == 2
 
 
 def test_random_weights_have_the_shards_shape():
