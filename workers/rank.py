@@ -35,7 +35,7 @@ from workers.kv_transfer import KVTransfer
 from workers.loader import weights_digest
 from workers.loop import EngineLoop, LoopEvents
 from workers.parallel import ParallelGroups, Shard
-from workers.runner import TorchModelRunner, pick_device, pick_dtype
+from workers.runner import TorchModelRunner, pick_device, pick_dtype, schedules_async
 from workers.scheduler import Scheduler, SchedulerConfig
 from workers.server import MAX_MESSAGE_BYTES, WorkerServicer
 
@@ -54,9 +54,14 @@ LoadedRunner = TorchModelRunner | FakeModelRunner
 
 
 def kv_fingerprint(engine: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> bytes:
-    """Names what the bytes of a KV block mean: the weights, and everything that shapes or rotates keys and values."""
+    """Names what the bytes of a KV block mean: the weights, and everything that shapes or rotates keys and values.
+
+    In batch-invariant mode also how they were summed: a block from a worker that sums otherwise has other bits.
+    """
+    summed = {"batch_invariant": True, "tp": engine.tp} if engine.batch_invariant else {}
     return fingerprint(
         {
+            **summed,
             "weights": _FAKE_WEIGHTS if engine.runner == "fake" else weights_digest(Path(engine.model_dir)),
             "dtype": str(dtype),
             "layers": model.num_hidden_layers,
@@ -96,7 +101,9 @@ def make_engine(
         kv_fingerprint(config, model, pick_dtype(config, runner.cache.device)),
         frozenset(model.eos_token_ids),
     )
-    return Engine(scheduler, GroupExecutor(runner, groups), model.vocab_size, clock)
+    is_async = schedules_async(config, runner.cache.device)
+    executor = GroupExecutor(runner, groups, in_thread=is_async and not runner.cache.is_cuda)
+    return Engine(scheduler, executor, model.vocab_size, clock, is_async)
 
 
 def load_runner(config: EngineConfig, model: ModelConfig, groups: ParallelGroups, device: torch.device) -> LoadedRunner:
