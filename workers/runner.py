@@ -28,6 +28,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 CPU_CACHE_BYTES = 256 << 20  # KV cache of one worker on a CPU when the config does not say
 CUDA_CACHE_SHARE = 0.95  # of the memory that is free beside weights, activations and graphs
 _WARM_UP_TOKENS, _WARM_UP_SEQS = 3, 2
+_CHUNKS_OF_OTHER_TILES = (2, 4, 8, 16, 32, 128)  # attention picks its tile by the longest chunk
 
 
 def pick_device(config: EngineConfig, local_rank: int) -> torch.device:
@@ -163,16 +164,18 @@ class TorchModelRunner:
     def warm_up(self) -> None:
         """Set up what the first steps would pay for, and record the graphs. On all ranks at once.
 
-        Its first step writes into block 0, which no request owns yet.
+        Its first step writes into block 0, which no request owns yet. On CUDA kernels are compiled, and the largest
+        steps settle how much memory steps take.
         """
         chunk = ScheduledRequest("", [0, 0], 0, 0, [0, 0], None)
         decode = ScheduledRequest("", [0], 0, 0, [0], SampleSpec(0.0, 1.0, 0, 0, 0))
         self.execute(SchedulerOutput([chunk, decode]))
         config = self._config
-        if self._device.type == "cuda":  # the largest steps, which settle how much memory steps take
-            num_tokens = min(config.max_num_batched_tokens, self._context_tokens)
-            blocks = [0] * -(-num_tokens // config.block_size)
-            self.execute(SchedulerOutput([ScheduledRequest("", [0] * num_tokens, 0, num_tokens, blocks, None)]))
+        if self._device.type == "cuda":
+            most = min(config.max_num_batched_tokens, self._context_tokens)
+            for num_tokens in [n for n in _CHUNKS_OF_OTHER_TILES if n < most] + [most]:
+                blocks = [0] * -(-num_tokens // config.block_size)
+                self.execute(SchedulerOutput([ScheduledRequest("", [0] * num_tokens, 0, num_tokens, blocks, None)]))
             sampled = ScheduledRequest("", [0], 0, 1, [0], SampleSpec(1.0, 0.9, 0, 0, 0))
             self.execute(SchedulerOutput([sampled] * min(config.max_num_seqs, config.max_num_batched_tokens)))
         if self._uses_graphs:
@@ -191,9 +194,15 @@ class TorchModelRunner:
         """Loads, forward pass, stores."""
         return self.start(plan)()
 
-    @torch.inference_mode()
     def start(self, plan: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
         """As execute, but on CUDA the forward pass may still run; what is returned waits for its tokens."""
+        with torch.inference_mode():
+            if self._device.type == "cpu":
+                return self._start(plan)
+            with torch.cuda.device(self._device):  # a setting of the thread, and this may be any
+                return self._start(plan)
+
+    def _start(self, plan: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
         started = time.perf_counter()
         loaded = [self._load(load) for load in plan.loads]
         tokens: Tensor | None = None
