@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -160,29 +161,38 @@ class TorchModelRunner:
         """Fragments that verified but were not of the expected length."""
         return 0 if self._transfer is None else self._transfer.num_layout_rejects
 
-    @torch.inference_mode()
     def warm_up(self) -> None:
         """Set up what the first steps would pay for, and record the graphs. On all ranks at once.
 
-        Its first step writes into block 0, which no request owns yet. On CUDA kernels are compiled, and the largest
-        steps settle how much memory steps take.
+        Its first step writes into block 0, which no request owns yet.
         """
         chunk = ScheduledRequest("", [0, 0], 0, 0, [0, 0], None)
         decode = ScheduledRequest("", [0], 0, 0, [0], SampleSpec(0.0, 1.0, 0, 0, 0))
         self.execute(SchedulerOutput([chunk, decode]))
         config = self._config
-        if self._device.type == "cuda":
-            most = min(config.max_num_batched_tokens, self._context_tokens)
-            for num_tokens in [n for n in _CHUNKS_OF_OTHER_TILES if n < most] + [most]:
-                blocks = [0] * -(-num_tokens // config.block_size)
-                self.execute(SchedulerOutput([ScheduledRequest("", [0] * num_tokens, 0, num_tokens, blocks, None)]))
-            sampled = ScheduledRequest("", [0], 0, 1, [0], SampleSpec(1.0, 0.9, 0, 0, 0))
-            self.execute(SchedulerOutput([sampled] * min(config.max_num_seqs, config.max_num_batched_tokens)))
         if self._uses_graphs:
             graphs = GraphedStage(self._stage, self._layer_caches, self._cos_sin, self._inputs)
             is_leader = self._groups.shard.rank == 0
-            graphs.capture(config.max_num_seqs, config.max_num_batched_tokens, config.block_size, is_leader)
+            with torch.inference_mode(), self._on_device():
+                graphs.capture(config.max_num_seqs, config.max_num_batched_tokens, config.block_size, is_leader)
             self._graphs = graphs
+        if self._device.type == "cuda":
+            self._run_largest_steps()
+
+    def _run_largest_steps(self) -> None:
+        """Settles how much memory steps take, and compiles attention for all its tiles. Behind the graphs, for to
+        record one gives back what is not in use."""
+        config = self._config
+        most = min(config.max_num_batched_tokens, self._context_tokens)
+        for num_tokens in [n for n in _CHUNKS_OF_OTHER_TILES if n < most] + [most]:
+            blocks = [0] * -(-num_tokens // config.block_size)
+            self.execute(SchedulerOutput([ScheduledRequest("", [0] * num_tokens, 0, num_tokens, blocks, None)]))
+        sampled = ScheduledRequest("", [0], 0, 1, [0], SampleSpec(1.0, 0.9, 0, 0, 0))
+        self.execute(SchedulerOutput([sampled] * min(config.max_num_seqs, config.max_num_batched_tokens)))
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        """The current device is a setting of the thread, and this may be any."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
     @property
     def _uses_graphs(self) -> bool:
@@ -196,11 +206,8 @@ class TorchModelRunner:
 
     def start(self, plan: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
         """As execute, but on CUDA the forward pass may still run; what is returned waits for its tokens."""
-        with torch.inference_mode():
-            if self._device.type == "cpu":
-                return self._start(plan)
-            with torch.cuda.device(self._device):  # a setting of the thread, and this may be any
-                return self._start(plan)
+        with torch.inference_mode(), self._on_device():
+            return self._start(plan)
 
     def _start(self, plan: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
         started = time.perf_counter()
