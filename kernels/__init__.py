@@ -21,6 +21,8 @@ definition that both are tested against. Importing touches no GPU.
     w4a16_gemm(x, packed, scales, zeros) -> x @ W.T, W in 4 bits; the layout is that of kernels.gemm.w4a16.pack
     fp8_gemm, int8_gemm(x, weight, x_scales, weight_scales) -> x @ weight.T, scaled per row and per column, bf16
     fp8_block_gemm(x, weight, x_scales, weight_scales) -> the same with a scale per 128 of k and per 128x128, bf16
+    group_by_expert(expert_ids, num_experts, block) -> (row of each slot, expert of each block)
+    moe_experts(x, gate_up, down, expert_ids, weights) -> the weighted sum of the chosen experts' outputs
 """
 
 from kernels.attention.decode import decode_attention
@@ -30,6 +32,7 @@ from kernels.gemm.fp8_block import fp8_block_gemm
 from kernels.gemm.linear import fixed_order_linear
 from kernels.gemm.w4a16 import w4a16_gemm
 from kernels.gemm.w8a8 import fp8_gemm, int8_gemm
+from kernels.moe import group_by_expert, moe_experts
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.rope_kv import rope_and_write_kv
 
@@ -39,7 +42,9 @@ __all__ = [
     "fixed_order_linear",
     "fp8_block_gemm",
     "fp8_gemm",
+    "group_by_expert",
     "int8_gemm",
+    "moe_experts",
     "prefill_attention",
     "rms_norm",
     "rope_and_write_kv",

@@ -12,6 +12,7 @@ from kernels.gemm.fp8_block import fp8_block_gemm
 from kernels.gemm.linear import fixed_order_linear
 from kernels.gemm.w4a16 import w4a16_gemm
 from kernels.gemm.w8a8 import fp8_gemm, int8_gemm
+from kernels.moe import group_by_expert, moe_experts
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.op import Op
 from kernels.rope_kv import rope_and_write_kv
@@ -28,4 +29,6 @@ OPS: tuple[Op[..., Any], ...] = (
     fp8_gemm,
     int8_gemm,
     fp8_block_gemm,
+    group_by_expert,
+    moe_experts,
 )
