@@ -24,7 +24,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from costs.model import DenseModel, model_step
+from costs.model import DecoderSizes, model_step
 from kernels.harness.timing import Ceilings, measure_ceilings
 from kvstore.block_pool import BlockPool
 from workers.config import EngineConfig, ModelConfig
@@ -59,10 +59,45 @@ def _llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, voca
     )
 
 
+_QWEN3_30B_A3B = ModelConfig(
+    architecture="Qwen3MoeForCausalLM",
+    hidden_size=2048,
+    intermediate_size=6144,
+    num_hidden_layers=48,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    head_dim=128,
+    vocab_size=151936,
+    max_position_embeddings=16384,
+    rms_norm_eps=1e-6,
+    rope_theta=1000000.0,
+    rope_scaling=None,
+    tie_word_embeddings=False,
+    eos_token_ids=(),
+    has_qk_norm=True,
+    num_experts=128,
+    num_experts_per_tok=8,
+    moe_intermediate_size=768,
+    norm_topk_prob=True,
+)
 SHAPES = {
     "tiny": _llama(256, 512, 4, 4, 2, 4096, 2048),
+    "tiny-experts": replace(
+        _QWEN3_30B_A3B,
+        hidden_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        vocab_size=4096,
+        max_position_embeddings=2048,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=128,
+    ),
     "llama-3.2-1b": _llama(2048, 8192, 16, 32, 8, 128256, 16384),
     "llama-3.1-8b": _llama(4096, 14336, 32, 32, 8, 128256, 16384),
+    "qwen3-30b-a3b": _QWEN3_30B_A3B,
 }
 
 
@@ -93,7 +128,7 @@ class Bench:
         self.ceilings = ceilings
         self._config = config
         self._model = model
-        self._sizes = DenseModel(**{name: getattr(model, name) for name in DenseModel.__slots__})
+        self._sizes = DecoderSizes(**{name: getattr(model, name) for name in DecoderSizes.__slots__})
         self._groups = ParallelGroups(Shard(), self.device)
         weights = RandomWeights(self.dtype, self.device)
         self._runner = TorchModelRunner(config, model, self._groups, self.device, weights)

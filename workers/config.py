@@ -14,7 +14,7 @@ from typing import Any
 from kvstore.config import PREFIX_FETCH
 from workers.errors import ModelError
 
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
+SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 ROLES = ("prefill", "decode", "mixed")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 RUNNERS = ("torch", "fake")
@@ -48,6 +48,11 @@ class ModelConfig:
     rope_scaling: RopeScaling | None
     tie_word_embeddings: bool
     eos_token_ids: tuple[int, ...]
+    has_qk_norm: bool = False  # queries and keys are normed per head before they turn (Qwen 3)
+    num_experts: int = 0  # in place of each layer's SwiGLU; 0: none
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False  # the chosen experts' weights add up to 1
 
     @classmethod
     def load(cls, directory: str | Path) -> ModelConfig:
@@ -67,7 +72,8 @@ class ModelConfig:
 
     def check_split(self, tp: int, pp: int) -> None:
         """Raise ModelError unless the model can be cut into tp x pp shards."""
-        for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        width = "moe_intermediate_size" if self.num_experts else "intermediate_size"
+        for field in ("num_attention_heads", "num_key_value_heads", width):
             if getattr(self, field) % tp:
                 raise ModelError(f"tp={tp} does not divide {field}={getattr(self, field)}")
         if pp > self.num_hidden_layers:
@@ -101,6 +107,15 @@ def _parse(raw: dict[str, Any], generation: dict[str, Any], path: Path) -> Model
             raise ModelError(f"{path}: {unsupported}=true is not supported")
     if raw.get("hidden_act", "silu") != "silu":
         raise ModelError(f"{path}: hidden_act={raw['hidden_act']} is not supported (supported: silu)")
+    experts: dict[str, Any] = {}
+    if raw["architectures"][0] == "Qwen3MoeForCausalLM":
+        if raw.get("mlp_only_layers") or raw.get("decoder_sparse_step", 1) != 1:
+            raise ModelError(f"{path}: layers without experts among those with some are not supported")
+        experts = {name: size(name) for name in ("num_experts_per_tok", "moe_intermediate_size")}
+        experts["num_experts"] = size("num_experts", raw.get("num_local_experts"))  # as some writers call it
+        experts["norm_topk_prob"] = bool(raw.get("norm_topk_prob", False))
+        if experts["num_experts_per_tok"] > experts["num_experts"]:
+            raise ModelError(f"{path}: num_experts_per_tok is more than num_experts={experts['num_experts']}")
     heads = size("num_attention_heads")
     rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
     eos = generation.get("eos_token_id", raw.get("eos_token_id"))
@@ -119,6 +134,8 @@ def _parse(raw: dict[str, Any], generation: dict[str, Any], path: Path) -> Model
         rope_scaling=_rope_scaling(rope, path),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
+        has_qk_norm=raw["architectures"][0].startswith("Qwen3"),
+        **experts,
     )
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 
-from kernels.attention.decode import gather_sequence
 from kernels.attention.mla import gather_latents
 from kernels.attention.paged import gather_sequence
 from kernels.gemm.w4a16 import unpack
@@ -181,6 +180,12 @@ def _torch_sample(
         shares = shares.masked_fill(shares < min_p[:, None] * shares[:, :1], 0.0)
         return order.gather(1, (shares / torch.empty_like(shares).exponential_()).argmax(dim=-1, keepdim=True))
 
+    return call
+
+
+def _torch_embedding(weight: torch.Tensor, token_ids: torch.Tensor, first_id: int) -> Callable[[], object] | None:
+    return (lambda: F.embedding(token_ids, weight)) if first_id == 0 else None
+
 
 def _int4pack_mm(
     x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None = None
@@ -211,10 +216,6 @@ def _grouped_mm(
         return torch._grouped_mm(F.silu(gate) * up, second, offs=ends)
 
     return call
-
-
-def _torch_embedding(weight: torch.Tensor, token_ids: torch.Tensor, first_id: int) -> Callable[[], object] | None:
-    return (lambda: F.embedding(token_ids, weight)) if first_id == 0 else None
 
 
 PEERS: Mapping[str, Mapping[str, Peer]] = {

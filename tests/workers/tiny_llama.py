@@ -1,11 +1,11 @@
-"""Tiny random Llama checkpoints of several shapes, and what transformers makes of them."""
+"""Tiny random checkpoints of several shapes, and what transformers makes of them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
 
 _BASE: dict[str, object] = {
     "vocab_size": 97,  # not a multiple of 2: the vocabulary-parallel split must pad
@@ -34,13 +34,23 @@ SHAPES: dict[str, dict[str, object]] = {
     "tied": {"tie_word_embeddings": True},
     "head_dim": {"head_dim": 24},
     "llama3_rope": {"rope_parameters": _LLAMA3_ROPE},
+    "qwen3": {"head_dim": 16},
+    "qwen3_experts": {
+        "head_dim": 16,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+    },
 }
+_CONFIGS: dict[str, type[PretrainedConfig]] = {"qwen3": Qwen3Config, "qwen3_experts": Qwen3MoeConfig}
 
 
 def make_checkpoint(shape: str, directory: Path, **save: object) -> Path:
     """A random model in bf16, large enough weights that greedy choices are clear."""
     torch.manual_seed(sum(map(ord, shape)))
-    model = LlamaForCausalLM(LlamaConfig(**{**_BASE, **SHAPES[shape], "initializer_range": 0.2}))
+    config = _CONFIGS.get(shape, LlamaConfig)(**{**_BASE, **SHAPES[shape], "initializer_range": 0.2})
+    model = AutoModelForCausalLM.from_config(config)
     path = directory / shape
     model.to(torch.bfloat16).save_pretrained(path, **save)
     return path
@@ -59,7 +69,7 @@ def prompts(seed: int = 0) -> list[list[int]]:
 
 def generate_with_transformers(path: Path, token_ids: list[int], max_tokens: int) -> list[int]:
     """Greedy, in fp32."""
-    model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     prompt = torch.tensor([token_ids])
     mask = torch.ones_like(prompt)  # without it, generate takes the prompt's own zeros for padding
     with torch.inference_mode():

@@ -1,7 +1,8 @@
-"""Llama (LlamaForCausalLM): one pipeline stage of it, over a paged KV cache.
+"""Llama, Qwen 3 and Qwen 3 with experts: one pipeline stage of such a model, over a paged KV cache.
 
-Grouped-query attention, rotary embedding in the Hugging Face layout with Llama 3's frequency scaling, SwiGLU, tied or
-untied head. Knows nothing of requests: it sees rows of tokens and says where their keys and values go.
+Grouped-query attention, rotary embedding in the Hugging Face layout with Llama 3's frequency scaling, queries and keys
+normed per head or not, SwiGLU or a mixture of experts, tied or untied head. Knows nothing of requests: it sees rows of
+tokens and says where their keys and values go.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import kernels
 from workers.config import ModelConfig, RopeScaling
+from workers.errors import ModelError
 from workers.layers import Arithmetic, ColumnParallelLinear, RowParallelLinear, VocabParallel
 from workers.loader import Weights
 from workers.parallel import ParallelGroups, stage_layers
@@ -59,6 +61,48 @@ def _scale_llama3(inv_freq: Tensor, scaling: RopeScaling) -> Tensor:
     return torch.where(wavelength < old / high, inv_freq, mixed)
 
 
+class SwiGlu:
+    """down(silu(gate(x)) * up(x)), each rank with its share of the width."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, arithmetic: Arithmetic, prefix: str) -> None:
+        hidden, width = config.hidden_size, config.intermediate_size
+        names = [prefix + "gate_proj.weight", prefix + "up_proj.weight"]
+        self.gate_up = ColumnParallelLinear(weights, arithmetic, names, [width] * 2, hidden)
+        self.down = RowParallelLinear(weights, arithmetic, prefix + "down_proj.weight", hidden, width)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.down(kernels.swiglu(self.gate_up(x)))
+
+
+class Experts:
+    """Each token's best experts by a router, their SwiGLUs weighted and added; each rank has its share of every width.
+
+    The router is whole on every rank, and in fp32 from its logits on, as in Qwen3MoeSparseMoeBlock.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, arithmetic: Arithmetic, prefix: str) -> None:
+        hidden, width = config.hidden_size, config.moe_intermediate_size
+        mine = arithmetic.shard.slice_of(width)
+        self._arithmetic = arithmetic
+        self._top_k, self._sums_to_one = config.num_experts_per_tok, config.norm_topk_prob
+        self.router = weights.read(prefix + "gate.weight", (config.num_experts, hidden))
+        gate_up, down = [], []
+        for expert in range(config.num_experts):
+            of = f"{prefix}experts.{expert}."
+            gate, up = (weights.read(of + f"{part}_proj.weight", (width, hidden), rows=mine) for part in ("gate", "up"))
+            gate_up.append(torch.cat((gate, up)))
+            down.append(weights.read(of + "down_proj.weight", (hidden, width), columns=mine))
+        self.gate_up, self.down = torch.stack(gate_up), torch.stack(down)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        chances = torch.softmax(self._arithmetic.linear(x, self.router).float(), dim=-1)
+        weights, experts = chances.topk(self._top_k, dim=-1)
+        if self._sums_to_one:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        mixed = kernels.moe_experts(x, self.gate_up, self.down, experts.int(), weights)
+        return self._arithmetic.all_reduce(mixed)
+
+
 class LlamaLayer:
     """One decoder layer on one rank."""
 
@@ -70,9 +114,9 @@ class LlamaLayer:
         qkv_names = [attn + f"{p}_proj.weight" for p in "qkv"]
         self.qkv = ColumnParallelLinear(weights, arithmetic, qkv_names, [query, key, key], c.hidden_size)
         self.o = RowParallelLinear(weights, arithmetic, attn + "o_proj.weight", c.hidden_size, query)
-        gate_up = [mlp + "gate_proj.weight", mlp + "up_proj.weight"]
-        self.gate_up = ColumnParallelLinear(weights, arithmetic, gate_up, [c.intermediate_size] * 2, c.hidden_size)
-        self.down = RowParallelLinear(weights, arithmetic, mlp + "down_proj.weight", c.hidden_size, c.intermediate_size)
+        self.mlp = Experts(c, weights, arithmetic, mlp) if c.num_experts else SwiGlu(c, weights, arithmetic, mlp)
+        self.q_norm = weights.read(attn + "q_norm.weight", (c.head_dim,)) if c.has_qk_norm else None
+        self.k_norm = weights.read(attn + "k_norm.weight", (c.head_dim,)) if c.has_qk_norm else None
         self.input_norm = weights.read(prefix + "input_layernorm.weight", (c.hidden_size,))
         self.post_norm = weights.read(prefix + "post_attention_layernorm.weight", (c.hidden_size,))
         self.num_heads, self.num_kv_heads, self.head_dim = (
@@ -94,7 +138,12 @@ class LlamaLayer:
             x, residual = kernels.add_rms_norm(hidden, residual, self.input_norm, self.eps)
         parts = torch.split(self.qkv(x), self.qkv.output_sizes, dim=-1)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in parts)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self._norm_heads(q, self.q_norm), self._norm_heads(k, self.k_norm)
         return kernels.rope_and_write_kv(q, k, v, cos_sin, batch.positions, kv_cache, batch.slot_mapping), residual
+
+    def _norm_heads(self, x: Tensor, weight: Tensor) -> Tensor:
+        return kernels.rms_norm(x.reshape(-1, self.head_dim), weight, self.eps).view(x.shape)
 
     def attention(self, q: Tensor, batch: Batch, kv_cache: Tensor) -> Tensor:
         """[tokens, heads, head_dim] -> [tokens, heads * head_dim]; the only part in which rows meet."""
@@ -121,7 +170,7 @@ class LlamaLayer:
     def after_attention(self, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Returns hidden and the residual stream after the layer."""
         x, residual = kernels.add_rms_norm(self.o(attended), residual, self.post_norm, self.eps)
-        return self.down(kernels.swiglu(self.gate_up(x))), residual
+        return self.mlp(x), residual
 
 
 class LlamaStage:
@@ -132,6 +181,8 @@ class LlamaStage:
     ) -> None:
         self.config = config
         self.batch_invariant = batch_invariant
+        if batch_invariant and config.num_experts:
+            raise ModelError("batch_invariant: a mixture of experts groups its rows by the batch")
         arithmetic = Arithmetic(groups, batch_invariant)
         shard = groups.shard
         self.is_first, self.is_last = shard.is_first_stage, shard.is_last_stage
