@@ -23,6 +23,7 @@ definition that both are tested against. Importing touches no GPU.
     fp8_block_gemm(x, weight, x_scales, weight_scales) -> the same with a scale per 128 of k and per 128x128, bf16
     group_by_expert(expert_ids, num_experts, block) -> (row of each slot, expert of each block)
     moe_experts(x, gate_up, down, expert_ids, weights) -> the weighted sum of the chosen experts' outputs
+    moe_experts_fp8(x, gate_up, down, their scales, expert_ids, weights) -> the same in e4m3 with scales per block
 """
 
 from kernels.attention.decode import decode_attention
@@ -32,7 +33,9 @@ from kernels.gemm.fp8_block import fp8_block_gemm
 from kernels.gemm.linear import fixed_order_linear
 from kernels.gemm.w4a16 import w4a16_gemm
 from kernels.gemm.w8a8 import fp8_gemm, int8_gemm
-from kernels.moe import group_by_expert, moe_experts
+from kernels.grouping import group_by_expert
+from kernels.moe import moe_experts
+from kernels.moe_fp8 import moe_experts_fp8
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.rope_kv import rope_and_write_kv
 
@@ -45,6 +48,7 @@ __all__ = [
     "group_by_expert",
     "int8_gemm",
     "moe_experts",
+    "moe_experts_fp8",
     "prefill_attention",
     "rms_norm",
     "rope_and_write_kv",

@@ -12,7 +12,9 @@ from kernels.gemm.fp8_block import fp8_block_gemm
 from kernels.gemm.linear import fixed_order_linear
 from kernels.gemm.w4a16 import w4a16_gemm
 from kernels.gemm.w8a8 import fp8_gemm, int8_gemm
-from kernels.moe import group_by_expert, moe_experts
+from kernels.grouping import group_by_expert
+from kernels.moe import moe_experts
+from kernels.moe_fp8 import moe_experts_fp8
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.op import Op
 from kernels.rope_kv import rope_and_write_kv
@@ -31,4 +33,5 @@ OPS: tuple[Op[..., Any], ...] = (
     fp8_block_gemm,
     group_by_expert,
     moe_experts,
+    moe_experts_fp8,
 )

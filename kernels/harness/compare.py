@@ -16,7 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels.cases import guard_size
 from kernels.op import Case, Op
 
-_SENTINEL = 8192.0  # exact in every dtype; not NaN, because a NaN read out of bounds is often written out of bounds
+# Exact in every dtype; not NaN, because a NaN read out of bounds is often written out of bounds.
+_SENTINEL = 8192.0
+_SENTINEL_8_BIT = 416.0  # not the largest: what overflows saturates there
 
 
 class GuardedEmpty(TorchDispatchMode):
@@ -33,12 +35,16 @@ class GuardedEmpty(TorchDispatchMode):
         if func is not torch.ops.aten.empty.memory_format or not made.is_floating_point() or made.numel() == 0:
             return made
         guard = guard_size(made.shape)
-        buffer = torch.full((made.numel() + 2 * guard,), _SENTINEL, dtype=made.dtype, device=made.device)
+        buffer = torch.full((made.numel() + 2 * guard,), _sentinel(made.dtype), dtype=made.dtype, device=made.device)
         self._guards += [buffer[:guard], buffer[guard + made.numel() :]]
         return buffer[guard : guard + made.numel()].view(made.shape).fill_(float("nan"))
 
     def guards_are_intact(self) -> bool:
-        return all(bool((guard == _SENTINEL).all()) for guard in self._guards)
+        return all(bool((guard.float() == _sentinel(guard.dtype)).all()) for guard in self._guards)
+
+
+def _sentinel(dtype: torch.dtype) -> float:
+    return _SENTINEL_8_BIT if dtype.itemsize == 1 else _SENTINEL
 
 
 def row_error(out: torch.Tensor, expected: torch.Tensor) -> float:
