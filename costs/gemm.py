@@ -39,3 +39,10 @@ def moe_experts(
     weight_bytes = 3 * num_active * hidden_size * width * dtype_bytes
     moved = 2 * num_tokens * hidden_size * dtype_bytes + weight_bytes
     return OpCost(moved, num_routed * (6 * hidden_size * width + 5 * width + 2 * hidden_size))
+
+
+def moe_experts_fp8(num_tokens: int, num_routed: int, num_active: int, hidden_size: int, width: int) -> OpCost:
+    """As moe_experts: a byte an element, four for the scale of 128 activations or 128x128 weights, bf16 out."""
+    weight_bytes = 3 * num_active * (hidden_size * width + 4 * (hidden_size // 128) * (width // 128))
+    moved = num_tokens * (3 * hidden_size + 4 * (hidden_size // 128)) + weight_bytes
+    return OpCost(moved, num_routed * (6 * hidden_size * width + 8 * width + 2 * hidden_size))

@@ -33,6 +33,13 @@ definition that both are tested against. Importing touches no GPU.
     w4a16_gemm(x, packed, scales, zeros) -> x @ W.T, W in 4 bits; the layout is that of kernels.gemm.w4a16.pack
     fp8_gemm, int8_gemm(x, weight, x_scales, weight_scales) -> x @ weight.T, scaled per row and per column, bf16
     fp8_block_gemm(x, weight, x_scales, weight_scales) -> the same with a scale per 128 of k and per 128x128, bf16
+    group_by_expert(expert_ids, num_experts, block) -> (row of each slot, expert of each block)
+    moe_experts(x, gate_up, down, expert_ids, weights) -> the weighted sum of the chosen experts' outputs
+    moe_experts_fp8(x, gate_up, down, their scales, expert_ids, weights) -> the same in e4m3 with scales per block
+    vocab_argmax(logits, first_id) -> (value, id) of each row, of this rank's share of the vocabulary
+    sample(logits, temperature, top_k, top_p, min_p, seeds, positions, first_id) -> (value, id), by Gumbel noise
+    apply_penalties(logits, ...) -> the logits, changed in place
+    vocab_embedding(token_ids, weight, first_id) -> rows; zeros for the ids of other ranks
 
 Quantised results come with their fp32 scales, [num_tokens, 1] or, in groups of 128, [num_tokens, groups]; scheme is
 "fp8", "fp8 groups" or "int8".
@@ -40,8 +47,6 @@ Quantised results come with their fp32 scales, [num_tokens, 1] or, in groups of 
     rms_norm_quantised(x, weight, eps, scheme) -> (normed, scales)
     add_rms_norm_quantised(x, residual, weight, eps, scheme) -> (normed, scales, new_residual)
     swiglu_quantised(gate_up, scheme) -> (silu(first half) * second half, scales)
-    group_by_expert(expert_ids, num_experts, block) -> (row of each slot, expert of each block)
-    moe_experts(x, gate_up, down, expert_ids, weights) -> the weighted sum of the chosen experts' outputs
 """
 
 from kernels.attention.decode import decode_attention
@@ -54,8 +59,10 @@ from kernels.gemm.fp8_block import fp8_block_gemm
 from kernels.gemm.linear import fixed_order_linear
 from kernels.gemm.w4a16 import w4a16_gemm
 from kernels.gemm.w8a8 import fp8_gemm, int8_gemm
+from kernels.grouping import group_by_expert
 from kernels.kv_copy import gather_kv_blocks, scatter_kv_blocks
-from kernels.moe import group_by_expert, moe_experts
+from kernels.moe import moe_experts
+from kernels.moe_fp8 import moe_experts_fp8
 from kernels.norm import add_rms_norm, add_rms_norm_quantised, rms_norm, rms_norm_quantised
 from kernels.penalties import apply_penalties
 from kernels.rope_kv import rope_and_write_kv, rope_and_write_kv_fp8, rope_and_write_kv_int8
@@ -75,6 +82,7 @@ __all__ = [
     "mla_decode_attention",
     "mla_prefill_attention",
     "moe_experts",
+    "moe_experts_fp8",
     "prefill_attention",
     "rms_norm",
     "rms_norm_quantised",

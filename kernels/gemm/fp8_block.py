@@ -203,8 +203,9 @@ FULL = (
 )
 
 LIMIT = (
-    "Up to 64 tokens memory. Above, two accumulators: 128x128 in 8 warps is 64 + 64 registers a thread, 163 in all: "
-    "one block per SM, and the additions of a partial sum wait for its product. 128x256 would spill."
+    "Up to 64 tokens memory. Above, two accumulators: 128x128 in 8 warps is 64 + 64 registers a thread: one block per "
+    "SM, and a sum is added while nothing multiplies: the compiler waits for each product, also for one kept until the "
+    "next step (240 registers, the same wait). 256 wide spills; 64x128, two blocks per SM, reads the L2 too much."
 )
 
 fp8_block_gemm = Op("fp8_block_gemm", reference, launch, cpu, _cost, SMALL, FULL, tolerance={FP8: 1e-2}, limit=LIMIT)

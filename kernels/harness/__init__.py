@@ -15,8 +15,10 @@ from kernels.gemm.fp8_block import fp8_block_gemm
 from kernels.gemm.linear import fixed_order_linear
 from kernels.gemm.w4a16 import w4a16_gemm
 from kernels.gemm.w8a8 import fp8_gemm, int8_gemm
+from kernels.grouping import group_by_expert
 from kernels.kv_copy import gather_kv_blocks, scatter_kv_blocks
-from kernels.moe import group_by_expert, moe_experts
+from kernels.moe import moe_experts
+from kernels.moe_fp8 import moe_experts_fp8
 from kernels.norm import add_rms_norm, add_rms_norm_quantised, rms_norm, rms_norm_quantised
 from kernels.op import Op
 from kernels.penalties import apply_penalties
@@ -50,4 +52,5 @@ OPS: tuple[Op[..., Any], ...] = (
     apply_penalties,
     group_by_expert,
     moe_experts,
+    moe_experts_fp8,
 )

@@ -39,9 +39,11 @@ Row = dict[str, Any]
 
 
 def fingerprint(one: Op[..., Any], case: Case, device_name: str) -> str:
-    """Of all a row depends on: the operation's file and what it imports of ours, the case, toolchain, device."""
+    """Of all a row depends on: the operation's file, what it imports of ours, its table, case, toolchain, device."""
     digest = hashlib.sha256()
-    for path in sorted(_sources(Path(inspect.getsourcefile(one.reference) or ""), set())):
+    paths = _sources(Path(inspect.getsourcefile(one.reference) or ""), set())
+    table = _ROOT / "kernels" / "configs" / f"{one.name}.json"
+    for path in sorted(paths | ({table} if table.exists() else set())):
         digest.update(path.read_bytes())
     for word in (one.name, case.name, torch.__version__, triton.__version__, device_name):
         digest.update(b"\0" + word.encode())
@@ -49,14 +51,13 @@ def fingerprint(one: Op[..., Any], case: Case, device_name: str) -> str:
 
 
 def _sources(path: Path, found: set[Path]) -> set[Path]:
-    """The file, the files of this package that it imports, and so on; and the operation's table, if it has one."""
+    """The file, the files of this package that it imports, and so on."""
     if path in found or not path.exists():
         return found
     found.add(path)
     for module in re.findall(r"^from (kernels[\w.]*) import", path.read_text(encoding="utf-8"), re.MULTILINE):
         _sources(_ROOT.joinpath(*module.split(".")).with_suffix(".py"), found)
-    table = _ROOT / "kernels" / "configs" / f"{path.stem}.json"
-    return found | ({table} if table.exists() else set())
+    return found
 
 
 def bench_case(one: Op[..., Any], case: Case, device: str, ceilings: Ceilings) -> Row:

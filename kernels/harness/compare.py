@@ -38,7 +38,7 @@ class GuardedEmpty(TorchDispatchMode):
         return buffer[guard : guard + made.numel()].view(made.shape).fill_(poison(made.dtype))
 
     def guards_are_intact(self) -> bool:
-        return all(bool((guard == _SENTINEL).all()) for guard in self._guards)
+        return all(bool((guard.float() == _SENTINEL).all()) for guard in self._guards)
 
 
 def _is_number(dtype: torch.dtype) -> bool:

@@ -64,6 +64,22 @@ def torch_moe(x, gate_up, down, expert_ids, weights):
     return out
 
 
+def torch_moe_fp8(x, gate_up, down, x_scales, gate_up_scales, down_scales, expert_ids, weights):
+    """Token by token, block by block; the gated activations are rounded to e4m3, 128 at a time."""
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    for token, (experts, shares) in enumerate(zip(expert_ids.tolist(), weights.double(), strict=True)):
+        for expert, share in zip(experts, shares, strict=True):
+            if expert < 0:
+                continue
+            row, row_scales = x[token : token + 1], x_scales[token : token + 1]
+            gate, up = torch_fp8_block(row, gate_up[expert], row_scales, gate_up_scales[expert]).chunk(2, dim=1)
+            pieces = (F.silu(gate) * up).split(128, dim=1)
+            scales = torch.stack([piece.abs().max() / 448 for piece in pieces])[None]
+            rounded = [(piece / scale).to(x.dtype) for piece, scale in zip(pieces, scales[0], strict=True)]
+            out[token] += share * torch_fp8_block(torch.cat(rounded, 1), down[expert], scales, down_scales[expert])[0]
+    return out
+
+
 TORCH_GEMM = {
     "fixed_order_linear": torch_linear,
     "w4a16_gemm": torch_w4a16,
@@ -72,4 +88,5 @@ TORCH_GEMM = {
     "fp8_block_gemm": torch_fp8_block,
     "group_by_expert": torch_group,
     "moe_experts": torch_moe,
+    "moe_experts_fp8": torch_moe_fp8,
 }

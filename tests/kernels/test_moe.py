@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kernels.moe import NO_EXPERT, group_by_expert, max_blocks, moe_experts
+from kernels.grouping import NO_EXPERT, group_by_expert, max_blocks
+from kernels.moe import moe_experts
 
 
 @pytest.mark.parametrize(
