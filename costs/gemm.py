@@ -6,6 +6,8 @@ of devices.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from costs.ops import OpCost
 
 
@@ -20,9 +22,11 @@ def w4a16_gemm(num_tokens: int, n: int, k: int, group_size: int, has_zeros: bool
     return OpCost(num_tokens * (k + n) * dtype_bytes + weight_bytes, 2 * num_tokens * n * k)
 
 
-def w8a8_gemm(num_tokens: int, n: int, k: int, num_scales: int, out_bytes: int) -> OpCost:
+def w8a8_gemm(
+    num_tokens: int, n: int, k: int, num_scales: int, out_bytes: int, unit: Literal["fp8", "int8"]
+) -> OpCost:
     """A byte for each operand's element, four for each scale."""
-    return OpCost((num_tokens + n) * k + 4 * num_scales + num_tokens * n * out_bytes, 2 * num_tokens * n * k)
+    return OpCost((num_tokens + n) * k + 4 * num_scales + num_tokens * n * out_bytes, 2 * num_tokens * n * k, unit)
 
 
 def group_by_expert(num_tokens: int, top_k: int, num_experts: int, block: int) -> OpCost:
@@ -45,4 +49,4 @@ def moe_experts_fp8(num_tokens: int, num_routed: int, num_active: int, hidden_si
     """As moe_experts: a byte an element, four for the scale of 128 activations or 128x128 weights, bf16 out."""
     weight_bytes = 3 * num_active * (hidden_size * width + 4 * (hidden_size // 128) * (width // 128))
     moved = num_tokens * (3 * hidden_size + 4 * (hidden_size // 128)) + weight_bytes
-    return OpCost(moved, num_routed * (6 * hidden_size * width + 8 * width + 2 * hidden_size))
+    return OpCost(moved, num_routed * (6 * hidden_size * width + 8 * width + 2 * hidden_size), "fp8")

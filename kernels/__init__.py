@@ -38,8 +38,8 @@ definition that both are tested against. Importing touches no GPU.
     moe_experts_fp8(x, gate_up, down, their scales, expert_ids, weights) -> the same in e4m3 with scales per block
     vocab_argmax(logits, first_id) -> (value, id) of each row, of this rank's share of the vocabulary
     sample(logits, temperature, top_k, top_p, min_p, seeds, positions, first_id) -> (value, id), by Gumbel noise
-    apply_penalties(logits, ...) -> the logits, changed in place
-    vocab_embedding(token_ids, weight, first_id) -> rows; zeros for the ids of other ranks
+    apply_penalties(logits, counts, count_rows, repetition, presence, frequency) -> the logits, changed in place
+    vocab_embedding(weight, token_ids, first_id) -> rows; zeros for the ids of other ranks
 
 Quantised results come with their fp32 scales, [num_tokens, 1] or, in groups of 128, [num_tokens, groups]; scheme is
 "fp8", "fp8 groups" or "int8".

@@ -157,7 +157,7 @@ def cpu(x: torch.Tensor, weight: torch.Tensor, x_scales: torch.Tensor, weight_sc
 def _cost(x: torch.Tensor, weight: torch.Tensor, x_scales: torch.Tensor, weight_scales: torch.Tensor) -> OpCost:
     num_tokens, k = x.shape
     num_scales = x_scales.numel() + weight_scales.numel()
-    return costs.w8a8_gemm(num_tokens, weight.shape[0], k, num_scales, torch.bfloat16.itemsize)
+    return costs.w8a8_gemm(num_tokens, weight.shape[0], k, num_scales, torch.bfloat16.itemsize, "fp8")
 
 
 def _case(

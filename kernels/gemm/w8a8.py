@@ -15,6 +15,8 @@ chosen.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from costs import gemm as costs
@@ -167,7 +169,8 @@ def cpu(x: torch.Tensor, weight: torch.Tensor, x_scales: torch.Tensor, weight_sc
 def _cost(x: torch.Tensor, weight: torch.Tensor, x_scales: torch.Tensor, weight_scales: torch.Tensor) -> OpCost:
     num_tokens, k = x.shape
     n = weight.shape[0]
-    return costs.w8a8_gemm(num_tokens, n, k, num_tokens + n, torch.bfloat16.itemsize)
+    unit: Literal["fp8", "int8"] = "int8" if x.dtype == torch.int8 else "fp8"
+    return costs.w8a8_gemm(num_tokens, n, k, num_tokens + n, torch.bfloat16.itemsize, unit)
 
 
 def _case(

@@ -77,9 +77,12 @@ def bench_case(one: Op[..., Any], case: Case, device: str, ceilings: Ceilings) -
     }
     row["peers_us"] = {}
     for name, peer in PEERS.get(one.name, {}).items():
-        calls = [peer(*arguments) for arguments in sets]
-        if all(call is not None for call in calls):
-            row["peers_us"][name] = seconds([call for call in calls if call is not None], device) * 1e6
+        try:
+            calls = [peer(*arguments) for arguments in sets]
+            if all(call is not None for call in calls):
+                row["peers_us"][name] = seconds([call for call in calls if call is not None], device) * 1e6
+        except Exception as error:  # somebody else's code: our own figures stand without it
+            row.setdefault("peer_failures", {})[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     if case.target is not None:
         row |= {"target": describe(case.target), "reached": reached(case.target, row, ceilings)}
     return row
