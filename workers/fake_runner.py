@@ -68,7 +68,7 @@ class FakeModelRunner:
 
     # ------------------------------------------------------------------------------------------------------- one step
     def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
-        """Loads, hashes instead of a forward pass, stores."""
+        """Loads, hashes instead of a forward pass, stores, write-backs."""
         started = time.perf_counter()
         loaded = [0 if self._transfer is None else self._transfer.load(load) for load in plan.loads]
         sampled = [token_id for r in plan.requests if (token_id := self._compute(r)) is not None]
@@ -76,6 +76,9 @@ class FakeModelRunner:
             num_prefill_tokens = sum(r.num_scheduled_tokens for r in plan.requests if r.num_scheduled_tokens > 1)
             time.sleep(self._step_s + self._token_s * num_prefill_tokens)
         stored = [0 if self._transfer is None else self._transfer.save(store) for store in plan.stores]
+        if self._transfer is not None:
+            for write_back in plan.write_backs:
+                self._transfer.write_back(write_back)
         return ModelRunnerOutput(sampled, loaded, stored, time.perf_counter() - started)
 
     def _compute(self, request: ScheduledRequest) -> int | None:

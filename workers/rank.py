@@ -151,7 +151,7 @@ class Rank:
         if self.spec.prefix_fetch == "never":
             return NEVER_FETCH
         engine = self.spec.engine
-        names = kv_fingerprint(engine, self._model, self._runner.cache.dtype)
+        names = kv_fingerprint(engine, self._model, pick_dtype(engine, self._runner.cache.device))
         measured = calibrate(
             self._runner, names, engine.block_size, self._runner.num_blocks, engine.max_num_batched_tokens
         )
