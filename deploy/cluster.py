@@ -126,6 +126,11 @@ class Cluster:
             arena=plan.arena,
             control_node_id=ray.node_id if control_address else "",
             control_address=control_address,
+            disk_dir=self._config.kvstore.disk_dir,
+            disk_bytes=self._config.kvstore.disk_bytes,
+            disk_write=self._config.kvstore.disk_write,
+            peers=self._config.kvstore.peers,
+            secret=self._tier_secret,
         )
         names, deployed = [pool.name for pool in plan.pools], list[str]()
         with self._steps.step("Starting the KV node, routers and pools"):

@@ -7,9 +7,10 @@ Whoever needs the node of its host asks for it here; the first one to ask makes 
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,14 @@ class KVNodeSettings:
     """Ray node whose KV node holds leases and directory; "" when Redis does."""
     control_address: str
     """HOST:PORT for them; fixed beforehand so that a restarted process is found again."""
+    disk_dir: str = ""
+    disk_bytes: int = 0
+    """0: no disk tier."""
+    disk_write: str = "back"
+    peers: bool = False
+    """Whether other hosts pull from the nodes."""
+    secret: str = field(default="", repr=False)
+    """Of what leaves a host's memory."""
 
     @property
     def namespace(self) -> str:
@@ -89,6 +98,16 @@ class KVNodeActor:
         if ray_node_id == settings.control_node_id:
             command += ["--control-address", settings.control_address]
 
+        self._secret_file = run_dir / f"kv-{self._node_id}.secret"
+        if settings.disk_bytes or settings.peers:
+            command += ["--secret-file", str(self._secret_file)]
+            _write_secret(self._secret_file, settings.secret)
+        if settings.disk_bytes:
+            command += ["--disk-dir", settings.disk_dir, "--disk-bytes", str(settings.disk_bytes)]
+            command += ["--disk-write", settings.disk_write]
+        if settings.peers:
+            command += ["--peer-address", f"{ray.util.get_node_ip_address()}:0"]
+
         def next_command(_: Ready | None) -> list[str]:
             return command
 
@@ -105,10 +124,17 @@ class KVNodeActor:
     def stop(self, keep_logs: bool) -> None:
         """End the process; it removes its files, and this the folder when nothing else is in it."""
         self._process.stop()
+        self._secret_file.unlink(missing_ok=True)
         if not keep_logs:
             self._log.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # the driver's own host has more in it, and removes it
                 self._log.parent.rmdir()
+
+
+def _write_secret(path: Path, secret: str) -> None:
+    """A command line can be read by everybody on the host, this file by nobody else."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(secret)
 
 
 def kv_node_on(ray_node_id: str, settings: KVNodeSettings) -> Any:

@@ -99,6 +99,7 @@ def make_plan(
             engine=_engine(common, pool),
             model_name=name,
             tier=config.kvstore.tier,
+            peers=config.kvstore.peers,
             tier_secret=tier_secret,
             tier_ttl_s=config.kvstore.tier_ttl_s,
             prefix_fetch=config.kvstore.prefix_fetch,

@@ -15,7 +15,7 @@ import struct
 from pathlib import Path
 
 from kvstore.buffers import CopyBuffers
-from kvstore.sealing import HEADER_BYTES, as_bytes_view, generation_at, payload_bytes_at, reserve, seal, unseal
+from kvstore.sealing import HEADER_BYTES, as_bytes_view, generation_at, payload_bytes_at, reseal, reserve, seal, unseal
 from kvstore.tiers import Rejected
 
 ARENA_PREFIX = "switchyard-"
@@ -68,11 +68,29 @@ class Arena:
     def write(self, slot: int, key: bytes, payload: memoryview, generation: int) -> None:
         """Fills a reserved slot. The header goes last: until then readers see that the slot holds nothing."""
         start = self._offset(slot) + HEADER_BYTES
+        header = seal(key, payload, generation)  # before the copy, for which it brings the bytes near
         self._view[start : start + payload.nbytes] = as_bytes_view(payload)
-        self._view[start - HEADER_BYTES : start] = seal(key, payload, generation)
+        self._view[start - HEADER_BYTES : start] = header
 
     def read(self, slot: int, key: bytes, generation: int) -> memoryview | Rejected:
         """A verified private copy of the payload."""
+        sealed = self.read_sealed(slot, key, generation)
+        return sealed if isinstance(sealed, Rejected) else sealed[HEADER_BYTES:]
+
+    def read_sealed(self, slot: int, key: bytes, generation: int) -> memoryview | Rejected:
+        """A verified private copy of header and payload."""
+        view = self.sealed_view(slot, key, generation)
+        if isinstance(view, Rejected):
+            return view
+        copy = self._buffers.take()[: len(view)]
+        copy[:] = view
+        if generation_at(view, 0) != generation:  # the slot was given away while it was copied
+            return Rejected("stale")
+        payload = unseal(copy, key, generation)
+        return payload if isinstance(payload, Rejected) else copy
+
+    def sealed_view(self, slot: int, key: bytes, generation: int) -> memoryview | Rejected:
+        """Header and payload as they lie in the slot; nothing but the header's fields is verified."""
         if not 0 <= slot < self.num_slots:
             return Rejected("layout")
         offset = self._offset(slot)
@@ -81,11 +99,14 @@ class Arena:
             return payload_bytes
         if payload_bytes > self.slot_bytes:
             return Rejected("layout")
-        copy = self._buffers.take()[: HEADER_BYTES + payload_bytes]
-        copy[:] = self._view[offset : offset + HEADER_BYTES + payload_bytes]
-        if generation_at(self._view, offset) != generation:  # the slot was given away while it was copied
-            return Rejected("stale")
-        return unseal(copy, key, generation)
+        return self._view[offset : offset + HEADER_BYTES + payload_bytes]
+
+    def adopt(self, slot: int, sealed: memoryview, generation: int) -> None:
+        """Fills a reserved slot with a verified copy of header and payload, whose generation is changed."""
+        reseal(sealed, generation)
+        start = self._offset(slot)
+        self._view[start + HEADER_BYTES : start + len(sealed)] = sealed[HEADER_BYTES:]
+        self._view[start : start + HEADER_BYTES] = sealed[:HEADER_BYTES]
 
     def _offset(self, slot: int) -> int:
         return _FIRST_SLOT_OFFSET + slot * self._stride

@@ -25,12 +25,12 @@ class FragmentAuthenticator:
         self.key_id = _derive(secret, b"key id", 4).hex()
         """Tells values of one secret from those of another; says nothing about the secret."""
 
-    def tag(self, value: bytes) -> bytes:
+    def tag(self, value: bytes | memoryview) -> bytes:
         """TAG_BYTES to be stored behind the value."""
         nonce = os.urandom(_NONCE_BYTES)
         return nonce + self._mac.encrypt(nonce, b"", value)
 
-    def is_genuine(self, value: memoryview, tag: memoryview) -> bool:
+    def is_genuine(self, value: memoryview, tag: bytes | memoryview) -> bool:
         """Whether this tag was made for this value under this secret."""
         try:
             self._mac.decrypt(tag[:_NONCE_BYTES], tag[_NONCE_BYTES:], value)

@@ -12,19 +12,23 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from kvstore.arena import arena_path
+from kvstore.directory import MemoryDirectory
 from kvstore.host_tier import HostTier
-from kvstore.names import fragment_key
-from kvstore.redis_tier import RedisTier
+from kvstore.names import NAME_BYTES, fragment_key
+from kvstore.peer_tier import PEER_PLACE, PeerTier
+from kvstore.redis_client import connect
+from kvstore.redis_tier import CHUNK_BYTES, RedisTier
 from kvstore.tiers import Fragment, Tier
 
 _REDIS_TTL_S = 60.0  # what a benchmark leaves in a Redis is gone a minute later
+_SECRET = "a benchmark's"
 _NODE_START_S = 60.0
 
 
@@ -33,7 +37,8 @@ class BandwidthRow:
     """One measured quantity. Gigabytes are 10^9 bytes of payload."""
 
     name: str
-    """memcpy, loopback_tcp, or TIER_put, TIER_get, TIER_hand_off (put and get, one after the other)."""
+    """memcpy, loopback_tcp, redis_set, redis_mget, or TIER_put, TIER_get, TIER_hand_off (put and get, one after the
+    other)."""
     num_bytes: int
     """Payload of one run."""
     fragment_bytes: int
@@ -62,12 +67,15 @@ class BenchFailed(Exception):
 
 
 def measure_hand_off(arena_dir: str, redis_url: str, shape: BenchShape) -> list[BandwidthRow]:
-    """All rows: memcpy, loopback TCP, the host tier of a node process started for this, and Redis if there is a URL."""
+    """All rows: memcpy, loopback TCP, the host and peer tiers of a node process started for this, and, if there is a
+    URL, Redis by plain commands and as a tier."""
     rows = [measure_memcpy(shape), measure_loopback_tcp(shape)]
     with _node(arena_dir, shape) as host_address:
         rows += _measure_and_close(HostTier(host_address), shape)
+        rows.append(measure_peer(host_address, shape))
     if redis_url:
-        rows += _measure_and_close(RedisTier(redis_url, "a benchmark's", _REDIS_TTL_S), shape)
+        rows += measure_redis_commands(redis_url, shape)
+        rows += _measure_and_close(RedisTier(redis_url, _SECRET, _REDIS_TTL_S), shape)
     return rows
 
 
@@ -83,24 +91,86 @@ def measure_memcpy(shape: BenchShape) -> BandwidthRow:
     return _row("memcpy", shape, [_seconds(copy) for _ in range(shape.num_runs)])
 
 
+_SENDER = """
+import os, socket, sys
+payload = os.urandom(int(sys.argv[2]))
+with socket.create_connection(("127.0.0.1", int(sys.argv[1]))) as receiver:
+    while receiver.recv(1):
+        receiver.sendall(payload)
+"""
+
+
 def measure_loopback_tcp(shape: BenchShape) -> BandwidthRow:
-    """Sends from one thread to another over 127.0.0.1, into a buffer that is mapped already."""
-    source, target = memoryview(os.urandom(shape.num_bytes)), memoryview(bytearray(shape.num_bytes))
+    """Another process sends over 127.0.0.1, on request, into a buffer that is mapped already."""
+    target = memoryview(bytearray(shape.num_bytes))
     with socket.create_server(("127.0.0.1", 0)) as server:
-        sender = socket.create_connection(server.getsockname())
+        port = server.getsockname()[1]
+        sender = subprocess.Popen([sys.executable, "-c", _SENDER, str(port), str(shape.num_bytes)])
         receiver, _ = server.accept()
 
     def transfer() -> None:
-        thread = threading.Thread(target=sender.sendall, args=(source,))
-        thread.start()
+        receiver.sendall(b"?")
         num_received = 0
         while num_received < shape.num_bytes:
-            num_received += receiver.recv_into(target[num_received:])
-        thread.join()
+            count = receiver.recv_into(target[num_received:])
+            if count == 0:
+                raise BenchFailed("the sending process ended")
+            num_received += count
 
-    with sender, receiver:
-        transfer()
-        return _row("loopback_tcp", shape, [_seconds(transfer) for _ in range(shape.num_runs)])
+    try:
+        with receiver:
+            transfer()
+            return _row("loopback_tcp", shape, [_seconds(transfer) for _ in range(shape.num_runs)])
+    finally:
+        sender.wait(_NODE_START_S)
+
+
+def measure_peer(host_address: str, shape: BenchShape) -> BandwidthRow:
+    """Fragments pulled by TCP from a node process's arena, tags made and everything verified."""
+    host = HostTier(host_address)
+    directory = MemoryDirectory(time.monotonic)
+    peer = PeerTier(directory, _SECRET, lambda: "")
+    payload = memoryview(os.urandom(shape.num_bytes))
+    gets: list[float] = []
+    try:
+        for _ in range(shape.num_runs + 1):
+            fragments = _fragments(payload, shape)
+            _must_put(host, fragments)
+            directory.publish([fragments[0].key[:NAME_BYTES]], PEER_PLACE + host.peer_address)
+            keys = [fragment.key for fragment in fragments]
+            gets.append(_seconds(lambda keys=keys: _must_get(peer, keys)))  # type: ignore[misc]
+    finally:
+        peer.close()
+        host.close()
+    return _row("peer_get", shape, gets[1:])  # the first one connects
+
+
+def measure_redis_commands(url: str, shape: BenchShape) -> list[BandwidthRow]:
+    """SET and MGET of values of a fragment's size, as many in flight as the tier has, nothing made or verified."""
+    client = connect(url)
+    prefix, value = f"bench:{os.urandom(8).hex()}:", os.urandom(shape.fragment_bytes)
+    keys = [f"{prefix}{i}" for i in range(shape.num_fragments)]
+    size = max(1, CHUNK_BYTES // shape.fragment_bytes)
+    chunks = [keys[i : i + size] for i in range(0, len(keys), size)]
+
+    def put() -> None:
+        for chunk in chunks:
+            pipeline = client.pipeline(transaction=False)
+            for key in chunk:
+                pipeline.set(key, value, ex=int(_REDIS_TTL_S))
+            pipeline.execute()
+
+    def get() -> None:
+        for chunk in chunks:
+            client.mget(chunk)
+
+    try:
+        put()
+        puts = [_seconds(put) for _ in range(shape.num_runs)]
+        gets = [_seconds(get) for _ in range(shape.num_runs)]
+    finally:
+        client.close()
+    return [_row("redis_set", shape, puts), _row("redis_mget", shape, gets)]
 
 
 def measure_tier(tier: Tier, shape: BenchShape) -> list[BandwidthRow]:
@@ -172,6 +242,8 @@ def _node(arena_dir: str, shape: BenchShape) -> Iterator[str]:
         command = [sys.executable, "-m", "kvstore.node", "--node-id", node_id]
         command += ["--arena", str(arena_path(arena_dir, node_id)), "--host-address", f"unix:{folder}/host.sock"]
         command += ["--slot-bytes", str(shape.fragment_bytes), "--num-slots", str(2 * shape.num_fragments)]
+        (Path(folder) / "secret").write_text(_SECRET)
+        command += ["--peer-address", "127.0.0.1:0", "--secret-file", f"{folder}/secret"]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         try:
             assert process.stdout is not None

@@ -4,18 +4,23 @@ Fresh memory is expensive: the kernel zeroes and maps each page on first touch, 
 nothing of what is copied.
 """
 
+import ctypes
 import threading
 from collections import deque
+
+ALIGNMENT_BYTES = 4096  # a page: what direct I/O asks for
+# And what copies need: on AMD's Zen 3 and 4 a copy whose target lies 1 to 31 bytes behind its source, modulo a page,
+# runs at a fifth of its speed. Python's own buffers begin 16 bytes behind a page, slots of an arena at multiples of 64.
 
 _KEPT_BYTES = 256 * 1024 * 1024  # in all; what is lent beyond that is freed when it comes back
 
 
 class CopyBuffers:
-    """Hands out writable views of buffers of one size. Thread-safe."""
+    """Hands out writable views of buffers of one size, each at the start of a page. Thread-safe."""
 
     def __init__(self, buffer_bytes: int, kept_bytes: int = _KEPT_BYTES) -> None:
         self._buffer_bytes = buffer_bytes
-        self._max_buffers = max(1, kept_bytes // buffer_bytes)
+        self._max_buffers = max(1, kept_bytes // (buffer_bytes + ALIGNMENT_BYTES))
         self._buffers: deque[bytearray] = deque()  # longest lent first
         self._lock = threading.Lock()
 
@@ -24,12 +29,16 @@ class CopyBuffers:
         with self._lock:
             if self._buffers and _is_unused(self._buffers[0]):
                 self._buffers.rotate(-1)
-                return memoryview(self._buffers[-1])  # taken under the lock: from here on it is in use
+                return self._aligned(self._buffers[-1])  # taken under the lock: from here on it is in use
             if len(self._buffers) < self._max_buffers:
-                self._buffers.append(bytearray(self._buffer_bytes))
-                return memoryview(self._buffers[-1])
+                self._buffers.append(bytearray(self._buffer_bytes + ALIGNMENT_BYTES))
+                return self._aligned(self._buffers[-1])
             self._buffers.rotate(-1)  # do not ask the same one forever
-        return memoryview(bytearray(self._buffer_bytes))
+        return self._aligned(bytearray(self._buffer_bytes + ALIGNMENT_BYTES))
+
+    def _aligned(self, buffer: bytearray) -> memoryview:
+        first = -ctypes.addressof(ctypes.c_char.from_buffer(buffer)) % ALIGNMENT_BYTES
+        return memoryview(buffer)[first : first + self._buffer_bytes]
 
 
 def _is_unused(buffer: bytearray) -> bool:

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 PREFIX_FETCH = ("cheapest", "always", "never")
+_LEAST_DISK_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +22,20 @@ class KVStoreConfig:
     """Size of each host's shared-memory arena."""
     arena_dir: str = "/dev/shm"
     """Folder of the arena's file; one that is kept in memory."""
+    disk_bytes: int = 0
+    """Bound of each host's disk tier, which takes what the arena has no room for; 0: there is none."""
+    disk_dir: str = ""
+    """Folder of the disk tier, kept from one start to the next; each host and each cluster needs its own."""
+    disk_write: str = "back"
+    """back: fragments go to disk before the arena gives their slots away; through: as soon as they are complete."""
+    peers: bool = False
+    """Whether hosts pull fragments from each other over TCP. Bytes are tagged and verified, but not encrypted."""
     tier: str = ""
     """redis:// URL of the tier that hosts share; empty means shared memory alone."""
     tier_secret_file: str = ""
-    """File with the secret under which fragments in that tier are tagged, such as a mounted Kubernetes Secret. Empty:
-    one is drawn at each start, and fragments of earlier starts are not used."""
+    """File with the secret under which fragments outside of a host's memory (on disk, between hosts, in the shared
+    tier) are tagged, such as a mounted Kubernetes Secret. Empty: one is drawn at each start, and fragments of earlier
+    starts are not used."""
     control: str = "memory://"
     """Where leases and the block directory live: memory:// (a node process of this cluster) or a redis:// URL."""
     tier_ttl_s: float = 3600.0
@@ -43,6 +53,12 @@ class KVStoreConfig:
             raise ValueError(f"host_bytes: must be at least 1 MiB, not {self.host_bytes}")
         if not self.arena_dir.startswith("/"):
             raise ValueError(f"arena_dir: must be an absolute path, not {self.arena_dir!r}")
+        if self.disk_bytes and self.disk_bytes < _LEAST_DISK_BYTES:
+            raise ValueError(f"disk_bytes: must be 0 or at least 16 MiB, not {self.disk_bytes}")
+        if (self.disk_bytes or self.disk_dir) and not self.disk_dir.startswith("/"):
+            raise ValueError(f"disk_dir: must be an absolute path where there is a disk tier, not {self.disk_dir!r}")
+        if self.disk_write not in ("back", "through"):
+            raise ValueError(f"disk_write: must be back or through, not {self.disk_write!r}")
         if self.tier and not _is_redis(self.tier):
             raise ValueError(f"tier: must be empty or a redis:// URL, not {self.tier!r}")
         if not self.control.startswith("memory://") and not _is_redis(self.control):

@@ -11,6 +11,7 @@ from kvstore.directory import Directory
 from kvstore.file_journal import FileJournal
 from kvstore.host_tier import HostTier
 from kvstore.journal import StreamJournal
+from kvstore.peer_tier import PEER_PLACE, PeerTier
 from kvstore.redis_directory import RedisDirectory
 from kvstore.redis_journal import RedisJournal
 from kvstore.redis_tier import RedisTier
@@ -49,16 +50,33 @@ def open_journal(url: str) -> StreamJournal:
     raise ValueError(f"journal: must be file:///PATH or a redis:// URL, not {url!r}")
 
 
-def open_tiers(host_address: str, tier_url: str, tier_secret: str, tier_ttl_s: float) -> list[Tier]:
+def open_tiers(
+    host_address: str, tier_url: str, tier_secret: str, tier_ttl_s: float, peers_control: str = ""
+) -> list[Tier]:
     """The tiers of a worker in the order in which they are asked; an empty address leaves that tier out.
 
-    Raises ValueError for an address that is none, and for a tier outside the host without a secret.
+    peers_control: URL of the directory in which peers are found. Raises ValueError for an address that is none, and for
+    a tier outside the host without a secret.
     """
     tiers: list[Tier] = []
-    if host_address:
-        tiers.append(HostTier(host_address))
+    host = HostTier(host_address) if host_address else None
+    if host is not None:
+        tiers.append(host)
+    if peers_control:
+        directory = open_directory(peers_control)
+        tiers.append(PeerTier(directory, tier_secret, lambda: host.peer_address if host is not None else ""))
     if tier_url:
         if not tier_url.startswith(_REDIS):
             raise ValueError(f"tier: must be empty or a redis:// URL, not {tier_url!r}")
         tiers.append(RedisTier(tier_url, tier_secret, tier_ttl_s))
     return tiers
+
+
+def place_of(tier: Tier, node_id: str) -> list[str]:
+    """As which places the directory is told of blocks that were put into this tier."""
+    if isinstance(tier, PeerTier):
+        return []
+    if not isinstance(tier, HostTier):
+        return [tier.name]
+    address = tier.peer_address
+    return [f"host:{node_id}", *([PEER_PLACE + address] if address else [])]

@@ -42,6 +42,7 @@ class HostTier:
         self._attach_lock = threading.Lock()
         self._arena: Arena | None = None
         self._node_id = ""
+        self._peer_address = ""
         self._has_warned_of_size = False
         name = f"host tier at {node_address}"
         self._availability = Availability(name, self._attach, lambda: self._attach(probe), _ERRORS)
@@ -55,6 +56,11 @@ class HostTier:
     def node_id(self) -> str:
         """Name of this host's node in the directory; empty until the node was reached for the first time."""
         return self._node_id
+
+    @property
+    def peer_address(self) -> str:
+        """Where other hosts pull from this host's node; empty where they do not."""
+        return self._peer_address
 
     def put(self, fragments: Sequence[Fragment]) -> list[bool]:
         """As in Tier. A fragment larger than a slot is not kept."""
@@ -96,6 +102,7 @@ class HostTier:
             if arena is None or arena.path != path or not arena.is_current():
                 self._arena = attach_arena(path, reply.slot_bytes, reply.num_slots)
                 self._node_id = reply.node_id
+                self._peer_address = reply.peer_address
 
     def _put(self, arena: Arena, fragments: Sequence[Fragment]) -> list[bool]:
         stored = [False] * len(fragments)

@@ -1,11 +1,13 @@
 """The KV node process of one host: `python -m kvstore.node --help`.
 
-Owns the shared-memory arena and serves its slots to the workers of this host; serves the cluster's directory too when
---control-address is given. Prints one JSON line when it is ready and stays up until SIGTERM, then removes its files.
+Owns the shared-memory arena and the disk tier behind it, and serves slots to the workers of this host; serves bytes to
+other hosts when --peer-address is given, and the cluster's directory when --control-address is. Prints one JSON line
+when it is ready and stays up until SIGTERM, then removes its files, those on disk apart.
 Knows nothing of engines, routers or who started it.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -16,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -24,7 +26,10 @@ from switchyard.v1 import kvnode_pb2_grpc
 
 from kvstore.arena import Arena, ArenaInUse, create_arena
 from kvstore.directory import MemoryDirectory
+from kvstore.disk import DiskTier
 from kvstore.node_service import ControlServicer, KVNodeServicer
+from kvstore.node_slots import NodeSlots
+from kvstore.peer_server import PeerServer
 from kvstore.slot_table import SlotTable
 
 _UNIX = "unix:"
@@ -52,12 +57,22 @@ class NodeSpec:
     host_address: str
     control_address: str
     """Empty: no directory is served."""
+    peer_address: str = ""
+    """Empty: other hosts pull nothing from here."""
+    disk_dir: Path | None = None
+    """None: no disk tier."""
+    disk_bytes: int = 0
+    disk_write: str = "back"
+    secret: str = field(default="", repr=False)
+    """Of the tiers outside of the host's memory; needed where there is one."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", self.node_id):
             raise ValueError(f"--node-id: letters, digits, dot, dash and underscore, not {self.node_id!r}")
         if self.slot_bytes <= 0 or self.num_slots <= 0:
             raise ValueError("--slot-bytes and --num-slots: must be > 0")
+        if (self.disk_dir is not None or self.peer_address) and not self.secret:
+            raise ValueError("--secret-file: needed where there is a disk tier, or peers")
         path = self.host_address.removeprefix(_UNIX)
         if self.host_address.startswith(_UNIX) and len(path.encode()) > _LONGEST_SOCKET_PATH:
             raise ValueError(f"--host-address: longer than {_LONGEST_SOCKET_PATH} bytes: {path}")
@@ -69,33 +84,56 @@ def run(spec: NodeSpec, stop: threading.Event, announce: Callable[[dict[str, obj
         owned = create_arena(spec.arena, spec.node_id, spec.slot_bytes, spec.num_slots)
     except (ArenaInUse, OSError) as error:
         raise StartError(f"arena {spec.arena}: {error}") from error
-    try:
-        host_server, host_address = _serve_slots(spec, owned.arena)
+    with contextlib.ExitStack() as ending:
+        ending.callback(owned.remove)
+        slots = _open_slots(spec, owned.arena)
+        ending.callback(slots.close)
+        peer_address = ""
+        if spec.peer_address:
+            peers = _serve_peers(spec, slots)
+            ending.callback(peers.close)
+            peer_address = peers.address
+        host_server, host_address = _serve_slots(spec, slots, peer_address)
         servers, control_address = [host_server], ""
         if spec.control_address:
             control_server, control_address = _serve_directory(spec)
             servers.append(control_server)
         for server in servers:
             server.start()
-        ready = {"host_address": host_address, "control_address": control_address}
+        ready = {"host_address": host_address, "control_address": control_address, "peer_address": peer_address}
         announce({**ready, "arena": str(spec.arena), "pid": os.getpid()})
         stop.wait()
         for stopped in [server.stop(grace=0.5) for server in servers]:
             stopped.wait()
         if host_address.startswith(_UNIX):
             Path(host_address.removeprefix(_UNIX)).unlink(missing_ok=True)
-    finally:
-        owned.remove()
 
 
 # First generation and first epoch are wall time: those of two processes that follow each other never overlap.
 
 
-def _serve_slots(spec: NodeSpec, arena: Arena) -> tuple[grpc.Server, str]:
+def _open_slots(spec: NodeSpec, arena: Arena) -> NodeSlots:
+    table = SlotTable(spec.num_slots, time.monotonic, first_generation=time.time_ns())
+    disk = None
+    if spec.disk_dir is not None:
+        try:
+            disk = DiskTier(spec.disk_dir, spec.disk_bytes, spec.slot_bytes, spec.secret, time.monotonic)
+        except ValueError as error:
+            raise StartError(str(error)) from error
+    return NodeSlots(arena, table, disk, writes_through=spec.disk_write == "through")
+
+
+def _serve_peers(spec: NodeSpec, slots: NodeSlots) -> PeerServer:
+    try:
+        return PeerServer(spec.peer_address, slots, spec.secret)
+    except (OSError, ValueError) as error:
+        raise StartError(f"cannot listen on {spec.peer_address}: {error}") from error
+
+
+def _serve_slots(spec: NodeSpec, slots: NodeSlots, peer_address: str) -> tuple[grpc.Server, str]:
     _remove_dead_socket(spec.host_address)
     server, address = _bind(spec.host_address)
-    table = SlotTable(spec.num_slots, time.monotonic, first_generation=time.time_ns())
-    kvnode_pb2_grpc.add_KVNodeServiceServicer_to_server(KVNodeServicer(arena, table, spec.node_id), server)
+    kvnode_pb2_grpc.add_KVNodeServiceServicer_to_server(KVNodeServicer(slots, spec.node_id, peer_address), server)
     return server, address
 
 
@@ -140,7 +178,16 @@ def _parse(arguments: Sequence[str]) -> NodeSpec:
     parser.add_argument("--num-slots", required=True, type=int, help="fragments that fit into the arena")
     parser.add_argument("--host-address", required=True, help="unix:PATH (or HOST:PORT) for the workers of this host")
     parser.add_argument("--control-address", default="", help="HOST:PORT for the directory; port 0 picks one")
+    parser.add_argument("--peer-address", default="", help="HOST:PORT that other hosts pull from; port 0 picks one")
+    parser.add_argument("--disk-dir", type=Path, help="folder of the disk tier, its own; without it there is none")
+    parser.add_argument("--disk-bytes", type=int, default=0, help="bound of the disk tier")
+    parser.add_argument("--disk-write", choices=("back", "through"), default="back", help="what goes there, and when")
+    parser.add_argument("--secret-file", type=Path, help="file with the secret of the tiers outside of memory")
     values = parser.parse_args(arguments)
+    try:
+        secret = values.secret_file.read_text().strip() if values.secret_file else ""
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(f"--secret-file: {error}")
     try:
         return NodeSpec(
             node_id=values.node_id,
@@ -149,6 +196,11 @@ def _parse(arguments: Sequence[str]) -> NodeSpec:
             num_slots=values.num_slots,
             host_address=values.host_address,
             control_address=values.control_address,
+            peer_address=values.peer_address,
+            disk_dir=values.disk_dir,
+            disk_bytes=values.disk_bytes,
+            disk_write=values.disk_write,
+            secret=secret,
         )
     except ValueError as error:
         parser.error(str(error))

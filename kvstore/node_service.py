@@ -3,52 +3,46 @@
 Knows nothing of processes, sockets or of who calls.
 """
 
-import threading
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import grpc
 from switchyard.v1 import kvnode_pb2, kvnode_pb2_grpc
 
-from kvstore.arena import Arena
 from kvstore.directory import MemoryDirectory
 from kvstore.names import FRAGMENT_KEY_BYTES
+from kvstore.node_slots import NodeSlots
 from kvstore.remote_directory import worker_message, worker_record
-from kvstore.slot_table import SlotRef, SlotTable
+from kvstore.slot_table import SlotRef
 
 
 class KVNodeServicer(kvnode_pb2_grpc.KVNodeServiceServicer):
     """Hands out slots. Bytes never pass through here."""
 
-    def __init__(self, arena: Arena, table: SlotTable, node_id: str) -> None:
-        self._arena = arena
-        self._table = table
+    def __init__(self, slots: NodeSlots, node_id: str, peer_address: str = "") -> None:
+        self._slots = slots
         self._node_id = node_id
-        self._lock = threading.Lock()
+        self._peer_address = peer_address
 
     def GetArena(
         self, request: kvnode_pb2.GetArenaRequest, context: grpc.ServicerContext
     ) -> kvnode_pb2.GetArenaResponse:
         """See kvnode.proto."""
-        with self._lock:
-            num_sealed = self._table.num_sealed
+        arena = self._slots.arena
         return kvnode_pb2.GetArenaResponse(
-            path=str(self._arena.path),
-            slot_bytes=self._arena.slot_bytes,
-            num_slots=self._arena.num_slots,
+            path=str(arena.path),
+            slot_bytes=arena.slot_bytes,
+            num_slots=arena.num_slots,
             node_id=self._node_id,
-            num_sealed=num_sealed,
+            num_sealed=self._slots.stats().num_sealed,
+            peer_address=self._peer_address,
         )
 
     def Reserve(self, request: kvnode_pb2.ReserveRequest, context: grpc.ServicerContext) -> kvnode_pb2.ReserveResponse:
         """See kvnode.proto."""
         if any(len(key) != FRAGMENT_KEY_BYTES for key in request.keys):
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"keys: must have {FRAGMENT_KEY_BYTES} bytes each")
-        with self._lock:
-            refs = self._table.reserve(request.keys)
-            for ref in refs:
-                if ref.slot >= 0:
-                    # Before the writer starts: a reader of the slot's former content finds out at once.
-                    self._arena.reserve(ref.slot, ref.generation)
+        refs = self._slots.reserve(request.keys)
         return kvnode_pb2.ReserveResponse(
             slots=[ref.slot for ref in refs], generations=[ref.generation for ref in refs]
         )
@@ -58,20 +52,30 @@ class KVNodeServicer(kvnode_pb2_grpc.KVNodeServiceServicer):
         _check_same_length(context, request.keys, request.slots)
         _check_same_length(context, request.keys, request.generations)
         refs = [SlotRef(slot, generation) for slot, generation in zip(request.slots, request.generations, strict=True)]
-        with self._lock:
-            return kvnode_pb2.SealResponse(num_sealed=self._table.seal(request.keys, refs))
+        return kvnode_pb2.SealResponse(num_sealed=self._slots.seal(request.keys, refs))
 
     def Lookup(self, request: kvnode_pb2.LookupRequest, context: grpc.ServicerContext) -> kvnode_pb2.LookupResponse:
         """See kvnode.proto."""
-        with self._lock:
-            refs = self._table.lookup(request.keys)
+        refs = self._slots.lookup(request.keys)
         return kvnode_pb2.LookupResponse(slots=[ref.slot for ref in refs], generations=[ref.generation for ref in refs])
 
     def Drop(self, request: kvnode_pb2.DropRequest, context: grpc.ServicerContext) -> kvnode_pb2.DropResponse:
         """See kvnode.proto."""
         _check_same_length(context, request.keys, request.generations)
-        with self._lock:
-            return kvnode_pb2.DropResponse(num_dropped=self._table.drop(request.keys, request.generations))
+        return kvnode_pb2.DropResponse(num_dropped=self._slots.drop(request.keys, request.generations))
+
+    def GetStats(
+        self, request: kvnode_pb2.GetStatsRequest, context: grpc.ServicerContext
+    ) -> kvnode_pb2.GetStatsResponse:
+        """See kvnode.proto."""
+        stats = self._slots.stats()
+        return kvnode_pb2.GetStatsResponse(
+            num_sealed=stats.num_sealed,
+            num_promoted=stats.num_promoted,
+            num_promotions_late=stats.num_promotions_late,
+            rejected=stats.rejected,
+            disk=kvnode_pb2.DiskStats(**asdict(stats.disk)) if stats.disk is not None else None,
+        )
 
 
 class ControlServicer(kvnode_pb2_grpc.ControlServiceServicer):

@@ -3,7 +3,9 @@
 Knows nothing of what is kept there.
 """
 
-from typing import TypeAlias
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
 
 import redis
 from redis.backoff import NoBackoff
@@ -12,6 +14,7 @@ from redis.retry import Retry
 
 RedisClient: TypeAlias = redis.Redis
 RedisScript: TypeAlias = Script
+RedisRefusal: TypeAlias = redis.ResponseError
 
 REDIS_ERRORS: tuple[type[Exception], ...] = (redis.RedisError, OSError)
 """What a call raises when the server is away, is too slow or refuses the command."""
@@ -34,6 +37,22 @@ def connect(url: str) -> RedisClient:
         socket_read_size=_READ_BYTES,
         retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
     )
+
+
+@contextmanager
+def borrowed_connection(client: RedisClient) -> Iterator[tuple[Any, Any]]:
+    """One of the client's connections, authenticated and in TLS where the URL says so, and its socket.
+
+    The pool replaces one that died since its last use. After an error it is closed: what it still has is unknown.
+    """
+    connection: Any = client.connection_pool.get_connection()
+    try:
+        yield connection, connection._sock
+    except BaseException:
+        connection.disconnect()
+        raise
+    finally:
+        client.connection_pool.release(connection)
 
 
 def address_of(client: RedisClient) -> str:

@@ -2,16 +2,16 @@
 
 A value is a whole sealed fragment (header and payload, see kvstore.sealing) and a tag that only who knows the cluster's
 secret can make (kvstore.authenticity), under a key with the format's version and the secret's id. Redis forgets it when
-nobody wrote it for `ttl_s`. Batches go out as pipelines of a few megabytes. Knows nothing of
+nobody wrote it for `ttl_s`. Redis works on one value while the next is made or verified. Knows nothing of
 leases and the directory, which live in a Redis that must not evict.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from kvstore.authenticity import TAG_BYTES, FragmentAuthenticator
 from kvstore.availability import Availability
+from kvstore.redis_bulk import ValueBuffers, get_values, set_values
 from kvstore.redis_client import REDIS_ERRORS, address_of, connect
 from kvstore.sealing import HEADER_BYTES, as_bytes_view, seal, unseal
 from kvstore.tiers import Fragment, Rejected
@@ -20,7 +20,7 @@ _LOG = logging.getLogger(__name__)
 
 KEY_PREFIX = b"switchyard:kv2:"
 
-_CHUNK_BYTES = 4 * 1024 * 1024
+CHUNK_BYTES = 4 * 1024 * 1024
 _MAX_CHUNK_KEYS = 1024
 _FIRST_GUESS_BYTES = 256 * 1024
 
@@ -36,6 +36,7 @@ class RedisTier:
         self.key_prefix = KEY_PREFIX + self._authenticator.key_id.encode() + b":"
         self._ttl_ms = int(ttl_s * 1000)
         self._value_bytes = _FIRST_GUESS_BYTES  # of the value seen last: how many keys make a chunk
+        self._buffers = ValueBuffers()
         self._has_warned_of_refusal = False
         name = f"redis tier at {address_of(self._client)}"
         self._availability = Availability(name, self._ping, self._ping, REDIS_ERRORS)
@@ -52,8 +53,8 @@ class RedisTier:
             return stored
         try:
             missing = self._renew(fragments, stored)
-            for chunk in _chunks_by_size(fragments, missing):
-                self._write(fragments, chunk, stored)
+            if missing:
+                self._write(fragments, missing, stored)
         except REDIS_ERRORS as error:
             self._availability.lost(error)
         return stored
@@ -61,15 +62,10 @@ class RedisTier:
     def get(self, keys: Sequence[bytes]) -> list[memoryview | Rejected | None]:
         """As in Tier."""
         payloads: list[memoryview | Rejected | None] = [None] * len(keys)
-        if not self.is_up:
+        if not self.is_up or not keys:
             return payloads
         try:
-            start = 0
-            while start < len(keys):
-                num_keys = min(_MAX_CHUNK_KEYS, max(1, _CHUNK_BYTES // self._value_bytes))
-                chunk = keys[start : start + num_keys]
-                payloads[start : start + num_keys] = self._read(chunk)
-                start += num_keys
+            self._read(keys, payloads)
         except REDIS_ERRORS as error:
             self._availability.lost(error)
         return payloads
@@ -99,35 +95,36 @@ class RedisTier:
                     missing.append(i)
         return missing
 
-    def _write(self, fragments: Sequence[Fragment], chunk: Sequence[int], stored: list[bool]) -> None:
-        pipeline = self._client.pipeline(transaction=False)
-        for i in chunk:
-            key, payload = fragments[i].key, fragments[i].payload
-            value = b"".join((seal(key, payload, 0), as_bytes_view(payload)))
-            value += self._authenticator.tag(value)
-            self._value_bytes = len(value)
-            pipeline.set(self.key_prefix + key, value, px=self._ttl_ms)
-        for i, reply in zip(chunk, pipeline.execute(raise_on_error=False), strict=True):
+    def _write(self, fragments: Sequence[Fragment], missing: Sequence[int], stored: list[bool]) -> None:
+        entries = ((self.key_prefix + fragments[i].key, self._value(fragments[i])) for i in missing)
+        for i, reply in zip(missing, set_values(self._client, entries, self._ttl_ms), strict=True):
             stored[i] = reply is True
             if isinstance(reply, Exception):
                 self._warn_of_refusal(reply)
 
-    def _read(self, keys: Sequence[bytes]) -> list[memoryview | Rejected | None]:
-        values: Any = self._client.mget([self.key_prefix + key for key in keys])
-        payloads: list[memoryview | Rejected | None] = []
+    def _value(self, fragment: Fragment) -> memoryview:
+        payload = as_bytes_view(fragment.payload)
+        end = HEADER_BYTES + len(payload)
+        value = self._buffers.take(end + TAG_BYTES)
+        self._value_bytes = len(value)
+        value[:HEADER_BYTES] = seal(fragment.key, payload, 0)
+        value[HEADER_BYTES:end] = payload
+        value[end:] = self._authenticator.tag(value[:end])
+        return value
+
+    def _read(self, keys: Sequence[bytes], payloads: list[memoryview | Rejected | None]) -> None:
+        chunk_keys = min(_MAX_CHUNK_KEYS, max(1, CHUNK_BYTES // self._value_bytes))
+        names = [self.key_prefix + key for key in keys]
         bad: list[bytes] = []
-        for key, value in zip(keys, values, strict=True):
+        for i, value in enumerate(get_values(self._client, names, chunk_keys, self._buffers)):
             if value is None:
-                payloads.append(None)
                 continue
             self._value_bytes = max(len(value), HEADER_BYTES)
-            payload = self._verified(memoryview(bytearray(value)), key)
+            payload = payloads[i] = self._verified(value, keys[i])
             if isinstance(payload, Rejected):
-                bad.append(self.key_prefix + key)
-            payloads.append(payload)
+                bad.append(names[i])
         if bad:
             self._client.delete(*bad)
-        return payloads
 
     def _verified(self, value: memoryview, key: bytes) -> memoryview | Rejected:
         if len(value) < TAG_BYTES:
@@ -143,18 +140,3 @@ class RedisTier:
         if not self._has_warned_of_refusal:
             self._has_warned_of_refusal = True
             _LOG.warning("redis tier at %s refuses fragments: %s", address_of(self._client), reply)
-
-
-def _chunks_by_size(fragments: Sequence[Fragment], indices: Sequence[int]) -> Iterator[list[int]]:
-    """The indices in groups of about _CHUNK_BYTES."""
-    chunk: list[int] = []
-    chunk_bytes = 0
-    for i in indices:
-        value_bytes = HEADER_BYTES + fragments[i].payload.nbytes + TAG_BYTES
-        if chunk and (chunk_bytes + value_bytes > _CHUNK_BYTES or len(chunk) == _MAX_CHUNK_KEYS):
-            yield chunk
-            chunk, chunk_bytes = [], 0
-        chunk.append(i)
-        chunk_bytes += value_bytes
-    if chunk:
-        yield chunk

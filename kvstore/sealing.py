@@ -1,7 +1,7 @@
 """How a fragment is stored: a 64-byte header, then the payload, with one checksum over key and payload.
 
     offset  0  magic, 8 bytes          which format, and whether the payload is complete
-            8  generation, uint64      grows with each reuse of an arena's slot; 0 in tiers without slots
+            8  generation, uint64      of an arena's slot: grows with each reuse; on disk: the segment's number; else 0
            16  payload bytes, uint64
            24  xxh3-64 over key + payload, uint64
            32  zeros, 10 bytes
@@ -43,6 +43,16 @@ def seal(key: bytes, payload: memoryview, generation: int) -> bytes:
     return _HEADER.pack(SEALED, generation, payload.nbytes, digest.intdigest(), _ZEROS, key)
 
 
+def reseal(sealed: memoryview, generation: int) -> None:
+    """Makes a verified copy of one tier's fragment one for another tier. The checksum stays what its writer made."""
+    _GENERATION.pack_into(sealed, GENERATION_OFFSET, generation)
+
+
+def key_of(sealed: memoryview) -> bytes:
+    """The key in a fragment's header."""
+    return bytes(sealed[_KEY_OFFSET:HEADER_BYTES])
+
+
 def reserve(generation: int) -> bytes:
     """The header of a slot that is being written: it holds nothing."""
     return _HEADER.pack(RESERVED, generation, 0, 0, _ZEROS, bytes(FRAGMENT_KEY_BYTES))
@@ -62,6 +72,12 @@ def payload_bytes_at(buffer: memoryview, offset: int, key: bytes, generation: in
     if magic != SEALED or zeros != _ZEROS:
         return Rejected("layout")
     return int(payload_bytes)
+
+
+def sealed_bytes_at(buffer: memoryview, offset: int) -> int:
+    """Size of header and payload of whatever complete fragment begins at `offset`; 0 when none does."""
+    magic, _, payload_bytes, _, zeros, _ = _HEADER.unpack_from(buffer, offset)
+    return HEADER_BYTES + int(payload_bytes) if magic == SEALED and zeros == _ZEROS else 0
 
 
 def unseal(copy: memoryview, key: bytes, generation: int) -> memoryview | Rejected:

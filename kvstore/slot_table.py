@@ -10,6 +10,7 @@ finds out when the slot has been given to another fragment. Pure, clock injected
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 SEALED_ALREADY = -1
 NO_SLOT = -2
@@ -46,6 +47,11 @@ class SlotTable:
         self._free = list(range(num_slots - 1, -1, -1))
         self._reserved: OrderedDict[int, _Reservation] = OrderedDict()  # by slot; earliest deadline first
         self._sealed: OrderedDict[bytes, SlotRef] = OrderedDict()  # by key; least recently used first
+
+    @property
+    def num_free(self) -> int:
+        """Slots that can be had without evicting anything."""
+        return len(self._free)
 
     @property
     def num_sealed(self) -> int:
@@ -90,6 +96,10 @@ class SlotTable:
                 self._sealed.move_to_end(key)
                 refs.append(ref)
         return refs
+
+    def oldest(self, count: int) -> list[tuple[bytes, SlotRef]]:
+        """The fragments that are next to go; no use of them."""
+        return list(islice(self._sealed.items(), max(0, count)))
 
     def drop(self, keys: Sequence[bytes], generations: Sequence[int]) -> int:
         """Frees the slots of fragments that a reader found bad; how many. One written anew since then stays."""

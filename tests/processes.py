@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import redis
@@ -101,13 +101,19 @@ class RedisServer:
 class KVNode:
     """A node process with a small arena; its directory listens on a port that stays the same over restarts."""
 
-    def __init__(self, node_id: str, slot_bytes: int = 4096, num_slots: int = 64) -> None:
+    def __init__(
+        self, node_id: str, slot_bytes: int = 4096, num_slots: int = 64, options: Sequence[str] = (), secret: str = ""
+    ) -> None:
         shm = Path("/dev/shm")
         self._folder = Path(tempfile.mkdtemp(prefix="kv-"))  # a short path: sockets allow 107 bytes
         arena_dir = shm if shm.is_dir() and os.access(shm, os.W_OK) else self._folder
         self.node_id = node_id
         self.slot_bytes = slot_bytes
         self.num_slots = num_slots
+        self.options = list(options)
+        if secret:
+            (self._folder / "secret").write_text(secret)
+            self.options += ["--secret-file", str(self._folder / "secret")]
         self.arena = arena_dir / f"switchyard-{node_id}.arena"
         self.host_address = f"unix:{self._folder / 'host.sock'}"
         self.control_address = f"127.0.0.1:{free_port()}"
@@ -128,7 +134,7 @@ class KVNode:
     def command(self) -> list[str]:
         """The command line that starts this node."""
         command = [sys.executable, "-m", "kvstore.node", "--node-id", self.node_id, "--arena", str(self.arena)]
-        command += ["--slot-bytes", str(self.slot_bytes), "--num-slots", str(self.num_slots)]
+        command += ["--slot-bytes", str(self.slot_bytes), "--num-slots", str(self.num_slots), *self.options]
         return [*command, "--host-address", self.host_address, "--control-address", self.control_address]
 
     def start(self) -> None:

@@ -207,7 +207,8 @@ class WorkerSpec:
     node_id: str = "local"
     host_address: str = ""  # KV node of this host; "": no host tier
     tier: str = ""  # redis://... ; "": no remote tier
-    tier_secret: str = dataclasses.field(default="", repr=False)  # needed where there is a remote tier
+    peers: bool = False  # whether to pull from other hosts, which the directory at `control` names
+    tier_secret: str = dataclasses.field(default="", repr=False)  # needed where there is a remote tier, or peers
     tier_ttl_s: float = 3600.0
     prefix_fetch: str = "cheapest"  # one of PREFIX_FETCH
     control: str = ""  # where to register and announce blocks; "": nowhere
@@ -219,7 +220,7 @@ class WorkerSpec:
             raise ValueError(f"role must be one of {', '.join(ROLES)}, not {self.role}")
         if self.prefix_fetch not in PREFIX_FETCH:
             raise ValueError(f"prefix_fetch must be one of {', '.join(PREFIX_FETCH)}, not {self.prefix_fetch}")
-        if self.tier and not self.tier_secret:
+        if (self.tier or self.peers) and not self.tier_secret:
             raise ValueError("tier_secret must be set where there is a tier outside the host")
 
     @classmethod

@@ -21,7 +21,7 @@ from switchyard.v1 import generation_pb2, worker_pb2, worker_pb2_grpc
 
 from costs.transfer import ALWAYS_FETCH, NEVER_FETCH, TransferCost
 from kvstore.block_pool import BlockPool
-from kvstore.connect import open_directory, open_tiers
+from kvstore.connect import open_directory, open_tiers, place_of
 from kvstore.directory import Directory, DirectoryUnavailable, WorkerRecord
 from kvstore.names import fingerprint
 from kvstore.store import FragmentStore
@@ -134,7 +134,9 @@ class Rank:
             torch.cuda.set_device(device)
         self._groups = ParallelGroups.connect(self.shard, device, init_method, interface)
         self._runner = load_runner(engine, self._model, self._groups, device)
-        self._tiers = open_tiers(self.spec.host_address, self.spec.tier, self.spec.tier_secret, self.spec.tier_ttl_s)
+        spec = self.spec
+        peers_control = spec.control if spec.peers else ""
+        self._tiers = open_tiers(spec.host_address, spec.tier, spec.tier_secret, spec.tier_ttl_s, peers_control)
         self._store = FragmentStore(self._tiers)
         grid = self._runner.grid(self.spec.layers_per_fragment)
         self._transfer = KVTransfer(self._runner.cache, grid, self._store)
@@ -248,7 +250,7 @@ class Rank:
 
     def _places(self) -> Sequence[str]:
         """Where this worker publishes to and pulls from now, as the directory names places."""
-        return [f"host:{self.spec.node_id}" if tier.name == "host" else tier.name for tier in self._tiers if tier.is_up]
+        return [place for tier in self._tiers if tier.is_up for place in place_of(tier, self.spec.node_id)]
 
     def _keep_alive_once(self, address: str) -> None:
         assert self._directory is not None

@@ -1,11 +1,15 @@
-"""Fragments with random keys and contents."""
+"""Fragments with random keys and contents, and what is done to them behind a tier's back."""
 
 import random
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from kvstore.authenticity import FragmentAuthenticator
+from kvstore.authenticity import TAG_BYTES, FragmentAuthenticator
 from kvstore.names import fragment_key
 from kvstore.redis_tier import KEY_PREFIX
+from kvstore.sealing import HEADER_BYTES, seal
 from kvstore.tiers import Fragment
 
 SECRET = "of the tests"
@@ -24,3 +28,34 @@ def make_fragments(count: int, payload_bytes: int = 1000) -> list[Fragment]:
 def keys_of(fragments: Sequence[Fragment]) -> list[bytes]:
     """Their keys."""
     return [fragment.key for fragment in fragments]
+
+
+def sealed_copy(fragment: Fragment, generation: int = 0) -> memoryview:
+    """Header and payload, as a tier keeps them."""
+    sealed = seal(fragment.key, fragment.payload, generation) + fragment.payload.cast("B").tobytes()
+    return memoryview(bytearray(sealed))
+
+
+_OVERWRITE = """
+import sys
+with open(sys.argv[1], "r+b") as file:
+    file.seek(int(sys.argv[2]))
+    file.write(sys.stdin.buffer.read())
+"""
+
+
+def find_stored(folder: Path, fragment: Fragment) -> tuple[Path, int]:
+    """The segment file that has the fragment, and where its header begins."""
+    for path in folder.glob("*.segment"):
+        place = path.read_bytes().find(fragment.payload.tobytes())
+        if place >= 0:
+            return path, place - HEADER_BYTES
+    raise AssertionError("no segment has the fragment")
+
+
+def damage_segments(folder: Path, fragment: Fragment, damage: Callable[[bytes], bytes]) -> None:
+    """Another process writes damage(header, payload and tag) over a fragment on disk."""
+    path, place = find_stored(folder, fragment)
+    stored = path.read_bytes()[place : place + HEADER_BYTES + fragment.payload.nbytes + TAG_BYTES]
+    command = [sys.executable, "-c", _OVERWRITE, str(path), str(place)]
+    subprocess.run(command, input=damage(stored), check=True)

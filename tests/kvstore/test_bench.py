@@ -26,6 +26,8 @@ def test_all_rows(tmp_path: Path, redis_server: RedisServer, monkeypatch: pytest
         "memcpy",
         "loopback_tcp",
         *("host_put", "host_get", "host_hand_off"),
+        "peer_get",
+        *("redis_set", "redis_mget"),
         *("redis_put", "redis_get", "redis_hand_off"),
     ]
     for row in rows:

@@ -1,6 +1,8 @@
 """A buffer is used again only when nobody can see it any more."""
 
-from kvstore.buffers import CopyBuffers
+import ctypes
+
+from kvstore.buffers import ALIGNMENT_BYTES, CopyBuffers
 
 
 def test_a_buffer_in_use_is_never_handed_out_again() -> None:
@@ -32,8 +34,16 @@ def test_a_released_buffer_is_used_again() -> None:
 
 
 def test_buffers_beyond_the_kept_ones_are_made_anew() -> None:
-    buffers = CopyBuffers(1000, kept_bytes=1500)
+    buffers = CopyBuffers(1000, kept_bytes=6000)
     first, second = buffers.take(), buffers.take()
     assert first.obj is not second.obj
     first[:1], second[:1] = b"1", b"2"
     assert bytes(first[:1]) == b"1"
+
+
+def test_every_view_begins_with_a_page() -> None:
+    buffers = CopyBuffers(1000, kept_bytes=6000)
+    views = [buffers.take() for _ in range(4)]
+    for view in views:
+        assert len(view) == 1000
+        assert ctypes.addressof(ctypes.c_char.from_buffer(view)) % ALIGNMENT_BYTES == 0

@@ -16,6 +16,10 @@ def test_defaults_are_valid() -> None:
         ("layers_per_fragment", -1),
         ("host_bytes", 0),
         ("arena_dir", "relative/path"),
+        ("disk_bytes", -1),
+        ("disk_bytes", 1000),
+        ("disk_dir", "relative/path"),
+        ("disk_write", "sometimes"),
         ("tier", "memcached://host"),
         ("control", "http://host"),
         ("tier_ttl_s", 0.0),
@@ -30,3 +34,9 @@ def test_bad_value_names_its_key(key: str, value: object) -> None:
 @pytest.mark.parametrize("url", ["redis://host:6379/1", "rediss://:secret@host/0"])
 def test_redis_urls_are_taken(url: str) -> None:
     assert KVStoreConfig(tier=url, control=url).tier == url
+
+
+def test_a_disk_tier_needs_its_folder() -> None:
+    with pytest.raises(ValueError, match=r"^disk_dir: "):
+        KVStoreConfig(disk_bytes=1 << 30)
+    assert KVStoreConfig(disk_bytes=1 << 30, disk_dir="/var/lib/switchyard").disk_write == "back"

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from kvstore.connect import open_directory, open_tiers
+from kvstore.connect import open_directory, open_tiers, place_of
 from kvstore.redis_directory import RedisDirectory
 from kvstore.remote_directory import RemoteDirectory
 from tests.processes import REPOSITORY, KVNode, RedisServer, free_port, python_environment
@@ -27,9 +27,11 @@ def test_other_control_urls_are_refused(url: str) -> None:
 
 
 @pytest.mark.redis
-def test_tiers_in_the_order_in_which_they_are_asked(shared_kv_node: KVNode, redis_server: RedisServer) -> None:
-    tiers = open_tiers(shared_kv_node.host_address, redis_server.url, "secret", 60.0)
-    assert [(tier.name, tier.is_up) for tier in tiers] == [("host", True), ("redis", True)]
+def test_tiers_in_the_order_in_which_they_are_asked(peer_node: KVNode, redis_server: RedisServer) -> None:
+    tiers = open_tiers(peer_node.host_address, redis_server.url, "secret", 60.0, redis_server.url)
+    assert [(tier.name, tier.is_up) for tier in tiers] == [("host", True), ("peer", True), ("redis", True)]
+    places = [place_of(tier, "here") for tier in tiers]
+    assert places == [["host:here", f"peer:{peer_node.ready['peer_address']}"], [], ["redis"]]
     for tier in tiers:
         tier.close()
 

@@ -30,6 +30,7 @@ def test_ready_line(kv_node: KVNode) -> None:
     assert kv_node.ready == {
         "host_address": kv_node.host_address,
         "control_address": kv_node.control_address,
+        "peer_address": "",
         "arena": str(kv_node.arena),
         "pid": kv_node.pid,
     }

@@ -1,17 +1,22 @@
-"""What every tier does, asked of all: MemoryTier, HostTier with a real node process, RedisTier with a real Redis."""
+"""What every tier does, asked of all: in memory, of a real node process, on disk, over TCP, in a real Redis."""
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
+from kvstore.directory import MemoryDirectory
+from kvstore.disk import DiskTier
 from kvstore.host_tier import HostTier
 from kvstore.memory_tier import MemoryTier
+from kvstore.peer_tier import PeerTier
 from kvstore.redis_tier import RedisTier
 from kvstore.sealing import HEADER_BYTES
 from kvstore.tiers import Fragment, Rejected, Tier
-from tests.kvstore.fragments import REDIS_PREFIX, SECRET, keys_of, make_fragments
-from tests.processes import KVNode, RedisServer
+from tests.kvstore.fragments import REDIS_PREFIX, SECRET, damage_segments, keys_of, make_fragments, sealed_copy
+from tests.processes import KVNode, RedisServer, wait_until
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ def memory_tier() -> TierUnderTest:
     return TierUnderTest(tier, flip)
 
 
-def host_tier(node: KVNode) -> TierUnderTest:
+def flip_in_arena(node: KVNode) -> Callable[[Fragment, int], None]:
     def flip(fragment: Fragment, offset: int) -> None:
         position = node.arena.read_bytes().index(fragment.payload) - HEADER_BYTES + offset
         with open(node.arena, "r+b") as file:
@@ -40,7 +45,11 @@ def host_tier(node: KVNode) -> TierUnderTest:
             file.seek(position)
             file.write(bytes([byte ^ 1]))
 
-    return TierUnderTest(HostTier(node.host_address), flip)
+    return flip
+
+
+def host_tier(node: KVNode) -> TierUnderTest:
+    return TierUnderTest(HostTier(node.host_address), flip_in_arena(node))
 
 
 def redis_tier(server: RedisServer) -> TierUnderTest:
@@ -53,12 +62,81 @@ def redis_tier(server: RedisServer) -> TierUnderTest:
     return TierUnderTest(RedisTier(server.url, SECRET), flip)
 
 
-@pytest.fixture(params=["memory", "host", pytest.param("redis", marks=pytest.mark.redis)])
+class DiskAsTier:
+    """The disk tier as a worker would see it if it were not behind the host tier."""
+
+    name = "disk"
+
+    def __init__(self, folder: Path) -> None:
+        self.disk = DiskTier(folder, 64 << 20, 65536, SECRET, time.monotonic)
+        wait_until(lambda: self.disk.is_up, "the disk tier is up")
+
+    @property
+    def is_up(self) -> bool:
+        return self.disk.is_up
+
+    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
+        self.disk.write([sealed_copy(fragment) for fragment in fragments])
+        return [self.is_up and self.disk.has(fragment.key) for fragment in fragments]
+
+    def get(self, keys: Sequence[bytes]) -> list[memoryview | Rejected | None]:
+        read = [self.disk.read(key) for key in keys]
+        return [sealed[HEADER_BYTES:] if isinstance(sealed, memoryview) else sealed for sealed in read]
+
+    def close(self) -> None:
+        self.disk.close()
+
+
+def disk_tier(folder: Path) -> TierUnderTest:
+    def flip(fragment: Fragment, offset: int) -> None:
+        damage_segments(
+            folder, fragment, lambda stored: stored[:offset] + bytes([stored[offset] ^ 1]) + stored[offset + 1 :]
+        )
+
+    return TierUnderTest(DiskAsTier(folder), flip)
+
+
+class OverPeer:
+    """The other end's host tier for what is put, the peer tier for what is got."""
+
+    name = "peer"
+
+    def __init__(self, node: KVNode) -> None:
+        self.host = HostTier(node.host_address)
+        self.directory = MemoryDirectory(time.monotonic)
+        self.peer = PeerTier(self.directory, SECRET, lambda: "")
+
+    @property
+    def is_up(self) -> bool:
+        return self.peer.is_up
+
+    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
+        assert self.peer.put(fragments) == [False] * len(fragments)
+        self.directory.publish([fragment.key[:16] for fragment in fragments], f"peer:{self.host.peer_address}")
+        return self.host.put(fragments)
+
+    def get(self, keys: Sequence[bytes]) -> list[memoryview | Rejected | None]:
+        return self.peer.get(keys)
+
+    def close(self) -> None:
+        self.peer.close()
+        self.host.close()
+
+
+def peer_tier(node: KVNode) -> TierUnderTest:
+    return TierUnderTest(OverPeer(node), flip_in_arena(node))
+
+
+@pytest.fixture(params=["memory", "host", "disk", "peer", pytest.param("redis", marks=pytest.mark.redis)])
 def under_test(request: pytest.FixtureRequest) -> Iterator[TierUnderTest]:
     if request.param == "memory":
         made = memory_tier()
     elif request.param == "host":
         made = host_tier(request.getfixturevalue("shared_kv_node"))
+    elif request.param == "peer":
+        made = peer_tier(request.getfixturevalue("peer_node"))
+    elif request.param == "disk":
+        made = disk_tier(request.getfixturevalue("tmp_path") / "disk")
     else:
         made = redis_tier(request.getfixturevalue("redis_server"))
     yield made

@@ -11,18 +11,72 @@ class GetArenaRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetArenaResponse(_message.Message):
-    __slots__ = ("path", "slot_bytes", "num_slots", "node_id", "num_sealed")
+    __slots__ = ("path", "slot_bytes", "num_slots", "node_id", "num_sealed", "peer_address")
     PATH_FIELD_NUMBER: _ClassVar[int]
     SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_SLOTS_FIELD_NUMBER: _ClassVar[int]
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_SEALED_FIELD_NUMBER: _ClassVar[int]
+    PEER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     path: str
     slot_bytes: int
     num_slots: int
     node_id: str
     num_sealed: int
-    def __init__(self, path: _Optional[str] = ..., slot_bytes: _Optional[int] = ..., num_slots: _Optional[int] = ..., node_id: _Optional[str] = ..., num_sealed: _Optional[int] = ...) -> None: ...
+    peer_address: str
+    def __init__(self, path: _Optional[str] = ..., slot_bytes: _Optional[int] = ..., num_slots: _Optional[int] = ..., node_id: _Optional[str] = ..., num_sealed: _Optional[int] = ..., peer_address: _Optional[str] = ...) -> None: ...
+
+class GetStatsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetStatsResponse(_message.Message):
+    __slots__ = ("num_sealed", "num_promoted", "num_promotions_late", "rejected", "disk")
+    class RejectedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    NUM_SEALED_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROMOTED_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROMOTIONS_LATE_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_FIELD_NUMBER: _ClassVar[int]
+    DISK_FIELD_NUMBER: _ClassVar[int]
+    num_sealed: int
+    num_promoted: int
+    num_promotions_late: int
+    rejected: _containers.ScalarMap[str, int]
+    disk: DiskStats
+    def __init__(self, num_sealed: _Optional[int] = ..., num_promoted: _Optional[int] = ..., num_promotions_late: _Optional[int] = ..., rejected: _Optional[_Mapping[str, int]] = ..., disk: _Optional[_Union[DiskStats, _Mapping]] = ...) -> None: ...
+
+class DiskStats(_message.Message):
+    __slots__ = ("is_up", "num_fragments", "used_bytes", "num_written", "num_read", "num_refused", "num_segments_evicted", "rejected")
+    class RejectedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    IS_UP_FIELD_NUMBER: _ClassVar[int]
+    NUM_FRAGMENTS_FIELD_NUMBER: _ClassVar[int]
+    USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_WRITTEN_FIELD_NUMBER: _ClassVar[int]
+    NUM_READ_FIELD_NUMBER: _ClassVar[int]
+    NUM_REFUSED_FIELD_NUMBER: _ClassVar[int]
+    NUM_SEGMENTS_EVICTED_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_FIELD_NUMBER: _ClassVar[int]
+    is_up: bool
+    num_fragments: int
+    used_bytes: int
+    num_written: int
+    num_read: int
+    num_refused: int
+    num_segments_evicted: int
+    rejected: _containers.ScalarMap[str, int]
+    def __init__(self, is_up: bool = ..., num_fragments: _Optional[int] = ..., used_bytes: _Optional[int] = ..., num_written: _Optional[int] = ..., num_read: _Optional[int] = ..., num_refused: _Optional[int] = ..., num_segments_evicted: _Optional[int] = ..., rejected: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
     __slots__ = ("keys",)

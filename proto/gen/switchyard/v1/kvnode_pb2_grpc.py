@@ -60,6 +60,11 @@ class KVNodeServiceStub(object):
                 request_serializer=switchyard_dot_v1_dot_kvnode__pb2.DropRequest.SerializeToString,
                 response_deserializer=switchyard_dot_v1_dot_kvnode__pb2.DropResponse.FromString,
                 _registered_method=True)
+        self.GetStats = channel.unary_unary(
+                '/switchyard.v1.KVNodeService/GetStats',
+                request_serializer=switchyard_dot_v1_dot_kvnode__pb2.GetStatsRequest.SerializeToString,
+                response_deserializer=switchyard_dot_v1_dot_kvnode__pb2.GetStatsResponse.FromString,
+                _registered_method=True)
 
 
 class KVNodeServiceServicer(object):
@@ -88,7 +93,7 @@ class KVNodeServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Lookup(self, request, context):
-        """Where the named fragments are.
+        """Where the named fragments are; those that only the disk has are brought into slots first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -96,6 +101,13 @@ class KVNodeServiceServicer(object):
 
     def Drop(self, request, context):
         """Frees the slots of fragments that a reader found damaged.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetStats(self, request, context):
+        """Counters for metrics.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -128,6 +140,11 @@ def add_KVNodeServiceServicer_to_server(servicer, server):
                     servicer.Drop,
                     request_deserializer=switchyard_dot_v1_dot_kvnode__pb2.DropRequest.FromString,
                     response_serializer=switchyard_dot_v1_dot_kvnode__pb2.DropResponse.SerializeToString,
+            ),
+            'GetStats': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStats,
+                    request_deserializer=switchyard_dot_v1_dot_kvnode__pb2.GetStatsRequest.FromString,
+                    response_serializer=switchyard_dot_v1_dot_kvnode__pb2.GetStatsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -266,6 +283,33 @@ class KVNodeService(object):
             '/switchyard.v1.KVNodeService/Drop',
             switchyard_dot_v1_dot_kvnode__pb2.DropRequest.SerializeToString,
             switchyard_dot_v1_dot_kvnode__pb2.DropResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStats(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/switchyard.v1.KVNodeService/GetStats',
+            switchyard_dot_v1_dot_kvnode__pb2.GetStatsRequest.SerializeToString,
+            switchyard_dot_v1_dot_kvnode__pb2.GetStatsResponse.FromString,
             options,
             channel_credentials,
             insecure,

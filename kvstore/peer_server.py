@@ -1,0 +1,143 @@
+"""Serves the fragments of a node's arena, and of the disk behind it, to other hosts over TCP; runs in the node process.
+
+A thread for each connection, which sends straight from the arena's mapping. A slot may be given away while it is sent:
+the trailer says so, and whatever was sent then fails its checksum or names another fragment. Knows nothing of who asks,
+only that the caller knows the cluster's secret.
+"""
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Sequence
+
+from kvstore.authenticity import TAG_BYTES, FragmentAuthenticator
+from kvstore.names import FRAGMENT_KEY_BYTES
+from kvstore.node_slots import NodeSlots
+from kvstore.peer_wire import (
+    CHECK,
+    HEAD_BYTES,
+    PULL,
+    ProtocolError,
+    TableEntry,
+    groups,
+    pack_hello,
+    pack_table,
+    pack_trailer,
+    receive_exactly,
+    send_pieces,
+    split_keys,
+    tune,
+    unpack_head,
+)
+from kvstore.sealing import generation_at
+from kvstore.tiers import Rejected
+
+_LOG = logging.getLogger(__name__)
+
+_MAX_CONNECTIONS = 128
+_IDLE_S = 120.0  # until a connection without requests is closed
+_STEP_S = 5.0  # for a request to come whole, and for the other end to take some bytes
+
+
+class PeerServer:
+    """Listens from the start. Raises OSError when it cannot, ValueError for an address that is none."""
+
+    def __init__(self, address: str, slots: NodeSlots, secret: str) -> None:
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdecimal():
+            raise ValueError(f"not HOST:PORT: {address}")
+        self._slots = slots
+        self._authenticator = FragmentAuthenticator(secret)
+        self._listener = socket.create_server((host, int(port)), backlog=64)
+        self.address = f"{host}:{self._listener.getsockname()[1]}"
+        """With the port that it really got."""
+        self._connections: set[socket.socket] = set()
+        self._lock = threading.Lock()
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._accept, name="kv-peers", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends all connections."""
+        with self._lock:
+            self._is_closed = True
+            connections = list(self._connections)
+        for open_socket in (self._listener, *connections):
+            with contextlib.suppress(OSError):
+                open_socket.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join()
+
+    def _accept(self) -> None:
+        while not self._is_closed:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError as error:
+                if not self._is_closed:
+                    _LOG.warning("no connection accepted: %s", error)
+                    time.sleep(0.1)  # too many open files, for example
+                continue
+            with self._lock:
+                if self._is_closed or len(self._connections) >= _MAX_CONNECTIONS:
+                    connection.close()
+                    continue
+                self._connections.add(connection)
+            threading.Thread(target=self._run, args=(connection,), name="kv-peer", daemon=True).start()
+
+    def _run(self, connection: socket.socket) -> None:
+        try:
+            with connection:
+                tune(connection)
+                self._serve(connection)
+        except OSError as error:
+            _LOG.debug("connection of a peer ended: %s", error)
+        finally:
+            with self._lock:
+                self._connections.discard(connection)
+
+    def _serve(self, connection: socket.socket) -> None:
+        challenge = os.urandom(16)
+        connection.settimeout(_STEP_S)
+        connection.sendall(pack_hello(challenge))
+        sequence = 0
+        while True:
+            connection.settimeout(_IDLE_S)
+            if not connection.recv(1, socket.MSG_PEEK):
+                return
+            deadline_s = time.monotonic() + _STEP_S
+            head = receive_exactly(connection, HEAD_BYTES, deadline_s)
+            kind, num_keys = unpack_head(head, sequence)
+            raw = receive_exactly(connection, num_keys * FRAGMENT_KEY_BYTES + TAG_BYTES, deadline_s)
+            keys, tag = raw[:-TAG_BYTES], memoryview(raw)[-TAG_BYTES:]
+            if not self._authenticator.is_genuine(memoryview(challenge + head + keys), tag):
+                raise ProtocolError("a request by somebody who does not know the secret")
+            connection.settimeout(_STEP_S)
+            if kind == CHECK:
+                self._slots.check(split_keys(bytes(keys)))
+                send_pieces(connection, [pack_table(sequence, kind, [TableEntry.absent()] * num_keys)])
+            else:
+                self._answer(connection, sequence, split_keys(bytes(keys)))
+            sequence += 1
+
+    def _answer(self, connection: socket.socket, sequence: int, keys: Sequence[bytes]) -> None:
+        views: list[memoryview | None] = []
+        table: list[TableEntry] = []
+        for key, ref in zip(keys, self._slots.lookup(keys), strict=True):
+            view = self._slots.view(key, ref) if ref.slot >= 0 else None
+            views.append(view if isinstance(view, memoryview) else None)
+            if isinstance(view, Rejected):
+                table.append(TableEntry.bad(view))
+            else:
+                table.append(TableEntry.absent() if view is None else TableEntry(len(view), ref.generation))
+        send_pieces(connection, [pack_table(sequence, PULL, table)])
+        for group in groups(table):
+            sent = [view for i in group if (view := views[i]) is not None]
+            send_pieces(connection, sent)
+            tags = [self._authenticator.tag(view) for view in sent]  # while the other end takes what was sent
+            # Last of all: a slot that is still its own now was so while it was sent.
+            are_current = [generation_at(view, 0) == table[i].generation for i, view in zip(group, sent, strict=True)]
+            trailers = [pack_trailer(*pair) for pair in zip(are_current, tags, strict=True)]
+            send_pieces(connection, [b"".join(trailers)])

@@ -1,0 +1,172 @@
+"""The disk tier behind a node process: what the arena has no room for comes back from it, through the host tier."""
+
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from switchyard.v1 import kvnode_pb2, kvnode_pb2_grpc
+
+from kvstore.channels import dial
+from kvstore.host_tier import HostTier
+from kvstore.tiers import Fragment
+from tests.kvstore.fragments import SECRET, damage_segments, keys_of, make_fragments
+from tests.kvstore.test_node import arguments_of, start
+from tests.processes import KVNode, wait_until
+
+DISK_BYTES = 16 << 20
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "disk"
+
+
+@pytest.fixture
+def start_node(folder: Path) -> Iterator[Callable[[str], KVNode]]:
+    nodes: list[KVNode] = []
+
+    def start_node(write: str = "back") -> KVNode:
+        options = ["--disk-dir", str(folder), "--disk-bytes", str(DISK_BYTES), "--disk-write", write]
+        nodes.append(KVNode(f"test-{uuid.uuid4().hex[:12]}", 4096, 16, options, SECRET))
+        return nodes[-1]
+
+    yield start_node
+    for node in nodes:
+        node.close()
+
+
+def stats_of(node: KVNode) -> Any:
+    with dial(node.host_address) as channel:
+        stub = kvnode_pb2_grpc.KVNodeServiceStub(channel)
+        return stub.GetStats(kvnode_pb2.GetStatsRequest(), wait_for_ready=True)
+
+
+def put_in_small_batches(tier: HostTier, node: KVNode, fragments: list[Fragment]) -> None:
+    """As many at a time as the node keeps room for, and not before what is next to go is on disk."""
+    for i in range(0, len(fragments), 4):
+        assert all(tier.put(fragments[i : i + 4]))
+        due = max(0, i + 4 - 12)
+        wait_until(lambda due=due: stats_of(node).disk.num_written >= due, "the oldest are on disk")  # type: ignore[misc]
+
+
+def test_what_was_evicted_comes_back_from_the_disk(start_node: Callable[[str], KVNode]) -> None:
+    node = start_node("back")
+    tier = HostTier(node.host_address)
+    wait_until(lambda: stats_of(node).disk.is_up, "the disk tier is up")
+    fragments = make_fragments(64)
+    put_in_small_batches(tier, node, fragments)
+    for i in range(0, 64, 4):
+        batch = fragments[i : i + 4]
+        assert tier.get(keys_of(batch)) == [fragment.payload for fragment in batch]
+        kept = min(64, 56 + i)  # these pushed others out in turn
+        wait_until(lambda kept=kept: stats_of(node).disk.num_fragments >= kept, "the oldest are on disk")  # type: ignore[misc]
+    stats = stats_of(node)
+    assert stats.num_promoted >= 48
+    assert stats.disk.num_read == stats.num_promoted
+    assert dict(stats.disk.rejected) == {}
+    tier.close()
+
+
+def test_a_fragment_is_in_the_arena_once_it_was_read_from_the_disk(start_node: Callable[[str], KVNode]) -> None:
+    node = start_node("through")
+    tier = HostTier(node.host_address)
+    old, new = make_fragments(1), make_fragments(16)
+    tier.put(old)
+    wait_until(lambda: stats_of(node).disk.num_written == 1, "the first one is on disk")
+    tier.put(new)
+    for _ in range(3):
+        assert tier.get(keys_of(old)) == [old[0].payload]
+    assert stats_of(node).num_promoted == 1
+    tier.close()
+
+
+def test_a_lookup_larger_than_the_arena_gives_what_fits(start_node: Callable[[str], KVNode]) -> None:
+    node = start_node("back")
+    tier = HostTier(node.host_address)
+    wait_until(lambda: stats_of(node).disk.is_up, "the disk tier is up")
+    fragments = make_fragments(64)
+    put_in_small_batches(tier, node, fragments)
+    got = tier.get(keys_of(fragments))
+    assert sum(payload is not None for payload in got) >= 8
+    for fragment, payload in zip(fragments, got, strict=True):
+        assert payload is None or payload == fragment.payload
+    tier.close()
+
+
+@pytest.mark.parametrize("end", ["kill", "terminate"])
+def test_written_through_all_survives_the_node(start_node: Callable[[str], KVNode], end: str) -> None:
+    node = start_node("through")
+    tier = HostTier(node.host_address)
+    fragments = make_fragments(8)
+    assert tier.put(fragments) == [True] * 8
+    wait_until(lambda: stats_of(node).disk.num_written == 8, "all are on disk")
+    getattr(node, end)()
+    node.start()
+    wait_until(lambda: tier.is_up and stats_of(node).disk.is_up, "the tiers are up")
+    assert tier.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]
+    assert stats_of(node).num_promoted == 8
+    tier.close()
+
+
+def test_damaged_fragments_on_disk_are_misses_and_counted(start_node: Callable[[str], KVNode], folder: Path) -> None:
+    node = start_node("through")
+    tier = HostTier(node.host_address)
+    good, bad = make_fragments(2)
+    tier.put([good, bad])
+    wait_until(lambda: stats_of(node).disk.num_written == 2, "both are on disk")
+    damage_segments(folder, bad, lambda stored: stored[:100] + bytes([stored[100] ^ 1]) + stored[101:])
+    tier.put(make_fragments(16))
+    assert tier.get([good.key, bad.key]) == [good.payload, None]
+    assert dict(stats_of(node).disk.rejected) == {"checksum": 1}
+    tier.put([bad])
+    assert tier.get([bad.key]) == [bad.payload]
+    tier.close()
+
+
+def test_damaged_slots_do_not_reach_the_disk(start_node: Callable[[str], KVNode]) -> None:
+    node = start_node("back")
+    tier = HostTier(node.host_address)
+    fragments = make_fragments(12)  # none is next to go yet
+    tier.put(fragments)
+    place = node.arena.read_bytes().index(fragments[0].payload)
+    with open(node.arena, "r+b") as file:
+        file.seek(place)
+        file.write(bytes([fragments[0].payload[0] ^ 1]))
+    tier.put(make_fragments(2))
+    wait_until(lambda: stats_of(node).disk.num_written == 1, "the second one is on disk")
+    assert dict(stats_of(node).rejected) == {"checksum": 1}
+    assert tier.get([fragments[0].key]) == [None]
+    tier.close()
+
+
+def test_two_nodes_do_not_share_a_folder(start_node: Callable[[str], KVNode]) -> None:
+    first, second = start_node("through"), start_node("through")
+    wait_until(lambda: stats_of(first).disk.is_up, "the first node has the folder")
+    assert not stats_of(second).disk.is_up
+    tier = HostTier(second.host_address)
+    fragments = make_fragments(3)
+    assert tier.put(fragments) == [True] * 3  # in its arena
+    assert tier.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]
+    first.kill()
+    wait_until(lambda: stats_of(second).disk.is_up, "the second node has the folder")
+    tier.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--disk-dir", "/nowhere"], 2, "--secret-file: needed where"),
+        (["--disk-dir", "/nowhere", "--secret-file", "/nowhere"], 2, "--secret-file: "),
+        (["--disk-dir", "/nowhere", "--disk-bytes", "1000", "--secret-file", __file__], 1, "disk_bytes: must be at"),
+    ],
+)
+def test_a_disk_tier_that_cannot_be_is_one_line(
+    kv_node: KVNode, tmp_path: Path, options: list[str], code: int, message: str
+) -> None:
+    changed = {"node_id": "other", "arena": str(tmp_path / "other.arena"), "host_address": f"unix:{tmp_path}/s"}
+    result = start(*arguments_of(kv_node, **changed), *options)
+    assert result.returncode == code
+    assert message in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
