@@ -44,8 +44,8 @@ bench: env-test  ## CPU benchmarks; rows are appended to bench/results/
 	$(PY) -m planner.bench $(ARGS)
 
 bench-gpu:       ## all GPU checks and benchmarks in one go, without Ray; OUT=DIR takes the results
-	PYTHONPATH=.:proto/gen $(GPU_PYTHON) -m kernels.harness.lanes gpu > $(OUT)/gpu_lane.jsonl
-	PYTHONPATH=.:proto/gen $(GPU_PYTHON) -m kernels.harness.bench --out $(OUT) --known bench/results
+	PYTHONPATH=.:proto/gen $(GPU_PYTHON) -m kernels.harness.lanes gpu --small > $(OUT)/gpu_lane.jsonl
+	PYTHONPATH=.:proto/gen $(GPU_PYTHON) -m kernels.harness.bench --out $(OUT) --known bench/results --minutes 5
 	PYTHONPATH=.:proto/gen $(GPU_PYTHON) -m workers.bench --shape llama-3.1-8b --out $(OUT)
 
 proto: env-test  ## regenerate the stubs under proto/gen

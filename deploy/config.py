@@ -47,6 +47,9 @@ class ModelSource:
     """float32, bfloat16 or float16; auto means float32 on CPU and bfloat16 on CUDA. KV blocks are kept in it."""
     max_model_len: int = 0
     """Most tokens of prompt and completion together; 0 means what the model allows."""
+    batch_invariant: bool = False
+    """Whether a request gives the same bits alone, in any batch, after any preemption and on any worker. Slower; all
+    pools must have the same tp."""
 
     def __post_init__(self) -> None:
         _require(self.dtype in DTYPES, "dtype", f"must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
@@ -102,6 +105,10 @@ class PoolConfig:
     """Whether finished blocks stay as cache."""
     num_threads: int = 1
     """CPU threads of a rank."""
+    cuda_graphs: bool | None = None
+    """Whether steps run from captured graphs; null means on cuda."""
+    async_scheduling: bool | None = None
+    """Whether a step is planned while the one before it runs; null means on cuda, where pp is 1."""
     cpus_per_rank: float = 1.0
     """CPUs that Ray reserves for a rank."""
     gpus_per_rank: float = 1.0
@@ -118,6 +125,7 @@ class PoolConfig:
         _require(self.device in DEVICES, "device", f"must be one of {', '.join(DEVICES)}, not {self.device!r}")
         for name in ("replicas", "tp", "pp", "max_num_seqs", "max_num_batched_tokens", "num_threads"):
             _require(getattr(self, name) >= 1, name, f"must be at least 1, not {getattr(self, name)}")
+        _require(not self.async_scheduling or self.pp == 1, "async_scheduling", "needs pp=1")
         for name in ("num_blocks", "cpus_per_rank"):
             _require(getattr(self, name) >= 0, name, f"must be >= 0, not {getattr(self, name)}")
         for name in ("gpus_per_rank", "drain_timeout_s", "progress_timeout_s"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from deploy.config import ClusterConfig, PoolConfig
@@ -78,6 +78,7 @@ def make_plan(
     """
     devices = {name: _device(config, pool, num_gpus) for name, pool in config.pools.items()}
     dtype = _dtype(config, set(devices.values()))
+    _check_invariance(config, devices)
     block_size = config.kvstore.block_size or (64 if "cuda" in devices.values() else 16)
     layers = layers_per_fragment(config, model.num_hidden_layers)
     is_directory = model_dir.startswith("/")
@@ -91,6 +92,7 @@ def make_plan(
             block_size=block_size,
             max_model_len=config.model.max_model_len,
             **dataclasses.asdict(config.engine),
+            batch_invariant=config.model.batch_invariant,
         )
         spec = WorkerSpec(
             worker_id="",
@@ -122,6 +124,8 @@ def _engine(common: EngineConfig, pool: PoolConfig) -> EngineConfig:
         max_num_batched_tokens=pool.max_num_batched_tokens,
         enable_prefix_caching=pool.enable_prefix_caching,
         num_threads=pool.num_threads,
+        cuda_graphs=pool.cuda_graphs,
+        async_scheduling=pool.async_scheduling,
     )
 
 
@@ -160,6 +164,13 @@ def _dtype(config: ClusterConfig, devices: set[str]) -> str:
         # A block of one dtype is never used for the other, so nothing would move from pool to pool.
         raise ConfigError("model.dtype: must be set when some pools run on cpu and some on cuda")
     return "bfloat16" if devices == {"cuda"} else "float32"
+
+
+def _check_invariance(config: ClusterConfig, devices: Mapping[str, str]) -> None:
+    """A sum over other ranks or on another device has other bits, and blocks travel from pool to pool."""
+    kinds = {(pool.tp, devices[name]) for name, pool in config.pools.items()}
+    if config.model.batch_invariant and len(kinds) > 1:
+        raise ConfigError("model.batch_invariant: all pools must have the same tp and the same device")
 
 
 # ---- layers that travel together

@@ -11,25 +11,76 @@ definition that both are tested against. Importing touches no GPU.
     positions        [num_tokens] int64
     slot_mapping     [num_tokens] int64, block * block_size + offset; -1 writes nothing
 
-    decode_attention(q, kv_cache, block_table, seq_lens, scale) -> [batch, q_heads, head_dim]
-    prefill_attention(q, kv_cache, block_table, query_start_loc, seq_lens, max_query_len, scale) -> shaped as q
+    decode_attention(q, kv_cache, block_table, seq_lens, scale, ...) -> [batch, q_heads, head_dim]
+    prefill_attention(q, kv_cache, block_table, query_start_loc, seq_lens, max_query_len, scale, ...) -> shaped as q
+        window=0               how many positions a token sees, its own included; 0 is all before it
+        sinks=None             [q_heads] fp32, a logit of each head that takes weight and brings no value
+        soft_cap=0.0           scores become soft_cap * tanh(score / soft_cap); 0 leaves them
+        kv_scales=None         fp32; of a float8_e4m3fn cache [kv_heads, 2], of an int8 one [blocks, kv_heads, 2,
+                               block_size]: a cached number times its scale is meant
+        batch_invariant=False  a token's bits then depend on its own sequence only (kernels/attention/ says how far)
     rope_and_write_kv(q, k, v, cos_sin, positions, kv_cache, slot_mapping) -> rotated q
     rms_norm(x, weight, eps) -> normed
     add_rms_norm(x, residual, weight, eps) -> (normed, new_residual)
     swiglu(gate_up) -> silu(first half) * second half
+    gather_kv_blocks(all layers' caches, block_ids, layers_per_fragment, num_tokens) -> buffer of fragments
+    scatter_kv_blocks(buffer, block_ids, all layers' caches) -> the caches, written in place
+    mla_decode_attention(q, latent_cache, block_table, seq_lens, scale, rope_dim) -> [batch, heads, latent_dim]
+        q [batch, heads, latent_dim + rope_dim], latent_cache [num_blocks, block_size, latent_dim + rope_dim]
+    mla_prefill_attention(q, kv, k_rope, query_start_loc, kv_start_loc, max_query_len, scale) -> [tokens, heads, v_dim]
+        kv [kv_tokens, heads, nope_dim + v_dim], k_rope [kv_tokens, rope_dim]: each sequence's context and chunk
+    fixed_order_linear(x, weight, bias) -> x @ weight.T + bias, each row's bits the same in every batch
+    w4a16_gemm(x, packed, scales, zeros) -> x @ W.T, W in 4 bits; the layout is that of kernels.gemm.w4a16.pack
+    fp8_gemm, int8_gemm(x, weight, x_scales, weight_scales) -> x @ weight.T, scaled per row and per column, bf16
+    fp8_block_gemm(x, weight, x_scales, weight_scales) -> the same with a scale per 128 of k and per 128x128, bf16
+
+Quantised results come with their fp32 scales, [num_tokens, 1] or, in groups of 128, [num_tokens, groups]; scheme is
+"fp8", "fp8 groups" or "int8".
+
+    rms_norm_quantised(x, weight, eps, scheme) -> (normed, scales)
+    add_rms_norm_quantised(x, residual, weight, eps, scheme) -> (normed, scales, new_residual)
+    swiglu_quantised(gate_up, scheme) -> (silu(first half) * second half, scales)
 """
 
 from kernels.attention.decode import decode_attention
+from kernels.attention.mla import mla_decode_attention
+from kernels.attention.mla_prefill import mla_prefill_attention
 from kernels.attention.prefill import prefill_attention
-from kernels.gated import swiglu
-from kernels.norm import add_rms_norm, rms_norm
-from kernels.rope_kv import rope_and_write_kv
+from kernels.embedding import vocab_embedding
+from kernels.gated import swiglu, swiglu_quantised
+from kernels.gemm.fp8_block import fp8_block_gemm
+from kernels.gemm.linear import fixed_order_linear
+from kernels.gemm.w4a16 import w4a16_gemm
+from kernels.gemm.w8a8 import fp8_gemm, int8_gemm
+from kernels.kv_copy import gather_kv_blocks, scatter_kv_blocks
+from kernels.norm import add_rms_norm, add_rms_norm_quantised, rms_norm, rms_norm_quantised
+from kernels.penalties import apply_penalties
+from kernels.rope_kv import rope_and_write_kv, rope_and_write_kv_fp8, rope_and_write_kv_int8
+from kernels.sampling import sample, vocab_argmax
 
 __all__ = [
     "add_rms_norm",
+    "add_rms_norm_quantised",
+    "apply_penalties",
     "decode_attention",
+    "fixed_order_linear",
+    "fp8_block_gemm",
+    "fp8_gemm",
+    "gather_kv_blocks",
+    "int8_gemm",
+    "mla_decode_attention",
+    "mla_prefill_attention",
     "prefill_attention",
     "rms_norm",
+    "rms_norm_quantised",
     "rope_and_write_kv",
+    "rope_and_write_kv_fp8",
+    "rope_and_write_kv_int8",
+    "sample",
+    "scatter_kv_blocks",
     "swiglu",
+    "swiglu_quantised",
+    "vocab_argmax",
+    "vocab_embedding",
+    "w4a16_gemm",
 ]

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-__all__ = ["Value", "cdiv", "constexpr", "jit", "next_power_of_2", "num_sms", "tl"]
+__all__ = ["Value", "box", "cdiv", "constexpr", "jit", "next_power_of_2", "num_sms", "tl"]
 
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:
-    triton = tl = None
+    triton = tl = TensorDescriptor = None
 
 if TYPE_CHECKING or tl is None:
     Value: TypeAlias = Any
@@ -32,6 +33,11 @@ NUM_SMS_ON_PAPER = 132  # H100 and H200; for tensors that are on no device
 
 def jit(kernel: Callable[..., Any]) -> Any:
     return triton.jit(kernel) if triton is not None else kernel
+
+
+def box(tensor: torch.Tensor, shape: list[int]) -> Any:
+    """The tensor as the copy engine sees it, in boxes of this shape. Rows must begin at multiples of 16 bytes."""
+    return TensorDescriptor.from_tensor(tensor, shape)
 
 
 @cache

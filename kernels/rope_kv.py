@@ -1,12 +1,16 @@
 """Rotary position embedding of q and k, and the write of k and v into the paged cache, in one pass.
 
 Hugging Face's half-rotation layout: dimension i turns together with i + head_dim / 2. A row of cos_sin holds the
-cosines, then the sines, in fp32. A token's slot is block * block_size + offset; slot -1 writes nothing. Knows nothing
-of how frequencies are made.
+cosines, then the sines, in fp32. A token's slot is block * block_size + offset; slot -1 writes nothing.
+
+The cache holds the model's dtype; or fp8, divided by a fixed scale of each KV head; or int8, with a scale of each slot
+and KV head beside it, made of what is written. What is quantised is the fp32 result of the rotation, rounded once.
+Knows nothing of how frequencies are made.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,9 +18,13 @@ import torch
 from costs import ops as costs
 from kernels.cases import DTYPE_NAMES, Draw
 from kernels.jit import Value, cdiv, constexpr, jit, next_power_of_2, tl
-from kernels.op import Case, Op
+from kernels.op import Case, Op, Target
+from kernels.quantise import FP8, LARGEST, largest_magnitude, narrow, quantise, round_scaled
 
+INT8 = torch.int8
 _FEW_TOKENS = 2  # CPU: up to here plain writes are faster than indexed ones
+_MANY_TOKENS = 256  # GPU: from here on tokens alone fill the device, and a program takes all heads of one
+_FEW_HEADS = 4  # GPU: query heads that a program of a decode step has at least, where there are as many
 
 
 @jit
@@ -29,49 +37,106 @@ def _rope_kernel(
     positions_ptr: Value,
     kv_ptr: Value,
     slots_ptr: Value,
+    scale_ptr: Value,  # FIXED_SCALES: [kv_heads, 2]; SLOT_SCALES: [num_blocks, kv_heads, 2, BLOCK_SIZE], written
     stride_q: Value,
     stride_k: Value,
     stride_v: Value,
     stride_block: Value,
+    stride_scales: Value,
+    HEADS: constexpr,
     GROUP: constexpr,
     HALF: constexpr,
     BLOCK_SIZE: constexpr,
-    BLOCK_G: constexpr,
+    BLOCK_H: constexpr,
+    BLOCK_Q: constexpr,
     BLOCK_HALF: constexpr,
+    FIXED_SCALES: constexpr,
+    SLOT_SCALES: constexpr,
 ) -> None:
-    """One program per token and KV head, with that head's group of query heads."""
-    token, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    num_q_heads = tl.num_programs(1) * GROUP
+    """One program per token and HEADS KV heads, with their groups of query heads."""
+    token = tl.program_id(0).to(tl.int64)
+    first_head, num_q_heads = tl.program_id(1) * HEADS, tl.num_programs(1) * HEADS * GROUP
     dims = tl.arange(0, BLOCK_HALF)
     in_half = dims < HALF
     angle_ptr = cos_sin_ptr + tl.load(positions_ptr + token) * (2 * HALF) + dims
-    cos = tl.load(angle_ptr, mask=in_half, other=0.0)
-    sin = tl.load(angle_ptr + HALF, mask=in_half, other=0.0)
+    cos = tl.load(angle_ptr, mask=in_half, other=0.0)[None, :]
+    sin = tl.load(angle_ptr + HALF, mask=in_half, other=0.0)[None, :]
 
-    row = tl.arange(0, BLOCK_G)
-    head = kv_head * GROUP + row
-    mask = (row < GROUP)[:, None] & in_half[None, :]
+    row = tl.arange(0, BLOCK_Q)
+    q_mask = (row < HEADS * GROUP)[:, None] & in_half[None, :]
+    q_offsets = (first_head * GROUP + row)[:, None] * (2 * HALF) + dims[None, :]
+    a = tl.load(q_ptr + token * stride_q + q_offsets, mask=q_mask, other=0.0).to(tl.float32)
+    b = tl.load(q_ptr + token * stride_q + q_offsets + HALF, mask=q_mask, other=0.0).to(tl.float32)
+    # K and V are asked for before it is known whether they are written: the slot's latency is hidden behind theirs.
+    row_h = tl.arange(0, BLOCK_H)
+    head, is_head = first_head + row_h, row_h < HEADS
+    mask = is_head[:, None] & in_half[None, :]
     offsets = head[:, None] * (2 * HALF) + dims[None, :]
-    a = tl.load(q_ptr + token * stride_q + offsets, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(q_ptr + token * stride_q + offsets + HALF, mask=mask, other=0.0).to(tl.float32)
-    out_ptrs = out_ptr + token * num_q_heads * (2 * HALF) + offsets
-    dtype = out_ptr.dtype.element_ty
-    tl.store(out_ptrs, (a * cos[None, :] - b * sin[None, :]).to(dtype), mask=mask)
-    tl.store(out_ptrs + HALF, (b * cos[None, :] + a * sin[None, :]).to(dtype), mask=mask)
-
+    ka = tl.load(k_ptr + token * stride_k + offsets, mask=mask, other=0.0).to(tl.float32)
+    kb = tl.load(k_ptr + token * stride_k + offsets + HALF, mask=mask, other=0.0).to(tl.float32)
+    va = tl.load(v_ptr + token * stride_v + offsets, mask=mask, other=0.0)
+    vb = tl.load(v_ptr + token * stride_v + offsets + HALF, mask=mask, other=0.0)
     slot = tl.load(slots_ptr + token)
+
+    out_ptrs = out_ptr + token * num_q_heads * (2 * HALF) + q_offsets
+    dtype = out_ptr.dtype.element_ty
+    tl.store(out_ptrs, (a * cos - b * sin).to(dtype), mask=q_mask)
+    tl.store(out_ptrs + HALF, (b * cos + a * sin).to(dtype), mask=q_mask)
+
     if slot >= 0:
-        k_row = k_ptr + token * stride_k + kv_head * (2 * HALF) + dims
-        v_row = v_ptr + token * stride_v + kv_head * (2 * HALF) + dims
-        k_slot = kv_ptr + slot // BLOCK_SIZE * stride_block + kv_head * (4 * BLOCK_SIZE * HALF)
-        k_slot += slot % BLOCK_SIZE * (2 * HALF) + dims
-        v_slot = k_slot + 2 * BLOCK_SIZE * HALF
-        ka = tl.load(k_row, mask=in_half, other=0.0).to(tl.float32)
-        kb = tl.load(k_row + HALF, mask=in_half, other=0.0).to(tl.float32)
-        tl.store(k_slot, (ka * cos - kb * sin).to(dtype), mask=in_half)
-        tl.store(k_slot + HALF, (kb * cos + ka * sin).to(dtype), mask=in_half)
-        tl.store(v_slot, tl.load(v_row, mask=in_half, other=0.0), mask=in_half)
-        tl.store(v_slot + HALF, tl.load(v_row + HALF, mask=in_half, other=0.0), mask=in_half)
+        k_first, k_second = ka * cos - kb * sin, kb * cos + ka * sin
+        block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+        k_slots = kv_ptr + block * stride_block + head[:, None] * (4 * BLOCK_SIZE * HALF)
+        k_slots += offset * (2 * HALF) + dims[None, :]
+        v_slots = k_slots + 2 * BLOCK_SIZE * HALF
+        if FIXED_SCALES or SLOT_SCALES:
+            INT8: constexpr = SLOT_SCALES
+            v_first, v_second = va.to(tl.float32), vb.to(tl.float32)
+            if SLOT_SCALES:
+                k_peak = largest_magnitude(tl.maximum(tl.abs(k_first), tl.abs(k_second)), 1)
+                v_peak = largest_magnitude(tl.maximum(tl.abs(v_first), tl.abs(v_second)), 1)
+                scale_ptrs = scale_ptr + block * stride_scales + head * (2 * BLOCK_SIZE) + offset
+                tl.store(scale_ptrs, k_peak / 127.0, mask=is_head)
+                tl.store(scale_ptrs + BLOCK_SIZE, v_peak / 127.0, mask=is_head)
+                k_factor, v_factor = (127.0 / k_peak)[:, None], (127.0 / v_peak)[:, None]
+            else:
+                k_factor = (1.0 / tl.load(scale_ptr + head * 2, mask=is_head, other=1.0))[:, None]
+                v_factor = (1.0 / tl.load(scale_ptr + head * 2 + 1, mask=is_head, other=1.0))[:, None]
+            tl.store(k_slots, round_scaled(k_first * k_factor, INT8), mask=mask)
+            tl.store(k_slots + HALF, round_scaled(k_second * k_factor, INT8), mask=mask)
+            tl.store(v_slots, round_scaled(v_first * v_factor, INT8), mask=mask)
+            tl.store(v_slots + HALF, round_scaled(v_second * v_factor, INT8), mask=mask)
+        else:
+            tl.store(k_slots, k_first.to(dtype), mask=mask)
+            tl.store(k_slots + HALF, k_second.to(dtype), mask=mask)
+            tl.store(v_slots, va, mask=mask)
+            tl.store(v_slots + HALF, vb, mask=mask)
+
+
+def _launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_scales: torch.Tensor | None = None,
+) -> torch.Tensor:
+    num_tokens, num_q_heads, head_dim = q.shape
+    num_kv_heads, group, half = k.shape[1], num_q_heads // k.shape[1], head_dim // 2
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    heads = num_kv_heads if num_tokens >= _MANY_TOKENS else math.gcd(num_kv_heads, max(1, _FEW_HEADS // group))
+    scales = cos_sin if kv_scales is None else kv_scales
+    _rope_kernel[(num_tokens, num_kv_heads // heads)](
+        out, q, k, v, cos_sin, positions, kv_cache, slot_mapping, scales,
+        q.stride(0), k.stride(0), v.stride(0), kv_cache.stride(0), scales.stride(0),
+        HEADS=heads, GROUP=group, HALF=half, BLOCK_SIZE=kv_cache.shape[3], BLOCK_H=next_power_of_2(heads),
+        BLOCK_Q=next_power_of_2(heads * group), BLOCK_HALF=next_power_of_2(half),
+        FIXED_SCALES=kv_cache.dtype == FP8, SLOT_SCALES=kv_cache.dtype == INT8,
+        num_warps=min(8, next_power_of_2(cdiv(heads * group * half, 512))),
+    )  # fmt: skip
+    return out
 
 
 def launch(
@@ -83,16 +148,26 @@ def launch(
     kv_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
 ) -> torch.Tensor:
-    num_tokens, num_q_heads, head_dim = q.shape
-    num_kv_heads, group, half = k.shape[1], num_q_heads // k.shape[1], head_dim // 2
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    _rope_kernel[(num_tokens, num_kv_heads)](
-        out, q, k, v, cos_sin, positions, kv_cache, slot_mapping,
-        q.stride(0), k.stride(0), v.stride(0), kv_cache.stride(0),
-        GROUP=group, HALF=half, BLOCK_SIZE=kv_cache.shape[3], BLOCK_G=next_power_of_2(group),
-        BLOCK_HALF=next_power_of_2(half), num_warps=1 if group * half <= 512 else 4,
-    )  # fmt: skip
-    return out
+    return _launch(q, k, v, cos_sin, positions, kv_cache, slot_mapping)
+
+
+def launch_quantised(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_scales: torch.Tensor,
+) -> torch.Tensor:
+    return _launch(q, k, v, cos_sin, positions, kv_cache, slot_mapping, kv_scales)
+
+
+def _rotate64(x: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    cos, sin = cos_sin[positions].double().unsqueeze(1).chunk(2, dim=-1)
+    a, b = x.double().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 def reference(
@@ -104,18 +179,61 @@ def reference(
     kv_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
 ) -> torch.Tensor:
-    cos, sin = cos_sin[positions].double().unsqueeze(1).chunk(2, dim=-1)
+    _write_rows(_rotate64(k, cos_sin, positions).to(k.dtype), v, kv_cache, slot_mapping)
+    return _rotate64(q, cos_sin, positions).to(q.dtype)
 
-    def rotate(x: torch.Tensor) -> torch.Tensor:
-        a, b = x.double().chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
+def reference_fp8(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_scales: torch.Tensor,
+) -> torch.Tensor:
+    k_scale, v_scale = kv_scales.double().unsqueeze(-1).unbind(1)
+    k_row = narrow(_rotate64(k, cos_sin, positions) / k_scale, FP8)
+    _write_rows(k_row, narrow(v.double() / v_scale, FP8), kv_cache, slot_mapping)
+    return _rotate64(q, cos_sin, positions).to(q.dtype)
+
+
+def reference_int8(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_scales: torch.Tensor,
+) -> torch.Tensor:
+    k_row, k_scale = quantise(_rotate64(k, cos_sin, positions), "int8")
+    v_row, v_scale = quantise(v.double(), "int8")
+    _write_rows(k_row, v_row, kv_cache, slot_mapping)
+    _write_rows(k_scale, v_scale, kv_scales.unsqueeze(-1), slot_mapping)
+    return _rotate64(q, cos_sin, positions).to(q.dtype)
+
+
+def _write_rows(k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    """One token after the other."""
     block_size = kv_cache.shape[3]
-    for slot, k_row, v_row in zip(slot_mapping.tolist(), rotate(k), v, strict=True):
+    for slot, k_row, v_row in zip(slot_mapping.tolist(), k, v, strict=True):
         if slot >= 0:
             kv_cache[slot // block_size, :, 0, slot % block_size] = k_row
             kv_cache[slot // block_size, :, 1, slot % block_size] = v_row
-    return rotate(q)
+
+
+def _rotate32(
+    q: torch.Tensor, k: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, int]:
+    """q's heads and k's, turned together in fp32: at small sizes the number of torch calls is the cost."""
+    num_tokens, num_q_heads, head_dim = q.shape
+    half = head_dim // 2
+    a, b = torch.cat((q, k), dim=1).view(num_tokens, -1, 2, half).unbind(2)
+    cos, sin = cos_sin.index_select(0, positions).view(num_tokens, 1, 2, half).unbind(2)  # fp32, whatever q is
+    return torch.cat(((a * cos).sub_(b * sin), (b * cos).add_(a * sin)), dim=-1), num_q_heads
 
 
 def cpu(
@@ -127,14 +245,46 @@ def cpu(
     kv_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
 ) -> torch.Tensor:
-    num_tokens, num_q_heads, head_dim = q.shape
-    half = head_dim // 2
-    # q and k turn together: at small sizes the number of torch calls is the cost.
-    a, b = torch.cat((q, k), dim=1).view(num_tokens, -1, 2, half).unbind(2)
-    cos, sin = cos_sin.index_select(0, positions).view(num_tokens, 1, 2, half).unbind(2)  # fp32, whatever q is
-    rotated = torch.cat(((a * cos).sub_(b * sin), (b * cos).add_(a * sin)), dim=-1).to(q.dtype)
+    rotated, num_q_heads = _rotate32(q, k, cos_sin, positions)
+    rotated = rotated.to(q.dtype)
     _write_kv(rotated[:, num_q_heads:], v, kv_cache, slot_mapping)
     return rotated[:, :num_q_heads]
+
+
+def cpu_fp8(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_scales: torch.Tensor,
+) -> torch.Tensor:
+    rotated, num_q_heads = _rotate32(q, k, cos_sin, positions)
+    k_scale, v_scale = kv_scales.unsqueeze(-1).unbind(1)
+    k_rows, v_rows = narrow(rotated[:, num_q_heads:] / k_scale, FP8), narrow(v.float() / v_scale, FP8)
+    # Indexed writes know no fp8; a copy of bytes needs none.
+    _write_kv(k_rows.view(torch.uint8), v_rows.view(torch.uint8), kv_cache.view(torch.uint8), slot_mapping)
+    return rotated[:, :num_q_heads].to(q.dtype)
+
+
+def cpu_int8(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_scales: torch.Tensor,
+) -> torch.Tensor:
+    rotated, num_q_heads = _rotate32(q, k, cos_sin, positions)
+    k_rows, k_scales = quantise(rotated[:, num_q_heads:], "int8")
+    v_rows, v_scales = quantise(v.float(), "int8")
+    _write_kv(k_rows, v_rows, kv_cache, slot_mapping)
+    _write_kv(k_scales, v_scales, kv_scales.unsqueeze(-1), slot_mapping)
+    return rotated[:, :num_q_heads].to(q.dtype)
 
 
 def _write_kv(k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
@@ -160,11 +310,36 @@ def _cost(
     v: torch.Tensor,
     cos_sin: torch.Tensor,
     positions: torch.Tensor,
-    kv_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
+    *cache: torch.Tensor,
 ) -> costs.OpCost:
     num_tokens, num_q_heads, head_dim = q.shape
     return costs.rope_and_write_kv(num_tokens, num_q_heads, k.shape[1], head_dim, q.element_size())
+
+
+def _cost_fp8(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    *cache: torch.Tensor,
+) -> costs.OpCost:
+    return costs.quantised(_cost(q, k, v, cos_sin, positions), 2 * k.numel(), q.element_size(), 0)
+
+
+def _cost_int8(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    *cache: torch.Tensor,
+) -> costs.OpCost:
+    num_scales = 2 * k.shape[0] * k.shape[1]
+    return costs.quantised(_cost(q, k, v, cos_sin, positions), 2 * k.numel(), q.element_size(), num_scales)
+
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
 def _case(
@@ -175,6 +350,8 @@ def _case(
     block_size: int,
     skipped: Sequence[int] = (),
     fused_qkv: bool = False,
+    cache_dtype: torch.dtype | None = None,
+    full: bool = False,
 ) -> Case:
     def build(device: str) -> tuple[torch.Tensor, ...]:
         draw = Draw(device, dtype)
@@ -188,14 +365,24 @@ def _case(
         slots[list(skipped)] = -1
         positions = draw.integers(draw.permutation(2 * num_tokens)[:num_tokens], torch.int64)
         cos_sin = draw.normal(2 * num_tokens, head_dim, dtype=torch.float32)
-        kv_cache = draw.normal(num_blocks, heads[1], 2, block_size, head_dim)
-        return q, k, v, cos_sin, positions, kv_cache, draw.integers(slots, torch.int64)
+        kv_cache = draw.normal(num_blocks, heads[1], 2, block_size, head_dim, dtype=cache_dtype)
+        scales: tuple[torch.Tensor, ...] = ()
+        if cache_dtype == FP8:  # wide enough for most; the last head's values overflow
+            scales = (draw.normal(heads[1], 2, dtype=FP32).abs_().add_(0.01),)
+            scales[0][-1] = 1 / LARGEST[FP8]
+        elif cache_dtype == INT8:
+            scales = (draw.normal(num_blocks, heads[1], 2, block_size, dtype=FP32),)
+        return q, k, v, cos_sin, positions, kv_cache, draw.integers(slots, torch.int64), *scales
 
     name = f"{DTYPE_NAMES[dtype]} heads{heads[0]}-{heads[1]} dim{head_dim} block{block_size} tokens{num_tokens}"
-    return Case(name + " strided" * fused_qkv + " skipping" * bool(skipped), dtype, build)
+    target = None
+    if full and num_tokens <= 64 and dtype != FP32:
+        target = Target(2.5, "us")
+    elif full and num_tokens >= 8192 and dtype != FP32:
+        target = Target(0.93, "memory")
+    sass = ("LDG.E.128", "STG.E.128") if full else ()
+    return Case(name + " strided" * fused_qkv + " skipping" * bool(skipped), dtype, build, sass, target)
 
-
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 SMALL = (
     _case((4, 2), 64, FP32, 5, 16, fused_qkv=True),
@@ -206,12 +393,49 @@ SMALL = (
     _case((4, 4), 128, BF16, 1, 64, fused_qkv=True),
 )
 FULL = (
-    *(_case((32, 8), 128, dtype, 8192, 64, fused_qkv=True) for dtype in (FP32, FP16, BF16)),
-    _case((8, 1), 128, BF16, 64, 64),
-    _case((32, 32), 96, BF16, 64, 16),
-    _case((28, 4), 128, BF16, 256, 64),
+    *(_case((32, 8), 128, dtype, 8192, 64, fused_qkv=True, full=True) for dtype in (FP32, FP16, BF16)),
+    _case((8, 1), 128, BF16, 64, 64, full=True),
+    _case((32, 32), 96, BF16, 64, 16, full=True),
+    _case((28, 4), 128, BF16, 256, 64, full=True),
+    _case((32, 8), 128, BF16, 64, 64, fused_qkv=True, full=True),
+    _case((64, 8), 128, BF16, 8192, 64, fused_qkv=True, full=True),
 )
 
-LIMIT = "Memory at 8,192 tokens; at 64 the launch. Half-rotation splits a head into two loads of half its width."
+
+def _small_quantised(cache_dtype: torch.dtype) -> tuple[Case, ...]:
+    return (
+        _case((4, 2), 64, FP32, 5, 16, skipped=(3,), fused_qkv=True, cache_dtype=cache_dtype),
+        _case((6, 3), 96, BF16, 3, 16, skipped=(1,), cache_dtype=cache_dtype),
+        _case((7, 1), 80, FP16, 4, 64, cache_dtype=cache_dtype),
+        _case((4, 4), 128, BF16, 1, 64, fused_qkv=True, cache_dtype=cache_dtype),
+        _case((2, 2), 32, FP32, 256, 16, skipped=(7, 255), cache_dtype=cache_dtype),  # all heads in one program
+    )
+
+
+def _full_quantised(cache_dtype: torch.dtype) -> tuple[Case, ...]:
+    return (
+        _case((32, 8), 128, BF16, 8192, 64, fused_qkv=True, cache_dtype=cache_dtype, full=True),
+        _case((32, 8), 128, BF16, 64, 64, fused_qkv=True, cache_dtype=cache_dtype, full=True),
+        _case((8, 1), 128, BF16, 64, 64, cache_dtype=cache_dtype, full=True),
+        _case((28, 4), 128, FP16, 256, 64, cache_dtype=cache_dtype, full=True),
+        _case((32, 4), 128, FP32, 256, 16, cache_dtype=cache_dtype, full=True),
+    )
+
+
+LIMIT = (
+    "Memory at 8,192 tokens; at 64 the launch. A prompt's program takes all heads of a token, so that its angles are"
+    " read once and 65,536 one-warp blocks become 8,192; a decode step's takes one KV head's group, to use more SMs."
+    " Half-rotation splits a head into two loads of half its width; K's few heads move by 8 bytes a thread."
+)
+LIMIT_QUANTISED = LIMIT + " Quantised K and V leave by 4 bytes a thread, a whole line a warp."
+TOLERANCE_QUANTISED = {FP32: 1e-2, FP16: 1e-2, BF16: 1e-2}  # a step of 8 bits where fp32 and float64 round apart
 
 rope_and_write_kv = Op("rope_and_write_kv", reference, launch, cpu, _cost, SMALL, FULL, limit=LIMIT)
+rope_and_write_kv_fp8 = Op(
+    "rope_and_write_kv_fp8", reference_fp8, launch_quantised, cpu_fp8, _cost_fp8,
+    _small_quantised(FP8), _full_quantised(FP8), TOLERANCE_QUANTISED, LIMIT_QUANTISED,
+)  # fmt: skip
+rope_and_write_kv_int8 = Op(
+    "rope_and_write_kv_int8", reference_int8, launch_quantised, cpu_int8, _cost_int8,
+    _small_quantised(INT8), _full_quantised(INT8), TOLERANCE_QUANTISED, LIMIT_QUANTISED,
+)  # fmt: skip

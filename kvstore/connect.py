@@ -80,3 +80,12 @@ def place_of(tier: Tier, node_id: str) -> list[str]:
         return [tier.name]
     address = tier.peer_address
     return [f"host:{node_id}", *([PEER_PLACE + address] if address else [])]
+
+
+def reaches(tier: Tier, node_id: str, places: frozenset[str]) -> bool:
+    """Whether this tier may find a block that the directory says is in these places."""
+    if isinstance(tier, PeerTier):
+        return any(place.startswith(PEER_PLACE) for place in places)
+    if isinstance(tier, HostTier):
+        return f"host:{node_id}" in places
+    return tier.name in places

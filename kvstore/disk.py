@@ -8,19 +8,19 @@ Knows nothing of arenas and slots.
 """
 
 import errno
-import fcntl
 import logging
 import os
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from kvstore.authenticity import TAG_BYTES, FragmentAuthenticator
 from kvstore.availability import Availability, one_line
 from kvstore.buffers import CopyBuffers
+from kvstore.disk_index import DiskIndex
 from kvstore.sealing import HEADER_BYTES, key_of, reseal, unseal
 from kvstore.segments import (
     PAGE_BYTES,
@@ -30,6 +30,7 @@ from kvstore.segments import (
     complete_segment,
     create_segment,
     is_full,
+    lock_file,
     open_file,
     read_pages,
     scan_segment,
@@ -67,13 +68,6 @@ class DiskStats:
 
 
 @dataclass(slots=True)
-class _Segment:
-    file_bytes: int
-    keys: list[bytes] = field(default_factory=list)
-    num_reads: int = 0  # since it was last its turn to go
-
-
-@dataclass(slots=True)
 class _Open:
     """The segment that is being written."""
 
@@ -108,8 +102,7 @@ class DiskTier:
         # Wall time: numbers of two processes that follow each other in this folder never meet.
         self._next_number = time.time_ns()
         self._lock = threading.Lock()  # of the index and the counters; never held during a read or a write
-        self._index: dict[bytes, StoredFragment] = {}
-        self._segments: OrderedDict[int, _Segment] = OrderedDict()  # next to go first
+        self._index = DiskIndex()
         self._counts: Counter[str] = Counter()
         self._rejected: Counter[str] = Counter()
         self._write_lock = threading.Lock()  # of what follows
@@ -131,7 +124,7 @@ class DiskTier:
     def has(self, key: bytes) -> bool:
         """Whether a fragment of this key is believed to be here."""
         with self._lock:
-            return key in self._index
+            return self._index.has(key)
 
     def write(self, sealed: Sequence[memoryview]) -> int:
         """Keeps fragments, each a verified copy of header and payload, which is changed; how many are here now."""
@@ -151,10 +144,9 @@ class DiskTier:
     def read(self, key: bytes) -> memoryview | Rejected | None:
         """A verified copy of header and payload; None when absent, Rejected, and dropped, when bad."""
         with self._lock:
-            place = self._index.get(key)
-            if place is None or not self.is_up:
+            place = self._index.use(key) if self.is_up else None
+            if place is None:
                 return None
-            self._segments[place.segment].num_reads += 1
         try:
             copy = self._read(place)
         except OSError as error:
@@ -164,7 +156,7 @@ class DiskTier:
         with self._lock:
             if isinstance(sealed, Rejected):
                 self._rejected[sealed.reason] += 1
-                self._forget(key, place)
+                self._index.forget(key, place)
             else:
                 self._counts["read"] += 1
         return sealed
@@ -174,8 +166,8 @@ class DiskTier:
         with self._lock:
             return DiskStats(
                 is_up=self.is_up,
-                num_fragments=len(self._index),
-                used_bytes=self._used_bytes(),
+                num_fragments=self._index.num_fragments,
+                used_bytes=self._index.used_bytes,
                 num_written=self._counts["written"],
                 num_read=self._counts["read"],
                 num_refused=self._counts["refused"],
@@ -224,14 +216,14 @@ class DiskTier:
         segment.end += self._staged_bytes
         with self._lock:
             for key, place in self._staged:
-                self._remember(key, place)
+                self._index.remember(key, place)
             self._counts["written"] += len(self._staged)
         self._staged, self._staged_bytes = [], 0
 
     def _start(self) -> _Open:
         """Opens the next segment, for which the ones whose turn it is make room."""
         with self._lock:
-            while self._segments and self._used_bytes() + self._segment_bytes > self._disk_bytes:
+            while self._index.num_segments and self._index.used_bytes + self._segment_bytes > self._disk_bytes:
                 self._evict()
         number = self._next_number
         self._next_number += 1
@@ -240,13 +232,13 @@ class DiskTier:
         except OSError as error:
             # Others may have filled the disk: what this tier has is then its bound. It does not keep the old forever.
             with self._lock:
-                if not is_full(error) or not self._segments:
+                if not is_full(error) or not self._index.num_segments:
                     raise
                 self._evict()
             file_descriptor = self._create(number)
         self._open = _Open(number, file_descriptor)
         with self._lock:
-            self._segments[number] = _Segment(self._segment_bytes)
+            self._index.resize(number, self._segment_bytes)
         return self._open
 
     def _create(self, number: int) -> int:
@@ -261,8 +253,7 @@ class DiskTier:
         header = SegmentHeader(segment.number, self._authenticator.key_id, segment.end)
         complete_segment(segment.file_descriptor, header, self._batch)
         with self._lock:
-            if segment.number in self._segments:
-                self._segments[segment.number].file_bytes = segment.end
+            self._index.resize(segment.number, segment.end)
         self._abandon()
 
     def _abandon(self) -> None:
@@ -308,37 +299,14 @@ class DiskTier:
 
     def _read_failed(self, key: bytes, place: StoredFragment, error: OSError) -> None:
         with self._lock:
-            if place.segment not in self._segments:
-                return  # it went while it was read
-            self._forget(key, place)  # if only its place on the disk is broken, the rest goes on
+            # If only its place on the disk is broken, the rest goes on.
+            if not self._index.forget(key, place):
+                return  # its segment went while it was read
         self._availability.lost(error)
 
-    # -- the index; under its lock
-
-    def _remember(self, key: bytes, place: StoredFragment) -> None:
-        self._index[key] = place
-        self._segments[place.segment].keys.append(key)
-
-    def _forget(self, key: bytes, place: StoredFragment) -> None:
-        if self._index.get(key) == place:
-            del self._index[key]
-
-    def _used_bytes(self) -> int:
-        return sum(segment.file_bytes for segment in self._segments.values())
-
     def _evict(self) -> None:
-        """Removes the oldest segment that was not read since it was last its turn."""
-        while True:
-            number, segment = next(iter(self._segments.items()))
-            if segment.num_reads == 0:
-                break
-            segment.num_reads = 0
-            self._segments.move_to_end(number)
-        del self._segments[number]
-        for key in segment.keys:
-            place = self._index.get(key)
-            if place is not None and place.segment == number:
-                del self._index[key]
+        """Under the index's lock."""
+        number = self._index.evict()
         self._counts["evicted"] += 1
         segment_path(self._folder, number).unlink(missing_ok=True)
 
@@ -368,9 +336,8 @@ class DiskTier:
         self._unlock()
         with self._lock:
             self._index.clear()
-            self._segments.clear()
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._lock_file = _locked(lock_path)
+        self._lock_file = lock_file(lock_path)
         try:
             self._scan()
         except BaseException:
@@ -391,13 +358,13 @@ class DiskTier:
             header, fragments = found
             self._next_number = max(self._next_number, header.number + 1)
             with self._lock:
-                self._segments[header.number] = _Segment(path.stat().st_size)
+                self._index.resize(header.number, path.stat().st_size)
                 for key, place in fragments:
-                    self._remember(key, place)
+                    self._index.remember(key, place)
             if not header.end:
                 self._repair(path, header, fragments)
         with self._lock:
-            while self._segments and self._used_bytes() > self._disk_bytes:
+            while self._index.num_segments and self._index.used_bytes > self._disk_bytes:
                 self._evict()
 
     def _repair(self, path: Path, header: SegmentHeader, found: Sequence[tuple[bytes, StoredFragment]]) -> None:
@@ -406,13 +373,12 @@ class DiskTier:
         for key, place in found:
             if isinstance(self._verified(self._read(place), key, place), Rejected):
                 with self._lock:
-                    self._forget(key, place)
-                    self._counts["torn"] += 1
+                    self._index.forget(key, place)
             else:
                 end = place.offset + place.num_page_bytes
         if end == PAGE_BYTES:
             with self._lock:
-                del self._segments[header.number]
+                self._index.remove(header.number)
             path.unlink()
             return
         file_descriptor = open_file(path, os.O_WRONLY)
@@ -422,19 +388,9 @@ class DiskTier:
         finally:
             os.close(file_descriptor)
         with self._lock:
-            self._segments[header.number].file_bytes = end
+            self._index.resize(header.number, end)
 
 
 def _not_yet() -> None:
     """Reading an index takes its time: the node does not wait for it."""
     raise OSError(errno.EAGAIN, "not opened yet")
-
-
-def _locked(path: Path) -> int:
-    file_descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(file_descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(file_descriptor)
-        raise OSError(errno.EBUSY, "another process holds it") from error
-    return file_descriptor

@@ -73,6 +73,17 @@ def is_full(error: OSError) -> bool:
     return error.errno in _NO_ROOM
 
 
+def lock_file(path: Path) -> int:
+    """A descriptor that holds an exclusive lock, which ends with the process. Raises OSError when another has it."""
+    file_descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(file_descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(file_descriptor)
+        raise OSError(errno.EBUSY, "another process holds it") from error
+    return file_descriptor
+
+
 def open_file(path: Path, flags: int) -> int:
     """A descriptor past the page cache where the file system can do that, else a usual one.
 

@@ -3,6 +3,8 @@
     serve     TTFT and tokens/s of the demo model at 1, 8 and 32 concurrent streams, prefill and decode on two workers
     router    time to first token through the router, beside asking the same worker directly
     handoff   GB/s of KV fragments through shared memory and through Redis, beside memcpy and loopback TCP
+    overlap   how much of a 4k prompt is handed over before its prefill ends
+    failover  a stream with a 4k history on another worker: from the tiers, beside computed again
 
 Rows are appended to bench/results/cpu.jsonl. Starts clusters as a user would, with the `switchyard` command.
 """
@@ -29,6 +31,7 @@ from dataclasses import dataclass
 from kvstore import bench as handoff
 from planner import direct
 from planner.loadgen import play
+from planner.long_prompts import bench_failover, bench_overlap
 from planner.rows import Measurement, append_rows
 from planner.trace import TraceRequest
 from router.client import GenerationClient
@@ -176,7 +179,13 @@ def _redis() -> Iterator[str]:
         process.wait(timeout=20)
 
 
-SECTIONS = {"serve": bench_serve, "router": bench_router, "handoff": bench_handoff}
+SECTIONS = {
+    "serve": bench_serve,
+    "router": bench_router,
+    "handoff": bench_handoff,
+    "overlap": bench_overlap,
+    "failover": bench_failover,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,19 +3,23 @@
     python -m workers.bench --shape llama-3.1-8b --out DIR   # on a CUDA device; a row per measurement in engine.jsonl
     python -m workers.bench --shape tiny                     # anywhere: a rehearsal
 
-Decode is timed over steps of a full batch at a fixed context, prefill over one step that computes a whole prompt. The
-roofline is what the weights and the KV cost at the copy and GEMM rates that are measured first.
+Decode is timed over steps of a full batch at a fixed context, prefill over one step that computes a whole prompt, both
+as the engine is by default and in batch-invariant mode. The roofline is what the weights and the KV cost at the copy
+and GEMM rates that are measured first. Each mode's greedy tokens with graphs are compared with those without; they must
+be equal in batch-invariant mode, while otherwise a padded product may round differently.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -28,11 +32,12 @@ from workers.engine import Engine
 from workers.executor import GroupExecutor
 from workers.parallel import ParallelGroups, Shard
 from workers.request import Request, SamplingParams
-from workers.runner import TorchModelRunner, pick_device, pick_dtype
+from workers.runner import TorchModelRunner, pick_device, pick_dtype, schedules_async
 from workers.scheduler import Scheduler, SchedulerConfig
 
 _DECODE_STEPS = 32
 _RUNS = 3
+_COMPARED_PROMPTS, _COMPARED_TOKENS = (1, 7, 33, 60), 24
 
 
 def _llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, context: int) -> ModelConfig:
@@ -80,12 +85,12 @@ class RandomWeights:
 
 
 class Bench:
-    """One loaded engine and the ceilings of its device."""
+    """One loaded engine beside the ceilings of its device."""
 
-    def __init__(self, model: ModelConfig, config: EngineConfig) -> None:
+    def __init__(self, model: ModelConfig, config: EngineConfig, ceilings: Ceilings) -> None:
         self.device = pick_device(config, 0)
         self.dtype = pick_dtype(config, self.device)
-        self.ceilings: Ceilings = measure_ceilings(self.device.type)
+        self.ceilings = ceilings
         self._config = config
         self._model = model
         self._sizes = DenseModel(**{name: getattr(model, name) for name in DenseModel.__slots__})
@@ -93,6 +98,26 @@ class Bench:
         weights = RandomWeights(self.dtype, self.device)
         self._runner = TorchModelRunner(config, model, self._groups, self.device, weights)
         self._runner.warm_up()
+
+    def same_tokens(self) -> bool | None:
+        """Whether greedy tokens with graphs are those without; None without graphs."""
+        if not self._config.cuda_graphs:
+            return None
+        completions = []
+        for self._runner.replays in (False, True):
+            completions.append(self._complete())
+        return completions[0] == completions[1]
+
+    def _complete(self) -> list[list[int]]:
+        engine = self._engine(len(_COMPARED_PROMPTS))
+        for i, num_tokens in enumerate(_COMPARED_PROMPTS):
+            self._submit(engine, i, num_tokens, _COMPARED_TOKENS)
+        completions: list[list[int]] = [[] for _ in _COMPARED_PROMPTS]
+        while (events := engine.step()) is not None:
+            for token in events.tokens:
+                completions[int(token.request_id)].append(token.token_id)
+        engine.close()
+        return completions
 
     def decode(self, batch_size: int, context: int) -> dict[str, object]:
         """Tokens per second of a batch whose sequences have about so many tokens."""
@@ -119,6 +144,9 @@ class Bench:
         cost = model_step(self._sizes, query_lens, seq_lens, batch_size, self.dtype.itemsize)
         return {
             "name": name,
+            "batch_invariant": self._config.batch_invariant,
+            "graphs": bool(self._config.cuda_graphs),
+            "async_scheduling": schedules_async(self._config, self.device),
             "batch_size": batch_size,
             "context_tokens": context,
             "step_ms": step_s * 1000,
@@ -135,7 +163,9 @@ class Bench:
             b"bench",
             frozenset(),
         )
-        return Engine(scheduler, GroupExecutor(self._runner, self._groups), self._model.vocab_size, time.monotonic)
+        is_async = schedules_async(self._config, self.device)
+        executor = GroupExecutor(self._runner, self._groups, in_thread=is_async and self.device.type == "cpu")
+        return Engine(scheduler, executor, self._model.vocab_size, time.monotonic, is_async)
 
     def _submit(self, engine: Engine, number: int, num_tokens: int, max_tokens: int) -> None:
         generator = torch.Generator().manual_seed(number)
@@ -150,24 +180,60 @@ class Bench:
         while any(r.num_computed_tokens < r.num_given_tokens for r in engine.scheduler.requests.values()):
             engine.step()
         engine.step()
-        return self._timed(engine, _DECODE_STEPS)
+
+        def steps() -> None:
+            for _ in range(_DECODE_STEPS):
+                engine.step()
+
+        step_s = self._timed(steps) / _DECODE_STEPS
+        engine.close()
+        return step_s
 
     def _prefill_once(self, num_tokens: int) -> float:
         engine = self._engine(1)
         self._submit(engine, 0, num_tokens, 1)
-        return self._timed(engine, 1)
 
-    def _timed(self, engine: Engine, num_steps: int) -> float:
+        def whole() -> None:
+            while engine.step() is not None:
+                pass
+
+        prefill_s = self._timed(whole)
+        engine.close()
+        return prefill_s
+
+    def _timed(self, work: Callable[[], None]) -> float:
         self._wait()
         began_s = time.perf_counter()
-        for _ in range(num_steps):
-            engine.step()
+        work()
         self._wait()
-        return (time.perf_counter() - began_s) / num_steps
+        return time.perf_counter() - began_s
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+def measure(
+    model: ModelConfig, config: EngineConfig, ceilings: Ceilings, batch_sizes: Sequence[int], context: int
+) -> list[dict[str, object]]:
+    """A row per batch size and one for prefill, of one engine."""
+    bench = Bench(model, config, ceilings)
+    same = bench.same_tokens()
+    rows = [bench.decode(batch_size, context) for batch_size in batch_sizes]
+    rows.append(bench.prefill(config.max_num_batched_tokens))
+    return [{"dtype": str(bench.dtype), "same_tokens": same, **row} for row in rows]
+
+
+def describe(row: dict[str, object]) -> str:
+    """A row as a line."""
+    modes = [name.replace("_", " ") for name in ("graphs", "async_scheduling", "batch_invariant") if row[name]]
+    same = {True: "; same tokens as without graphs", False: "; NOT the tokens without graphs", None: ""}
+    return (
+        f"{row['name']:8} batch {row['batch_size']:3} at {row['context_tokens']:6} tokens:"
+        f" {row['step_ms']:9.2f} ms, {row['tokens_per_s']:10.1f} tokens/s,"
+        f" {row['share_of_roofline']:.0%} of the roofline"
+        f" ({', '.join(modes) or 'plain'}{same[cast(bool | None, row['same_tokens'])]})"
+    )
 
 
 def main() -> None:
@@ -178,33 +244,44 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--prompt", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--async-scheduling", action=argparse.BooleanOptionalAction, default=None, help="default: on CUDA"
+    )
+    parser.add_argument(
+        "--modes", choices=("plain", "batch-invariant"), nargs="+", default=["plain", "batch-invariant"]
+    )
     parser.add_argument("--out", type=Path, default=None, help="folder; rows are appended to engine.jsonl there")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = SHAPES[options.shape]
-    is_cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
+    device = pick_device(EngineConfig("", device=options.device), 0)
     largest, prompt = max(options.batch_sizes), min(options.prompt, model.max_position_embeddings - 1)
-    block_size = 64 if is_cuda else 16
+    block_size = 64 if device.type == "cuda" else 16
     blocks = max(largest * -(-(options.context + _DECODE_STEPS + largest) // block_size), -(-prompt // block_size)) + 64
-    config = EngineConfig(
-        "", device=options.device, block_size=block_size, num_blocks=blocks, max_num_batched_tokens=prompt
+    plain = EngineConfig(
+        "",
+        device=options.device,
+        block_size=block_size,
+        num_blocks=blocks,
+        max_num_seqs=max(largest, len(_COMPARED_PROMPTS)),
+        max_num_batched_tokens=prompt,
+        cuda_graphs=options.graphs,
+        async_scheduling=options.async_scheduling,
     )
-    with torch.inference_mode():
-        bench = Bench(model, config)
-        rows = [bench.decode(batch_size, options.context) for batch_size in options.batch_sizes]
-        rows.append(bench.prefill(prompt))
-    print(f"{options.shape}, {bench.dtype}, {bench.ceilings.device}")
-    for row in rows:
-        print(
-            f"{row['name']:8} batch {row['batch_size']:3} at {row['context_tokens']:6} tokens:"
-            f" {row['step_ms']:9.2f} ms, {row['tokens_per_s']:10.1f} tokens/s,"
-            f" {row['share_of_roofline']:.0%} of the roofline"
-        )
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        with (options.out / "engine.jsonl").open("a", encoding="utf-8") as out:
-            for row in rows:
-                out.write(json.dumps({"shape": options.shape, **row}) + "\n")
+    ceilings = measure_ceilings(device.type)
+    print(f"{options.shape}, {ceilings.device}", flush=True)
+    for mode in options.modes:
+        config = replace(plain, batch_invariant=mode == "batch-invariant")
+        with torch.inference_mode():
+            rows = measure(model, config, ceilings, options.batch_sizes, options.context)
+        gc.collect()  # the next engine wants the memory
+        for row in rows:
+            print(describe(row), flush=True)
+        if options.out is not None:
+            options.out.mkdir(parents=True, exist_ok=True)
+            with (options.out / "engine.jsonl").open("a", encoding="utf-8") as out:
+                out.writelines(json.dumps({"shape": options.shape, **row}) + "\n" for row in rows)
 
 
 if __name__ == "__main__":

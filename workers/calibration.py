@@ -27,7 +27,7 @@ def calibrate(
     chunk = ScheduledRequest("", [0] * num_tokens, 0, 0, range(-(-num_tokens // block_size)), None)
     chunk_s = _least_s(runner, SchedulerOutput([chunk]))
     names = [block_name(root_name(kv_fingerprint, b"probe"), [i] * block_size) for i in range(most)]
-    stored = runner.execute(SchedulerOutput(stores=[_transfer(names, block_size)])).num_stored_blocks
+    stored = runner.start(SchedulerOutput(stores=[_transfer(names, block_size)]))().num_stored_blocks
     if list(stored) != [most]:
         return None
     one_s, many_s = (
@@ -46,6 +46,6 @@ def _least_s(runner: ModelRunner, plan: SchedulerOutput, clock: Callable[[], flo
     took_s = []
     for _ in range(_RUNS):
         began_s = clock()
-        runner.execute(plan)
+        runner.start(plan)()
         took_s.append(clock() - began_s)
     return min(took_s)

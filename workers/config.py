@@ -178,6 +178,9 @@ class EngineConfig:
     runner: str = "torch"  # fake: tokens are hashes of the history, and no weights are read
     fake_step_s: float = 0.0  # how long each step of the fake runner takes
     fake_token_s: float = 0.0  # and each token of a prompt beside it
+    cuda_graphs: bool | None = None  # replay captured graphs; None: on CUDA. On a CPU only the buffers are the same
+    async_scheduling: bool | None = None  # plan a step while the one before it runs; None: on CUDA, where pp is 1
+    batch_invariant: bool = False  # a request's logits have the same bits whatever is computed beside it; slower
 
     def __post_init__(self) -> None:
         for field in ("tp", "pp", "block_size", "max_num_seqs", "max_num_batched_tokens", "num_threads"):
@@ -186,6 +189,8 @@ class EngineConfig:
         for field in ("num_blocks", "max_model_len"):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field} must not be negative, not {getattr(self, field)}")
+        if self.async_scheduling and self.pp > 1:
+            raise ValueError("async_scheduling needs pp=1: the first stage has no tokens before the last is through")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype}")
         if self.runner not in RUNNERS:

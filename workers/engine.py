@@ -1,6 +1,7 @@
 """Runs requests to completion: takes them in, steps the scheduler and the executor, hands out tokens and ends.
 
-Knows nothing of gRPC, text, Ray or other workers. Not thread-safe: one thread owns an engine.
+With async scheduling a step is planned and started before the tokens of the one before it are read. Knows nothing of
+gRPC, text, Ray or other workers. Not thread-safe: one thread owns an engine.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from dataclasses import dataclass, field
 
 from workers.errors import InvalidRequest
 from workers.request import FinishReason, Request, RequestEnd, TokenOutput
+from workers.run_ahead import StepInFlight, as_if_done, owners_of
 from workers.scheduler import Scheduler
-from workers.step import Executor
+from workers.step import Executor, ModelRunnerOutput, SchedulerOutput
 
 Clock = Callable[[], float]
 
@@ -40,12 +42,16 @@ class EngineCounters:
 class Engine:
     """One worker's engine."""
 
-    def __init__(self, scheduler: Scheduler, executor: Executor, vocab_size: int, clock: Clock) -> None:
+    def __init__(
+        self, scheduler: Scheduler, executor: Executor, vocab_size: int, clock: Clock, async_scheduling: bool = False
+    ) -> None:
         self.scheduler = scheduler
         self.counters = EngineCounters()
         self._executor = executor
         self._vocab_size = vocab_size
         self._clock = clock
+        self._async_scheduling = async_scheduling
+        self._in_flight: StepInFlight | None = None
 
     def submit(self, request: Request) -> None:
         """Take a request in. Raises InvalidRequest when it can never be served here."""
@@ -89,10 +95,32 @@ class Engine:
 
     def step(self) -> StepEvents | None:
         """One step; None when there was nothing to do."""
+        if self._async_scheduling:
+            return self._step_ahead()
         plan = self.scheduler.schedule()
         if plan.is_empty:
             return StepEvents() if plan.preempted_ids else None  # who was preempted may come back at once
-        output = self._executor.execute(plan)
+        return self._take(plan, self._executor.execute(plan))
+
+    def _step_ahead(self) -> StepEvents | None:
+        """Start the next step, then take what the one before it has done."""
+        before, self._in_flight = self._in_flight, None
+        if before is not None and before.moves_blocks:
+            return self._take(*before.outcome(self.scheduler.requests))
+        if before is None:
+            plan = self.scheduler.schedule()
+        else:
+            with as_if_done(before, self.scheduler.config.max_model_len):
+                plan = self.scheduler.schedule()
+        if not plan.is_empty:
+            owners = owners_of(plan, self.scheduler.requests)
+            self._in_flight = StepInFlight(plan, owners, self._executor.start(plan))
+        if before is not None:
+            return self._take(*before.outcome(self.scheduler.requests))
+        return None if plan.is_empty and not plan.preempted_ids else StepEvents()
+
+    def _take(self, plan: SchedulerOutput, output: ModelRunnerOutput) -> StepEvents:
+        """What a step that is through means for the requests."""
         result = self.scheduler.update(plan, output)
         now = self._clock()
         for token in result.tokens:
@@ -108,6 +136,8 @@ class Engine:
 
     def close(self) -> None:
         """Let the other ranks go; no step may follow."""
+        if self._in_flight is not None:
+            self._in_flight.result()
         self._executor.stop()
 
     def _end(self, request: Request, reason: FinishReason) -> RequestEnd:

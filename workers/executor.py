@@ -6,6 +6,9 @@ Knows nothing of scheduling.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
 
@@ -17,20 +20,40 @@ _STOP = -1  # in place of the number of requests
 
 
 class GroupExecutor:
-    """The leader's side."""
+    """The leader's side.
 
-    def __init__(self, runner: ModelRunner, groups: ParallelGroups) -> None:
+    in_thread: steps are started in a thread of their own, for a device that computes while it is told what to. One
+    thread, so that steps and the messages of all ranks keep their order.
+    """
+
+    def __init__(self, runner: ModelRunner, groups: ParallelGroups, in_thread: bool = False) -> None:
         self._runner = runner
         self._groups = groups
+        self._thread: ThreadPoolExecutor | None = None
+        if in_thread:
+            # How many threads torch computes with is a setting of the thread that calls it.
+            self._thread = ThreadPoolExecutor(1, "step", torch.set_num_threads, (torch.get_num_threads(),))
 
     def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
         """Send the plan to the other ranks, if there are any, and do our share."""
+        return self.start(plan)()
+
+    def start(self, plan: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
+        """As execute; what is returned waits for the end of our share."""
+        if self._thread is None:
+            return self._start(plan)
+        started = self._thread.submit(self._start, plan)
+        return lambda: started.result()()
+
+    def _start(self, plan: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
         if self._groups.world_size > 1:
             self._groups.broadcast_words(torch.from_numpy(encode_plan(plan)), FIXED_WORDS)
-        return self._runner.execute(plan)
+        return self._runner.start(plan)
 
     def stop(self) -> None:
         """End the followers' loops."""
+        if self._thread is not None:
+            self._thread.shutdown()
         if self._groups.world_size > 1:
             self._groups.broadcast_words(torch.tensor([_STOP], dtype=torch.int32), FIXED_WORDS)
 
@@ -41,4 +64,4 @@ def follow(runner: ModelRunner, groups: ParallelGroups) -> None:
         words = groups.broadcast_words(None, FIXED_WORDS).numpy()
         if words[0] == _STOP:
             return
-        runner.execute(decode_plan(np.ascontiguousarray(words)))
+        runner.start(decode_plan(np.ascontiguousarray(words)))

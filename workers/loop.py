@@ -102,7 +102,8 @@ class LoadSnapshot:
 class EngineLoop:
     """Runs an engine in a thread of its own.
 
-    places: where this worker publishes to and can pull from, as the directory names them ("host:NODE_ID", "redis").
+    places: where what this worker publishes is, as the directory names places ("host:NODE_ID", "redis").
+    reaches: whether it can pull a block from one of these places.
     on_failure: called once, with the error, when the engine itself fails; nothing runs after it.
     """
 
@@ -111,6 +112,7 @@ class EngineLoop:
         engine: Engine,
         directory: Directory | None,
         places: Callable[[], Sequence[str]],
+        reaches: Callable[[frozenset[str]], bool],
         on_events: Callable[[LoopEvents], None],
         on_failure: Callable[[BaseException], None],
         clock: Clock,
@@ -118,6 +120,7 @@ class EngineLoop:
         self._engine = engine
         self._directory = directory
         self._places = places
+        self._reaches = reaches
         self._on_events = on_events
         self._on_failure = on_failure
         self._clock = clock
@@ -316,10 +319,9 @@ class EngineLoop:
         """How many of the names, from the first on, are at a place that this worker can pull from."""
         if not names or self._directory is None:
             return 0
-        mine = set(self._places())
         count = 0
         for places in self._directory.locate(names):
-            if mine.isdisjoint(places):
+            if not self._reaches(places):
                 break
             count += 1
         return count

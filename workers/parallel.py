@@ -112,13 +112,23 @@ class ParallelGroups:
             dist.all_reduce(x, group=self._tp)
         return x
 
+    def sum_in_rank_order(self, x: Tensor) -> Tensor:
+        """Sum over the tensor-parallel ranks, as a new tensor: rank 0's first, whatever the size of x."""
+        if self.shard.tp == 1:
+            return x
+        parts = self.all_gather(x)
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return total
+
     def all_gather(self, x: Tensor) -> Tensor:
         """[tp, *x.shape]: everybody's x, in the order of the ranks."""
         if self.shard.tp == 1:
             return x[None]
-        out = [torch.empty_like(x) for _ in range(self.shard.tp)]
-        dist.all_gather(out, x.contiguous(), group=self._tp)
-        return torch.stack(out)
+        out = torch.empty((self.shard.tp * len(x), *x.shape[1:]), dtype=x.dtype, device=x.device)
+        dist.all_gather_into_tensor(out, x.contiguous(), group=self._tp)
+        return out.view(self.shard.tp, *x.shape)
 
     # ---- from stage to stage
     def send_to_next_stage(self, x: Tensor) -> None:

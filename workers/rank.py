@@ -21,7 +21,7 @@ from switchyard.v1 import generation_pb2, worker_pb2, worker_pb2_grpc
 
 from costs.transfer import ALWAYS_FETCH, NEVER_FETCH, TransferCost
 from kvstore.block_pool import BlockPool
-from kvstore.connect import open_directory, open_tiers, place_of
+from kvstore.connect import open_directory, open_tiers, place_of, reaches
 from kvstore.directory import Directory, DirectoryUnavailable, WorkerRecord
 from kvstore.names import fingerprint
 from kvstore.store import FragmentStore
@@ -35,7 +35,7 @@ from workers.kv_transfer import KVTransfer
 from workers.loader import weights_digest
 from workers.loop import EngineLoop, LoopEvents
 from workers.parallel import ParallelGroups, Shard
-from workers.runner import TorchModelRunner, pick_device, pick_dtype
+from workers.runner import TorchModelRunner, pick_device, pick_dtype, schedules_async
 from workers.scheduler import Scheduler, SchedulerConfig
 from workers.server import MAX_MESSAGE_BYTES, WorkerServicer
 
@@ -54,9 +54,14 @@ LoadedRunner = TorchModelRunner | FakeModelRunner
 
 
 def kv_fingerprint(engine: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> bytes:
-    """Names what the bytes of a KV block mean: the weights, and everything that shapes or rotates keys and values."""
+    """Names what the bytes of a KV block mean: the weights, and everything that shapes or rotates keys and values.
+
+    In batch-invariant mode also how they were summed: a block from a worker that sums otherwise has other bits.
+    """
+    summed = {"batch_invariant": True, "tp": engine.tp} if engine.batch_invariant else {}
     return fingerprint(
         {
+            **summed,
             "weights": _FAKE_WEIGHTS if engine.runner == "fake" else weights_digest(Path(engine.model_dir)),
             "dtype": str(dtype),
             "layers": model.num_hidden_layers,
@@ -96,7 +101,9 @@ def make_engine(
         kv_fingerprint(config, model, pick_dtype(config, runner.cache.device)),
         frozenset(model.eos_token_ids),
     )
-    return Engine(scheduler, GroupExecutor(runner, groups), model.vocab_size, clock)
+    is_async = schedules_async(config, runner.cache.device)
+    executor = GroupExecutor(runner, groups, in_thread=is_async and not runner.cache.is_cuda)
+    return Engine(scheduler, executor, model.vocab_size, clock, is_async)
 
 
 def load_runner(config: EngineConfig, model: ModelConfig, groups: ParallelGroups, device: torch.device) -> LoadedRunner:
@@ -202,7 +209,15 @@ class Rank:
         self._asyncio = asyncio.get_running_loop()
         self._closed = asyncio.Event()
         servicer = WorkerServicer(self._hello(engine), self.wire_load, time.monotonic)
-        loop = EngineLoop(engine, self._directory, self._places, self._deliver_to(servicer), self._fail, time.monotonic)
+        loop = EngineLoop(
+            engine,
+            self._directory,
+            self._places,
+            self._reaches,
+            self._deliver_to(servicer),
+            self._fail,
+            time.monotonic,
+        )
         servicer.attach(loop)
         self._loop = loop
         self._transfer.on_written_back = loop.announce
@@ -249,8 +264,12 @@ class Rank:
         )
 
     def _places(self) -> Sequence[str]:
-        """Where this worker publishes to and pulls from now, as the directory names places."""
+        """Where what this worker publishes is now, as the directory names places."""
         return [place for tier in self._tiers if tier.is_up for place in place_of(tier, self.spec.node_id)]
+
+    def _reaches(self, places: frozenset[str]) -> bool:
+        """Whether a block that is in these places can be pulled by this worker now."""
+        return any(tier.is_up and reaches(tier, self.spec.node_id, places) for tier in self._tiers)
 
     def _keep_alive_once(self, address: str) -> None:
         assert self._directory is not None

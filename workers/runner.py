@@ -5,15 +5,18 @@ The only file between the scheduler and the tensors. Knows nothing of requests b
 
 from __future__ import annotations
 
+import gc
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from workers.batching import prepare_batch
+from workers.batching import NO_PADDING, InputBuffers, PreparedBatch
 from workers.config import EngineConfig, ModelConfig
 from workers.errors import ModelError
+from workers.graphs import GraphedStage
 from workers.kv_transfer import FragmentGrid, KVTransfer
 from workers.loader import Checkpoint, Weights
 from workers.models.llama import LlamaStage, rope_cos_sin
@@ -23,7 +26,8 @@ from workers.step import BlockTransfer, ModelRunnerOutput, SampleSpec, Scheduled
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU_CACHE_BYTES = 256 << 20  # KV cache of one worker on a CPU when the config does not say
-CUDA_CACHE_SHARE = 0.85  # of the memory that is free after the weights are loaded
+CUDA_CACHE_SHARE = 0.95  # of the memory that is free beside weights, activations and graphs
+_WARM_UP_TOKENS, _WARM_UP_SEQS = 3, 2
 
 
 def pick_device(config: EngineConfig, local_rank: int) -> torch.device:
@@ -41,6 +45,32 @@ def pick_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
+def schedules_async(config: EngineConfig, device: torch.device) -> bool:
+    """Whether steps are planned ahead: what the config says, else on CUDA, where there is one stage."""
+    if config.async_scheduling is not None:
+        return config.async_scheduling
+    return device.type == "cuda" and config.pp == 1
+
+
+def _read_later(token_ids: Tensor | None) -> Callable[[], list[int]]:
+    """The copy to the host begins now; what is returned waits for it, and for nothing that is started later."""
+    if token_ids is None:
+        return list
+    if not token_ids.is_cuda:
+        return token_ids.tolist
+    host = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
+    host.copy_(token_ids, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[int]:
+        copied.synchronize()
+        values: list[int] = host.tolist()
+        return values
+
+    return read
+
+
 class TorchModelRunner:
     """One rank's weights and KV cache."""
 
@@ -53,33 +83,61 @@ class TorchModelRunner:
         weights: Weights | None = None,
     ) -> None:
         """weights: those of config.model_dir unless others are given."""
+        self._config = config
         self._device = device
         self._groups = groups
         self._vocab_size = model.vocab_size
-        self._block_size = config.block_size
-        dtype = pick_dtype(config, device)
-        self._stage = LlamaStage(model, weights or Checkpoint(Path(config.model_dir), dtype, device), groups)
+        self._dtype = pick_dtype(config, device)
+        weights = weights or Checkpoint(Path(config.model_dir), self._dtype, device)
+        self._stage = LlamaStage(model, weights, groups, config.batch_invariant)
         self._cos_sin = rope_cos_sin(model, model.max_position_embeddings, device)
-        self.num_blocks = config.num_blocks or self._blocks_that_fit(config, model, dtype)
-        (self.num_blocks,) = groups.min_over_ranks([self.num_blocks])
-        layers, heads = len(self._stage.layers), model.num_key_value_heads // config.tp
-        # Zeros, not empty: attention multiplies masked slots by 0, and 0 x NaN is NaN.
-        self.cache = torch.zeros(
-            (layers, self.num_blocks, heads, 2, config.block_size, model.head_dim), dtype=dtype, device=device
+        self._context_tokens = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
+        self._inputs = InputBuffers(
+            max(config.max_num_batched_tokens, config.max_num_seqs, _WARM_UP_TOKENS),
+            max(config.max_num_seqs, _WARM_UP_SEQS),
+            -(-self._context_tokens // config.block_size),
+            device,
         )
-        self._layer_caches = list(self.cache.unbind(0))
+        self._graphs: GraphedStage | None = None
+        self.replays = True  # graphs, where there are any; a benchmark compares
         self._transfer: KVTransfer | None = None
+        self._last_tokens: Tensor | None = None  # of the last step, on the device
+        self._last_order: Sequence[int] = ()  # place in the plan of each of them
+        self._kv_heads = model.num_key_value_heads // config.tp
+        self._head_dim = model.head_dim
+        self.num_blocks = config.num_blocks or self._blocks_that_fit()
+        (self.num_blocks,) = groups.min_over_ranks([self.num_blocks])
+        self._make_cache(self.num_blocks)
 
-    def _blocks_that_fit(self, config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> int:
-        heads, layers = model.num_key_value_heads // config.tp, len(self._stage.layers)
-        block_bytes = layers * heads * 2 * config.block_size * model.head_dim * dtype.itemsize
+    def _make_cache(self, num_blocks: int) -> None:
+        # Zeros, not empty: attention multiplies masked slots by 0, and 0 x NaN is NaN.
+        shape = (len(self._stage.layers), num_blocks, self._kv_heads, 2, self._config.block_size, self._head_dim)
+        self.cache = torch.zeros(shape, dtype=self._dtype, device=self._device)
+        self._layer_caches = list(self.cache.unbind(0))
+
+    def _blocks_that_fit(self) -> int:
+        slot_bytes = len(self._stage.layers) * self._kv_heads * 2 * self._head_dim * self._dtype.itemsize
+        block_bytes = slot_bytes * self._config.block_size
         if self._device.type == "cuda":
-            free_bytes = int(torch.cuda.mem_get_info(self._device)[0] * CUDA_CACHE_SHARE)
+            free_bytes = int(self._free_bytes_beside_steps() * CUDA_CACHE_SHARE)
         else:
-            free_bytes = CPU_CACHE_BYTES // (config.tp * config.pp)
+            free_bytes = CPU_CACHE_BYTES // self._groups.world_size
         if free_bytes < block_bytes:
             raise ModelError(f"no memory for one KV block of {block_bytes} bytes ({free_bytes} bytes are free)")
         return free_bytes // block_bytes
+
+    def _free_bytes_beside_steps(self) -> int:
+        """What is free on the device when the largest steps have what they need: tried out, on a cache of one block."""
+        before, _ = torch.cuda.mem_get_info(self._device)
+        self._make_cache(1)
+        self.warm_up()
+        torch.cuda.synchronize(self._device)
+        needed = before - torch.cuda.mem_get_info(self._device)[0]
+        self._graphs = None  # they know the addresses of the small cache
+        self._layer_caches, self.cache = [], torch.empty(0)
+        gc.collect()
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self._device)[0] - needed
 
     def attach(self, transfer: KVTransfer) -> None:
         """Give the rank its way to the KV tiers; without one, plans must not load or store."""
@@ -101,41 +159,100 @@ class TorchModelRunner:
         """Fragments that verified but were not of the expected length."""
         return 0 if self._transfer is None else self._transfer.num_layout_rejects
 
+    @torch.inference_mode()
     def warm_up(self) -> None:
-        """One small step, so that the first request does not pay for what the first step sets up. On all ranks at once.
+        """Set up what the first steps would pay for, and record the graphs. On all ranks at once.
 
-        It writes into block 0, which no request owns yet.
+        Its first step writes into block 0, which no request owns yet.
         """
         chunk = ScheduledRequest("", [0, 0], 0, 0, [0, 0], None)
         decode = ScheduledRequest("", [0], 0, 0, [0], SampleSpec(0.0, 1.0, 0, 0, 0))
         self.execute(SchedulerOutput([chunk, decode]))
+        config = self._config
+        if self._device.type == "cuda":  # the largest steps, which settle how much memory steps take
+            num_tokens = min(config.max_num_batched_tokens, self._context_tokens)
+            blocks = [0] * -(-num_tokens // config.block_size)
+            self.execute(SchedulerOutput([ScheduledRequest("", [0] * num_tokens, 0, num_tokens, blocks, None)]))
+            sampled = ScheduledRequest("", [0], 0, 1, [0], SampleSpec(1.0, 0.9, 0, 0, 0))
+            self.execute(SchedulerOutput([sampled] * min(config.max_num_seqs, config.max_num_batched_tokens)))
+        if self._uses_graphs:
+            graphs = GraphedStage(self._stage, self._layer_caches, self._cos_sin, self._inputs)
+            is_leader = self._groups.shard.rank == 0
+            graphs.capture(config.max_num_seqs, config.max_num_batched_tokens, config.block_size, is_leader)
+            self._graphs = graphs
+
+    @property
+    def _uses_graphs(self) -> bool:
+        wanted = self._config.cuda_graphs
+        return self._device.type == "cuda" if wanted is None else wanted
 
     # ------------------------------------------------------------------------------------------------------- one step
-    @torch.inference_mode()
     def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
         """Loads, forward pass, stores, write-backs."""
+        return self.start(plan)()
+
+    @torch.inference_mode()
+    def start(self, plan: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
+        """As execute, but on CUDA the forward pass may still run; what is returned waits for its tokens."""
         started = time.perf_counter()
         loaded = [self._load(load) for load in plan.loads]
         tokens: Tensor | None = None
         order: list[int] = []
         if plan.requests:
-            prepared = prepare_batch(plan.requests, self._block_size, self._device)
+            prepared, logits = self._forward(plan.requests)
             order = prepared.order
-            logits = self._stage.forward(prepared.batch, self._layer_caches, self._cos_sin)
             if logits is not None and order:
-                tokens = sample(logits, prepared.samples, self._groups, self._vocab_size)
+                tokens = self._choose(logits, prepared)
             tokens = self._groups.tokens_to_leader(tokens, len(order))
+            self._last_tokens, self._last_order = tokens, order
         stored = [self._save(store) for store in plan.stores]
         if self._transfer is not None:
             for write_back in plan.write_backs:
                 self._transfer.write_back(write_back)
         counts = self._groups.min_over_ranks([*loaded, *stored])
-        sampled = [0] * (0 if tokens is None else len(tokens))
-        if tokens is not None:
-            for place, token_id in zip(order, tokens.tolist(), strict=True):
+        read = _read_later(tokens)
+
+        def wait() -> ModelRunnerOutput:
+            token_ids = read()
+            sampled = [0] * len(token_ids)
+            for place, token_id in zip(order if token_ids else (), token_ids, strict=True):
                 sampled[place] = token_id
-        duration_s = time.perf_counter() - started
-        return ModelRunnerOutput(sampled, counts[: len(loaded)], counts[len(loaded) :], duration_s)
+            duration_s = time.perf_counter() - started
+            return ModelRunnerOutput(sampled, counts[: len(loaded)], counts[len(loaded) :], duration_s)
+
+        return wait
+
+    def _forward(self, requests: Sequence[ScheduledRequest]) -> tuple[PreparedBatch, Tensor | None]:
+        """The batch, and on the last stage the logits of its sampled rows."""
+        graphs = self._graphs if self.replays else None
+        padding = None if graphs is None else graphs.padding_for(requests)
+        config = self._config
+        prepared = self._inputs.fill(
+            requests, config.block_size, config.batch_invariant, padding or NO_PADDING, self._last_order
+        )
+        batch, received = prepared.batch, None
+        if prepared.has_pending_tokens:
+            self._put_last_tokens(batch.token_ids)
+        if not self._stage.is_first:
+            shape = (2, len(batch.token_ids), self._stage.config.hidden_size)
+            received = self._groups.recv_from_previous_stage(shape, self._dtype)
+        if graphs is not None and padding is not None:
+            out = graphs.run(prepared, received)
+        else:
+            out = self._stage.forward(batch, self._layer_caches, self._cos_sin, received)
+        if not self._stage.is_last:
+            self._groups.send_to_next_stage(out)
+            return prepared, None
+        return prepared, out[: len(prepared.samples)]
+
+    def _put_last_tokens(self, token_ids: Tensor) -> None:
+        """In place of -1 - i, the token that the last step chose in its row i; the host may not know it yet."""
+        assert self._last_tokens is not None
+        rows = (-1 - token_ids).clamp_(min=0)
+        token_ids.copy_(torch.where(token_ids < 0, self._last_tokens[rows], token_ids))
+
+    def _choose(self, logits: Tensor, prepared: PreparedBatch) -> Tensor:
+        return sample(logits, prepared.samples, self._groups, self._vocab_size)
 
     def _load(self, load: BlockTransfer) -> int:
         return 0 if self._transfer is None else self._transfer.load(load)

@@ -41,10 +41,12 @@ def _mul_hi_lo(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
     return total >> 16, ((total & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def gumbel(seed: int, choice: int, position: int, first_id: int, num_ids: int) -> Tensor:
+def gumbel(
+    seed: int, choice: int, position: int, first_id: int, num_ids: int, device: torch.device | None = None
+) -> Tensor:
     """fp64 [num_ids]: standard Gumbel noise of the vocabulary ids first_id .. first_id + num_ids - 1."""
     first_block, last_block = first_id // 4, (first_id + num_ids + 3) // 4
-    blocks = torch.arange(first_block, last_block, dtype=torch.int64)
+    blocks = torch.arange(first_block, last_block, dtype=torch.int64, device=device)
     constant = torch.full_like(blocks, 0)
     words = philox4x32((constant + choice, constant + position, blocks, constant), (seed & _MASK, (seed >> 32) & _MASK))
     bits = torch.stack(words, dim=1).flatten()[first_id - 4 * first_block :][:num_ids]
@@ -61,8 +63,8 @@ def mask_top_k_top_p(logits: Tensor, top_k: int, top_p: float) -> Tensor:
         ordered, order = torch.sort(logits, descending=True, stable=True)
         probabilities = torch.softmax(ordered, dim=-1)
         before = torch.cumsum(probabilities, dim=-1) - probabilities
-        logits = logits.clone()
-        logits[order[before >= top_p]] = float("-inf")
+        kept = torch.where(before >= top_p, float("-inf"), ordered)
+        logits = torch.empty_like(logits).scatter_(0, order, kept)  # an index by a mask would wait for the device
     return logits
 
 
@@ -100,6 +102,6 @@ def _best(logits: Tensor, specs: Sequence[SampleSpec], first_id: int) -> tuple[T
             continue
         # In fp64: a temperature of 1e-40 is allowed, and means nearly greedy, not infinite.
         scaled = mask_top_k_top_p(row.double() / spec.temperature, spec.top_k, spec.top_p)
-        scores.append(scaled + gumbel(spec.seed, 0, spec.position, first_id, len(row)).to(row.device))
+        scores.append(scaled + gumbel(spec.seed, 0, spec.position, first_id, len(row), row.device))
     values, ids = torch.stack(scores).max(dim=-1)
     return values, ids + first_id

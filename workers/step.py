@@ -6,7 +6,7 @@ from the leader to the other ranks as one flat int32 array, never as pickled Pyt
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,6 +14,16 @@ import numpy as np
 import numpy.typing as npt
 
 NAME_WORDS = 4  # a block name is 16 bytes
+
+
+def pending_token(place: int) -> int:
+    """Stands for a token that the step before chooses, `place`-th of its samples, and that only the device knows."""
+    return -1 - place
+
+
+def pending_place(token_id: int) -> int | None:
+    """The inverse; None for a token that is known."""
+    return None if token_id >= 0 else -1 - token_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +42,7 @@ class ScheduledRequest:
     """A run of tokens of one request to compute in this step."""
 
     request_id: str  # stays with the leader
-    token_ids: Sequence[int]
+    token_ids: Sequence[int]  # the last may be a pending_token
     start_position: int  # of token_ids[0] in the request
     write_from: int  # positions below it are in the cache already and are not written again
     block_table: Sequence[int]
@@ -88,8 +98,8 @@ class ModelRunnerOutput:
 class ModelRunner(Protocol):
     """Carries out plans on one rank; every rank of a worker gets the same ones."""
 
-    def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
-        """One step."""
+    def start(self, plan: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
+        """One step; what is returned waits for its end."""
         ...
 
 
@@ -98,6 +108,10 @@ class Executor(Protocol):
 
     def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
         """One step."""
+        ...
+
+    def start(self, plan: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
+        """One step, which may still run on return; what is returned waits for its end. Steps run in order."""
         ...
 
     def stop(self) -> None:

@@ -6,11 +6,21 @@ For tests and benchmarks; the engine never imports it.
 from typing import Any
 
 from kernels.attention.decode import decode_attention
+from kernels.attention.mla import mla_decode_attention
+from kernels.attention.mla_prefill import mla_prefill_attention
 from kernels.attention.prefill import prefill_attention
-from kernels.gated import swiglu
-from kernels.norm import add_rms_norm, rms_norm
+from kernels.embedding import vocab_embedding
+from kernels.gated import swiglu, swiglu_quantised
+from kernels.gemm.fp8_block import fp8_block_gemm
+from kernels.gemm.linear import fixed_order_linear
+from kernels.gemm.w4a16 import w4a16_gemm
+from kernels.gemm.w8a8 import fp8_gemm, int8_gemm
+from kernels.kv_copy import gather_kv_blocks, scatter_kv_blocks
+from kernels.norm import add_rms_norm, add_rms_norm_quantised, rms_norm, rms_norm_quantised
 from kernels.op import Op
-from kernels.rope_kv import rope_and_write_kv
+from kernels.penalties import apply_penalties
+from kernels.rope_kv import rope_and_write_kv, rope_and_write_kv_fp8, rope_and_write_kv_int8
+from kernels.sampling import sample, vocab_argmax
 
 OPS: tuple[Op[..., Any], ...] = (
     decode_attention,
@@ -19,4 +29,22 @@ OPS: tuple[Op[..., Any], ...] = (
     add_rms_norm,
     rope_and_write_kv,
     swiglu,
+    gather_kv_blocks,
+    scatter_kv_blocks,
+    mla_decode_attention,
+    mla_prefill_attention,
+    fixed_order_linear,
+    w4a16_gemm,
+    fp8_gemm,
+    int8_gemm,
+    fp8_block_gemm,
+    rms_norm_quantised,
+    add_rms_norm_quantised,
+    swiglu_quantised,
+    rope_and_write_kv_fp8,
+    rope_and_write_kv_int8,
+    vocab_argmax,
+    sample,
+    vocab_embedding,
+    apply_penalties,
 )

@@ -2,7 +2,7 @@
 
     TRITON_INTERPRET=1 python -m kernels.harness.lanes interpreter   # small cases, Triton code interpreted on the CPU
     python -m kernels.harness.lanes paper   # full cases, compiled for sm_90a on meta tensors; needs no GPU
-    python -m kernels.harness.lanes gpu     # small and full cases on the CUDA device
+    python -m kernels.harness.lanes gpu     # small and full cases on the CUDA device; --small leaves the full ones out
 
 A lane is a process of its own, because Triton decides at import whether it interprets. Exits 1 when a case failed to
 run at all; whether its numbers are good is the reader's to judge. `--only WORD` keeps the cases whose name holds the
@@ -68,13 +68,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lane", choices=LANES)
     parser.add_argument("--only", default="", metavar="WORD")
+    parser.add_argument(
+        "--small", action="store_true", help="without production shapes, which the benchmark checks too"
+    )
     options = parser.parse_args()
     _prepare(options.lane)
     run, cases = LANES[options.lane]
     failed = False
     for op in OPS:
         for case in cases(op):
-            if options.only not in f"{op.name} {case.name}":
+            if options.only not in f"{op.name} {case.name}" or (options.small and case not in op.small):
                 continue
             record: Record = {"op": op.name, "case": case.name}
             try:

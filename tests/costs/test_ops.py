@@ -27,6 +27,22 @@ def test_prefill_attention_counts_the_causal_pairs():
     assert cost.memory_bytes == 2 * 3 * 4 * 8 * 2 + 2 * 10 * 2 * 8 * 2
 
 
+def test_a_window_bounds_what_each_token_sees_and_what_is_read():
+    # tokens 8, 9 and 10 see 4 each, from the 5th to the 10th: 6 of the cache are read
+    cost = ops.prefill_attention([3], [10], 4, 2, 8, 2, window=4)
+    assert cost == OpCost(2 * 3 * 4 * 8 * 2 + 6 * 2 * 2 * 8 * 2, 4 * 12 * 4 * 8)
+    assert ops.prefill_attention([3], [3], 4, 2, 8, 2, window=2).flops == 4 * (1 + 2 + 2) * 4 * 8
+    assert ops.decode_attention([100], 4, 2, 8, 2, window=7) == ops.decode_attention([7], 4, 2, 8, 2)
+    assert ops.prefill_attention([3], [10], 4, 2, 8, 2, window=10) == ops.prefill_attention([3], [10], 4, 2, 8, 2)
+
+
+def test_a_quantised_cache_is_read_in_its_own_bytes():
+    plain = ops.decode_attention([100], 4, 2, 8, 2)
+    narrow = ops.decode_attention([100], 4, 2, 8, 2, kv_token_bytes=2 * 8 + 2 * 4)
+    assert plain.memory_bytes - narrow.memory_bytes == 100 * 2 * (2 * 8 * 2 - 24)
+    assert plain.flops == narrow.flops
+
+
 def test_prefill_of_a_sequence_that_asks_nothing_is_free():
     assert ops.prefill_attention([0, 2], [100, 2], 4, 2, 8, 2) == ops.prefill_attention([2], [2], 4, 2, 8, 2)
 
@@ -53,3 +69,18 @@ def test_decode_of_a_large_model_is_bound_by_its_cache():
     cost = ops.decode_attention([4096] * 32, 32, 8, 128, 2)
     assert cost.memory_bytes == pytest.approx(537e6, rel=0.01)
     assert cost.flops / cost.memory_bytes == pytest.approx(4, rel=0.01)
+
+
+def test_mla_decode_reads_a_latent_once_for_all_heads():
+    # two tokens of 32 + 8 numbers, two heads that ask with 40 and answer with 32
+    assert ops.mla_decode_attention([2, 0], 2, 32, 8, 2) == OpCost((2 * 40 + 2 * (40 + 32)) * 2, 2 * 2 * 2 * (40 + 32))
+
+
+def test_a_copy_reads_and_writes():
+    assert ops.copy(10) == OpCost(20, 0)
+
+
+def test_mla_prefill_counts_pairs_over_keys_of_each_head():
+    cost = ops.mla_prefill_attention([3, 0], [10, 7], 2, 8, 4, 16, 2)
+    queries, keys = 3 * 2 * (8 + 4 + 16), 10 * (2 * (8 + 16) + 4)
+    assert cost == OpCost(2 * (queries + keys), 2 * (8 + 9 + 10) * 2 * (8 + 4 + 16))

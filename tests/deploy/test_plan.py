@@ -61,6 +61,16 @@ def test_pools_on_different_devices_must_agree_on_a_dtype(tiny_model: Path) -> N
     assert {pool.spec.engine.block_size for pool in made.pools} == {64}
 
 
+def test_one_batch_invariance_for_all_pools(tiny_model: Path) -> None:
+    made = plan(tiny_model, "model.batch_invariant=true", "pools.decode.tp=2", "pools.prefill.tp=2")
+    assert all(pool.spec.engine.batch_invariant for pool in made.pools)
+    with pytest.raises(ConfigError, match=r"model\.batch_invariant: all pools must have the same tp"):
+        plan(tiny_model, "model.batch_invariant=true", "pools.decode.tp=2")
+    with pytest.raises(ConfigError, match=r"model\.batch_invariant"):
+        plan(tiny_model, "model.batch_invariant=true", "model.dtype=float32", "pools.decode.device=cpu", num_gpus=8)
+    assert not any(pool.spec.engine.batch_invariant for pool in plan(tiny_model).pools)
+
+
 def test_custom_resources_tie_every_bundle(tiny_model: Path) -> None:
     made = plan(tiny_model, "pools.decode.resources={decode_host: 0.01}")
     assert all(bundle["decode_host"] == 0.01 for bundle in made.pools[1].bundles)

@@ -61,7 +61,7 @@ def test_a_call_goes_where_its_first_argument_is():
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_costs_come_from_the_arguments_of_a_call(op):
     costs = [op.cost(*case.build("cpu")) for case in op.small]
-    assert all(cost.memory_bytes > 0 and cost.flops > 0 for cost in costs)
+    assert all(cost.memory_bytes > 0 and cost.flops >= 0 for cost in costs)
 
 
 def run_python(code):

@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from kernels.cases import Draw, PagedShape
 from kernels.harness import OPS
 from kernels.harness.compare import case_error, row_error
+from tests.kernels import expected_attention
+from tests.kernels.expected_elementwise import EXPECTED as EXPECTED_ELEMENTWISE
+from tests.kernels.expected_gemm import TORCH_GEMM
 
 CASES = [pytest.param(op, case, id=f"{op.name} {case.name}") for op in OPS for case in op.small]
 
@@ -36,35 +39,6 @@ def test_the_definition_equals_torch(op, case):
         assert row_error(out, want.to(out.dtype)) <= op.tolerance[case.dtype]
 
 
-def contiguous_kv(kv_cache, table_row, length):
-    """One sequence's K and V token by token: slow, and nothing like the gathers under test."""
-    block_size = kv_cache.shape[3]
-    tokens = [kv_cache[table_row[t // block_size], :, :, t % block_size] for t in range(length)]
-    k, v = torch.stack(tokens, dim=2).double().unbind(1)
-    return k[None], v[None]
-
-
-def torch_decode(q, kv_cache, block_table, seq_lens, scale):
-    starts = torch.arange(len(seq_lens) + 1)
-    return torch_prefill(q, kv_cache, block_table, starts, seq_lens, 1, scale)
-
-
-def torch_prefill(q, kv_cache, block_table, query_start_loc, seq_lens, max_query_len, scale):
-    outputs = []
-    for i, length in enumerate(seq_lens.tolist()):
-        rows = q[query_start_loc[i] : query_start_loc[i + 1]].double()
-        assert len(rows) <= max_query_len
-        if length == 0 or len(rows) == 0:
-            outputs.append(torch.zeros_like(rows))
-            continue
-        k, v = contiguous_kv(kv_cache, block_table[i].tolist(), length)
-        # All of the sequence asks, causally; only the chunk's rows are kept.
-        padded = F.pad(rows.transpose(0, 1)[None], (0, 0, length - len(rows), 0))
-        out = F.scaled_dot_product_attention(padded, k, v, is_causal=True, scale=scale, enable_gqa=True)
-        outputs.append(out[0, :, length - len(rows) :].transpose(0, 1))
-    return torch.cat(outputs)
-
-
 def torch_rms_norm(x, weight, eps):
     return F.rms_norm(x.double(), weight.shape, weight.double(), eps)
 
@@ -84,13 +58,13 @@ def torch_rope(q, k, v, cos_sin, positions, kv_cache, slot_mapping):
 
 
 TORCH = {
-    "decode_attention": torch_decode,
-    "prefill_attention": torch_prefill,
+    **expected_attention.TORCH,
     "rms_norm": torch_rms_norm,
     "add_rms_norm": torch_add_rms_norm,
     "rope_and_write_kv": torch_rope,
     "swiglu": lambda gate_up: F.silu(gate_up[:, : gate_up.shape[1] // 2].double()) * gate_up.double().chunk(2, -1)[1],
 }
+TORCH |= TORCH_GEMM | EXPECTED_ELEMENTWISE
 
 
 def op_named(name):
@@ -148,11 +122,11 @@ def test_a_nan_of_another_sequence_stays_there():
 
 
 def test_very_ragged_decode_is_cut_into_calls_of_similar_length():
-    from kernels.attention.decode import _similar_lengths
+    from kernels.attention.decode_cpu import similar_lengths
 
-    assert _similar_lengths([8, 8, 8], 1 << 20) == [[0, 1, 2]]
-    assert _similar_lengths([9, 7], 1) == [[1, 0]]  # a little padding is cheaper than a call
-    assert _similar_lengths([10, 4000, 12, 3900, 11], 2048) == [[0, 4, 2], [3, 1]]
-    steps = _similar_lengths(list(range(1000)), 2048)
+    assert similar_lengths([8, 8, 8], 1 << 20) == [[0, 1, 2]]
+    assert similar_lengths([9, 7], 1) == [[1, 0]]  # a little padding is cheaper than a call
+    assert similar_lengths([10, 4000, 12, 3900, 11], 2048) == [[0, 4, 2], [3, 1]]
+    steps = similar_lengths(list(range(1000)), 2048)
     assert sorted(i for group in steps for i in group) == list(range(1000))
     assert all(sum(max(group) - i for i in group) * 2048 <= 1 << 18 for group in steps)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 import torch
+from torch import Tensor
 
+from workers.batching import PreparedBatch
 from workers.config import EngineConfig, ModelConfig
 from workers.engine import Engine
 from workers.executor import follow
@@ -17,6 +19,7 @@ from workers.parallel import ParallelGroups, Shard
 from workers.rank import make_engine
 from workers.request import Request, SamplingParams
 from workers.runner import TorchModelRunner
+from workers.step import ModelRunnerOutput, SchedulerOutput
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,22 @@ class JobResult:
     num_preemptions: int
     num_cached_prompt_tokens: int
     num_computed_prompt_tokens: int
+    logits: list[Tensor]  # [tokens, the leader's share of the vocabulary] of each completion; none where pp > 1
+
+
+class RecordingRunner(TorchModelRunner):
+    """Keeps the logits that each token was chosen from."""
+
+    logits: dict[str, list[Tensor]]
+
+    def start(self, plan: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
+        self._sampling_ids = [r.request_id for r in plan.requests if r.sample is not None]
+        return super().start(plan)
+
+    def _choose(self, logits: Tensor, prepared: PreparedBatch) -> Tensor:
+        for row, place in zip(logits, prepared.order, strict=True):
+            self.logits.setdefault(self._sampling_ids[place], []).append(row.clone())
+        return super()._choose(logits, prepared)
 
 
 def run_to_end(engine: Engine, requests: Sequence[Request]) -> dict[str, list[int]]:
@@ -52,7 +71,9 @@ def run_job(
 ) -> JobResult | None:
     """One rank's part of a job; the leader returns the result."""
     model = ModelConfig.load(config.model_dir)
-    runner = TorchModelRunner(config, model, groups, torch.device("cpu"))
+    runner = RecordingRunner(config, model, groups, torch.device("cpu"))
+    runner.logits = {}
+    runner.warm_up()
     if groups.shard.rank != 0:
         follow(runner, groups)
         return None
@@ -65,6 +86,7 @@ def run_job(
         engine.scheduler.num_preemptions,
         engine.counters.num_cached_prompt_tokens,
         engine.counters.num_computed_prompt_tokens,
+        [torch.stack(runner.logits[f"r{i}"]) for i in range(len(prompts))] if groups.shard.pp == 1 else [],
     )
 
 

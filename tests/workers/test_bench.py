@@ -19,17 +19,29 @@ def test_rates_of_decode_and_prefill_are_printed_and_written(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "engine.jsonl").read_text().splitlines()]
-    assert [(row["name"], row["batch_size"], row["context_tokens"]) for row in rows] == [
-        ("decode", 1, 48),
-        ("decode", 3, 48),
-        ("prefill", 1, 200),
-    ]
+    expected = [("decode", 1, 48), ("decode", 3, 48), ("prefill", 1, 200)]
+    for rows_of_mode, is_invariant in ((rows[:3], False), (rows[3:], True)):
+        assert [(row["name"], row["batch_size"], row["context_tokens"]) for row in rows_of_mode] == expected
+        assert all(row["batch_invariant"] is is_invariant and row["graphs"] for row in rows_of_mode)
+    assert all(row["same_tokens"] is True for row in rows[3:])
+    assert all(row["same_tokens"] in (True, False) for row in rows[:3])
     for row in rows:
         assert row["tokens_per_s"] > 0
         assert row["share_of_roofline"] > 0
         num_tokens = 200 if row["name"] == "prefill" else row["batch_size"]
         assert row["tokens_per_s"] == pytest.approx(num_tokens / row["step_ms"] * 1000)
-    assert done.stdout.count("of the roofline") == 3
+    assert done.stdout.count("of the roofline") == 6
+
+
+def test_without_graphs_nothing_is_compared(tmp_path):
+    command = [sys.executable, "-m", "workers.bench", "--shape", "tiny", "--device", "cpu", "--no-graphs"]
+    command += ["--async-scheduling", "--threads", "1", "--modes", "plain"]
+    command += ["--batch-sizes", "2", "--context", "20", "--prompt", "40"]
+    done = subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "engine.jsonl").read_text().splitlines()]
+    assert [(row["graphs"], row["same_tokens"]) for row in rows] == [(False, None)] * 2
+    assert done.stdout.count("(async scheduling)") == 2
 
 
 def test_random_weights_have_the_shards_shape():

@@ -14,14 +14,18 @@ from torch import Tensor
 
 import kernels
 from workers.config import ModelConfig, RopeScaling
-from workers.layers import ColumnParallelLinear, RowParallelLinear, VocabParallel
+from workers.layers import Arithmetic, ColumnParallelLinear, RowParallelLinear, VocabParallel
 from workers.loader import Weights
 from workers.parallel import ParallelGroups, stage_layers
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The rows of one forward pass: first the sequences with one token each, then those with several."""
+    """The rows of one forward pass: first the sequences with one token each, then those with several.
+
+    Decode attention makes its sums in another order than prefill attention: in batch-invariant mode all sequences count
+    as prefills, so that it does not matter which way a token comes.
+    """
 
     token_ids: Tensor  # int64 [tokens]
     positions: Tensor  # int64 [tokens]
@@ -58,17 +62,17 @@ def _scale_llama3(inv_freq: Tensor, scaling: RopeScaling) -> Tensor:
 class LlamaLayer:
     """One decoder layer on one rank."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, groups: ParallelGroups, index: int) -> None:
-        c, tp = config, groups.shard.tp
+    def __init__(self, config: ModelConfig, weights: Weights, arithmetic: Arithmetic, index: int) -> None:
+        c, tp = config, arithmetic.shard.tp
         prefix = f"model.layers.{index}."
         query, key = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         attn, mlp = prefix + "self_attn.", prefix + "mlp."
         qkv_names = [attn + f"{p}_proj.weight" for p in "qkv"]
-        self.qkv = ColumnParallelLinear(weights, groups, qkv_names, [query, key, key], c.hidden_size)
-        self.o = RowParallelLinear(weights, groups, attn + "o_proj.weight", c.hidden_size, query)
+        self.qkv = ColumnParallelLinear(weights, arithmetic, qkv_names, [query, key, key], c.hidden_size)
+        self.o = RowParallelLinear(weights, arithmetic, attn + "o_proj.weight", c.hidden_size, query)
         gate_up = [mlp + "gate_proj.weight", mlp + "up_proj.weight"]
-        self.gate_up = ColumnParallelLinear(weights, groups, gate_up, [c.intermediate_size] * 2, c.hidden_size)
-        self.down = RowParallelLinear(weights, groups, mlp + "down_proj.weight", c.hidden_size, c.intermediate_size)
+        self.gate_up = ColumnParallelLinear(weights, arithmetic, gate_up, [c.intermediate_size] * 2, c.hidden_size)
+        self.down = RowParallelLinear(weights, arithmetic, mlp + "down_proj.weight", c.hidden_size, c.intermediate_size)
         self.input_norm = weights.read(prefix + "input_layernorm.weight", (c.hidden_size,))
         self.post_norm = weights.read(prefix + "post_attention_layernorm.weight", (c.hidden_size,))
         self.num_heads, self.num_kv_heads, self.head_dim = (
@@ -77,22 +81,23 @@ class LlamaLayer:
             c.head_dim,
         )
         self.eps, self.scale = c.rms_norm_eps, c.head_dim**-0.5
+        self._batch_invariant = arithmetic.batch_invariant
 
-    def __call__(
+    def before_attention(
         self, hidden: Tensor, residual: Tensor | None, batch: Batch, kv_cache: Tensor, cos_sin: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """hidden [tokens, hidden_size] and the residual stream before it; returns both after the layer."""
+        """hidden [tokens, hidden_size] and the residual stream before it; returns q [tokens, heads, head_dim] and the
+        residual stream, with this pass's keys and values in the cache."""
         if residual is None:
             residual, x = hidden, kernels.rms_norm(hidden, self.input_norm, self.eps)
         else:
             x, residual = kernels.add_rms_norm(hidden, residual, self.input_norm, self.eps)
-        x = self.o(self._attention(self.qkv(x), batch, kv_cache, cos_sin))
-        x, residual = kernels.add_rms_norm(x, residual, self.post_norm, self.eps)
-        return self.down(kernels.swiglu(self.gate_up(x))), residual
+        parts = torch.split(self.qkv(x), self.qkv.output_sizes, dim=-1)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in parts)
+        return kernels.rope_and_write_kv(q, k, v, cos_sin, batch.positions, kv_cache, batch.slot_mapping), residual
 
-    def _attention(self, qkv: Tensor, batch: Batch, kv_cache: Tensor, cos_sin: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in torch.split(qkv, self.qkv.output_sizes, dim=-1))
-        q = kernels.rope_and_write_kv(q, k, v, cos_sin, batch.positions, kv_cache, batch.slot_mapping)
+    def attention(self, q: Tensor, batch: Batch, kv_cache: Tensor) -> Tensor:
+        """[tokens, heads, head_dim] -> [tokens, heads * head_dim]; the only part in which rows meet."""
         n, outputs = batch.num_decodes, []
         if n:
             outputs.append(
@@ -108,52 +113,67 @@ class LlamaLayer:
                     batch.seq_lens[n:],
                     batch.max_query_len,
                     self.scale,
+                    batch_invariant=self._batch_invariant,
                 )
             )
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).flatten(1)
+
+    def after_attention(self, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns hidden and the residual stream after the layer."""
+        x, residual = kernels.add_rms_norm(self.o(attended), residual, self.post_norm, self.eps)
+        return self.down(kernels.swiglu(self.gate_up(x))), residual
 
 
 class LlamaStage:
     """The layers of one pipeline stage; the first also embeds, the last also has the head."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, groups: ParallelGroups) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: Weights, groups: ParallelGroups, batch_invariant: bool = False
+    ) -> None:
         self.config = config
-        self._groups = groups
+        self.batch_invariant = batch_invariant
+        arithmetic = Arithmetic(groups, batch_invariant)
         shard = groups.shard
+        self.is_first, self.is_last = shard.is_first_stage, shard.is_last_stage
         self.layer_range = stage_layers(config.num_hidden_layers, shard.pp, shard.stage)
         embed, vocab, hidden = "model.embed_tokens.weight", config.vocab_size, config.hidden_size
         self.embedding = self.head = None
         if shard.is_first_stage or (shard.is_last_stage and config.tie_word_embeddings):
-            self.embedding = VocabParallel(weights, groups, embed, vocab, hidden)
+            self.embedding = VocabParallel(weights, arithmetic, embed, vocab, hidden)
         if shard.is_last_stage:
             self.head = (
                 self.embedding
                 if config.tie_word_embeddings
-                else VocabParallel(weights, groups, "lm_head.weight", vocab, hidden)
+                else VocabParallel(weights, arithmetic, "lm_head.weight", vocab, hidden)
             )
             self.norm = weights.read("model.norm.weight", (hidden,))
-        self.layers = [LlamaLayer(config, weights, groups, i) for i in self.layer_range]
+        self.layers = [LlamaLayer(config, weights, arithmetic, i) for i in self.layer_range]
 
-    def forward(self, batch: Batch, kv_caches: list[Tensor], cos_sin: Tensor) -> Tensor | None:
-        """Run the stage. kv_caches: one [blocks, kv_heads, 2, block_size, head_dim] per layer of the stage.
+    def enter(self, batch: Batch, received: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """hidden, and the residual stream where there is one already. received: see forward."""
+        if received is not None:
+            return received[0], received[1]
+        assert self.embedding is not None
+        return self.embedding.embed(batch.token_ids), None
 
-        Returns the wanted rows' logits [rows, vocab / tp] on the last stage, None on the others.
-        """
-        shard = self._groups.shard
-        residual: Tensor | None = None
-        if shard.is_first_stage:
-            assert self.embedding is not None
-            hidden = self.embedding.embed(batch.token_ids)
-        else:
-            shape = (2, len(batch.token_ids), self.config.hidden_size)
-            hidden, residual = self._groups.recv_from_previous_stage(shape, self.layers[0].input_norm.dtype)
-        for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
-            hidden, residual = layer(hidden, residual, batch, kv_cache, cos_sin)
-        assert residual is not None  # every stage has a layer
-        if not shard.is_last_stage:
-            self._groups.send_to_next_stage(torch.stack((hidden, residual)))
-            return None
+    def leave(self, hidden: Tensor, residual: Tensor, batch: Batch) -> Tensor:
+        """What forward returns."""
+        if not self.is_last:
+            return torch.stack((hidden, residual))
         assert self.head is not None
         rows = batch.sample_rows
         normed, _ = kernels.add_rms_norm(hidden[rows], residual[rows], self.norm, self.config.rms_norm_eps)
         return self.head.logits(normed)
+
+    def forward(self, batch: Batch, kv_caches: list[Tensor], cos_sin: Tensor, received: Tensor | None) -> Tensor:
+        """Run the stage. kv_caches: one [blocks, kv_heads, 2, block_size, head_dim] per layer of the stage.
+
+        received: [2, tokens, hidden_size] from the stage before; None on the first. Returns the same for the stage
+        behind, or the wanted rows' logits [rows, vocab / tp] on the last.
+        """
+        hidden, residual = self.enter(batch, received)
+        for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
+            q, residual = layer.before_attention(hidden, residual, batch, kv_cache, cos_sin)
+            hidden, residual = layer.after_attention(layer.attention(q, batch, kv_cache), residual)
+        assert residual is not None  # every stage has a layer
+        return self.leave(hidden, residual, batch)

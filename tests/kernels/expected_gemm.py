@@ -1,0 +1,46 @@
+"""What the matrix products and expert layers are to give, said in plain torch once more and otherwise than there."""
+
+import torch
+import torch.nn.functional as F
+
+
+def torch_linear(x, weight, bias):
+    return F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+
+
+def torch_w4a16(x, packed, scales, zeros):
+    """Word by word as the layout is told: word j of block b holds k = 128 b + j + 32 i at bits 4 i."""
+    num_blocks, n, num_words = packed.shape
+    codes = torch.empty(n, 128 * num_blocks, dtype=torch.float64)
+    for b in range(num_blocks):
+        for i in range(4):
+            codes[:, 128 * b + 32 * i : 128 * b + 32 * i + num_words] = packed[b].bitwise_right_shift(4 * i) & 15
+    group = codes.shape[1] // scales.shape[0]
+    zero = torch.full_like(scales, 8) if zeros is None else zeros
+    weight = (codes - zero.T.repeat_interleave(group, 1)) * scales.T.double().repeat_interleave(group, 1)
+    return torch.einsum("mk,nk->mn", x.double(), weight)
+
+
+def torch_w8a8(x, weight, x_scales, weight_scales):
+    return F.linear(x.double() * x_scales[:, None], weight.double() * weight_scales[:, None])
+
+
+def torch_fp8_block(x, weight, x_scales, weight_scales):
+    """Block by block, each product scaled after it was summed."""
+    out = torch.zeros(len(x), len(weight), dtype=torch.float64)
+    for i in range(weight_scales.shape[0]):
+        columns = slice(128 * i, 128 * (i + 1))
+        for j in range(weight_scales.shape[1]):
+            depth = slice(128 * j, 128 * (j + 1))
+            part = x[:, depth].double() @ weight[columns, depth].double().T
+            out[:, columns] += part * x_scales[:, j : j + 1] * weight_scales[i, j]
+    return out
+
+
+TORCH_GEMM = {
+    "fixed_order_linear": torch_linear,
+    "w4a16_gemm": torch_w4a16,
+    "fp8_gemm": torch_w8a8,
+    "int8_gemm": torch_w8a8,
+    "fp8_block_gemm": torch_fp8_block,
+}

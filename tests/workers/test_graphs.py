@@ -1,0 +1,145 @@
+"""Steps through graphs, rehearsed on the CPU: ladders, padding, fixed buffers, and the same tokens as without."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.workers.engine_group import EngineGroup, run_to_end
+from tests.workers.tiny_llama import make_checkpoint, prompts
+from workers.batching import InputBuffers, Padding
+from workers.config import EngineConfig, ModelConfig
+from workers.graphs import GraphedStage, decode_rungs, token_rungs
+from workers.models.llama import LlamaStage
+from workers.parallel import ParallelGroups, Shard
+from workers.rank import make_engine
+from workers.request import Request, SamplingParams
+from workers.runner import TorchModelRunner
+from workers.step import SampleSpec, ScheduledRequest
+
+CPU = torch.device("cpu")
+GREEDY = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
+SAMPLED = SamplingParams(temperature=1.1, top_p=0.9, seed=4, max_tokens=9, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return make_checkpoint("gqa", tmp_path_factory.mktemp("tiny"))
+
+
+def many_prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return prompts() + [torch.randint(97, (n,), generator=generator).tolist() for n in (1, 2, 30)]
+
+
+@pytest.mark.parametrize(
+    ("most", "rungs"), [(1, [1]), (3, [1, 2, 3]), (8, [1, 2, 4, 8]), (30, [1, 2, 4, 8, 16, 24, 30])]
+)
+def test_ladder_of_decodes(most, rungs):
+    assert decode_rungs(most) == rungs
+
+
+@pytest.mark.parametrize(("most", "rungs"), [(4, [4]), (8, [8]), (100, [8, 16, 32, 64, 100]), (8192, None)])
+def test_ladder_of_tokens(most, rungs):
+    assert token_rungs(most) == (rungs or [8, 16, 32, 64, 128, 256, 512])
+
+
+def test_a_batch_is_filled_up_with_what_changes_nothing():
+    inputs = InputBuffers(64, 8, 6, CPU)
+    spec = SampleSpec(0.0, 1.0, 0, 0, 0)
+    busy = ScheduledRequest("", list(range(20, 30)), 0, 0, [5, 4, 3], None)
+    inputs.fill([busy], 4)  # leaves its traces in the buffer
+    decodes = [
+        ScheduledRequest("", [7], 9, 9, [2, 1, 5], spec),
+        ScheduledRequest("", [8], 3, 4, [4], None),  # cached already, and no token is chosen after it
+    ]
+    prepared = inputs.fill(decodes, 4, padding=Padding(4, 4, 6))
+    batch = prepared.batch
+    assert (batch.num_decodes, prepared.num_tokens, len(prepared.samples), prepared.order) == (4, 2, 1, [0])
+    assert batch.token_ids.tolist() == [7, 8, 0, 0]
+    assert batch.positions.tolist() == [9, 3, 0, 0]
+    assert batch.slot_mapping.tolist() == [5 * 4 + 1, -1, -1, -1]
+    assert batch.seq_lens.tolist() == [10, 4, 0, 0]
+    assert batch.sample_rows.tolist() == [0, 0, 0, 0]
+    assert batch.query_start_loc.tolist() == [0]
+    assert batch.block_table.shape == (4, 6)
+    assert batch.block_table[0, :3].tolist() == [2, 1, 5]
+
+    batch = inputs.fill(decodes, 4, all_as_prefills=True, padding=Padding(4, 4, 6)).batch
+    assert (batch.num_decodes, batch.max_query_len) == (0, 1)
+    assert batch.query_start_loc.tolist() == [0, 1, 2, 2, 2]  # what fills it up asks nothing
+
+    chunk = ScheduledRequest("", [1, 2, 3], 4, 4, [0, 2], spec)
+    prepared = inputs.fill([chunk, decodes[0]], 4, padding=Padding(num_tokens=8))
+    batch = prepared.batch
+    assert (batch.num_decodes, prepared.num_tokens, prepared.order) == (1, 4, [1, 0])
+    assert batch.token_ids.tolist() == [7, 1, 2, 3, 0, 0, 0, 0]
+    assert batch.slot_mapping.tolist() == [21, 8, 9, 10, -1, -1, -1, -1]
+    assert batch.seq_lens.tolist() == [10, 7]
+    assert batch.query_start_loc.tolist() == [0, 3]
+    assert batch.sample_rows.tolist() == [0, 3]
+
+
+def test_inputs_of_a_rung_stay_where_they_are():
+    inputs = InputBuffers(64, 8, 6, CPU)
+    one = ScheduledRequest("", [7], 9, 9, [2, 1, 5], None)
+    before = inputs.fill([one], 4, padding=Padding(8, 8, 6)).batch
+    after = inputs.fill([one] * 7, 4, padding=Padding(8, 8, 6)).batch
+    for name in ("token_ids", "positions", "slot_mapping", "block_table", "seq_lens", "sample_rows"):
+        assert getattr(before, name).data_ptr() == getattr(after, name).data_ptr(), name
+
+
+@pytest.mark.parametrize("split", [(1, 1), (2, 1), (1, 2)], ids=lambda s: f"tp{s[0]}pp{s[1]}")
+def test_tokens_are_those_of_eager_steps(split, checkpoint):
+    with EngineGroup(*split) as group:
+        for chunk, num_blocks, sampling in ((7, 64, GREEDY), (512, 14, GREEDY), (20, 64, SAMPLED)):
+            eager = EngineConfig(
+                str(checkpoint), "float32", "cpu", *split, block_size=4, num_blocks=num_blocks,
+                max_num_batched_tokens=chunk, max_num_seqs=5,
+            )  # fmt: skip
+            expected = group.run(eager, many_prompts(), sampling)
+            assert (expected.num_preemptions > 0) == (num_blocks == 14)
+            assert group.run(replace(eager, cuda_graphs=True), many_prompts(), sampling).completions == (
+                expected.completions
+            )
+
+
+def run_counting(runner: TorchModelRunner, config: EngineConfig, monkeypatch) -> tuple[dict, int, list, list]:
+    """Tokens, number of steps, the batches that were replayed, and those of whole forward passes."""
+    replays, forwards = [], []
+    run, forward = GraphedStage.run, LlamaStage.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(GraphedStage, "run", lambda *a: (replays.append(a[1].batch), run(*a))[1])
+        patch.setattr(LlamaStage, "forward", lambda *a: (forwards.append(a[1]), forward(*a))[1])
+        model = ModelConfig.load(config.model_dir)
+        engine = make_engine(config, model, runner, ParallelGroups(Shard(), CPU), clock=lambda: 0.0)
+        requests = [Request(f"r{i}", list(p), len(p), GREEDY) for i, p in enumerate(many_prompts())]
+        tokens = run_to_end(engine, requests)
+    return tokens, engine.counters.num_steps, replays, forwards
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_every_small_step_is_a_replay_and_reads_no_foreign_slot(checkpoint, monkeypatch, batch_invariant):
+    config = EngineConfig(
+        str(checkpoint), "float32", "cpu", block_size=4, num_blocks=64, max_num_batched_tokens=64, max_num_seqs=6,
+        batch_invariant=batch_invariant,
+    )  # fmt: skip
+    completions = []
+    for with_graphs in (False, True):
+        options = replace(config, cuda_graphs=with_graphs)
+        runner = TorchModelRunner(options, ModelConfig.load(checkpoint), ParallelGroups(Shard(), CPU), CPU)
+        runner.warm_up()
+        runner.cache.fill_(float("nan"))  # as if other requests had left that
+        tokens, num_steps, replays, forwards = run_counting(runner, options, monkeypatch)
+        completions.append(tokens)
+        if with_graphs:
+            decodes = [b for b in replays if len(b.seq_lens) == len(b.token_ids)]
+            assert len(replays) == num_steps
+            assert 0 < len(decodes) < len(replays)
+            assert len(forwards) == len(decodes)  # on a CPU a whole graph is the call itself, made again
+        else:
+            assert (len(replays), len(forwards)) == (0, num_steps)
+    assert completions[0] == completions[1]

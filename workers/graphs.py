@@ -1,0 +1,193 @@
+"""Runs a pipeline stage from captured graphs, at a ladder of batch sizes: one launch where there were hundreds.
+
+A batch of decodes is one graph. In a mixed batch everything between two attentions is a graph, and attention runs
+eagerly between them, since its grid depends on the batch. A batch is filled up to the next rung; what fills it writes
+no slot, attends to nothing and is cut off again. Large batches run eagerly: there the GPU is slower than Python.
+
+On a CPU a "graph" is the same call made again, with its results copied to where the first ones lie, so that buffers,
+padding and ladders are the same code there. Knows nothing of requests' lives.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from workers.batching import InputBuffers, Padding, PreparedBatch
+from workers.models.llama import Batch, LlamaStage
+from workers.step import SampleSpec, ScheduledRequest
+
+MAX_PIECEWISE_TOKENS = 512  # a larger batch keeps the GPU busy for longer than it takes to launch
+_SMALLEST_PIECEWISE = 8
+_GREEDY = SampleSpec(0.0, 1.0, 0, 0, 0)
+# Neither writes anything: their tokens count as cached.
+_IDLE_DECODE = ScheduledRequest("", [0], 0, 1, [0], _GREEDY)
+_IDLE_CHUNK = ScheduledRequest("", [0, 0], 0, 2, [0], None)
+
+Call = Callable[[], tuple[Tensor, ...]]
+
+
+def decode_rungs(max_num_seqs: int) -> list[int]:
+    """1, 2, 4, 8, 16, 24, 32, ... and max_num_seqs: padding costs little where a step reads all weights anyway."""
+    rungs = [1, 2, 4, *range(8, max_num_seqs, 8)]
+    return [rung for rung in rungs if rung < max_num_seqs] + [max_num_seqs]
+
+
+def token_rungs(max_num_tokens: int) -> list[int]:
+    """Powers of two, and the largest mixed batch that is worth it."""
+    most = min(MAX_PIECEWISE_TOKENS, max_num_tokens)
+    rungs, rung = [], _SMALLEST_PIECEWISE
+    while rung < most:
+        rungs.append(rung)
+        rung *= 2
+    return [*rungs, most]
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A call that can be made again: it reads the tensors that it read, and leaves its results in `outputs`."""
+
+    replay: Callable[[], None]
+    outputs: tuple[Tensor, ...]
+
+
+class CudaCapture:
+    """Records calls as CUDA graphs that share one pool of memory: they run one at a time, in the order of capture."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+
+    def __call__(self, call: Call) -> Captured:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            call()  # compiles kernels and sets up libraries, neither of which may happen during capture
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads (NCCL's watchdog, transfers) may call CUDA meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            outputs = call()
+        return Captured(graph.replay, outputs)
+
+
+def repeat_on_cpu(call: Call) -> Captured:
+    """What a graph does, without one."""
+    outputs = call()
+
+    def replay() -> None:
+        for kept, new in zip(outputs, call(), strict=True):
+            kept.copy_(new)
+
+    return Captured(replay, outputs)
+
+
+class GraphedStage:
+    """A stage's graphs. `capture` on all ranks at once, before anything runs."""
+
+    def __init__(self, stage: LlamaStage, kv_caches: list[Tensor], cos_sin: Tensor, inputs: InputBuffers) -> None:
+        self._stage = stage
+        self._kv_caches = kv_caches
+        self._cos_sin = cos_sin
+        self._inputs = inputs
+        self._decode_rungs: list[int] = []
+        self._token_rungs: list[int] = []
+        self._decodes: dict[int, Captured] = {}
+        self._pieces: dict[int, list[Captured]] = {}  # of each layer up to its attention, then the rest
+        self._attended = self._received = torch.empty(0)
+
+    # -------------------------------------------------------------------------------------------------------- warm-up
+    def capture(self, max_num_seqs: int, max_num_tokens: int, block_size: int, show_progress: bool) -> None:
+        """Record all rungs, the largest first: the smaller ones fit into its memory."""
+        self._decode_rungs, self._token_rungs = decode_rungs(max_num_seqs), token_rungs(max_num_tokens)
+        layer = self._stage.layers[0]
+        device, dtype = self._cos_sin.device, layer.input_norm.dtype
+        record = CudaCapture() if device.type == "cuda" else repeat_on_cpu
+        most = max(self._decode_rungs[-1], self._token_rungs[-1])
+        self._attended = torch.zeros(most, layer.num_heads * layer.head_dim, dtype=dtype, device=device)
+        self._received = torch.zeros(2 * most * self._stage.config.hidden_size, dtype=dtype, device=device)
+        rungs = [(True, r) for r in reversed(self._decode_rungs)] + [(False, r) for r in reversed(self._token_rungs)]
+        bar = tqdm(rungs, desc="capturing graphs", unit="graph", disable=None if show_progress else True)
+        for is_decode, rung in bar:
+            requests = [_IDLE_DECODE] if is_decode else [_IDLE_CHUNK]
+            padding = self._decode_padding(rung) if is_decode else Padding(num_tokens=rung)
+            batch = self._inputs.fill(requests, block_size, self._stage.batch_invariant, padding).batch
+            if is_decode:
+                self._decodes[rung] = record(self._whole(batch, rung))
+            else:
+                self._pieces[rung] = list(self._record_pieces(record, batch, rung))
+
+    def _whole(self, batch: Batch, rung: int) -> Call:
+        return lambda: (self._stage.forward(batch, self._kv_caches, self._cos_sin, self._received_rows(rung)),)
+
+    def _record_pieces(self, record: Callable[[Call], Captured], batch: Batch, rung: int) -> Iterator[Captured]:
+        """From one attention to the next; each piece reads what the one before it left."""
+        stage, attended = self._stage, self._attended[:rung]
+
+        def first() -> tuple[Tensor, ...]:
+            hidden, residual = stage.enter(batch, self._received_rows(rung))
+            return stage.layers[0].before_attention(hidden, residual, batch, self._kv_caches[0], self._cos_sin)
+
+        def between(index: int, residual: Tensor) -> Call:
+            def call() -> tuple[Tensor, ...]:
+                hidden, after = stage.layers[index - 1].after_attention(attended, residual)
+                return stage.layers[index].before_attention(hidden, after, batch, self._kv_caches[index], self._cos_sin)
+
+            return call
+
+        piece = record(first)
+        yield piece
+        for index in range(1, len(stage.layers)):
+            piece = record(between(index, piece.outputs[1]))
+            yield piece
+        residual = piece.outputs[1]
+        yield record(lambda: stage.layers[-1].after_attention(attended, residual))
+
+    # ------------------------------------------------------------------------------------------------------- one step
+    def padding_for(self, requests: Sequence[ScheduledRequest]) -> Padding | None:
+        """What to fill a step's batch up to; None: it is too large for a graph."""
+        num_tokens = sum(r.num_scheduled_tokens for r in requests)
+        if num_tokens == len(requests):
+            rung = _next_rung(self._decode_rungs, num_tokens)
+            return None if rung is None else self._decode_padding(rung)
+        rung = _next_rung(self._token_rungs, num_tokens)
+        return None if rung is None else Padding(num_tokens=rung)
+
+    def run(self, prepared: PreparedBatch, received: Tensor | None) -> Tensor:
+        """As LlamaStage.forward, on a batch that was filled up as padding_for said."""
+        batch = prepared.batch
+        rung = len(batch.token_ids)
+        rows = self._received_rows(rung)
+        if received is not None and rows is not None:
+            rows.copy_(received)
+        if len(batch.seq_lens) == rung:
+            decode = self._decodes[rung]
+            decode.replay()
+            return decode.outputs[0]
+        *pieces, last = self._pieces[rung]
+        n = prepared.num_tokens
+        for layer, kv_cache, piece in zip(self._stage.layers, self._kv_caches, pieces, strict=True):
+            piece.replay()
+            self._attended[:n].copy_(layer.attention(piece.outputs[0][:n], batch, kv_cache))
+        last.replay()
+        hidden, residual = last.outputs
+        return self._stage.leave(hidden, residual, batch)
+
+    def _decode_padding(self, rung: int) -> Padding:
+        return Padding(rung, rung, self._inputs.max_blocks)
+
+    def _received_rows(self, rung: int) -> Tensor | None:
+        """Where a stage behind the first finds its input."""
+        if self._stage.is_first:
+            return None
+        hidden = self._stage.config.hidden_size
+        return self._received[: 2 * rung * hidden].view(2, rung, hidden)
+
+
+def _next_rung(rungs: Sequence[int], size: int) -> int | None:
+    place = bisect_left(rungs, size)
+    return rungs[place] if place < len(rungs) else None
