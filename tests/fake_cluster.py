@@ -32,7 +32,7 @@ from router.client import GenerationClient
 from router.config import RouterConfig, RouterSpec
 from router.events import Finished, GenerationRequest, SamplingOptions, Started, Tokens
 from tests.processes import DEADLINE_S, REPOSITORY, KVNode, free_port, python_environment, wait_until
-from workers.config import EngineConfig, WorkerSpec
+from workers.config import EngineConfig, ModelConfig, WorkerSpec
 from workers.fake_model import fake_completion
 
 DEMO = REPOSITORY / "models" / "demo"
@@ -244,6 +244,7 @@ class Shape:
     engine: dict[str, object] = field(default_factory=dict)  # of EngineConfig
     router: dict[str, object] = field(default_factory=dict)  # of RouterConfig
     sizes: dict[str, int] = field(default_factory=dict)  # of the model
+    model_dir: str = ""  # of a real model, for the real engine; empty: one for the fake engine is made
 
     @property
     def roles(self) -> dict[str, int]:
@@ -282,9 +283,12 @@ class FakeCluster:
     def __init__(self, prefork: Prefork, shape: Shape | None = None) -> None:
         self.shape = shape or Shape()
         self.folder = Path(tempfile.mkdtemp(prefix="fc-"))
-        self.model_dir = write_fake_model(self.folder / "model", **self.shape.sizes)
-        sizes = {**SIZES, **self.shape.sizes}
-        fragment_bytes = 2 * self.shape.block_size * sizes["head_dim"] * 4
+        if self.shape.model_dir:
+            self.model_dir = Path(self.shape.model_dir)
+        else:
+            self.model_dir = write_fake_model(self.folder / "model", **self.shape.sizes)
+        head_dim = ModelConfig.load(self.model_dir).head_dim
+        fragment_bytes = 2 * self.shape.block_size * head_dim * 4
         self.nodes = [
             ForkedNode(prefork, self.folder, fragment_bytes, self.shape.num_slots, f"node-{i}", self._node_options(i))
             for i in range(self.shape.hosts)

@@ -93,7 +93,10 @@ class DiskPlace:
         for path in sorted(self._folder.glob(f"*{SUFFIX}"), reverse=True):
             if not missing:
                 break
-            content = path.read_bytes()
+            try:
+                content = path.read_bytes()
+            except FileNotFoundError:
+                continue  # the oldest go when the tier is full
             for at in range(PAGE_BYTES, len(content), PAGE_BYTES):
                 header = content[at : at + HEADER_BYTES]
                 key = header[KEY_OFFSET:]

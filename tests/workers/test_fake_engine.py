@@ -69,14 +69,16 @@ def complete(engine: Engine, sampling: SamplingParams) -> list[list[int]]:
     return [tokens[r.request_id] for r in requests]
 
 
+@pytest.mark.parametrize("plans_ahead", [False, True], ids=["step by step", "a step ahead"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_tokens_are_right_in_any_batch(model_dir: Path, dtype: str) -> None:
+def test_tokens_are_right_in_any_batch(model_dir: Path, dtype: str, plans_ahead: bool) -> None:
     expected = [fake_completion(p, 12, VOCAB_SIZE) for p in PROMPTS]
     for caching, chunk, num_blocks in itertools.product((True, False), (7, 512), (14, 64)):
         options = {"enable_prefix_caching": caching, "max_num_batched_tokens": chunk, "num_blocks": num_blocks}
-        engine, _ = make(config_for(model_dir, dtype=dtype, **options))
+        engine, _ = make(config_for(model_dir, dtype=dtype, async_scheduling=plans_ahead, **options))
         assert complete(engine, greedy(12)) == expected, options
         assert complete(engine, greedy(12)) == expected, f"again, from the prefix cache: {options}"
+        engine.close()
         assert (engine.scheduler.num_preemptions > 0) == (num_blocks == 14), options
 
 
