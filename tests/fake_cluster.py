@@ -272,6 +272,7 @@ class Shape:
             model_name=MODEL_NAME,
             tier=self.tier,
             peers=self.peers,
+            prefix_fetch="always",  # no probe at the start, and whatever may be pulled is pulled
             tier_secret=SECRET if self.tier or self.peers else "",
             layers_per_fragment=1,
         )

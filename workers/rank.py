@@ -229,6 +229,7 @@ class Rank:
                 # A router whose host vanished says nothing: without these its requests would stay until TCP gives up.
                 ("grpc.keepalive_time_ms", 10_000),
                 ("grpc.keepalive_timeout_ms", 5_000),
+                ("grpc.http2.ping_timeout_ms", 5_000),  # without it a minute, whatever keepalive says
             ]
         )
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server)
