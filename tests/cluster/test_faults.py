@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import os
 import signal
+import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 
+import grpc
 import pytest
+from switchyard.v1 import kvnode_pb2, kvnode_pb2_grpc
 
 from router.client import GenerationClient
+from tests.cluster.test_cut_network import require
 from tests.cluster.test_kill_at_every_token import NUM_TOKENS, STEP_S, Once, busy, check, moves, prompt
 from tests.fake_cluster import FakeCluster, expected
 from tests.processes import RedisServer, redis_executable, wait_until
@@ -154,3 +160,24 @@ def test_a_full_arena_costs_recomputation_and_nothing_else(fake_cluster: MakeClu
         assert answer.finished is not None
         assert answer.finished.stats.num_recomputed_prompt_tokens > 0
     cluster.wait_at_rest()
+
+
+def test_a_full_disk_costs_recomputation_and_nothing_else(fake_cluster: MakeCluster, tmp_path: Path) -> None:
+    """The tier may have 64 MiB, and its file system has 24: the second segment does not fit beside the first."""
+    require(os.geteuid() == 0, "mounting a small file system needs root")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(tmp_path)], check=True)
+    try:
+        cluster = fake_cluster(num_slots=600, disk_bytes=64 << 20, disk_dir=str(tmp_path))
+        client = cluster.client()
+        with grpc.insecure_channel(cluster.node.host_address) as channel:
+            node = kvnode_pb2_grpc.KVNodeServiceStub(channel)
+            for number in itertools.count():
+                check(cluster.ask(client, prompt(number, 120), NUM_TOKENS), number, 120)
+                disk = node.GetStats(kvnode_pb2.GetStatsRequest()).disk
+                if disk.num_refused or disk.num_segments_evicted:
+                    break
+        assert disk.num_written > 0
+        check(cluster.ask(client, prompt(0, 120), NUM_TOKENS), 0, 120)
+        cluster.wait_at_rest()
+    finally:
+        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
