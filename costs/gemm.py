@@ -23,3 +23,19 @@ def w4a16_gemm(num_tokens: int, n: int, k: int, group_size: int, has_zeros: bool
 def w8a8_gemm(num_tokens: int, n: int, k: int, num_scales: int, out_bytes: int) -> OpCost:
     """A byte for each operand's element, four for each scale."""
     return OpCost((num_tokens + n) * k + 4 * num_scales + num_tokens * n * out_bytes, 2 * num_tokens * n * k)
+
+
+def group_by_expert(num_tokens: int, top_k: int, num_experts: int, block: int) -> OpCost:
+    """Ids are read, a row number per slot and an expert per block are written. Per id: compare, rank, place."""
+    num_rows = num_tokens * top_k
+    num_blocks = min(num_rows, num_rows // block + min(num_rows, num_experts))
+    return OpCost(4 * (num_rows + num_blocks * (block + 1)), 3 * num_rows)
+
+
+def moe_experts(
+    num_tokens: int, num_routed: int, num_active: int, hidden_size: int, width: int, dtype_bytes: int
+) -> OpCost:
+    """`num_routed` (token, expert) pairs to `num_active` experts: each active expert's three matrices are read once."""
+    weight_bytes = 3 * num_active * hidden_size * width * dtype_bytes
+    moved = 2 * num_tokens * hidden_size * dtype_bytes + weight_bytes
+    return OpCost(moved, num_routed * (6 * hidden_size * width + 5 * width + 2 * hidden_size))

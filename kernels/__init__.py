@@ -40,6 +40,8 @@ Quantised results come with their fp32 scales, [num_tokens, 1] or, in groups of 
     rms_norm_quantised(x, weight, eps, scheme) -> (normed, scales)
     add_rms_norm_quantised(x, residual, weight, eps, scheme) -> (normed, scales, new_residual)
     swiglu_quantised(gate_up, scheme) -> (silu(first half) * second half, scales)
+    group_by_expert(expert_ids, num_experts, block) -> (row of each slot, expert of each block)
+    moe_experts(x, gate_up, down, expert_ids, weights) -> the weighted sum of the chosen experts' outputs
 """
 
 from kernels.attention.decode import decode_attention
@@ -53,6 +55,7 @@ from kernels.gemm.linear import fixed_order_linear
 from kernels.gemm.w4a16 import w4a16_gemm
 from kernels.gemm.w8a8 import fp8_gemm, int8_gemm
 from kernels.kv_copy import gather_kv_blocks, scatter_kv_blocks
+from kernels.moe import group_by_expert, moe_experts
 from kernels.norm import add_rms_norm, add_rms_norm_quantised, rms_norm, rms_norm_quantised
 from kernels.penalties import apply_penalties
 from kernels.rope_kv import rope_and_write_kv, rope_and_write_kv_fp8, rope_and_write_kv_int8
@@ -67,9 +70,11 @@ __all__ = [
     "fp8_block_gemm",
     "fp8_gemm",
     "gather_kv_blocks",
+    "group_by_expert",
     "int8_gemm",
     "mla_decode_attention",
     "mla_prefill_attention",
+    "moe_experts",
     "prefill_attention",
     "rms_norm",
     "rms_norm_quantised",

@@ -52,7 +52,9 @@ def poison(dtype: torch.dtype) -> float:
 
 
 def _numbers(values: Sequence[int]) -> str:
-    return f"{values[0]}x{len(values)}" if len(set(values)) == 1 else ",".join(map(str, values))
+    if len(set(values)) == 1:
+        return f"{values[0]}x{len(values)}"
+    return ",".join(map(str, values)) if len(values) <= 8 else f"{min(values)}..{max(values)}x{len(values)}"
 
 
 class Draw:

@@ -408,7 +408,7 @@ def _small_quantised(cache_dtype: torch.dtype) -> tuple[Case, ...]:
         _case((6, 3), 96, BF16, 3, 16, skipped=(1,), cache_dtype=cache_dtype),
         _case((7, 1), 80, FP16, 4, 64, cache_dtype=cache_dtype),
         _case((4, 4), 128, BF16, 1, 64, fused_qkv=True, cache_dtype=cache_dtype),
-        _case((2, 2), 32, FP32, 256, 16, skipped=(7, 255), cache_dtype=cache_dtype),  # all heads in one program
+        _case((2, 2), 32, FP32, 6, 16, skipped=(2, 5), cache_dtype=cache_dtype),
     )
 
 

@@ -8,18 +8,33 @@ workers would differ. Knows nothing of any operation.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 
 _TABLES = Path(__file__).with_name("configs")
+_Answer = Callable[[str, dict[str, int]], Mapping[str, int]]
+_answer: ContextVar[_Answer | None] = ContextVar("answer", default=None)
 
 
 def config_for(op: str, **shape: int) -> Mapping[str, int]:
     """The row of `configs/{op}.json` whose shape is nearest. Raises KeyError or OSError for a table that is wrong."""
-    return _nearest(op, tuple(sorted(shape.items())))
+    answer = _answer.get()
+    return _nearest(op, tuple(sorted(shape.items()))) if answer is None else answer(op, shape)
+
+
+@contextlib.contextmanager
+def answered_by(answer: _Answer) -> Iterator[None]:
+    """Inside, `answer(op, shape)` stands in for the tables: for whoever looks for better rows."""
+    token = _answer.set(answer)
+    try:
+        yield
+    finally:
+        _answer.reset(token)
 
 
 @cache

@@ -20,6 +20,7 @@ from workers.models.llama import Batch
 from workers.step import SampleSpec, ScheduledRequest, pending_place
 
 _NUM_HOST_BUFFERS = 2  # one is filled while the copy of the other may still be under way
+_WIDTH_STEP = 16  # of block tables: kernels are compiled once for strides that are multiples of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +79,17 @@ class _Layout:
 _WIDE = frozenset(("token_ids", "positions", "slot_mapping", "sample_rows"))  # int64
 
 
+def _round_up(width: int) -> int:
+    return -(-width // _WIDTH_STEP) * _WIDTH_STEP
+
+
 class InputBuffers:
     """The inputs of one step at a time, for steps up to a size."""
 
     def __init__(self, max_num_tokens: int, max_num_seqs: int, max_blocks: int, device: torch.device) -> None:
-        self.max_blocks = max_blocks  # of a sequence
+        self.max_blocks = _round_up(max_blocks)  # of a sequence
         self._is_cuda = device.type == "cuda"
-        num_words = _Layout(max_num_tokens, max_num_seqs, max_num_seqs, max_blocks).num_words
+        num_words = _Layout(max_num_tokens, max_num_seqs, max_num_seqs, self.max_blocks).num_words
         self._words = torch.zeros(num_words, dtype=torch.int32, device=device)
         self._hosts = [
             torch.zeros(num_words, dtype=torch.int32, pin_memory=self._is_cuda) for _ in range(_NUM_HOST_BUFFERS)
@@ -114,7 +119,7 @@ class InputBuffers:
             num_tokens=padding.num_tokens or num_tokens,
             num_sequences=padding.num_sequences or len(rows),
             num_samples=padding.num_sequences or len(sampled),
-            table_width=padding.table_width or max(len(r.block_table) for r in rows),
+            table_width=padding.table_width or _round_up(max(len(r.block_table) for r in rows)),
         )
         num_decodes = 0 if all_as_prefills else sum(r.num_scheduled_tokens == 1 for r in rows)
         if num_decodes == len(rows):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 CPU_CACHE_BYTES = 256 << 20  # KV cache of one worker on a CPU when the config does not say
 CUDA_CACHE_SHARE = 0.95  # of the memory that is free beside weights, activations and graphs
 _WARM_UP_TOKENS, _WARM_UP_SEQS = 3, 2
+_CHUNKS_OF_OTHER_TILES = (2, 4, 8, 16, 32, 128)  # attention picks its tile by the longest chunk
 
 
 def pick_device(config: EngineConfig, local_rank: int) -> torch.device:
@@ -159,7 +161,6 @@ class TorchModelRunner:
         """Fragments that verified but were not of the expected length."""
         return 0 if self._transfer is None else self._transfer.num_layout_rejects
 
-    @torch.inference_mode()
     def warm_up(self) -> None:
         """Set up what the first steps would pay for, and record the graphs. On all ranks at once.
 
@@ -169,17 +170,29 @@ class TorchModelRunner:
         decode = ScheduledRequest("", [0], 0, 0, [0], SampleSpec(0.0, 1.0, 0, 0, 0))
         self.execute(SchedulerOutput([chunk, decode]))
         config = self._config
-        if self._device.type == "cuda":  # the largest steps, which settle how much memory steps take
-            num_tokens = min(config.max_num_batched_tokens, self._context_tokens)
-            blocks = [0] * -(-num_tokens // config.block_size)
-            self.execute(SchedulerOutput([ScheduledRequest("", [0] * num_tokens, 0, num_tokens, blocks, None)]))
-            sampled = ScheduledRequest("", [0], 0, 1, [0], SampleSpec(1.0, 0.9, 0, 0, 0))
-            self.execute(SchedulerOutput([sampled] * min(config.max_num_seqs, config.max_num_batched_tokens)))
         if self._uses_graphs:
             graphs = GraphedStage(self._stage, self._layer_caches, self._cos_sin, self._inputs)
             is_leader = self._groups.shard.rank == 0
-            graphs.capture(config.max_num_seqs, config.max_num_batched_tokens, config.block_size, is_leader)
+            with torch.inference_mode(), self._on_device():
+                graphs.capture(config.max_num_seqs, config.max_num_batched_tokens, config.block_size, is_leader)
             self._graphs = graphs
+        if self._device.type == "cuda":
+            self._run_largest_steps()
+
+    def _run_largest_steps(self) -> None:
+        """Settles how much memory steps take, and compiles attention for all its tiles. Behind the graphs, for to
+        record one gives back what is not in use."""
+        config = self._config
+        most = min(config.max_num_batched_tokens, self._context_tokens)
+        for num_tokens in [n for n in _CHUNKS_OF_OTHER_TILES if n < most] + [most]:
+            blocks = [0] * -(-num_tokens // config.block_size)
+            self.execute(SchedulerOutput([ScheduledRequest("", [0] * num_tokens, 0, num_tokens, blocks, None)]))
+        sampled = ScheduledRequest("", [0], 0, 1, [0], SampleSpec(1.0, 0.9, 0, 0, 0))
+        self.execute(SchedulerOutput([sampled] * min(config.max_num_seqs, config.max_num_batched_tokens)))
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        """The current device is a setting of the thread, and this may be any."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
     @property
     def _uses_graphs(self) -> bool:
@@ -191,9 +204,12 @@ class TorchModelRunner:
         """Loads, forward pass, stores, write-backs."""
         return self.start(plan)()
 
-    @torch.inference_mode()
     def start(self, plan: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
         """As execute, but on CUDA the forward pass may still run; what is returned waits for its tokens."""
+        with torch.inference_mode(), self._on_device():
+            return self._start(plan)
+
+    def _start(self, plan: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
         started = time.perf_counter()
         loaded = [self._load(load) for load in plan.loads]
         tokens: Tensor | None = None

@@ -265,7 +265,8 @@ class Scheduler:
             last = len(names) if is_last else last
             if last > first:
                 stores.append(self._transfer(request, names, first, last, request.num_given_tokens))
-        elif self.config.writes_back and last > first:
+        elif self.config.writes_back and (last := min(last, len(request.block_names))) > first:
+            # A block has no name while a token in it is still being chosen: then it goes with a later step.
             write_backs.append(self._transfer(request, request.block_names, first, last, end))
             request.num_stored_blocks = last
 

@@ -42,9 +42,11 @@ _TWO_AT_A_TIME = {
 def _unpacked(word: Value, zero: Value, I: constexpr, ASM: constexpr) -> Value:  # noqa: E741
     """The weights in bits 4 I of each word, less their zero point, of the type that `zero` has."""
     if len(ASM) > 0:
-        return tl.inline_asm_elementwise(ASM[I], "=r,r,r", [word, zero], zero.dtype, is_pure=True, pack=2)
-    magic: tl.constexpr = 0x4300 if zero.dtype == tl.bfloat16 else 0x6400
-    return (((word >> (4 * I)) & 0xF) | magic).to(zero.dtype, bitcast=True) - zero
+        weights = tl.inline_asm_elementwise(ASM[I], "=r,r,r", [word, zero], zero.dtype, is_pure=True, pack=2)
+    else:
+        magic: tl.constexpr = 0x4300 if zero.dtype == tl.bfloat16 else 0x6400
+        weights = (((word >> (4 * I)) & 0xF) | magic).to(zero.dtype, bitcast=True) - zero
+    return weights
 
 
 @jit

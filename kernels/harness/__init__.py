@@ -16,6 +16,7 @@ from kernels.gemm.linear import fixed_order_linear
 from kernels.gemm.w4a16 import w4a16_gemm
 from kernels.gemm.w8a8 import fp8_gemm, int8_gemm
 from kernels.kv_copy import gather_kv_blocks, scatter_kv_blocks
+from kernels.moe import group_by_expert, moe_experts
 from kernels.norm import add_rms_norm, add_rms_norm_quantised, rms_norm, rms_norm_quantised
 from kernels.op import Op
 from kernels.penalties import apply_penalties
@@ -47,4 +48,6 @@ OPS: tuple[Op[..., Any], ...] = (
     sample,
     vocab_embedding,
     apply_penalties,
+    group_by_expert,
+    moe_experts,
 )

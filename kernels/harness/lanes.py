@@ -64,6 +64,13 @@ def _prepare(lane: str) -> None:
         repair()
 
 
+def _part(text: str) -> tuple[int, int]:
+    first, _, of = text.partition("/")
+    if not (first.isdigit() and of.isdigit() and int(first) < int(of)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I < N")
+    return int(first), int(of)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lane", choices=LANES)
@@ -71,11 +78,15 @@ def main() -> None:
     parser.add_argument(
         "--small", action="store_true", help="without production shapes, which the benchmark checks too"
     )
+    parser.add_argument(
+        "--part", type=_part, default=(0, 1), metavar="I/N", help="every N-th operation from the I-th on, from 0"
+    )
     options = parser.parse_args()
     _prepare(options.lane)
     run, cases = LANES[options.lane]
     failed = False
-    for op in OPS:
+    first, step = options.part
+    for op in OPS[first::step]:
         for case in cases(op):
             if options.only not in f"{op.name} {case.name}" or (options.small and case not in op.small):
                 continue

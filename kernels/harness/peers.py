@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 
+from kernels.attention.decode import gather_sequence
 from kernels.attention.mla import gather_latents
 from kernels.attention.paged import gather_sequence
+from kernels.gemm.w4a16 import unpack
 from kernels.kv_copy import gather_cpu, scatter_cpu
 
 Peer = Callable[..., Callable[[], object] | None]
@@ -179,6 +181,35 @@ def _torch_sample(
         shares = shares.masked_fill(shares < min_p[:, None] * shares[:, :1], 0.0)
         return order.gather(1, (shares / torch.empty_like(shares).exponential_()).argmax(dim=-1, keepdim=True))
 
+
+def _int4pack_mm(
+    x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None = None
+) -> Callable[[], object] | None:
+    if not x.is_cuda or x.dtype != torch.bfloat16:
+        return None
+    codes = unpack(packed)
+    tiles = torch._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], 8)
+    shift = scales * (8 - zeros.to(scales.dtype)) if zeros is not None else torch.zeros_like(scales)
+    scales_and_shifts = torch.stack([scales, shift], dim=-1).contiguous()
+    group = x.shape[1] // scales.shape[0]
+    return lambda: torch._weight_int4pack_mm(x, tiles, group, scales_and_shifts)
+
+
+def _grouped_mm(
+    x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
+) -> Callable[[], object] | None:
+    """The two products alone, of rows that are in order already: neither grouping nor the weighted sum is timed."""
+    if not x.is_cuda or x.dtype != torch.bfloat16 or bool((expert_ids < 0).any()):
+        return None
+    flat = expert_ids.view(-1)
+    rows = x[flat.argsort() // expert_ids.shape[1]]
+    ends = torch.bincount(flat, minlength=len(down)).cumsum(0).int()
+    first, second = gate_up.transpose(1, 2), down.transpose(1, 2)
+
+    def call() -> object:
+        gate, up = torch._grouped_mm(rows, first, offs=ends).chunk(2, dim=-1)
+        return torch._grouped_mm(F.silu(gate) * up, second, offs=ends)
+
     return call
 
 
@@ -200,6 +231,8 @@ PEERS: Mapping[str, Mapping[str, Peer]] = {
     "vocab_argmax": {"torch": _torch_argmax},
     "sample": {"torch, by sorting": _torch_sample},
     "vocab_embedding": {"torch": _torch_embedding},
+    "w4a16_gemm": {"torch._weight_int4pack_mm": _int4pack_mm},
+    "moe_experts": {"torch._grouped_mm, grouped beforehand": _grouped_mm},
     "rms_norm": {"torch": _torch_rms_norm, "liger": _liger_rms_norm},
     "swiglu": {"torch, two kernels": _torch_swiglu},
 }

@@ -37,10 +37,39 @@ def torch_fp8_block(x, weight, x_scales, weight_scales):
     return out
 
 
+def torch_group(expert_ids, num_experts, block):
+    """By a stable sort."""
+    flat = expert_ids.flatten().tolist()
+    num_blocks = min(len(flat), len(flat) // block + min(len(flat), num_experts))
+    order = sorted((expert, row) for row, expert in enumerate(flat) if expert >= 0)
+    rows, experts = [], []
+    for expert, row in order:
+        if expert not in experts or len(rows) == block * len(experts):
+            rows += [len(flat)] * (block * len(experts) - len(rows))
+            experts.append(expert)
+        rows.append(row)
+    rows += [len(flat)] * (block * num_blocks - len(rows))
+    experts += [-1] * (num_blocks - len(experts))
+    return torch.tensor(rows), torch.tensor(experts)
+
+
+def torch_moe(x, gate_up, down, expert_ids, weights):
+    """Token by token."""
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    for token, (experts, shares) in enumerate(zip(expert_ids.tolist(), weights.double(), strict=True)):
+        for expert, share in zip(experts, shares, strict=True):
+            if expert >= 0:
+                gate, up = F.linear(x[token].double(), gate_up[expert].double()).chunk(2)
+                out[token] += share * F.linear(F.silu(gate) * up, down[expert].double())
+    return out
+
+
 TORCH_GEMM = {
     "fixed_order_linear": torch_linear,
     "w4a16_gemm": torch_w4a16,
     "fp8_gemm": torch_w8a8,
     "int8_gemm": torch_w8a8,
     "fp8_block_gemm": torch_fp8_block,
+    "group_by_expert": torch_group,
+    "moe_experts": torch_moe,
 }

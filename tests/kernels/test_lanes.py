@@ -18,6 +18,7 @@ from kernels.harness import OPS, static_table
 
 ROOT = Path(__file__).parents[2]
 PAPER_BASELINE = Path(__file__).with_name("paper_baseline.jsonl")
+LANE_TIMEOUT_S = 1200  # a minute on an idle machine; a third of a core may be all there is
 STATIC_TABLE = ROOT / "kernels" / "STATIC.md"
 REGENERATE = f"python -m kernels.harness.lanes paper > {PAPER_BASELINE.relative_to(ROOT)}"
 
@@ -27,40 +28,53 @@ def keyed(lines):
     return {(record["op"], record["case"]): record for record in records}
 
 
+PARTS = 4  # a lane's operations in so many processes, as many at a time as there are test workers
+
+
+def part_of(op):
+    return OPS.index(op) % PARTS
+
+
 @functools.cache
-def lane(name):
+def lane(name, part):
     environment = {**os.environ, "TRITON_INTERPRET": str(int(name == "interpreter")), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "kernels.harness.lanes", name]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    command = [sys.executable, "-m", "kernels.harness.lanes", name, "--part", f"{part}/{PARTS}"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LANE_TIMEOUT_S)
     return keyed(done.stdout), done.stderr
 
 
 def result(name, op, case):
-    records, stderr = lane(name)
+    records, stderr = lane(name, part_of(op))
     assert (op.name, case.name) in records, f"the {name} lane said nothing of this case:\n{stderr[-2000:]}"
     record = records[op.name, case.name]
     assert "failure" not in record, record["failure"]
     return record
 
 
-def cases(*kinds):
+def cases(lane_name, *kinds):
     return [
-        pytest.param(op, case, id=f"{op.name} {case.name}")
+        pytest.param(
+            op,
+            case,
+            id=f"{op.name} {case.name}",
+            marks=[
+                pytest.mark.xdist_group(f"{lane_name} lane {part_of(op)}"),
+                pytest.mark.timeout(LANE_TIMEOUT_S + 60),
+            ],
+        )
         for op in OPS
         for kind in kinds
         for case in getattr(op, kind)
     ]
 
 
-@pytest.mark.xdist_group("interpreter lane")
-@pytest.mark.parametrize(("op", "case"), cases("small"))
+@pytest.mark.parametrize(("op", "case"), cases("interpreter", "small"))
 def test_interpreted(op, case):
     record = result("interpreter", op, case)
     assert record["error"] <= record["tolerance"]
 
 
-@pytest.mark.xdist_group("paper lane")
-@pytest.mark.parametrize(("op", "case"), cases("full"))
+@pytest.mark.parametrize(("op", "case"), cases("paper", "full"))
 def test_compiled_for_hopper(op, case):
     kernels = result("paper", op, case)["kernels"]
     assert kernels
@@ -80,9 +94,8 @@ def test_the_committed_static_table_is_that_of_the_baseline():
 
 
 @pytest.mark.gpu
-@pytest.mark.xdist_group("gpu lane")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the kernels' GPU lane did not run")
-@pytest.mark.parametrize(("op", "case"), cases("small", "full"))
+@pytest.mark.parametrize(("op", "case"), cases("gpu", "small", "full"))
 def test_on_the_gpu(op, case):
     record = result("gpu", op, case)
     assert record["error"] <= record["tolerance"]

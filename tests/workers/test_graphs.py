@@ -143,3 +143,18 @@ def test_every_small_step_is_a_replay_and_reads_no_foreign_slot(checkpoint, monk
         else:
             assert (len(replays), len(forwards)) == (0, num_steps)
     assert completions[0] == completions[1]
+
+
+@pytest.mark.parametrize("with_graphs", [False, True])
+def test_the_largest_steps_of_a_warm_up_fit_and_write_nothing(checkpoint, with_graphs):
+    """Only CUDA runs them when it warms up; that they are within bounds shows anywhere."""
+    config = EngineConfig(
+        str(checkpoint), "float32", "cpu", block_size=4, num_blocks=3, max_num_batched_tokens=300, max_num_seqs=9,
+        max_model_len=100, cuda_graphs=with_graphs,
+    )  # fmt: skip
+    runner = TorchModelRunner(config, ModelConfig.load(checkpoint), ParallelGroups(Shard(), CPU), CPU)
+    runner.warm_up()
+    before = runner.cache.clone()
+    runner._run_largest_steps()
+    assert torch.equal(runner.cache, before)
+    assert not runner.cache[:, 1:].any()
