@@ -86,9 +86,15 @@ def test_a_kv_node_that_hangs_costs_time_and_nothing_else(fake_cluster: MakeClus
     cluster.wait_at_rest()
 
 
-def test_a_router_that_hangs_is_left_by_its_clients(fake_cluster: MakeCluster, measured: Measured) -> None:
-    """Only the client's own probes show it: the machine still answers for the router's connections."""
-    cluster = fake_cluster(step_s=STEP_S)
+@pytest.mark.redis
+def test_a_router_that_hangs_is_left_by_its_clients(
+    fake_cluster: MakeCluster, redis_server: RedisServer, measured: Measured
+) -> None:
+    """Only the client's own probes show it: the machine still answers for the router's connections.
+
+    The journal is in Redis: a router that is stopped while it writes to the file holds the file's lock.
+    """
+    cluster = fake_cluster(step_s=STEP_S, journal=redis_server.url)
     router = cluster.routers["router-0"]
     client = GenerationClient(cluster.targets, router_silence_s=2.0)
     once = Once(10, lambda: router.signal(signal.SIGSTOP))
