@@ -26,6 +26,7 @@ _OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.http2.max_pings_without_data", 0),  # a long prefill brings no data, and is probed as often
 ]
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.02, 1.0
 
@@ -55,10 +56,21 @@ class GenerationClient:
     """Streams completions from the routers at `target` ("HOST:PORT", or several of them). Connects at the first call.
 
     resume_within_s: how long a stream that lost its router is tried for; 0 means that it fails at once.
+    router_silence_s: a router that does not even answer a probe for so long is lost.
     api_key: sent with each call; callers with different keys share no KV blocks, and a stream is its own caller's.
     """
 
-    def __init__(self, target: Target, resume_within_s: float = 60.0, api_key: str = "") -> None:
+    def __init__(
+        self, target: Target, resume_within_s: float = 60.0, api_key: str = "", router_silence_s: float = 15.0
+    ) -> None:
+        # A router that hangs says nothing, and its host answers for it: only probes of our own show that.
+        probe_ms, answer_ms = max(1, int(router_silence_s * 1000 / 3)), max(1, int(router_silence_s * 1000 * 2 / 3))
+        self._options = [
+            *_OPTIONS,
+            ("grpc.keepalive_time_ms", probe_ms),
+            ("grpc.keepalive_timeout_ms", answer_ms),
+            ("grpc.http2.ping_timeout_ms", answer_ms),  # without it a minute, whatever keepalive says
+        ]
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
         self._targets = [target] if isinstance(target, str) else list(target)
         self._resume_within_s = resume_within_s
@@ -136,12 +148,12 @@ class GenerationClient:
     def _stub(self, target: str = "") -> generation_pb2_grpc.GenerationServiceStub:
         target = target or self._targets[0]
         if target not in self._channels:
-            self._channels[target] = grpc.insecure_channel(target, options=_OPTIONS)
+            self._channels[target] = grpc.insecure_channel(target, options=self._options)
         return generation_pb2_grpc.GenerationServiceStub(self._channels[target])
 
     def _aio_stub(self, target: str) -> generation_pb2_grpc.GenerationServiceStub:
         if target not in self._aio_channels:
-            self._aio_channels[target] = grpc.aio.insecure_channel(target, options=_OPTIONS)
+            self._aio_channels[target] = grpc.aio.insecure_channel(target, options=self._options)
         return generation_pb2_grpc.GenerationServiceStub(self._aio_channels[target])
 
 

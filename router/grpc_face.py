@@ -55,6 +55,10 @@ class GrpcFace:
             # A client whose host vanished says nothing: without these its streams would run to their end.
             ("grpc.keepalive_time_ms", 10_000),
             ("grpc.keepalive_timeout_ms", 5_000),
+            ("grpc.http2.ping_timeout_ms", 5_000),  # without it a minute, whatever keepalive says
+            # Clients probe in their turn, for a router may hang. gRPC would take more than one probe in five minutes
+            # without data for an attack and end the connection in the middle of a long prefill.
+            ("grpc.http2.min_ping_interval_without_data_ms", 500),
         ]
         self._server = grpc.aio.server(interceptors=[_Edge()], options=options)
         self._health = health.aio.HealthServicer()

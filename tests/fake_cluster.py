@@ -32,11 +32,12 @@ from router.client import GenerationClient
 from router.config import RouterConfig, RouterSpec
 from router.events import Finished, GenerationRequest, SamplingOptions, Started, Tokens
 from tests.processes import DEADLINE_S, REPOSITORY, KVNode, free_port, python_environment, wait_until
-from workers.config import EngineConfig, WorkerSpec
+from workers.config import EngineConfig, ModelConfig, WorkerSpec
 from workers.fake_model import fake_completion
 
 DEMO = REPOSITORY / "models" / "demo"
 MODEL_NAME = "fake"
+SECRET = "of the tests"  # of the tiers outside of a host's memory
 VOCAB_SIZE = 4096  # the demo tokenizer's
 NUM_BLOCKS = 1024  # of a worker
 SIZES = {
@@ -176,9 +177,17 @@ class Server:
 class ForkedNode(KVNode):
     """A KV node that is forked instead of being started from the beginning."""
 
-    def __init__(self, prefork: Prefork, folder: Path, slot_bytes: int, num_slots: int) -> None:
-        self.server = Server(prefork, "node", "node", folder)
-        super().__init__(f"fake-{uuid.uuid4().hex[:12]}", slot_bytes, num_slots)
+    def __init__(
+        self,
+        prefork: Prefork,
+        folder: Path,
+        slot_bytes: int,
+        num_slots: int,
+        name: str = "node",
+        options: Sequence[str] = (),
+    ) -> None:
+        self.server = Server(prefork, "node", name, folder)
+        super().__init__(f"fake-{uuid.uuid4().hex[:12]}", slot_bytes, num_slots, options, secret=SECRET)
 
     @property
     def pid(self) -> int:
@@ -224,12 +233,18 @@ class Shape:
     control: str = ""  # empty: the node's directory
     tier: str = ""  # empty: the node's arena alone
     uses_arena: bool = True
+    hosts: int = 1  # KV nodes; prefill and decode workers of one number are on different ones
+    peers: bool = False  # whether hosts pull from each other
+    disk_bytes: int = 0  # of each node; 0: no disk tier
+    disk_dir: str = ""  # empty: in the cluster's folder
+    silent: tuple[str, ...] = ()  # workers that nobody is told of, nor what they publish
     journal: str = ""  # empty: a file
     block_size: int = 4
     num_slots: int = 8192
     engine: dict[str, object] = field(default_factory=dict)  # of EngineConfig
     router: dict[str, object] = field(default_factory=dict)  # of RouterConfig
     sizes: dict[str, int] = field(default_factory=dict)  # of the model
+    model_dir: str = ""  # of a real model, for the real engine; empty: one for the fake engine is made
 
     @property
     def roles(self) -> dict[str, int]:
@@ -256,7 +271,9 @@ class Shape:
             engine=EngineConfig(str(model_dir), **settings),
             model_name=MODEL_NAME,
             tier=self.tier,
-            tier_secret="of the tests" if self.tier else "",
+            peers=self.peers,
+            prefix_fetch="always",  # no probe at the start, and whatever may be pulled is pulled
+            tier_secret=SECRET if self.tier or self.peers else "",
             layers_per_fragment=1,
         )
 
@@ -267,10 +284,17 @@ class FakeCluster:
     def __init__(self, prefork: Prefork, shape: Shape | None = None) -> None:
         self.shape = shape or Shape()
         self.folder = Path(tempfile.mkdtemp(prefix="fc-"))
-        self.model_dir = write_fake_model(self.folder / "model", **self.shape.sizes)
-        sizes = {**SIZES, **self.shape.sizes}
-        fragment_bytes = 2 * self.shape.block_size * sizes["head_dim"] * 4
-        self.node = ForkedNode(prefork, self.folder, fragment_bytes, self.shape.num_slots)
+        if self.shape.model_dir:
+            self.model_dir = Path(self.shape.model_dir)
+        else:
+            self.model_dir = write_fake_model(self.folder / "model", **self.shape.sizes)
+        head_dim = ModelConfig.load(self.model_dir).head_dim
+        fragment_bytes = 2 * self.shape.block_size * head_dim * 4
+        self.nodes = [
+            ForkedNode(prefork, self.folder, fragment_bytes, self.shape.num_slots, f"node-{i}", self._node_options(i))
+            for i in range(self.shape.hosts)
+        ]
+        self.node = self.nodes[0]
         self._prefork = prefork
         self._num_workers = 0
         self.workers = {
@@ -294,7 +318,19 @@ class FakeCluster:
             self.close()
             raise
 
+    def _node_options(self, number: int) -> list[str]:
+        options = ["--peer-address", f"127.0.0.1:{free_port()}"] if self.shape.peers else []
+        if self.shape.disk_bytes:
+            folder = self.shape.disk_dir or f"{self.folder}/disk-{number}"
+            options += ["--disk-dir", folder, "--disk-bytes", str(self.shape.disk_bytes), "--disk-write", "through"]
+        return options
+
     # ------------------------------------------------------------------------------------------------------ processes
+    def node_of(self, name: str) -> ForkedNode:
+        """The node of a worker's host."""
+        role, _, number = name.partition("-")
+        return self.nodes[(int(number) + (role == "decode")) % len(self.nodes)]
+
     @property
     def control_url(self) -> str:
         """Of the directory."""
@@ -316,9 +352,9 @@ class FakeCluster:
         spec = self.shape.worker_spec(self.model_dir, name, f"{name}.{self._num_workers}")
         spec = dataclasses.replace(
             spec,
-            node_id=self.node.node_id,
-            host_address=self.node.host_address if self.shape.uses_arena else "",
-            control=self.control_url,
+            node_id=self.node_of(name).node_id,
+            host_address=self.node_of(name).host_address if self.shape.uses_arena else "",
+            control="" if name in self.shape.silent else self.control_url,
         )
         self._start(self.workers[name], dataclasses.asdict(spec), waits)
 
@@ -344,8 +380,8 @@ class FakeCluster:
 
     def restart(self, name: str) -> None:
         """Kill it if it lives, and start it again."""
-        if name == "node":
-            self.node.restart()
+        if name.startswith("node"):
+            self.node_named(name).restart()
         elif name in self.workers:
             self.workers[name].kill()
             self.start_worker(name)
@@ -353,14 +389,18 @@ class FakeCluster:
             self.routers[name].kill()
             self.start_router(name)
 
+    def node_named(self, name: str) -> ForkedNode:
+        """ "node" (the first) or "node-NUMBER"."""
+        return self.nodes[int(name.partition("-")[2] or 0)]
+
     def server(self, name: str) -> Server:
         """A worker or router by its name."""
         return self.workers[name] if name in self.workers else self.routers[name]
 
     def kill(self, name: str) -> None:
         """SIGKILL."""
-        if name == "node":
-            self.node.kill()
+        if name.startswith("node"):
+            self.node_named(name).kill()
         else:
             self.server(name).kill()
 
@@ -446,7 +486,8 @@ class FakeCluster:
             client.close()
         for server in (*self.routers.values(), *self.workers.values()):
             server.kill()
-        self.node.close()
+        for node in self.nodes:
+            node.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> FakeCluster:

@@ -1,20 +1,24 @@
 """Damages stored KV fragments behind the cluster's back, in a process of its own: `python -m tests.fault_injector`.
 
-Knows how fragments are stored and nothing else: it maps the arena's file, or talks to the Redis, as a bad memory cell,
-a torn write or a meddler would. Reads one JSON object a line, {"keys": [HEX, ...]}, damages these fragments, the kinds
-of faults in turn, and answers with {"damaged": {KIND: NUMBER}}; a swap damages two. Every fault makes a fragment that
-must not be used.
+Knows how fragments are stored and travel, and nothing else: it maps the arena's file, writes into the disk tier's
+segments, talks to the Redis, or sits on the wire between two hosts, as a bad memory cell, a torn write or a meddler
+would. Reads one JSON object a line, {"keys": [HEX, ...]}, damages these fragments, the kinds of faults in turn, and
+answers with {"damaged": {KIND: NUMBER}}; a swap damages two. On the wire, keys are damaged from then on, and the answer
+says what was done since the last one. Every fault makes a fragment that must not be used.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import mmap
 import os
 import random
+import socket
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,7 +29,9 @@ import redis
 from kvstore.arena import arena_bytes
 from kvstore.authenticity import TAG_BYTES
 from kvstore.names import FRAGMENT_KEY_BYTES
+from kvstore.peer_wire import HEAD_BYTES, HELLO_BYTES, TRAILER_BYTES, groups, table_bytes, unpack_table
 from kvstore.sealing import GENERATION_OFFSET, HEADER_BYTES, RESERVED, SEALED, seal
+from kvstore.segments import PAGE_BYTES, SUFFIX
 
 PAYLOAD_BYTES_OFFSET, CHECKSUM_OFFSET, ZEROS_OFFSET = 16, 24, 32
 KEY_OFFSET = HEADER_BYTES - FRAGMENT_KEY_BYTES
@@ -72,6 +78,64 @@ class ArenaPlace:
         """As in Place. What is cut off is nothing: a file that was not written to its end reads as zeros."""
         at, size = self._places[key]
         self._map[at : at + size] = stored[:size].ljust(size, b"\0")
+
+
+class DiskPlace:
+    """The segment files of a disk tier."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._places: dict[bytes, tuple[Path, int, int]] = {}
+
+    def find(self, keys: Sequence[bytes]) -> bool:
+        """Look where these fragments are now, in the newest segments first; whether all of them are there."""
+        missing, self._places = set(keys), {}
+        for path in sorted(self._folder.glob(f"*{SUFFIX}"), reverse=True):
+            if not missing:
+                break
+            try:
+                content = path.read_bytes()
+            except FileNotFoundError:
+                continue  # the oldest go when the tier is full
+            for at in range(PAGE_BYTES, len(content), PAGE_BYTES):
+                header = content[at : at + HEADER_BYTES]
+                key = header[KEY_OFFSET:]
+                if header.startswith(SEALED) and key in missing:
+                    missing.discard(key)
+                    payload_bytes = int.from_bytes(header[PAYLOAD_BYTES_OFFSET:CHECKSUM_OFFSET], "little")
+                    self._places[key] = path, at, HEADER_BYTES + payload_bytes + TAG_BYTES
+        return not missing
+
+    def read(self, key: bytes) -> bytes | None:
+        """As in Place."""
+        if key not in self._places:
+            return None
+        path, at, size = self._places[key]
+        with path.open("rb") as file:
+            file.seek(at)
+            return file.read(size)
+
+    def write(self, key: bytes, stored: bytes) -> None:
+        """As in Place; what is cut off was never written."""
+        path, at, size = self._places[key]
+        with path.open("r+b") as file:
+            file.seek(at)
+            file.write(stored[:size].ljust(size, b"\0"))
+
+
+class WirePlace:
+    """Fragments that are on their way, a group at a time."""
+
+    def __init__(self) -> None:
+        self.fragments: dict[bytes, bytes] = {}
+
+    def read(self, key: bytes) -> bytes | None:
+        """As in Place."""
+        return self.fragments.get(key)
+
+    def write(self, key: bytes, stored: bytes) -> None:
+        """As in Place; what is cut off is filled up: the bytes that follow must not be taken for these."""
+        self.fragments[key] = stored[: len(self.fragments[key])].ljust(len(self.fragments[key]), b"\0")
 
 
 class RedisPlace:
@@ -191,16 +255,98 @@ class Injector:
         end = len(stored) - self._num_tag_bytes
         payload = stored[HEADER_BYTES:end]
         payload[self._random.randrange(len(payload))] ^= 1
-        return seal(bytes(stored[KEY_OFFSET:HEADER_BYTES]), memoryview(payload), 0) + bytes(payload + stored[end:])
+        generation = int.from_bytes(stored[GENERATION_OFFSET:PAYLOAD_BYTES_OFFSET], "little")
+        header = seal(bytes(stored[KEY_OFFSET:HEADER_BYTES]), memoryview(payload), generation)
+        return header + bytes(payload + stored[end:])
 
 
 def _with_key(stored: bytes, keyed: bytearray) -> bytes:
     return stored[:KEY_OFFSET] + bytes(keyed[KEY_OFFSET:HEADER_BYTES]) + stored[HEADER_BYTES:]
 
 
+class Wire:
+    """A proxy between a host and its peer's node process. What it is told to damage, it damages whenever it passes."""
+
+    def __init__(self, upstream: str, seed: int) -> None:
+        self._upstream = upstream.rpartition(":")
+        self._seed = seed
+        self._lock = threading.Lock()
+        self._wanted: frozenset[bytes] = frozenset()
+        self._damaged: Counter[str] = Counter()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def want(self, keys: Sequence[bytes]) -> Counter[str]:
+        """Damage these from now on; what was done until now."""
+        with self._lock:
+            self._wanted = frozenset(keys)
+            damaged, self._damaged = self._damaged, Counter()
+            return damaged
+
+    def _accept(self) -> None:
+        while True:
+            client, _ = self._listener.accept()
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        host, _, port = self._upstream
+        with client, socket.create_connection((host, int(port))) as server:
+            threading.Thread(target=_pump, args=(client, server), daemon=True).start()
+            place = WirePlace()
+            injector = Injector(place, self._seed, 0)
+            with contextlib.suppress(OSError):
+                client.sendall(_exactly(server, HELLO_BYTES))
+                while True:
+                    self._answer(server, client, place, injector)
+
+    def _answer(self, server: socket.socket, client: socket.socket, place: WirePlace, injector: Injector) -> None:
+        head = _exactly(server, HEAD_BYTES)
+        num_keys = int.from_bytes(head[-4:], "little")
+        raw = _exactly(server, table_bytes(num_keys))
+        client.sendall(head + raw)
+        for group in groups(table := unpack_table(raw, num_keys)):
+            sealed = [_exactly(server, table[i].sealed_bytes) for i in group]
+            trailers = _exactly(server, TRAILER_BYTES * len(group))
+            keys = [fragment[KEY_OFFSET:HEADER_BYTES] for fragment in sealed]
+            place.fragments = dict(zip(keys, sealed, strict=True))
+            with self._lock:
+                self._damaged += injector.damage([key for key in keys if key in self._wanted])
+            client.sendall(b"".join(place.fragments[key] for key in keys) + trailers)
+
+
+def _pump(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while chunk := source.recv(65536):
+            target.sendall(chunk)
+        target.shutdown(socket.SHUT_WR)
+
+
+def _exactly(connection: socket.socket, num_bytes: int) -> bytes:
+    received = b""
+    while len(received) < num_bytes:
+        chunk = connection.recv(num_bytes - len(received))
+        if not chunk:
+            raise ConnectionResetError("the peer is gone")
+        received += chunk
+    return received
+
+
 def _orders() -> Iterator[list[bytes]]:
     for line in sys.stdin:
         yield [bytes.fromhex(key) for key in json.loads(line)["keys"]]
+
+
+def _place_of(options: argparse.Namespace) -> tuple[Place, Callable[[list[bytes]], object], Callable[[], None]]:
+    """A place, and what to do before and after each order."""
+    if options.arena:
+        arena = ArenaPlace(options.arena, options.slot_bytes, options.num_slots)
+        return arena, lambda _: arena.find(), lambda: None
+    if options.disk:
+        disk = DiskPlace(options.disk)
+        return disk, disk.find, lambda: None
+    remote = RedisPlace(options.redis, bytes.fromhex(options.key_prefix))
+    return remote, remote.fetch, remote.store
 
 
 def main() -> None:
@@ -209,24 +355,25 @@ def main() -> None:
     parser.add_argument("--arena", type=Path)
     parser.add_argument("--slot-bytes", type=int, default=0)
     parser.add_argument("--num-slots", type=int, default=0)
+    parser.add_argument("--disk", type=Path, help="folder of the segments")
     parser.add_argument("--redis", default="")
     parser.add_argument("--key-prefix", default="", help="as hex")
+    parser.add_argument("--wire", default="", help="HOST:PORT of a peer")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.wire:
+        wire = Wire(options.wire, options.seed)
+        print(json.dumps({"pid": os.getpid(), "port": wire.port}), flush=True)
+        for keys in _orders():
+            print(json.dumps({"damaged": wire.want(keys)}), flush=True)
+        return
+    place, before, after = _place_of(options)
+    injector = Injector(place, options.seed, 0 if options.arena else TAG_BYTES)
     print(json.dumps({"pid": os.getpid()}), flush=True)
-    arena = ArenaPlace(options.arena, options.slot_bytes, options.num_slots) if options.arena else None
-    remote = RedisPlace(options.redis, bytes.fromhex(options.key_prefix)) if options.redis else None
-    place = arena or remote
-    assert place is not None, "--arena or --redis"
-    injector = Injector(place, options.seed, TAG_BYTES if remote else 0)
     for keys in _orders():
-        if arena is not None:
-            arena.find()
-        if remote is not None:
-            remote.fetch(keys)
+        before(keys)
         damaged = injector.damage(keys)
-        if remote is not None:
-            remote.store()
+        after()
         print(json.dumps({"damaged": damaged}), flush=True)
 
 

@@ -32,13 +32,20 @@ _PR_SET_PDEATHSIG = 1
 
 
 def _run_worker(spec: str) -> int:
-    """A worker of one rank, as `python -m workers` runs it, but in this very process."""
+    """A worker as `python -m workers` runs it, but rank 0 in this very process and the others forked from it."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     told = WorkerSpec.from_json(Path(spec).read_text())
+    meeting = f"file://{spec}.{os.getpid()}.meeting"
+    for rank in range(1, told.engine.tp * told.engine.pp):
+        if os.fork() == 0:
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            _, theirs = multiprocessing.Pipe()
+            run_rank(told, rank, meeting, "lo", theirs)
+            os._exit(2)
     ours, theirs = multiprocessing.Pipe()
     threading.Thread(target=_announce, args=(told, ours), daemon=True).start()
     signal.signal(signal.SIGTERM, lambda *_: ours.send("stop"))
-    run_rank(told, 0, "", "", theirs)
+    run_rank(told, 0, meeting, "lo", theirs)
     return 2  # it was refused: the last word says why
 
 

@@ -17,7 +17,7 @@ from workers.config import EngineConfig, ModelConfig
 from workers.errors import ModelError
 from workers.fake_model import SlotCode, choose, position_weight, position_weights, token_hash
 from workers.kv_transfer import FragmentGrid, KVTransfer
-from workers.step import ModelRunnerOutput, SampleSpec, ScheduledRequest, SchedulerOutput
+from workers.step import ModelRunnerOutput, SampleSpec, ScheduledRequest, SchedulerOutput, pending_place
 
 CACHE_BYTES = 64 << 20  # KV cache of one worker when the config does not say
 _WORD_BYTES = 4
@@ -44,6 +44,7 @@ class FakeModelRunner:
         self._code = SlotCode(layers * heads * 2 * words)
         self._weights = self._code.weights.reshape(layers, heads, 2, words)
         self._transfer: KVTransfer | None = None
+        self._last_sampled: Sequence[int] = ()  # in the last step, in its plan's order
 
     def attach(self, transfer: KVTransfer) -> None:
         """Give the runner its way to the KV tiers; without one, plans must not load or store."""
@@ -77,6 +78,7 @@ class FakeModelRunner:
         started = time.perf_counter()
         loaded = [0 if self._transfer is None else self._transfer.load(load) for load in plan.loads]
         sampled = [token_id for r in plan.requests if (token_id := self._compute(r)) is not None]
+        self._last_sampled = sampled
         if plan.requests:
             num_prefill_tokens = sum(r.num_scheduled_tokens for r in plan.requests if r.num_scheduled_tokens > 1)
             time.sleep(self._step_s + self._token_s * num_prefill_tokens)
@@ -91,7 +93,9 @@ class FakeModelRunner:
         start, end = request.start_position, request.start_position + request.num_scheduled_tokens
         before = summed = self._sum(request.block_table, 0, start)
         hashes: list[int] = []
-        for position, token_id in enumerate(request.token_ids, start):
+        for position, known_id in enumerate(request.token_ids, start):
+            place = pending_place(known_id)  # planned before the last step was through
+            token_id = known_id if place is None else self._last_sampled[place]
             hashes.append(token_hash(summed, position, token_id))
             summed += position_weight(position) * hashes[-1]
         first = max(start, request.write_from)

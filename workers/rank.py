@@ -160,7 +160,7 @@ class Rank:
         if self.spec.prefix_fetch == "never":
             return NEVER_FETCH
         engine = self.spec.engine
-        names = kv_fingerprint(engine, self._model, self._runner.cache.dtype)
+        names = kv_fingerprint(engine, self._model, pick_dtype(engine, self._runner.cache.device))
         measured = calibrate(
             self._runner, names, engine.block_size, self._runner.num_blocks, engine.max_num_batched_tokens
         )
@@ -229,6 +229,7 @@ class Rank:
                 # A router whose host vanished says nothing: without these its requests would stay until TCP gives up.
                 ("grpc.keepalive_time_ms", 10_000),
                 ("grpc.keepalive_timeout_ms", 5_000),
+                ("grpc.http2.ping_timeout_ms", 5_000),  # without it a minute, whatever keepalive says
             ]
         )
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server)

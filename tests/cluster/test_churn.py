@@ -19,14 +19,15 @@ import pytest
 from switchyard.v1 import kvnode_pb2, kvnode_pb2_grpc
 
 from tests.fake_cluster import VOCAB_SIZE, FakeCluster, expected
-from tests.processes import DEADLINE_S, RedisServer, redis_executable, wait_until
+from tests.processes import DEADLINE_S, KVNode, RedisServer, redis_executable, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.redis]
 
 NUM_STREAMS = 32
 SURVIVORS = ("prefill-0", "decode-0", "router-0")  # never killed: what they hold shows what leaks
-VICTIMS = ("prefill-1", "decode-1", "decode-2", "router-1", "node")
+VICTIMS = ("prefill-1", "decode-1", "decode-2", "router-1", "node-0", "node-1")
 WARM_UP_S = 8.0
+DISK_BYTES = 32 << 20
 KEYS_WITHOUT_TTL = {b"switchyard:control1:epoch", b"switchyard:control1:workers", b"switchyard:control1:blocks"}
 SLACK_BYTES, SLACK_FILES = 64 << 20, 16
 
@@ -98,11 +99,11 @@ def footprints(cluster: FakeCluster) -> dict[str, Footprint]:
     return found
 
 
-def num_reservable(cluster: FakeCluster) -> int:
-    """Slots of the arena that can be had: all, unless one got lost. What is reserved here can be evicted again."""
-    with grpc.insecure_channel(cluster.node.host_address) as channel:
+def num_reservable(node: KVNode) -> int:
+    """Slots of an arena that can be had: all, unless one got lost. What is reserved here can be evicted again."""
+    with grpc.insecure_channel(node.host_address) as channel:
         stub = kvnode_pb2_grpc.KVNodeServiceStub(channel)
-        keys = [random.randbytes(22) for _ in range(cluster.node.num_slots)]
+        keys = [random.randbytes(22) for _ in range(node.num_slots)]
         reply = stub.Reserve(kvnode_pb2.ReserveRequest(keys=keys), timeout=DEADLINE_S)
         got = [(k, s, g) for k, s, g in zip(keys, reply.slots, reply.generations, strict=True) if s >= 0]
         sealed = kvnode_pb2.SealRequest(
@@ -141,7 +142,16 @@ def test_no_stream_breaks_and_nothing_is_left_over(
         control = RedisServer(executable)
         stack.callback(control.kill)
         cluster = fake_cluster(
-            decode=3, step_s=0.03, token_s=0.0002, tier=redis_server.url, control=control.url, journal=control.url
+            decode=3,
+            hosts=2,
+            peers=True,
+            disk_bytes=DISK_BYTES,
+            num_slots=2048,
+            step_s=0.03,
+            token_s=0.0002,
+            tier=redis_server.url,
+            control=control.url,
+            journal=control.url,
         )
         stack.callback(end.set)
         threads = stack.enter_context(ThreadPoolExecutor(NUM_STREAMS))
@@ -156,11 +166,11 @@ def test_no_stream_breaks_and_nothing_is_left_over(
         cluster.wait_complete()
         cluster.wait_at_rest()
         check_footprints(before, footprints(cluster))
-        wait_until(lambda: num_reservable(cluster) == cluster.node.num_slots, "no slot of the arena is lost")
-        assert [path.name for path in Path("/dev/shm").glob(f"*{cluster.node.node_id}*")] in (
-            [cluster.node.arena.name],
-            [],
-        )
+        for node in cluster.nodes:
+            wait_until(lambda node=node: num_reservable(node) == node.num_slots, "no slot of the arena is lost")
+            assert [path.name for path in node.arena.parent.glob(f"*{node.node_id}*")] == [node.arena.name]
+            segments = Path(f"{cluster.folder}/disk-{cluster.nodes.index(node)}").glob("*.segment")
+            assert 0 < sum(path.stat().st_size for path in segments) <= DISK_BYTES
         for server in (control, redis_server):
             check_redis(server)
     for gap_s in tally.gaps_s:

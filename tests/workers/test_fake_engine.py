@@ -69,14 +69,16 @@ def complete(engine: Engine, sampling: SamplingParams) -> list[list[int]]:
     return [tokens[r.request_id] for r in requests]
 
 
+@pytest.mark.parametrize("plans_ahead", [False, True], ids=["step by step", "a step ahead"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_tokens_are_right_in_any_batch(model_dir: Path, dtype: str) -> None:
+def test_tokens_are_right_in_any_batch(model_dir: Path, dtype: str, plans_ahead: bool) -> None:
     expected = [fake_completion(p, 12, VOCAB_SIZE) for p in PROMPTS]
     for caching, chunk, num_blocks in itertools.product((True, False), (7, 512), (14, 64)):
         options = {"enable_prefix_caching": caching, "max_num_batched_tokens": chunk, "num_blocks": num_blocks}
-        engine, _ = make(config_for(model_dir, dtype=dtype, **options))
+        engine, _ = make(config_for(model_dir, dtype=dtype, async_scheduling=plans_ahead, **options))
         assert complete(engine, greedy(12)) == expected, options
         assert complete(engine, greedy(12)) == expected, f"again, from the prefix cache: {options}"
+        engine.close()
         assert (engine.scheduler.num_preemptions > 0) == (num_blocks == 14), options
 
 
@@ -159,8 +161,9 @@ def test_what_one_publishes_another_reads(model_dir: Path, shared_kv_node) -> No
     for _ in range(2):
         engine, runner = make(config_for(model_dir, max_num_batched_tokens=16))
         store = FragmentStore([HostTier(shared_kv_node.host_address)])
-        runner.attach(KVTransfer(runner.cache, runner.grid(1), store))
-        sides.append((engine, runner, store))
+        transfer = KVTransfer(runner.cache, runner.grid(1), store)
+        runner.attach(transfer)
+        sides.append((engine, transfer, store))
     (prefill, _, published), (decode, _, pulled) = sides
     prefill.submit(Request("r", list(prompt), len(prompt), greedy(9), RequestRole.PREFILL))
     tokens = [token.token_id for events in iter(prefill.step, None) for token in events.tokens]
@@ -171,8 +174,9 @@ def test_what_one_publishes_another_reads(model_dir: Path, shared_kv_node) -> No
     assert decode.counters.num_transferred_blocks == 10
     assert decode.counters.num_computed_prompt_tokens == 0
     assert pulled.stats().pulled_bytes == published.stats().published_bytes
-    published.close()
-    pulled.close()
+    for _, transfer, store in sides:
+        transfer.close()
+        store.close()
 
 
 def test_unverified_bytes_would_show(model_dir: Path) -> None:
@@ -183,10 +187,12 @@ def test_unverified_bytes_would_show(model_dir: Path) -> None:
             return [memoryview(bytearray(b"\1" * 2 * BLOCK_SIZE * 4 * 4)) for _ in keys]
 
     _, runner = make(config_for(model_dir))
-    runner.attach(KVTransfer(runner.cache, runner.grid(1), Careless([])))
+    transfer = KVTransfer(runner.cache, runner.grid(1), Careless([]))
+    runner.attach(transfer)
     load = BlockTransfer("r", [b"n" * 16, b"m" * 16], [5, 2], [4, 4])
     step = ScheduledRequest("r", PROMPTS[2][8:10], 8, 0, [5, 2, 9], SampleSpec(0.0, 1.0, 0, 0, 0))
     output = runner.execute(SchedulerOutput([step], [load]))
+    transfer.close()
     assert output.num_loaded_blocks == [2]
     assert list(output.sampled_token_ids) != fake_completion(PROMPTS[2][:10], 1, VOCAB_SIZE)
 

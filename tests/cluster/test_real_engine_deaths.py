@@ -1,0 +1,61 @@
+"""SIGKILL under streams of the real engine on two ranks: in batch-invariant mode the stream is the undisturbed one."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+
+import psutil
+import pytest
+
+from router.client import GenerationClient
+from tests.cluster.test_kill_at_every_token import NUM_TOKENS, Once, busy, prompt
+from tests.fake_cluster import DEMO, Answer, FakeCluster
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+Measured = Callable[[str, float], None]
+
+
+def kill_rank(cluster: FakeCluster, name: str, rank: int) -> None:
+    """Rank 0 is the process that we know, the other one its child."""
+    leader = psutil.Process(cluster.workers[name].pid)
+    pid = leader.pid if rank == 0 else leader.children()[0].pid
+    os.kill(pid, signal.SIGKILL)
+    leader.wait(60)  # a worker ends when any of its ranks does
+
+
+def test_a_stream_of_two_ranks_goes_on_with_the_same_bits(
+    fake_cluster: Callable[..., FakeCluster], measured: Measured
+) -> None:
+    engine = {"runner": "torch", "tp": 2, "batch_invariant": True}
+    cluster = fake_cluster(prefill=1, model_dir=str(DEMO), block_size=16, engine=engine)
+    client = cluster.client()
+
+    def ask(temperature: float, once: Callable[[Answer], None], through: GenerationClient = client) -> Answer:
+        return cluster.ask(through, prompt(1, 40), NUM_TOKENS, once, temperature=temperature, seed=5)
+
+    undisturbed = {temperature: ask(temperature, lambda _: None).ids for temperature in (0.0, 0.9)}
+    assert undisturbed[0.0] != undisturbed[0.9]
+    for number, position in enumerate((1, 2, 17, 40, 62)):
+        killed: list[str] = []
+
+        def kill(killed: list[str] = killed, rank: int = number % 2) -> None:
+            killed.append(busy(cluster, "decode"))
+            kill_rank(cluster, killed[0], rank)
+
+        once = Once(position, kill)
+        temperature = (0.0, 0.9)[position % 2]
+        answer = ask(temperature, once)
+        assert answer.ids == undisturbed[temperature], f"after the death at {position}"
+        assert answer.finished is not None
+        assert answer.finished.stats.num_replacements == 1
+        measured("pause at a decode worker's death, real engine on two ranks", once.gap_s(answer))
+        cluster.restart(killed[0])
+        cluster.wait_complete()
+    once = Once(20, lambda: cluster.kill("router-0"))
+    answer = ask(0.9, once)
+    assert answer.ids == undisturbed[0.9]
+    measured("pause at a router's death, real engine on two ranks", once.gap_s(answer))
+    cluster.wait_at_rest()
