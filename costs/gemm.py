@@ -22,9 +22,7 @@ def w4a16_gemm(num_tokens: int, n: int, k: int, group_size: int, has_zeros: bool
     return OpCost(num_tokens * (k + n) * dtype_bytes + weight_bytes, 2 * num_tokens * n * k)
 
 
-def w8a8_gemm(
-    num_tokens: int, n: int, k: int, num_scales: int, out_bytes: int, unit: Literal["fp8", "int8"]
-) -> OpCost:
+def w8a8_gemm(num_tokens: int, n: int, k: int, num_scales: int, out_bytes: int, unit: Literal["fp8", "int8"]) -> OpCost:
     """A byte for each operand's element, four for each scale."""
     return OpCost((num_tokens + n) * k + 4 * num_scales + num_tokens * n * out_bytes, 2 * num_tokens * n * k, unit)
 
