@@ -1,9 +1,8 @@
 """Choosing the next token, without state: a counter-based generator makes the same choice on any worker, in any batch.
 
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11) is keyed by the request's seed; its
-counter is (choice, position in the completion, vocabulary id / 4), and each of the four words of a block belongs to one
-vocabulary id. Sampling is Gumbel-max over the masked logits: the arg max of logits / temperature + Gumbel noise is a
-sample of the softmax, and vocabulary-parallel ranks need to reduce one (value, id) pair only.
+Sampling is Gumbel-max over the masked logits (kernels.philox has the noise): the arg max of logits / temperature +
+Gumbel noise is a sample of the softmax, and vocabulary-parallel ranks need to reduce one (value, id) pair only. On CUDA
+a kernel does all rows at once; here is the same in fp64, row by row. Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -13,45 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+import kernels
+from kernels.philox import gumbel, uniform_words
 from workers.parallel import ParallelGroups
 from workers.step import SampleSpec
-
-_M0, _M1 = 0xD2511F53, 0xCD9E8D57
-_W0, _W1 = 0x9E3779B9, 0xBB67AE85
-_MASK = 0xFFFFFFFF
-
-
-def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int], rounds: int = 10) -> list[Tensor]:
-    """Four int64 tensors of one shape, each word in [0, 2**32), from counters of that shape and a two-word key."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(rounds):
-        hi0, lo0 = _mul_hi_lo(c0, _M0)
-        hi1, lo1 = _mul_hi_lo(c2, _M1)
-        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
-        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
-    return [c0, c1, c2, c3]
-
-
-def _mul_hi_lo(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """High and low words of a 32 x 32 bit product; int64 holds no 64-bit unsigned, so the factor is split in halves."""
-    low = a * (m & 0xFFFF)  # < 2**48
-    high = a * (m >> 16)  # < 2**48, in units of 2**16
-    total = high + (low >> 16)  # < 2**49
-    return total >> 16, ((total & 0xFFFF) << 16) | (low & 0xFFFF)
-
-
-def gumbel(
-    seed: int, choice: int, position: int, first_id: int, num_ids: int, device: torch.device | None = None
-) -> Tensor:
-    """fp64 [num_ids]: standard Gumbel noise of the vocabulary ids first_id .. first_id + num_ids - 1."""
-    first_block, last_block = first_id // 4, (first_id + num_ids + 3) // 4
-    blocks = torch.arange(first_block, last_block, dtype=torch.int64, device=device)
-    constant = torch.full_like(blocks, 0)
-    words = philox4x32((constant + choice, constant + position, blocks, constant), (seed & _MASK, (seed >> 32) & _MASK))
-    bits = torch.stack(words, dim=1).flatten()[first_id - 4 * first_block :][:num_ids]
-    uniform = (bits.to(torch.float64) + 0.5) / 2.0**32  # never 0 or 1
-    return -torch.log(-torch.log(uniform))
 
 
 def mask_top_k_top_p(logits: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -95,6 +59,8 @@ def _best(logits: Tensor, specs: Sequence[SampleSpec], first_id: int) -> tuple[T
     if all(s.temperature == 0 for s in specs):
         values, ids = logits.max(dim=-1)
         return values.double(), ids + first_id
+    if logits.is_cuda:
+        return _best_on_cuda(logits, specs, first_id)
     scores = []
     for row, spec in zip(logits, specs, strict=True):
         if spec.temperature == 0:
@@ -102,6 +68,25 @@ def _best(logits: Tensor, specs: Sequence[SampleSpec], first_id: int) -> tuple[T
             continue
         # In fp64: a temperature of 1e-40 is allowed, and means nearly greedy, not infinite.
         scaled = mask_top_k_top_p(row.double() / spec.temperature, spec.top_k, spec.top_p)
-        scores.append(scaled + gumbel(spec.seed, 0, spec.position, first_id, len(row), row.device))
+        scores.append(scaled + gumbel(uniform_words(spec.seed, spec.position, first_id, len(row), row.device)))
     values, ids = torch.stack(scores).max(dim=-1)
     return values, ids + first_id
+
+
+def _best_on_cuda(logits: Tensor, specs: Sequence[SampleSpec], first_id: int) -> tuple[Tensor, Tensor]:
+    def column(values: Sequence[float], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).pin_memory().to(logits.device, non_blocking=True)
+
+    # A seed is any 64-bit number; the device holds it as the signed one of the same bits.
+    seeds = [s.seed - (1 << 64) if s.seed >> 63 else s.seed for s in specs]
+    values, ids = kernels.sample(
+        logits,
+        column([s.temperature for s in specs], torch.float32),
+        column([s.top_k for s in specs], torch.int64),
+        column([s.top_p for s in specs], torch.float32),
+        torch.zeros(len(specs), device=logits.device),
+        column(seeds, torch.int64),
+        column([s.position for s in specs], torch.int64),
+        first_id,
+    )
+    return values.double(), ids

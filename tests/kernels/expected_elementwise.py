@@ -3,7 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from workers.sampler import gumbel, mask_top_k_top_p
+from kernels.philox import gumbel, uniform_words  # held to known answers in tests/workers/test_sampler.py
+from workers.sampler import mask_top_k_top_p
 
 E4M3, INT8 = torch.float8_e4m3fn, torch.int8
 
@@ -78,7 +79,8 @@ def sample(logits, temperature, top_k, top_p, min_p, seeds, positions, first_id)
             left[
                 torch.softmax(scaled, 0) < min_p[i].double() * torch.softmax(scaled, 0).max() * (1 - 1e-9)
             ] = -torch.inf
-            scores = left + gumbel(int(seeds[i]) % 2**64, 0, int(positions[i]), first_id, len(row))
+            words = uniform_words(int(seeds[i]) % 2**64, int(positions[i]), first_id, len(row), row.device)
+            scores = left + gumbel(words)
         value, place = scores.max(dim=-1)
         values.append(value)
         ids.append(place + first_id)
