@@ -6,6 +6,7 @@ Every part is the real program in a process of its own that can be killed, on fr
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -28,6 +29,8 @@ from typing import Any
 import grpc
 from switchyard.v1 import worker_pb2, worker_pb2_grpc
 
+from kvstore.connect import open_directory
+from kvstore.directory import DirectoryUnavailable
 from router.client import GenerationClient
 from router.config import RouterConfig, RouterSpec
 from router.events import Finished, GenerationRequest, SamplingOptions, Started, Tokens
@@ -407,9 +410,19 @@ class FakeCluster:
     def wait_complete(self) -> None:
         """Until every router that runs sees every worker that runs, and nobody else."""
         wanted = {server.ready["worker_id"] for server in self.workers.values() if server.is_running}
+        if self.routers:  # a directory that lost its memory has to hear of everybody first
+            wait_until(lambda: wanted <= self._leased(), f"the directory has {wanted}")
         for name, url in zip(self.routers, self.http_urls, strict=True):
             if self.routers[name].is_running:
                 wait_until(lambda url=url: self.seen_by(url) == wanted, f"{name} sees {wanted}")
+
+    def _leased(self) -> set[str]:
+        """The workers that the directory has."""
+        with contextlib.closing(open_directory(self.control_url)) as directory:
+            try:
+                return {worker.record.worker_id for worker in directory.workers()}
+            except DirectoryUnavailable:
+                return set()
 
     def readyz(self, url: str) -> dict[str, Any]:
         """What a router says of the cluster; nothing while it is away."""

@@ -100,10 +100,10 @@ class DiskPlace:
             for at in range(PAGE_BYTES, len(content), PAGE_BYTES):
                 header = content[at : at + HEADER_BYTES]
                 key = header[KEY_OFFSET:]
-                if header.startswith(SEALED) and key in missing:
-                    missing.discard(key)
+                if header.startswith(SEALED) and key in missing:  # of two copies the later one counts
                     payload_bytes = int.from_bytes(header[PAYLOAD_BYTES_OFFSET:CHECKSUM_OFFSET], "little")
                     self._places[key] = path, at, HEADER_BYTES + payload_bytes + TAG_BYTES
+            missing -= self._places.keys()
         return not missing
 
     def read(self, key: bytes) -> bytes | None:

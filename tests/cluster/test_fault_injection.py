@@ -330,7 +330,7 @@ def test_streams_are_right_while_the_arena_is_being_damaged(fake_cluster: MakeCl
 
 def test_the_real_engine_takes_no_damaged_fragment_either(tmp_path: Path, shared_kv_node: KVNode) -> None:
     """Prefill on one rank, decode on two; a rank counts what it refused itself, so rank 0 has half of it."""
-    num_blocks, num_layers, num_prompts = 6, 3, 12
+    num_blocks, num_layers, num_prompts = 6, 3, 8
     checkpoint = make_checkpoint("gqa", tmp_path)
     grid, mine = FragmentGrid(0, num_layers, 1, 0, 2), FragmentGrid(0, num_layers, 1, 0, 1)
     pick = random.Random(2)
@@ -354,4 +354,4 @@ def test_the_real_engine_takes_no_damaged_fragment_either(tmp_path: Path, shared
             decode.continue_stream(stream_id, prefill.tokens[stream_id])
             assert decode.wait_finished(stream_id).num_transferred_blocks == first_bad
             assert prefill.tokens[stream_id] + decode.tokens[stream_id] == right[number]
-        assert sum(decode.load().num_rejected_fragments.values()) == damaged_of_mine > 100
+        assert sum(decode.load().num_rejected_fragments.values()) == damaged_of_mine > 50

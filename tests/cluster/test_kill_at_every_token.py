@@ -29,9 +29,9 @@ MakeCluster = Callable[..., FakeCluster]
 Measured = Callable[[str, float], None]
 
 
-def all_positions(spread: tuple[int, ...]) -> pytest.MarkDecorator:
+def all_positions(spread: tuple[int, ...], every: tuple[int, ...] = EVERY) -> pytest.MarkDecorator:
     """A spread of positions always, every one of them in the slow run."""
-    cases = [pytest.param(spread, id="spread"), pytest.param(EVERY, id="every", marks=pytest.mark.slow)]
+    cases = [pytest.param(spread, id="spread"), pytest.param(every, id="every", marks=pytest.mark.slow)]
     return pytest.mark.parametrize("positions", cases)
 
 
@@ -108,13 +108,17 @@ def test_the_decode_worker_may_die_at_any_token(
     cluster.wait_at_rest()
 
 
+@all_positions((0, 1, 4, NUM_CHUNKS), every=tuple(range(NUM_CHUNKS + 1)))
 @pytest.mark.parametrize("victim", ["prefill", "decode", "node"])
-def test_a_process_may_die_at_each_phase_of_prefill(fake_cluster: MakeCluster, measured: Measured, victim: str) -> None:
+def test_a_process_may_die_at_each_phase_of_prefill(
+    fake_cluster: MakeCluster, measured: Measured, victim: str, positions: tuple[int, ...]
+) -> None:
+    """positions: in chunks of the prompt."""
     options = {"max_num_batched_tokens": CHUNK_TOKENS}
     cluster = fake_cluster(step_s=STEP_S, token_s=0.001, engine=options)
     client = cluster.client()
     num_recomputed = 0
-    for phase in range(NUM_CHUNKS + 1):
+    for phase in positions:
         before = {name: cluster.load(name).num_steps for name in cluster.workers if name.startswith("prefill")}
         killed: list[str] = []
 
