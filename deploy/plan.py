@@ -167,10 +167,10 @@ def _dtype(config: ClusterConfig, devices: set[str]) -> str:
 
 
 def _check_invariance(config: ClusterConfig, devices: Mapping[str, str]) -> None:
-    """A sum over other ranks or on another device has other bits, and blocks travel from pool to pool."""
-    kinds = {(pool.tp, devices[name]) for name, pool in config.pools.items()}
+    """A sum over other ranks, threads or devices has other bits, and blocks travel from pool to pool."""
+    kinds = {(pool.tp, pool.num_threads, devices[name]) for name, pool in config.pools.items()}
     if config.model.batch_invariant and len(kinds) > 1:
-        raise ConfigError("model.batch_invariant: all pools must have the same tp and the same device")
+        raise ConfigError("model.batch_invariant: all pools must have the same tp, num_threads and device")
 
 
 # ---- layers that travel together

@@ -222,19 +222,15 @@ class DiskTier:
 
     def _start(self) -> _Open:
         """Opens the next segment, for which the ones whose turn it is make room."""
-        with self._lock:
-            while self._index.num_segments and self._index.used_bytes + self._segment_bytes > self._disk_bytes:
-                self._evict()
+        self._evict(lambda _: self._index.used_bytes + self._segment_bytes > self._disk_bytes)
         number = self._next_number
         self._next_number += 1
         try:
             file_descriptor = self._create(number)
         except OSError as error:
             # Others may have filled the disk: what this tier has is then its bound. It does not keep the old forever.
-            with self._lock:
-                if not is_full(error) or not self._index.num_segments:
-                    raise
-                self._evict()
+            if not is_full(error) or not self._evict(lambda num_evicted: num_evicted == 0):
+                raise
             file_descriptor = self._create(number)
         self._open = _Open(number, file_descriptor)
         with self._lock:
@@ -304,11 +300,16 @@ class DiskTier:
                 return  # its segment went while it was read
         self._availability.lost(error)
 
-    def _evict(self) -> None:
-        """Under the index's lock."""
-        number = self._index.evict()
-        self._counts["evicted"] += 1
-        segment_path(self._folder, number).unlink(missing_ok=True)
+    def _evict(self, is_wanted: Callable[[int], bool]) -> int:
+        """Gives up segments while is_wanted(number gone so far) and there are any; how many went."""
+        numbers: list[int] = []
+        with self._lock:
+            while self._index.num_segments and is_wanted(len(numbers)):
+                numbers.append(self._index.evict())
+            self._counts["evicted"] += len(numbers)
+        for number in numbers:  # without the lock: a disk that hangs must not hold up who looks into the index
+            segment_path(self._folder, number).unlink(missing_ok=True)
+        return len(numbers)
 
     # -- coming up; by the availability's thread
 
@@ -363,19 +364,23 @@ class DiskTier:
                     self._index.remember(key, place)
             if not header.end:
                 self._repair(path, header, fragments)
-        with self._lock:
-            while self._index.num_segments and self._index.used_bytes > self._disk_bytes:
-                self._evict()
+        self._evict(lambda _: self._index.used_bytes > self._disk_bytes)
+
+    def _is_whole(self, key: bytes, place: StoredFragment) -> bool:
+        try:
+            return not isinstance(self._verified(self._read(place), key, place), Rejected)
+        except OSError:  # a page that cannot be read is this fragment's loss, not the tier's
+            return False
 
     def _repair(self, path: Path, header: SegmentHeader, found: Sequence[tuple[bytes, StoredFragment]]) -> None:
         """Completes a segment whose writer was killed: what does not verify is dropped."""
         end = PAGE_BYTES
         for key, place in found:
-            if isinstance(self._verified(self._read(place), key, place), Rejected):
+            if self._is_whole(key, place):
+                end = place.offset + place.num_page_bytes
+            else:
                 with self._lock:
                     self._index.forget(key, place)
-            else:
-                end = place.offset + place.num_page_bytes
         if end == PAGE_BYTES:
             with self._lock:
                 self._index.remove(header.number)

@@ -116,13 +116,14 @@ class NodeSlots:
 
     def stats(self) -> NodeStats:
         """The counters now."""
+        disk = self._disk.stats() if self._disk is not None else None  # before the lock: a disk may hang
         with self._lock:
             return NodeStats(
                 num_sealed=self._table.num_sealed,
                 num_promoted=self._counts["promoted"],
                 num_promotions_late=self._counts["late"],
                 rejected=dict(self._rejected),
-                disk=self._disk.stats() if self._disk is not None else None,
+                disk=disk,
             )
 
     def close(self) -> None:

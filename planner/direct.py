@@ -43,6 +43,7 @@ class DirectWorker:
         self._tokens: dict[str, queue.SimpleQueue[TimedToken | None]] = defaultdict(queue.SimpleQueue)
         self._finished: dict[str, worker_pb2.RequestFinished] = {}
         self._changed = threading.Condition()
+        self._is_over = False
         self._count = 0
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -83,9 +84,11 @@ class DirectWorker:
         return token
 
     def wait_finished(self, name: str) -> worker_pb2.RequestFinished:
-        """How the request ended."""
+        """How the request ended. Raises RuntimeError when the worker went away."""
         with self._changed:
-            self._changed.wait_for(lambda: name in self._finished)
+            self._changed.wait_for(lambda: name in self._finished or self._is_over)
+            if name not in self._finished:
+                raise RuntimeError("the worker closed the connection")
             return self._finished[name]
 
     def load(self) -> worker_pb2.WorkerLoad:
@@ -101,6 +104,9 @@ class DirectWorker:
         with suppress(grpc.RpcError):
             for message in self._stream:
                 self._take(message, time.perf_counter())
+        with self._changed:
+            self._is_over = True
+            self._changed.notify_all()
         for tokens in list(self._tokens.values()):
             tokens.put(None)
 

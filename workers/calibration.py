@@ -21,7 +21,10 @@ _RUNS = 3
 def calibrate(
     runner: ModelRunner, kv_fingerprint: bytes, block_size: int, num_blocks: int, max_chunk_tokens: int
 ) -> TransferCost | None:
-    """What this rank took; None when its tiers keep nothing now. Writes into blocks that no request owns yet."""
+    """What this rank took; None when its tiers keep nothing now. Writes into blocks that no request owns yet.
+
+    What is stored here is pulled from the nearest tier: for farther ones the measured pull is too fast.
+    """
     most = min(_MANY_BLOCKS, num_blocks)
     num_tokens = min(_CHUNK_TOKENS, max_chunk_tokens, num_blocks * block_size)
     chunk = ScheduledRequest("", [0] * num_tokens, 0, 0, range(-(-num_tokens // block_size)), None)
@@ -29,6 +32,8 @@ def calibrate(
     names = [block_name(root_name(kv_fingerprint, b"probe"), [i] * block_size) for i in range(most)]
     stored = runner.start(SchedulerOutput(stores=[_transfer(names, block_size)]))().num_stored_blocks
     if list(stored) != [most]:
+        return None
+    if list(runner.start(SchedulerOutput(loads=[_transfer(names, block_size)]))().num_loaded_blocks) != [most]:
         return None
     one_s, many_s = (
         _least_s(runner, SchedulerOutput(loads=[_transfer(names[:count], block_size)])) for count in (1, most)

@@ -136,9 +136,11 @@ class Engine:
 
     def close(self) -> None:
         """Let the other ranks go; no step may follow."""
-        if self._in_flight is not None:
-            self._in_flight.result()
-        self._executor.stop()
+        try:
+            if self._in_flight is not None:
+                self._in_flight.result()
+        finally:
+            self._executor.stop()
 
     def _end(self, request: Request, reason: FinishReason) -> RequestEnd:
         self.scheduler.finish(request)

@@ -57,7 +57,7 @@ class Captured:
 
 
 class CudaCapture:
-    """Records calls as CUDA graphs that share one pool of memory: they run one at a time, in the order of capture."""
+    """Records calls as CUDA graphs that share one pool of memory: their outputs stay, and no two replays overlap."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()

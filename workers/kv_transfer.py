@@ -6,6 +6,7 @@ the layers that it owns, whatever the tp and pp of the other side. Knows nothing
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +44,8 @@ class FragmentGrid:
             for head in range(self.num_kv_heads)
         ]
 
+
+log = logging.getLogger(__name__)
 
 MAX_WAITING_WRITE_BACKS = 64  # batches; tiers that are slower than decoding lose the rest, not tokens
 
@@ -101,10 +104,10 @@ class KVTransfer:
 
         Nobody waits for them, so a tier that cannot keep up costs cache hits and never a token.
         """
-        try:
-            self._write_backs.put_nowait((transfer.block_names, self._cut(transfer)))
-        except queue.Full:
+        if self._write_backs.full():  # before the copy, which is what costs the step
             self.num_dropped_write_backs += len(transfer.block_names)
+        else:
+            self._write_backs.put((transfer.block_names, self._cut(transfer)))
 
     def close(self) -> None:
         """Publish what waits, and let the thread go."""
@@ -114,7 +117,11 @@ class KVTransfer:
     def _write(self) -> None:
         while (waiting := self._write_backs.get()) is not None:
             names, fragments = waiting
-            count = self._put(names, fragments)
+            try:
+                count = self._put(names, fragments)
+            except Exception:  # a tier does not raise; if one does, later blocks are written all the same
+                log.exception("blocks were not written back")
+                continue
             if count:
                 self.on_written_back(list(names[:count]))
 

@@ -7,6 +7,7 @@ and announces blocks that were published. Knows nothing of gRPC or of which rout
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from kvstore.directory import Directory, DirectoryUnavailable
 from workers.engine import Clock, Engine, StepEvents
 from workers.errors import InvalidRequest
 from workers.request import Request, RequestEnd
+
+log = logging.getLogger(__name__)
 
 _IDLE_WAIT_S = 0.05  # how long an idle engine sleeps before it looks at deadlines again
 _WATCH_S = 0.002  # how often the directory is asked while blocks are awaited
@@ -291,8 +294,12 @@ class EngineLoop:
         while (asked := self._lookups.get()) is not None:
             request_id, num_held, names = asked
             num_located = 0
-            with contextlib.suppress(DirectoryUnavailable):
+            try:
                 num_located = self._num_located(names)
+            except DirectoryUnavailable:
+                pass
+            except Exception:
+                log.exception("the directory was not asked for a prefix")
             self.post(KVAvailable(request_id, num_held + num_located if num_located else 0))
 
     def _watch(self) -> None:

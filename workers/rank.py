@@ -58,7 +58,7 @@ def kv_fingerprint(engine: EngineConfig, model: ModelConfig, dtype: torch.dtype)
 
     In batch-invariant mode also how they were summed: a block from a worker that sums otherwise has other bits.
     """
-    summed = {"batch_invariant": True, "tp": engine.tp} if engine.batch_invariant else {}
+    summed = {"tp": engine.tp, "num_threads": engine.num_threads} if engine.batch_invariant else {}
     return fingerprint(
         {
             **summed,
@@ -69,6 +69,8 @@ def kv_fingerprint(engine: EngineConfig, model: ModelConfig, dtype: torch.dtype)
             "head_dim": model.head_dim,
             "block_size": engine.block_size,
             "rms_norm_eps": model.rms_norm_eps,
+            "has_qk_norm": model.has_qk_norm,
+            "experts": (model.num_experts_per_tok, model.norm_topk_prob),
             "rope_theta": model.rope_theta,
             "rope_scaling": None if model.rope_scaling is None else asdict(model.rope_scaling),
         }
@@ -130,6 +132,8 @@ class Rank:
         self._asyncio: asyncio.AbstractEventLoop | None = None
         self._directory: Directory | None = None
         self._tiers: list[Tier] = []
+        self._store = FragmentStore(())
+        self._transfer: KVTransfer | None = None
 
     # ---------------------------------------------------------------------------------------------------------- start
     def connect(self, init_method: str = "", interface: str = "") -> None:
@@ -220,6 +224,7 @@ class Rank:
         )
         servicer.attach(loop)
         self._loop = loop
+        assert self._transfer is not None, "connect() comes first"
         self._transfer.on_written_back = loop.announce
         server = grpc.aio.server(
             options=[
@@ -325,7 +330,9 @@ class Rank:
         if self._loop is not None:
             self._loop.stop()
             self._loop.close()
-        self._transfer.close()
+        if self._transfer is not None:
+            self._transfer.close()
+        self._store.close()
         if self._asyncio is not None:
             self._asyncio.call_soon_threadsafe(self._closed.set)
         self._groups.close()

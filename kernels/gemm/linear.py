@@ -22,7 +22,7 @@ from kernels.op import Case, Op
 CPU_ROWS = 16  # of every BLAS call
 SPLIT_UP_TO_TOKENS = 128  # above it there are programs enough without splitting
 
-# Shares of k. Constants, not the device's: two workers on different devices give the same bits.
+# Shares of k. Constants, not the device's, so that two workers cut a sum alike.
 _PROGRAMS_WANTED = 132
 _MAX_SHARES = 4  # more would write and read as many bytes of partial sums at 64 rows as there are weights
 _MIN_SHARE = 512

@@ -51,12 +51,17 @@ def fingerprint(one: Op[..., Any], case: Case, device_name: str) -> str:
 
 
 def _sources(path: Path, found: set[Path]) -> set[Path]:
-    """The file, the files of this package that it imports, and so on."""
+    """The file, the files of kernels and costs that it imports, and so on."""
     if path in found or not path.exists():
         return found
     found.add(path)
-    for module in re.findall(r"^from (kernels[\w.]*) import", path.read_text(encoding="utf-8"), re.MULTILINE):
-        _sources(_ROOT.joinpath(*module.split(".")).with_suffix(".py"), found)
+    imports = re.findall(
+        r"^from ((?:kernels|costs)[\w.]*) import (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    for module, name in imports:
+        folder = _ROOT.joinpath(*module.split("."))
+        _sources(folder.with_suffix(".py"), found)
+        _sources(folder / f"{name}.py", found)
     return found
 
 

@@ -5,7 +5,7 @@
     python -m kernels.harness.lanes gpu     # small and full cases on the CUDA device; --small leaves the full ones out
 
 A lane is a process of its own, because Triton decides at import whether it interprets. Exits 1 when a case failed to
-run at all; whether its numbers are good is the reader's to judge. `--only WORD` keeps the cases whose name holds the
+run or its result was wrong. `--only WORD` keeps the cases whose name holds the
 word.
 """
 
@@ -94,6 +94,7 @@ def main() -> None:
             try:
                 with torch.inference_mode():
                     record |= run(op, case)
+                failed |= "error" in record and not record["error"] <= record["tolerance"]
             except (
                 Exception
             ) as error:  # whatever a compiler or a launch throws is this case's result; the others still run
