@@ -44,6 +44,16 @@ def test_without_graphs_nothing_is_compared(tmp_path):
     assert done.stdout.count("(async scheduling)") == 2
 
 
+def test_a_shape_with_experts_is_timed_without_the_mode_that_it_does_not_have(tmp_path):
+    command = [sys.executable, "-m", "workers.bench", "--shape", "tiny-experts", "--device", "cpu", "--threads", "1"]
+    command += ["--batch-sizes", "2", "--context", "20", "--prompt", "40", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "engine.jsonl").read_text().splitlines()]
+    assert [(row["name"], row["batch_invariant"]) for row in rows] == [("decode", False), ("prefill", False)]
+    assert all(row["share_of_roofline"] > 0 for row in rows)
+
+
 def test_random_weights_have_the_shards_shape():
     weights = RandomWeights(torch.float32, torch.device("cpu"))
     assert weights.read("norm", (8,)).tolist() == [1.0] * 8
