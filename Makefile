@@ -28,8 +28,18 @@ env-test: .venv/.test
 serve: env       ## start the whole cluster on this machine; ARGS="..." is passed on
 	$(PY) -m deploy.cli serve $(ARGS)
 
-test: env-test   ## the whole suite
+# Tests that only compute run two at a time; the others start processes and listen to clocks, so each has the machine.
+COMPUTING := tests/kernels tests/costs tests/models tests/planner
+
+test: env-test   ## the whole suite; ARGS="tests/router -k resume" runs a part
+ifdef ARGS
 	$(PY) -m pytest -m "not slow" $(ARGS)
+else
+	failed=0; \
+	$(PY) -m pytest -m "not slow" -n 2 --dist loadgroup $(COMPUTING) || failed=1; \
+	$(PY) -m pytest -m "not slow" $(COMPUTING:%=--ignore=%) || failed=1; \
+	exit $$failed
+endif
 
 test-slow: env-test  ## the long sweeps
 	$(PY) -m pytest -m slow --timeout 3600 $(ARGS)
@@ -44,9 +54,12 @@ bench: env-test  ## CPU benchmarks; rows are appended to bench/results/
 	$(PY) -m planner.bench $(ARGS)
 
 bench-gpu:       ## all GPU checks and benchmarks in one go, without Ray; OUT=DIR takes the results
-	PYTHONPATH=.:proto/gen $(GPU_PYTHON) -m kernels.harness.lanes gpu --small > $(OUT)/gpu_lane.jsonl
-	PYTHONPATH=.:proto/gen $(GPU_PYTHON) -m kernels.harness.bench --out $(OUT) --known bench/results --minutes 5
-	PYTHONPATH=.:proto/gen $(GPU_PYTHON) -m workers.bench --shape llama-3.1-8b --out $(OUT)
+	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "bench-gpu: no CUDA device")'
+	mkdir -p $(OUT); export PYTHONPATH=.:proto/gen; failed=0; \
+	$(GPU_PYTHON) -m kernels.harness.lanes gpu --small > $(OUT)/gpu_lane.jsonl || failed=1; \
+	$(GPU_PYTHON) -m kernels.harness.bench --out $(OUT) --known bench/results --minutes 5 || failed=1; \
+	$(GPU_PYTHON) -m workers.bench --shape llama-3.1-8b --out $(OUT) || failed=1; \
+	exit $$failed
 
 proto: env-test  ## regenerate the stubs under proto/gen
 	rm -rf proto/gen && mkdir -p proto/gen/switchyard/v1

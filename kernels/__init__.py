@@ -42,8 +42,9 @@ definition that both are tested against. Importing touches no GPU.
     vocab_embedding(weight, token_ids, first_id) -> rows; zeros for the ids of other ranks
 
 Quantised results come with their fp32 scales, [num_tokens, 1] or, in groups of 128, [num_tokens, groups]; scheme is
-"fp8", "fp8 groups" or "int8".
+"fp8", "fp8 groups" or "int8". A product takes scales per row as [num_tokens].
 
+    rope_and_write_kv_fp8, rope_and_write_kv_int8(..., kv_scales) -> rotated q; k and v go into an 8-bit cache
     rms_norm_quantised(x, weight, eps, scheme) -> (normed, scales)
     add_rms_norm_quantised(x, residual, weight, eps, scheme) -> (normed, scales, new_residual)
     swiglu_quantised(gate_up, scheme) -> (silu(first half) * second half, scales)

@@ -116,7 +116,7 @@ def gather_cpu(
     kv_cache: torch.Tensor, block_ids: torch.Tensor, layers_per_fragment: int, num_tokens: int
 ) -> torch.Tensor:
     picked = kv_cache[:, :, :, :, :num_tokens].index_select(1, block_ids)
-    grouped = picked.view(-1, layers_per_fragment, *picked.shape[1:])
+    grouped = picked.view(len(picked) // layers_per_fragment, layers_per_fragment, *picked.shape[1:])
     return grouped.permute(2, 0, 3, 1, 4, 5, 6).contiguous()
 
 

@@ -231,7 +231,7 @@ def _rotate32(
     """q's heads and k's, turned together in fp32: at small sizes the number of torch calls is the cost."""
     num_tokens, num_q_heads, head_dim = q.shape
     half = head_dim // 2
-    a, b = torch.cat((q, k), dim=1).view(num_tokens, -1, 2, half).unbind(2)
+    a, b = torch.cat((q, k), dim=1).view(num_tokens, num_q_heads + k.shape[1], 2, half).unbind(2)
     cos, sin = cos_sin.index_select(0, positions).view(num_tokens, 1, 2, half).unbind(2)  # fp32, whatever q is
     return torch.cat(((a * cos).sub_(b * sin), (b * cos).add_(a * sin)), dim=-1), num_q_heads
 

@@ -30,6 +30,7 @@ from kernels.harness.timing import Ceilings, measure_ceilings
 from kvstore.block_pool import BlockPool
 from workers.config import EngineConfig, ModelConfig
 from workers.engine import Engine
+from workers.errors import ModelError
 from workers.executor import GroupExecutor
 from workers.parallel import ParallelGroups, Shard
 from workers.request import Request, SamplingParams
@@ -250,13 +251,18 @@ class Bench:
 
 
 def measure(
-    model: ModelConfig, config: EngineConfig, ceilings: Ceilings, batch_sizes: Sequence[int], context: int
+    model: ModelConfig,
+    config: EngineConfig,
+    ceilings: Ceilings,
+    batch_sizes: Sequence[int],
+    context: int,
+    prompt: int,
 ) -> list[dict[str, object]]:
     """A row per batch size and one for prefill, of one engine."""
     bench = Bench(model, config, ceilings)
     same = bench.same_tokens()
     rows = [bench.decode(batch_size, context) for batch_size in batch_sizes]
-    rows.append(bench.prefill(config.max_num_batched_tokens))
+    rows.append(bench.prefill(prompt))
     return [{"dtype": str(bench.dtype), "same_tokens": same, **row} for row in rows]
 
 
@@ -272,14 +278,20 @@ def describe(row: dict[str, object]) -> str:
     )
 
 
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 64])
-    parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--prompt", type=int, default=8192)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch-sizes", type=_positive, nargs="+", default=[1, 64], help="of decode steps")
+    parser.add_argument("--context", type=_positive, default=1024, help="tokens of each sequence before decode steps")
+    parser.add_argument("--prompt", type=_positive, default=8192, help="tokens of the prefill that is timed")
+    parser.add_argument("--threads", type=_positive, default=2, help="of a CPU")
     parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(
         "--async-scheduling", action=argparse.BooleanOptionalAction, default=None, help="default: on CUDA"
@@ -291,8 +303,16 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = SHAPES[options.shape]
-    device = pick_device(EngineConfig("", device=options.device), 0)
+    try:
+        device = pick_device(EngineConfig("", device=options.device), 0)
+    except ModelError as error:
+        parser.error(str(error))
     largest, prompt = max(options.batch_sizes), min(options.prompt, model.max_position_embeddings - 1)
+    # A sequence decodes while the others of its batch begin, then for the steps that are timed.
+    if options.context + largest + _DECODE_STEPS >= model.max_position_embeddings:
+        parser.error(f"--context: {options.context} and the steps do not fit {model.max_position_embeddings} positions")
+    if options.out is not None and options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out: {options.out} is not a folder")
     block_size = 64 if device.type == "cuda" else 16
     blocks = max(largest * -(-(options.context + _DECODE_STEPS + largest) // block_size), -(-prompt // block_size)) + 64
     plain = EngineConfig(
@@ -301,7 +321,7 @@ def main() -> None:
         block_size=block_size,
         num_blocks=blocks,
         max_num_seqs=max(largest, len(_COMPARED_PROMPTS)),
-        max_num_batched_tokens=prompt,
+        max_num_batched_tokens=max(prompt, largest),
         cuda_graphs=options.graphs,
         async_scheduling=options.async_scheduling,
     )
@@ -312,7 +332,7 @@ def main() -> None:
     for mode in modes:
         config = replace(plain, batch_invariant=mode == "batch-invariant")
         with torch.inference_mode():
-            rows = measure(model, config, ceilings, options.batch_sizes, options.context)
+            rows = measure(model, config, ceilings, options.batch_sizes, options.context, prompt)
         gc.collect()  # the next engine wants the memory
         for row in rows:
             print(describe(row), flush=True)

@@ -103,11 +103,12 @@ class GraphedStage:
     # -------------------------------------------------------------------------------------------------------- warm-up
     def capture(self, max_num_seqs: int, max_num_tokens: int, block_size: int, show_progress: bool) -> None:
         """Record all rungs, the largest first: the smaller ones fit into its memory."""
-        self._decode_rungs, self._token_rungs = decode_rungs(max_num_seqs), token_rungs(max_num_tokens)
+        self._decode_rungs = decode_rungs(max_num_seqs)
+        self._token_rungs = [r for r in token_rungs(max_num_tokens) if r >= _IDLE_CHUNK.num_scheduled_tokens]
         layer = self._stage.layers[0]
         device, dtype = self._cos_sin.device, layer.input_norm.dtype
         record = CudaCapture() if device.type == "cuda" else repeat_on_cpu
-        most = max(self._decode_rungs[-1], self._token_rungs[-1])
+        most = max(self._decode_rungs[-1], *self._token_rungs, 1)
         self._attended = torch.zeros(most, layer.num_heads * layer.head_dim, dtype=dtype, device=device)
         self._received = torch.zeros(2 * most * self._stage.config.hidden_size, dtype=dtype, device=device)
         rungs = [(True, r) for r in reversed(self._decode_rungs)] + [(False, r) for r in reversed(self._token_rungs)]

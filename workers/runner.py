@@ -37,6 +37,8 @@ def pick_device(config: EngineConfig, local_rank: int) -> torch.device:
     wanted = config.device
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ModelError("device=cuda: there is no CUDA device")
     return torch.device("cuda", local_rank % torch.cuda.device_count()) if wanted == "cuda" else torch.device(wanted)
 
 

@@ -66,7 +66,7 @@ class DecodeBatch:
     def _attend(self) -> torch.Tensor:
         if len(set(self.lengths)) > 1 or len(set(self.num_skipped)) > 1:
             return self._attend_padded()
-        if self.lengths[0] == 0:
+        if not any(self.lengths):
             return torch.zeros_like(self.q)
         return self._attend_equal(self.num_skipped[0], self.lengths[0])
 

@@ -13,6 +13,7 @@ Exits 1 when a result was wrong or a case failed to run. Knows nothing of any op
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import inspect
 import json
@@ -129,8 +130,12 @@ def selected(device: str, only: str) -> list[tuple[Op[..., Any], Case]]:
 
 
 def read_rows(paths: list[Path]) -> list[Row]:
-    """All rows of these files, in the order of writing."""
-    return [json.loads(line) for path in paths if path.exists() for line in path.read_text().splitlines()]
+    """All rows of these files, in the order of writing; the last line of a run that was cut off may be half a row."""
+    rows = []
+    for line in (line for path in paths if path.exists() for line in path.read_text().splitlines()):
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def known_rows(paths: list[Path]) -> dict[str, Row]:

@@ -8,10 +8,10 @@ operation.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from kernels.harness import OPS
@@ -22,7 +22,8 @@ What the compiler makes of each kernel at production shapes for sm_90a, and what
 an H200 needs about 29 KB in flight to keep its share of the memory busy; a column says how many its blocks can have
 asked for at one time. No kernel spills. Nothing here was measured on a GPU.
 
-`python -m kernels.harness.lanes paper` makes the records, `python -m kernels.harness.static_table` this page.
+`python -m kernels.harness.lanes paper > FILE` makes the records and `python -m kernels.harness.static_table FILE` makes
+this page of them.
 """
 _COLUMNS = (
     "case", "kernel", "warps", "stages", "registers", "shared bytes", "blocks per SM", "KB in flight", "spilled bytes",
@@ -54,7 +55,9 @@ def _line(case: str, kernel: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    records = [json.loads(line) for line in Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("records", type=argparse.FileType(encoding="utf-8"), help="what the paper lane printed")
+    records = [json.loads(line) for line in parser.parse_args().records]
     sys.stdout.write(render(records))
 
 
