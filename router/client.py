@@ -55,7 +55,8 @@ class ServedModel:
 class GenerationClient:
     """Streams completions from the routers at `target` ("HOST:PORT", or several of them). Connects at the first call.
 
-    resume_within_s: how long a stream that lost its router is tried for; 0 means that it fails at once.
+    resume_within_s: how long a stream that lost its router is tried for; 0 means that it fails at once. A new one is tried
+    for five seconds of it, so that a router may restart meanwhile.
     router_silence_s: a router that does not even answer a probe for so long is lost.
     api_key: sent with each call; callers with different keys share no KV blocks, and a stream is its own caller's.
     """
@@ -215,14 +216,19 @@ class _ResumingStream:
         if self._lost_s is None:
             self._lost_s = now_s
         self._num_losses += 1
-        is_begun = bool(self._known.stream_id)
-        may_go_on = now_s - self._lost_s < self._resume_within_s if is_begun else self._num_losses < len(self._targets)
+        lost_for_s = now_s - self._lost_s
+        if self._known.stream_id:
+            may_go_on = lost_for_s < self._resume_within_s
+        else:  # nobody has seen anything of it: it can be asked for again, of each router at least once
+            begin_within_s = min(_BEGIN_WITHIN_S, self._resume_within_s)
+            may_go_on = self._num_losses < len(self._targets) or lost_for_s < begin_within_s
         if not (is_router_lost and may_go_on):
             raise _error(error) from None
         pause_s, self._pause_s = self._pause_s, min(_LAST_PAUSE_S, 2 * self._pause_s)
         return pause_s
 
 
+_BEGIN_WITHIN_S = 5.0  # a router that restarts is back sooner; an address where nobody is should say so soon
 _LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 _NOT_MEANT = (None, "stopping", "journal_away")  # None: no router said anything
 

@@ -1,7 +1,9 @@
 """Real servers for tests: a Redis and a KV node, each a child process that a test may kill and start again."""
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -28,11 +30,15 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port of the loopback interface that nobody listens on.
+
+    Below those that the kernel gives to outgoing connections, which would take it before the server does.
+    """
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def python_environment() -> dict[str, str]:
