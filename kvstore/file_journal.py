@@ -7,6 +7,7 @@ goes down takes the workers with it. Knows nothing of what headers and endings m
 import contextlib
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -53,7 +54,7 @@ class FileJournal:
         with _available():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, timeout=_WAIT_FOR_OTHERS_S, isolation_level=None, check_same_thread=False)
-            self._db.execute("pragma journal_mode = wal")
+            self._switch_to_wal()
             self._db.execute("pragma synchronous = off")
             self._db.executescript(_SCHEMA)
 
@@ -85,6 +86,18 @@ class FileJournal:
         """As in StreamJournal."""
         with self._lock:
             self._db.close()
+
+    def _switch_to_wal(self) -> None:
+        # SQLite's own wait for a lock does not cover this switch, and routers of one machine start together.
+        deadline_s = time.monotonic() + _WAIT_FOR_OTHERS_S
+        while True:
+            try:
+                self._db.execute("pragma journal_mode = wal")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline_s:
+                    raise
+            time.sleep(0.01)
 
     def _entry(self, stream_id: str) -> JournalEntry | None:
         row = self._db.execute(

@@ -55,8 +55,8 @@ class ServedModel:
 class GenerationClient:
     """Streams completions from the routers at `target` ("HOST:PORT", or several of them). Connects at the first call.
 
-    resume_within_s: how long a stream that lost its router is tried for; 0 means that it fails at once. A new one is tried
-    for five seconds of it, so that a router may restart meanwhile.
+    resume_within_s: how long a stream that lost its router is tried for; 0 means that it fails at once. A new one is
+    tried for five seconds of it, so that a router may restart meanwhile.
     router_silence_s: a router that does not even answer a probe for so long is lost.
     api_key: sent with each call; callers with different keys share no KV blocks, and a stream is its own caller's.
     """

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,14 @@ sys.stdin.read()
     journal = open_journal(url)
     assert journal.claim("s") == JournalEntry(2, b"header", (1, 2, 3), "")
     journal.close()
+
+
+def test_routers_that_start_together_open_one_file(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as routers:
+        for attempt in range(50):
+            path = tmp_path / f"journal-{attempt}.sqlite"
+            for journal in routers.map(lambda _, path=path: FileJournal(path, time.time), range(4)):
+                journal.close()
 
 
 def test_a_journal_that_is_away_says_so(tmp_path: Path) -> None:
