@@ -15,8 +15,8 @@ import struct
 from pathlib import Path
 
 from kvstore.buffers import CopyBuffers
-from kvstore.sealing import HEADER_BYTES, as_bytes_view, generation_at, payload_bytes_at, reseal, reserve, seal, unseal
-from kvstore.tiers import Rejected
+from kvstore.sealing import HEADER_BYTES, generation_at, payload_bytes_at, reseal, reserve, seal_in_place, unseal
+from kvstore.tiers import FragmentSource, Rejected
 
 ARENA_PREFIX = "switchyard-"
 ARENA_SUFFIX = ".arena"
@@ -65,12 +65,12 @@ class Arena:
         """Whether this mapping shows the reservation, that is: whether it is the arena that the slot was given in."""
         return 0 <= slot < self.num_slots and generation_at(self._view, self._offset(slot)) == generation
 
-    def write(self, slot: int, key: bytes, payload: memoryview, generation: int) -> None:
-        """Fills a reserved slot. The header goes last: until then readers see that the slot holds nothing."""
-        start = self._offset(slot) + HEADER_BYTES
-        header = seal(key, payload, generation)  # before the copy, for which it brings the bytes near
-        self._view[start : start + payload.nbytes] = as_bytes_view(payload)
-        self._view[start - HEADER_BYTES : start] = header
+    def write(self, slot: int, fragment: FragmentSource, generation: int) -> None:
+        """Fills a reserved slot, with what is in a private buffer before: nobody can change it before it is sealed."""
+        sealed = self._buffers.take()[: HEADER_BYTES + fragment.num_bytes]
+        fragment.copy_to(sealed[HEADER_BYTES:])
+        seal_in_place(sealed, fragment.key, generation)
+        self._fill(slot, sealed)
 
     def read(self, slot: int, key: bytes, generation: int) -> memoryview | Rejected:
         """A verified private copy of the payload."""
@@ -104,6 +104,10 @@ class Arena:
     def adopt(self, slot: int, sealed: memoryview, generation: int) -> None:
         """Fills a reserved slot with a verified copy of header and payload, whose generation is changed."""
         reseal(sealed, generation)
+        self._fill(slot, sealed)
+
+    def _fill(self, slot: int, sealed: memoryview) -> None:
+        """The header goes last: until then readers see that the slot holds nothing."""
         start = self._offset(slot)
         self._view[start + HEADER_BYTES : start + len(sealed)] = sealed[HEADER_BYTES:]
         self._view[start : start + HEADER_BYTES] = sealed[:HEADER_BYTES]

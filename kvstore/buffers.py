@@ -27,9 +27,11 @@ class CopyBuffers:
     def take(self) -> memoryview:
         """A buffer of which no other view exists; it stays the caller's until the last view of it is gone."""
         with self._lock:
+            if self._buffers and _is_unused(self._buffers[-1]):  # lent last: still in the processor's caches
+                return self._aligned(self._buffers[-1])  # taken under the lock: from here on it is in use
             if self._buffers and _is_unused(self._buffers[0]):
                 self._buffers.rotate(-1)
-                return self._aligned(self._buffers[-1])  # taken under the lock: from here on it is in use
+                return self._aligned(self._buffers[-1])
             if len(self._buffers) < self._max_buffers:
                 self._buffers.append(bytearray(self._buffer_bytes + ALIGNMENT_BYTES))
                 return self._aligned(self._buffers[-1])

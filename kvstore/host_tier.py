@@ -7,7 +7,8 @@ it is back the new arena is mapped. Knows nothing of other hosts, nor of who evi
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from kvstore.availability import Availability
 from kvstore.channels import NODE_ERRORS, call, dial, probe
 from kvstore.names import FRAGMENT_KEY_BYTES
 from kvstore.slot_table import SEALED_ALREADY
-from kvstore.tiers import Fragment, Rejected
+from kvstore.tiers import FragmentSource, Rejected
 
 _LOG = logging.getLogger(__name__)
 
@@ -29,6 +30,16 @@ _Result = TypeVar("_Result")
 
 class _ArenaReplaced(Exception):
     """The node answered for another arena than the one that is mapped."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What the node said of the keys' places in this arena."""
+
+    arena: Arena
+    keys: Sequence[bytes]
+    slots: Sequence[int]
+    generations: Sequence[int]
 
 
 class HostTier:
@@ -62,17 +73,17 @@ class HostTier:
         """Where other hosts pull from this host's node; empty where they do not."""
         return self._peer_address
 
-    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
+    def put(self, fragments: Sequence[FragmentSource]) -> list[bool]:
         """As in Tier. A fragment larger than a slot is not kept."""
         _check_keys([fragment.key for fragment in fragments])
         stored = self._on_arena(lambda arena: self._put(arena, fragments)) if fragments else []
         return [False] * len(fragments) if stored is None else stored
 
-    def get(self, keys: Sequence[bytes]) -> list[memoryview | Rejected | None]:
-        """As in Tier."""
+    def get(self, keys: Sequence[bytes]) -> Iterator[memoryview | Rejected | None]:
+        """As in Tier, one by one."""
         _check_keys(keys)
-        payloads = self._on_arena(lambda arena: self._get(arena, keys)) if keys else []
-        return [None] * len(keys) if payloads is None else payloads
+        found = self._on_arena(lambda arena: self._look_up(arena, keys)) if keys else None
+        return iter([None] * len(keys)) if found is None else self._read(found)
 
     def close(self) -> None:
         """As in Tier."""
@@ -104,9 +115,9 @@ class HostTier:
                 self._node_id = reply.node_id
                 self._peer_address = reply.peer_address
 
-    def _put(self, arena: Arena, fragments: Sequence[Fragment]) -> list[bool]:
+    def _put(self, arena: Arena, fragments: Sequence[FragmentSource]) -> list[bool]:
         stored = [False] * len(fragments)
-        wanted = [i for i, fragment in enumerate(fragments) if fragment.payload.nbytes <= arena.slot_bytes]
+        wanted = [i for i, fragment in enumerate(fragments) if fragment.num_bytes <= arena.slot_bytes]
         if len(wanted) < len(fragments):
             self._warn_of_size(arena)
         reserve = kvnode_pb2.ReserveRequest(keys=[fragments[i].key for i in wanted])
@@ -119,7 +130,7 @@ class HostTier:
             elif slot >= 0:
                 if not arena.is_reserved_as(slot, generation):
                     raise _ArenaReplaced
-                arena.write(slot, fragments[i].key, fragments[i].payload, generation)
+                arena.write(slot, fragments[i], generation)
                 seal.keys.append(fragments[i].key)
                 seal.slots.append(slot)
                 seal.generations.append(generation)
@@ -138,26 +149,31 @@ class HostTier:
         lookup = call(self._stub.Lookup, kvnode_pb2.LookupRequest(keys=request.keys))
         return {key: slot >= 0 for key, slot in zip(request.keys, lookup.slots, strict=True)}
 
-    def _get(self, arena: Arena, keys: Sequence[bytes]) -> list[memoryview | Rejected | None]:
+    def _look_up(self, arena: Arena, keys: Sequence[bytes]) -> _Found:
         reply = call(self._stub.Lookup, kvnode_pb2.LookupRequest(keys=keys))
-        payloads: list[memoryview | Rejected | None] = []
+        if not arena.is_current():
+            raise _ArenaReplaced
+        return _Found(arena, keys, reply.slots, reply.generations)
+
+    def _read(self, found: _Found) -> Iterator[memoryview | Rejected | None]:
         bad = kvnode_pb2.DropRequest()
-        for key, slot, generation in zip(keys, reply.slots, reply.generations, strict=True):
-            payload = arena.read(slot, key, generation) if slot >= 0 else None
+        for key, slot, generation in zip(found.keys, found.slots, found.generations, strict=True):
+            payload = found.arena.read(slot, key, generation) if slot >= 0 else None
             if isinstance(payload, Rejected):
-                if not arena.is_current():
-                    raise _ArenaReplaced
-                bad.keys.append(key)
-                bad.generations.append(generation)
-            payloads.append(payload)
+                if found.arena.is_current():
+                    bad.keys.append(key)
+                    bad.generations.append(generation)
+                else:
+                    payload = None  # it went with the node process; nothing was wrong with it
+            yield payload
+            del payload  # or its buffer would be in use while the next one is read
         if bad.keys:
             self._drop(bad)
-        return payloads
 
     def _drop(self, bad: kvnode_pb2.DropRequest) -> None:
         try:
             call(self._stub.Drop, bad)
-        except NODE_ERRORS as error:  # the good copies of the batch were read already: hand them out
+        except _ERRORS as error:
             self._availability.lost(error)
 
     def _warn_of_size(self, arena: Arena) -> None:

@@ -6,8 +6,8 @@ Same verification as the others. Knows nothing of other processes.
 import threading
 from collections.abc import Sequence
 
-from kvstore.sealing import as_bytes_view, seal, unseal
-from kvstore.tiers import Fragment, Rejected
+from kvstore.sealing import HEADER_BYTES, seal_in_place, unseal
+from kvstore.tiers import FragmentSource, Rejected
 
 
 class MemoryTier:
@@ -22,15 +22,17 @@ class MemoryTier:
         """Header and payload by key; tests damage them here."""
         self._lock = threading.Lock()
 
-    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
+    def put(self, fragments: Sequence[FragmentSource]) -> list[bool]:
         """As in Tier."""
         if not self.is_up:
             return [False] * len(fragments)
         with self._lock:
             for fragment in fragments:
                 if fragment.key not in self.stored:
-                    payload = as_bytes_view(fragment.payload)
-                    self.stored[fragment.key] = bytearray(seal(fragment.key, payload, 0)) + payload
+                    stored = bytearray(HEADER_BYTES + fragment.num_bytes)
+                    fragment.copy_to(memoryview(stored)[HEADER_BYTES:])
+                    seal_in_place(memoryview(stored), fragment.key, 0)
+                    self.stored[fragment.key] = stored
         return [True] * len(fragments)
 
     def get(self, keys: Sequence[bytes]) -> list[memoryview | Rejected | None]:

@@ -13,8 +13,8 @@ from kvstore.authenticity import TAG_BYTES, FragmentAuthenticator
 from kvstore.availability import Availability
 from kvstore.redis_bulk import ValueBuffers, get_values, set_values
 from kvstore.redis_client import REDIS_ERRORS, address_of, connect
-from kvstore.sealing import HEADER_BYTES, as_bytes_view, seal, unseal
-from kvstore.tiers import Fragment, Rejected
+from kvstore.sealing import HEADER_BYTES, seal_in_place, unseal
+from kvstore.tiers import FragmentSource, Rejected
 
 _LOG = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class RedisTier:
         """As in Tier."""
         return self._availability.is_up
 
-    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
+    def put(self, fragments: Sequence[FragmentSource]) -> list[bool]:
         """As in Tier. What is there already lives for another ttl_s."""
         stored = [False] * len(fragments)
         if not self.is_up or not fragments:
@@ -78,7 +78,7 @@ class RedisTier:
     def _ping(self) -> None:
         self._client.ping()
 
-    def _renew(self, fragments: Sequence[Fragment], stored: list[bool]) -> list[int]:
+    def _renew(self, fragments: Sequence[FragmentSource], stored: list[bool]) -> list[int]:
         """Marks the fragments that Redis has and gives them a new TTL; indices of the others."""
         missing: list[int] = []
         for start in range(0, len(fragments), _MAX_CHUNK_KEYS):
@@ -95,20 +95,19 @@ class RedisTier:
                     missing.append(i)
         return missing
 
-    def _write(self, fragments: Sequence[Fragment], missing: Sequence[int], stored: list[bool]) -> None:
+    def _write(self, fragments: Sequence[FragmentSource], missing: Sequence[int], stored: list[bool]) -> None:
         entries = ((self.key_prefix + fragments[i].key, self._value(fragments[i])) for i in missing)
         for i, reply in zip(missing, set_values(self._client, entries, self._ttl_ms), strict=True):
             stored[i] = reply is True
             if isinstance(reply, Exception):
                 self._warn_of_refusal(reply)
 
-    def _value(self, fragment: Fragment) -> memoryview:
-        payload = as_bytes_view(fragment.payload)
-        end = HEADER_BYTES + len(payload)
+    def _value(self, fragment: FragmentSource) -> memoryview:
+        end = HEADER_BYTES + fragment.num_bytes
         value = self._buffers.take(end + TAG_BYTES)
         self._value_bytes = len(value)
-        value[:HEADER_BYTES] = seal(fragment.key, payload, 0)
-        value[HEADER_BYTES:end] = payload
+        fragment.copy_to(value[HEADER_BYTES:end])
+        seal_in_place(value[:end], fragment.key, 0)
         value[end:] = self._authenticator.tag(value[:end])
         return value
 

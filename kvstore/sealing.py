@@ -43,6 +43,13 @@ def seal(key: bytes, payload: memoryview, generation: int) -> bytes:
     return _HEADER.pack(SEALED, generation, payload.nbytes, digest.intdigest(), _ZEROS, key)
 
 
+def seal_in_place(sealed: memoryview, key: bytes, generation: int) -> None:
+    """Writes the header before a payload that lies at HEADER_BYTES already."""
+    sealed[_KEY_OFFSET:HEADER_BYTES] = key
+    digest = xxhash.xxh3_64_intdigest(sealed[_KEY_OFFSET:])
+    _HEADER.pack_into(sealed, 0, SEALED, generation, len(sealed) - HEADER_BYTES, digest, _ZEROS, key)
+
+
 def reseal(sealed: memoryview, generation: int) -> None:
     """Makes a verified copy of one tier's fragment one for another tier. The checksum stays what its writer made."""
     _GENERATION.pack_into(sealed, GENERATION_OFFSET, generation)

@@ -6,10 +6,10 @@ refused. Knows nothing of blocks, tensors or of who else uses the tiers.
 
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from kvstore.tiers import Fragment, Rejected, Tier
+from kvstore.tiers import FragmentSource, Tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class FragmentStore:
         self._published_bytes: Counter[str] = Counter()
         self._rejected: Counter[str] = Counter()
 
-    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
+    def put(self, fragments: Sequence[FragmentSource]) -> list[bool]:
         """Writes every fragment to every tier. True where at least one tier has it."""
         stored = [False] * len(fragments)
         if not fragments:
@@ -46,20 +46,18 @@ class FragmentStore:
             for i, is_stored in enumerate(tier.put(fragments)):
                 if is_stored:
                     stored[i] = True
-                    num_bytes += fragments[i].payload.nbytes
+                    num_bytes += fragments[i].num_bytes
             with self._lock:
                 self._published_bytes[tier.name] += num_bytes
         return stored
 
-    def get(self, keys: Sequence[bytes]) -> list[memoryview | None]:
-        """For each key a verified, private, writable copy, or None where no tier has a good one."""
-        payloads: list[memoryview | None] = [None] * len(keys)
+    def pull(self, keys: Sequence[bytes]) -> Iterator[tuple[int, memoryview]]:
+        """(index into keys, verified private copy) of each fragment that some tier has, as they come."""
         missing = list(range(len(keys)))
         for tier in self._tiers:
             if not missing:
                 break
-            missing = self._get_from(tier, keys, missing, payloads)
-        return payloads
+            missing = yield from self._pull_from(tier, keys, missing)
 
     def stats(self) -> StoreStats:
         """The counters now."""
@@ -76,21 +74,24 @@ class FragmentStore:
         for tier in self._tiers:
             tier.close()
 
-    def _get_from(
-        self, tier: Tier, keys: Sequence[bytes], wanted: Sequence[int], payloads: list[memoryview | None]
-    ) -> list[int]:
-        """Fills in what the tier has of `wanted`, indices into keys; returns the indices that are still missing."""
+    def _pull_from(
+        self, tier: Tier, keys: Sequence[bytes], wanted: Sequence[int]
+    ) -> Generator[tuple[int, memoryview], None, list[int]]:
+        """What the tier has of `wanted`, indices into keys; returns the indices that are still missing."""
         missing: list[int] = []
         num_bytes = 0
         rejected: Counter[str] = Counter()
-        for i, result in zip(wanted, tier.get([keys[i] for i in wanted]), strict=True):
+        found = iter(tier.get([keys[i] for i in wanted]))
+        for i in wanted:
+            result = next(found)
             if isinstance(result, memoryview):
-                payloads[i] = result
                 num_bytes += result.nbytes
-                continue
-            missing.append(i)
-            if isinstance(result, Rejected):
-                rejected[result.reason] += 1
+                yield i, result
+            else:
+                missing.append(i)
+                if result is not None:
+                    rejected[result.reason] += 1
+            del result  # or its buffer would be in use while the next one is looked for
         with self._lock:
             self._pulled_bytes[tier.name] += num_bytes
             self._rejected.update(rejected)

@@ -4,20 +4,44 @@ A tier may lose any fragment at any time. It never gives back bytes that differ 
 raises because its other end is away. Knows nothing of blocks, models or of which tier is asked first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 RejectReason = Literal["checksum", "stale", "truncated", "layout", "forged"]
 
 
+class FragmentSource(Protocol):
+    """One block x a group of layers x one KV head, wherever its bytes lie; they stay until put() returns."""
+
+    @property
+    def key(self) -> bytes:
+        """From kvstore.names."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the payload."""
+
+    def copy_to(self, target: memoryview) -> None:
+        """Writes the payload into num_bytes bytes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """One block x a group of layers x one KV head, and its key from kvstore.names."""
+    """A fragment in one piece."""
 
     key: bytes
     payload: memoryview
-    """C-contiguous; may be a slice of a larger buffer. The tier is through with it when put() returns."""
+    """C-contiguous; may be a slice of a larger buffer."""
+
+    @property
+    def num_bytes(self) -> int:
+        """As in FragmentSource."""
+        return self.payload.nbytes
+
+    def copy_to(self, target: memoryview) -> None:
+        """As in FragmentSource."""
+        target[:] = self.payload.cast("B")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +64,14 @@ class Tier(Protocol):
     def is_up(self) -> bool:
         """Whether the tier answered when it was last asked. While it is down, puts give False and gets give None."""
 
-    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
+    def put(self, fragments: Sequence[FragmentSource]) -> list[bool]:
         """Keeps the fragments; one that is there already is not written again. True where the fragment is there now."""
 
-    def get(self, keys: Sequence[bytes]) -> list[memoryview | Rejected | None]:
-        """For each key a verified, private, writable copy of the payload; None when absent, Rejected when bad."""
+    def get(self, keys: Sequence[bytes]) -> Iterable[memoryview | Rejected | None]:
+        """For each key a verified, private, writable copy of the payload; None when absent, Rejected when bad.
+
+        May be made one by one as they are taken: a reader that keeps none of them has all in one buffer, near.
+        """
 
     def close(self) -> None:
         """Gives up connections and threads; the tier is down from then on."""

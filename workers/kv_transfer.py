@@ -9,15 +9,15 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from kvstore.names import fragment_key
 from kvstore.store import FragmentStore
-from kvstore.tiers import Fragment
+from workers.kv_blocks import FragmentBytes, block_memory
 from workers.step import BlockTransfer
 
 
@@ -31,18 +31,28 @@ class FragmentGrid:
     first_kv_head: int
     num_kv_heads: int
 
-    def layer_groups(self) -> Iterator[tuple[int, slice]]:
-        """(first layer in the model, the group's layers in this rank's cache)."""
-        for start in range(0, self.num_layers, self.layers_per_fragment):
-            yield self.first_layer + start, slice(start, start + self.layers_per_fragment)
-
     def keys(self, block_name: bytes) -> list[bytes]:
         """Keys of this rank's fragments of a block: layer groups, and heads within a group."""
         return [
             fragment_key(block_name, first_layer, self.layers_per_fragment, self.first_kv_head + head)
-            for first_layer, _ in self.layer_groups()
+            for first_layer in range(self.first_layer, self.first_layer + self.num_layers, self.layers_per_fragment)
             for head in range(self.num_kv_heads)
         ]
+
+
+@dataclass(frozen=True, slots=True)
+class _CachedFragment:
+    """A fragment as it lies in the cache; as in kvstore.tiers.FragmentSource."""
+
+    key: bytes
+    lies: FragmentBytes
+
+    @property
+    def num_bytes(self) -> int:
+        return self.lies.nbytes
+
+    def copy_to(self, target: memoryview) -> None:
+        np.copyto(np.frombuffer(target, np.uint8).reshape(self.lies.shape), self.lies)
 
 
 log = logging.getLogger(__name__)
@@ -54,50 +64,37 @@ class KVTransfer:
     """Loads and stores blocks of one rank's cache [layers, blocks, kv_heads, 2, block_size, head_dim]."""
 
     def __init__(self, cache: Tensor, grid: FragmentGrid, store: FragmentStore) -> None:
-        self._cache = cache
+        self._memory = block_memory(cache, grid.layers_per_fragment)
         self._grid = grid
         self._store = store
         self.num_layout_rejects = 0  # verified bytes of a length that this rank does not expect
         self.num_dropped_write_backs = 0  # blocks
         self.on_written_back: Callable[[list[bytes]], None] = lambda names: None  # from a thread of this object's own
-        self._write_backs: queue.Queue[tuple[Sequence[bytes], list[Fragment]] | None]
+        self._write_backs: queue.Queue[tuple[Sequence[bytes], Callable[[], list[FragmentBytes]]] | None]
         self._write_backs = queue.Queue(MAX_WAITING_WRITE_BACKS)
         self._writer = threading.Thread(target=self._write, name="kv-write-back", daemon=True)
         self._writer.start()
 
     def load(self, transfer: BlockTransfer) -> int:
         """Pull blocks into the cache; returns how many are whole and verified, counted from the first."""
-        keys = [self._grid.keys(name) for name in transfer.block_names]
-        found = iter(self._store.get([key for block in keys for key in block]))
-        count = 0
-        for block_id, num_tokens in zip(transfer.block_ids, transfer.num_tokens, strict=True):
-            payloads = [next(found) for _ in keys[0]]
-            if not self._fill(block_id, num_tokens, payloads):
-                break
-            count += 1
-        return count
-
-    def _fill(self, block_id: int, num_tokens: int, payloads: Sequence[memoryview | None]) -> bool:
-        views = [
-            self._cache[layers, block_id, head, :, :num_tokens]
-            for _, layers in self._grid.layer_groups()
-            for head in range(self._grid.num_kv_heads)
-        ]
-        for view, payload in zip(views, payloads, strict=True):
-            if payload is None:
-                return False
-            if len(payload) != view.numel() * view.element_size():
+        keys = self._keys(transfer.block_names)
+        filling = self._memory.fill(transfer)
+        is_there = [False] * len(keys)
+        for i, payload in self._store.pull(keys):
+            room = filling.fragments[i]
+            if payload.nbytes != room.nbytes:
                 self.num_layout_rejects += 1
-                return False
-        for view, payload in zip(views, payloads, strict=True):
-            assert payload is not None
-            source = torch.frombuffer(payload, dtype=view.dtype)
-            view.copy_(source.view(view.shape))
-        return True
+                continue
+            np.copyto(room, np.frombuffer(payload, np.uint8).reshape(room.shape))
+            is_there[i] = True
+            del payload  # so that the next one comes in the same buffer, which is near
+        count = _num_whole(is_there, len(transfer.block_names))
+        filling.finish(count)
+        return count
 
     def save(self, transfer: BlockTransfer) -> int:
         """Publish blocks from the cache; returns how many are stored whole, counted from the first."""
-        return self._put(transfer.block_names, self._cut(transfer))
+        return self._put(transfer.block_names, self._memory.fragments(transfer))
 
     def write_back(self, transfer: BlockTransfer) -> None:
         """Publish blocks when there is time: they are copied now, a thread puts them into the tiers.
@@ -107,7 +104,7 @@ class KVTransfer:
         if self._write_backs.full():  # before the copy, which is what costs the step
             self.num_dropped_write_backs += len(transfer.block_names)
         else:
-            self._write_backs.put((transfer.block_names, self._cut(transfer)))
+            self._write_backs.put((transfer.block_names, self._memory.copies(transfer)))
 
     def close(self) -> None:
         """Publish what waits, and let the thread go."""
@@ -116,57 +113,26 @@ class KVTransfer:
 
     def _write(self) -> None:
         while (waiting := self._write_backs.get()) is not None:
-            names, fragments = waiting
+            names, copied = waiting
             try:
-                count = self._put(names, fragments)
+                count = self._put(names, copied())
             except Exception:  # a tier does not raise; if one does, later blocks are written all the same
                 log.exception("blocks were not written back")
                 continue
             if count:
                 self.on_written_back(list(names[:count]))
 
-    def _put(self, names: Sequence[bytes], fragments: Sequence[Fragment]) -> int:
+    def _put(self, names: Sequence[bytes], fragments: Sequence[FragmentBytes]) -> int:
         """How many of the blocks are stored whole, counted from the first."""
-        stored = self._store.put(fragments)
-        per_block = len(fragments) // max(1, len(names))
-        count = 0
-        while count < len(names) and all(stored[count * per_block : (count + 1) * per_block]):
-            count += 1
-        return count
+        keyed = [_CachedFragment(key, lies) for key, lies in zip(self._keys(names), fragments, strict=True)]
+        return _num_whole(self._store.put(keyed), len(names))
 
-    def _cut(self, transfer: BlockTransfer) -> list[Fragment]:
-        """The fragments of blocks, copied out of the cache, block by block."""
-        if not transfer.block_ids:
-            return []
-        num_full = sum(n == transfer.num_tokens[0] for n in transfer.num_tokens)  # only the last may differ
-        return [
-            fragment
-            for first, last in ((0, num_full), (num_full, len(transfer.block_ids)))
-            if last > first
-            for fragment in self._fragments(
-                transfer.block_names[first:last], transfer.block_ids[first:last], transfer.num_tokens[first]
-            )
-        ]
+    def _keys(self, names: Sequence[bytes]) -> list[bytes]:
+        return [key for name in names for key in self._grid.keys(name)]
 
-    def _fragments(self, names: Sequence[bytes], block_ids: Sequence[int], num_tokens: int) -> list[Fragment]:
-        """Fragments of blocks with equally many filled slots, block by block."""
-        index = torch.tensor(block_ids, device=self._cache.device)
-        per_group: list[list[memoryview]] = []
-        for _, layers in self._grid.layer_groups():
-            picked = self._cache[layers, :, :, :, :num_tokens].index_select(
-                1, index
-            )  # [layers, blocks, heads, 2, n, dim]
-            packed = picked.permute(1, 2, 0, 3, 4, 5).contiguous().cpu()  # [blocks, heads, layers, 2, n, dim]
-            raw = memoryview(packed.view(torch.uint8).flatten().numpy().data)
-            size = len(raw) // (len(block_ids) * self._grid.num_kv_heads)
-            per_group.append([raw[i : i + size] for i in range(0, len(raw), size)])
-        heads = self._grid.num_kv_heads
-        return [
-            Fragment(key, payload)
-            for b, name in enumerate(names)
-            for key, payload in zip(
-                self._grid.keys(name),
-                (p for group in per_group for p in group[b * heads : (b + 1) * heads]),
-                strict=True,
-            )
-        ]
+
+def _num_whole(is_there: Sequence[bool], num_blocks: int) -> int:
+    """How many blocks have all their fragments, counted from the first."""
+    per_block = len(is_there) // max(1, num_blocks)
+    first_missing = is_there.index(False) if False in is_there else len(is_there)
+    return first_missing // max(1, per_block)

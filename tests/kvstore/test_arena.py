@@ -18,7 +18,7 @@ from kvstore.arena import (
     num_slots_for,
 )
 from kvstore.sealing import HEADER_BYTES
-from kvstore.tiers import Rejected
+from kvstore.tiers import Fragment, Rejected
 from tests.kvstore.fragments import make_fragments
 from tests.processes import REPOSITORY, python_environment
 
@@ -35,16 +35,16 @@ def test_a_second_mapping_reads_what_the_first_wrote(tmp_path: Path) -> None:
     owned.arena.reserve(3, 5)
     assert other.is_reserved_as(3, 5)
     assert other.read(3, FRAGMENT.key, 5) == Rejected("stale")
-    other.write(3, FRAGMENT.key, FRAGMENT.payload, 5)
+    other.write(3, FRAGMENT, 5)
     assert owned.arena.read(3, FRAGMENT.key, 5) == FRAGMENT.payload
     owned.remove()
 
 
 def test_a_copy_is_private(tmp_path: Path) -> None:
     owned = create(tmp_path)
-    owned.arena.write(0, FRAGMENT.key, FRAGMENT.payload, 1)
+    owned.arena.write(0, FRAGMENT, 1)
     copy = owned.arena.read(0, FRAGMENT.key, 1)
-    owned.arena.write(0, FRAGMENT.key, memoryview(bytes(1000)), 1)
+    owned.arena.write(0, Fragment(FRAGMENT.key, memoryview(bytes(1000))), 1)
     assert copy == FRAGMENT.payload
     owned.remove()
 
@@ -53,7 +53,7 @@ def test_slots_do_not_overlap(tmp_path: Path) -> None:
     owned = create(tmp_path)
     fragments = make_fragments(4)
     for slot, fragment in enumerate(fragments):
-        owned.arena.write(slot, fragment.key, fragment.payload, 1)
+        owned.arena.write(slot, fragment, 1)
     for slot, fragment in enumerate(fragments):
         assert owned.arena.read(slot, fragment.key, 1) == fragment.payload
     owned.remove()
@@ -67,7 +67,7 @@ def test_a_slot_that_does_not_exist_is_a_bad_layout(tmp_path: Path) -> None:
 
 def test_a_length_beyond_the_slot_is_a_bad_layout(tmp_path: Path) -> None:
     owned = create(tmp_path)
-    owned.arena.write(0, FRAGMENT.key, FRAGMENT.payload, 1)
+    owned.arena.write(0, FRAGMENT, 1)
     with open(owned.arena.path, "r+b") as file:
         file.seek(4096 + 16)
         file.write((1 << 60).to_bytes(8, "little"))
@@ -77,7 +77,7 @@ def test_a_length_beyond_the_slot_is_a_bad_layout(tmp_path: Path) -> None:
 
 def test_a_length_that_is_too_short_is_noticed(tmp_path: Path) -> None:
     owned = create(tmp_path)
-    owned.arena.write(0, FRAGMENT.key, FRAGMENT.payload, 1)
+    owned.arena.write(0, FRAGMENT, 1)
     with open(owned.arena.path, "r+b") as file:
         file.seek(4096 + 16)
         file.write((500).to_bytes(8, "little"))

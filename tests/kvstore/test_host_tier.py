@@ -44,7 +44,7 @@ def test_two_workers_share_what_one_of_them_wrote(tier: HostTier, node: KVNode) 
     fragments = make_fragments(4)
     other = HostTier(node.host_address)
     tier.put(fragments)
-    assert other.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]
+    assert list(other.get(keys_of(fragments))) == [fragment.payload for fragment in fragments]
     other.close()
 
 
@@ -52,8 +52,8 @@ def test_under_pressure_the_oldest_go_and_nothing_wrong_is_read(tier: HostTier, 
     batches = [make_fragments(6) for _ in range(4)]
     for batch in batches:
         assert tier.put(batch) == [True] * 6
-    assert tier.get(keys_of(batches[3])) == [fragment.payload for fragment in batches[3]]
-    assert tier.get(keys_of(batches[0])) == [None] * 6
+    assert list(tier.get(keys_of(batches[3]))) == [fragment.payload for fragment in batches[3]]
+    assert list(tier.get(keys_of(batches[0]))) == [None] * 6
     for fragment, got in zip(batches[1], tier.get(keys_of(batches[1])), strict=True):
         assert got is None or got == fragment.payload
 
@@ -62,14 +62,14 @@ def test_a_batch_larger_than_the_arena_keeps_what_fits(tier: HostTier, node: KVN
     fragments = make_fragments(node.num_slots + 4)
     stored = tier.put(fragments)
     assert stored == [True] * node.num_slots + [False] * 4
-    got = tier.get(keys_of(fragments))
+    got = list(tier.get(keys_of(fragments)))
     assert got == [f.payload if is_stored else None for f, is_stored in zip(fragments, stored, strict=True)]
 
 
 def test_a_fragment_larger_than_a_slot_is_not_kept(tier: HostTier, node: KVNode) -> None:
     (large,), (small,) = make_fragments(1, node.slot_bytes + 1), make_fragments(1, node.slot_bytes)
     assert tier.put([large, small]) == [False, True]
-    assert tier.get([large.key, small.key]) == [None, small.payload]
+    assert list(tier.get([large.key, small.key])) == [None, small.payload]
 
 
 def test_a_key_of_another_length_is_the_callers_error(tier: HostTier) -> None:
@@ -95,13 +95,13 @@ def test_a_slot_given_to_another_fragment_is_stale_for_its_former_reader(
 def test_a_reservation_in_progress_is_not_readable(tier: HostTier, stub: kvnode_pb2_grpc.KVNodeServiceStub) -> None:
     (fragment,) = make_fragments(1)
     reserved = stub.Reserve(kvnode_pb2.ReserveRequest(keys=[fragment.key]))
-    assert tier.get([fragment.key]) == [None]
+    assert list(tier.get([fragment.key])) == [None]
     assert tier.put([fragment]) == [True]  # another writer does not wait for it
-    assert tier.get([fragment.key]) == [fragment.payload]
+    assert list(tier.get([fragment.key])) == [fragment.payload]
     stub.Seal(
         kvnode_pb2.SealRequest(keys=[fragment.key], slots=reserved.slots, generations=reserved.generations)
     )  # late and empty-handed: changes nothing
-    assert tier.get([fragment.key]) == [fragment.payload]
+    assert list(tier.get([fragment.key])) == [fragment.payload]
 
 
 def test_a_seal_without_a_reservation_makes_nothing_readable(stub: kvnode_pb2_grpc.KVNodeServiceStub) -> None:
@@ -117,8 +117,9 @@ def test_a_fragment_that_was_sealed_but_never_written_is_refused(
     (fragment,) = make_fragments(1)
     reserved = stub.Reserve(kvnode_pb2.ReserveRequest(keys=[fragment.key]))
     stub.Seal(kvnode_pb2.SealRequest(keys=[fragment.key], slots=reserved.slots, generations=reserved.generations))
-    assert isinstance(tier.get([fragment.key])[0], Rejected)
-    assert tier.get([fragment.key]) == [None]
+    (got,) = tier.get([fragment.key])
+    assert isinstance(got, Rejected)
+    assert list(tier.get([fragment.key])) == [None]
 
 
 @pytest.mark.parametrize(
@@ -144,13 +145,13 @@ def test_survives_kill_and_restart_of_the_node(kv_node: KVNode) -> None:
     assert tier.put(fragments) == [True] * 4
     kv_node.kill()
     assert tier.put(fragments) == [False] * 4
-    assert tier.get(keys_of(fragments)) == [None] * 4
+    assert list(tier.get(keys_of(fragments))) == [None] * 4
     assert not tier.is_up
     kv_node.start()
     wait_until(lambda: tier.is_up, "the tier is up again")
-    assert tier.get(keys_of(fragments)) == [None] * 4  # a new arena
+    assert list(tier.get(keys_of(fragments))) == [None] * 4  # a new arena
     assert tier.put(fragments) == [True] * 4
-    assert tier.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]
+    assert list(tier.get(keys_of(fragments))) == [fragment.payload for fragment in fragments]
     tier.close()
 
 
@@ -163,7 +164,7 @@ def test_a_restart_between_two_calls_goes_unnoticed(kv_node: KVNode) -> None:
     tier._arena = former  # as if the check that runs every second had not been made yet
     wait_until(lambda: tier.put(new) == [True] * 4, "fragments are in the new arena")
     assert tier._arena is not former
-    assert tier.get(keys_of(old) + keys_of(new)) == [None] * 4 + [fragment.payload for fragment in new]
+    assert list(tier.get(keys_of(old) + keys_of(new))) == [None] * 4 + [fragment.payload for fragment in new]
     tier.close()
 
 
@@ -175,7 +176,7 @@ def test_a_reader_with_the_former_arena_maps_the_new_one(kv_node: KVNode) -> Non
     wait_until(lambda: writer.put(fragments) == [True] * 4, "the other worker wrote to the new arena")
     wait_until(lambda: reader.is_up, "the reader is connected")
     reader._arena = former
-    assert reader.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]
+    assert list(reader.get(keys_of(fragments))) == [fragment.payload for fragment in fragments]
     reader.close()
     writer.close()
 

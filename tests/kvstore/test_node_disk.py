@@ -59,7 +59,7 @@ def test_what_was_evicted_comes_back_from_the_disk(start_node: Callable[[str], K
     put_in_small_batches(tier, node, fragments)
     for i in range(0, 64, 4):
         batch = fragments[i : i + 4]
-        assert tier.get(keys_of(batch)) == [fragment.payload for fragment in batch]
+        assert list(tier.get(keys_of(batch))) == [fragment.payload for fragment in batch]
         kept = min(64, 56 + i)  # these pushed others out in turn
         wait_until(lambda kept=kept: stats_of(node).disk.num_fragments >= kept, "the oldest are on disk")  # type: ignore[misc]
     stats = stats_of(node)
@@ -77,7 +77,7 @@ def test_a_fragment_is_in_the_arena_once_it_was_read_from_the_disk(start_node: C
     wait_until(lambda: stats_of(node).disk.num_written == 1, "the first one is on disk")
     tier.put(new)
     for _ in range(3):
-        assert tier.get(keys_of(old)) == [old[0].payload]
+        assert list(tier.get(keys_of(old))) == [old[0].payload]
     assert stats_of(node).num_promoted == 1
     tier.close()
 
@@ -88,7 +88,7 @@ def test_a_lookup_larger_than_the_arena_gives_what_fits(start_node: Callable[[st
     wait_until(lambda: stats_of(node).disk.is_up, "the disk tier is up")
     fragments = make_fragments(64)
     put_in_small_batches(tier, node, fragments)
-    got = tier.get(keys_of(fragments))
+    got = list(tier.get(keys_of(fragments)))
     assert sum(payload is not None for payload in got) >= 8
     for fragment, payload in zip(fragments, got, strict=True):
         assert payload is None or payload == fragment.payload
@@ -105,7 +105,7 @@ def test_written_through_all_survives_the_node(start_node: Callable[[str], KVNod
     getattr(node, end)()
     node.start()
     wait_until(lambda: tier.is_up and stats_of(node).disk.is_up, "the tiers are up")
-    assert tier.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]
+    assert list(tier.get(keys_of(fragments))) == [fragment.payload for fragment in fragments]
     assert stats_of(node).num_promoted == 8
     tier.close()
 
@@ -118,10 +118,10 @@ def test_damaged_fragments_on_disk_are_misses_and_counted(start_node: Callable[[
     wait_until(lambda: stats_of(node).disk.num_written == 2, "both are on disk")
     damage_segments(folder, bad, lambda stored: stored[:100] + bytes([stored[100] ^ 1]) + stored[101:])
     tier.put(make_fragments(16))
-    assert tier.get([good.key, bad.key]) == [good.payload, None]
+    assert list(tier.get([good.key, bad.key])) == [good.payload, None]
     assert dict(stats_of(node).disk.rejected) == {"checksum": 1}
     tier.put([bad])
-    assert tier.get([bad.key]) == [bad.payload]
+    assert list(tier.get([bad.key])) == [bad.payload]
     tier.close()
 
 
@@ -137,7 +137,7 @@ def test_damaged_slots_do_not_reach_the_disk(start_node: Callable[[str], KVNode]
     tier.put(make_fragments(2))
     wait_until(lambda: stats_of(node).disk.num_written == 1, "the second one is on disk")
     assert dict(stats_of(node).rejected) == {"checksum": 1}
-    assert tier.get([fragments[0].key]) == [None]
+    assert list(tier.get([fragments[0].key])) == [None]
     tier.close()
 
 
@@ -148,7 +148,7 @@ def test_two_nodes_do_not_share_a_folder(start_node: Callable[[str], KVNode]) ->
     tier = HostTier(second.host_address)
     fragments = make_fragments(3)
     assert tier.put(fragments) == [True] * 3  # in its arena
-    assert tier.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]
+    assert list(tier.get(keys_of(fragments))) == [fragment.payload for fragment in fragments]
     first.kill()
     wait_until(lambda: stats_of(second).disk.is_up, "the second node has the folder")
     tier.close()

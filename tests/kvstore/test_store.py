@@ -1,6 +1,7 @@
 """Several tiers as one: order, counters, and what happens when one of them is away or has bad bytes."""
 
 import threading
+from collections.abc import Sequence
 
 import pytest
 
@@ -19,6 +20,11 @@ class NamedTier(MemoryTier):
         self.name = name
 
 
+def pulled(store: FragmentStore, keys: Sequence[bytes]) -> list[memoryview | None]:
+    found = dict(store.pull(keys))
+    return [found.get(i) for i in range(len(keys))]
+
+
 @pytest.fixture
 def near() -> NamedTier:
     return NamedTier("near")
@@ -34,7 +40,7 @@ def test_every_tier_is_written_and_the_first_is_read(near: NamedTier, far: Named
     fragments = make_fragments(3)
     assert store.put(fragments) == [True] * 3
     assert set(near.stored) == set(far.stored) == set(keys_of(fragments))
-    assert store.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]
+    assert pulled(store, keys_of(fragments)) == [fragment.payload for fragment in fragments]
     stats = store.stats()
     assert stats.published_bytes == {"near": 3000, "far": 3000}
     assert stats.pulled_bytes == {"near": 3000}
@@ -46,7 +52,7 @@ def test_what_the_first_tier_lacks_comes_from_the_next(near: NamedTier, far: Nam
     far.put(fragments)
     near.put(fragments[1:2])
     store = FragmentStore([near, far])
-    assert store.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]
+    assert pulled(store, keys_of(fragments)) == [fragment.payload for fragment in fragments]
     assert store.stats().pulled_bytes == {"near": 1000, "far": 2000}
 
 
@@ -56,7 +62,7 @@ def test_a_bad_copy_is_counted_and_the_next_tier_is_asked(near: NamedTier, far: 
     store.put(fragments)
     near.stored[fragments[0].key][100] ^= 1
     del near.stored[fragments[1].key][-1]
-    assert store.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]
+    assert pulled(store, keys_of(fragments)) == [fragment.payload for fragment in fragments]
     assert store.stats().rejected == {"checksum": 1, "truncated": 1}
     assert store.stats().pulled_bytes == {"near": 0, "far": 2000}
 
@@ -67,9 +73,9 @@ def test_bad_copies_everywhere_read_as_missing(near: NamedTier, far: NamedTier) 
     store.put([fragment])
     near.stored[fragment.key][100] ^= 1
     far.stored[fragment.key][100] ^= 1
-    assert store.get([fragment.key]) == [None]
+    assert pulled(store, [fragment.key]) == [None]
     assert store.stats().rejected == {"checksum": 2}
-    assert store.get([fragment.key]) == [None]
+    assert pulled(store, [fragment.key]) == [None]
     assert store.stats().rejected == {"checksum": 2}  # they are gone: nothing is rejected twice
 
 
@@ -78,20 +84,20 @@ def test_goes_on_without_a_tier_that_is_down(near: NamedTier, far: NamedTier) ->
     fragments = make_fragments(2)
     near.is_up = False
     assert store.put(fragments) == [True, True]
-    assert store.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]
+    assert pulled(store, keys_of(fragments)) == [fragment.payload for fragment in fragments]
     assert store.stats().tier_is_up == {"near": False, "far": True}
     assert store.stats().published_bytes == {"near": 0, "far": 2000}
     far.is_up = False
     assert store.put(fragments) == [False, False]
-    assert store.get(keys_of(fragments)) == [None, None]
+    assert pulled(store, keys_of(fragments)) == [None, None]
 
 
 def test_without_tiers_nothing_is_kept() -> None:
     store = FragmentStore([])
     fragments = make_fragments(2)
     assert store.put(fragments) == [False, False]
-    assert store.get(keys_of(fragments)) == [None, None]
-    assert store.put([]) == store.get([]) == []
+    assert pulled(store, keys_of(fragments)) == [None, None]
+    assert store.put([]) == pulled(store, []) == []
 
 
 def test_counters_hold_under_threads(near: NamedTier) -> None:
@@ -101,7 +107,7 @@ def test_counters_hold_under_threads(near: NamedTier) -> None:
     def work(index: int) -> None:
         for _ in range(20):
             store.put(batches[index])
-            store.get(keys_of(batches[index]))
+            pulled(store, keys_of(batches[index]))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
     for thread in threads:
@@ -126,7 +132,7 @@ def test_keeps_serving_when_redis_is_lost(near: NamedTier, redis_server: RedisSe
     store.put(before)
     redis_server.kill()
     assert store.put(after) == [True, True]
-    assert store.get(keys_of(before + after)) == [fragment.payload for fragment in before + after]
+    assert pulled(store, keys_of(before + after)) == [fragment.payload for fragment in before + after]
     assert store.stats().tier_is_up == {"near": True, "redis": False}
     redis_server.start()
     wait_until(lambda: store.stats().tier_is_up["redis"], "the Redis tier is up again")

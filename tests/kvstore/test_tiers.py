@@ -14,7 +14,7 @@ from kvstore.memory_tier import MemoryTier
 from kvstore.peer_tier import PeerTier
 from kvstore.redis_tier import RedisTier
 from kvstore.sealing import HEADER_BYTES
-from kvstore.tiers import Fragment, Rejected, Tier
+from kvstore.tiers import Fragment, FragmentSource, Rejected, Tier
 from tests.kvstore.fragments import REDIS_PREFIX, SECRET, damage_segments, keys_of, make_fragments, sealed_copy
 from tests.processes import KVNode, RedisServer, wait_until
 
@@ -75,7 +75,7 @@ class DiskAsTier:
     def is_up(self) -> bool:
         return self.disk.is_up
 
-    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
+    def put(self, fragments: Sequence[FragmentSource]) -> list[bool]:
         self.disk.write([sealed_copy(fragment) for fragment in fragments])
         return [self.is_up and self.disk.has(fragment.key) for fragment in fragments]
 
@@ -110,7 +110,7 @@ class OverPeer:
     def is_up(self) -> bool:
         return self.peer.is_up
 
-    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
+    def put(self, fragments: Sequence[FragmentSource]) -> list[bool]:
         assert self.peer.put(fragments) == [False] * len(fragments)
         self.directory.publish([fragment.key[:16] for fragment in fragments], f"peer:{self.host.peer_address}")
         return self.host.put(fragments)
@@ -154,33 +154,33 @@ def test_is_up_from_the_start_and_down_once_closed(tier: Tier) -> None:
     tier.close()
     assert not tier.is_up
     assert tier.put(fragments) == [False, False]
-    assert tier.get(keys_of(fragments)) == [None, None]
+    assert list(tier.get(keys_of(fragments))) == [None, None]
 
 
 @pytest.mark.parametrize("payload_bytes", [1, 63, 1000, 65536])
 def test_what_was_put_is_got(tier: Tier, payload_bytes: int) -> None:
     fragments = make_fragments(5, payload_bytes)
     assert tier.put(fragments) == [True] * 5
-    assert tier.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]
+    assert list(tier.get(keys_of(fragments))) == [fragment.payload for fragment in fragments]
 
 
 def test_absent_fragments_are_none(tier: Tier) -> None:
     there, absent = make_fragments(2), make_fragments(2)
     tier.put(there)
     keys = [absent[0].key, there[1].key, absent[1].key, there[0].key]
-    assert tier.get(keys) == [None, there[1].payload, None, there[0].payload]
+    assert list(tier.get(keys)) == [None, there[1].payload, None, there[0].payload]
 
 
 def test_empty_batches(tier: Tier) -> None:
     assert tier.put([]) == []
-    assert tier.get([]) == []
+    assert list(tier.get([])) == []
 
 
 def test_putting_again_changes_nothing(tier: Tier) -> None:
     fragments = make_fragments(3)
     tier.put(fragments)
     assert tier.put(fragments) == [True] * 3
-    assert tier.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]
+    assert list(tier.get(keys_of(fragments))) == [fragment.payload for fragment in fragments]
 
 
 def test_one_fragment_twice_in_a_batch(tier: Tier) -> None:
@@ -205,7 +205,7 @@ def test_payloads_of_other_formats_are_stored_as_their_bytes(tier: Tier) -> None
     (fragment,) = make_fragments(1, 64)
     shaped = fragment.payload.cast("H").cast("B").cast("H", (4, 8))
     assert tier.put([Fragment(fragment.key, shaped)]) == [True]
-    assert tier.get([fragment.key]) == [fragment.payload]
+    assert list(tier.get([fragment.key])) == [fragment.payload]
 
 
 @pytest.mark.parametrize("offset", [0, 24, 32, 42, HEADER_BYTES, HEADER_BYTES + 999])
@@ -214,21 +214,21 @@ def test_a_flipped_byte_is_refused_once_and_can_be_replaced(under_test: TierUnde
     good, bad = make_fragments(2)
     tier.put([good, bad])
     under_test.flip(bad, offset)
-    got = tier.get([good.key, bad.key])
+    got = list(tier.get([good.key, bad.key]))
     assert got[0] == good.payload
     assert isinstance(got[1], Rejected)
     if offset >= HEADER_BYTES:
         assert got[1] == Rejected("checksum")
-    assert tier.get([bad.key]) == [None]
+    assert list(tier.get([bad.key])) == [None]
     assert tier.put([bad]) == [True]
-    assert tier.get([bad.key]) == [bad.payload]
+    assert list(tier.get([bad.key])) == [bad.payload]
 
 
 def test_another_fragments_bytes_are_refused(under_test: TierUnderTest) -> None:
     (fragment,) = make_fragments(1)
     under_test.tier.put([fragment])
     under_test.flip(fragment, HEADER_BYTES - 22)  # first byte of the key
-    assert under_test.tier.get([fragment.key]) == [Rejected("stale")]
+    assert list(under_test.tier.get([fragment.key])) == [Rejected("stale")]
 
 
 def test_a_length_that_does_not_fit_is_refused(under_test: TierUnderTest) -> None:
@@ -243,4 +243,4 @@ def test_a_length_that_does_not_fit_is_refused(under_test: TierUnderTest) -> Non
 def test_batches_larger_than_a_chunk(tier: Tier) -> None:
     fragments = make_fragments(100, 60_000)  # 6 MB
     assert tier.put(fragments) == [True] * 100
-    assert tier.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]
+    assert list(tier.get(keys_of(fragments))) == [fragment.payload for fragment in fragments]

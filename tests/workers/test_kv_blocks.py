@@ -1,0 +1,64 @@
+"""Fragments out of the cache and into it: in place for a host's cache, through a buffer for a device's."""
+
+import numpy as np
+import pytest
+import torch
+
+from workers.kv_blocks import DeviceBlocks, HostBlocks
+from workers.step import BlockTransfer
+
+LAYERS, BLOCKS, HEADS, BLOCK_SIZE, HEAD_DIM, GROUP = 6, 9, 2, 4, 8, 3
+TRANSFER = BlockTransfer("r", [b""] * 3, [7, 2, 5], [BLOCK_SIZE, BLOCK_SIZE, 3])
+MEMORIES = pytest.mark.parametrize("memory", [HostBlocks, DeviceBlocks])
+
+
+def a_cache(dtype: torch.dtype, fill: str = "random") -> torch.Tensor:
+    shape = (LAYERS, BLOCKS, HEADS, 2, BLOCK_SIZE, HEAD_DIM)
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(shape, generator=generator) if fill == "random" else torch.full(shape, 99.0)
+    return values.to(dtype)
+
+
+def expected(cache: torch.Tensor) -> list[torch.Tensor]:
+    return [
+        cache[first : first + GROUP, block_id, head, :, :num_tokens].contiguous()
+        for block_id, num_tokens in zip(TRANSFER.block_ids, TRANSFER.num_tokens, strict=True)
+        for first in range(0, LAYERS, GROUP)
+        for head in range(HEADS)
+    ]
+
+
+@MEMORIES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_a_fragment_is_a_group_of_layers_of_one_head_of_a_block(memory: type, dtype: torch.dtype) -> None:
+    cache = a_cache(dtype)
+    blocks = memory(cache, GROUP)
+    for fragments in (blocks.fragments(TRANSFER), blocks.copies(TRANSFER)()):
+        for fragment, right in zip(fragments, expected(cache), strict=True):
+            assert fragment.tobytes() == right.view(torch.uint8).numpy().tobytes()
+
+
+@MEMORIES
+def test_copies_stay_when_the_cache_changes(memory: type) -> None:
+    cache = a_cache(torch.float32)
+    right = [fragment.clone() for fragment in expected(cache)]
+    copied = memory(cache, GROUP).copies(TRANSFER)
+    cache.zero_()
+    assert all(a.tobytes() == b.numpy().tobytes() for a, b in zip(copied(), right, strict=True))
+
+
+@MEMORIES
+@pytest.mark.parametrize("num_whole", [0, 2, 3])
+def test_whole_blocks_are_in_the_cache_after_the_finish_and_others_are_untouched(memory: type, num_whole: int) -> None:
+    source, target = a_cache(torch.bfloat16), a_cache(torch.bfloat16, fill="constant")
+    filling = memory(target, GROUP).fill(TRANSFER)
+    per_block = len(filling.fragments) // 3
+    for room, fragment in list(zip(filling.fragments, HostBlocks(source, GROUP).fragments(TRANSFER), strict=True))[
+        : num_whole * per_block
+    ]:
+        np.copyto(room, fragment)
+    filling.finish(num_whole)
+    right = a_cache(torch.bfloat16, fill="constant")
+    for block_id, num_tokens in list(zip(TRANSFER.block_ids, TRANSFER.num_tokens, strict=True))[:num_whole]:
+        right[:, block_id, :, :, :num_tokens] = source[:, block_id, :, :, :num_tokens]
+    assert torch.equal(target, right)
