@@ -70,7 +70,7 @@ def measure_hand_off(arena_dir: str, redis_url: str, shape: BenchShape) -> list[
     """All rows: memcpy, loopback TCP, the host and peer tiers of a node process started for this, and, if there is a
     URL, Redis by plain commands and as a tier."""
     rows = [measure_memcpy(shape), measure_loopback_tcp(shape)]
-    with _node(arena_dir, shape) as host_address:
+    with node_process(arena_dir, shape) as host_address:
         rows += _measure_and_close(HostTier(host_address), shape)
         rows.append(measure_peer(host_address, shape))
     if redis_url:
@@ -235,7 +235,7 @@ def _row(name: str, shape: BenchShape, seconds: Sequence[float]) -> BandwidthRow
 
 
 @contextmanager
-def _node(arena_dir: str, shape: BenchShape) -> Iterator[str]:
+def node_process(arena_dir: str, shape: BenchShape) -> Iterator[str]:
     """A node process whose arena holds two batches, so that later runs evict, as in service; its host address."""
     node_id = f"bench-{os.getpid()}"
     with tempfile.TemporaryDirectory(prefix="kv-") as folder:

@@ -7,6 +7,7 @@ nothing of what is copied.
 import ctypes
 import threading
 from collections import deque
+from dataclasses import dataclass
 
 ALIGNMENT_BYTES = 4096  # a page: what direct I/O asks for
 # And what copies need: on AMD's Zen 3 and 4 a copy whose target lies 1 to 31 bytes behind its source, modulo a page,
@@ -15,39 +16,48 @@ ALIGNMENT_BYTES = 4096  # a page: what direct I/O asks for
 _KEPT_BYTES = 256 * 1024 * 1024  # in all; what is lent beyond that is freed when it comes back
 
 
+@dataclass(slots=True)
+class _Buffer:
+    memory: bytearray
+    first: int  # where the page begins
+
+
 class CopyBuffers:
     """Hands out writable views of buffers of one size, each at the start of a page. Thread-safe."""
 
     def __init__(self, buffer_bytes: int, kept_bytes: int = _KEPT_BYTES) -> None:
         self._buffer_bytes = buffer_bytes
         self._max_buffers = max(1, kept_bytes // (buffer_bytes + ALIGNMENT_BYTES))
-        self._buffers: deque[bytearray] = deque()  # longest lent first
+        self._buffers: deque[_Buffer] = deque()  # longest lent first
         self._lock = threading.Lock()
 
     def take(self) -> memoryview:
         """A buffer of which no other view exists; it stays the caller's until the last view of it is gone."""
         with self._lock:
-            if self._buffers and _is_unused(self._buffers[-1]):  # lent last: still in the processor's caches
-                return self._aligned(self._buffers[-1])  # taken under the lock: from here on it is in use
-            if self._buffers and _is_unused(self._buffers[0]):
+            if self._buffers and _is_unused(self._buffers[-1].memory):  # lent last: still in the processor's caches
+                return self._view(self._buffers[-1])  # taken under the lock: from here on it is in use
+            if self._buffers and _is_unused(self._buffers[0].memory):
                 self._buffers.rotate(-1)
-                return self._aligned(self._buffers[-1])
+                return self._view(self._buffers[-1])
             if len(self._buffers) < self._max_buffers:
-                self._buffers.append(bytearray(self._buffer_bytes + ALIGNMENT_BYTES))
-                return self._aligned(self._buffers[-1])
+                self._buffers.append(self._new())
+                return self._view(self._buffers[-1])
             self._buffers.rotate(-1)  # do not ask the same one forever
-        return self._aligned(bytearray(self._buffer_bytes + ALIGNMENT_BYTES))
+        return self._view(self._new())
 
-    def _aligned(self, buffer: bytearray) -> memoryview:
-        first = -ctypes.addressof(ctypes.c_char.from_buffer(buffer)) % ALIGNMENT_BYTES
-        return memoryview(buffer)[first : first + self._buffer_bytes]
+    def _new(self) -> _Buffer:
+        memory = bytearray(self._buffer_bytes + ALIGNMENT_BYTES)
+        return _Buffer(memory, -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % ALIGNMENT_BYTES)
+
+    def _view(self, buffer: _Buffer) -> memoryview:
+        return memoryview(buffer.memory)[buffer.first : buffer.first + self._buffer_bytes]
 
 
-def _is_unused(buffer: bytearray) -> bool:
+def _is_unused(memory: bytearray) -> bool:
     """Python refuses to resize a bytearray while a view of it, or of a part of it, exists."""
     try:
-        last = buffer.pop()
+        last = memory.pop()
     except BufferError:
         return False
-    buffer.append(last)  # in place: popping a byte keeps the allocation
+    memory.append(last)  # in place: popping a byte keeps the allocation
     return True

@@ -32,6 +32,7 @@ from kvstore import bench as handoff
 from planner import direct
 from planner.loadgen import play
 from planner.long_prompts import bench_failover, bench_overlap
+from planner.paged_handoff import measure_paged_hand_off
 from planner.rows import Measurement, append_rows
 from planner.trace import TraceRequest
 from router.client import GenerationClient
@@ -144,7 +145,7 @@ def bench_handoff() -> list[Measurement]:
     with _redis() as url:
         rows = handoff.measure_hand_off("/dev/shm", url, shape)
     limits = {row.name: row.median_gb_per_s for row in rows if row.name in ("memcpy", "loopback_tcp")}
-    return [
+    return measure_paged_hand_off("/dev/shm") + [
         Measurement(
             f"handoff.{row.name}",
             "GB/s",

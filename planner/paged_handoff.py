@@ -1,0 +1,161 @@
+"""Hand-off on one host from paged cache to paged cache: what a prefill worker and a decode worker do, and nothing else.
+
+Two processes, each with a cache of its own, share a KV node's arena. One publishes chunk after chunk, the other pulls
+each as soon as it is there; every byte is counted once, and every check is on. A copy of as many bytes in one process
+is timed before each run, so that both have seen the same machine.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+import torch
+import xxhash
+from torch import Tensor
+
+from kvstore.bench import BenchShape, measure_memcpy, node_process
+from kvstore.host_tier import HostTier
+from kvstore.store import FragmentStore
+from planner.rows import Measurement
+from workers.kv_transfer import FragmentGrid, KVTransfer
+from workers.step import BlockTransfer
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """A rank's cache, and how much of it is handed off. The defaults are Llama-3.1-8B's in bf16, 1,024 tokens."""
+
+    num_layers: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    block_size: int = 16
+    num_blocks: int = 64
+    blocks_per_chunk: int = 8
+    num_runs: int = 9
+
+    @property
+    def fragment_bytes(self) -> int:
+        """All layers of one block and one head."""
+        return self.num_layers * 2 * self.block_size * self.head_dim * torch.bfloat16.itemsize
+
+    @property
+    def num_fragments(self) -> int:
+        """Of one run."""
+        return self.num_blocks * self.num_kv_heads
+
+    def empty(self) -> Tensor:
+        """A cache of zeros, every page of it touched."""
+        shape = (self.num_layers, self.num_blocks, self.num_kv_heads, 2, self.block_size, self.head_dim)
+        return torch.zeros(shape, dtype=torch.bfloat16).fill_(0)
+
+    def chunks(self, run: bytes) -> list[BlockTransfer]:
+        """What is published and pulled at once; a run has names of its own."""
+        names = [run + i.to_bytes(4, "big") for i in range(self.num_blocks)]
+        firsts = range(0, self.num_blocks, self.blocks_per_chunk)
+        return [
+            BlockTransfer(
+                "",
+                names[first : first + self.blocks_per_chunk],
+                range(self.num_blocks)[first : first + self.blocks_per_chunk],
+                [self.block_size] * len(names[first : first + self.blocks_per_chunk]),
+            )
+            for first in firsts
+        ]
+
+    def transfer(self, cache: Tensor, host_address: str) -> KVTransfer:
+        """A rank's, over the host tier alone."""
+        grid = FragmentGrid(0, self.num_layers, self.num_layers, 0, self.num_kv_heads)
+        return KVTransfer(cache, grid, FragmentStore([HostTier(host_address)]))
+
+
+class HandOffFailed(Exception):
+    """Not all blocks came, or not as they were."""
+
+
+def measure_paged_hand_off(arena_dir: str, shape: CacheShape | None = None) -> list[Measurement]:
+    """GB/s of the hand-off and its share of the copy's, and the same with put and get one after the other."""
+    shape = shape or CacheShape()
+    bandwidth = BenchShape(shape.fragment_bytes, shape.num_fragments, num_runs=3)
+    memcpy, at_once, in_turn = [], [], []
+    with node_process(arena_dir, bandwidth) as host_address, _receiver(shape, host_address) as receiver:
+        cache = shape.empty().copy_(torch.randn(shape.empty().shape))
+        sender = shape.transfer(cache, host_address)
+        for _ in range(shape.num_runs + 1):  # the first warms up
+            memcpy.append(measure_memcpy(bandwidth).median_gb_per_s)
+            at_once.append(bandwidth.num_bytes / _hand_off(shape, sender, receiver, at_once=True) / 1e9)
+            in_turn.append(bandwidth.num_bytes / _hand_off(shape, sender, receiver, at_once=False) / 1e9)
+        receiver.send(None)
+        if receiver.recv() != _digest(cache):
+            raise HandOffFailed("the caches differ after the hand-off")
+        sender.close()
+    setting: dict[str, object] = {
+        "fragment_bytes": shape.fragment_bytes,
+        "bytes": bandwidth.num_bytes,
+        "chunk_blocks": shape.blocks_per_chunk,
+        "cache": "Llama-3.1-8B, bf16",
+    }
+    beside = {"memcpy": statistics.median(memcpy[1:])}
+    rows = []
+    for name, rates in (("paged", at_once[1:]), ("paged_in_turn", in_turn[1:])):
+        shares = [rate / limit for rate, limit in zip(rates, memcpy[1:], strict=True)]
+        rows.append(Measurement(f"handoff.{name}", "GB/s", rates, setting, beside))
+        rows.append(Measurement(f"handoff.{name}_share", "of memcpy", shares, setting))
+    return rows
+
+
+def _hand_off(shape: CacheShape, sender: KVTransfer, receiver: Connection, at_once: bool) -> float:
+    """Seconds from the first publish until the last block is in the other cache."""
+    chunks = shape.chunks(os.urandom(12))
+    began_s = time.perf_counter()
+    for chunk in chunks:
+        if sender.save(chunk) != len(chunk.block_ids):
+            raise HandOffFailed("not all blocks were published")
+        if at_once:
+            receiver.send(chunk)
+    if not at_once:
+        for chunk in chunks:
+            receiver.send(chunk)
+    for _ in chunks:
+        ended_s, is_whole = receiver.recv()
+        if not is_whole:
+            raise HandOffFailed("not all blocks came")
+    return float(ended_s - began_s)
+
+
+@contextmanager
+def _receiver(shape: CacheShape, host_address: str) -> Iterator[Connection]:
+    """The other process; chunks go in, (when it was through with one, whether all of it came) comes out."""
+    context = multiprocessing.get_context("spawn")
+    pipe, other = context.Pipe()
+    process = context.Process(target=_receive, args=(other, shape, host_address), daemon=True)
+    process.start()
+    other.close()
+    try:
+        pipe.recv()  # it is ready; EOFError when it ended
+        yield pipe
+    finally:
+        pipe.close()
+        process.join(timeout=20)
+
+
+def _receive(pipe: Connection, shape: CacheShape, host_address: str) -> None:
+    torch.set_num_threads(1)
+    cache = shape.empty()
+    transfer = shape.transfer(cache, host_address)
+    pipe.send(None)
+    while (chunk := pipe.recv()) is not None:
+        is_whole = transfer.load(chunk) == len(chunk.block_ids)
+        pipe.send((time.perf_counter(), is_whole))  # one clock for all processes of a machine
+    pipe.send(_digest(cache))
+    transfer.close()
+
+
+def _digest(cache: Tensor) -> int:
+    return xxhash.xxh3_64_intdigest(cache.view(torch.uint8).numpy().data)
