@@ -18,6 +18,7 @@ from kvstore.arena import Arena, ArenaMismatch, attach_arena
 from kvstore.availability import Availability
 from kvstore.channels import NODE_ERRORS, call, dial, probe
 from kvstore.names import FRAGMENT_KEY_BYTES
+from kvstore.slot_calls import SlotCalls
 from kvstore.slot_table import SEALED_ALREADY
 from kvstore.tiers import FragmentSource, Rejected
 
@@ -52,6 +53,7 @@ class HostTier:
         self._stub = kvnode_pb2_grpc.KVNodeServiceStub(self._channel)
         self._attach_lock = threading.Lock()
         self._arena: Arena | None = None
+        self._calls = SlotCalls("")  # until the node was reached
         self._node_id = ""
         self._peer_address = ""
         self._has_warned_of_size = False
@@ -88,6 +90,7 @@ class HostTier:
     def close(self) -> None:
         """As in Tier."""
         self._availability.close(self._channel.close)
+        self._calls.close()
         self._arena = None
 
     def _on_arena(self, action: Callable[[Arena], _Result]) -> _Result | None:
@@ -112,6 +115,8 @@ class HostTier:
             path, arena = Path(reply.path), self._arena
             if arena is None or arena.path != path or not arena.is_current():
                 self._arena = attach_arena(path, reply.slot_bytes, reply.num_slots)
+                self._calls.close()
+                self._calls = SlotCalls(reply.call_address)
                 self._node_id = reply.node_id
                 self._peer_address = reply.peer_address
 
@@ -121,7 +126,7 @@ class HostTier:
         if len(wanted) < len(fragments):
             self._warn_of_size(arena)
         reserve = kvnode_pb2.ReserveRequest(keys=[fragments[i].key for i in wanted])
-        reply = call(self._stub.Reserve, reserve)
+        reply = self._calls.reserve(reserve)
         seal = kvnode_pb2.SealRequest()
         written: list[int] = []
         for i, slot, generation in zip(wanted, reply.slots, reply.generations, strict=True):
@@ -142,15 +147,15 @@ class HostTier:
         return stored
 
     def _seal(self, request: kvnode_pb2.SealRequest) -> dict[bytes, bool]:
-        reply = call(self._stub.Seal, request)
+        reply = self._calls.seal(request)
         if reply.num_sealed == len(request.keys):
             return dict.fromkeys(request.keys, True)
         # Some reservations had been taken back meanwhile; only the node knows which.
-        lookup = call(self._stub.Lookup, kvnode_pb2.LookupRequest(keys=request.keys))
+        lookup = self._calls.lookup(kvnode_pb2.LookupRequest(keys=request.keys))
         return {key: slot >= 0 for key, slot in zip(request.keys, lookup.slots, strict=True)}
 
     def _look_up(self, arena: Arena, keys: Sequence[bytes]) -> _Found:
-        reply = call(self._stub.Lookup, kvnode_pb2.LookupRequest(keys=keys))
+        reply = self._calls.lookup(kvnode_pb2.LookupRequest(keys=keys))
         if not arena.is_current():
             raise _ArenaReplaced
         return _Found(arena, keys, reply.slots, reply.generations)
@@ -172,7 +177,7 @@ class HostTier:
 
     def _drop(self, bad: kvnode_pb2.DropRequest) -> None:
         try:
-            call(self._stub.Drop, bad)
+            self._calls.drop(bad)
         except _ERRORS as error:
             self._availability.lost(error)
 

@@ -30,10 +30,13 @@ from kvstore.disk import DiskTier
 from kvstore.node_service import ControlServicer, KVNodeServicer
 from kvstore.node_slots import NodeSlots
 from kvstore.peer_server import PeerServer
+from kvstore.quick_calls import CallServer
+from kvstore.slot_calls import serve_slot_calls
 from kvstore.slot_table import SlotTable
 
 _UNIX = "unix:"
 _LONGEST_SOCKET_PATH = 107  # bytes; the kernel's limit
+_CALLS = ".calls"  # behind the path of the host address: the socket for slot calls
 _NUM_THREADS = 8
 _SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),  # else a second process binds the same port, and calls go to either
@@ -74,7 +77,7 @@ class NodeSpec:
         if (self.disk_dir is not None or self.peer_address) and not self.secret:
             raise ValueError("--secret-file: needed where there is a disk tier, or peers")
         path = self.host_address.removeprefix(_UNIX)
-        if self.host_address.startswith(_UNIX) and len(path.encode()) > _LONGEST_SOCKET_PATH:
+        if self.host_address.startswith(_UNIX) and len((path + _CALLS).encode()) > _LONGEST_SOCKET_PATH:
             raise ValueError(f"--host-address: longer than {_LONGEST_SOCKET_PATH} bytes: {path}")
 
 
@@ -93,7 +96,8 @@ def run(spec: NodeSpec, stop: threading.Event, announce: Callable[[dict[str, obj
             peers = _serve_peers(spec, slots)
             ending.callback(peers.close)
             peer_address = peers.address
-        host_server, host_address = _serve_slots(spec, slots, peer_address)
+        host_server, host_address, calls = _serve_slots(spec, slots, peer_address)
+        ending.callback(calls.close)
         servers, control_address = [host_server], ""
         if spec.control_address:
             control_server, control_address = _serve_directory(spec)
@@ -130,11 +134,18 @@ def _serve_peers(spec: NodeSpec, slots: NodeSlots) -> PeerServer:
         raise StartError(f"cannot listen on {spec.peer_address}: {error}") from error
 
 
-def _serve_slots(spec: NodeSpec, slots: NodeSlots, peer_address: str) -> tuple[grpc.Server, str]:
+def _serve_slots(spec: NodeSpec, slots: NodeSlots, peer_address: str) -> tuple[grpc.Server, str, CallServer]:
     _remove_dead_socket(spec.host_address)
     server, address = _bind(spec.host_address)
-    kvnode_pb2_grpc.add_KVNodeServiceServicer_to_server(KVNodeServicer(slots, spec.node_id, peer_address), server)
-    return server, address
+    servicer = KVNodeServicer(slots, spec.node_id, peer_address)
+    call_address = address + _CALLS if address.startswith(_UNIX) else f"{address.rpartition(':')[0]}:0"
+    try:
+        calls = serve_slot_calls(call_address, servicer)
+    except OSError as error:
+        raise StartError(f"cannot listen on {call_address}: {error}") from error
+    servicer.call_address = calls.address
+    kvnode_pb2_grpc.add_KVNodeServiceServicer_to_server(servicer, server)
+    return server, address, calls
 
 
 def _serve_directory(spec: NodeSpec) -> tuple[grpc.Server, str]:

@@ -23,6 +23,8 @@ class KVNodeServicer(kvnode_pb2_grpc.KVNodeServiceServicer):
         self._slots = slots
         self._node_id = node_id
         self._peer_address = peer_address
+        self.call_address = ""
+        """Where the slot calls are answered over a plain socket, too; set before serving."""
 
     def GetArena(
         self, request: kvnode_pb2.GetArenaRequest, context: grpc.ServicerContext
@@ -36,6 +38,7 @@ class KVNodeServicer(kvnode_pb2_grpc.KVNodeServiceServicer):
             node_id=self._node_id,
             num_sealed=self._slots.stats().num_sealed,
             peer_address=self._peer_address,
+            call_address=self.call_address,
         )
 
     def Reserve(self, request: kvnode_pb2.ReserveRequest, context: grpc.ServicerContext) -> kvnode_pb2.ReserveResponse:

@@ -10,6 +10,8 @@ from switchyard.v1 import kvnode_pb2, kvnode_pb2_grpc
 from kvstore.channels import dial
 from kvstore.host_tier import HostTier
 from kvstore.names import FRAGMENT_KEY_BYTES
+from kvstore.quick_calls import CallRefused
+from kvstore.slot_calls import SlotCalls
 from kvstore.tiers import Fragment, Rejected
 from tests.kvstore.fragments import keys_of, make_fragments
 from tests.processes import KVNode, wait_until
@@ -137,6 +139,16 @@ def test_bad_requests_are_refused(
         getattr(stub, method)(request_)
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert "keys" in caught.value.details()
+
+
+def test_bad_slot_calls_are_refused(stub: kvnode_pb2_grpc.KVNodeServiceStub) -> None:
+    calls = SlotCalls(stub.GetArena(kvnode_pb2.GetArenaRequest()).call_address)
+    with pytest.raises(CallRefused, match="keys"):
+        calls.reserve(kvnode_pb2.ReserveRequest(keys=[b"short"]))
+    with pytest.raises(CallRefused, match="slots"):
+        calls.seal(kvnode_pb2.SealRequest(keys=[bytes(FRAGMENT_KEY_BYTES)]))
+    assert list(calls.lookup(kvnode_pb2.LookupRequest(keys=[bytes(FRAGMENT_KEY_BYTES)])).slots) == [-1]
+    calls.close()
 
 
 def test_survives_kill_and_restart_of_the_node(kv_node: KVNode) -> None:
