@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from kvstore.reuse_order import ReuseOrder
+
 SEALED_ALREADY = -1
 NO_SLOT = -2
 ABSENT = -1
@@ -46,7 +48,8 @@ class SlotTable:
         self._reservation_ttl_s = reservation_ttl_s
         self._free = list(range(num_slots - 1, -1, -1))
         self._reserved: OrderedDict[int, _Reservation] = OrderedDict()  # by slot; earliest deadline first
-        self._sealed: OrderedDict[bytes, SlotRef] = OrderedDict()  # by key; least recently used first
+        self._sealed: dict[bytes, SlotRef] = {}  # by key
+        self._order = ReuseOrder(num_slots)  # in which the sealed ones go
 
     @property
     def num_free(self) -> int:
@@ -61,13 +64,13 @@ class SlotTable:
     def reserve(self, keys: Sequence[bytes]) -> list[SlotRef]:
         """A slot to write each fragment to. Two writers of one fragment get a slot each; the first to seal wins.
 
-        Evicts the least recently used fragments when no slot is free, but none that this very call asks for.
+        When no slot is free, the next in kvstore.reuse_order goes, but none that this very call asks for.
         """
         self._take_back_expired()
         wanted = set(keys)
         for key in wanted:
             if key in self._sealed:
-                self._sealed.move_to_end(key)
+                self._order.use(key)
         deadline_s = self._clock() + self._reservation_ttl_s
         return [self._reserve(key, wanted, deadline_s) for key in keys]
 
@@ -82,6 +85,7 @@ class SlotTable:
                     self._free.append(ref.slot)
                 else:
                     self._sealed[key] = ref
+                    self._order.add(key)
             num_sealed += key in self._sealed
         return num_sealed
 
@@ -93,13 +97,13 @@ class SlotTable:
             if ref is None:
                 refs.append(SlotRef(ABSENT, 0))
             else:
-                self._sealed.move_to_end(key)
+                self._order.use(key)
                 refs.append(ref)
         return refs
 
     def oldest(self, count: int) -> list[tuple[bytes, SlotRef]]:
         """The fragments that are next to go; no use of them."""
-        return list(islice(self._sealed.items(), max(0, count)))
+        return [(key, self._sealed[key]) for key in islice(self._order, max(0, count))]
 
     def drop(self, keys: Sequence[bytes], generations: Sequence[int]) -> int:
         """Frees the slots of fragments that a reader found bad; how many. One written anew since then stays."""
@@ -107,7 +111,7 @@ class SlotTable:
         for key, generation in zip(keys, generations, strict=True):
             ref = self._sealed.get(key)
             if ref is not None and ref.generation == generation:
-                del self._sealed[key]
+                self._forget(key)
                 self._free.append(ref.slot)
                 num_dropped += 1
         return num_dropped
@@ -116,6 +120,7 @@ class SlotTable:
         """Re-derives the books; raises AssertionError when a slot is owned twice or by nobody."""
         owned = [*self._free, *self._reserved, *(ref.slot for ref in self._sealed.values())]
         assert sorted(owned) == list(range(self.num_slots)), "a slot is owned twice or by nobody"
+        assert sorted(self._order) == sorted(self._sealed), "a fragment has no place in the order, or two"
         deadlines = [reservation.deadline_s for reservation in self._reserved.values()]
         assert deadlines == sorted(deadlines), "reservations are out of order"
 
@@ -133,12 +138,12 @@ class SlotTable:
     def _take_slot(self, wanted: set[bytes]) -> int | None:
         if self._free:
             return self._free.pop()
-        if not self._sealed:
-            return None
-        oldest = next(iter(self._sealed))
-        if oldest in wanted:  # reserve() made the wanted ones the most recent: nothing else is left
-            return None
-        return self._sealed.pop(oldest).slot
+        next_to_go = next((key for key in self._order if key not in wanted), None)
+        return None if next_to_go is None else self._forget(next_to_go).slot
+
+    def _forget(self, key: bytes) -> SlotRef:
+        self._order.discard(key)
+        return self._sealed.pop(key)
 
     def _take_back_expired(self) -> None:
         now_s = self._clock()
