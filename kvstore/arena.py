@@ -44,7 +44,7 @@ class Arena:
         self.num_slots = num_slots
         self._stride = _stride(slot_bytes)
         self._file_id = _file_id(os.fstat(file_descriptor))
-        self._buffers = CopyBuffers(HEADER_BYTES + slot_bytes)
+        self._buffers = CopyBuffers(HEADER_BYTES + slot_bytes, page_at=HEADER_BYTES)
         # Populated at once: a page fault on first touch costs more than the copy of the page.
         flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
         self._view = memoryview(mmap.mmap(file_descriptor, arena_bytes(slot_bytes, num_slots), flags=flags))

@@ -23,10 +23,12 @@ class _Buffer:
 
 
 class CopyBuffers:
-    """Hands out writable views of buffers of one size, each at the start of a page. Thread-safe."""
+    """Hands out writable views of buffers of one size. Thread-safe."""
 
-    def __init__(self, buffer_bytes: int, kept_bytes: int = _KEPT_BYTES) -> None:
+    def __init__(self, buffer_bytes: int, kept_bytes: int = _KEPT_BYTES, page_at: int = 0) -> None:
+        """page_at: where in a buffer a page begins; behind a header, say, where the bytes are that are copied."""
         self._buffer_bytes = buffer_bytes
+        self._page_at = page_at
         self._max_buffers = max(1, kept_bytes // (buffer_bytes + ALIGNMENT_BYTES))
         self._buffers: deque[_Buffer] = deque()  # longest lent first
         self._lock = threading.Lock()
@@ -47,7 +49,8 @@ class CopyBuffers:
 
     def _new(self) -> _Buffer:
         memory = bytearray(self._buffer_bytes + ALIGNMENT_BYTES)
-        return _Buffer(memory, -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % ALIGNMENT_BYTES)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        return _Buffer(memory, -(address + self._page_at) % ALIGNMENT_BYTES)
 
     def _view(self, buffer: _Buffer) -> memoryview:
         return memoryview(buffer.memory)[buffer.first : buffer.first + self._buffer_bytes]

@@ -66,9 +66,10 @@ def _mget(keys: Sequence[bytes]) -> bytes:
 
 
 class ValueBuffers:
-    """Buffers for values of all sizes. Thread-safe."""
+    """Buffers for values of all sizes. Thread-safe. page_at: as in CopyBuffers."""
 
-    def __init__(self) -> None:
+    def __init__(self, page_at: int = 0) -> None:
+        self._page_at = page_at
         self._by_bytes: dict[int, CopyBuffers] = {}
 
     def take(self, num_bytes: int) -> memoryview:
@@ -76,7 +77,9 @@ class ValueBuffers:
         size = 1 << max(12, (num_bytes - 1).bit_length())
         buffers = self._by_bytes.get(size)
         if buffers is None:
-            buffers = self._by_bytes.setdefault(size, CopyBuffers(size, kept_bytes=64 * 1024 * 1024))
+            buffers = self._by_bytes.setdefault(
+                size, CopyBuffers(size, kept_bytes=64 * 1024 * 1024, page_at=self._page_at)
+            )
         return buffers.take()[:num_bytes]
 
 

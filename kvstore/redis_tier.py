@@ -36,7 +36,7 @@ class RedisTier:
         self.key_prefix = KEY_PREFIX + self._authenticator.key_id.encode() + b":"
         self._ttl_ms = int(ttl_s * 1000)
         self._value_bytes = _FIRST_GUESS_BYTES  # of the value seen last: how many keys make a chunk
-        self._buffers = ValueBuffers()
+        self._buffers = ValueBuffers(page_at=HEADER_BYTES)
         self._has_warned_of_refusal = False
         name = f"redis tier at {address_of(self._client)}"
         self._availability = Availability(name, self._ping, self._ping, REDIS_ERRORS)
