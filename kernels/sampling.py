@@ -1,4 +1,4 @@
-"""The next token of each row of logits: the largest, or a sample, of one shard of the vocabulary.
+"""The next token of each row of logits, of one shard of the vocabulary.
 
 Sampling is Gumbel-max: the arg max of logits / temperature + Gumbel noise, over the tokens that top-k, top-p and min-p
 leave, is a sample of their softmax. The noise belongs to (seed, position, vocabulary id), see `kernels.philox`, so a
@@ -25,28 +25,13 @@ from torch import Tensor
 
 from costs import ops as costs
 from kernels.cases import DTYPE_NAMES, Draw
-from kernels.jit import Value, cdiv, constexpr, jit, next_power_of_2, num_sms, tl
+from kernels.jit import Value, constexpr, jit, next_power_of_2, tl
 from kernels.op import Case, Op, Target
-from kernels.philox import (
-    fast_gumbel,
-    gumbel,
-    gumbel_bound,
-    uniform_words,
-    uniform_words_at,
-    words_of_ids,
-    words_of_tile,
-)
+from kernels.philox import fast_gumbel, gumbel, uniform_words, uniform_words_at, words_of_ids
+from kernels.vocab_argmax import SASS, STAGES, Choice, choose, draw_logits, empty_choice, inverse_of
 
-_BLOCK = 2048
-_PROGRAMS_PER_SM = 4
-# Tiles of a row under way at a time, by copies to shared memory: a pass would otherwise wait for each. Two blocks of
-# the filter share an SM then; with five stages its registers leave room for one.
-_STAGES = 4
-_MAX_SPLITS = 64
 _MAX_COLUMNS = 2048
 _FEW = 1024  # CPU: so many candidates are looked at before the whole row is sorted
-
-Choice = tuple[Tensor, Tensor]
 
 
 @jit
@@ -79,12 +64,6 @@ def _count_and_mass(
         count += (inside & (x >= threshold)).to(tl.int32)
         mass += tl.where((x > threshold) & (x >= floor), tl.exp2((x - peak) * rate), 0.0)
     return tl.sum(count, 0), tl.sum(mass, 0)
-
-
-@jit
-def _inverse(temperature: Value) -> Value:
-    """Of next to no temperature a number that still leaves every product finite."""
-    return tl.minimum(1.0 / temperature, 1e30)
 
 
 @jit
@@ -122,7 +101,7 @@ def _filter_kernel(
             x = tl.load(row_ptr + start + lane, mask=start + lane < num_ids, other=float("-inf")).to(tl.float32)
             maxima = tl.maximum(maxima, x)
         peak = tl.max(maxima, 0)
-        rate = _inverse(temperature) * 1.4426950408889634  # log2(e)
+        rate = inverse_of(temperature) * 1.4426950408889634  # log2(e)
         if min_p > 0:
             # exp((x - peak) / temperature) >= min_p
             threshold = peak + tl.log(min_p) * tl.maximum(temperature, 1e-30)
@@ -194,155 +173,13 @@ def _filter_kernel(
                 slot = tl.arange(0, CAPACITY)
                 x = tl.load(source + slot, mask=slot < length, other=float("-inf")).to(tl.float32)
                 ids = tl.load(list_id_ptr + row * CAPACITY + slot, mask=slot < length, other=0) + first_id
-                score = x * _inverse(temperature) + fast_gumbel(words_of_ids(seed, position, ids))
+                score = x * inverse_of(temperature) + fast_gumbel(words_of_ids(seed, position, ids))
                 score = tl.where((slot < length) & (x >= threshold), score, float("-inf"))
                 best = tl.max(score, 0)
                 tl.store(value_ptr + row, best)
                 tl.store(id_ptr + row, tl.min(tl.where(score == best, ids, 0x7FFFFFFF), 0).to(tl.int64))
                 threshold = float("inf")
     tl.store(threshold_ptr + row, threshold)
-
-
-@jit
-def _noisy_argmax(
-    row_ptr: Value,
-    threshold: Value,
-    temperature: Value,
-    seed: Value,
-    position: Value,
-    num_ids: Value,
-    first_id: Value,
-    first: Value,
-    end: Value,
-    SHIFT: constexpr,
-    BLOCK: constexpr,
-    STAGES: constexpr,
-) -> tuple[Value, Value]:
-    """The best score among the places first - SHIFT .. end - SHIFT, and its place.
-
-    A tile's logarithms are taken only if one of its scores may be the best so far, by a bound on the noise that needs
-    none. Tiles that pass become rare soon: the j-th does with a probability of about 1 / j.
-    """
-    inverse = _inverse(tl.where(temperature > 0, temperature, 1.0))
-    best, chosen = -3.0e38, tl.maximum(first - SHIFT, 0)
-    lane = tl.arange(0, BLOCK)
-    for start in tl.range(first, end, BLOCK, num_stages=STAGES):
-        index = start - SHIFT + lane
-        mask = (index >= 0) & (index < num_ids)
-        x = tl.load(row_ptr + index, mask=mask, other=float("-inf")).to(tl.float32)
-        score = tl.where(x >= threshold, x * inverse, float("-inf"))
-        if temperature > 0:
-            words = words_of_tile(seed, position, (first_id - SHIFT + start) // 4, BLOCK)
-            if tl.max(score + gumbel_bound(words), 0) >= best - 1e-3 - tl.abs(best) * 1e-6:
-                score += fast_gumbel(words)
-            else:
-                score = tl.full([BLOCK], float("-inf"), tl.float32)
-        top = tl.max(score, 0)
-        if top > best:
-            best = top
-            chosen = tl.min(tl.where(score == top, index, 0x7FFFFFFF), 0)
-    return best, chosen
-
-
-@jit
-def _choose_kernel(
-    value_ptr: Value,  # [rows, SPLITS] fp32
-    id_ptr: Value,  # [rows, SPLITS] int64
-    logits_ptr: Value,  # [rows, num_ids]
-    threshold_ptr: Value,
-    temperature_ptr: Value,
-    seed_ptr: Value,
-    position_ptr: Value,
-    stride: Value,
-    num_ids: Value,
-    first_id: Value,
-    ids_per_split: Value,  # a multiple of BLOCK
-    SHIFT: constexpr,  # of first_id in its block of four
-    SAMPLED: constexpr,
-    SPLITS: constexpr,
-    BLOCK: constexpr,
-    STAGES: constexpr,
-) -> None:
-    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    threshold, temperature = float("-inf"), 0.0
-    if SAMPLED:
-        threshold, temperature = tl.load(threshold_ptr + row), tl.load(temperature_ptr + row).to(tl.float32)
-    if threshold < float("inf"):
-        lane = tl.arange(0, BLOCK)
-        first, end = split * ids_per_split, tl.minimum((split + 1) * ids_per_split, num_ids + SHIFT)
-        row_ptr = logits_ptr + row * stride
-        if SAMPLED:
-            seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
-            top, chosen = _noisy_argmax(
-                row_ptr, threshold, temperature, seed, position, num_ids, first_id, first, end, SHIFT, BLOCK, STAGES
-            )
-        else:
-            best = tl.full([BLOCK], float("-inf"), tl.float32)
-            place = first - SHIFT + lane
-            for start in tl.range(first, end, BLOCK, num_stages=STAGES):
-                index = start - SHIFT + lane
-                mask = (index >= 0) & (index < num_ids)
-                x = tl.load(row_ptr + index, mask=mask, other=float("-inf")).to(tl.float32)
-                is_better = x > best
-                best = tl.where(is_better, x, best)
-                place = tl.where(is_better, index, place)
-            top = tl.max(best, 0)
-            chosen = tl.min(tl.where((best == top) & (place >= 0), place, 0x7FFFFFFF), 0)
-        tl.store(value_ptr + row * SPLITS + split, top)
-        tl.store(id_ptr + row * SPLITS + split, chosen.to(tl.int64) + first_id)
-
-
-@jit
-def _combine_kernel(
-    value_ptr: Value,  # [rows] fp32
-    id_ptr: Value,  # [rows] int64
-    part_value_ptr: Value,  # [rows, SPLITS]
-    part_id_ptr: Value,
-    threshold_ptr: Value,
-    SAMPLED: constexpr,
-    SPLITS: constexpr,
-) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    threshold = float("-inf")
-    if SAMPLED:
-        threshold = tl.load(threshold_ptr + row)
-    if threshold < float("inf"):
-        split = tl.arange(0, SPLITS)
-        value = tl.load(part_value_ptr + row * SPLITS + split)
-        ids = tl.load(part_id_ptr + row * SPLITS + split)
-        best = tl.max(value, 0)
-        tl.store(value_ptr + row, best)
-        tl.store(id_ptr + row, tl.min(tl.where(value == best, ids, 0x7FFFFFFFFFFFFFFF), 0))
-
-
-def _choose(logits: Tensor, first_id: int, choice: Choice, threshold: Tensor, rows: tuple[Tensor, ...]) -> Choice:
-    """The arg max, in as many splits as fill the device; `rows` holds temperatures, seeds and positions, or nothing."""
-    (num_rows, num_ids), is_sampled = logits.shape, len(rows) > 0
-    shift = first_id % 4
-    wanted = min(_MAX_SPLITS, _PROGRAMS_PER_SM * num_sms(logits) // max(1, num_rows), cdiv(num_ids + shift, _BLOCK))
-    splits = 1 << (max(1, wanted).bit_length() - 1)
-    parts = choice
-    if splits > 1:
-        parts = _empty_choice(logits, num_rows, splits)
-    temperature, seeds, positions = rows or (threshold, threshold, threshold)
-    _choose_kernel[(num_rows, splits)](
-        *parts, logits, threshold, temperature, seeds, positions, logits.stride(0), num_ids, first_id,
-        cdiv(cdiv(num_ids + shift, splits), _BLOCK) * _BLOCK,
-        SHIFT=shift, SAMPLED=is_sampled, SPLITS=splits, BLOCK=_BLOCK, STAGES=_STAGES, num_warps=4,
-    )  # fmt: skip
-    if splits > 1:
-        _combine_kernel[(num_rows,)](*choice, *parts, threshold, SAMPLED=is_sampled, SPLITS=splits, num_warps=1)
-    return choice
-
-
-def _empty_choice(logits: Tensor, *shape: int) -> Choice:
-    values = torch.empty(shape, dtype=torch.float32, device=logits.device)
-    return values, torch.empty(shape, dtype=torch.int64, device=logits.device)
-
-
-def launch_argmax(logits: Tensor, first_id: int) -> Choice:
-    choice = _empty_choice(logits, logits.shape[0])
-    return _choose(logits, first_id, choice, choice[0], ())
 
 
 def launch(
@@ -356,21 +193,16 @@ def launch(
     first_id: int,
 ) -> Choice:
     num_rows, num_ids = logits.shape
-    choice = _empty_choice(logits, logits.shape[0])
+    choice = empty_choice(logits, logits.shape[0])
     columns = min(_MAX_COLUMNS, max(128, next_power_of_2(num_ids) // 8))
     threshold = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     listed = torch.empty(num_rows, columns // 2, dtype=logits.dtype, device=logits.device)
     listed_ids = torch.empty(num_rows, columns // 2, dtype=torch.int32, device=logits.device)
     _filter_kernel[(num_rows,)](
         *choice, threshold, listed, listed_ids, logits, temperature, top_k, top_p, min_p, seeds, positions,
-        logits.stride(0), num_ids, first_id, COLUMNS=columns, STAGES=_STAGES, num_warps=max(1, columns // 256),
+        logits.stride(0), num_ids, first_id, COLUMNS=columns, STAGES=STAGES, num_warps=max(1, columns // 256),
     )  # fmt: skip
-    return _choose(logits, first_id, choice, threshold, (temperature, seeds, positions))
-
-
-def reference_argmax(logits: Tensor, first_id: int) -> Choice:
-    values, ids = logits.max(dim=-1)
-    return values.float(), ids + first_id
+    return choose(logits, first_id, choice, threshold, (temperature, seeds, positions))
 
 
 def reference(
@@ -406,10 +238,6 @@ def reference(
     return values.float(), ids + first_id
 
 
-def cpu_argmax(logits: Tensor, first_id: int) -> Choice:
-    return reference_argmax(logits, first_id)
-
-
 def cpu(
     logits: Tensor,
     temperature: Tensor,
@@ -421,7 +249,7 @@ def cpu(
     first_id: int,
 ) -> Choice:
     """As the reference, but a filtered row is cut to its 1,024 largest logits first, where those are enough."""
-    choice = _empty_choice(logits, logits.shape[0])
+    choice = empty_choice(logits, logits.shape[0])
     specs = zip(*(x.tolist() for x in (temperature, top_k, top_p, min_p, seeds, positions)), strict=True)
     for i, (heat, k, p, least, seed, position) in enumerate(specs):
         row = logits[i].double()
@@ -466,10 +294,6 @@ def _sample_row(
     return best, ids[scores == best].min()
 
 
-def _cost_argmax(logits: Tensor, first_id: int) -> costs.OpCost:
-    return costs.vocab_argmax(logits.shape[0], logits.shape[1], logits.element_size())
-
-
 def _cost(
     logits: Tensor,
     temperature: Tensor,
@@ -484,26 +308,6 @@ def _cost(
 
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-_SASS = ("LDGSTS",)  # the copies ahead
-
-
-def _draw_logits(draw: Draw, num_rows: int, num_ids: int, row_gap: int) -> Tensor:
-    """As a model's: a few stand out from the bulk. Behind a row lies the padding of the vocabulary, or of a shard."""
-    logits = draw.normal(num_rows, num_ids + row_gap)[:, :num_ids]
-    return logits.mul_(2.0) if draw.device == "meta" else logits.mul_(logits.abs())
-
-
-def _case_argmax(
-    num_rows: int, num_ids: int, dtype: torch.dtype, first_id: int = 0, row_gap: int = 0, full: bool = False
-) -> Case:
-    def build(device: str) -> tuple[Tensor, int]:
-        return _draw_logits(Draw(device, dtype), num_rows, num_ids, row_gap), first_id
-
-    target = (Target(0.93, "memory") if num_rows > 64 else Target(10, "us")) if full else None
-    name = f"{DTYPE_NAMES[dtype]} {num_rows}x{num_ids}" + (f" from {first_id}" if first_id else "")
-    return Case(name + " strided" * bool(row_gap), dtype, build, _SASS if full else (), target)
-
-
 # What a row asks for: temperature, top_k, top_p, min_p.
 Spec = tuple[float, int, float, float]
 _PLAIN, _GREEDY, _TOP_K = (1.0, 0, 1.0, 0.0), (0.0, 0, 1.0, 0.0), (0.8, 50, 1.0, 0.0)
@@ -523,26 +327,13 @@ def _case(
         top_k = draw.integers(torch.tensor(columns[1]))
         seeds = draw.integers(torch.arange(num_rows) * 0x1234567890ABCDE - 7, torch.int64)
         positions = draw.integers(torch.arange(num_rows) * 3, torch.int64)
-        logits = _draw_logits(draw, num_rows, num_ids, row_gap)
+        logits = draw_logits(draw, num_rows, num_ids, row_gap)
         return logits, floats[0], top_k, floats[1], floats[2], seeds, positions, first_id
 
-    sass = _SASS if num_ids > 100_000 else ()
+    sass = SASS if num_ids > 100_000 else ()
     return Case(f"{DTYPE_NAMES[dtype]} {num_rows}x{num_ids} {name}", dtype, build, sass, target)
 
 
-SMALL_ARGMAX = (
-    _case_argmax(3, 1000, FP32),
-    _case_argmax(2, 5000, BF16, first_id=5003),
-    _case_argmax(2, 4096, FP16, row_gap=96),
-    _case_argmax(1, 17, FP32, first_id=1),
-)
-FULL_ARGMAX = (
-    _case_argmax(256, 128256, BF16, full=True),
-    _case_argmax(256, 128256, FP32, full=True),
-    _case_argmax(256, 151936, BF16, full=True),
-    _case_argmax(256, 18992, FP16, first_id=18992, full=True),  # one of 8 ranks
-    _case_argmax(1, 128256, BF16, full=True),
-)
 SMALL = (
     _case("plain and greedy", 3, 1000, FP32, (_PLAIN, _GREEDY, (1.7, 0, 1.0, 0.0))),
     _case("plain shard", 2, 3001, BF16, (_PLAIN,), first_id=6003, row_gap=3),
@@ -565,10 +356,6 @@ FULL = (
     _case("plain shard", 256, 18992, FP16, (_PLAIN,), first_id=18992, target=_ONE_AND_A_HALF),
 )
 
-LIMIT_ARGMAX = (
-    "Memory: one pass by 16-byte copies, three tiles ahead; each lane keeps its own best, and the row is reduced "
-    "once at the end. Few rows are cut into splits, which costs a second launch."
-)
 LIMIT = (
     "A filtered row: two passes by one block, the second with a scan a tile, then some 60 steps of bisection over "
     "a list in L1, each a reduction over the block; at few rows that latency is all there is. A plain row: the "
@@ -578,8 +365,4 @@ LIMIT = (
     "to 64). Weighed and left: choosing first and filtering afterwards, which a flat row rejects ten times over."
 )
 
-vocab_argmax = Op(
-    "vocab_argmax", reference_argmax, launch_argmax, cpu_argmax, _cost_argmax, SMALL_ARGMAX, FULL_ARGMAX,
-    limit=LIMIT_ARGMAX,
-)  # fmt: skip
 sample = Op("sample", reference, launch, cpu, _cost, SMALL, FULL, limit=LIMIT)
