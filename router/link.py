@@ -11,13 +11,14 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NoReturn, Protocol
 
 import grpc
 from switchyard.v1 import worker_pb2, worker_pb2_grpc
 
+from router.block_watch import BlockEvents, watch_blocks
 from router.fleet import WorkerInfo
 from router.streams import PartReport
 from router.wire import PartOrder, part_report, submit_message, worker_info
@@ -38,7 +39,7 @@ class StreamSink(Protocol):
     def on_lost(self, worker_id: str) -> None: ...
 
 
-class LinkEvents(Protocol):
+class LinkEvents(BlockEvents, Protocol):
     """Who wants to know of the worker itself."""
 
     def on_up(self, link: WorkerLink, info: WorkerInfo) -> None: ...
@@ -151,10 +152,11 @@ class WorkerLink:
             ("grpc.max_send_message_length", self._options.max_message_bytes),
         ]
         async with grpc.aio.insecure_channel(self.address, options=options) as channel:
-            call = worker_pb2_grpc.WorkerServiceStub(channel).Connect()
+            stub = worker_pb2_grpc.WorkerServiceStub(channel)
+            call = stub.Connect()
             try:
                 await self._greet(call)
-                return await self._serve(call)
+                return await self._serve(call, watch_blocks(stub, self.worker_id, self._events))
             finally:
                 call.cancel()
 
@@ -200,8 +202,9 @@ class WorkerLink:
         for attached in lost.values():
             attached.sink.on_lost(self.worker_id)
 
-    async def _serve(self, call: grpc.aio.StreamStreamCall) -> str:
-        tasks = [
+    async def _serve(self, call: grpc.aio.StreamStreamCall, watching_blocks: Coroutine[Any, Any, NoReturn]) -> str:
+        tasks: list[asyncio.Task[str]] = [
+            asyncio.create_task(watching_blocks, name=f"blocks {self.worker_id}"),
             asyncio.create_task(self._read(call), name=f"read {self.worker_id}"),
             asyncio.create_task(self._write(call), name=f"write {self.worker_id}"),
             asyncio.create_task(self._watch(), name=f"watch {self.worker_id}"),
