@@ -110,7 +110,8 @@ class Dispatcher:
 
     def on_down(self, link: WorkerLink, why: str) -> None:
         log.log(logging.INFO if why == CLOSED else logging.WARNING, "worker %s is down: %s", link.worker_id, why)
-        self.links.pop(link.worker_id, None)
+        assert self.links.get(link.worker_id) is link, "a worker has one link at a time"
+        del self.links[link.worker_id]
         self.loads.pop(link.worker_id, None)
         self.fleet.remove(link.worker_id)
         self.on_fleet_change()

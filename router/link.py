@@ -18,6 +18,7 @@ from typing import Any, NoReturn, Protocol
 import grpc
 from switchyard.v1 import worker_pb2, worker_pb2_grpc
 
+from kvstore.directory import LeasedWorker
 from router.block_watch import BlockEvents, watch_blocks
 from router.fleet import WorkerInfo
 from router.streams import PartReport
@@ -73,10 +74,11 @@ class _Attached:
 class WorkerLink:
     """The router's end of WorkerService.Connect to one worker."""
 
-    def __init__(self, worker_id: str, address: str, pool: str, options: LinkOptions, events: LinkEvents) -> None:
-        self.worker_id = worker_id
-        self.address = address
-        self.pool = pool
+    def __init__(self, leased: LeasedWorker, options: LinkOptions, events: LinkEvents) -> None:
+        self.worker_id = leased.record.worker_id
+        self.address = leased.record.address
+        self.pool = leased.record.pool
+        self.lease_epoch = leased.epoch  # the greatest that the directory or the worker named; it never goes back
         self.is_up = False
         self.stays = True  # redial when it breaks; membership turns it off when the directory no longer has the worker
         self._options = options
@@ -180,9 +182,12 @@ class WorkerLink:
             raise LinkBroken("its hello names no known role, or no block size")
         if info.worker_id != self.worker_id:
             raise LinkBroken(f"another worker answers there: {info.worker_id}")
+        if 0 < hello.lease_epoch < self.lease_epoch:
+            raise LinkBroken(f"it goes by lease {hello.lease_epoch}, the directory by {self.lease_epoch}")
         if hello.model.vocab_size != self._options.vocab_size:
             ours = self._options.vocab_size
             raise LinkBroken(f"it serves another model: vocabulary of {hello.model.vocab_size}, here {ours}")
+        self.lease_epoch = max(self.lease_epoch, hello.lease_epoch)
         return info
 
     def _up(self, info: WorkerInfo) -> None:

@@ -68,6 +68,14 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         """Give the servicer the loop that serves its requests."""
         self._engine = engine
 
+    def lease(self, epoch: int, is_new: bool) -> None:
+        """Go by this epoch of the lease; a new registration ends what routers have begun: they place it elsewhere."""
+        self._hello.lease_epoch = epoch
+        if is_new:
+            for connection in list(self._connections.values()):
+                self._abandon(connection)
+                connection.outbox.put_nowait(None)
+
     def _post(self, command: Submit | Cancel | Continue | Credit | FollowBlocks) -> None:
         assert self._engine is not None
         self._engine.post(command)

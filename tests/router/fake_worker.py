@@ -77,6 +77,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.bend: list[int] = []  # offsets added to the next tokens' positions, one each: a broken worker
         self.load = worker_pb2.WorkerLoad(num_free_blocks=1000)
         self.hello_worker_id = worker_id
+        self.lease_epoch = 0  # as it says
         self.num_blocks = 1000
         self.vocab_size = VOCAB_SIZE
         self.kv_fingerprint = b"fingerprint-0001"
@@ -202,6 +203,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             num_blocks=self.num_blocks,
             block_size=BLOCK_SIZE,
             kv_fingerprint=self.kv_fingerprint,
+            lease_epoch=self.lease_epoch,
         )
 
     # -- one request

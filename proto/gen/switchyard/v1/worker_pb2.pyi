@@ -133,7 +133,7 @@ class ConnectResponse(_message.Message):
     def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., tokens: _Optional[_Union[TokenBatch, _Mapping]] = ..., finished: _Optional[_Union[RequestFinished, _Mapping]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ...) -> None: ...
 
 class WorkerHello(_message.Message):
-    __slots__ = ("worker_id", "role", "model", "num_blocks", "block_size", "kv_fingerprint", "tensor_parallel_size", "pipeline_parallel_size")
+    __slots__ = ("worker_id", "role", "model", "num_blocks", "block_size", "kv_fingerprint", "tensor_parallel_size", "pipeline_parallel_size", "lease_epoch")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -142,6 +142,7 @@ class WorkerHello(_message.Message):
     KV_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TENSOR_PARALLEL_SIZE_FIELD_NUMBER: _ClassVar[int]
     PIPELINE_PARALLEL_SIZE_FIELD_NUMBER: _ClassVar[int]
+    LEASE_EPOCH_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: WorkerRole
     model: _generation_pb2.ModelInfo
@@ -150,7 +151,8 @@ class WorkerHello(_message.Message):
     kv_fingerprint: bytes
     tensor_parallel_size: int
     pipeline_parallel_size: int
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., model: _Optional[_Union[_generation_pb2.ModelInfo, _Mapping]] = ..., num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., kv_fingerprint: _Optional[bytes] = ..., tensor_parallel_size: _Optional[int] = ..., pipeline_parallel_size: _Optional[int] = ...) -> None: ...
+    lease_epoch: int
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., model: _Optional[_Union[_generation_pb2.ModelInfo, _Mapping]] = ..., num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., kv_fingerprint: _Optional[bytes] = ..., tensor_parallel_size: _Optional[int] = ..., pipeline_parallel_size: _Optional[int] = ..., lease_epoch: _Optional[int] = ...) -> None: ...
 
 class TokenBatch(_message.Message):
     __slots__ = ("stream_ids", "epochs", "stream_index", "positions", "token_ids")
