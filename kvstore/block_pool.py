@@ -31,6 +31,7 @@ class BlockPool:
         self._block_of: dict[bytes, int] = {}
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack: low numbers go out first
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently released first
+        self._changes: dict[bytes, bool] | None = None  # by name whether it is held; None: nobody asked
 
     @property
     def num_free(self) -> int:
@@ -109,6 +110,8 @@ class BlockPool:
             return False
         self._name_of[block_id] = name
         self._block_of[name] = block_id
+        if self._changes is not None:
+            self._changes[name] = True
         return True
 
     def forget(self, block_id: int) -> None:
@@ -126,6 +129,19 @@ class BlockPool:
                     self._free.append(block_id)
                 else:
                     self._cached[block_id] = None
+
+    def record_changes(self, is_on: bool) -> list[bytes]:
+        """Begins (anew) or ceases to note which names come and go; the names that are held now."""
+        self._changes = {} if is_on else None
+        return list(self._block_of)
+
+    def take_changes(self) -> dict[bytes, bool] | None:
+        """Of the names that came or went since the last call, whether each is held now; None when there are none."""
+        taken = self._changes
+        if not taken:
+            return None
+        self._changes = {}
+        return taken
 
     def check(self) -> None:
         """Re-derives the books from the per-block facts; raises AssertionError when they disagree."""
@@ -145,3 +161,5 @@ class BlockPool:
         if name is not None:
             del self._block_of[name]
             self._name_of[block_id] = None
+            if self._changes is not None:
+                self._changes[name] = False

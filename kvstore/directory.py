@@ -41,14 +41,18 @@ class LeasedWorker:
 
     record: WorkerRecord
     epoch: int
-    """Greater for every new registration in the cluster; the same while the lease is renewed in time."""
+    """Greater for every new registration in the cluster; the same while the lease is renewed in time or held on to."""
 
 
 class Directory(Protocol):
     """Thread-safe. Every call may raise DirectoryUnavailable."""
 
-    def keep_alive(self, record: WorkerRecord, ttl_s: float) -> int:
-        """Registers a worker or renews its lease for ttl_s seconds; the lease's epoch."""
+    def keep_alive(self, record: WorkerRecord, ttl_s: float, held_epoch: int = 0) -> int:
+        """Registers a worker or renews its lease for ttl_s seconds; the lease's epoch.
+
+        held_epoch: of a lease that this worker had, and that it goes on under if the directory has lost it, because it
+        was the directory that was away; 0: then it is a new registration. Epochs given later are greater than both.
+        """
 
     def withdraw(self, worker_id: str) -> None:
         """Ends a lease at once; unknown workers are ignored."""
@@ -98,7 +102,7 @@ class MemoryDirectory:
         self._deadline_by_place: OrderedDict[bytes, dict[str, float]] = OrderedDict()  # by block name
         self._lock = threading.Lock()
 
-    def keep_alive(self, record: WorkerRecord, ttl_s: float) -> int:
+    def keep_alive(self, record: WorkerRecord, ttl_s: float, held_epoch: int = 0) -> int:
         """As in Directory."""
         check_keep_alive(record, ttl_s)
         with self._lock:
@@ -107,8 +111,8 @@ class MemoryDirectory:
             if lease is not None and lease.deadline_s > now_s:
                 epoch = lease.worker.epoch
             else:
-                epoch = self._next_epoch
-                self._next_epoch += 1
+                epoch = held_epoch or self._next_epoch
+                self._next_epoch = max(self._next_epoch, epoch + 1)
             self._leases[record.worker_id] = _Lease(LeasedWorker(record, epoch), now_s + ttl_s)
             return epoch
 

@@ -92,7 +92,7 @@ class ControlServicer(kvnode_pb2_grpc.ControlServiceServicer):
     ) -> kvnode_pb2.KeepAliveResponse:
         """See kvnode.proto."""
         try:
-            epoch = self._directory.keep_alive(worker_record(request.worker), request.ttl_s)
+            epoch = self._directory.keep_alive(worker_record(request.worker), request.ttl_s, request.held_epoch)
         except ValueError as error:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         return kvnode_pb2.KeepAliveResponse(epoch=epoch)

@@ -29,7 +29,13 @@ _CHUNK_BLOCKS = 512  # a script holds up everybody else's commands: keep each on
 # Epochs start at the server's time in milliseconds, so they grow even when Redis comes back without its last writes.
 _KEEP_ALIVE = """
 local epoch = redis.call('HGET', KEYS[1], 'epoch')
-if not epoch then
+local held = tonumber(ARGV[4])
+if not epoch and held > 0 then
+  epoch = held
+  if tonumber(redis.call('GET', KEYS[2]) or 0) < held then
+    redis.call('SET', KEYS[2], string.format('%.0f', held))
+  end
+elseif not epoch then
   local time = redis.call('TIME')
   local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
   if tonumber(redis.call('GET', KEYS[2]) or 0) < now_ms then
@@ -92,12 +98,13 @@ class RedisDirectory:
         self._workers = self._client.register_script(_WORKERS)
         self._publish = self._client.register_script(_PUBLISH)
 
-    def keep_alive(self, record: WorkerRecord, ttl_s: float) -> int:
+    def keep_alive(self, record: WorkerRecord, ttl_s: float, held_epoch: int = 0) -> int:
         """As in Directory."""
         check_keep_alive(record, ttl_s)
         keys = [_lease_key(record.worker_id), PREFIX + b"epoch", PREFIX + b"workers"]
         ttl_ms = max(1, int(ttl_s * 1000))
-        return int(self._run(self._keep_alive, keys, [json.dumps(asdict(record)), ttl_ms, record.worker_id]))
+        arguments = [json.dumps(asdict(record)), ttl_ms, record.worker_id, held_epoch]
+        return int(self._run(self._keep_alive, keys, arguments))
 
     def withdraw(self, worker_id: str) -> None:
         """As in Directory."""

@@ -27,10 +27,10 @@ class RemoteDirectory:
             errors=NODE_ERRORS,
         )
 
-    def keep_alive(self, record: WorkerRecord, ttl_s: float) -> int:
+    def keep_alive(self, record: WorkerRecord, ttl_s: float, held_epoch: int = 0) -> int:
         """As in Directory."""
         check_keep_alive(record, ttl_s)
-        request = kvnode_pb2.KeepAliveRequest(worker=worker_message(record), ttl_s=ttl_s)
+        request = kvnode_pb2.KeepAliveRequest(worker=worker_message(record), ttl_s=ttl_s, held_epoch=held_epoch)
         return int(self._call(self._stub.KeepAlive, request).epoch)
 
     def withdraw(self, worker_id: str) -> None:

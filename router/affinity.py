@@ -1,6 +1,7 @@
-"""The router's own memory of which worker has seen which KV blocks.
+"""Which KV blocks a worker holds, as far as a router can know: what it was told, and what it sent since.
 
-It is a guess: workers evict on their own, and other routers send them work too. Its bound is the worker's own number of
+A worker tells which blocks come and go. While it does not, the router's memory of what it sent there is the guess:
+workers evict on their own, and other routers send them work too. The memory's bound is the worker's own number of
 blocks and its order the worker's own (least recently used goes first, tails before heads), so the guess stays close.
 Pure; knows nothing of tokens, costs or connections.
 """
@@ -9,6 +10,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+_FADE_MESSAGES = 2  # the first message after a stream's end may have been on its way before it
 
 
 class SeenBlocks:
@@ -41,3 +45,149 @@ class SeenBlocks:
             self._names.move_to_end(name)
         while len(self._names) > self._max_blocks:
             self._names.popitem(last=False)
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotPart:
+    """Some of all the names that a worker holds; the parts of one snapshot come one after the other."""
+
+    sequence: int
+    part: int
+    is_last: bool
+    names: Sequence[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class ToldChanges:
+    """What came and went since the worker's last word."""
+
+    after: int
+    sequence: int
+    stored: Sequence[bytes]
+    removed: Sequence[bytes]
+
+
+BlockNews = SnapshotPart | ToldChanges
+
+
+class HeldBlocks:
+    """Names of the blocks that one worker holds.
+
+    After a whole snapshot: what the worker said, and what this router sent since and the worker has not confirmed yet.
+    Before one, and after something was missed: SeenBlocks' guess.
+    """
+
+    def __init__(self, max_blocks: int) -> None:
+        self._max_blocks = max(1, max_blocks)
+        self._guess = SeenBlocks(max_blocks)
+        self._told: set[bytes] | None = None
+        self._sequence = 0  # where the told names stand
+        self._parts: set[bytes] = set()  # of the snapshot that is coming in
+        self._num_parts = 0
+        self._num_messages = 0
+        self._sent: OrderedDict[bytes, int] = OrderedDict()  # not confirmed: how many live streams brought each
+        self._fading: OrderedDict[bytes, int] = OrderedDict()  # nobody's any more: the message that ends each
+
+    @property
+    def num_told(self) -> int | None:
+        """How many blocks the worker said it holds; None while the guess stands in."""
+        return None if self._told is None else len(self._told)
+
+    def match_prefix(self, names: Sequence[bytes]) -> int:
+        """How many leading blocks of a prompt are in; not counted as use."""
+        if self._told is None:
+            return self._guess.match_prefix(names)
+        # One after the other: a worker may have evicted a block whose descendants it still holds, when two streams
+        # computed the same prompt side by side and the one whose blocks got the names ended first.
+        told, sent, fading = self._told, self._sent, self._fading
+        for index, name in enumerate(names):
+            if not (name in told or name in sent or name in fading):
+                return index
+        return len(names)
+
+    # -- what this router does
+
+    def send(self, names: Sequence[bytes]) -> Sequence[bytes]:
+        """A stream with these blocks goes to the worker: they count from now on. Those that let_go() ends."""
+        self._guess.remember(names)
+        told = self._told or ()
+        sent = [name for name in names[: self._max_blocks] if name not in told]
+        for name in sent:
+            self._sent[name] = self._sent.get(name, 0) + 1
+            self._fading.pop(name, None)
+        while len(self._sent) > self._max_blocks:
+            self._sent.popitem(last=False)
+        return sent
+
+    def let_go(self, sent: Sequence[bytes]) -> None:
+        """The stream left the worker: what was not confirmed by now must be soon."""
+        for name in sent:
+            count = self._sent.get(name, 0)
+            if count > 1:
+                self._sent[name] = count - 1
+            elif count == 1:
+                del self._sent[name]
+                self._fade(name)
+
+    def remember(self, names: Sequence[bytes]) -> None:
+        """A stream that ended left these blocks behind."""
+        self._guess.remember(names)
+        told = self._told or ()
+        for name in names:
+            if not (name in told or name in self._sent or name in self._fading):
+                self._fade(name)
+
+    def _fade(self, name: bytes) -> None:
+        self._fading[name] = self._num_messages + _FADE_MESSAGES
+        self._fading.move_to_end(name)
+        while len(self._fading) > self._max_blocks:
+            self._fading.popitem(last=False)
+
+    # -- what the worker says
+
+    def hear(self, news: BlockNews) -> bool:
+        """False: something was missed, and the guess stands in until the next snapshot, which must be asked for."""
+        heard = self._hear_part(news) if isinstance(news, SnapshotPart) else self._hear_changes(news)
+        if not heard:
+            self.lose_track()
+            return False
+        if isinstance(news, SnapshotPart) and not news.is_last:
+            return True
+        self._num_messages += 1
+        while self._fading and next(iter(self._fading.values())) <= self._num_messages:
+            self._fading.popitem(last=False)
+        return True
+
+    def lose_track(self) -> None:
+        """The worker says nothing any more."""
+        self._told = None
+        self._parts = set()
+        self._num_parts = 0
+
+    def _hear_part(self, news: SnapshotPart) -> bool:
+        if news.part == 0:
+            self.lose_track()
+            self._sequence = news.sequence
+        elif (news.part, news.sequence) != (self._num_parts, self._sequence):
+            return False
+        self._num_parts += 1
+        self._parts.update(news.names)
+        if news.is_last:
+            self._told, self._parts = self._parts, set()
+            for name in [name for name in self._sent if name in self._told]:
+                del self._sent[name]
+            self._num_parts = 0
+        return True
+
+    def _hear_changes(self, news: ToldChanges) -> bool:
+        if self._told is None or news.after != self._sequence:
+            return False
+        self._sequence = news.sequence
+        self._told.difference_update(news.removed)
+        self._told.update(news.stored)
+        for name in news.stored:
+            self._sent.pop(name, None)
+            self._fading.pop(name, None)
+        for name in news.removed:
+            self._fading.pop(name, None)
+        return True

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from switchyard.v1 import worker_pb2
 
+from router.affinity import BlockNews, SnapshotPart
 from router.config import RouterConfig
 from router.errors import Cancelled, DeadlineExceeded, InvalidRequest, NoWorker, RouterError, WorkersLost
 from router.events import FinishReason, RequestStats, SamplingOptions
@@ -53,6 +54,10 @@ class DispatchObserver(Protocol):
 
     def dropped_frames(self, num_frames: int) -> None: ...
 
+    def block_snapshot(self) -> None: ...
+
+    def block_gap(self) -> None: ...
+
 
 class Dispatcher:
     """All live streams of a router and the links that they run over."""
@@ -90,9 +95,23 @@ class Dispatcher:
         self.loads[worker_id] = load
         self.fleet.report(worker_id, load_report(load))
 
+    def on_blocks(self, worker_id: str, news: BlockNews) -> bool:
+        begins_anew = isinstance(news, SnapshotPart) and news.part == 0  # unasked: this router was too slow
+        was_known = self.fleet.num_told_blocks(worker_id) is not None
+        fits = self.fleet.hear_blocks(worker_id, news)
+        if not fits or (begins_anew and was_known):
+            self.observer.block_gap()
+        if fits and isinstance(news, SnapshotPart) and news.is_last:
+            self.observer.block_snapshot()
+        return fits
+
+    def on_blocks_lost(self, worker_id: str) -> None:
+        self.fleet.lose_blocks(worker_id)
+
     def on_down(self, link: WorkerLink, why: str) -> None:
         log.log(logging.INFO if why == CLOSED else logging.WARNING, "worker %s is down: %s", link.worker_id, why)
-        self.links.pop(link.worker_id, None)
+        assert self.links.get(link.worker_id) is link, "a worker has one link at a time"
+        del self.links[link.worker_id]
         self.loads.pop(link.worker_id, None)
         self.fleet.remove(link.worker_id)
         self.on_fleet_change()

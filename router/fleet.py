@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from kvstore.names import block_names, root_name
-from router.affinity import SeenBlocks
+from router.affinity import BlockNews, HeldBlocks, SeenBlocks
 from router.policy import (
     EXPECTED_OUTPUT_TOKENS,
     Placement,
@@ -75,7 +75,7 @@ class _Reserved:
 class _Worker:
     info: WorkerInfo
     report: LoadReport
-    seen: SeenBlocks
+    held: HeldBlocks
     now: _Reserved
     at_report: _Reserved
     is_retired: bool = False  # takes nothing new; its streams run on
@@ -88,6 +88,7 @@ class _Share:
     worker_id: str
     num_tokens: int
     num_blocks: int
+    sent: Sequence[bytes] = ()  # blocks that count as the worker's because this stream brought them
 
 
 @dataclass(slots=True, eq=False)
@@ -118,8 +119,8 @@ class Fleet:
     def add(self, info: WorkerInfo) -> None:
         """A worker is connected. Its memory starts empty, for its caches do."""
         report = LoadReport(num_streams=0, num_free_blocks=info.num_blocks, num_queued_tokens=0)
-        seen = SeenBlocks(info.num_blocks)
-        self._workers[info.worker_id] = _Worker(info, report, seen, _Reserved(), _Reserved())
+        held = HeldBlocks(info.num_blocks)
+        self._workers[info.worker_id] = _Worker(info, report, held, _Reserved(), _Reserved())
 
     def remove(self, worker_id: str) -> None:
         """A worker is gone. What was reserved on it is forgotten; releasing it later does no harm."""
@@ -138,6 +139,21 @@ class Fleet:
         if worker is not None:
             worker.report = report
             worker.at_report = replace(worker.now)
+
+    def hear_blocks(self, worker_id: str, news: BlockNews) -> bool:
+        """A worker said which blocks it holds. False: something was missed, and a snapshot must be asked for."""
+        worker = self._workers.get(worker_id)
+        return worker is not None and worker.held.hear(news)
+
+    def lose_blocks(self, worker_id: str) -> None:
+        """A worker says no longer which blocks it holds: what it was sent is the guess."""
+        if worker_id in self._workers:
+            self._workers[worker_id].held.lose_track()
+
+    def num_told_blocks(self, worker_id: str) -> int | None:
+        """How many blocks a worker said it holds; None when it did not say."""
+        worker = self._workers.get(worker_id)
+        return None if worker is None else worker.held.num_told
 
     @property
     def workers(self) -> list[WorkerInfo]:
@@ -178,12 +194,12 @@ class Fleet:
             return placement
         first = views[placement.prefill_id or placement.decode_id]
         shares = self._shares(request, placement)
-        for share in shares.values():
-            worker = self._workers[share.worker_id]
+        for worker_id, share in shares.items():
+            worker = self._workers[worker_id]
             worker.now.num_streams += 1
             worker.now.num_tokens += share.num_tokens
             worker.now.num_blocks += share.num_blocks
-            worker.seen.remember(names.get(worker.info.kv, ()))
+            shares[worker_id] = replace(share, sent=worker.held.send(names.get(worker.info.kv, ())))
         num_ahead = first.num_queued_tokens + placement.num_uncached_tokens
         self._reservations[request.request_id] = _Reservation(placement, shares, now_s, num_ahead, names)
         return placement
@@ -229,7 +245,7 @@ class Fleet:
         """A worker holds these blocks now: the output of a stream, which the next turn of a chat will send back."""
         worker = self._workers.get(worker_id)
         if worker is not None:
-            worker.seen.remember(names.get(worker.info.kv, ()))
+            worker.held.remember(names.get(worker.info.kv, ()))
         self.stored(names)
 
     def stored(self, names: BlockNames) -> None:
@@ -261,7 +277,9 @@ class Fleet:
 
     def _give_back(self, reservation: _Reservation, worker_id: str) -> None:
         share = reservation.shares.pop(worker_id)
-        reserved = self._workers[worker_id].now
+        worker = self._workers[worker_id]
+        worker.held.let_go(share.sent)
+        reserved = worker.now
         reserved.num_streams -= 1
         reserved.num_tokens -= share.num_tokens
         reserved.num_blocks -= share.num_blocks
@@ -311,7 +329,7 @@ def _view(worker: _Worker, names: BlockNames, rates: Rates, num_stored_blocks: i
         ),
         num_streams=max(now.num_streams, report.num_streams + now.num_streams - then.num_streams),
         num_queued_tokens=max(now.num_tokens, report.num_queued_tokens + now.num_tokens - then.num_tokens),
-        num_cached_tokens=worker.seen.match_prefix(names.get(info.kv, ())) * info.kv.block_size,
+        num_cached_tokens=worker.held.match_prefix(names.get(info.kv, ())) * info.kv.block_size,
         num_stored_tokens=num_stored_blocks * info.kv.block_size,
         rates=rates,
     )

@@ -11,13 +11,15 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NoReturn, Protocol
 
 import grpc
 from switchyard.v1 import worker_pb2, worker_pb2_grpc
 
+from kvstore.directory import LeasedWorker
+from router.block_watch import BlockEvents, watch_blocks
 from router.fleet import WorkerInfo
 from router.streams import PartReport
 from router.wire import PartOrder, part_report, submit_message, worker_info
@@ -38,7 +40,7 @@ class StreamSink(Protocol):
     def on_lost(self, worker_id: str) -> None: ...
 
 
-class LinkEvents(Protocol):
+class LinkEvents(BlockEvents, Protocol):
     """Who wants to know of the worker itself."""
 
     def on_up(self, link: WorkerLink, info: WorkerInfo) -> None: ...
@@ -72,10 +74,11 @@ class _Attached:
 class WorkerLink:
     """The router's end of WorkerService.Connect to one worker."""
 
-    def __init__(self, worker_id: str, address: str, pool: str, options: LinkOptions, events: LinkEvents) -> None:
-        self.worker_id = worker_id
-        self.address = address
-        self.pool = pool
+    def __init__(self, leased: LeasedWorker, options: LinkOptions, events: LinkEvents) -> None:
+        self.worker_id = leased.record.worker_id
+        self.address = leased.record.address
+        self.pool = leased.record.pool
+        self.lease_epoch = leased.epoch  # the greatest that the directory or the worker named; it never goes back
         self.is_up = False
         self.stays = True  # redial when it breaks; membership turns it off when the directory no longer has the worker
         self._options = options
@@ -151,10 +154,11 @@ class WorkerLink:
             ("grpc.max_send_message_length", self._options.max_message_bytes),
         ]
         async with grpc.aio.insecure_channel(self.address, options=options) as channel:
-            call = worker_pb2_grpc.WorkerServiceStub(channel).Connect()
+            stub = worker_pb2_grpc.WorkerServiceStub(channel)
+            call = stub.Connect()
             try:
                 await self._greet(call)
-                return await self._serve(call)
+                return await self._serve(call, watch_blocks(stub, self.worker_id, self._events))
             finally:
                 call.cancel()
 
@@ -178,9 +182,12 @@ class WorkerLink:
             raise LinkBroken("its hello names no known role, or no block size")
         if info.worker_id != self.worker_id:
             raise LinkBroken(f"another worker answers there: {info.worker_id}")
+        if 0 < hello.lease_epoch < self.lease_epoch:
+            raise LinkBroken(f"it goes by lease {hello.lease_epoch}, the directory by {self.lease_epoch}")
         if hello.model.vocab_size != self._options.vocab_size:
             ours = self._options.vocab_size
             raise LinkBroken(f"it serves another model: vocabulary of {hello.model.vocab_size}, here {ours}")
+        self.lease_epoch = max(self.lease_epoch, hello.lease_epoch)
         return info
 
     def _up(self, info: WorkerInfo) -> None:
@@ -200,8 +207,9 @@ class WorkerLink:
         for attached in lost.values():
             attached.sink.on_lost(self.worker_id)
 
-    async def _serve(self, call: grpc.aio.StreamStreamCall) -> str:
-        tasks = [
+    async def _serve(self, call: grpc.aio.StreamStreamCall, watching_blocks: Coroutine[Any, Any, NoReturn]) -> str:
+        tasks: list[asyncio.Task[str]] = [
+            asyncio.create_task(watching_blocks, name=f"blocks {self.worker_id}"),
             asyncio.create_task(self._read(call), name=f"read {self.worker_id}"),
             asyncio.create_task(self._write(call), name=f"write {self.worker_id}"),
             asyncio.create_task(self._watch(), name=f"watch {self.worker_id}"),

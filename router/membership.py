@@ -1,8 +1,9 @@
 """Who is in the cluster: polls the directory in a thread and keeps one link per worker that has a lease.
 
 A worker that loses its lease gets nothing new but keeps its connection while streams run over it. A worker whose
-connection breaks is out at once, whatever the directory says. While the directory is away nothing changes: known
-workers stay. Knows nothing of requests.
+connection breaks is out at once, whatever the directory says. One that registered anew had lost its lease: its old
+connection is a zombie's and is dropped, and nothing that names an older epoch counts. While the directory is away
+nothing changes: known workers stay. Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -62,18 +63,24 @@ class Membership:
             self._set_directory(is_up=False)
             return
         self._set_directory(is_up=True)
-        self._follow(leased)
+        await self._follow(leased)
 
     def _set_directory(self, is_up: bool) -> None:
         if is_up != self.directory_is_up:
             self.directory_is_up = is_up
             self.on_change()
 
-    def _follow(self, leased: Sequence[LeasedWorker]) -> None:
-        records = {entry.record.worker_id: entry.record for entry in leased}
+    async def _follow(self, leased: Sequence[LeasedWorker]) -> None:
+        workers = {entry.record.worker_id: entry for entry in leased}
         for worker_id, member in list(self._members.items()):
-            record = records.get(worker_id)
-            is_wanted = record is not None and record.address == member.link.address
+            entry = workers.get(worker_id)
+            if entry is not None and entry.epoch < member.link.lease_epoch and not member.task.done():
+                continue  # the directory has not heard yet of what the worker told, or has forgotten it
+            if entry is not None and entry.epoch > member.link.lease_epoch:
+                log.warning("worker %s registered anew, its old connection is dropped", worker_id)
+                await self._drop(worker_id, member)
+                continue
+            is_wanted = entry is not None and entry.record.address == member.link.address
             member.link.stays = is_wanted
             self._fleet.retire(worker_id, not is_wanted)
             if member.task.done():
@@ -82,7 +89,13 @@ class Membership:
                 del self._members[worker_id]
             elif not is_wanted and member.link.num_streams == 0:
                 member.task.cancel()
-        for worker_id, record in records.items():
+        for worker_id, entry in workers.items():
             if worker_id not in self._members:
-                link = WorkerLink(worker_id, record.address, record.pool, self._options, self._events)
+                link = WorkerLink(entry, self._options, self._events)
                 self._members[worker_id] = _Member(link, asyncio.create_task(link.run(), name=f"link {worker_id}"))
+
+    async def _drop(self, worker_id: str, member: _Member) -> None:
+        """End a link whole before another one takes its place."""
+        member.task.cancel()
+        await asyncio.wait([member.task])
+        del self._members[worker_id]

@@ -55,6 +55,8 @@ class Metrics:
         self._placements = self._counter("switchyard_placements", "First placements, by kind.", ("kind",))
         self._replacements = self._counter("switchyard_replacements", "Streams placed anew after losing a worker.")
         self._dropped = self._counter("switchyard_dropped_frames", "Token frames dropped: old epoch, or doubled.")
+        self._snapshots = self._counter("switchyard_block_snapshots", "Times that a worker told all blocks it holds.")
+        self._gaps = self._counter("switchyard_block_gaps", "Times that news of a worker's blocks were missed.")
         self._resumed = self._counter("switchyard_resumed_streams", "Streams that a client came back for.")
         self._prompt_tokens = self._counter("switchyard_prompt_tokens", "Prompt tokens of requests ended.")
         self._output_tokens = self._counter("switchyard_output_tokens", "Tokens given to clients.")
@@ -117,6 +119,12 @@ class Metrics:
     def dropped_frames(self, num_frames: int) -> None:
         self._dropped.inc(num_frames)
 
+    def block_snapshot(self) -> None:
+        self._snapshots.inc()
+
+    def block_gap(self) -> None:
+        self._gaps.inc()
+
     def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
         return Counter(name, text, labels, registry=self.registry)
 
@@ -139,6 +147,15 @@ class _WorkerMetrics(Collector):
         for labels, _ in rows:
             up.add_metric(labels, 1)
         yield up
+        known = GaugeMetricFamily(
+            "switchyard_worker_known_blocks",
+            "KV blocks that the worker said it holds; absent while guessed.",
+            labels=_LABELS,
+        )
+        for labels, _ in rows:
+            if (num_told := self._dispatcher.fleet.num_told_blocks(labels[0])) is not None:
+                known.add_metric(labels, num_told)
+        yield known
         yield from _families([(labels, load) for labels, load in rows if load is not None])
 
 

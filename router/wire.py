@@ -9,6 +9,7 @@ from switchyard.v1 import generation_pb2 as generation
 from switchyard.v1 import journal_pb2 as journal
 from switchyard.v1 import worker_pb2 as worker
 
+from router.affinity import BlockNews, SnapshotPart, ToldChanges
 from router.events import (
     Event,
     Finished,
@@ -170,6 +171,18 @@ def load_report(load: worker.WorkerLoad) -> LoadReport:
         num_free_blocks=load.num_free_blocks,
         num_queued_tokens=load.num_queued_tokens,
     )
+
+
+def block_news(message: worker.WatchBlocksResponse) -> BlockNews | None:
+    """What a worker said of its blocks; None for a kind of message that this router does not know."""
+    kind = message.WhichOneof("message")
+    if kind == "snapshot":
+        part = message.snapshot
+        return SnapshotPart(part.sequence, part.part, part.is_last, part.names)
+    if kind == "changes":
+        changes = message.changes
+        return ToldChanges(changes.after, changes.sequence, changes.stored, changes.removed)
+    return None
 
 
 def part_report(message: worker.RequestFinished) -> PartReport:

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvstore.directory import Directory, DirectoryUnavailable
@@ -62,7 +62,14 @@ class KVAvailable:
     num_blocks: int
 
 
-Command = Submit | Cancel | Continue | Credit | KVAvailable
+@dataclass(frozen=True, slots=True)
+class FollowBlocks:
+    """From now on tell which blocks come and go, beginning with those that are here; or cease to."""
+
+    is_on: bool
+
+
+Command = Submit | Cancel | Continue | Credit | KVAvailable | FollowBlocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +86,8 @@ class LoopEvents:
 
     step: StepEvents = field(default_factory=StepEvents)
     refused: Sequence[Refused] = ()
+    held_blocks: Sequence[bytes] | None = None  # all their names; the answer to FollowBlocks(True)
+    block_changes: Mapping[bytes, bool] | None = None  # in this step: for each name whether it is held now
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,13 +203,12 @@ class EngineLoop:
                 self._step_began_s = None
                 busy = events is not None
                 self._note_pulls()
-                if events is not None:
-                    if events.published_names:
-                        self._announcements.put(events.published_names)
-                    self._snapshot()
-                    self._on_events(LoopEvents(events))
-                else:
-                    self._snapshot()
+                changes = self._engine.scheduler.pool.take_changes()
+                if events is not None and events.published_names:
+                    self._announcements.put(events.published_names)
+                self._snapshot()
+                if events is not None or changes:  # a plan of nothing may have evicted, to make room for a pull
+                    self._on_events(LoopEvents(events or StepEvents(), block_changes=changes))
         except BaseException as error:
             self._on_failure(error)
 
@@ -235,6 +243,10 @@ class EngineLoop:
                 self._engine.credit(request_id, num_tokens)
             case KVAvailable(request_id, num_blocks):
                 self._engine.scheduler.kv_available(request_id, num_blocks)
+            case FollowBlocks(is_on):
+                held = self._engine.scheduler.pool.record_changes(is_on)
+                if is_on:
+                    self._on_events(LoopEvents(held_blocks=held))
         if end is not None:
             ended.append(end)
 

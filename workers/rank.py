@@ -6,6 +6,7 @@ A plain object, so that a process, a test or a Ray actor can own it. Knows nothi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -32,6 +33,7 @@ from workers.engine import Engine
 from workers.executor import GroupExecutor, follow
 from workers.fake_runner import FakeModelRunner
 from workers.kv_transfer import KVTransfer
+from workers.lease import Lease
 from workers.loader import weights_digest
 from workers.loop import EngineLoop, LoopEvents
 from workers.parallel import ParallelGroups, Shard
@@ -43,6 +45,7 @@ log = logging.getLogger(__name__)
 
 LEASE_TTL_S = 3.0
 LEASE_RENEWAL_S = 0.75
+LEASE_PULSE_S = 0.25
 _FAKE_WEIGHTS = "hashes of the history, 1"  # in place of a digest of weights: changes with workers.fake_model
 _WIRE_ROLES = {
     "mixed": worker_pb2.WORKER_ROLE_MIXED,
@@ -127,7 +130,9 @@ class Rank:
         self._ttft_s: deque[float] = deque(maxlen=4096)  # filled by the engine, drained by metrics
         self._stopping = threading.Event()
         self._retired = threading.Event()
-        self._lease: threading.Thread | None = None
+        self._lease = Lease(LEASE_TTL_S, time.monotonic)
+        self._lease_thread: threading.Thread | None = None
+        self._servicer: WorkerServicer | None = None
         self._loop: EngineLoop | None = None
         self._asyncio: asyncio.AbstractEventLoop | None = None
         self._directory: Directory | None = None
@@ -185,8 +190,8 @@ class Rank:
         address = started.result()
         if self._directory is not None:
             self._keep_alive_once(address)
-            self._lease = threading.Thread(target=self._keep_alive, args=(address,), name="lease", daemon=True)
-            self._lease.start()
+            self._lease_thread = threading.Thread(target=self._keep_alive, args=(address,), name="lease", daemon=True)
+            self._lease_thread.start()
         return address
 
     def _follow(self) -> None:
@@ -223,6 +228,7 @@ class Rank:
             time.monotonic,
         )
         servicer.attach(loop)
+        self._servicer = servicer
         self._loop = loop
         assert self._transfer is not None, "connect() comes first"
         self._transfer.on_written_back = loop.announce
@@ -242,7 +248,9 @@ class Rank:
         await server.start()
         loop.start()
         started.set_result(f"{self.spec.listen_host}:{port}")
+        pulse = asyncio.create_task(self._pulse(), name="pulse")
         await self._closed.wait()
+        pulse.cancel()
         await server.stop(grace=0.5)
 
     def _deliver_to(self, servicer: WorkerServicer) -> Callable[[LoopEvents], None]:
@@ -281,9 +289,23 @@ class Rank:
         assert self._directory is not None
         record = WorkerRecord(self.spec.worker_id, address, self.spec.pool, self.spec.role, self.spec.node_id)
         try:
-            self._directory.keep_alive(record, LEASE_TTL_S)
+            before = self._lease.epoch
+            is_new = self._lease.renew(self._directory, record)
         except DirectoryUnavailable as error:
             log.warning("control is away: %s", error)
+            return
+        epoch = self._lease.epoch
+        if is_new:
+            log.warning("this worker stopped for longer than its lease: epoch %d follows %d", epoch, before)
+        assert self._servicer is not None, "the server is there before the lease"
+        assert self._asyncio is not None
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the worker is stopping
+            self._asyncio.call_soon_threadsafe(self._servicer.lease, epoch, is_new)
+
+    async def _pulse(self) -> None:
+        while True:
+            self._lease.pulse()
+            await asyncio.sleep(LEASE_PULSE_S)
 
     def _keep_alive(self, address: str) -> None:
         while not self._retired.wait(LEASE_RENEWAL_S):
@@ -315,8 +337,8 @@ class Rank:
     def retire(self) -> None:
         """Take no new work: leave the directory while the requests that are here run on."""
         self._retired.set()
-        if self._lease is not None:
-            self._lease.join()
+        if self._lease_thread is not None:
+            self._lease_thread.join()
         if self._directory is not None:
             try:
                 self._directory.withdraw(self.spec.worker_id)

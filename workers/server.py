@@ -15,8 +15,9 @@ import grpc
 from switchyard.v1 import worker_pb2 as pb
 from switchyard.v1 import worker_pb2_grpc
 
+from workers.block_feed import BlockFeed
 from workers.engine import Clock
-from workers.loop import Cancel, Continue, Credit, EngineLoop, LoopEvents, Submit
+from workers.loop import Cancel, Continue, Credit, EngineLoop, FollowBlocks, LoopEvents, Submit
 from workers.request import FinishReason, Request, RequestEnd, RequestRole, SamplingParams
 
 log = logging.getLogger(__name__)
@@ -61,12 +62,21 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._asyncio = asyncio.get_running_loop()
         self._connections: dict[str, Connection] = {}  # by router id
         self._owners: dict[str, tuple[Connection, str]] = {}  # request id -> connection, stream id
+        self._blocks = BlockFeed(hello.worker_id, self._post)
 
     def attach(self, engine: EngineLoop) -> None:
         """Give the servicer the loop that serves its requests."""
         self._engine = engine
 
-    def _post(self, command: Submit | Cancel | Continue | Credit) -> None:
+    def lease(self, epoch: int, is_new: bool) -> None:
+        """Go by this epoch of the lease; a new registration ends what routers have begun: they place it elsewhere."""
+        self._hello.lease_epoch = epoch
+        if is_new:
+            for connection in list(self._connections.values()):
+                self._abandon(connection)
+                connection.outbox.put_nowait(None)
+
+    def _post(self, command: Submit | Cancel | Continue | Credit | FollowBlocks) -> None:
         assert self._engine is not None
         self._engine.post(command)
 
@@ -74,6 +84,14 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     async def GetLoad(self, request: pb.GetLoadRequest, context: grpc.aio.ServicerContext) -> pb.GetLoadResponse:
         """What the worker is doing now."""
         return pb.GetLoadResponse(worker=self._hello, load=self._load())
+
+    async def WatchBlocks(
+        self,
+        request: pb.WatchBlocksRequest,
+        context: grpc.aio.ServicerContext[pb.WatchBlocksRequest, pb.WatchBlocksResponse],
+    ) -> None:
+        """Which blocks the device holds."""
+        await self._blocks.follow(context.write)
 
     async def Connect(
         self, requests: AsyncIterator[pb.ConnectRequest], context: grpc.aio.ServicerContext
@@ -211,6 +229,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             if owner is not None:
                 owner[0].request_ids.pop(owner[1], None)
                 self._refuse(*owner, refused.request.epoch, refused.error)
+        self._blocks.take(events)
 
     def _token_batches(self, events: LoopEvents) -> list[tuple[Connection, pb.TokenBatch]]:
         batches: dict[Connection, tuple[pb.TokenBatch, dict[str, int]]] = {}

@@ -83,6 +83,26 @@ def test_a_lease_that_is_not_renewed_ends(directory: Directory) -> None:
     assert directory.keep_alive(RECORD, 60) > epoch
 
 
+def test_a_lost_lease_is_given_back_to_who_held_on_to_it(directory: Directory) -> None:
+    epoch = directory.keep_alive(RECORD, 60)
+    directory.withdraw("w1")
+    assert directory.keep_alive(RECORD, 60, held_epoch=epoch) == epoch
+    assert [worker.epoch for worker in directory.workers()] == [epoch]
+    assert directory.keep_alive(record("w2"), 60) > epoch
+
+
+def test_no_epoch_is_given_twice_though_the_directory_forgot_it(directory: Directory) -> None:
+    ahead = directory.keep_alive(record("a"), 60) + 1_000_000_000
+    assert directory.keep_alive(record("b"), 60, held_epoch=ahead) == ahead
+    assert directory.keep_alive(record("c"), 60) > ahead
+
+
+def test_a_live_lease_keeps_its_epoch_whatever_is_asked_for(directory: Directory) -> None:
+    epoch = directory.keep_alive(RECORD, 60)
+    assert directory.keep_alive(RECORD, 60, held_epoch=epoch + 5) == epoch
+    assert directory.keep_alive(RECORD, 60, held_epoch=epoch - 1) == epoch
+
+
 @pytest.mark.parametrize("ttl_s", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_lease_needs_a_finite_time(directory: Directory, ttl_s: float) -> None:
     with pytest.raises(ValueError, match="ttl_s"):

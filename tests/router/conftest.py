@@ -45,8 +45,10 @@ async def until(condition: Callable[[], bool], what: str) -> None:
 class Cluster:
     """One router and its workers."""
 
-    def __init__(self, model_dir: Path, config: RouterConfig, journal: StreamJournal | None) -> None:
-        self.directory = MemoryDirectory(time.monotonic)
+    def __init__(
+        self, model_dir: Path, config: RouterConfig, journal: StreamJournal | None, clock: Callable[[], float]
+    ) -> None:
+        self.directory = MemoryDirectory(clock)
         self.workers: list[FakeWorker] = []
         self.spec = RouterSpec(
             router_id="router-0",
@@ -69,8 +71,8 @@ class Cluster:
             self.lease(worker)
         await self.sees(*workers)
 
-    def lease(self, worker: FakeWorker) -> None:
-        self.directory.keep_alive(
+    def lease(self, worker: FakeWorker) -> int:
+        return self.directory.keep_alive(
             WorkerRecord(worker.worker_id, worker.address, worker.pool, worker.role, node_id="node-0"), ttl_s=3600
         )
 
@@ -106,10 +108,14 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @asynccontextmanager
 async def running_cluster(
-    model_dir: Path, *workers: FakeWorker, config: RouterConfig = QUICK, journal: StreamJournal | None = None
+    model_dir: Path,
+    *workers: FakeWorker,
+    config: RouterConfig = QUICK,
+    journal: StreamJournal | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> AsyncIterator[Cluster]:
-    """A started router with these workers; afterwards its books must balance."""
-    cluster = Cluster(model_dir, config, journal)
+    """A started router with these workers; afterwards its books must balance. clock: of the directory."""
+    cluster = Cluster(model_dir, config, journal, clock)
     addresses = await cluster.router.start(lambda: cluster.directory)
     cluster.grpc_address = addresses.grpc_address
     cluster.http_url = f"http://{addresses.http_address}"

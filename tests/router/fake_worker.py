@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 import grpc
 from switchyard.v1 import generation_pb2, worker_pb2, worker_pb2_grpc
 
+from workers.block_feed import BlockFeed
+from workers.loop import FollowBlocks, LoopEvents
+
 VOCAB_SIZE = 4096
 BLOCK_SIZE = 16
 CONTEXT_TOKENS = 2048
@@ -74,6 +77,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.bend: list[int] = []  # offsets added to the next tokens' positions, one each: a broken worker
         self.load = worker_pb2.WorkerLoad(num_free_blocks=1000)
         self.hello_worker_id = worker_id
+        self.lease_epoch = 0  # as it says
         self.num_blocks = 1000
         self.vocab_size = VOCAB_SIZE
         self.kv_fingerprint = b"fingerprint-0001"
@@ -82,8 +86,12 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.credits = 0
         self.num_sent = 0
         self.num_connections = 0
+        self.held: dict[bytes, None] | None = None  # blocks by name; None: it cannot tell, as workers once could not
+        self.num_news_to_drop = 0  # of its blocks, messages that never arrive
+        self.num_watches = 0  # times that a router asked for a snapshot
         self.is_mute = False  # says nothing any more, as a stopped process
         self.address = ""
+        self._feed = BlockFeed(worker_id, self._follow_blocks)
         self._server: grpc.aio.Server | None = None
         self._live: set[_Part] = set()
         self._death: asyncio.Task[None] | None = None
@@ -105,7 +113,39 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             server, self._server = self._server, None
             await server.stop(None)
 
+    # -- blocks
+
+    def hold(self, names: Sequence[bytes]) -> None:
+        """As if it had computed these blocks."""
+        assert self.held is not None
+        self.held.update(dict.fromkeys(names))
+        self._feed.take(LoopEvents(block_changes=dict.fromkeys(names, True)))
+
+    def evict(self, names: Sequence[bytes]) -> None:
+        """As if it had needed the room."""
+        assert self.held is not None
+        for name in names:
+            del self.held[name]
+        self._feed.take(LoopEvents(block_changes=dict.fromkeys(names, False)))
+
+    def _follow_blocks(self, command: FollowBlocks) -> None:
+        if command.is_on:
+            self._feed.take(LoopEvents(held_blocks=list(self.held or ())))
+
     # -- WorkerService
+
+    async def WatchBlocks(self, request: worker_pb2.WatchBlocksRequest, context: grpc.aio.ServicerContext) -> None:
+        if self.held is None:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not by this one")
+        self.num_watches += 1
+
+        async def write(message: worker_pb2.WatchBlocksResponse) -> None:
+            if self.num_news_to_drop > 0 and message.WhichOneof("message") == "changes":
+                self.num_news_to_drop -= 1
+            else:
+                await context.write(message)
+
+        await self._feed.follow(write)
 
     async def Connect(self, request_iterator: AsyncIterator[worker_pb2.ConnectRequest], context: object) -> None:
         assert (await anext(request_iterator)).WhichOneof("message") == "hello"
@@ -163,6 +203,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             num_blocks=self.num_blocks,
             block_size=BLOCK_SIZE,
             kv_fingerprint=self.kv_fingerprint,
+            lease_epoch=self.lease_epoch,
         )
 
     # -- one request

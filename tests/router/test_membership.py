@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.directory import DirectoryUnavailable, LeasedWorker
+from kvstore.directory import DirectoryUnavailable, LeasedWorker, WorkerRecord
 from tests.router.conftest import Cluster, running_cluster, until
 from tests.router.fake_worker import FakeWorker, expected_tokens
 from tests.router.test_grpc_face import PROMPT, collect, request
@@ -91,6 +91,93 @@ async def test_a_worker_that_moved_is_found_at_its_new_address(model_dir: Path) 
         cluster.lease(worker)
         await cluster.sees(worker)
         assert (await collect(cluster.grpc_address, request()))[1] == expected_tokens(PROMPT, 20)
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+async def test_a_worker_that_registered_anew_is_dialled_anew_and_its_streams_go_elsewhere(model_dir: Path) -> None:
+    clock = Clock()
+    hung, other = FakeWorker("a", "mixed"), FakeWorker("b", "mixed")
+    hung.step_s = 0.005
+    async with running_cluster(model_dir, hung, clock=clock) as cluster:
+        answer = asyncio.create_task(collect(cluster.grpc_address, request(max_tokens=100)))
+        await until(lambda: hung.num_sent >= 5, "it runs")
+        await cluster.add(other)
+        old_link = cluster.router._dispatcher.links["a"]
+        clock.now_s += 2000
+        cluster.lease(other)
+        clock.now_s += 2000  # the lease of the first one ran out
+        await cluster.loses(hung)
+        assert hung.num_live == 1, "its stream runs on while nobody says that it is another"
+        hung.lease_epoch = cluster.lease(hung)
+        _, ids, _, finished = await answer
+        assert ids == expected_tokens(PROMPT, 100)
+        assert (finished.stats.decode_worker_id, finished.stats.num_replacements) == ("b", 1)
+        await cluster.sees(hung, other)
+        link = cluster.router._dispatcher.links["a"]
+        assert link is not old_link
+        assert (old_link.is_up, link.lease_epoch, hung.num_connections) == (False, hung.lease_epoch, 2)
+
+
+async def test_nothing_goes_back_to_an_older_epoch(model_dir: Path) -> None:
+    worker, impostor = FakeWorker("a", "mixed"), FakeWorker("a", "mixed")
+    await impostor.start()
+    async with running_cluster(model_dir, worker) as cluster:
+        link = cluster.router._dispatcher.links["a"]
+        record = WorkerRecord("a", impostor.address, "mixed", "mixed", "node-0")
+        num_polls = 0
+
+        def forgetful() -> list[LeasedWorker]:
+            nonlocal num_polls
+            num_polls += 1
+            return [LeasedWorker(record, link.lease_epoch - 1)]
+
+        cluster.directory.workers = forgetful
+        await until(lambda: num_polls >= 3, "the router heard it twice")
+        assert (await collect(cluster.grpc_address, request()))[1] == expected_tokens(PROMPT, 20)
+        assert cluster.router._dispatcher.links["a"] is link
+        assert (worker.num_connections, impostor.num_connections) == (1, 0)
+    await impostor.kill()
+
+
+async def test_a_worker_that_goes_by_an_older_lease_is_not_used(model_dir: Path) -> None:
+    worker = FakeWorker("a", "mixed")
+    async with running_cluster(model_dir) as cluster:
+        await worker.start()
+        cluster.workers.append(worker)
+        cluster.lease(worker)
+        cluster.directory.withdraw("a")
+        epoch = cluster.lease(worker)
+        worker.lease_epoch = epoch - 1
+        await until(lambda: worker.num_connections >= 2, "it was tried twice")
+        assert not cluster.router.readiness().is_ready
+        worker.lease_epoch = epoch
+        await cluster.sees(worker)
+
+
+async def test_a_worker_may_know_its_new_epoch_before_the_directory_is_asked(model_dir: Path) -> None:
+    worker = FakeWorker("a", "mixed")
+    async with running_cluster(model_dir, worker) as cluster:
+        come_back = go_away(cluster)
+        await until(lambda: not cluster.router.readiness().directory_is_up, "it was noticed")
+        await worker.kill()
+        cluster.directory.withdraw("a")
+        worker.lease_epoch = cluster.lease(worker)
+        await worker.start()
+        await until(lambda: worker.num_connections == 2, "it was dialled again")
+        await cluster.sees(worker)
+        come_back()
+        await until(lambda: cluster.router.readiness().directory_is_up, "it was noticed")
+        assert (await collect(cluster.grpc_address, request()))[1] == expected_tokens(PROMPT, 20)
+        assert worker.num_connections == 2
 
 
 async def test_a_malformed_batch_breaks_the_connection_and_not_the_stream(model_dir: Path) -> None:

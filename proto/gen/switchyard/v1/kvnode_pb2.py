@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aswitchyard/v1/kvnode.proto\x12\rswitchyard.v1\"\x11\n\x0fGetArenaRequest\"\x98\x01\n\x10GetArenaResponse\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x12\n\nslot_bytes\x18\x02 \x01(\x04\x12\x11\n\tnum_slots\x18\x03 \x01(\x04\x12\x0f\n\x07node_id\x18\x04 \x01(\t\x12\x12\n\nnum_sealed\x18\x05 \x01(\x04\x12\x14\n\x0cpeer_address\x18\x06 \x01(\t\x12\x14\n\x0c\x63\x61ll_address\x18\x07 \x01(\t\"\x11\n\x0fGetStatsRequest\"\xf3\x01\n\x10GetStatsResponse\x12\x12\n\nnum_sealed\x18\x01 \x01(\x04\x12\x14\n\x0cnum_promoted\x18\x02 \x01(\x04\x12\x1b\n\x13num_promotions_late\x18\x03 \x01(\x04\x12?\n\x08rejected\x18\x04 \x03(\x0b\x32-.switchyard.v1.GetStatsResponse.RejectedEntry\x12&\n\x04\x64isk\x18\x05 \x01(\x0b\x32\x18.switchyard.v1.DiskStats\x1a/\n\rRejectedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x8a\x02\n\tDiskStats\x12\r\n\x05is_up\x18\x01 \x01(\x08\x12\x15\n\rnum_fragments\x18\x02 \x01(\x04\x12\x12\n\nused_bytes\x18\x03 \x01(\x04\x12\x13\n\x0bnum_written\x18\x04 \x01(\x04\x12\x10\n\x08num_read\x18\x05 \x01(\x04\x12\x13\n\x0bnum_refused\x18\x06 \x01(\x04\x12\x1c\n\x14num_segments_evicted\x18\x07 \x01(\x04\x12\x38\n\x08rejected\x18\x08 \x03(\x0b\x32&.switchyard.v1.DiskStats.RejectedEntry\x1a/\n\rRejectedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x1e\n\x0eReserveRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\"=\n\x0fReserveResponse\x12\x11\n\x05slots\x18\x01 \x03(\x12\x42\x02\x10\x01\x12\x17\n\x0bgenerations\x18\x02 \x03(\x04\x42\x02\x10\x01\"G\n\x0bSealRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\x12\x11\n\x05slots\x18\x02 \x03(\x12\x42\x02\x10\x01\x12\x17\n\x0bgenerations\x18\x03 \x03(\x04\x42\x02\x10\x01\"\"\n\x0cSealResponse\x12\x12\n\nnum_sealed\x18\x01 \x01(\r\"\x1d\n\rLookupRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\"<\n\x0eLookupResponse\x12\x11\n\x05slots\x18\x01 \x03(\x12\x42\x02\x10\x01\x12\x17\n\x0bgenerations\x18\x02 \x03(\x04\x42\x02\x10\x01\"4\n\x0b\x44ropRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\x12\x17\n\x0bgenerations\x18\x02 \x03(\x04\x42\x02\x10\x01\"#\n\x0c\x44ropResponse\x12\x13\n\x0bnum_dropped\x18\x01 \x01(\r\"_\n\x0cWorkerRecord\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0c\n\x04pool\x18\x03 \x01(\t\x12\x0c\n\x04role\x18\x04 \x01(\t\x12\x0f\n\x07node_id\x18\x05 \x01(\t\"N\n\x10KeepAliveRequest\x12+\n\x06worker\x18\x01 \x01(\x0b\x32\x1b.switchyard.v1.WorkerRecord\x12\r\n\x05ttl_s\x18\x02 \x01(\x01\"\"\n\x11KeepAliveResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"$\n\x0fWithdrawRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"\x12\n\x10WithdrawResponse\"\x14\n\x12ListWorkersRequest\"S\n\x13ListWorkersResponse\x12,\n\x07workers\x18\x01 \x03(\x0b\x32\x1b.switchyard.v1.WorkerRecord\x12\x0e\n\x06\x65pochs\x18\x02 \x03(\x04\"4\n\x0ePublishRequest\x12\x13\n\x0b\x62lock_names\x18\x01 \x03(\x0c\x12\r\n\x05place\x18\x02 \x01(\t\"\x11\n\x0fPublishResponse\"$\n\rLocateRequest\x12\x13\n\x0b\x62lock_names\x18\x01 \x03(\x0c\"7\n\x0eLocateResponse\x12%\n\x06places\x18\x01 \x03(\x0b\x32\x15.switchyard.v1.Places\"\x17\n\x06Places\x12\r\n\x05names\x18\x01 \x03(\t2\xbc\x03\n\rKVNodeService\x12K\n\x08GetArena\x12\x1e.switchyard.v1.GetArenaRequest\x1a\x1f.switchyard.v1.GetArenaResponse\x12H\n\x07Reserve\x12\x1d.switchyard.v1.ReserveRequest\x1a\x1e.switchyard.v1.ReserveResponse\x12?\n\x04Seal\x12\x1a.switchyard.v1.SealRequest\x1a\x1b.switchyard.v1.SealResponse\x12\x45\n\x06Lookup\x12\x1c.switchyard.v1.LookupRequest\x1a\x1d.switchyard.v1.LookupResponse\x12?\n\x04\x44rop\x12\x1a.switchyard.v1.DropRequest\x1a\x1b.switchyard.v1.DropResponse\x12K\n\x08GetStats\x12\x1e.switchyard.v1.GetStatsRequest\x1a\x1f.switchyard.v1.GetStatsResponse2\x94\x03\n\x0e\x43ontrolService\x12N\n\tKeepAlive\x12\x1f.switchyard.v1.KeepAliveRequest\x1a .switchyard.v1.KeepAliveResponse\x12K\n\x08Withdraw\x12\x1e.switchyard.v1.WithdrawRequest\x1a\x1f.switchyard.v1.WithdrawResponse\x12T\n\x0bListWorkers\x12!.switchyard.v1.ListWorkersRequest\x1a\".switchyard.v1.ListWorkersResponse\x12H\n\x07Publish\x12\x1d.switchyard.v1.PublishRequest\x1a\x1e.switchyard.v1.PublishResponse\x12\x45\n\x06Locate\x12\x1c.switchyard.v1.LocateRequest\x1a\x1d.switchyard.v1.LocateResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aswitchyard/v1/kvnode.proto\x12\rswitchyard.v1\"\x11\n\x0fGetArenaRequest\"\x98\x01\n\x10GetArenaResponse\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x12\n\nslot_bytes\x18\x02 \x01(\x04\x12\x11\n\tnum_slots\x18\x03 \x01(\x04\x12\x0f\n\x07node_id\x18\x04 \x01(\t\x12\x12\n\nnum_sealed\x18\x05 \x01(\x04\x12\x14\n\x0cpeer_address\x18\x06 \x01(\t\x12\x14\n\x0c\x63\x61ll_address\x18\x07 \x01(\t\"\x11\n\x0fGetStatsRequest\"\xf3\x01\n\x10GetStatsResponse\x12\x12\n\nnum_sealed\x18\x01 \x01(\x04\x12\x14\n\x0cnum_promoted\x18\x02 \x01(\x04\x12\x1b\n\x13num_promotions_late\x18\x03 \x01(\x04\x12?\n\x08rejected\x18\x04 \x03(\x0b\x32-.switchyard.v1.GetStatsResponse.RejectedEntry\x12&\n\x04\x64isk\x18\x05 \x01(\x0b\x32\x18.switchyard.v1.DiskStats\x1a/\n\rRejectedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x8a\x02\n\tDiskStats\x12\r\n\x05is_up\x18\x01 \x01(\x08\x12\x15\n\rnum_fragments\x18\x02 \x01(\x04\x12\x12\n\nused_bytes\x18\x03 \x01(\x04\x12\x13\n\x0bnum_written\x18\x04 \x01(\x04\x12\x10\n\x08num_read\x18\x05 \x01(\x04\x12\x13\n\x0bnum_refused\x18\x06 \x01(\x04\x12\x1c\n\x14num_segments_evicted\x18\x07 \x01(\x04\x12\x38\n\x08rejected\x18\x08 \x03(\x0b\x32&.switchyard.v1.DiskStats.RejectedEntry\x1a/\n\rRejectedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x1e\n\x0eReserveRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\"=\n\x0fReserveResponse\x12\x11\n\x05slots\x18\x01 \x03(\x12\x42\x02\x10\x01\x12\x17\n\x0bgenerations\x18\x02 \x03(\x04\x42\x02\x10\x01\"G\n\x0bSealRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\x12\x11\n\x05slots\x18\x02 \x03(\x12\x42\x02\x10\x01\x12\x17\n\x0bgenerations\x18\x03 \x03(\x04\x42\x02\x10\x01\"\"\n\x0cSealResponse\x12\x12\n\nnum_sealed\x18\x01 \x01(\r\"\x1d\n\rLookupRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\"<\n\x0eLookupResponse\x12\x11\n\x05slots\x18\x01 \x03(\x12\x42\x02\x10\x01\x12\x17\n\x0bgenerations\x18\x02 \x03(\x04\x42\x02\x10\x01\"4\n\x0b\x44ropRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\x12\x17\n\x0bgenerations\x18\x02 \x03(\x04\x42\x02\x10\x01\"#\n\x0c\x44ropResponse\x12\x13\n\x0bnum_dropped\x18\x01 \x01(\r\"_\n\x0cWorkerRecord\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0c\n\x04pool\x18\x03 \x01(\t\x12\x0c\n\x04role\x18\x04 \x01(\t\x12\x0f\n\x07node_id\x18\x05 \x01(\t\"b\n\x10KeepAliveRequest\x12+\n\x06worker\x18\x01 \x01(\x0b\x32\x1b.switchyard.v1.WorkerRecord\x12\r\n\x05ttl_s\x18\x02 \x01(\x01\x12\x12\n\nheld_epoch\x18\x03 \x01(\x04\"\"\n\x11KeepAliveResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"$\n\x0fWithdrawRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"\x12\n\x10WithdrawResponse\"\x14\n\x12ListWorkersRequest\"S\n\x13ListWorkersResponse\x12,\n\x07workers\x18\x01 \x03(\x0b\x32\x1b.switchyard.v1.WorkerRecord\x12\x0e\n\x06\x65pochs\x18\x02 \x03(\x04\"4\n\x0ePublishRequest\x12\x13\n\x0b\x62lock_names\x18\x01 \x03(\x0c\x12\r\n\x05place\x18\x02 \x01(\t\"\x11\n\x0fPublishResponse\"$\n\rLocateRequest\x12\x13\n\x0b\x62lock_names\x18\x01 \x03(\x0c\"7\n\x0eLocateResponse\x12%\n\x06places\x18\x01 \x03(\x0b\x32\x15.switchyard.v1.Places\"\x17\n\x06Places\x12\r\n\x05names\x18\x01 \x03(\t2\xbc\x03\n\rKVNodeService\x12K\n\x08GetArena\x12\x1e.switchyard.v1.GetArenaRequest\x1a\x1f.switchyard.v1.GetArenaResponse\x12H\n\x07Reserve\x12\x1d.switchyard.v1.ReserveRequest\x1a\x1e.switchyard.v1.ReserveResponse\x12?\n\x04Seal\x12\x1a.switchyard.v1.SealRequest\x1a\x1b.switchyard.v1.SealResponse\x12\x45\n\x06Lookup\x12\x1c.switchyard.v1.LookupRequest\x1a\x1d.switchyard.v1.LookupResponse\x12?\n\x04\x44rop\x12\x1a.switchyard.v1.DropRequest\x1a\x1b.switchyard.v1.DropResponse\x12K\n\x08GetStats\x12\x1e.switchyard.v1.GetStatsRequest\x1a\x1f.switchyard.v1.GetStatsResponse2\x94\x03\n\x0e\x43ontrolService\x12N\n\tKeepAlive\x12\x1f.switchyard.v1.KeepAliveRequest\x1a .switchyard.v1.KeepAliveResponse\x12K\n\x08Withdraw\x12\x1e.switchyard.v1.WithdrawRequest\x1a\x1f.switchyard.v1.WithdrawResponse\x12T\n\x0bListWorkers\x12!.switchyard.v1.ListWorkersRequest\x1a\".switchyard.v1.ListWorkersResponse\x12H\n\x07Publish\x12\x1d.switchyard.v1.PublishRequest\x1a\x1e.switchyard.v1.PublishResponse\x12\x45\n\x06Locate\x12\x1c.switchyard.v1.LocateRequest\x1a\x1d.switchyard.v1.LocateResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -82,29 +82,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WORKERRECORD']._serialized_start=1141
   _globals['_WORKERRECORD']._serialized_end=1236
   _globals['_KEEPALIVEREQUEST']._serialized_start=1238
-  _globals['_KEEPALIVEREQUEST']._serialized_end=1316
-  _globals['_KEEPALIVERESPONSE']._serialized_start=1318
-  _globals['_KEEPALIVERESPONSE']._serialized_end=1352
-  _globals['_WITHDRAWREQUEST']._serialized_start=1354
-  _globals['_WITHDRAWREQUEST']._serialized_end=1390
-  _globals['_WITHDRAWRESPONSE']._serialized_start=1392
-  _globals['_WITHDRAWRESPONSE']._serialized_end=1410
-  _globals['_LISTWORKERSREQUEST']._serialized_start=1412
-  _globals['_LISTWORKERSREQUEST']._serialized_end=1432
-  _globals['_LISTWORKERSRESPONSE']._serialized_start=1434
-  _globals['_LISTWORKERSRESPONSE']._serialized_end=1517
-  _globals['_PUBLISHREQUEST']._serialized_start=1519
-  _globals['_PUBLISHREQUEST']._serialized_end=1571
-  _globals['_PUBLISHRESPONSE']._serialized_start=1573
-  _globals['_PUBLISHRESPONSE']._serialized_end=1590
-  _globals['_LOCATEREQUEST']._serialized_start=1592
-  _globals['_LOCATEREQUEST']._serialized_end=1628
-  _globals['_LOCATERESPONSE']._serialized_start=1630
-  _globals['_LOCATERESPONSE']._serialized_end=1685
-  _globals['_PLACES']._serialized_start=1687
-  _globals['_PLACES']._serialized_end=1710
-  _globals['_KVNODESERVICE']._serialized_start=1713
-  _globals['_KVNODESERVICE']._serialized_end=2157
-  _globals['_CONTROLSERVICE']._serialized_start=2160
-  _globals['_CONTROLSERVICE']._serialized_end=2564
+  _globals['_KEEPALIVEREQUEST']._serialized_end=1336
+  _globals['_KEEPALIVERESPONSE']._serialized_start=1338
+  _globals['_KEEPALIVERESPONSE']._serialized_end=1372
+  _globals['_WITHDRAWREQUEST']._serialized_start=1374
+  _globals['_WITHDRAWREQUEST']._serialized_end=1410
+  _globals['_WITHDRAWRESPONSE']._serialized_start=1412
+  _globals['_WITHDRAWRESPONSE']._serialized_end=1430
+  _globals['_LISTWORKERSREQUEST']._serialized_start=1432
+  _globals['_LISTWORKERSREQUEST']._serialized_end=1452
+  _globals['_LISTWORKERSRESPONSE']._serialized_start=1454
+  _globals['_LISTWORKERSRESPONSE']._serialized_end=1537
+  _globals['_PUBLISHREQUEST']._serialized_start=1539
+  _globals['_PUBLISHREQUEST']._serialized_end=1591
+  _globals['_PUBLISHRESPONSE']._serialized_start=1593
+  _globals['_PUBLISHRESPONSE']._serialized_end=1610
+  _globals['_LOCATEREQUEST']._serialized_start=1612
+  _globals['_LOCATEREQUEST']._serialized_end=1648
+  _globals['_LOCATERESPONSE']._serialized_start=1650
+  _globals['_LOCATERESPONSE']._serialized_end=1705
+  _globals['_PLACES']._serialized_start=1707
+  _globals['_PLACES']._serialized_end=1730
+  _globals['_KVNODESERVICE']._serialized_start=1733
+  _globals['_KVNODESERVICE']._serialized_end=2177
+  _globals['_CONTROLSERVICE']._serialized_start=2180
+  _globals['_CONTROLSERVICE']._serialized_end=2584
 # @@protoc_insertion_point(module_scope)

@@ -153,12 +153,14 @@ class WorkerRecord(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., address: _Optional[str] = ..., pool: _Optional[str] = ..., role: _Optional[str] = ..., node_id: _Optional[str] = ...) -> None: ...
 
 class KeepAliveRequest(_message.Message):
-    __slots__ = ("worker", "ttl_s")
+    __slots__ = ("worker", "ttl_s", "held_epoch")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     TTL_S_FIELD_NUMBER: _ClassVar[int]
+    HELD_EPOCH_FIELD_NUMBER: _ClassVar[int]
     worker: WorkerRecord
     ttl_s: float
-    def __init__(self, worker: _Optional[_Union[WorkerRecord, _Mapping]] = ..., ttl_s: _Optional[float] = ...) -> None: ...
+    held_epoch: int
+    def __init__(self, worker: _Optional[_Union[WorkerRecord, _Mapping]] = ..., ttl_s: _Optional[float] = ..., held_epoch: _Optional[int] = ...) -> None: ...
 
 class KeepAliveResponse(_message.Message):
     __slots__ = ("epoch",)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from switchyard.v1 import generation_pb2 as switchyard_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aswitchyard/v1/worker.proto\x12\rswitchyard.v1\x1a\x1eswitchyard/v1/generation.proto\"\x95\x02\n\x0e\x43onnectRequest\x12+\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.switchyard.v1.RouterHelloH\x00\x12\'\n\x06submit\x18\x02 \x01(\x0b\x32\x15.switchyard.v1.SubmitH\x00\x12\'\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x15.switchyard.v1.CancelH\x00\x12+\n\x08\x63ontinue\x18\x04 \x01(\x0b\x32\x17.switchyard.v1.ContinueH\x00\x12\'\n\x06\x63redit\x18\x05 \x01(\x0b\x32\x15.switchyard.v1.CreditH\x00\x12#\n\x04ping\x18\x06 \x01(\x0b\x32\x13.switchyard.v1.PingH\x00\x42\t\n\x07message\"/\n\x0bRouterHello\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"\xf7\x01\n\x06Submit\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12(\n\x04role\x18\x03 \x01(\x0e\x32\x1a.switchyard.v1.RequestRole\x12\x15\n\ttoken_ids\x18\x04 \x03(\rB\x02\x10\x01\x12\x19\n\x11num_prompt_tokens\x18\x05 \x01(\r\x12/\n\x08sampling\x18\x06 \x01(\x0b\x32\x1d.switchyard.v1.SamplingParams\x12\x15\n\rwindow_tokens\x18\x07 \x01(\r\x12\x12\n\ndeadline_s\x18\x08 \x01(\x01\x12\x13\n\x0btenant_salt\x18\t \x01(\x0c\"\x1b\n\x06\x43\x61ncel\x12\x11\n\tstream_id\x18\x01 \x01(\t\"4\n\x08\x43ontinue\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12\x15\n\ttoken_ids\x18\x02 \x03(\rB\x02\x10\x01\"/\n\x06\x43redit\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\"\x15\n\x04Ping\x12\r\n\x05nonce\x18\x01 \x01(\x04\"\xfa\x01\n\x0f\x43onnectResponse\x12+\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.switchyard.v1.WorkerHelloH\x00\x12+\n\x06tokens\x18\x02 \x01(\x0b\x32\x19.switchyard.v1.TokenBatchH\x00\x12\x32\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1e.switchyard.v1.RequestFinishedH\x00\x12)\n\x04load\x18\x04 \x01(\x0b\x32\x19.switchyard.v1.WorkerLoadH\x00\x12#\n\x04pong\x18\x05 \x01(\x0b\x32\x13.switchyard.v1.PongH\x00\x42\t\n\x07message\"\xf0\x01\n\x0bWorkerHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\'\n\x04role\x18\x02 \x01(\x0e\x32\x19.switchyard.v1.WorkerRole\x12\'\n\x05model\x18\x03 \x01(\x0b\x32\x18.switchyard.v1.ModelInfo\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x12\n\nblock_size\x18\x05 \x01(\r\x12\x16\n\x0ekv_fingerprint\x18\x06 \x01(\x0c\x12\x1c\n\x14tensor_parallel_size\x18\x07 \x01(\r\x12\x1e\n\x16pipeline_parallel_size\x18\x08 \x01(\r\"x\n\nTokenBatch\x12\x12\n\nstream_ids\x18\x01 \x03(\t\x12\x0e\n\x06\x65pochs\x18\x02 \x03(\r\x12\x18\n\x0cstream_index\x18\x03 \x03(\rB\x02\x10\x01\x12\x15\n\tpositions\x18\x04 \x03(\rB\x02\x10\x01\x12\x15\n\ttoken_ids\x18\x05 \x03(\rB\x02\x10\x01\"\x92\x02\n\x0fRequestFinished\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12.\n\x07outcome\x18\x03 \x01(\x0e\x32\x1d.switchyard.v1.RequestOutcome\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12\x1a\n\x12is_invalid_request\x18\x05 \x01(\x08\x12 \n\x18num_cached_prompt_tokens\x18\x06 \x01(\r\x12\"\n\x1anum_computed_prompt_tokens\x18\x07 \x01(\r\x12\x1e\n\x16num_transferred_blocks\x18\x08 \x01(\r\x12\x1c\n\x14num_published_blocks\x18\t \x01(\r\"\x15\n\x04Pong\x12\r\n\x05nonce\x18\x01 \x01(\x04\"\xae\x07\n\nWorkerLoad\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x1a\n\x12num_waiting_for_kv\x18\x03 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x04 \x01(\r\x12\x19\n\x11num_queued_tokens\x18\x05 \x01(\r\x12\x11\n\tnum_steps\x18\x06 \x01(\x04\x12\"\n\x1anum_computed_prompt_tokens\x18\x07 \x01(\x04\x12 \n\x18num_cached_prompt_tokens\x18\x08 \x01(\x04\x12$\n\x1cnum_recomputed_prompt_tokens\x18\t \x01(\x04\x12\x1c\n\x14num_generated_tokens\x18\n \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\x0b \x01(\x04\x12\x1c\n\x14num_published_blocks\x18\x0c \x01(\x04\x12\x1e\n\x16num_transferred_blocks\x18\r \x01(\x04\x12S\n\x16num_rejected_fragments\x18\x0e \x03(\x0b\x32\x33.switchyard.v1.WorkerLoad.NumRejectedFragmentsEntry\x12@\n\x0cpulled_bytes\x18\x0f \x03(\x0b\x32*.switchyard.v1.WorkerLoad.PulledBytesEntry\x12\x46\n\x0fpublished_bytes\x18\x10 \x03(\x0b\x32-.switchyard.v1.WorkerLoad.PublishedBytesEntry\x12;\n\ntier_is_up\x18\x11 \x03(\x0b\x32\'.switchyard.v1.WorkerLoad.TierIsUpEntry\x12\x1c\n\x14num_prefixes_fetched\x18\x12 \x01(\x04\x12\x1f\n\x17num_prefixes_recomputed\x18\x13 \x01(\x04\x1a;\n\x19NumRejectedFragmentsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a\x32\n\x10PulledBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a\x35\n\x13PublishedBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a/\n\rTierIsUpEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x08:\x02\x38\x01\"\x10\n\x0eGetLoadRequest\"f\n\x0fGetLoadResponse\x12*\n\x06worker\x18\x01 \x01(\x0b\x32\x1a.switchyard.v1.WorkerHello\x12\'\n\x04load\x18\x02 \x01(\x0b\x32\x19.switchyard.v1.WorkerLoad*v\n\x0bRequestRole\x12\x1c\n\x18REQUEST_ROLE_UNSPECIFIED\x10\x00\x12\x16\n\x12REQUEST_ROLE_MIXED\x10\x01\x12\x18\n\x14REQUEST_ROLE_PREFILL\x10\x02\x12\x17\n\x13REQUEST_ROLE_DECODE\x10\x03*q\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x15\n\x11WORKER_ROLE_MIXED\x10\x01\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x02\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x03*\xc1\x01\n\x0eRequestOutcome\x12\x1f\n\x1bREQUEST_OUTCOME_UNSPECIFIED\x10\x00\x12\x18\n\x14REQUEST_OUTCOME_STOP\x10\x01\x12\x1a\n\x16REQUEST_OUTCOME_LENGTH\x10\x02\x12\x1d\n\x19REQUEST_OUTCOME_CANCELLED\x10\x03\x12\x1d\n\x19REQUEST_OUTCOME_PREFILLED\x10\x04\x12\x1a\n\x16REQUEST_OUTCOME_FAILED\x10\x05\x32\xa7\x01\n\rWorkerService\x12L\n\x07\x43onnect\x12\x1d.switchyard.v1.ConnectRequest\x1a\x1e.switchyard.v1.ConnectResponse(\x01\x30\x01\x12H\n\x07GetLoad\x12\x1d.switchyard.v1.GetLoadRequest\x1a\x1e.switchyard.v1.GetLoadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aswitchyard/v1/worker.proto\x12\rswitchyard.v1\x1a\x1eswitchyard/v1/generation.proto\"\x95\x02\n\x0e\x43onnectRequest\x12+\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.switchyard.v1.RouterHelloH\x00\x12\'\n\x06submit\x18\x02 \x01(\x0b\x32\x15.switchyard.v1.SubmitH\x00\x12\'\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x15.switchyard.v1.CancelH\x00\x12+\n\x08\x63ontinue\x18\x04 \x01(\x0b\x32\x17.switchyard.v1.ContinueH\x00\x12\'\n\x06\x63redit\x18\x05 \x01(\x0b\x32\x15.switchyard.v1.CreditH\x00\x12#\n\x04ping\x18\x06 \x01(\x0b\x32\x13.switchyard.v1.PingH\x00\x42\t\n\x07message\"/\n\x0bRouterHello\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"\xf7\x01\n\x06Submit\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12(\n\x04role\x18\x03 \x01(\x0e\x32\x1a.switchyard.v1.RequestRole\x12\x15\n\ttoken_ids\x18\x04 \x03(\rB\x02\x10\x01\x12\x19\n\x11num_prompt_tokens\x18\x05 \x01(\r\x12/\n\x08sampling\x18\x06 \x01(\x0b\x32\x1d.switchyard.v1.SamplingParams\x12\x15\n\rwindow_tokens\x18\x07 \x01(\r\x12\x12\n\ndeadline_s\x18\x08 \x01(\x01\x12\x13\n\x0btenant_salt\x18\t \x01(\x0c\"\x1b\n\x06\x43\x61ncel\x12\x11\n\tstream_id\x18\x01 \x01(\t\"4\n\x08\x43ontinue\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12\x15\n\ttoken_ids\x18\x02 \x03(\rB\x02\x10\x01\"/\n\x06\x43redit\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\"\x15\n\x04Ping\x12\r\n\x05nonce\x18\x01 \x01(\x04\"\xfa\x01\n\x0f\x43onnectResponse\x12+\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.switchyard.v1.WorkerHelloH\x00\x12+\n\x06tokens\x18\x02 \x01(\x0b\x32\x19.switchyard.v1.TokenBatchH\x00\x12\x32\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1e.switchyard.v1.RequestFinishedH\x00\x12)\n\x04load\x18\x04 \x01(\x0b\x32\x19.switchyard.v1.WorkerLoadH\x00\x12#\n\x04pong\x18\x05 \x01(\x0b\x32\x13.switchyard.v1.PongH\x00\x42\t\n\x07message\"\x85\x02\n\x0bWorkerHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\'\n\x04role\x18\x02 \x01(\x0e\x32\x19.switchyard.v1.WorkerRole\x12\'\n\x05model\x18\x03 \x01(\x0b\x32\x18.switchyard.v1.ModelInfo\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x12\n\nblock_size\x18\x05 \x01(\r\x12\x16\n\x0ekv_fingerprint\x18\x06 \x01(\x0c\x12\x1c\n\x14tensor_parallel_size\x18\x07 \x01(\r\x12\x1e\n\x16pipeline_parallel_size\x18\x08 \x01(\r\x12\x13\n\x0blease_epoch\x18\t \x01(\x04\"x\n\nTokenBatch\x12\x12\n\nstream_ids\x18\x01 \x03(\t\x12\x0e\n\x06\x65pochs\x18\x02 \x03(\r\x12\x18\n\x0cstream_index\x18\x03 \x03(\rB\x02\x10\x01\x12\x15\n\tpositions\x18\x04 \x03(\rB\x02\x10\x01\x12\x15\n\ttoken_ids\x18\x05 \x03(\rB\x02\x10\x01\"\x92\x02\n\x0fRequestFinished\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12.\n\x07outcome\x18\x03 \x01(\x0e\x32\x1d.switchyard.v1.RequestOutcome\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12\x1a\n\x12is_invalid_request\x18\x05 \x01(\x08\x12 \n\x18num_cached_prompt_tokens\x18\x06 \x01(\r\x12\"\n\x1anum_computed_prompt_tokens\x18\x07 \x01(\r\x12\x1e\n\x16num_transferred_blocks\x18\x08 \x01(\r\x12\x1c\n\x14num_published_blocks\x18\t \x01(\r\"\x15\n\x04Pong\x12\r\n\x05nonce\x18\x01 \x01(\x04\"\xae\x07\n\nWorkerLoad\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x1a\n\x12num_waiting_for_kv\x18\x03 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x04 \x01(\r\x12\x19\n\x11num_queued_tokens\x18\x05 \x01(\r\x12\x11\n\tnum_steps\x18\x06 \x01(\x04\x12\"\n\x1anum_computed_prompt_tokens\x18\x07 \x01(\x04\x12 \n\x18num_cached_prompt_tokens\x18\x08 \x01(\x04\x12$\n\x1cnum_recomputed_prompt_tokens\x18\t \x01(\x04\x12\x1c\n\x14num_generated_tokens\x18\n \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\x0b \x01(\x04\x12\x1c\n\x14num_published_blocks\x18\x0c \x01(\x04\x12\x1e\n\x16num_transferred_blocks\x18\r \x01(\x04\x12S\n\x16num_rejected_fragments\x18\x0e \x03(\x0b\x32\x33.switchyard.v1.WorkerLoad.NumRejectedFragmentsEntry\x12@\n\x0cpulled_bytes\x18\x0f \x03(\x0b\x32*.switchyard.v1.WorkerLoad.PulledBytesEntry\x12\x46\n\x0fpublished_bytes\x18\x10 \x03(\x0b\x32-.switchyard.v1.WorkerLoad.PublishedBytesEntry\x12;\n\ntier_is_up\x18\x11 \x03(\x0b\x32\'.switchyard.v1.WorkerLoad.TierIsUpEntry\x12\x1c\n\x14num_prefixes_fetched\x18\x12 \x01(\x04\x12\x1f\n\x17num_prefixes_recomputed\x18\x13 \x01(\x04\x1a;\n\x19NumRejectedFragmentsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a\x32\n\x10PulledBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a\x35\n\x13PublishedBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a/\n\rTierIsUpEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x08:\x02\x38\x01\"\x14\n\x12WatchBlocksRequest\"\x86\x01\n\x13WatchBlocksResponse\x12\x34\n\x08snapshot\x18\x01 \x01(\x0b\x32 .switchyard.v1.BlockSnapshotPartH\x00\x12.\n\x07\x63hanges\x18\x02 \x01(\x0b\x32\x1b.switchyard.v1.BlockChangesH\x00\x42\t\n\x07message\"f\n\x11\x42lockSnapshotPart\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x0c\n\x04part\x18\x03 \x01(\r\x12\x0f\n\x07is_last\x18\x04 \x01(\x08\x12\r\n\x05names\x18\x05 \x03(\x0c\"P\n\x0c\x42lockChanges\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x0e\n\x06stored\x18\x03 \x03(\x0c\x12\x0f\n\x07removed\x18\x04 \x03(\x0c\"\x10\n\x0eGetLoadRequest\"f\n\x0fGetLoadResponse\x12*\n\x06worker\x18\x01 \x01(\x0b\x32\x1a.switchyard.v1.WorkerHello\x12\'\n\x04load\x18\x02 \x01(\x0b\x32\x19.switchyard.v1.WorkerLoad*v\n\x0bRequestRole\x12\x1c\n\x18REQUEST_ROLE_UNSPECIFIED\x10\x00\x12\x16\n\x12REQUEST_ROLE_MIXED\x10\x01\x12\x18\n\x14REQUEST_ROLE_PREFILL\x10\x02\x12\x17\n\x13REQUEST_ROLE_DECODE\x10\x03*q\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x15\n\x11WORKER_ROLE_MIXED\x10\x01\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x02\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x03*\xc1\x01\n\x0eRequestOutcome\x12\x1f\n\x1bREQUEST_OUTCOME_UNSPECIFIED\x10\x00\x12\x18\n\x14REQUEST_OUTCOME_STOP\x10\x01\x12\x1a\n\x16REQUEST_OUTCOME_LENGTH\x10\x02\x12\x1d\n\x19REQUEST_OUTCOME_CANCELLED\x10\x03\x12\x1d\n\x19REQUEST_OUTCOME_PREFILLED\x10\x04\x12\x1a\n\x16REQUEST_OUTCOME_FAILED\x10\x05\x32\xff\x01\n\rWorkerService\x12L\n\x07\x43onnect\x12\x1d.switchyard.v1.ConnectRequest\x1a\x1e.switchyard.v1.ConnectResponse(\x01\x30\x01\x12V\n\x0bWatchBlocks\x12!.switchyard.v1.WatchBlocksRequest\x1a\".switchyard.v1.WatchBlocksResponse0\x01\x12H\n\x07GetLoad\x12\x1d.switchyard.v1.GetLoadRequest\x1a\x1e.switchyard.v1.GetLoadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,12 +50,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WORKERLOAD_PUBLISHEDBYTESENTRY']._serialized_options = b'8\001'
   _globals['_WORKERLOAD_TIERISUPENTRY']._loaded_options = None
   _globals['_WORKERLOAD_TIERISUPENTRY']._serialized_options = b'8\001'
-  _globals['_REQUESTROLE']._serialized_start=2796
-  _globals['_REQUESTROLE']._serialized_end=2914
-  _globals['_WORKERROLE']._serialized_start=2916
-  _globals['_WORKERROLE']._serialized_end=3029
-  _globals['_REQUESTOUTCOME']._serialized_start=3032
-  _globals['_REQUESTOUTCOME']._serialized_end=3225
+  _globals['_REQUESTROLE']._serialized_start=3162
+  _globals['_REQUESTROLE']._serialized_end=3280
+  _globals['_WORKERROLE']._serialized_start=3282
+  _globals['_WORKERROLE']._serialized_end=3395
+  _globals['_REQUESTOUTCOME']._serialized_start=3398
+  _globals['_REQUESTOUTCOME']._serialized_end=3591
   _globals['_CONNECTREQUEST']._serialized_start=78
   _globals['_CONNECTREQUEST']._serialized_end=355
   _globals['_ROUTERHELLO']._serialized_start=357
@@ -73,27 +73,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CONNECTRESPONSE']._serialized_start=812
   _globals['_CONNECTRESPONSE']._serialized_end=1062
   _globals['_WORKERHELLO']._serialized_start=1065
-  _globals['_WORKERHELLO']._serialized_end=1305
-  _globals['_TOKENBATCH']._serialized_start=1307
-  _globals['_TOKENBATCH']._serialized_end=1427
-  _globals['_REQUESTFINISHED']._serialized_start=1430
-  _globals['_REQUESTFINISHED']._serialized_end=1704
-  _globals['_PONG']._serialized_start=1706
-  _globals['_PONG']._serialized_end=1727
-  _globals['_WORKERLOAD']._serialized_start=1730
-  _globals['_WORKERLOAD']._serialized_end=2672
-  _globals['_WORKERLOAD_NUMREJECTEDFRAGMENTSENTRY']._serialized_start=2457
-  _globals['_WORKERLOAD_NUMREJECTEDFRAGMENTSENTRY']._serialized_end=2516
-  _globals['_WORKERLOAD_PULLEDBYTESENTRY']._serialized_start=2518
-  _globals['_WORKERLOAD_PULLEDBYTESENTRY']._serialized_end=2568
-  _globals['_WORKERLOAD_PUBLISHEDBYTESENTRY']._serialized_start=2570
-  _globals['_WORKERLOAD_PUBLISHEDBYTESENTRY']._serialized_end=2623
-  _globals['_WORKERLOAD_TIERISUPENTRY']._serialized_start=2625
-  _globals['_WORKERLOAD_TIERISUPENTRY']._serialized_end=2672
-  _globals['_GETLOADREQUEST']._serialized_start=2674
-  _globals['_GETLOADREQUEST']._serialized_end=2690
-  _globals['_GETLOADRESPONSE']._serialized_start=2692
-  _globals['_GETLOADRESPONSE']._serialized_end=2794
-  _globals['_WORKERSERVICE']._serialized_start=3228
-  _globals['_WORKERSERVICE']._serialized_end=3395
+  _globals['_WORKERHELLO']._serialized_end=1326
+  _globals['_TOKENBATCH']._serialized_start=1328
+  _globals['_TOKENBATCH']._serialized_end=1448
+  _globals['_REQUESTFINISHED']._serialized_start=1451
+  _globals['_REQUESTFINISHED']._serialized_end=1725
+  _globals['_PONG']._serialized_start=1727
+  _globals['_PONG']._serialized_end=1748
+  _globals['_WORKERLOAD']._serialized_start=1751
+  _globals['_WORKERLOAD']._serialized_end=2693
+  _globals['_WORKERLOAD_NUMREJECTEDFRAGMENTSENTRY']._serialized_start=2478
+  _globals['_WORKERLOAD_NUMREJECTEDFRAGMENTSENTRY']._serialized_end=2537
+  _globals['_WORKERLOAD_PULLEDBYTESENTRY']._serialized_start=2539
+  _globals['_WORKERLOAD_PULLEDBYTESENTRY']._serialized_end=2589
+  _globals['_WORKERLOAD_PUBLISHEDBYTESENTRY']._serialized_start=2591
+  _globals['_WORKERLOAD_PUBLISHEDBYTESENTRY']._serialized_end=2644
+  _globals['_WORKERLOAD_TIERISUPENTRY']._serialized_start=2646
+  _globals['_WORKERLOAD_TIERISUPENTRY']._serialized_end=2693
+  _globals['_WATCHBLOCKSREQUEST']._serialized_start=2695
+  _globals['_WATCHBLOCKSREQUEST']._serialized_end=2715
+  _globals['_WATCHBLOCKSRESPONSE']._serialized_start=2718
+  _globals['_WATCHBLOCKSRESPONSE']._serialized_end=2852
+  _globals['_BLOCKSNAPSHOTPART']._serialized_start=2854
+  _globals['_BLOCKSNAPSHOTPART']._serialized_end=2956
+  _globals['_BLOCKCHANGES']._serialized_start=2958
+  _globals['_BLOCKCHANGES']._serialized_end=3038
+  _globals['_GETLOADREQUEST']._serialized_start=3040
+  _globals['_GETLOADREQUEST']._serialized_end=3056
+  _globals['_GETLOADRESPONSE']._serialized_start=3058
+  _globals['_GETLOADRESPONSE']._serialized_end=3160
+  _globals['_WORKERSERVICE']._serialized_start=3594
+  _globals['_WORKERSERVICE']._serialized_end=3849
 # @@protoc_insertion_point(module_scope)

@@ -40,6 +40,11 @@ class WorkerServiceStub(object):
                 request_serializer=switchyard_dot_v1_dot_worker__pb2.ConnectRequest.SerializeToString,
                 response_deserializer=switchyard_dot_v1_dot_worker__pb2.ConnectResponse.FromString,
                 _registered_method=True)
+        self.WatchBlocks = channel.unary_stream(
+                '/switchyard.v1.WorkerService/WatchBlocks',
+                request_serializer=switchyard_dot_v1_dot_worker__pb2.WatchBlocksRequest.SerializeToString,
+                response_deserializer=switchyard_dot_v1_dot_worker__pb2.WatchBlocksResponse.FromString,
+                _registered_method=True)
         self.GetLoad = channel.unary_unary(
                 '/switchyard.v1.WorkerService/GetLoad',
                 request_serializer=switchyard_dot_v1_dot_worker__pb2.GetLoadRequest.SerializeToString,
@@ -60,6 +65,14 @@ class WorkerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchBlocks(self, request, context):
+        """Which KV blocks the worker's device holds: a snapshot, then what changed. A stream of its own, so that tokens never
+        wait behind it. Whoever missed something calls again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetLoad(self, request, context):
         """What the worker is doing now; for tests, benchmarks and metrics.
         """
@@ -74,6 +87,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.Connect,
                     request_deserializer=switchyard_dot_v1_dot_worker__pb2.ConnectRequest.FromString,
                     response_serializer=switchyard_dot_v1_dot_worker__pb2.ConnectResponse.SerializeToString,
+            ),
+            'WatchBlocks': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchBlocks,
+                    request_deserializer=switchyard_dot_v1_dot_worker__pb2.WatchBlocksRequest.FromString,
+                    response_serializer=switchyard_dot_v1_dot_worker__pb2.WatchBlocksResponse.SerializeToString,
             ),
             'GetLoad': grpc.unary_unary_rpc_method_handler(
                     servicer.GetLoad,
@@ -109,6 +127,33 @@ class WorkerService(object):
             '/switchyard.v1.WorkerService/Connect',
             switchyard_dot_v1_dot_worker__pb2.ConnectRequest.SerializeToString,
             switchyard_dot_v1_dot_worker__pb2.ConnectResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/switchyard.v1.WorkerService/WatchBlocks',
+            switchyard_dot_v1_dot_worker__pb2.WatchBlocksRequest.SerializeToString,
+            switchyard_dot_v1_dot_worker__pb2.WatchBlocksResponse.FromString,
             options,
             channel_credentials,
             insecure,
