@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from switchyard.v1 import worker_pb2
 from costs.transfer import NEVER_FETCH
 from kvstore.connect import open_directory
 from kvstore.names import block_names, root_name
-from tests.fake_cluster import expected, write_fake_model
+from tests.fake_cluster import Prefork, Server, expected, write_fake_model
 from tests.kvstore.fragments import SECRET
 from tests.processes import KVNode, RedisServer
 from tests.workers.test_disaggregation import BLOCK_SIZE, prompt, spec_for, worker
@@ -21,7 +21,6 @@ from tests.workers.test_scheduler import make_engine, make_request
 from tests.workers.tiny_llama import generate_with_transformers, make_checkpoint
 from tests.workers.worker_client import WorkerClient, wait_until
 from workers.config import EngineConfig, ModelConfig, WorkerSpec
-from workers.rank import Rank
 from workers.request import RequestRole
 from workers.scheduler import Scheduler
 
@@ -86,16 +85,31 @@ def test_what_is_cheaper_to_compute_is_named_once_without_blocks(role: RequestRo
 # ------------------------------------------------------------------------------------------------------- real workers
 
 
-@contextmanager
-def single_rank(spec: WorkerSpec) -> Iterator[WorkerClient]:
-    """A worker within this process."""
-    rank = Rank(spec, 0)
-    rank.connect()
-    try:
-        with WorkerClient(rank.serve()) as client:
-            yield client
-    finally:
-        rank.stop()
+Start = Callable[[WorkerSpec], AbstractContextManager[WorkerClient]]
+
+
+@pytest.fixture(scope="module")
+def prefork() -> Iterator[Prefork]:
+    process = Prefork()
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def single_rank(prefork: Prefork, tmp_path: Path) -> Start:
+    """Forks a worker of one rank, in less than the time that a new process takes."""
+
+    @contextmanager
+    def start(spec: WorkerSpec) -> Iterator[WorkerClient]:
+        server = Server(prefork, "worker", spec.worker_id, tmp_path)
+        server.start(dataclasses.asdict(spec))
+        try:
+            with WorkerClient(server.wait_ready()["address"]) as client:
+                yield client
+        finally:
+            server.terminate()
+
+    return start
 
 
 @contextmanager
@@ -110,7 +124,7 @@ def queued_behind(client: WorkerClient, count: int, length: int, max_tokens: int
         client.send(cancel=worker_pb2.Cancel(stream_id=name))
 
 
-def write_back(spec: WorkerSpec, token_ids: list[int]) -> None:
+def write_back(single_rank: Start, spec: WorkerSpec, token_ids: list[int]) -> None:
     """Another worker, of no host, has computed the prompt's blocks; they are in the shared tier."""
     elsewhere = dataclasses.replace(spec, worker_id="elsewhere", host_address="", node_id="elsewhere")
     engine = dataclasses.replace(spec.engine, tp=1)
@@ -125,7 +139,7 @@ def write_back(spec: WorkerSpec, token_ids: list[int]) -> None:
 
 @pytest.mark.redis
 def test_a_queued_request_finds_its_blocks_in_the_host_tier(
-    tmp_path: Path, shared_kv_node: KVNode, redis_server: RedisServer
+    tmp_path: Path, shared_kv_node: KVNode, redis_server: RedisServer, single_rank: Start
 ) -> None:
     model_dir = write_fake_model(tmp_path / "model")
     engine = EngineConfig(
@@ -137,7 +151,7 @@ def test_a_queued_request_finds_its_blocks_in_the_host_tier(
         tier=redis_server.url, tier_secret=SECRET, control=shared_kv_node.control_url, prefix_fetch="always",
     )  # fmt: skip
     token_ids = prompt(NUM_BLOCKS * BLOCK_SIZE + 5, seed=9)
-    write_back(spec, token_ids)
+    write_back(single_rank, spec, token_ids)
     num_fragments = NUM_BLOCKS * ModelConfig.load(str(model_dir)).num_key_value_heads
     with single_rank(spec) as client:
         with queued_behind(client, 2, 5, 400):
@@ -155,7 +169,7 @@ def test_a_queued_request_finds_its_blocks_in_the_host_tier(
 
 @pytest.mark.redis
 def test_what_one_rank_prefetched_serves_the_others(
-    tmp_path: Path, shared_kv_node: KVNode, redis_server: RedisServer
+    tmp_path: Path, shared_kv_node: KVNode, redis_server: RedisServer, single_rank: Start
 ) -> None:
     """Redis is gone when the request is admitted, so each rank has its heads from the host tier or not at all."""
     checkpoint = make_checkpoint("gqa", tmp_path)
@@ -163,7 +177,7 @@ def test_what_one_rank_prefetched_serves_the_others(
     spec = spec_for(checkpoint, "mixed", shared_kv_node, tp=2, **options)
     spec = dataclasses.replace(spec, engine=dataclasses.replace(spec.engine, max_num_seqs=1))
     token_ids = prompt(NUM_BLOCKS * BLOCK_SIZE + 5, seed=10)
-    write_back(spec, token_ids)
+    write_back(single_rank, spec, token_ids)
     model = ModelConfig.load(str(checkpoint))
     num_fragments = NUM_BLOCKS * model.num_key_value_heads * model.num_hidden_layers
     with worker(spec) as client:
