@@ -41,6 +41,12 @@ from kvstore.transport import NOTHING_CAME, Pulled
 
 _LOG = logging.getLogger(__name__)
 
+# NIXL's own have no base in common; RuntimeError and ValueError are how its binding passes on those of C++.
+_ERRORS: tuple[type[Exception], ...] = (
+    *(error for error in vars(nixl._bindings).values() if isinstance(error, type) and issubclass(error, Exception)),
+    *(RuntimeError, ValueError, OSError),
+)
+
 _MEMORY = "DRAM"
 _KEPT_BUFFERS = 128  # of GROUP_BYTES: registered memory stays in place, so there is a bound
 _LOOK_S = 0.00005  # between looks whether a read is through
@@ -77,7 +83,7 @@ class NixlMemory:
 
     def progress(self) -> None:
         """As in ReadableMemory. Connecting needs it, and networks on which reading is not the hardware's."""
-        with self._lock:
+        with self._lock, _nixl_errors():
             self._agent.get_new_notifs()
 
     def close(self) -> None:
@@ -90,7 +96,7 @@ class NixlMemory:
 class _Remote:
     """A peer's agent, as this process's agent knows it."""
 
-    name: str
+    name: Any
     description: bytes
     num_users: int = 0
     is_lost: bool = False
@@ -139,7 +145,7 @@ class NixlReader:
                 del self._remotes[remote.description]
                 try:
                     self._agent.remove_remote_agent(remote.name)
-                except Exception as error:  # it is gone already
+                except _ERRORS as error:  # it is gone already
                     _LOG.debug("NIXL: %s", error)
 
     def start(self, remote: _Remote, places: Sequence[tuple[int, int]]) -> _Read:
@@ -150,7 +156,7 @@ class NixlReader:
             buffer, registered = self._take(num_bytes)
             try:
                 handle = self._prepare(remote, places, _address_of(buffer))
-            except Exception:
+            except _ERRORS:
                 if registered is not None:
                     self._agent.deregister_memory(registered)
                 raise
@@ -204,7 +210,7 @@ class NixlReader:
         for read in self._given_up:
             try:
                 self._release(read)
-            except Exception:  # still in progress, and not to be stopped
+            except _ERRORS:  # still in progress, and not to be stopped
                 kept.append(read)
         self._given_up = kept
 
@@ -308,10 +314,10 @@ class NixlTransport:
 
 @contextmanager
 def _nixl_errors(remote: _Remote | None = None) -> Iterator[None]:
-    """What NIXL raises has no base of its own; here it is an OSError, and the peer is lost."""
+    """What NIXL raises becomes an OSError, and the peer is lost."""
     try:
         yield
-    except Exception as error:
+    except _ERRORS as error:
         if remote is not None:
             remote.is_lost = True
         if isinstance(error, OSError):

@@ -150,9 +150,13 @@ class Prefetcher:
             missing.append(key)
             if isinstance(payload, Rejected):
                 rejected[payload.reason] += 1
-        stored = [fragment for fragment, is_stored in zip(found, self._host.put(found), strict=True) if is_stored]
         with self._changed:
             self._rejected.update(rejected)
+            if job.is_over:
+                self._num_useless += len(found)
+                return []
+        stored = [fragment for fragment, is_stored in zip(found, self._host.put(found), strict=True) if is_stored]
+        with self._changed:
             self._num_fragments[tier.name] += len(stored)
             self._num_bytes[tier.name] += sum(fragment.payload.nbytes for fragment in stored)
             job.num_fetched += len(stored)
