@@ -130,6 +130,7 @@ class Cluster:
             disk_bytes=self._config.kvstore.disk_bytes,
             disk_write=self._config.kvstore.disk_write,
             peers=self._config.kvstore.peers,
+            peer_transport=self._config.kvstore.peer_transport,
             secret=self._tier_secret,
         )
         names, deployed = [pool.name for pool in plan.pools], list[str]()

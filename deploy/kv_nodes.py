@@ -45,6 +45,7 @@ class KVNodeSettings:
     disk_write: str = "back"
     peers: bool = False
     """Whether other hosts pull from the nodes."""
+    peer_transport: str = "tcp"
     secret: str = field(default="", repr=False)
     """Of what leaves a host's memory."""
 
@@ -107,6 +108,7 @@ class KVNodeActor:
             command += ["--disk-write", settings.disk_write]
         if settings.peers:
             command += ["--peer-address", f"{ray.util.get_node_ip_address()}:0"]
+            command += ["--peer-transport", settings.peer_transport]
 
         def next_command(_: Ready | None) -> list[str]:
             return command

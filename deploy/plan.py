@@ -102,6 +102,7 @@ def make_plan(
             model_name=name,
             tier=config.kvstore.tier,
             peers=config.kvstore.peers,
+            peer_transport=config.kvstore.peer_transport,
             tier_secret=tier_secret,
             tier_ttl_s=config.kvstore.tier_ttl_s,
             prefix_fetch=config.kvstore.prefix_fetch,

@@ -6,6 +6,8 @@ Knows nothing of how the other branches are read; numbers that are derived from 
 import math
 from dataclasses import dataclass
 
+from kvstore.transport import check_peer_transport
+
 PREFIX_FETCH = ("cheapest", "always", "never")
 _LEAST_DISK_BYTES = 16 * 1024 * 1024
 
@@ -29,7 +31,10 @@ class KVStoreConfig:
     disk_write: str = "back"
     """back: fragments go to disk before the arena gives their slots away; through: as soon as they are complete."""
     peers: bool = False
-    """Whether hosts pull fragments from each other over TCP. Bytes are tagged and verified, but not encrypted."""
+    """Whether hosts pull fragments from each other. Bytes are tagged and verified, but not encrypted."""
+    peer_transport: str = "tcp"
+    """By what they do: tcp, or nixl (the nixl package reads from other hosts' memory, over RDMA where there is such a
+    network). With nixl, whoever reaches a host's memory by it can also write there: its network must be private."""
     tier: str = ""
     """redis:// URL of the tier that hosts share; empty means shared memory alone."""
     tier_secret_file: str = ""
@@ -59,6 +64,10 @@ class KVStoreConfig:
             raise ValueError(f"disk_dir: must be an absolute path where there is a disk tier, not {self.disk_dir!r}")
         if self.disk_write not in ("back", "through"):
             raise ValueError(f"disk_write: must be back or through, not {self.disk_write!r}")
+        try:
+            check_peer_transport(self.peer_transport)
+        except ValueError as error:
+            raise ValueError(f"peer_transport: {error}") from None
         if self.tier and not _is_redis(self.tier):
             raise ValueError(f"tier: must be empty or a redis:// URL, not {self.tier!r}")
         if not self.control.startswith("memory://") and not _is_redis(self.control):

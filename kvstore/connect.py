@@ -5,8 +5,10 @@ nothing of who starts the other ends.
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+from kvstore.authenticity import FragmentAuthenticator
 from kvstore.directory import Directory
 from kvstore.file_journal import FileJournal
 from kvstore.host_tier import HostTier
@@ -17,6 +19,7 @@ from kvstore.redis_journal import RedisJournal
 from kvstore.redis_tier import RedisTier
 from kvstore.remote_directory import RemoteDirectory
 from kvstore.tiers import Tier
+from kvstore.transport import Transport
 
 _MEMORY = "memory://"
 _FILE = "file://"
@@ -51,12 +54,17 @@ def open_journal(url: str) -> StreamJournal:
 
 
 def open_tiers(
-    host_address: str, tier_url: str, tier_secret: str, tier_ttl_s: float, peers_control: str = ""
+    host_address: str,
+    tier_url: str,
+    tier_secret: str,
+    tier_ttl_s: float,
+    peers_control: str = "",
+    peer_transport: str = "tcp",
 ) -> list[Tier]:
     """The tiers of a worker in the order in which they are asked; an empty address leaves that tier out.
 
     peers_control: URL of the directory in which peers are found. Raises ValueError for an address that is none, and for
-    a tier outside the host without a secret.
+    a tier outside the host without a secret; ImportError or OSError when NIXL is asked for and does not work here.
     """
     tiers: list[Tier] = []
     host = HostTier(host_address) if host_address else None
@@ -64,12 +72,20 @@ def open_tiers(
         tiers.append(host)
     if peers_control:
         directory = open_directory(peers_control)
-        tiers.append(PeerTier(directory, tier_secret, lambda: host.peer_address if host is not None else ""))
+        connect = _connect_by_nixl(tier_secret) if peer_transport == "nixl" else None
+        tiers.append(PeerTier(directory, tier_secret, lambda: host.peer_address if host is not None else "", connect))
     if tier_url:
         if not tier_url.startswith(_REDIS):
             raise ValueError(f"tier: must be empty or a redis:// URL, not {tier_url!r}")
         tiers.append(RedisTier(tier_url, tier_secret, tier_ttl_s))
     return tiers
+
+
+def _connect_by_nixl(secret: str) -> Callable[[str], Transport]:
+    from kvstore.nixl_transport import NixlReader, NixlTransport  # seconds, and a package that most do without
+
+    authenticator, reader = FragmentAuthenticator(secret), NixlReader()
+    return lambda address: NixlTransport(address, authenticator, reader)
 
 
 def place_of(tier: Tier, node_id: str) -> list[str]:

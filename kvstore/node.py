@@ -33,6 +33,7 @@ from kvstore.peer_server import PeerServer
 from kvstore.quick_calls import CallServer
 from kvstore.slot_calls import serve_slot_calls
 from kvstore.slot_table import SlotTable
+from kvstore.transport import PEER_TRANSPORTS, ReadableMemory, check_peer_transport
 
 _UNIX = "unix:"
 _LONGEST_SOCKET_PATH = 107  # bytes; the kernel's limit
@@ -62,6 +63,8 @@ class NodeSpec:
     """Empty: no directory is served."""
     peer_address: str = ""
     """Empty: other hosts pull nothing from here."""
+    peer_transport: str = "tcp"
+    """nixl: other hosts may read from the arena by themselves, too."""
     disk_dir: Path | None = None
     """None: no disk tier."""
     disk_bytes: int = 0
@@ -76,6 +79,10 @@ class NodeSpec:
             raise ValueError("--slot-bytes and --num-slots: must be > 0")
         if (self.disk_dir is not None or self.peer_address) and not self.secret:
             raise ValueError("--secret-file: needed where there is a disk tier, or peers")
+        try:
+            check_peer_transport(self.peer_transport)
+        except ValueError as error:
+            raise ValueError(f"--peer-transport: {error}") from None
         path = self.host_address.removeprefix(_UNIX)
         if self.host_address.startswith(_UNIX) and len((path + _CALLS).encode()) > _LONGEST_SOCKET_PATH:
             raise ValueError(f"--host-address: longer than {_LONGEST_SOCKET_PATH} bytes: {path}")
@@ -93,7 +100,10 @@ def run(spec: NodeSpec, stop: threading.Event, announce: Callable[[dict[str, obj
         ending.callback(slots.close)
         peer_address = ""
         if spec.peer_address:
-            peers = _serve_peers(spec, slots)
+            memory = _register_arena(owned.arena) if spec.peer_transport == "nixl" else None
+            if memory is not None:
+                ending.callback(memory.close)
+            peers = _serve_peers(spec, slots, memory)
             ending.callback(peers.close)
             peer_address = peers.address
         host_server, host_address, calls = _serve_slots(spec, slots, peer_address)
@@ -127,9 +137,18 @@ def _open_slots(spec: NodeSpec, arena: Arena) -> NodeSlots:
     return NodeSlots(arena, table, disk, writes_through=spec.disk_write == "through")
 
 
-def _serve_peers(spec: NodeSpec, slots: NodeSlots) -> PeerServer:
+def _register_arena(arena: Arena) -> ReadableMemory:
     try:
-        return PeerServer(spec.peer_address, slots, spec.secret)
+        from kvstore.nixl_transport import NixlMemory  # seconds, and a package that most nodes do without
+
+        return NixlMemory(arena)
+    except (ImportError, OSError) as error:
+        raise StartError(f"--peer-transport nixl: {error}") from error
+
+
+def _serve_peers(spec: NodeSpec, slots: NodeSlots, memory: ReadableMemory | None) -> PeerServer:
+    try:
+        return PeerServer(spec.peer_address, slots, spec.secret, memory)
     except (OSError, ValueError) as error:
         raise StartError(f"cannot listen on {spec.peer_address}: {error}") from error
 
@@ -190,6 +209,7 @@ def _parse(arguments: Sequence[str]) -> NodeSpec:
     parser.add_argument("--host-address", required=True, help="unix:PATH (or HOST:PORT) for the workers of this host")
     parser.add_argument("--control-address", default="", help="HOST:PORT for the directory; port 0 picks one")
     parser.add_argument("--peer-address", default="", help="HOST:PORT that other hosts pull from; port 0 picks one")
+    parser.add_argument("--peer-transport", choices=PEER_TRANSPORTS, default="tcp", help="by what they may pull")
     parser.add_argument("--disk-dir", type=Path, help="folder of the disk tier, its own; without it there is none")
     parser.add_argument("--disk-bytes", type=int, default=0, help="bound of the disk tier")
     parser.add_argument("--disk-write", choices=("back", "through"), default="back", help="what goes there, and when")
@@ -208,6 +228,7 @@ def _parse(arguments: Sequence[str]) -> NodeSpec:
             host_address=values.host_address,
             control_address=values.control_address,
             peer_address=values.peer_address,
+            peer_transport=values.peer_transport,
             disk_dir=values.disk_dir,
             disk_bytes=values.disk_bytes,
             disk_write=values.disk_write,

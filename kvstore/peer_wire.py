@@ -1,4 +1,4 @@
-"""What two hosts say to each other when one pulls fragments from the other's arena over TCP. Little-endian.
+"""What two hosts say to each other when one pulls fragments from the other's arena, over TCP. Little-endian.
 
     server  hello     magic, challenge                           once per connection
     client  request   magic, sequence, kind, number of keys, keys, tag over challenge and all of it
@@ -9,6 +9,13 @@
             ...       groups and trailers until all of the table is sent
 
 Of kind CHECK are requests about fragments that came and were bad: the server verifies them and sends none of them.
+A reader that has a way of its own to the server's memory asks DESCRIBE (no keys) once, and READ in place of PULL:
+
+    server  description   its length, a tag over challenge and description, and what a reader needs to know; or 0 bytes
+    server  table         as above; then for each key the address of its slot's header, or 0
+    client  read          magic, sequence, kind, number of fragments: it has read the next group
+    server  trailer       as above
+            ...           reads and trailers, group by group
 
 The tags are those of kvstore.authenticity: a request's shows that the caller knows the cluster's secret, a fragment's
 that the sender does. Whatever does not fit ends the connection. Bytes are not encrypted: the network must be private.
@@ -37,15 +44,21 @@ _STALL_S = 1.0  # without a single byte, where bytes are due
 _HELLO = struct.Struct(f"<8s{_CHALLENGE_BYTES}s")
 _HEAD = struct.Struct("<8sQII")
 _TRAILER = struct.Struct(f"<B{TAG_BYTES}s")
+_DESCRIPTION = struct.Struct(f"<I{TAG_BYTES}s")
+_MAX_DESCRIPTION_BYTES = 1024 * 1024
 HELLO_BYTES = _HELLO.size
 HEAD_BYTES = _HEAD.size
 TRAILER_BYTES = _TRAILER.size
+DESCRIPTION_HEAD_BYTES = _DESCRIPTION.size
 
 Bytes = bytes | bytearray | memoryview
 
 
 PULL = 0
 CHECK = 1
+DESCRIBE = 2
+READ = 3
+_KINDS = (PULL, CHECK, DESCRIBE, READ)
 _REASONS: tuple[RejectReason, ...] = ("checksum", "stale", "truncated", "layout", "forged")
 
 
@@ -97,15 +110,20 @@ def unpack_hello(raw: Bytes) -> bytes:
 
 def pack_request(sequence: int, kind: int, keys: Sequence[bytes]) -> bytes:
     """Without its tag."""
-    return _HEAD.pack(_MAGIC, sequence, kind, len(keys)) + b"".join(keys)
+    return pack_head(sequence, kind, len(keys)) + b"".join(keys)
+
+
+def pack_head(sequence: int, kind: int, num_keys: int) -> bytes:
+    """Of a request, a table, or the word that a group was read."""
+    return _HEAD.pack(_MAGIC, sequence, kind, num_keys)
 
 
 def unpack_head(raw: Bytes, sequence: int) -> tuple[int, int]:
     """Kind, and number of keys of the request or table that follows. Raises ProtocolError."""
     magic, held_sequence, kind, num_keys = _HEAD.unpack(raw)
-    if magic != _MAGIC or held_sequence != sequence or kind not in (PULL, CHECK):
+    if magic != _MAGIC or held_sequence != sequence or kind not in _KINDS:
         raise ProtocolError("not the message that is due")
-    if not 0 < num_keys <= MAX_KEYS:
+    if num_keys > MAX_KEYS or (num_keys == 0) != (kind == DESCRIBE):
         raise ProtocolError(f"{num_keys} keys in a message")
     return int(kind), int(num_keys)
 
@@ -120,7 +138,7 @@ def pack_table(sequence: int, kind: int, table: Sequence[TableEntry]) -> bytes:
     sizes = [entry.sealed_bytes for entry in table]
     generations = [entry.generation for entry in table]
     numbers = struct.pack(f"<{len(table)}I{len(table)}Q", *sizes, *generations)
-    return _HEAD.pack(_MAGIC, sequence, kind, len(table)) + numbers
+    return pack_head(sequence, kind, len(table)) + numbers
 
 
 def table_bytes(num_keys: int) -> int:
@@ -137,6 +155,34 @@ def unpack_table(raw: Bytes, num_keys: int) -> list[TableEntry]:
     if any(not entry.sealed_bytes and entry.generation > len(_REASONS) for entry in table):
         raise ProtocolError("a reason that there is not")
     return table
+
+
+def pack_addresses(addresses: Sequence[int]) -> bytes:
+    """One for each key of a table."""
+    return struct.pack(f"<{len(addresses)}Q", *addresses)
+
+
+def address_bytes(num_keys: int) -> int:
+    """Of the addresses behind a table."""
+    return 8 * num_keys
+
+
+def unpack_addresses(raw: Bytes, num_keys: int) -> tuple[int, ...]:
+    """One for each key of a table."""
+    return struct.unpack(f"<{num_keys}Q", raw)
+
+
+def pack_description(description: bytes, tag: bytes) -> bytes:
+    """Of the server's memory, with its head."""
+    return _DESCRIPTION.pack(len(description), tag) + description
+
+
+def unpack_description_head(raw: Bytes) -> tuple[int, bytes]:
+    """Bytes of the description that follows, and its tag. Raises ProtocolError."""
+    num_bytes, tag = _DESCRIPTION.unpack(raw)
+    if num_bytes > _MAX_DESCRIPTION_BYTES:
+        raise ProtocolError("a size that no description has")
+    return num_bytes, tag
 
 
 def groups(table: Sequence[TableEntry]) -> Iterator[list[int]]:

@@ -1,14 +1,17 @@
 """The seam for ways to move fragments between hosts: one way to one peer, whatever carries the bytes.
 
-TCP is kvstore.tcp_transport; one over RDMA fills in the same. Verification is the tier's, the same for all of them.
-Knows nothing of networks.
+kvstore.tcp_transport receives them on the connection on which it asks; kvstore.nixl_transport reads them from the
+peer's memory. Verification is the tier's, the same for all of them. Knows nothing of networks.
 """
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from kvstore.tiers import Rejected
+
+PEER_TRANSPORTS = ("tcp", "nixl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +24,11 @@ class Pulled:
     """What the peer says that its slot's header has."""
     tag: bytes
     is_current: bool
-    """Whether the peer's slot still had that generation when all of it was sent."""
+    """Whether the peer's slot still had that generation when all of it was there."""
+
+
+NOTHING_CAME = Pulled(memoryview(b""), 0, b"", True)
+"""A fragment that the peer announced, and that did not come."""
 
 
 class Transport(Protocol):
@@ -36,3 +43,28 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Gives up the connection."""
+
+
+class ReadableMemory(Protocol):
+    """The other end of transports that read by themselves: an arena that other hosts may read from. Thread-safe."""
+
+    @property
+    def description(self) -> bytes:
+        """All that a reader needs to know, but for where a fragment lies."""
+
+    def address_of(self, slot: int) -> int:
+        """Where the slot's header begins, as readers name places."""
+
+    def progress(self) -> None:
+        """Does what a read in progress needs from this end; called again and again while there is one."""
+
+    def close(self) -> None:
+        """Nothing can be read from then on."""
+
+
+def check_peer_transport(name: str) -> None:
+    """Raises ValueError, without the name of the setting, for one that there is not, or that cannot work here."""
+    if name not in PEER_TRANSPORTS:
+        raise ValueError(f"must be one of {', '.join(PEER_TRANSPORTS)}, not {name!r}")
+    if name == "nixl" and importlib.util.find_spec("nixl") is None:
+        raise ValueError("nixl needs the nixl package, which is not installed: pip install 'switchyard[nixl]'")

@@ -230,6 +230,7 @@ class WorkerSpec:
     host_address: str = ""  # KV node of this host; "": no host tier
     tier: str = ""  # redis://... ; "": no remote tier
     peers: bool = False  # whether to pull from other hosts, which the directory at `control` names
+    peer_transport: str = "tcp"  # one of kvstore.transport.PEER_TRANSPORTS
     tier_secret: str = dataclasses.field(default="", repr=False)  # needed where there is a remote tier, or peers
     tier_ttl_s: float = 3600.0
     prefix_fetch: str = "cheapest"  # one of PREFIX_FETCH

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from kvstore.directory import Directory, DirectoryUnavailable
 from workers.engine import Clock, Engine, StepEvents
 from workers.errors import InvalidRequest
+from workers.prefetch import QueuePrefetch
 from workers.request import Request, RequestEnd
 
 log = logging.getLogger(__name__)
@@ -117,6 +118,7 @@ class EngineLoop:
     places: where what this worker publishes is, as the directory names places ("host:NODE_ID", "redis").
     reaches: whether it can pull a block from one of these places.
     on_failure: called once, with the error, when the engine itself fails; nothing runs after it.
+    prefetch: told of the queue after each step.
     """
 
     def __init__(
@@ -128,8 +130,10 @@ class EngineLoop:
         on_events: Callable[[LoopEvents], None],
         on_failure: Callable[[BaseException], None],
         clock: Clock,
+        prefetch: QueuePrefetch | None = None,
     ) -> None:
         self._engine = engine
+        self._prefetch = prefetch
         self._directory = directory
         self._places = places
         self._reaches = reaches
@@ -265,6 +269,8 @@ class EngineLoop:
         ]
         if self._pulls:
             self._pulls_changed.set()
+        if self._prefetch is not None:
+            self._prefetch.note(self._engine.scheduler)
 
     def _snapshot(self) -> None:
         scheduler, counters = self._engine.scheduler, self._engine.counters

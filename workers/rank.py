@@ -24,7 +24,9 @@ from costs.transfer import ALWAYS_FETCH, NEVER_FETCH, TransferCost
 from kvstore.block_pool import BlockPool
 from kvstore.connect import open_directory, open_tiers, place_of, reaches
 from kvstore.directory import Directory, DirectoryUnavailable, WorkerRecord
+from kvstore.host_tier import HostTier
 from kvstore.names import fingerprint
+from kvstore.prefetch import Prefetcher, PrefetchStats
 from kvstore.store import FragmentStore
 from kvstore.tiers import Tier
 from workers.calibration import calibrate
@@ -32,11 +34,12 @@ from workers.config import EngineConfig, ModelConfig, WorkerSpec
 from workers.engine import Engine
 from workers.executor import GroupExecutor, follow
 from workers.fake_runner import FakeModelRunner
-from workers.kv_transfer import KVTransfer
+from workers.kv_transfer import FragmentGrid, KVTransfer
 from workers.lease import Lease
 from workers.loader import weights_digest
 from workers.loop import EngineLoop, LoopEvents
 from workers.parallel import ParallelGroups, Shard
+from workers.prefetch import QueuePrefetch
 from workers.runner import TorchModelRunner, pick_device, pick_dtype, schedules_async
 from workers.scheduler import Scheduler, SchedulerConfig
 from workers.server import MAX_MESSAGE_BYTES, WorkerServicer
@@ -139,6 +142,7 @@ class Rank:
         self._tiers: list[Tier] = []
         self._store = FragmentStore(())
         self._transfer: KVTransfer | None = None
+        self._prefetcher: Prefetcher | None = None
 
     # ---------------------------------------------------------------------------------------------------------- start
     def connect(self, init_method: str = "", interface: str = "") -> None:
@@ -152,7 +156,9 @@ class Rank:
         self._runner = load_runner(engine, self._model, self._groups, device)
         spec = self.spec
         peers_control = spec.control if spec.peers else ""
-        self._tiers = open_tiers(spec.host_address, spec.tier, spec.tier_secret, spec.tier_ttl_s, peers_control)
+        self._tiers = open_tiers(
+            spec.host_address, spec.tier, spec.tier_secret, spec.tier_ttl_s, peers_control, spec.peer_transport
+        )
         self._store = FragmentStore(self._tiers)
         grid = self._runner.grid(self.spec.layers_per_fragment)
         self._transfer = KVTransfer(self._runner.cache, grid, self._store)
@@ -226,6 +232,7 @@ class Rank:
             self._deliver_to(servicer),
             self._fail,
             time.monotonic,
+            self._prefetch_for_queue(),
         )
         servicer.attach(loop)
         self._servicer = servicer
@@ -252,6 +259,17 @@ class Rank:
         await self._closed.wait()
         pulse.cancel()
         await server.stop(grace=0.5)
+
+    def _prefetch_for_queue(self) -> QueuePrefetch | None:
+        """For the ranks of this host all at once: the fragments of all heads and layers go into its arena."""
+        host = next((tier for tier in self._tiers if isinstance(tier, HostTier)), None)
+        if host is None:
+            return None
+        own, model = self._runner.grid(self.spec.layers_per_fragment), self._model
+        whole = FragmentGrid(0, model.num_hidden_layers, own.layers_per_fragment, 0, model.num_key_value_heads)
+        slower = [tier for tier in self._tiers if tier is not host]
+        self._prefetcher = Prefetcher(self.spec.host_address, host, slower, whole.keys)
+        return QueuePrefetch(self._prefetcher)
 
     def _deliver_to(self, servicer: WorkerServicer) -> Callable[[LoopEvents], None]:
         def deliver(events: LoopEvents) -> None:
@@ -318,6 +336,9 @@ class Rank:
         rejected = dict(stats.rejected)
         if self._runner.num_layout_rejects:
             rejected["layout"] = rejected.get("layout", 0) + self._runner.num_layout_rejects
+        ahead = self._prefetcher.stats() if self._prefetcher is not None else PrefetchStats({}, {}, 0, {})
+        for reason, count in ahead.rejected.items():
+            rejected[reason] = rejected.get(reason, 0) + count
         snapshot = {} if self._loop is None else asdict(self._loop.load)
         return worker_pb2.WorkerLoad(
             **snapshot,
@@ -325,6 +346,9 @@ class Rank:
             pulled_bytes=dict(stats.pulled_bytes),
             published_bytes=dict(stats.published_bytes),
             tier_is_up=dict(stats.tier_is_up),
+            num_prefetched_fragments=dict(ahead.num_fragments),
+            prefetched_bytes=dict(ahead.num_bytes),
+            num_useless_prefetched_fragments=ahead.num_useless,
         )
 
     def metrics(self) -> dict[str, float | list[float]]:
@@ -354,6 +378,8 @@ class Rank:
             self._loop.close()
         if self._transfer is not None:
             self._transfer.close()
+        if self._prefetcher is not None:
+            self._prefetcher.close()
         self._store.close()
         if self._asyncio is not None:
             self._asyncio.call_soon_threadsafe(self._closed.set)

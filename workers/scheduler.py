@@ -11,8 +11,9 @@ life of the stream left them in the tiers - first holds blocks that fill from th
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from costs.transfer import ALWAYS_FETCH, TransferCost
 from kvstore.block_pool import BlockPool
@@ -120,6 +121,22 @@ class Scheduler:
         for request in self.waiting_for_kv:
             if not request.is_announced:
                 yield request.request_id, self._prompt_names(request)[request.num_ready_blocks :]
+
+    def queued_pulls(self, max_requests: int, known: Collection[str]) -> Iterator[tuple[str, list[bytes]]]:
+        """Of the first queued requests those that will pull blocks, as far as that is certain, but for the known ones.
+
+        With the names of these blocks; none when computing them is cheaper.
+        """
+        for request in islice(self.waiting, max_requests):
+            if request.request_id in known or request.awaits_lookup or not request.is_announced:
+                continue
+            is_decode = request.role is RequestRole.DECODE
+            all_names = self._prompt_names(request) if is_decode else request.block_names
+            names = all_names[: self._num_awaited_blocks(request)]
+            names = names[len(self.pool.match_prefix(names)) :]
+            if names:
+                pays = is_decode or self.config.transfer_cost.fetch_pays(len(names), self.pool.block_size)
+                yield request.request_id, names if pays else []
 
     @property
     def num_queued_tokens(self) -> int:

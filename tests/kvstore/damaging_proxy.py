@@ -1,7 +1,8 @@
 """A TCP proxy that damages what a peer sends: `python -m tests.kvstore.damaging_proxy UPSTREAM EDITS`.
 
-EDITS is JSON: {"hold": N, "edits": [...]}. Of each connection the first N bytes from the peer are held back, edited and
-sent on; what follows passes as it is. An edit is {"at": offset} and one of "xor": byte, "replace": hex,
+EDITS is JSON: {"hold": N, "turns": [...], "edits": [...]}. Of each connection the first N bytes from the peer are held
+back, edited and sent on, at the turns what came up to there: then the client speaks. What follows passes as it is.
+An edit is {"at": offset} and one of "xor": byte, "replace": hex,
 "swap": [other offset, length], "cut": true (nothing from there on, closed), "stall": true (nothing from there on).
 Prints its port.
 """
@@ -47,18 +48,18 @@ def serve(client: socket.socket, upstream: str, plan: dict[str, object]) -> None
     host, _, port = upstream.rpartition(":")
     with client, socket.create_connection((host, int(port))) as server:
         threading.Thread(target=pump, args=(client, server), daemon=True).start()
-        # The first message must not wait for the rest of what is held: the client speaks after it.
-        hello = server.recv(24, socket.MSG_WAITALL)
         edits = plan["edits"]
         assert isinstance(edits, list)
-        first = [edit for edit in edits if edit["at"] < 24]
-        sent, end = damage(bytearray(hello), first)
-        client.sendall(sent)
-        held = bytearray(hello)
-        while not end and len(held) < int(str(plan["hold"])) and (chunk := server.recv(65536)):
-            held += chunk
-        sent, end = damage(held, [edit for edit in edits if edit["at"] >= 24]) if not end else (b"", end)
-        client.sendall(sent[24:])
+        held, num_sent, end = bytearray(), 0, ""
+        # The first message must not wait for the rest of what is held: the client speaks after it.
+        for border in (24, *plan.get("turns", []), plan["hold"]):  # type: ignore[misc]
+            while len(held) < border and (chunk := server.recv(border - len(held))):
+                held += chunk
+            sent, end = damage(held, [edit for edit in edits if num_sent <= edit["at"] < border])
+            client.sendall(sent[num_sent:])
+            num_sent = border
+            if end:
+                break
         if end == "stall":
             time.sleep(60)
         elif not end:

@@ -197,7 +197,7 @@ class Pong(_message.Message):
     def __init__(self, nonce: _Optional[int] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_waiting_for_kv", "num_free_blocks", "num_queued_tokens", "num_steps", "num_computed_prompt_tokens", "num_cached_prompt_tokens", "num_recomputed_prompt_tokens", "num_generated_tokens", "num_preemptions", "num_published_blocks", "num_transferred_blocks", "num_rejected_fragments", "pulled_bytes", "published_bytes", "tier_is_up", "num_prefixes_fetched", "num_prefixes_recomputed")
+    __slots__ = ("num_running", "num_waiting", "num_waiting_for_kv", "num_free_blocks", "num_queued_tokens", "num_steps", "num_computed_prompt_tokens", "num_cached_prompt_tokens", "num_recomputed_prompt_tokens", "num_generated_tokens", "num_preemptions", "num_published_blocks", "num_transferred_blocks", "num_rejected_fragments", "pulled_bytes", "published_bytes", "tier_is_up", "num_prefixes_fetched", "num_prefixes_recomputed", "num_prefetched_fragments", "prefetched_bytes", "num_useless_prefetched_fragments")
     class NumRejectedFragmentsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -226,6 +226,20 @@ class WorkerLoad(_message.Message):
         key: str
         value: bool
         def __init__(self, key: _Optional[str] = ..., value: bool = ...) -> None: ...
+    class NumPrefetchedFragmentsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class PrefetchedBytesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FOR_KV_FIELD_NUMBER: _ClassVar[int]
@@ -245,6 +259,9 @@ class WorkerLoad(_message.Message):
     TIER_IS_UP_FIELD_NUMBER: _ClassVar[int]
     NUM_PREFIXES_FETCHED_FIELD_NUMBER: _ClassVar[int]
     NUM_PREFIXES_RECOMPUTED_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREFETCHED_FRAGMENTS_FIELD_NUMBER: _ClassVar[int]
+    PREFETCHED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_USELESS_PREFETCHED_FRAGMENTS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_waiting_for_kv: int
@@ -264,7 +281,10 @@ class WorkerLoad(_message.Message):
     tier_is_up: _containers.ScalarMap[str, bool]
     num_prefixes_fetched: int
     num_prefixes_recomputed: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_for_kv: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_queued_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_computed_prompt_tokens: _Optional[int] = ..., num_cached_prompt_tokens: _Optional[int] = ..., num_recomputed_prompt_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_published_blocks: _Optional[int] = ..., num_transferred_blocks: _Optional[int] = ..., num_rejected_fragments: _Optional[_Mapping[str, int]] = ..., pulled_bytes: _Optional[_Mapping[str, int]] = ..., published_bytes: _Optional[_Mapping[str, int]] = ..., tier_is_up: _Optional[_Mapping[str, bool]] = ..., num_prefixes_fetched: _Optional[int] = ..., num_prefixes_recomputed: _Optional[int] = ...) -> None: ...
+    num_prefetched_fragments: _containers.ScalarMap[str, int]
+    prefetched_bytes: _containers.ScalarMap[str, int]
+    num_useless_prefetched_fragments: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_for_kv: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_queued_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_computed_prompt_tokens: _Optional[int] = ..., num_cached_prompt_tokens: _Optional[int] = ..., num_recomputed_prompt_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_published_blocks: _Optional[int] = ..., num_transferred_blocks: _Optional[int] = ..., num_rejected_fragments: _Optional[_Mapping[str, int]] = ..., pulled_bytes: _Optional[_Mapping[str, int]] = ..., published_bytes: _Optional[_Mapping[str, int]] = ..., tier_is_up: _Optional[_Mapping[str, bool]] = ..., num_prefixes_fetched: _Optional[int] = ..., num_prefixes_recomputed: _Optional[int] = ..., num_prefetched_fragments: _Optional[_Mapping[str, int]] = ..., prefetched_bytes: _Optional[_Mapping[str, int]] = ..., num_useless_prefetched_fragments: _Optional[int] = ...) -> None: ...
 
 class WatchBlocksRequest(_message.Message):
     __slots__ = ()

@@ -1,0 +1,182 @@
+"""Blocks are brought into the host tier ahead of their use: from Redis, peers and the disk, bounded, all counted."""
+
+import random
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from kvstore.directory import MemoryDirectory
+from kvstore.host_tier import HostTier
+from kvstore.names import fragment_key
+from kvstore.peer_tier import PeerTier
+from kvstore.prefetch import Prefetcher, PrefetchStats
+from kvstore.redis_tier import RedisTier
+from kvstore.tiers import Fragment, Tier
+from tests.kvstore.fragments import REDIS_PREFIX, SECRET, keys_of
+from tests.kvstore.test_node_disk import stats_of
+from tests.processes import KVNode, RedisServer, wait_until
+
+NUM_HEADS = 4
+SLOTS = 64
+PAYLOAD_BYTES = 1000
+
+
+def keys_of_block(name: bytes) -> list[bytes]:
+    return [fragment_key(name, 0, 2, head) for head in range(NUM_HEADS)]
+
+
+def make_blocks(count: int) -> tuple[list[bytes], list[Fragment]]:
+    names = [random.randbytes(16) for _ in range(count)]
+    keys = [key for name in names for key in keys_of_block(name)]
+    return names, [Fragment(key, memoryview(random.randbytes(PAYLOAD_BYTES))) for key in keys]
+
+
+@pytest.fixture
+def node() -> Iterator[KVNode]:
+    node = KVNode(f"test-{uuid.uuid4().hex[:12]}", 4096, SLOTS)
+    yield node
+    node.close()
+
+
+@pytest.fixture
+def host(node: KVNode) -> Iterator[HostTier]:
+    tier = HostTier(node.host_address)
+    yield tier
+    tier.close()
+
+
+@pytest.fixture
+def redis_tier(redis_server: RedisServer) -> Iterator[RedisTier]:
+    tier = RedisTier(redis_server.url, SECRET, 60.0)
+    yield tier
+    tier.close()
+
+
+Start = Callable[..., Prefetcher]
+
+
+@pytest.fixture
+def start(node: KVNode, host: HostTier) -> Iterator[Start]:
+    started: list[Prefetcher] = []
+
+    def start(*slower: Tier) -> Prefetcher:
+        started.append(Prefetcher(node.host_address, host, slower, keys_of_block))
+        return started[-1]
+
+    yield start
+    for prefetcher in started:
+        prefetcher.close()
+
+
+def num_held(host: HostTier, fragments: Sequence[Fragment]) -> int:
+    return sum(payload is not None for payload in host.get(keys_of(fragments)))
+
+
+@pytest.mark.redis
+def test_whole_blocks_come_from_redis_once(host: HostTier, redis_tier: RedisTier, start: Start) -> None:
+    names, fragments = make_blocks(3)
+    assert all(redis_tier.put(fragments))
+    host.put(fragments[:NUM_HEADS])
+    prefetcher = start(redis_tier)
+    prefetcher.want("r", [*names, random.randbytes(16)])
+    wait_until(lambda: num_held(host, fragments) == len(fragments), "all are in the host tier")
+    wait_until(lambda: prefetcher.stats().num_fragments.get("redis", 0) == 8, "they are counted")
+    assert prefetcher.stats() == PrefetchStats({"redis": 8}, {"redis": 8 * PAYLOAD_BYTES}, 0, {})
+    assert host.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]
+    prefetcher.release("r", is_used=True)
+    assert prefetcher.stats().num_useless == 0
+
+
+@pytest.mark.redis
+def test_what_is_fetched_ahead_has_a_bound_until_requests_wait_no_more(
+    host: HostTier, redis_tier: RedisTier, start: Start
+) -> None:
+    first, of_first = make_blocks(5 * SLOTS // NUM_HEADS)
+    second, of_second = make_blocks(2)
+    for begin in range(0, len(of_first), 64):
+        assert all(redis_tier.put(of_first[begin : begin + 64]))
+    assert all(redis_tier.put(of_second))
+    prefetcher = start(redis_tier)
+    prefetcher.want("first", first)
+    prefetcher.want("second", second)
+    wait_until(lambda: prefetcher.stats().num_fragments.get("redis", 0) >= SLOTS // 4, "the first share is there")
+    time.sleep(0.2)  # to be seen not to go on
+    num_fetched = prefetcher.stats().num_fragments["redis"]
+    assert num_fetched < 2 * SLOTS // 4  # its share, and what a batch was over it
+    assert num_held(host, of_second) == 0
+    prefetcher.release("first", is_used=False)
+    wait_until(lambda: num_held(host, of_second) == len(of_second), "there is room for the second")
+    assert prefetcher.stats().num_useless == num_fetched
+
+
+@pytest.mark.redis
+def test_bad_ones_are_counted_and_not_kept(
+    host: HostTier, redis_tier: RedisTier, redis_server: RedisServer, start: Start
+) -> None:
+    names, fragments = make_blocks(1)
+    redis_tier.put(fragments)
+    with redis_server.client() as client:
+        stored = bytearray(client.get(REDIS_PREFIX + fragments[1].key))  # type: ignore[arg-type]
+        stored[100] ^= 1
+        client.set(REDIS_PREFIX + fragments[1].key, bytes(stored))
+    prefetcher = start(redis_tier)
+    prefetcher.want("r", names)
+    wait_until(lambda: prefetcher.stats().num_fragments.get("redis", 0) == NUM_HEADS - 1, "the good ones are there")
+    assert prefetcher.stats().rejected == {"checksum": 1}
+    assert num_held(host, fragments) == NUM_HEADS - 1
+
+
+def test_peers_are_asked_first(node: KVNode, host: HostTier, peer_node: KVNode, start: Start) -> None:
+    names, fragments = make_blocks(2)
+    other = HostTier(peer_node.host_address)
+    other.put(fragments)
+    directory = MemoryDirectory(time.monotonic)
+    directory.publish(names, f"peer:{other.peer_address}")
+    peers = PeerTier(directory, SECRET, lambda: "")
+    prefetcher = start(peers)
+    prefetcher.want("r", names)
+    wait_until(lambda: prefetcher.stats().num_fragments.get("peer", 0) == len(fragments), "all came")
+    assert host.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]
+    peers.close()
+    other.close()
+
+
+def test_the_disk_gives_back_what_it_has(tmp_path: Path) -> None:
+    options = ["--disk-dir", str(tmp_path / "disk"), "--disk-bytes", str(16 << 20), "--disk-write", "through"]
+    node = KVNode(f"test-{uuid.uuid4().hex[:12]}", 4096, 16, options, SECRET)
+    host = HostTier(node.host_address)
+    names, fragments = make_blocks(2)
+    assert all(host.put(fragments))
+    wait_until(lambda: stats_of(node).disk.num_written == len(fragments), "all are on disk")
+    assert all(host.put(make_blocks(4)[1]))  # every slot is another's now
+    prefetcher = Prefetcher(node.host_address, host, (), keys_of_block)
+    prefetcher.want("r", names)
+    wait_until(lambda: stats_of(node).num_promoted == len(fragments), "all are in slots again")
+    assert prefetcher.stats().num_fragments == {}
+    prefetcher.close()
+    host.close()
+    node.close()
+
+
+@pytest.mark.redis
+def test_without_its_node_nothing_is_fetched_and_later_requests_are(
+    node: KVNode, host: HostTier, redis_tier: RedisTier, start: Start
+) -> None:
+    names, fragments = make_blocks(2)
+    redis_tier.put(fragments)
+    prefetcher = start(redis_tier)
+    node.kill()
+    prefetcher.want("r", names)
+    wait_until(lambda: not prefetcher._jobs["r"].names, "it was given up")
+    assert prefetcher.stats().num_fragments == {}
+    node.start()
+    wait_until(lambda: all(host.put(make_blocks(1)[1])), "the host tier is back")
+
+    def came() -> bool:
+        prefetcher.want("again", names)  # its own channel may take a moment longer
+        return num_held(host, fragments) == len(fragments)
+
+    wait_until(came, "they are prefetched")
