@@ -104,6 +104,7 @@ def make_plan(
             peers=config.kvstore.peers,
             tier_secret=tier_secret,
             tier_ttl_s=config.kvstore.tier_ttl_s,
+            tier_compression=config.kvstore.tier_compression,
             prefix_fetch=config.kvstore.prefix_fetch,
             control=control,
             layers_per_fragment=layers,

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 PREFIX_FETCH = ("cheapest", "always", "never")
+COMPRESSIONS = ("none", "zstd")
 _LEAST_DISK_BYTES = 16 * 1024 * 1024
 
 
@@ -28,10 +29,14 @@ class KVStoreConfig:
     """Folder of the disk tier, kept from one start to the next; each host and each cluster needs its own."""
     disk_write: str = "back"
     """back: fragments go to disk before the arena gives their slots away; through: as soon as they are complete."""
+    disk_compression: str = "none"
+    """none, or zstd: without loss, where it saves whole pages. Of what is written from now on; both forms are read."""
     peers: bool = False
     """Whether hosts pull fragments from each other over TCP. Bytes are tagged and verified, but not encrypted."""
     tier: str = ""
     """redis:// URL of the tier that hosts share; empty means shared memory alone."""
+    tier_compression: str = "none"
+    """As disk_compression, of the values in the shared tier."""
     tier_secret_file: str = ""
     """File with the secret under which fragments outside of a host's memory (on disk, between hosts, in the shared
     tier) are tagged, such as a mounted Kubernetes Secret. Empty: one is drawn at each start, and fragments of earlier
@@ -59,6 +64,9 @@ class KVStoreConfig:
             raise ValueError(f"disk_dir: must be an absolute path where there is a disk tier, not {self.disk_dir!r}")
         if self.disk_write not in ("back", "through"):
             raise ValueError(f"disk_write: must be back or through, not {self.disk_write!r}")
+        for name in ("disk_compression", "tier_compression"):
+            if getattr(self, name) not in COMPRESSIONS:
+                raise ValueError(f"{name}: must be one of {', '.join(COMPRESSIONS)}, not {getattr(self, name)!r}")
         if self.tier and not _is_redis(self.tier):
             raise ValueError(f"tier: must be empty or a redis:// URL, not {self.tier!r}")
         if not self.control.startswith("memory://") and not _is_redis(self.control):

@@ -51,7 +51,12 @@ def open_journal(url: str) -> StreamJournal:
 
 
 def open_tiers(
-    host_address: str, tier_url: str, tier_secret: str, tier_ttl_s: float, peers_control: str = ""
+    host_address: str,
+    tier_url: str,
+    tier_secret: str,
+    tier_ttl_s: float,
+    peers_control: str = "",
+    tier_compression: str = "none",
 ) -> list[Tier]:
     """The tiers of a worker in the order in which they are asked; an empty address leaves that tier out.
 
@@ -68,7 +73,7 @@ def open_tiers(
     if tier_url:
         if not tier_url.startswith(_REDIS):
             raise ValueError(f"tier: must be empty or a redis:// URL, not {tier_url!r}")
-        tiers.append(RedisTier(tier_url, tier_secret, tier_ttl_s))
+        tiers.append(RedisTier(tier_url, tier_secret, tier_ttl_s, tier_compression))
     return tiers
 
 

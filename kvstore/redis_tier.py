@@ -1,9 +1,9 @@
 """The tier that hosts share: fragments as values in a Redis that may evict them.
 
-A value is a whole sealed fragment (header and payload, see kvstore.sealing) and a tag that only who knows the cluster's
-secret can make (kvstore.authenticity), under a key with the format's version and the secret's id. Redis forgets it when
-nobody wrote it for `ttl_s`. Redis works on one value while the next is made or verified. Knows nothing of
-leases and the directory, which live in a Redis that must not evict.
+A value is a whole sealed fragment (header and payload, see kvstore.sealing, or that compressed) and a tag that only who
+knows the cluster's secret can make (kvstore.authenticity), under a key with the format's version and the secret's id.
+Redis forgets it when nobody wrote it for `ttl_s`. Redis works on one value while the next is made or verified. Knows
+nothing of leases and the directory, which live in a Redis that must not evict.
 """
 
 import logging
@@ -11,9 +11,17 @@ from collections.abc import Sequence
 
 from kvstore.authenticity import TAG_BYTES, FragmentAuthenticator
 from kvstore.availability import Availability
+from kvstore.compression import (
+    LARGEST_PAYLOAD_BYTES,
+    check_compression,
+    compress,
+    decompress,
+    is_compressed,
+    unseal_stored,
+)
 from kvstore.redis_bulk import ValueBuffers, get_values, set_values
 from kvstore.redis_client import REDIS_ERRORS, address_of, connect
-from kvstore.sealing import HEADER_BYTES, as_bytes_view, seal, unseal
+from kvstore.sealing import HEADER_BYTES, as_bytes_view, seal
 from kvstore.tiers import Fragment, Rejected
 
 _LOG = logging.getLogger(__name__)
@@ -30,11 +38,13 @@ class RedisTier:
 
     name = "redis"
 
-    def __init__(self, url: str, secret: str, ttl_s: float = 3600.0) -> None:
+    def __init__(self, url: str, secret: str, ttl_s: float = 3600.0, compression: str = "none") -> None:
+        """compression: of what is put; both forms are read."""
         self._client = connect(url)
         self._authenticator = FragmentAuthenticator(secret)
         self.key_prefix = KEY_PREFIX + self._authenticator.key_id.encode() + b":"
         self._ttl_ms = int(ttl_s * 1000)
+        self._compresses = check_compression(compression)
         self._value_bytes = _FIRST_GUESS_BYTES  # of the value seen last: how many keys make a chunk
         self._buffers = ValueBuffers()
         self._has_warned_of_refusal = False
@@ -106,9 +116,14 @@ class RedisTier:
         payload = as_bytes_view(fragment.payload)
         end = HEADER_BYTES + len(payload)
         value = self._buffers.take(end + TAG_BYTES)
-        self._value_bytes = len(value)
         value[:HEADER_BYTES] = seal(fragment.key, payload, 0)
         value[HEADER_BYTES:end] = payload
+        compressed = compress(value[:end]) if self._compresses else None
+        if compressed is not None:
+            end = len(compressed)
+            value = value[: end + TAG_BYTES]
+            value[:end] = compressed
+        self._value_bytes = len(value)
         value[end:] = self._authenticator.tag(value[:end])
         return value
 
@@ -130,10 +145,15 @@ class RedisTier:
         if len(value) < TAG_BYTES:
             return Rejected("truncated")
         fragment, tag = value[:-TAG_BYTES], value[-TAG_BYTES:]
-        payload = unseal(fragment, key, 0)  # first: it tells one fault from another
-        if not isinstance(payload, Rejected) and not self._authenticator.is_genuine(fragment, tag):
+        payload = unseal_stored(fragment, key, 0)  # first: it tells one fault from another
+        if isinstance(payload, Rejected):
+            return payload
+        if not self._authenticator.is_genuine(fragment, tag):
             return Rejected("forged")
-        return payload
+        if not is_compressed(fragment):
+            return payload
+        sealed = decompress(fragment, key, LARGEST_PAYLOAD_BYTES)
+        return sealed if isinstance(sealed, Rejected) else sealed[HEADER_BYTES:]
 
     def _warn_of_refusal(self, reply: Exception) -> None:
         """Redis answers but does not take fragments, for example because its memory is full and it may not evict."""

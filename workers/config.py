@@ -232,6 +232,7 @@ class WorkerSpec:
     peers: bool = False  # whether to pull from other hosts, which the directory at `control` names
     tier_secret: str = dataclasses.field(default="", repr=False)  # needed where there is a remote tier, or peers
     tier_ttl_s: float = 3600.0
+    tier_compression: str = "none"  # of what is put there: none or zstd
     prefix_fetch: str = "cheapest"  # one of PREFIX_FETCH
     control: str = ""  # where to register and announce blocks; "": nowhere
     layers_per_fragment: int = 0  # 0: all layers of a stage

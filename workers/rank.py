@@ -147,7 +147,9 @@ class Rank:
         self._runner = load_runner(engine, self._model, self._groups, device)
         spec = self.spec
         peers_control = spec.control if spec.peers else ""
-        self._tiers = open_tiers(spec.host_address, spec.tier, spec.tier_secret, spec.tier_ttl_s, peers_control)
+        self._tiers = open_tiers(
+            spec.host_address, spec.tier, spec.tier_secret, spec.tier_ttl_s, peers_control, spec.tier_compression
+        )
         self._store = FragmentStore(self._tiers)
         grid = self._runner.grid(self.spec.layers_per_fragment)
         self._transfer = KVTransfer(self._runner.cache, grid, self._store)

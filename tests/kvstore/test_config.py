@@ -20,6 +20,8 @@ def test_defaults_are_valid() -> None:
         ("disk_bytes", 1000),
         ("disk_dir", "relative/path"),
         ("disk_write", "sometimes"),
+        ("disk_compression", "gzip"),
+        ("tier_compression", "on"),
         ("tier", "memcached://host"),
         ("control", "http://host"),
         ("tier_ttl_s", 0.0),
