@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass
 
 PREFIX_FETCH = ("cheapest", "always", "never")
-COMPRESSIONS = ("none", "zstd")
+KV_COMPRESSIONS = ("none", "int8", "fp8")  # of keys and values, with loss
+COMPRESSIONS = ("none", "zstd")  # of the bytes of a fragment, without
 _LEAST_DISK_BYTES = 16 * 1024 * 1024
 
 
@@ -29,6 +30,9 @@ class KVStoreConfig:
     """Folder of the disk tier, kept from one start to the next; each host and each cluster needs its own."""
     disk_write: str = "back"
     """back: fragments go to disk before the arena gives their slots away; through: as soon as they are complete."""
+    compression: str = "none"
+    """none, or int8 or fp8 (e4m3): keys and values travel, and lie in all tiers, as 8-bit numbers with a scale per
+    row. A fourth of the bytes of float32, half of bfloat16's; some tokens change (`python -m workers.kv_loss`)."""
     disk_compression: str = "none"
     """none, or zstd: without loss, where it saves whole pages. Of what is written from now on; both forms are read."""
     peers: bool = False
@@ -64,9 +68,10 @@ class KVStoreConfig:
             raise ValueError(f"disk_dir: must be an absolute path where there is a disk tier, not {self.disk_dir!r}")
         if self.disk_write not in ("back", "through"):
             raise ValueError(f"disk_write: must be back or through, not {self.disk_write!r}")
-        for name in ("disk_compression", "tier_compression"):
-            if getattr(self, name) not in COMPRESSIONS:
-                raise ValueError(f"{name}: must be one of {', '.join(COMPRESSIONS)}, not {getattr(self, name)!r}")
+        for name in ("compression", "disk_compression", "tier_compression"):
+            allowed = KV_COMPRESSIONS if name == "compression" else COMPRESSIONS
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         if self.tier and not _is_redis(self.tier):
             raise ValueError(f"tier: must be empty or a redis:// URL, not {self.tier!r}")
         if not self.control.startswith("memory://") and not _is_redis(self.control):

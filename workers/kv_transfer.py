@@ -1,7 +1,8 @@
 """Moves KV blocks between a rank's paged cache and its fragment store.
 
-A fragment is one block x one group of layers x one KV head, [layer][K|V][slot][head_dim]; a rank moves the heads and
-the layers that it owns, whatever the tp and pp of the other side. Knows nothing of requests.
+A fragment is one block x one group of layers x one KV head, [layer][K|V][slot][head_dim], in the numbers that
+workers.kv_codec makes of them; a rank moves the heads and the layers that it owns, whatever the tp and pp of the other
+side. Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor
 from kvstore.names import fragment_key
 from kvstore.store import FragmentStore
 from kvstore.tiers import Fragment
+from workers.config import kv_row_bytes
+from workers.kv_codec import decode_into, encode
 from workers.step import BlockTransfer
 
 
@@ -53,8 +56,10 @@ MAX_WAITING_WRITE_BACKS = 64  # batches; tiers that are slower than decoding los
 class KVTransfer:
     """Loads and stores blocks of one rank's cache [layers, blocks, kv_heads, 2, block_size, head_dim]."""
 
-    def __init__(self, cache: Tensor, grid: FragmentGrid, store: FragmentStore) -> None:
+    def __init__(self, cache: Tensor, grid: FragmentGrid, store: FragmentStore, compression: str = "none") -> None:
+        """compression: one of KV_COMPRESSIONS, what the fingerprint in the blocks' names says."""
         self._cache = cache
+        self._compression = compression
         self._grid = grid
         self._store = store
         self.num_layout_rejects = 0  # verified bytes of a length that this rank does not expect
@@ -86,13 +91,13 @@ class KVTransfer:
         for view, payload in zip(views, payloads, strict=True):
             if payload is None:
                 return False
-            if len(payload) != view.numel() * view.element_size():
+            num_rows, head_dim = view.numel() // view.shape[-1], view.shape[-1]
+            if len(payload) != num_rows * kv_row_bytes(self._compression, head_dim, view.element_size()):
                 self.num_layout_rejects += 1
                 return False
         for view, payload in zip(views, payloads, strict=True):
             assert payload is not None
-            source = torch.frombuffer(payload, dtype=view.dtype)
-            view.copy_(source.view(view.shape))
+            decode_into(view, payload, self._compression)
         return True
 
     def save(self, transfer: BlockTransfer) -> int:
@@ -156,8 +161,8 @@ class KVTransfer:
             picked = self._cache[layers, :, :, :, :num_tokens].index_select(
                 1, index
             )  # [layers, blocks, heads, 2, n, dim]
-            packed = picked.permute(1, 2, 0, 3, 4, 5).contiguous().cpu()  # [blocks, heads, layers, 2, n, dim]
-            raw = memoryview(packed.view(torch.uint8).flatten().numpy().data)
+            rows = picked.permute(1, 2, 0, 3, 4, 5).flatten(0, 1)  # [blocks x heads, layers, 2, n, dim]
+            raw = memoryview(encode(rows, self._compression).cpu().flatten().numpy().data)
             size = len(raw) // (len(block_ids) * self._grid.num_kv_heads)
             per_group.append([raw[i : i + size] for i in range(0, len(raw), size)])
         heads = self._grid.num_kv_heads
