@@ -89,9 +89,9 @@ def test_what_needs_every_bit_takes_no_loss(other: dict[str, object]) -> None:
         EngineConfig("", kv_compression="fp8", **other)
 
 
-def test_workers_hand_over_in_8_bits_and_an_exact_one_takes_none_of_it(tmp_path: Path, shared_kv_node: KVNode) -> None:
+def test_workers_hand_over_in_8_bits_and_an_exact_one_takes_none_of_it(tmp_path: Path, kv_node: KVNode) -> None:
     checkpoint = make_checkpoint("gqa", tmp_path)
-    specs = [spec_for(checkpoint, role, shared_kv_node, prefix_fetch="always") for role in ("prefill", "decode")]
+    specs = [spec_for(checkpoint, role, kv_node, prefix_fetch="always") for role in ("prefill", "decode")]
     lossy = [replace(spec, engine=replace(spec.engine, kv_compression="int8")) for spec in specs]
     exact = replace(specs[1], worker_id="exact-0")
     token_ids = prompt(77, seed=11)
