@@ -4,7 +4,9 @@ Knows nothing of how the other branches are read; numbers that are derived from 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 PREFIX_FETCH = ("cheapest", "always", "never")
 KV_COMPRESSIONS = ("none", "int8", "fp8")  # of keys and values, with loss
@@ -38,7 +40,8 @@ class KVStoreConfig:
     peers: bool = False
     """Whether hosts pull fragments from each other over TCP. Bytes are tagged and verified, but not encrypted."""
     tier: str = ""
-    """redis:// URL of the tier that hosts share; empty means shared memory alone."""
+    """redis:// or rediss:// URL of the tier that hosts share, or redis+cluster://HOST:PORT,HOST:PORT (rediss+cluster)
+    with any nodes of a Redis cluster; empty means shared memory alone."""
     tier_compression: str = "none"
     """As disk_compression, of the values in the shared tier."""
     tier_secret_file: str = ""
@@ -72,9 +75,13 @@ class KVStoreConfig:
             allowed = KV_COMPRESSIONS if name == "compression" else COMPRESSIONS
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
-        if self.tier and not _is_redis(self.tier):
+        if is_redis_cluster(self.tier):
+            redis_cluster_nodes(self.tier)
+        elif self.tier and not is_redis(self.tier):
             raise ValueError(f"tier: must be empty or a redis:// URL, not {self.tier!r}")
-        if not self.control.startswith("memory://") and not _is_redis(self.control):
+        if is_redis_cluster(self.control):
+            raise ValueError("control: must be one Redis, not a cluster: its scripts change keys of several hash slots")
+        if not self.control.startswith("memory://") and not is_redis(self.control):
             raise ValueError(f"control: must be memory:// or a redis:// URL, not {self.control!r}")
         if self.prefix_fetch not in PREFIX_FETCH:
             raise ValueError(f"prefix_fetch: must be one of {', '.join(PREFIX_FETCH)}, not {self.prefix_fetch!r}")
@@ -82,5 +89,33 @@ class KVStoreConfig:
             raise ValueError(f"tier_ttl_s: must be at least 1 second, not {self.tier_ttl_s}")
 
 
-def _is_redis(url: str) -> bool:
+def is_redis(url: str) -> bool:
+    """Whether this is the URL of one Redis."""
     return url.startswith(("redis://", "rediss://"))
+
+
+def is_redis_cluster(url: str) -> bool:
+    """Whether this is the URL of a Redis cluster."""
+    return url.startswith(("redis+cluster://", "rediss+cluster://"))
+
+
+def redis_cluster_nodes(url: str) -> tuple[list[str], Callable[[str], str]]:
+    """The HOST:PORT of each node in a cluster's URL, and what makes the URL of one Redis from such an address.
+
+    Raises ValueError for a URL that is none.
+    """
+    parts = urlsplit(url)
+    user, at, hosts = parts.netloc.rpartition("@")
+    addresses = [host if host.rpartition("]")[2].count(":") else f"{host}:6379" for host in hosts.split(",")]
+    try:
+        found = [urlsplit(f"//{address}") for address in addresses]
+        is_right = all(node.hostname and node.port for node in found)
+    except ValueError:
+        is_right = False
+    if not is_right or parts.path not in ("", "/", "/0"):
+        raise ValueError(
+            "tier: a cluster's URL is redis+cluster://[USER:PASSWORD@]HOST:PORT[,HOST:PORT...], without a /db"
+        )
+    scheme = parts.scheme.removesuffix("+cluster")
+    query = f"?{parts.query}" if parts.query else ""
+    return addresses, lambda address: f"{scheme}://{user}{at}{address}/0{query}"

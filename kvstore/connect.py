@@ -7,11 +7,13 @@ nothing of who starts the other ends.
 import time
 from pathlib import Path
 
+from kvstore.config import is_redis, is_redis_cluster
 from kvstore.directory import Directory
 from kvstore.file_journal import FileJournal
 from kvstore.host_tier import HostTier
 from kvstore.journal import StreamJournal
 from kvstore.peer_tier import PEER_PLACE, PeerTier
+from kvstore.redis_cluster import RedisClusterTier
 from kvstore.redis_directory import RedisDirectory
 from kvstore.redis_journal import RedisJournal
 from kvstore.redis_tier import RedisTier
@@ -20,7 +22,6 @@ from kvstore.tiers import Tier
 
 _MEMORY = "memory://"
 _FILE = "file://"
-_REDIS = ("redis://", "rediss://")
 
 
 def open_directory(url: str) -> Directory:
@@ -30,7 +31,7 @@ def open_directory(url: str) -> Directory:
         if not address:
             raise ValueError("control: memory:// needs the HOST:PORT of a node process here")
         return RemoteDirectory(address)
-    if url.startswith(_REDIS):
+    if is_redis(url):
         return RedisDirectory(url)
     raise ValueError(f"control: must be memory://HOST:PORT or a redis:// URL, not {url!r}")
 
@@ -45,7 +46,7 @@ def open_journal(url: str) -> StreamJournal:
         if not path.is_absolute():
             raise ValueError(f"journal: file:// needs an absolute path, not {str(path)!r}")
         return FileJournal(path, time.time)
-    if url.startswith(_REDIS):
+    if is_redis(url):
         return RedisJournal(url)
     raise ValueError(f"journal: must be file:///PATH or a redis:// URL, not {url!r}")
 
@@ -70,8 +71,10 @@ def open_tiers(
     if peers_control:
         directory = open_directory(peers_control)
         tiers.append(PeerTier(directory, tier_secret, lambda: host.peer_address if host is not None else ""))
-    if tier_url:
-        if not tier_url.startswith(_REDIS):
+    if is_redis_cluster(tier_url):
+        tiers.append(RedisClusterTier(tier_url, tier_secret, tier_ttl_s, tier_compression))
+    elif tier_url:
+        if not is_redis(tier_url):
             raise ValueError(f"tier: must be empty or a redis:// URL, not {tier_url!r}")
         tiers.append(RedisTier(tier_url, tier_secret, tier_ttl_s, tier_compression))
     return tiers

@@ -19,8 +19,8 @@ from kvstore.compression import (
     is_compressed,
     unseal_stored,
 )
-from kvstore.redis_bulk import ValueBuffers, get_values, set_values
-from kvstore.redis_client import REDIS_ERRORS, address_of, connect
+from kvstore.redis_bulk import ValueBuffers, get_each, get_values, set_values
+from kvstore.redis_client import REDIS_ERRORS, address_of, connect, redirection
 from kvstore.sealing import HEADER_BYTES, as_bytes_view, seal
 from kvstore.tiers import Fragment, Rejected
 
@@ -33,16 +33,33 @@ _MAX_CHUNK_KEYS = 1024
 _FIRST_GUESS_BYTES = 256 * 1024
 
 
+def key_prefix_of(secret: str) -> bytes:
+    """What the keys of a cluster with this secret begin with."""
+    return KEY_PREFIX + FragmentAuthenticator(secret).key_id.encode() + b":"
+
+
 class RedisTier:
     """A client of the Redis at `url`."""
 
     name = "redis"
 
-    def __init__(self, url: str, secret: str, ttl_s: float = 3600.0, compression: str = "none") -> None:
-        """compression: of what is put; both forms are read."""
+    def __init__(
+        self,
+        url: str,
+        secret: str,
+        ttl_s: float = 3600.0,
+        compression: str = "none",
+        is_cluster_node: bool = False,
+    ) -> None:
+        """compression: of what is put; both forms are read. is_cluster_node: no command may then have two keys."""
         self._client = connect(url)
         self._authenticator = FragmentAuthenticator(secret)
-        self.key_prefix = KEY_PREFIX + self._authenticator.key_id.encode() + b":"
+        self.key_prefix = key_prefix_of(secret)
+        self._is_cluster_node = is_cluster_node
+        self.num_redirections = 0
+        """Fragments that this node of a cluster refused because of their hash slots."""
+        self.owners: dict[int, str] = {}
+        """Of such slots the owners, as HOST:PORT; whoever reads this may replace it."""
         self._ttl_ms = int(ttl_s * 1000)
         self._compresses = check_compression(compression)
         self._value_bytes = _FIRST_GUESS_BYTES  # of the value seen last: how many keys make a chunk
@@ -93,13 +110,17 @@ class RedisTier:
         missing: list[int] = []
         for start in range(0, len(fragments), _MAX_CHUNK_KEYS):
             keys = [self.key_prefix + fragment.key for fragment in fragments[start : start + _MAX_CHUNK_KEYS]]
-            if not self._client.exists(*keys):  # one short command instead of many: most batches are new
+            # One short command instead of many: most batches are new.
+            if not self._is_cluster_node and not self._client.exists(*keys):
                 missing.extend(range(start, start + len(keys)))
                 continue
             pipeline = self._client.pipeline(transaction=False)
             for key in keys:
                 pipeline.pexpire(key, self._ttl_ms)
-            for i, is_there in enumerate(pipeline.execute(), start):
+            for i, is_there in enumerate(pipeline.execute(raise_on_error=not self._is_cluster_node), start):
+                if isinstance(is_there, Exception):
+                    self._refused(is_there)
+                    continue
                 stored[i] = bool(is_there)
                 if not is_there:
                     missing.append(i)
@@ -110,7 +131,7 @@ class RedisTier:
         for i, reply in zip(missing, set_values(self._client, entries, self._ttl_ms), strict=True):
             stored[i] = reply is True
             if isinstance(reply, Exception):
-                self._warn_of_refusal(reply)
+                self._refused(reply)
 
     def _value(self, fragment: Fragment) -> memoryview:
         payload = as_bytes_view(fragment.payload)
@@ -131,7 +152,11 @@ class RedisTier:
         chunk_keys = min(_MAX_CHUNK_KEYS, max(1, CHUNK_BYTES // self._value_bytes))
         names = [self.key_prefix + key for key in keys]
         bad: list[bytes] = []
-        for i, value in enumerate(get_values(self._client, names, chunk_keys, self._buffers)):
+        get = get_each if self._is_cluster_node else get_values
+        for i, value in enumerate(get(self._client, names, chunk_keys, self._buffers)):
+            if isinstance(value, Exception):
+                self._refused(value)
+                continue
             if value is None:
                 continue
             self._value_bytes = max(len(value), HEADER_BYTES)
@@ -139,7 +164,10 @@ class RedisTier:
             if isinstance(payload, Rejected):
                 bad.append(names[i])
         if bad:
-            self._client.delete(*bad)
+            pipeline = self._client.pipeline(transaction=False)
+            for name in bad:
+                pipeline.delete(name)
+            pipeline.execute(raise_on_error=not self._is_cluster_node)
 
     def _verified(self, value: memoryview, key: bytes) -> memoryview | Rejected:
         if len(value) < TAG_BYTES:
@@ -155,8 +183,13 @@ class RedisTier:
         sealed = decompress(fragment, key, LARGEST_PAYLOAD_BYTES)
         return sealed if isinstance(sealed, Rejected) else sealed[HEADER_BYTES:]
 
-    def _warn_of_refusal(self, reply: Exception) -> None:
+    def _refused(self, reply: Exception) -> None:
         """Redis answers but does not take fragments, for example because its memory is full and it may not evict."""
-        if not self._has_warned_of_refusal:
+        redirected = redirection(reply)
+        if redirected is not None:
+            self.num_redirections += 1
+            if redirected.address:
+                self.owners[redirected.slot] = redirected.address
+        elif not self._has_warned_of_refusal:
             self._has_warned_of_refusal = True
             _LOG.warning("redis tier at %s refuses fragments: %s", address_of(self._client), reply)

@@ -57,7 +57,7 @@ def row_errors(rows: Tensor, encoding: str) -> RowErrors:
     """Of rows [..., head_dim] that go into a fragment and come out of it."""
     flat = rows.reshape(1, -1, rows.shape[-1])
     got = torch.empty_like(flat[0])
-    decode_into(got, memoryview(encode(flat, encoding)[0].cpu().numpy()), encoding)
+    decode_into(got, encode(flat, encoding)[0].cpu().numpy().data, encoding)
     before, after = flat[0].double(), got.double()
     errors = (after - before).norm(dim=-1) / before.norm(dim=-1).clamp(min=1e-30)
     return RowErrors(float(errors.max()), float(errors.mean()))

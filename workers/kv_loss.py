@@ -123,7 +123,7 @@ class LossMeter:
 def prompts_of(folder: Path, model_dir: str, num_prompts: int, prompt_tokens: int) -> list[list[int]]:
     """The beginnings of Python files that are long enough, in the order of their names."""
     tokenizer = Tokenizer.from_file(f"{model_dir}/tokenizer.json")
-    prompts = []
+    prompts: list[list[int]] = []
     for path in sorted(folder.rglob("*.py")):
         ids = tokenizer.encode(path.read_text(encoding="utf-8")).ids[:prompt_tokens]
         if len(ids) == prompt_tokens and len(prompts) < num_prompts:
