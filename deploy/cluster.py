@@ -129,6 +129,7 @@ class Cluster:
             disk_dir=self._config.kvstore.disk_dir,
             disk_bytes=self._config.kvstore.disk_bytes,
             disk_write=self._config.kvstore.disk_write,
+            disk_compression=self._config.kvstore.disk_compression,
             peers=self._config.kvstore.peers,
             peer_transport=self._config.kvstore.peer_transport,
             secret=self._tier_secret,

@@ -43,6 +43,7 @@ class KVNodeSettings:
     disk_bytes: int = 0
     """0: no disk tier."""
     disk_write: str = "back"
+    disk_compression: str = "none"
     peers: bool = False
     """Whether other hosts pull from the nodes."""
     peer_transport: str = "tcp"
@@ -105,7 +106,7 @@ class KVNodeActor:
             _write_secret(self._secret_file, settings.secret)
         if settings.disk_bytes:
             command += ["--disk-dir", settings.disk_dir, "--disk-bytes", str(settings.disk_bytes)]
-            command += ["--disk-write", settings.disk_write]
+            command += ["--disk-write", settings.disk_write, "--disk-compression", settings.disk_compression]
         if settings.peers:
             command += ["--peer-address", f"{ray.util.get_node_ip_address()}:0"]
             command += ["--peer-transport", settings.peer_transport]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from deploy.config import ClusterConfig, PoolConfig
 from deploy.errors import ConfigError
 from kvstore.arena import num_slots_for
-from workers.config import EngineConfig, ModelConfig, WorkerSpec
+from workers.config import EngineConfig, ModelConfig, WorkerSpec, kv_row_bytes
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 REPLICA_CPUS = 0.1  # the replica only watches over its ranks
@@ -93,6 +93,7 @@ def make_plan(
             max_model_len=config.model.max_model_len,
             **dataclasses.asdict(config.engine),
             batch_invariant=config.model.batch_invariant,
+            kv_compression=config.kvstore.compression,
         )
         spec = WorkerSpec(
             worker_id="",
@@ -105,12 +106,14 @@ def make_plan(
             peer_transport=config.kvstore.peer_transport,
             tier_secret=tier_secret,
             tier_ttl_s=config.kvstore.tier_ttl_s,
+            tier_compression=config.kvstore.tier_compression,
             prefix_fetch=config.kvstore.prefix_fetch,
             control=control,
             layers_per_fragment=layers,
         )
         pools.append(_pool_plan(spec, pool))
-    slot_bytes = layers * 2 * block_size * model.head_dim * DTYPE_BYTES[dtype]
+    row_bytes = kv_row_bytes(config.kvstore.compression, model.head_dim, DTYPE_BYTES[dtype])
+    slot_bytes = layers * 2 * block_size * row_bytes
     num_slots = num_slots_for(config.kvstore.host_bytes, slot_bytes)
     return ClusterPlan(name, tuple(pools), ArenaPlan(config.kvstore.arena_dir, slot_bytes, num_slots))
 

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from deploy.config import DEMO_MODEL, ClusterConfig, EndpointsConfig, RayConfig
 from deploy.errors import ConfigError, StartError
+from kvstore.config import is_redis_cluster, redis_cluster_nodes
 from workers.config import ModelConfig, resolve_model
 from workers.errors import ModelError
 
@@ -167,6 +168,9 @@ def tier_warning(url: str) -> str:
 
 
 def _reach_problem(url: str) -> str:
+    if is_redis_cluster(url):
+        problems = [_reach_problem(f"redis://{address}") for address in redis_cluster_nodes(url)[0]]
+        return problems[0] if all(problems) else ""
     parts = urlsplit(url)
     host, port = parts.hostname or "localhost", parts.port or 6379
     problem = _dial_problem(host, port)

@@ -4,11 +4,15 @@ Knows nothing of how the other branches are read; numbers that are derived from 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from kvstore.transport import check_peer_transport
 
 PREFIX_FETCH = ("cheapest", "always", "never")
+KV_COMPRESSIONS = ("none", "int8", "fp8")  # of keys and values, with loss
+COMPRESSIONS = ("none", "zstd")  # of the bytes of a fragment, without
 _LEAST_DISK_BYTES = 16 * 1024 * 1024
 
 
@@ -30,13 +34,21 @@ class KVStoreConfig:
     """Folder of the disk tier, kept from one start to the next; each host and each cluster needs its own."""
     disk_write: str = "back"
     """back: fragments go to disk before the arena gives their slots away; through: as soon as they are complete."""
+    compression: str = "none"
+    """none, or int8 or fp8 (e4m3): keys and values travel, and lie in all tiers, as 8-bit numbers with a scale per
+    row. A fourth of the bytes of float32, half of bfloat16's; some tokens change (`python -m workers.kv_loss`)."""
+    disk_compression: str = "none"
+    """none, or zstd: without loss, where it saves whole pages. Of what is written from now on; both forms are read."""
     peers: bool = False
     """Whether hosts pull fragments from each other. Bytes are tagged and verified, but not encrypted."""
     peer_transport: str = "tcp"
     """By what they do: tcp, or nixl (the nixl package reads from other hosts' memory, over RDMA where there is such a
     network). With nixl, whoever reaches a host's memory by it can also write there: its network must be private."""
     tier: str = ""
-    """redis:// URL of the tier that hosts share; empty means shared memory alone."""
+    """redis:// or rediss:// URL of the tier that hosts share, or redis+cluster://HOST:PORT,HOST:PORT (rediss+cluster)
+    with any nodes of a Redis cluster; empty means shared memory alone."""
+    tier_compression: str = "none"
+    """As disk_compression, of the values in the shared tier."""
     tier_secret_file: str = ""
     """File with the secret under which fragments outside of a host's memory (on disk, between hosts, in the shared
     tier) are tagged, such as a mounted Kubernetes Secret. Empty: one is drawn at each start, and fragments of earlier
@@ -68,9 +80,17 @@ class KVStoreConfig:
             check_peer_transport(self.peer_transport)
         except ValueError as error:
             raise ValueError(f"peer_transport: {error}") from None
-        if self.tier and not _is_redis(self.tier):
+        for name in ("compression", "disk_compression", "tier_compression"):
+            allowed = KV_COMPRESSIONS if name == "compression" else COMPRESSIONS
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        if is_redis_cluster(self.tier):
+            redis_cluster_nodes(self.tier)
+        elif self.tier and not is_redis(self.tier):
             raise ValueError(f"tier: must be empty or a redis:// URL, not {self.tier!r}")
-        if not self.control.startswith("memory://") and not _is_redis(self.control):
+        if is_redis_cluster(self.control):
+            raise ValueError("control: must be one Redis, not a cluster: its scripts change keys of several hash slots")
+        if not self.control.startswith("memory://") and not is_redis(self.control):
             raise ValueError(f"control: must be memory:// or a redis:// URL, not {self.control!r}")
         if self.prefix_fetch not in PREFIX_FETCH:
             raise ValueError(f"prefix_fetch: must be one of {', '.join(PREFIX_FETCH)}, not {self.prefix_fetch!r}")
@@ -78,5 +98,33 @@ class KVStoreConfig:
             raise ValueError(f"tier_ttl_s: must be at least 1 second, not {self.tier_ttl_s}")
 
 
-def _is_redis(url: str) -> bool:
+def is_redis(url: str) -> bool:
+    """Whether this is the URL of one Redis."""
     return url.startswith(("redis://", "rediss://"))
+
+
+def is_redis_cluster(url: str) -> bool:
+    """Whether this is the URL of a Redis cluster."""
+    return url.startswith(("redis+cluster://", "rediss+cluster://"))
+
+
+def redis_cluster_nodes(url: str) -> tuple[list[str], Callable[[str], str]]:
+    """The HOST:PORT of each node in a cluster's URL, and what makes the URL of one Redis from such an address.
+
+    Raises ValueError for a URL that is none.
+    """
+    parts = urlsplit(url)
+    user, at, hosts = parts.netloc.rpartition("@")
+    addresses = [host if host.rpartition("]")[2].count(":") else f"{host}:6379" for host in hosts.split(",")]
+    try:
+        found = [urlsplit(f"//{address}") for address in addresses]
+        is_right = all(node.hostname and node.port for node in found)
+    except ValueError:
+        is_right = False
+    if not is_right or parts.path not in ("", "/", "/0"):
+        raise ValueError(
+            "tier: a cluster's URL is redis+cluster://[USER:PASSWORD@]HOST:PORT[,HOST:PORT...], without a /db"
+        )
+    scheme = parts.scheme.removesuffix("+cluster")
+    query = f"?{parts.query}" if parts.query else ""
+    return addresses, lambda address: f"{scheme}://{user}{at}{address}/0{query}"

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kvstore.authenticity import FragmentAuthenticator
+from kvstore.config import is_redis, is_redis_cluster
 from kvstore.directory import Directory
 from kvstore.file_journal import FileJournal
 from kvstore.host_tier import HostTier
 from kvstore.journal import StreamJournal
 from kvstore.peer_tier import PEER_PLACE, PeerTier
+from kvstore.redis_cluster import RedisClusterTier
 from kvstore.redis_directory import RedisDirectory
 from kvstore.redis_journal import RedisJournal
 from kvstore.redis_tier import RedisTier
@@ -23,7 +25,6 @@ from kvstore.transport import Transport
 
 _MEMORY = "memory://"
 _FILE = "file://"
-_REDIS = ("redis://", "rediss://")
 
 
 def open_directory(url: str) -> Directory:
@@ -33,7 +34,7 @@ def open_directory(url: str) -> Directory:
         if not address:
             raise ValueError("control: memory:// needs the HOST:PORT of a node process here")
         return RemoteDirectory(address)
-    if url.startswith(_REDIS):
+    if is_redis(url):
         return RedisDirectory(url)
     raise ValueError(f"control: must be memory://HOST:PORT or a redis:// URL, not {url!r}")
 
@@ -48,7 +49,7 @@ def open_journal(url: str) -> StreamJournal:
         if not path.is_absolute():
             raise ValueError(f"journal: file:// needs an absolute path, not {str(path)!r}")
         return FileJournal(path, time.time)
-    if url.startswith(_REDIS):
+    if is_redis(url):
         return RedisJournal(url)
     raise ValueError(f"journal: must be file:///PATH or a redis:// URL, not {url!r}")
 
@@ -60,6 +61,7 @@ def open_tiers(
     tier_ttl_s: float,
     peers_control: str = "",
     peer_transport: str = "tcp",
+    tier_compression: str = "none",
 ) -> list[Tier]:
     """The tiers of a worker in the order in which they are asked; an empty address leaves that tier out.
 
@@ -74,10 +76,12 @@ def open_tiers(
         directory = open_directory(peers_control)
         connect = _connect_by_nixl(tier_secret) if peer_transport == "nixl" else None
         tiers.append(PeerTier(directory, tier_secret, lambda: host.peer_address if host is not None else "", connect))
-    if tier_url:
-        if not tier_url.startswith(_REDIS):
+    if is_redis_cluster(tier_url):
+        tiers.append(RedisClusterTier(tier_url, tier_secret, tier_ttl_s, tier_compression))
+    elif tier_url:
+        if not is_redis(tier_url):
             raise ValueError(f"tier: must be empty or a redis:// URL, not {tier_url!r}")
-        tiers.append(RedisTier(tier_url, tier_secret, tier_ttl_s))
+        tiers.append(RedisTier(tier_url, tier_secret, tier_ttl_s, tier_compression))
     return tiers
 
 

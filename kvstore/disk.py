@@ -20,8 +20,9 @@ from pathlib import Path
 from kvstore.authenticity import TAG_BYTES, FragmentAuthenticator
 from kvstore.availability import Availability, one_line
 from kvstore.buffers import CopyBuffers
+from kvstore.compression import check_compression, compress, decompress, is_compressed, unseal_stored
 from kvstore.disk_index import DiskIndex
-from kvstore.sealing import HEADER_BYTES, key_of, reseal, unseal
+from kvstore.sealing import HEADER_BYTES, key_of, reseal
 from kvstore.segments import (
     PAGE_BYTES,
     SUFFIX,
@@ -87,11 +88,15 @@ class DiskTier:
         secret: str,
         clock: Callable[[], float],
         segment_bytes: int = SEGMENT_BYTES,
+        compression: str = "none",
     ) -> None:
-        """Raises ValueError when a segment cannot hold the largest payload."""
+        """compression: of what is written from now on; both forms are read. Raises ValueError when a segment cannot
+        hold the largest payload."""
         self._folder = folder
         self._disk_bytes = disk_bytes
         self._segment_bytes = min(segment_bytes, disk_bytes // _LEAST_SEGMENTS) // PAGE_BYTES * PAGE_BYTES
+        self._max_payload_bytes = max_payload_bytes
+        self._compresses = check_compression(compression)
         self._max_page_bytes = whole_pages(HEADER_BYTES + max_payload_bytes + TAG_BYTES)
         least_bytes = _LEAST_SEGMENTS * (PAGE_BYTES + self._max_page_bytes)
         if disk_bytes < least_bytes or self._max_page_bytes > segment_bytes - PAGE_BYTES:
@@ -133,7 +138,7 @@ class DiskTier:
                 return 0
             keys = [key_of(fragment) for fragment in sealed]
             try:
-                for key, fragment in zip(keys, sealed, strict=True):
+                for key, fragment in dict(zip(keys, sealed, strict=True)).items():  # who sends one twice means one
                     if not self.has(key):
                         self._append(key, fragment)
                 self._flush()
@@ -191,9 +196,12 @@ class DiskTier:
     # -- writing; under the write lock
 
     def _append(self, key: bytes, sealed: memoryview) -> None:
-        num_page_bytes = whole_pages(sealed.nbytes + TAG_BYTES)
-        if num_page_bytes > self._max_page_bytes:
+        if whole_pages(sealed.nbytes + TAG_BYTES) > self._max_page_bytes:
             return
+        compressed = compress(sealed) if self._compresses else None
+        if compressed is not None and whole_pages(len(compressed) + TAG_BYTES) < whole_pages(len(sealed) + TAG_BYTES):
+            sealed = compressed  # whole pages are saved, or it is not worth its decompression
+        num_page_bytes = whole_pages(sealed.nbytes + TAG_BYTES)
         if self._staged_bytes + num_page_bytes > self._batch_bytes:
             self._flush()
         segment = self._open
@@ -288,10 +296,12 @@ class DiskTier:
         if len(copy) < place.stored_bytes:
             return Rejected("truncated")
         sealed, tag = copy[:-TAG_BYTES], copy[-TAG_BYTES:]
-        payload = unseal(sealed, key, place.segment)
-        if isinstance(payload, Rejected):
-            return payload
-        return sealed if self._authenticator.is_genuine(sealed, tag) else Rejected("forged")
+        content = unseal_stored(sealed, key, place.segment)
+        if isinstance(content, Rejected):
+            return content
+        if not self._authenticator.is_genuine(sealed, tag):
+            return Rejected("forged")
+        return decompress(sealed, key, self._max_payload_bytes) if is_compressed(sealed) else sealed
 
     def _read_failed(self, key: bytes, place: StoredFragment, error: OSError) -> None:
         with self._lock:

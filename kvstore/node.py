@@ -25,6 +25,7 @@ import grpc
 from switchyard.v1 import kvnode_pb2_grpc
 
 from kvstore.arena import Arena, ArenaInUse, create_arena
+from kvstore.config import COMPRESSIONS
 from kvstore.directory import MemoryDirectory
 from kvstore.disk import DiskTier
 from kvstore.node_service import ControlServicer, KVNodeServicer
@@ -69,6 +70,7 @@ class NodeSpec:
     """None: no disk tier."""
     disk_bytes: int = 0
     disk_write: str = "back"
+    disk_compression: str = "none"
     secret: str = field(default="", repr=False)
     """Of the tiers outside of the host's memory; needed where there is one."""
 
@@ -131,7 +133,14 @@ def _open_slots(spec: NodeSpec, arena: Arena) -> NodeSlots:
     disk = None
     if spec.disk_dir is not None:
         try:
-            disk = DiskTier(spec.disk_dir, spec.disk_bytes, spec.slot_bytes, spec.secret, time.monotonic)
+            disk = DiskTier(
+                spec.disk_dir,
+                spec.disk_bytes,
+                spec.slot_bytes,
+                spec.secret,
+                time.monotonic,
+                compression=spec.disk_compression,
+            )
         except ValueError as error:
             raise StartError(str(error)) from error
     return NodeSlots(arena, table, disk, writes_through=spec.disk_write == "through")
@@ -213,6 +222,7 @@ def _parse(arguments: Sequence[str]) -> NodeSpec:
     parser.add_argument("--disk-dir", type=Path, help="folder of the disk tier, its own; without it there is none")
     parser.add_argument("--disk-bytes", type=int, default=0, help="bound of the disk tier")
     parser.add_argument("--disk-write", choices=("back", "through"), default="back", help="what goes there, and when")
+    parser.add_argument("--disk-compression", choices=COMPRESSIONS, default="none", help="of what is written there")
     parser.add_argument("--secret-file", type=Path, help="file with the secret of the tiers outside of memory")
     values = parser.parse_args(arguments)
     try:
@@ -232,6 +242,7 @@ def _parse(arguments: Sequence[str]) -> NodeSpec:
             disk_dir=values.disk_dir,
             disk_bytes=values.disk_bytes,
             disk_write=values.disk_write,
+            disk_compression=values.disk_compression,
             secret=secret,
         )
     except ValueError as error:

@@ -60,6 +60,29 @@ def get_values(
                 yield reader.value(buffers)
 
 
+def get_each(
+    client: RedisClient, keys: Sequence[bytes], chunk_keys: int, buffers: "ValueBuffers"
+) -> Iterator[memoryview | RedisRefusal | None]:
+    """As get_values, by a GET for each key: to a node of a cluster, which refuses keys of other nodes one by one."""
+    chunks = [keys[i : i + chunk_keys] for i in range(0, len(keys), chunk_keys)]
+    with borrowed_connection(client) as (connection, stream):
+        reader = _Reader(stream)
+        connection.send_packed_command([_gets(chunks[0])])
+        for chunk, following in zip_longest(chunks, chunks[1:]):
+            if following:
+                connection.send_packed_command([_gets(following)])
+            for _ in chunk:
+                try:
+                    value: memoryview | RedisRefusal | None = reader.value(buffers)
+                except RedisRefusal as refusal:  # a line of its own: the next reply follows
+                    value = refusal
+                yield value
+
+
+def _gets(keys: Sequence[bytes]) -> bytes:
+    return b"".join(b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(key), key) for key in keys)
+
+
 def _mget(keys: Sequence[bytes]) -> bytes:
     arguments = [b"$%d\r\n%b\r\n" % (len(key), key) for key in keys]
     return b"*%d\r\n$4\r\nMGET\r\n" % (len(keys) + 1) + b"".join(arguments)

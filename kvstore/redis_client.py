@@ -5,11 +5,13 @@ Knows nothing of what is kept there.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import redis
 from redis.backoff import NoBackoff
 from redis.commands.core import Script
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 from redis.retry import Retry
 
 RedisClient: TypeAlias = redis.Redis
@@ -18,6 +20,8 @@ RedisRefusal: TypeAlias = redis.ResponseError
 
 REDIS_ERRORS: tuple[type[Exception], ...] = (redis.RedisError, OSError)
 """What a call raises when the server is away, is too slow or refuses the command."""
+
+NUM_HASH_SLOTS: int = REDIS_CLUSTER_HASH_SLOTS
 
 _CONNECT_TIMEOUT_S = 1.0
 _CALL_TIMEOUT_S = 2.0
@@ -53,6 +57,44 @@ def borrowed_connection(client: RedisClient) -> Iterator[tuple[Any, Any]]:
         raise
     finally:
         client.connection_pool.release(connection)
+
+
+def hash_slot(key: bytes) -> int:
+    """Of a Redis cluster."""
+    return int(key_slot(key))
+
+
+@dataclass(frozen=True, slots=True)
+class Redirection:
+    """What a node of a cluster says of a key that it does not have because of the key's hash slot."""
+
+    slot: int
+    address: str
+    """HOST:PORT of the slot's owner; empty: the slot is on its way, or the node does not know its owner's name."""
+
+
+def redirection(refusal: Exception) -> Redirection | None:
+    """None when the refusal is another one. The client library takes the first word away and makes it a class."""
+    text = str(refusal)
+    is_moved = isinstance(refusal, redis.exceptions.MovedError) or text.startswith("MOVED ")
+    if not is_moved and not isinstance(refusal, redis.exceptions.AskError) and not text.startswith("ASK "):
+        return None
+    slot, _, address = text.removeprefix("MOVED ").removeprefix("ASK ").partition(" ")
+    return Redirection(int(slot), address if is_moved and not address.startswith(":") else "")
+
+
+def slot_owners(client: RedisClient, address: str) -> tuple[str, ...]:
+    """HOST:PORT by hash slot, as the node at HOST:PORT sees its cluster; empty where a slot is nobody's.
+
+    Raises what REDIS_ERRORS has, also when the server is no node of a cluster.
+    """
+    owners = [""] * NUM_HASH_SLOTS
+    ask: Any = client.execute_command
+    for first, last, (host, port, *_), *_ in ask("CLUSTER SLOTS"):
+        # A node that does not know its own name says nothing: then it is the one that was reached.
+        name = host.decode() if host else address.rpartition(":")[0].strip("[]")
+        owners[first : last + 1] = [f"[{name}]:{port}" if ":" in name else f"{name}:{port}"] * (last + 1 - first)
+    return tuple(owners)
 
 
 def address_of(client: RedisClient) -> str:

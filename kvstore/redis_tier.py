@@ -1,9 +1,9 @@
 """The tier that hosts share: fragments as values in a Redis that may evict them.
 
-A value is a whole sealed fragment (header and payload, see kvstore.sealing) and a tag that only who knows the cluster's
-secret can make (kvstore.authenticity), under a key with the format's version and the secret's id. Redis forgets it when
-nobody wrote it for `ttl_s`. Redis works on one value while the next is made or verified. Knows nothing of
-leases and the directory, which live in a Redis that must not evict.
+A value is a whole sealed fragment (header and payload, see kvstore.sealing, or that compressed) and a tag that only who
+knows the cluster's secret can make (kvstore.authenticity), under a key with the format's version and the secret's id.
+Redis forgets it when nobody wrote it for `ttl_s`. Redis works on one value while the next is made or verified. Knows
+nothing of leases and the directory, which live in a Redis that must not evict.
 """
 
 import logging
@@ -11,9 +11,17 @@ from collections.abc import Sequence
 
 from kvstore.authenticity import TAG_BYTES, FragmentAuthenticator
 from kvstore.availability import Availability
-from kvstore.redis_bulk import ValueBuffers, get_values, set_values
-from kvstore.redis_client import REDIS_ERRORS, address_of, connect
-from kvstore.sealing import HEADER_BYTES, seal_in_place, unseal
+from kvstore.compression import (
+    LARGEST_PAYLOAD_BYTES,
+    check_compression,
+    compress,
+    decompress,
+    is_compressed,
+    unseal_stored,
+)
+from kvstore.redis_bulk import ValueBuffers, get_each, get_values, set_values
+from kvstore.redis_client import REDIS_ERRORS, address_of, connect, redirection
+from kvstore.sealing import HEADER_BYTES, seal_in_place
 from kvstore.tiers import FragmentSource, Rejected
 
 _LOG = logging.getLogger(__name__)
@@ -25,16 +33,35 @@ _MAX_CHUNK_KEYS = 1024
 _FIRST_GUESS_BYTES = 256 * 1024
 
 
+def key_prefix_of(secret: str) -> bytes:
+    """What the keys of a cluster with this secret begin with."""
+    return KEY_PREFIX + FragmentAuthenticator(secret).key_id.encode() + b":"
+
+
 class RedisTier:
     """A client of the Redis at `url`."""
 
     name = "redis"
 
-    def __init__(self, url: str, secret: str, ttl_s: float = 3600.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        secret: str,
+        ttl_s: float = 3600.0,
+        compression: str = "none",
+        is_cluster_node: bool = False,
+    ) -> None:
+        """compression: of what is put; both forms are read. is_cluster_node: no command may then have two keys."""
         self._client = connect(url)
         self._authenticator = FragmentAuthenticator(secret)
-        self.key_prefix = KEY_PREFIX + self._authenticator.key_id.encode() + b":"
+        self.key_prefix = key_prefix_of(secret)
+        self._is_cluster_node = is_cluster_node
+        self.num_redirections = 0
+        """Fragments that this node of a cluster refused because of their hash slots."""
+        self.owners: dict[int, str] = {}
+        """Of such slots the owners, as HOST:PORT; whoever reads this may replace it."""
         self._ttl_ms = int(ttl_s * 1000)
+        self._compresses = check_compression(compression)
         self._value_bytes = _FIRST_GUESS_BYTES  # of the value seen last: how many keys make a chunk
         self._buffers = ValueBuffers(page_at=HEADER_BYTES)
         self._has_warned_of_refusal = False
@@ -83,13 +110,17 @@ class RedisTier:
         missing: list[int] = []
         for start in range(0, len(fragments), _MAX_CHUNK_KEYS):
             keys = [self.key_prefix + fragment.key for fragment in fragments[start : start + _MAX_CHUNK_KEYS]]
-            if not self._client.exists(*keys):  # one short command instead of many: most batches are new
+            # One short command instead of many: most batches are new.
+            if not self._is_cluster_node and not self._client.exists(*keys):
                 missing.extend(range(start, start + len(keys)))
                 continue
             pipeline = self._client.pipeline(transaction=False)
             for key in keys:
                 pipeline.pexpire(key, self._ttl_ms)
-            for i, is_there in enumerate(pipeline.execute(), start):
+            for i, is_there in enumerate(pipeline.execute(raise_on_error=not self._is_cluster_node), start):
+                if isinstance(is_there, Exception):
+                    self._refused(is_there)
+                    continue
                 stored[i] = bool(is_there)
                 if not is_there:
                     missing.append(i)
@@ -100,14 +131,19 @@ class RedisTier:
         for i, reply in zip(missing, set_values(self._client, entries, self._ttl_ms), strict=True):
             stored[i] = reply is True
             if isinstance(reply, Exception):
-                self._warn_of_refusal(reply)
+                self._refused(reply)
 
     def _value(self, fragment: FragmentSource) -> memoryview:
         end = HEADER_BYTES + fragment.num_bytes
         value = self._buffers.take(end + TAG_BYTES)
-        self._value_bytes = len(value)
         fragment.copy_to(value[HEADER_BYTES:end])
         seal_in_place(value[:end], fragment.key, 0)
+        compressed = compress(value[:end]) if self._compresses else None
+        if compressed is not None:
+            end = len(compressed)
+            value = value[: end + TAG_BYTES]
+            value[:end] = compressed
+        self._value_bytes = len(value)
         value[end:] = self._authenticator.tag(value[:end])
         return value
 
@@ -115,7 +151,11 @@ class RedisTier:
         chunk_keys = min(_MAX_CHUNK_KEYS, max(1, CHUNK_BYTES // self._value_bytes))
         names = [self.key_prefix + key for key in keys]
         bad: list[bytes] = []
-        for i, value in enumerate(get_values(self._client, names, chunk_keys, self._buffers)):
+        get = get_each if self._is_cluster_node else get_values
+        for i, value in enumerate(get(self._client, names, chunk_keys, self._buffers)):
+            if isinstance(value, Exception):
+                self._refused(value)
+                continue
             if value is None:
                 continue
             self._value_bytes = max(len(value), HEADER_BYTES)
@@ -123,19 +163,32 @@ class RedisTier:
             if isinstance(payload, Rejected):
                 bad.append(names[i])
         if bad:
-            self._client.delete(*bad)
+            pipeline = self._client.pipeline(transaction=False)
+            for name in bad:
+                pipeline.delete(name)
+            pipeline.execute(raise_on_error=not self._is_cluster_node)
 
     def _verified(self, value: memoryview, key: bytes) -> memoryview | Rejected:
         if len(value) < TAG_BYTES:
             return Rejected("truncated")
         fragment, tag = value[:-TAG_BYTES], value[-TAG_BYTES:]
-        payload = unseal(fragment, key, 0)  # first: it tells one fault from another
-        if not isinstance(payload, Rejected) and not self._authenticator.is_genuine(fragment, tag):
+        payload = unseal_stored(fragment, key, 0)  # first: it tells one fault from another
+        if isinstance(payload, Rejected):
+            return payload
+        if not self._authenticator.is_genuine(fragment, tag):
             return Rejected("forged")
-        return payload
+        if not is_compressed(fragment):
+            return payload
+        sealed = decompress(fragment, key, LARGEST_PAYLOAD_BYTES)
+        return sealed if isinstance(sealed, Rejected) else sealed[HEADER_BYTES:]
 
-    def _warn_of_refusal(self, reply: Exception) -> None:
+    def _refused(self, reply: Exception) -> None:
         """Redis answers but does not take fragments, for example because its memory is full and it may not evict."""
-        if not self._has_warned_of_refusal:
+        redirected = redirection(reply)
+        if redirected is not None:
+            self.num_redirections += 1
+            if redirected.address:
+                self.owners[redirected.slot] = redirected.address
+        elif not self._has_warned_of_refusal:
             self._has_warned_of_refusal = True
             _LOG.warning("redis tier at %s refuses fragments: %s", address_of(self._client), reply)

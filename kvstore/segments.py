@@ -1,7 +1,8 @@
 """One segment of the disk tier: a file of sealed fragments that is written from its beginning to its end, once.
 
     page 0     magic, number, the secret's id, and where the last fragment ends (0 while the segment is open)
-    page 1 ..  fragments, each from the start of a page: header and payload of kvstore.sealing, a tag, zeros
+    page 1 ..  fragments, each from the start of a page: header and payload of kvstore.sealing (or that compressed, see
+               kvstore.compression), a tag, zeros
 
 A fragment's generation is the number of its segment. Numbers are never used again, so bytes that were brought here from
 another segment, or from another life of this folder, are stale. Knows which bytes are where, not who wants them.
@@ -17,7 +18,8 @@ from pathlib import Path
 
 from kvstore.authenticity import TAG_BYTES
 from kvstore.buffers import ALIGNMENT_BYTES
-from kvstore.sealing import HEADER_BYTES, key_of, sealed_bytes_at
+from kvstore.compression import stored_bytes_at
+from kvstore.sealing import HEADER_BYTES, key_of
 
 PAGE_BYTES = ALIGNMENT_BYTES
 SUFFIX = ".segment"
@@ -45,7 +47,7 @@ class StoredFragment:
     segment: int
     offset: int
     sealed_bytes: int
-    """Header and payload; the tag comes behind them."""
+    """Header and payload as they are stored, compressed or not; the tag comes behind them."""
 
     @property
     def stored_bytes(self) -> int:
@@ -183,10 +185,10 @@ def scan_segment(path: Path, key_id: str) -> tuple[SegmentHeader, list[tuple[byt
 def _fragments(file_descriptor: int, number: int, end: int) -> Iterator[tuple[bytes, StoredFragment]]:
     offset = PAGE_BYTES
     while offset + HEADER_BYTES <= end:
-        header = memoryview(os.pread(file_descriptor, HEADER_BYTES, offset))
-        sealed_bytes = sealed_bytes_at(header, 0) if len(header) == HEADER_BYTES else 0
+        header = os.pread(file_descriptor, HEADER_BYTES, offset)
+        sealed_bytes = stored_bytes_at(header) if len(header) == HEADER_BYTES else 0
         fragment = StoredFragment(number, offset, sealed_bytes)
         if not sealed_bytes or offset + fragment.stored_bytes > end:
             return
-        yield key_of(header), fragment
+        yield key_of(memoryview(header)), fragment
         offset += fragment.num_page_bytes

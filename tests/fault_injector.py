@@ -28,13 +28,16 @@ import redis
 
 from kvstore.arena import arena_bytes
 from kvstore.authenticity import TAG_BYTES
+from kvstore.buffers import CopyBuffers
+from kvstore.compression import COMPRESSED, is_compressed, stored_bytes_at
 from kvstore.names import FRAGMENT_KEY_BYTES
 from kvstore.peer_wire import HEAD_BYTES, HELLO_BYTES, TRAILER_BYTES, groups, table_bytes, unpack_table
 from kvstore.sealing import GENERATION_OFFSET, HEADER_BYTES, RESERVED, SEALED, seal
-from kvstore.segments import PAGE_BYTES, SUFFIX
+from kvstore.segments import PAGE_BYTES, SUFFIX, open_file, read_pages, whole_pages, write_all
 
 PAYLOAD_BYTES_OFFSET, CHECKSUM_OFFSET, ZEROS_OFFSET = 16, 24, 32
 KEY_OFFSET = HEADER_BYTES - FRAGMENT_KEY_BYTES
+_LOOK_BYTES = 1024 * 1024  # read at once; no fragment of a test is larger
 
 
 class Place(Protocol):
@@ -81,46 +84,69 @@ class ArenaPlace:
 
 
 class DiskPlace:
-    """The segment files of a disk tier."""
+    """The segment files of a disk tier, past the page cache as the tier itself.
+
+    Each page is looked at once, when it has been written: segments are written from their beginning to their end.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._pages = CopyBuffers(_LOOK_BYTES).take()
+        self._ends: dict[Path, int] = {}  # up to where each segment was looked at
         self._places: dict[bytes, tuple[Path, int, int]] = {}
 
     def find(self, keys: Sequence[bytes]) -> bool:
-        """Look where these fragments are now, in the newest segments first; whether all of them are there."""
-        missing, self._places = set(keys), {}
-        for path in sorted(self._folder.glob(f"*{SUFFIX}"), reverse=True):
-            if not missing:
-                break
-            try:
-                content = path.read_bytes()
-            except FileNotFoundError:
-                continue  # the oldest go when the tier is full
-            for at in range(PAGE_BYTES, len(content), PAGE_BYTES):
-                header = content[at : at + HEADER_BYTES]
-                key = header[KEY_OFFSET:]
-                if header.startswith(SEALED) and key in missing:  # of two copies the later one counts
-                    payload_bytes = int.from_bytes(header[PAYLOAD_BYTES_OFFSET:CHECKSUM_OFFSET], "little")
-                    self._places[key] = path, at, HEADER_BYTES + payload_bytes + TAG_BYTES
-            missing -= self._places.keys()
-        return not missing
+        """Look what is there by now; whether all of these are."""
+        paths = sorted(self._folder.glob(f"*{SUFFIX}"))
+        if self._ends.keys() - set(paths):  # the oldest go when the tier is full
+            self._ends = {path: end for path, end in self._ends.items() if path in paths}
+            self._places = {key: place for key, place in self._places.items() if place[0] in self._ends}
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError), _opened(path, os.O_RDONLY) as file:
+                self._ends[path] = self._look(file, path, self._ends.get(path, PAGE_BYTES))
+        return all(key in self._places for key in keys)
+
+    def _look(self, file: int, path: Path, end: int) -> int:
+        """Notes what was written from `end` on, of two copies the later one; where nothing was written yet."""
+        while True:
+            num_bytes = read_pages(file, self._pages, end)
+            at = 0
+            while at + PAGE_BYTES <= num_bytes:
+                header = bytes(self._pages[at : at + HEADER_BYTES])
+                if not any(header):
+                    return end + at
+                size = stored_bytes_at(header) + TAG_BYTES
+                if HEADER_BYTES + TAG_BYTES < size <= _LOOK_BYTES:
+                    self._places[header[KEY_OFFSET:]] = path, end + at, size
+                at += whole_pages(size) if size <= _LOOK_BYTES else PAGE_BYTES
+            if at == 0:
+                return end
+            end += at
 
     def read(self, key: bytes) -> bytes | None:
         """As in Place."""
         if key not in self._places:
             return None
         path, at, size = self._places[key]
-        with path.open("rb") as file:
-            file.seek(at)
-            return file.read(size)
+        with contextlib.suppress(FileNotFoundError), _opened(path, os.O_RDONLY) as file:
+            return bytes(self._pages[: min(size, read_pages(file, self._pages[: whole_pages(size)], at))])
+        return None
 
     def write(self, key: bytes, stored: bytes) -> None:
         """As in Place; what is cut off was never written."""
         path, at, size = self._places[key]
-        with path.open("r+b") as file:
-            file.seek(at)
-            file.write(stored[:size].ljust(size, b"\0"))
+        self._pages[: whole_pages(size)] = stored[:size].ljust(whole_pages(size), b"\0")
+        with _opened(path, os.O_WRONLY) as file:
+            write_all(file, self._pages[: whole_pages(size)], at)
+
+
+@contextlib.contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    file = open_file(path, flags)
+    try:
+        yield file
+    finally:
+        os.close(file)
 
 
 class WirePlace:
@@ -239,9 +265,11 @@ class Injector:
         return bytes(stored[: HEADER_BYTES + kept])
 
     def _change_layout(self, stored: bytearray) -> bytes:
-        form = next(self._forms) % 4
+        form = next(self._forms) % 5
         if form == 0:
             stored[:8] = b"SYfrag2\0"
+        elif form == 4:  # one form of a fragment under the other's name
+            stored[:8] = SEALED if is_compressed(memoryview(stored)) else COMPRESSED
         elif form == 1:
             stored[:8] = RESERVED
         elif form == 2:
@@ -257,7 +285,7 @@ class Injector:
         payload[self._random.randrange(len(payload))] ^= 1
         generation = int.from_bytes(stored[GENERATION_OFFSET:PAYLOAD_BYTES_OFFSET], "little")
         header = seal(bytes(stored[KEY_OFFSET:HEADER_BYTES]), memoryview(payload), generation)
-        return header + bytes(payload + stored[end:])
+        return bytes(stored[:8]) + header[8:] + bytes(payload + stored[end:])
 
 
 def _with_key(stored: bytes, keyed: bytearray) -> bytes:

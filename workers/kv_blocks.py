@@ -1,7 +1,8 @@
 """The fragments of a rank's paged cache as arrays in host memory, for tiers to be written from and read into.
 
-A cache in host memory shows its own bytes: nothing is copied before a tier does. One on a device is gathered into
-pinned memory by one kernel and one copy, and filled the same way back. Knows nothing of tiers or names.
+A cache in host memory shows its own bytes: nothing is copied before a tier does. One on a device, or one whose
+fragments travel in 8 bits, is gathered, encoded, and copied to pinned memory as one, and filled the same way back.
+Knows nothing of tiers or names.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor
 
 from kernels import gather_kv_blocks, scatter_kv_blocks
+from workers.config import kv_row_bytes
+from workers.kv_codec import decode, encode
 from workers.step import BlockTransfer
 
 FragmentBytes = npt.NDArray[np.uint8]
-"""[layers of the group, K|V, slots, bytes of a token], the last two contiguous; a fragment's payload in its order."""
+"""A fragment's payload in its order: flat, or as it lies in a cache, [layers of the group, K|V, slots, bytes]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +48,15 @@ class BlockMemory(Protocol):
         """Room for fragments; until finish() the blocks may hold anything."""
 
 
-def block_memory(cache: Tensor, layers_per_fragment: int) -> BlockMemory:
-    """cache: [layers, blocks, kv_heads, 2, block_size, head_dim]."""
-    memory = HostBlocks if cache.device.type == "cpu" else DeviceBlocks
-    return memory(cache, layers_per_fragment)
+def block_memory(cache: Tensor, layers_per_fragment: int, encoding: str) -> BlockMemory:
+    """cache: [layers, blocks, kv_heads, 2, block_size, head_dim]. encoding: as in workers.kv_codec."""
+    if cache.device.type == "cpu" and encoding == "none":
+        return HostBlocks(cache, layers_per_fragment)
+    return StagedBlocks(cache, layers_per_fragment, encoding)
 
 
 class HostBlocks:
-    """As BlockMemory, for a cache in host memory."""
+    """As BlockMemory, for a cache in host memory whose bytes travel as they are."""
 
     def __init__(self, cache: Tensor, layers_per_fragment: int) -> None:
         self._bytes: FragmentBytes = cache.view(torch.uint8).numpy()
@@ -77,12 +81,13 @@ class HostBlocks:
         return Filling(self.fragments(transfer), lambda num_blocks: None)
 
 
-class DeviceBlocks:
-    """As BlockMemory, for a cache on a device: through pinned memory, on the current stream."""
+class StagedBlocks:
+    """As BlockMemory, through a buffer; for a cache on a device a pinned one, on the current stream."""
 
-    def __init__(self, cache: Tensor, layers_per_fragment: int) -> None:
+    def __init__(self, cache: Tensor, layers_per_fragment: int, encoding: str = "none") -> None:
         self._cache = cache
         self._layers_per_fragment = layers_per_fragment
+        self._encoding = encoding
         self._is_cuda = cache.is_cuda
 
     def fragments(self, transfer: BlockTransfer) -> list[FragmentBytes]:
@@ -91,11 +96,12 @@ class DeviceBlocks:
 
     def copies(self, transfer: BlockTransfer) -> Callable[[], list[FragmentBytes]]:
         """As in BlockMemory."""
-        staged = []
+        staged: list[Tensor] = []
         for block_ids, num_tokens in _runs(transfer):
             gathered = gather_kv_blocks(self._cache, self._ids(block_ids), self._layers_per_fragment, num_tokens)
-            pinned = torch.empty_like(gathered, device="cpu", pin_memory=self._is_cuda)
-            staged.append(pinned.copy_(gathered, non_blocking=True))
+            encoded = encode(gathered.flatten(0, 2), self._encoding)
+            pinned = torch.empty_like(encoded, device="cpu", pin_memory=self._is_cuda)
+            staged.append(pinned.copy_(encoded, non_blocking=True))
         copied = torch.cuda.Event() if self._is_cuda else None
         if copied is not None:
             copied.record()
@@ -103,28 +109,46 @@ class DeviceBlocks:
         def wait() -> list[FragmentBytes]:
             if copied is not None:
                 copied.synchronize()
-            return [fragment for buffer in staged for fragment in _split(buffer)]
+            return [fragment for buffer in staged for fragment in buffer.numpy()]
 
         return wait
 
     def fill(self, transfer: BlockTransfer) -> Filling:
         """As in BlockMemory."""
-        num_layers, _, num_heads, _, _, head_dim = self._cache.shape
-        num_groups = num_layers // self._layers_per_fragment
-        staged: list[tuple[Sequence[int], Tensor]] = []
+        staged: list[tuple[Sequence[int], int, Tensor]] = []
         for block_ids, num_tokens in _runs(transfer):
-            shape = (len(block_ids), num_groups, num_heads, self._layers_per_fragment, 2, num_tokens, head_dim)
-            staged.append((block_ids, torch.empty(shape, dtype=self._cache.dtype, pin_memory=self._is_cuda)))
+            num_fragments = len(block_ids) * self._fragments_per_block
+            shape = (num_fragments, self._rows_per_slot * num_tokens * self._row_bytes)
+            staged.append((block_ids, num_tokens, torch.empty(shape, dtype=torch.uint8, pin_memory=self._is_cuda)))
 
         def finish(num_blocks: int) -> None:
-            for block_ids, buffer in staged:
+            for block_ids, num_tokens, buffer in staged:
                 count = min(num_blocks, len(block_ids))
                 num_blocks -= count
                 if count:
-                    filled = buffer[:count].to(self._cache.device, non_blocking=True)
-                    scatter_kv_blocks(filled, self._ids(block_ids[:count]), self._cache)
+                    whole = buffer[: count * self._fragments_per_block]
+                    self._scatter(whole.to(self._cache.device, non_blocking=True), block_ids[:count], num_tokens)
 
-        return Filling([fragment for _, buffer in staged for fragment in _split(buffer)], finish)
+        return Filling([fragment for _, _, buffer in staged for fragment in buffer.numpy()], finish)
+
+    @property
+    def _fragments_per_block(self) -> int:
+        return len(self._cache) // self._layers_per_fragment * self._cache.shape[2]
+
+    @property
+    def _rows_per_slot(self) -> int:
+        return 2 * self._layers_per_fragment
+
+    @property
+    def _row_bytes(self) -> int:
+        return kv_row_bytes(self._encoding, self._cache.shape[-1], self._cache.element_size())
+
+    def _scatter(self, encoded: Tensor, block_ids: Sequence[int], num_tokens: int) -> None:
+        num_layers, _, num_heads, _, _, head_dim = self._cache.shape
+        num_groups = num_layers // self._layers_per_fragment
+        rows = decode(encoded, head_dim, self._cache.dtype, self._encoding)
+        shape = (len(block_ids), num_groups, num_heads, self._layers_per_fragment, 2, num_tokens, head_dim)
+        scatter_kv_blocks(rows.view(shape), self._ids(block_ids), self._cache)
 
     def _ids(self, block_ids: Sequence[int]) -> Tensor:
         return torch.tensor(block_ids, dtype=torch.int32, device=self._cache.device)
@@ -136,9 +160,3 @@ def _runs(transfer: BlockTransfer) -> Iterator[tuple[Sequence[int], int]]:
     for first, last in ((0, num_full), (num_full, len(transfer.block_ids))):
         if last > first:
             yield transfer.block_ids[first:last], transfer.num_tokens[first]
-
-
-def _split(buffer: Tensor) -> list[FragmentBytes]:
-    """The fragments of a gathered buffer, see kernels.kv_copy."""
-    as_bytes: FragmentBytes = buffer.view(torch.uint8).numpy()
-    return list(as_bytes.reshape(-1, *as_bytes.shape[3:]))

@@ -1,7 +1,8 @@
 """Moves KV blocks between a rank's paged cache and its fragment store.
 
-A fragment is one block x one group of layers x one KV head, [layer][K|V][slot][head_dim]; a rank moves the heads and
-the layers that it owns, whatever the tp and pp of the other side. Knows nothing of requests.
+A fragment is one block x one group of layers x one KV head, [layer][K|V][slot][head_dim], or what workers.kv_codec
+makes of it; a rank moves the heads and the layers that it owns, whatever the tp and pp of the other side. Knows nothing
+of requests.
 """
 
 from __future__ import annotations
@@ -63,8 +64,9 @@ MAX_WAITING_WRITE_BACKS = 64  # batches; tiers that are slower than decoding los
 class KVTransfer:
     """Loads and stores blocks of one rank's cache [layers, blocks, kv_heads, 2, block_size, head_dim]."""
 
-    def __init__(self, cache: Tensor, grid: FragmentGrid, store: FragmentStore) -> None:
-        self._memory = block_memory(cache, grid.layers_per_fragment)
+    def __init__(self, cache: Tensor, grid: FragmentGrid, store: FragmentStore, compression: str = "none") -> None:
+        """compression: one of KV_COMPRESSIONS, what the fingerprint in the blocks' names says."""
+        self._memory = block_memory(cache, grid.layers_per_fragment, compression)
         self._grid = grid
         self._store = store
         self.num_layout_rejects = 0  # verified bytes of a length that this rank does not expect

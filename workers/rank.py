@@ -62,12 +62,14 @@ LoadedRunner = TorchModelRunner | FakeModelRunner
 def kv_fingerprint(engine: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> bytes:
     """Names what the bytes of a KV block mean: the weights, and everything that shapes or rotates keys and values.
 
-    In batch-invariant mode also how they were summed: a block from a worker that sums otherwise has other bits.
+    In batch-invariant mode also how they were summed: a block from a worker that sums otherwise has other bits. And
+    what they lose on their way: a block that travelled in 8 bits is another block.
     """
     summed = {"tp": engine.tp, "num_threads": engine.num_threads} if engine.batch_invariant else {}
     return fingerprint(
         {
             **summed,
+            **({} if engine.kv_compression == "none" else {"kv_compression": engine.kv_compression}),
             "weights": _FAKE_WEIGHTS if engine.runner == "fake" else weights_digest(Path(engine.model_dir)),
             "dtype": str(dtype),
             "layers": model.num_hidden_layers,
@@ -157,11 +159,17 @@ class Rank:
         spec = self.spec
         peers_control = spec.control if spec.peers else ""
         self._tiers = open_tiers(
-            spec.host_address, spec.tier, spec.tier_secret, spec.tier_ttl_s, peers_control, spec.peer_transport
+            spec.host_address,
+            spec.tier,
+            spec.tier_secret,
+            spec.tier_ttl_s,
+            peers_control,
+            spec.peer_transport,
+            spec.tier_compression,
         )
         self._store = FragmentStore(self._tiers)
         grid = self._runner.grid(self.spec.layers_per_fragment)
-        self._transfer = KVTransfer(self._runner.cache, grid, self._store)
+        self._transfer = KVTransfer(self._runner.cache, grid, self._store, engine.kv_compression)
         self._runner.attach(self._transfer)
         self._runner.warm_up()
         self._transfer_cost: TransferCost | None = None

@@ -10,6 +10,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,11 +24,15 @@ from switchyard.v1 import kvnode_pb2, kvnode_pb2_grpc, worker_pb2
 
 from kvstore.authenticity import FragmentAuthenticator
 from kvstore.connect import open_directory
+from kvstore.disk import DiskTier
 from kvstore.names import NAME_BYTES, block_names, root_name
 from kvstore.peer_tier import PEER_PLACE
-from kvstore.redis_tier import KEY_PREFIX
+from kvstore.redis_tier import KEY_PREFIX, RedisTier
+from kvstore.sealing import HEADER_BYTES
+from kvstore.tiers import Rejected
 from tests.fake_cluster import SECRET, VOCAB_SIZE, FakeCluster, expected
 from tests.fault_injector import DiskPlace
+from tests.kvstore.fragments import make_compressible, sealed_copy
 from tests.processes import DEADLINE_S, REPOSITORY, KVNode, RedisServer, python_environment, wait_until
 from tests.workers.test_disaggregation import spec_for
 from tests.workers.test_disaggregation import worker as real_worker
@@ -292,6 +297,44 @@ def test_no_damaged_fragment_is_served_and_each_is_counted(
     assert set(counted) == way.reasons
     assert decode_transferred(cluster) > 0, "not one good block was used"
     cluster.wait_at_rest()
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize("name", ["disk", "redis"])
+@pytest.mark.parametrize("num_faults", [4_000, pytest.param(100_000, marks=pytest.mark.slow)], ids=["some", "many"])
+def test_no_damaged_compressed_fragment_is_given_back(
+    redis_server: RedisServer, tmp_path: Path, name: str, num_faults: int
+) -> None:
+    """The tiers alone: what the fake engine makes does not shrink."""
+    folder, prefix = tmp_path / "disk", KEY_PREFIX + FragmentAuthenticator(SECRET).key_id.encode() + b":"
+    if name == "disk":
+        disk = DiskTier(folder, 64 << 20, 16384, SECRET, time.monotonic, compression="zstd")
+        wait_until(lambda: disk.is_up, "the disk tier is up")
+        arguments = ("--disk", str(folder))
+    else:
+        tier = RedisTier(redis_server.url, SECRET, compression="zstd")
+        arguments = ("--redis", redis_server.url, "--key-prefix", prefix.hex())
+    damaged: Counter[str] = Counter()
+    counted: Counter[str] = Counter()
+    with FaultInjector(*arguments) as injector:
+        while damaged.total() < num_faults:
+            fragments = make_compressible(500, 16_000)
+            bad, good = fragments[:400], fragments[400:]
+            keys = [fragment.key for fragment in fragments]
+            if name == "disk":
+                assert disk.write([sealed_copy(fragment) for fragment in fragments]) == 500
+            else:
+                assert tier.put(fragments) == [True] * 500
+            damaged += injector.damage([fragment.key for fragment in bad])
+            got = [disk.read(key) for key in keys] if name == "disk" else tier.get(keys)
+            counted += Counter(found.reason for found in got[:400] if isinstance(found, Rejected))
+            payloads = [found[HEADER_BYTES:] if name == "disk" else found for found in got[400:]]  # type: ignore[index]
+            assert payloads == [fragment.payload for fragment in good]
+            assert (disk.read(bad[0].key) if name == "disk" else tier.get([bad[0].key])[0]) is None  # and dropped
+    (disk if name == "disk" else tier).close()
+    assert set(damaged) == KINDS | {"forgery"}
+    assert counted.total() == damaged.total(), f"{damaged} were damaged, {counted} were counted"
+    assert set(counted) == REASONS
 
 
 def decode_transferred(cluster: FakeCluster) -> int:

@@ -75,6 +75,16 @@ def test_the_laptop_example_says_what_the_defaults_are() -> None:
         ("model: {dtype: int8}", "model.dtype: must be one of"),
         ("kvstore: {host_bytes: 1}", "kvstore.host_bytes: must be at least 1 MiB"),
         ("kvstore: {tier: 'http://x'}", "kvstore.tier: must be empty or a redis:// URL"),
+        ("kvstore: {compression: int4}", "kvstore.compression: must be one of none, int8, fp8, not 'int4'"),
+        (
+            "kvstore: {compression: fp8}\nmodel: {batch_invariant: true}",
+            "kvstore.compression: must be none with model.batch_invariant, which needs every bit, not 'fp8'",
+        ),
+        (
+            "kvstore: {compression: int8}\nengine: {runner: fake}",
+            "kvstore.compression: must be none with engine.runner=fake, which needs every bit, not 'int8'",
+        ),
+        ("kvstore: {tier_compression: lz4}", "kvstore.tier_compression: must be one of none, zstd, not 'lz4'"),
         ("router: {window_tokens: 0}", "router.window_tokens: must be at least 1"),
         ("endpoints: {grpc_port: 70000}", "endpoints.grpc_port: must be 0 or a port number"),
         ("endpoints: {grpc_port: 7999, routers: 2}", "endpoints.http_port: overlaps the gRPC ports"),

@@ -34,6 +34,14 @@ def test_the_laptops_plan(tiny_model: Path) -> None:
     assert 0 <= 512 * 2**20 - file_bytes < made.arena.slot_bytes + 128  # not one slot more would fit
 
 
+@pytest.mark.parametrize(("compression", "row_bytes"), [("none", 16 * 4), ("int8", 16 + 4), ("fp8", 16 + 4)])
+def test_slots_are_as_large_as_what_is_kept_in_them(tiny_model: Path, compression: str, row_bytes: int) -> None:
+    made = plan(tiny_model, f"kvstore.compression={compression}", "kvstore.tier_compression=zstd")
+    assert made.arena.slot_bytes == 4 * 2 * 16 * row_bytes
+    assert {pool.spec.engine.kv_compression for pool in made.pools} == {compression}
+    assert {pool.spec.tier_compression for pool in made.pools} == {"zstd"}
+
+
 def test_gpus_change_block_size_dtype_and_resources(tiny_model: Path) -> None:
     made = plan(tiny_model, "pools.decode.tp=2", "pools.decode.pp=2", num_gpus=8)
     decode = made.pools[1]

@@ -25,6 +25,17 @@ def make_fragments(count: int, payload_bytes: int = 1000) -> list[Fragment]:
     ]
 
 
+def make_compressible(count: int, payload_bytes: int = 1000) -> list[Fragment]:
+    """As make_fragments, of numbers of nearly one size: every fourth byte has four values, and two of four are zero."""
+    fragments = []
+    for fragment in make_fragments(count, payload_bytes):
+        payload = bytearray(payload_bytes)
+        payload[::4] = fragment.payload[::4]
+        payload[3::4] = bytes(0x3C + value % 4 for value in fragment.payload[3::4])
+        fragments.append(Fragment(fragment.key, memoryview(payload)))
+    return fragments
+
+
 def keys_of(fragments: Sequence[Fragment]) -> list[bytes]:
     """Their keys."""
     return [fragment.key for fragment in fragments]

@@ -18,7 +18,16 @@ from kvstore.authenticity import TAG_BYTES, FragmentAuthenticator
 from kvstore.disk import DiskTier
 from kvstore.sealing import GENERATION_OFFSET, HEADER_BYTES
 from kvstore.tiers import Fragment, Rejected
-from tests.kvstore.fragments import SECRET, damage_segments, find_stored, keys_of, make_fragments, sealed_copy
+from tests.fault_injector import DiskPlace
+from tests.kvstore.fragments import (
+    SECRET,
+    damage_segments,
+    find_stored,
+    keys_of,
+    make_compressible,
+    make_fragments,
+    sealed_copy,
+)
 from tests.processes import REPOSITORY, python_environment, wait_until
 
 SEGMENT_BYTES = 1 << 20
@@ -34,8 +43,10 @@ def folder(tmp_path: Path) -> Path:
 def open_disk(folder: Path) -> Iterator[Callable[..., DiskTier]]:
     opened: list[DiskTier] = []
 
-    def open_disk(disk_bytes: int = 8 * SEGMENT_BYTES, secret: str = SECRET, where: Path = folder) -> DiskTier:
-        disk = DiskTier(where, disk_bytes, PAYLOAD_BYTES, secret, time.monotonic, SEGMENT_BYTES)
+    def open_disk(
+        disk_bytes: int = 8 * SEGMENT_BYTES, secret: str = SECRET, where: Path = folder, compression: str = "none"
+    ) -> DiskTier:
+        disk = DiskTier(where, disk_bytes, PAYLOAD_BYTES, secret, time.monotonic, SEGMENT_BYTES, compression)
         opened.append(disk)
         wait_until(lambda: disk.is_up, "the disk tier is up")
         return disk
@@ -105,6 +116,48 @@ def test_survives_a_restart(open_disk: Callable[..., DiskTier]) -> None:
     assert write(second, more) == 5
     check_all(second, more)
     assert second.stats().rejected == {}
+
+
+def test_compressed_fragments_take_less_and_come_back_whole(open_disk: Callable[..., DiskTier], folder: Path) -> None:
+    """After a restart too, beside others, and whatever the setting is then; what would not shrink stays as it is."""
+    first = open_disk(compression="zstd")
+    numbers, noise = make_compressible(20, PAYLOAD_BYTES), make_fragments(3, PAYLOAD_BYTES)
+    assert write(first, [*numbers, *noise]) == 23
+    check_all(first, [*numbers, *noise])
+    first.close()
+    num_bytes = sum(path.stat().st_size for path in folder.iterdir())
+    assert 3 * PAYLOAD_BYTES < num_bytes < (3 + 20 * 0.75) * PAYLOAD_BYTES
+    second = open_disk()
+    more = make_compressible(2, PAYLOAD_BYTES)
+    assert write(second, more) == 2
+    check_all(second, [*numbers, *noise, *more])
+    assert second.stats().rejected == {}
+
+
+def test_a_torn_compressed_fragment_is_dropped_at_the_next_start(
+    open_disk: Callable[..., DiskTier], folder: Path
+) -> None:
+    first = open_disk(compression="zstd")
+    whole, torn = make_compressible(2, PAYLOAD_BYTES)
+    write(first, [whole, torn])
+    copy = folder.with_name("copy")
+    shutil.copytree(folder, copy)  # as after a crash: the segment was not completed
+    first.close()
+    place = DiskPlace(copy)
+    assert place.find(keys_of([whole, torn]))
+    stored = place.read(torn.key)
+    assert stored is not None
+    place.write(torn.key, stored[: len(stored) // 2])
+    second = open_disk(where=copy)
+    check_all(second, [whole])
+    assert not second.has(torn.key)
+
+
+def test_one_fragment_sent_twice_is_written_once(open_disk: Callable[..., DiskTier]) -> None:
+    disk = open_disk()
+    (fragment,) = make_fragments(1)
+    write(disk, [fragment, fragment])
+    assert disk.stats().num_written == 1
 
 
 def test_a_smaller_bound_after_a_restart_is_kept(open_disk: Callable[..., DiskTier], folder: Path) -> None:

@@ -3,10 +3,18 @@
 import pytest
 
 from kvstore.authenticity import TAG_BYTES, FragmentAuthenticator
+from kvstore.compression import compress
 from kvstore.redis_tier import RedisTier
 from kvstore.sealing import HEADER_BYTES, seal
 from kvstore.tiers import Rejected
-from tests.kvstore.fragments import REDIS_PREFIX, SECRET, keys_of, make_fragments
+from tests.kvstore.fragments import (
+    REDIS_PREFIX,
+    SECRET,
+    keys_of,
+    make_compressible,
+    make_fragments,
+    sealed_copy,
+)
 from tests.processes import RedisServer, free_port, wait_until
 
 pytestmark = pytest.mark.redis
@@ -20,6 +28,32 @@ def test_values_carry_header_payload_and_a_time_to_live(redis_server: RedisServe
         assert client.keys() == [REDIS_PREFIX + fragment.key]
         assert client.get(REDIS_PREFIX + fragment.key)[HEADER_BYTES:-TAG_BYTES] == fragment.payload
         assert 0 < client.pttl(REDIS_PREFIX + fragment.key) <= 100_000
+    tier.close()
+
+
+def test_compressed_values_take_less_and_come_back_whole(redis_server: RedisServer) -> None:
+    """To readers with either setting; what would not shrink stays as it is."""
+    numbers, noise = make_compressible(20, 50_000), make_fragments(3, 50_000)
+    tier, plain = RedisTier(redis_server.url, SECRET, compression="zstd"), RedisTier(redis_server.url, SECRET)
+    assert tier.put([*numbers, *noise]) == [True] * 23
+    with redis_server.client() as client:
+        assert all(client.strlen(REDIS_PREFIX + fragment.key) < 0.75 * 50_000 for fragment in numbers)
+        assert all(client.strlen(REDIS_PREFIX + fragment.key) > 50_000 for fragment in noise)
+    for reader in (tier, plain):
+        assert reader.get(keys_of([*numbers, *noise])) == [fragment.payload for fragment in [*numbers, *noise]]
+        reader.close()
+
+
+def test_a_bomb_of_somebody_without_the_secret_is_never_opened(redis_server: RedisServer) -> None:
+    (fragment,) = make_compressible(1)
+    bomb = memoryview(bytearray(compress(sealed_copy(fragment)) or b""))
+    forged = bytes(bomb) + FragmentAuthenticator("a guess").tag(bomb)
+    tier = RedisTier(redis_server.url, SECRET)
+    with redis_server.client() as client:
+        client.set(REDIS_PREFIX + fragment.key, forged)
+        assert tier.get([fragment.key]) == [Rejected("forged")]
+        client.set(REDIS_PREFIX + fragment.key, bytes(bomb) + FragmentAuthenticator(SECRET).tag(bomb))
+        assert tier.get([fragment.key]) == [fragment.payload]
     tier.close()
 
 

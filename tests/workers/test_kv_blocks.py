@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from workers.kv_blocks import DeviceBlocks, HostBlocks
+from workers.kv_blocks import HostBlocks, StagedBlocks
 from workers.step import BlockTransfer
 
 LAYERS, BLOCKS, HEADS, BLOCK_SIZE, HEAD_DIM, GROUP = 6, 9, 2, 4, 8, 3
 TRANSFER = BlockTransfer("r", [b""] * 3, [7, 2, 5], [BLOCK_SIZE, BLOCK_SIZE, 3])
-MEMORIES = pytest.mark.parametrize("memory", [HostBlocks, DeviceBlocks])
+MEMORIES = pytest.mark.parametrize("memory", [HostBlocks, StagedBlocks])
 
 
 def a_cache(dtype: torch.dtype, fill: str = "random") -> torch.Tensor:
@@ -56,9 +56,27 @@ def test_whole_blocks_are_in_the_cache_after_the_finish_and_others_are_untouched
     for room, fragment in list(zip(filling.fragments, HostBlocks(source, GROUP).fragments(TRANSFER), strict=True))[
         : num_whole * per_block
     ]:
-        np.copyto(room, fragment)
+        np.copyto(room, fragment.reshape(room.shape))
     filling.finish(num_whole)
     right = a_cache(torch.bfloat16, fill="constant")
     for block_id, num_tokens in list(zip(TRANSFER.block_ids, TRANSFER.num_tokens, strict=True))[:num_whole]:
         right[:, block_id, :, :, :num_tokens] = source[:, block_id, :, :, :num_tokens]
     assert torch.equal(target, right)
+
+
+@pytest.mark.parametrize("encoding", ["int8", "fp8"])
+def test_in_eight_bits_blocks_are_nearly_what_they_were_and_others_untouched(encoding: str) -> None:
+    source, target = a_cache(torch.float32), a_cache(torch.float32, fill="constant")
+    fragments = StagedBlocks(source, GROUP, encoding).fragments(TRANSFER)
+    filling = StagedBlocks(target, GROUP, encoding).fill(TRANSFER)
+    for room, fragment in zip(filling.fragments, fragments, strict=True):
+        assert fragment.nbytes == room.nbytes
+        np.copyto(room, fragment)
+    filling.finish(3)
+    right = a_cache(torch.float32, fill="constant")
+    for block_id, num_tokens in zip(TRANSFER.block_ids, TRANSFER.num_tokens, strict=True):
+        right[:, block_id, :, :, :num_tokens] = source[:, block_id, :, :, :num_tokens]
+    largest = right.abs().amax(-1, keepdim=True)
+    assert ((target - right).abs() <= largest / 14).all()
+    assert torch.equal(target[:, 0], right[:, 0])
+    assert not torch.equal(target, right)

@@ -1,0 +1,155 @@
+"""The shared tier in a Redis cluster: each fragment on the node that its key's hash slot belongs to.
+
+Every node of the cluster is a tier of its own (kvstore.redis_tier) with its own connections, and a batch goes to all of
+them at once. One that is away costs its fragments alone. Who owns which slots is asked every second; what a node
+refuses because a slot has moved is tried once more at the owner that it names. Knows nothing of what is kept.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from kvstore.availability import Availability
+from kvstore.config import redis_cluster_nodes
+from kvstore.redis_client import NUM_HASH_SLOTS, REDIS_ERRORS, RedisClient, connect, hash_slot, slot_owners
+from kvstore.redis_tier import RedisTier, key_prefix_of
+from kvstore.tiers import FragmentSource, Rejected
+
+_MOST_NODES_AT_ONCE = 16
+_RETIRED_S = 60.0  # longer than any call to a node takes
+
+_Result = TypeVar("_Result")
+
+
+class RedisClusterTier:
+    """A client of the cluster that any of the nodes in `url` belongs to: redis+cluster://HOST:PORT,HOST:PORT."""
+
+    name = "redis"
+
+    def __init__(self, url: str, secret: str, ttl_s: float = 3600.0, compression: str = "none") -> None:
+        """As RedisTier. Raises ValueError for a URL that is none."""
+        seeds, self._node_url = redis_cluster_nodes(url)
+        self.key_prefix = key_prefix_of(secret)
+        self._tier_of: Callable[[str], RedisTier] = lambda address: RedisTier(
+            self._node_url(address), secret, ttl_s, compression, is_cluster_node=True
+        )
+        self._seeds = seeds
+        self._lock = threading.Lock()  # of one who asks; what he learns is replaced whole, so that nobody else needs it
+        self._clients: dict[str, RedisClient] = {}  # that are asked who owns what, by HOST:PORT
+        self._owners: tuple[str, ...] = ("",) * NUM_HASH_SLOTS  # HOST:PORT by slot; empty: nobody
+        self._nodes: dict[str, RedisTier] = {}  # by HOST:PORT
+        self._retired: list[tuple[float, RedisTier]] = []
+        self._threads = ThreadPoolExecutor(_MOST_NODES_AT_ONCE, "kv-redis-node")
+        self._availability = Availability(f"redis cluster at {','.join(seeds)}", self._look, self._look, REDIS_ERRORS)
+
+    @property
+    def is_up(self) -> bool:
+        """As in Tier: whether any node answers."""
+        return self._availability.is_up and any(node.is_up for node in self._nodes.values())
+
+    def put(self, fragments: Sequence[FragmentSource]) -> list[bool]:
+        """As in Tier."""
+        keys = [fragment.key for fragment in fragments]
+        return self._at_owners(keys, lambda node, batch: node.put([fragments[i] for i in batch]), False)
+
+    def get(self, keys: Sequence[bytes]) -> list[memoryview | Rejected | None]:
+        """As in Tier."""
+        return self._at_owners(keys, lambda node, batch: node.get([keys[i] for i in batch]), None)
+
+    def close(self) -> None:
+        """As in Tier."""
+        self._availability.close()
+        self._threads.shutdown()
+        for node in (*self._nodes.values(), *(node for _, node in self._retired)):
+            node.close()
+        for client in self._clients.values():
+            client.close()
+
+    def _at_owners(
+        self, keys: Sequence[bytes], call: Callable[[RedisTier, list[int]], Sequence[_Result]], nothing: _Result
+    ) -> list[_Result]:
+        """What the call gives for each key at its slot's owner; what a former owner refused, again at the new one."""
+        results = [nothing] * len(keys)
+        if not self.is_up or not keys:
+            return results
+        slots = [hash_slot(self.key_prefix + key) for key in keys]
+        num_before, owners = self._num_redirections(), self._owners
+        self._ask(owners, slots, range(len(keys)), call, results)
+        if self._num_redirections() != num_before:
+            self._follow()
+            moved = [i for i, slot in enumerate(slots) if self._owners[slot] != owners[slot] and results[i] is nothing]
+            self._ask(self._owners, slots, moved, call, results)
+        return results
+
+    def _ask(
+        self,
+        owners: Sequence[str],
+        slots: Sequence[int],
+        wanted: Sequence[int],
+        call: Callable[[RedisTier, list[int]], Sequence[_Result]],
+        results: list[_Result],
+    ) -> None:
+        """All owners at once, each for its keys in one batch."""
+        nodes, batches = self._nodes, dict[str, list[int]]()
+        for i in wanted:
+            if owners[slots[i]] in nodes:
+                batches.setdefault(owners[slots[i]], []).append(i)
+        # The last one in this thread: a cluster of one node needs no other.
+        *others, last = batches.items() if batches else [("", [])]
+        asked = [(batch, self._threads.submit(call, nodes[address], batch)) for address, batch in others]
+        if last[1]:
+            _put_at(results, last[1], call(nodes[last[0]], last[1]))
+        for batch, answer in asked:
+            _put_at(results, batch, answer.result())
+
+    def _num_redirections(self) -> int:
+        return sum(node.num_redirections for node in self._nodes.values())
+
+    def _follow(self) -> None:
+        """Takes the owners that nodes have named: others may hear of a slot's move later than its former owner."""
+        with self._lock:
+            owners, nodes = list(self._owners), dict(self._nodes)
+            for node in self._nodes.values():
+                named, node.owners = node.owners, {}
+                for slot, address in named.items():
+                    owners[slot] = address
+                    if address not in nodes:
+                        nodes[address] = self._tier_of(address)
+            self._nodes = nodes  # before the owners: whoever finds an address finds its node
+            self._owners = tuple(owners)
+
+    def _look(self) -> None:
+        """Asks who owns which slots. Raises one of REDIS_ERRORS when nobody answers."""
+        with self._lock:
+            owners = self._ask_owners()
+            addresses = set(owners) - {""}
+            nodes = {address: self._nodes.get(address) or self._tier_of(address) for address in sorted(addresses)}
+            gone = [node for address, node in self._nodes.items() if address not in addresses]
+            self._nodes = nodes
+            self._owners = owners
+            now_s = time.monotonic()
+            for _, node in (retired for retired in self._retired if retired[0] < now_s - _RETIRED_S):
+                node.close()
+            self._retired = [retired for retired in self._retired if retired[0] >= now_s - _RETIRED_S]
+            self._retired += [(now_s, node) for node in gone]
+
+    def _ask_owners(self) -> tuple[str, ...]:
+        """By the first that answers: those that were up before, then the seeds."""
+        up = [address for address, node in self._nodes.items() if node.is_up]
+        error: Exception = OSError("no node of the cluster is known")
+        for address in dict.fromkeys((*up, *self._seeds)):
+            client = self._clients.get(address)
+            if client is None:
+                client = self._clients[address] = connect(self._node_url(address))
+            try:
+                return slot_owners(client, address)
+            except REDIS_ERRORS as failed:
+                error = failed
+        raise error
+
+
+def _put_at(results: list[_Result], places: Sequence[int], answers: Sequence[_Result]) -> None:
+    for i, answer in zip(places, answers, strict=True):
+        results[i] = answer

@@ -1,0 +1,218 @@
+"""The shared tier in a Redis cluster of three nodes: shared out by hash slot, one node lost, slots that move."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import redis
+
+from kvstore.config import KVStoreConfig, redis_cluster_nodes
+from kvstore.connect import open_tiers, place_of
+from kvstore.redis_client import hash_slot
+from kvstore.redis_cluster import RedisClusterTier
+from kvstore.tiers import Fragment, Rejected
+from tests.kvstore.fragments import REDIS_PREFIX, SECRET, keys_of, make_fragments
+from tests.processes import free_port, redis_executable, wait_until
+from tests.redis_cluster import PASSWORD, RedisClusterServers
+
+pytestmark = pytest.mark.redis
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[RedisClusterServers]:
+    """For tests that leave all nodes running."""
+    executable = redis_executable()
+    if executable is None:
+        pytest.skip("no redis-server")
+    servers = RedisClusterServers(executable)
+    yield servers
+    servers.close()
+
+
+@pytest.fixture
+def tier(servers: RedisClusterServers) -> Iterator[RedisClusterTier]:
+    tier = RedisClusterTier(servers.url, SECRET)
+    yield tier
+    tier.close()
+
+
+def owner_of(fragment: Fragment) -> int:
+    return hash_slot(REDIS_PREFIX + fragment.key) * 3 // 16384
+
+
+def payloads_of(fragments: list[Fragment]) -> list[memoryview]:
+    return [fragment.payload for fragment in fragments]
+
+
+def test_fragments_are_shared_out_by_hash_slot(servers: RedisClusterServers, tier: RedisClusterTier) -> None:
+    fragments = make_fragments(60)
+    assert tier.put(fragments) == [True] * 60
+    assert tier.put(fragments) == [True] * 60  # once more: renewed
+    assert tier.get(keys_of(fragments)) == payloads_of(fragments)
+    assert {owner_of(fragment) for fragment in fragments} == {0, 1, 2}
+    for fragment in fragments:
+        assert 0 < servers.clients[owner_of(fragment)].pttl(REDIS_PREFIX + fragment.key) <= 3_600_000
+    absent = make_fragments(5)
+    assert tier.get(keys_of([*absent, *fragments[:3]])) == [None] * 5 + payloads_of(fragments[:3])
+
+
+def test_large_batches_of_large_values(tier: RedisClusterTier) -> None:
+    """More than one chunk a node, from several threads at once."""
+    batches = [make_fragments(40, 300_000) for _ in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(tier.put, batches)) == [[True] * 40] * 4
+        got = list(threads.map(lambda batch: tier.get(keys_of(batch)), batches))
+    assert got == [payloads_of(batch) for batch in batches]
+
+
+def test_any_one_node_is_enough_to_find_the_others(servers: RedisClusterServers) -> None:
+    for port in servers.ports:
+        tier = RedisClusterTier(f"redis+cluster://:{PASSWORD}@127.0.0.1:{free_port()},127.0.0.1:{port}", SECRET)
+        fragments = make_fragments(30)
+        assert tier.put(fragments) == [True] * 30
+        assert tier.get(keys_of(fragments)) == payloads_of(fragments)
+        tier.close()
+
+
+def test_a_damaged_value_is_refused_and_dropped(servers: RedisClusterServers, tier: RedisClusterTier) -> None:
+    fragments = make_fragments(30)
+    tier.put(fragments)
+    for fragment in fragments[:10]:
+        client = servers.clients[owner_of(fragment)]
+        client.setrange(REDIS_PREFIX + fragment.key, 200, b"another byte or more")
+    got = tier.get(keys_of(fragments))
+    assert got == [Rejected("checksum")] * 10 + payloads_of(fragments[10:])
+    assert tier.get(keys_of(fragments[:10])) == [None] * 10
+    assert tier.put(fragments[:10]) == [True] * 10
+
+
+def test_a_slot_that_moved_is_followed(
+    servers: RedisClusterServers, tier: RedisClusterTier, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The node that had it says MOVED, to reads and to writes; the tier asks again and goes where it is told."""
+    fragments, others = make_fragments(1), make_fragments(20)
+    tier.put([*fragments, *others])
+    slot, source = hash_slot(REDIS_PREFIX + fragments[0].key), owner_of(fragments[0])
+    target = (source + 1) % 3
+    servers.move_slot(slot, source, target)
+    with pytest.raises(redis.ResponseError, match=f"{slot} 127.0.0.1:{servers.ports[target]}"):
+        servers.clients[source].get(REDIS_PREFIX + fragments[0].key)
+    assert tier.get(keys_of([*fragments, *others])) == payloads_of([*fragments, *others])
+    servers.move_slot(slot, target, source)
+    assert tier.put([*fragments, *others]) == [True] * 21
+    servers.move_slot(slot, source, target)
+    servers.clients[target].delete(REDIS_PREFIX + fragments[0].key)
+    assert tier.put(fragments) == [True]
+    assert servers.clients[target].exists(REDIS_PREFIX + fragments[0].key)
+    servers.move_slot(slot, target, source)
+    assert tier.get(keys_of(fragments)) == payloads_of(fragments)
+    assert tier.is_up
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_while_a_slot_moves_its_fragments_are_misses_at_most(
+    servers: RedisClusterServers, tier: RedisClusterTier
+) -> None:
+    """A node that is giving a slot away answers ASK for what it no longer has."""
+    (fragment,), others = make_fragments(1), make_fragments(20)
+    tier.put(others)
+    slot, source = hash_slot(REDIS_PREFIX + fragment.key), owner_of(fragment)
+    target = (source + 1) % 3
+    ids = [client.execute_command("CLUSTER MYID").decode() for client in servers.clients]
+    servers.clients[target].execute_command("CLUSTER SETSLOT", slot, "IMPORTING", ids[source])
+    servers.clients[source].execute_command("CLUSTER SETSLOT", slot, "MIGRATING", ids[target])
+    try:
+        assert tier.put([fragment]) == [False]
+        assert tier.get([fragment.key, *keys_of(others)]) == [None, *payloads_of(others)]
+    finally:
+        for number in (source, target):
+            servers.clients[number].execute_command("CLUSTER SETSLOT", slot, "STABLE")
+    assert tier.put([fragment]) == [True]
+
+
+def test_a_lost_node_costs_its_fragments_alone() -> None:
+    executable = redis_executable()
+    if executable is None:
+        pytest.skip("no redis-server")
+    servers = RedisClusterServers(executable)
+    tier = RedisClusterTier(servers.url, SECRET)
+    try:
+        fragments = make_fragments(60)
+        assert tier.put(fragments) == [True] * 60
+        servers.kill(1)
+        for _ in range(3):  # while it is found out, and then
+            got = tier.get(keys_of(fragments))
+            assert got == [None if owner_of(f) == 1 else f.payload for f in fragments]
+        more = make_fragments(60)
+        assert tier.put(more) == [owner_of(fragment) != 1 for fragment in more]
+        assert tier.get(keys_of(more)) == [None if owner_of(f) == 1 else f.payload for f in more]
+        assert tier.is_up
+        for number in (0, 2):
+            servers.kill(number)
+        assert tier.get(keys_of(more)) == [None] * 60
+        wait_until(lambda: not tier.is_up, "the tier is down")
+        assert tier.put(more) == [False] * 60
+    finally:
+        tier.close()
+        servers.close()
+
+
+def test_nobody_listens() -> None:
+    tier = RedisClusterTier(f"redis+cluster://127.0.0.1:{free_port()}", SECRET)
+    fragments = make_fragments(2)
+    assert not tier.is_up
+    assert tier.put(fragments) == [False, False]
+    assert tier.get(keys_of(fragments)) == [None, None]
+    tier.close()
+
+
+def test_a_redis_that_is_no_cluster_is_down_and_not_an_error(redis_server) -> None:
+    tier = RedisClusterTier(redis_server.url.replace("redis://", "redis+cluster://"), SECRET)
+    assert not tier.is_up
+    assert tier.put(make_fragments(1)) == [False]
+    tier.close()
+
+
+def test_a_wrong_password_is_never_logged(servers: RedisClusterServers, caplog: pytest.LogCaptureFixture) -> None:
+    tier = RedisClusterTier(servers.url.replace(PASSWORD, "open-sesame"), SECRET)
+    assert not tier.is_up
+    tier.close()
+    assert "sesame" not in caplog.text
+
+
+def test_opened_by_its_url(servers: RedisClusterServers) -> None:
+    (tier,) = open_tiers("", servers.url, SECRET, 60.0)
+    assert isinstance(tier, RedisClusterTier)
+    assert place_of(tier, "here") == ["redis"]
+    tier.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "addresses", "first"),
+    [
+        ("redis+cluster://h:1", ["h:1"], "redis://h:1/0"),
+        ("redis+cluster://h", ["h:6379"], "redis://h:6379/0"),
+        ("rediss+cluster://u:p@h:1,i:2/0", ["h:1", "i:2"], "rediss://u:p@h:1/0"),
+        ("rediss+cluster://:p@h:1?ssl_cert_reqs=none", ["h:1"], "rediss://:p@h:1/0?ssl_cert_reqs=none"),
+        ("redis+cluster://[::1]:1,[::2]", ["[::1]:1", "[::2]:6379"], "redis://[::1]:1/0"),
+    ],
+)
+def test_urls(url: str, addresses: list[str], first: str) -> None:
+    found, url_of = redis_cluster_nodes(url)
+    assert found == addresses
+    assert url_of(found[0]) == first
+    assert KVStoreConfig(tier=url).tier == url
+
+
+@pytest.mark.parametrize("url", ["", ":1", "h:x", "h:1,,i:2", "h:1/3", "h:99999"])
+def test_wrong_urls_are_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="tier: a cluster's URL is"):
+        KVStoreConfig(tier=f"redis+cluster://{url}")
+
+
+def test_leases_and_directory_want_one_redis() -> None:
+    with pytest.raises(ValueError, match="control: must be one Redis, not a cluster"):
+        KVStoreConfig(control="redis+cluster://h:1")
