@@ -12,6 +12,7 @@ from typing import Any
 from kvstore.buffers import CopyBuffers
 from kvstore.redis_client import RedisClient, RedisRefusal, borrowed_connection
 
+_SIZE_STEP_BYTES = 16 * 1024  # values differ little: those of one model have a few sizes
 _LINE_BYTES = 4096  # read at once where a line is due; what belongs to the value behind it is copied
 _MAX_UNREAD = 1024  # replies that Redis keeps for us
 _LONGEST_VALUE = 512 * 1024 * 1024  # Redis's own bound
@@ -97,7 +98,7 @@ class ValueBuffers:
 
     def take(self, num_bytes: int) -> memoryview:
         """As CopyBuffers.take."""
-        size = 1 << max(12, (num_bytes - 1).bit_length())
+        size = -(-num_bytes // _SIZE_STEP_BYTES) * _SIZE_STEP_BYTES
         buffers = self._by_bytes.get(size)
         if buffers is None:
             buffers = self._by_bytes.setdefault(

@@ -56,7 +56,7 @@ class RedisClusterTier:
 
     def get(self, keys: Sequence[bytes]) -> list[memoryview | Rejected | None]:
         """As in Tier."""
-        return self._at_owners(keys, lambda node, batch: node.get([keys[i] for i in batch]), None)
+        return self._at_owners(keys, lambda node, batch: list(node.get([keys[i] for i in batch])), None)
 
     def close(self) -> None:
         """As in Tier."""

@@ -7,7 +7,8 @@ nothing of leases and the directory, which live in a Redis that must not evict.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import repeat
 
 from kvstore.authenticity import TAG_BYTES, FragmentAuthenticator
 from kvstore.availability import Availability
@@ -86,16 +87,9 @@ class RedisTier:
             self._availability.lost(error)
         return stored
 
-    def get(self, keys: Sequence[bytes]) -> list[memoryview | Rejected | None]:
-        """As in Tier."""
-        payloads: list[memoryview | Rejected | None] = [None] * len(keys)
-        if not self.is_up or not keys:
-            return payloads
-        try:
-            self._read(keys, payloads)
-        except REDIS_ERRORS as error:
-            self._availability.lost(error)
-        return payloads
+    def get(self, keys: Sequence[bytes]) -> Iterator[memoryview | Rejected | None]:
+        """As in Tier, one by one."""
+        return self._read(keys) if self.is_up and keys else repeat(None, len(keys))
 
     def close(self) -> None:
         """As in Tier."""
@@ -147,24 +141,35 @@ class RedisTier:
         value[end:] = self._authenticator.tag(value[:end])
         return value
 
-    def _read(self, keys: Sequence[bytes], payloads: list[memoryview | Rejected | None]) -> None:
+    def _read(self, keys: Sequence[bytes]) -> Iterator[memoryview | Rejected | None]:
         chunk_keys = min(_MAX_CHUNK_KEYS, max(1, CHUNK_BYTES // self._value_bytes))
         names = [self.key_prefix + key for key in keys]
         bad: list[bytes] = []
+        num_read = 0
         get = get_each if self._is_cluster_node else get_values
-        for i, value in enumerate(get(self._client, names, chunk_keys, self._buffers)):
-            if isinstance(value, Exception):
-                self._refused(value)
-                continue
-            if value is None:
-                continue
-            self._value_bytes = max(len(value), HEADER_BYTES)
-            payload = payloads[i] = self._verified(value, keys[i])
-            if isinstance(payload, Rejected):
-                bad.append(names[i])
-        if bad:
+        try:
+            for value in get(self._client, names, chunk_keys, self._buffers):
+                payload: memoryview | Rejected | None = None
+                if isinstance(value, Exception):
+                    self._refused(value)
+                elif value is not None:
+                    self._value_bytes = max(len(value), HEADER_BYTES)
+                    payload = self._verified(value, keys[num_read])
+                    if isinstance(payload, Rejected):
+                        bad.append(names[num_read])
+                num_read += 1
+                del value  # or its buffer would be in use while the next one is read
+                yield payload
+                del payload
+            self._delete(bad)
+        except REDIS_ERRORS as error:
+            self._availability.lost(error)
+        yield from repeat(None, len(keys) - num_read)
+
+    def _delete(self, names: Sequence[bytes]) -> None:
+        if names:
             pipeline = self._client.pipeline(transaction=False)
-            for name in bad:
+            for name in names:
                 pipeline.delete(name)
             pipeline.execute(raise_on_error=not self._is_cluster_node)
 
