@@ -4,8 +4,10 @@ All figures of a run come from the same process and the same minutes. Hand-off i
 checksum, then get with copy and verification. Knows nothing of where rows are kept.
 """
 
+import csv
 import json
 import os
+import shutil
 import signal
 import socket
 import statistics
@@ -17,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from kvstore.arena import arena_path
 from kvstore.directory import MemoryDirectory
@@ -30,6 +33,7 @@ from kvstore.tiers import Fragment, Tier
 _REDIS_TTL_S = 60.0  # what a benchmark leaves in a Redis is gone a minute later
 _SECRET = "a benchmark's"
 _NODE_START_S = 60.0
+_BENCHMARK_REQUESTS = 1000  # of redis-benchmark; with few it says that it took no time
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +41,8 @@ class BandwidthRow:
     """One measured quantity. Gigabytes are 10^9 bytes of payload."""
 
     name: str
-    """memcpy, loopback_tcp, redis_set, redis_mget, or TIER_put, TIER_get, TIER_hand_off (put and get, one after the
-    other)."""
+    """memcpy, loopback_tcp, redis_set, redis_mget, redis_benchmark_set, redis_benchmark_get, or TIER_put, TIER_get,
+    TIER_hand_off (put and get, one after the other); two_hosts_tcp, two_hosts_peer_get: between network namespaces."""
     num_bytes: int
     """Payload of one run."""
     fragment_bytes: int
@@ -67,16 +71,67 @@ class BenchFailed(Exception):
 
 
 def measure_hand_off(arena_dir: str, redis_url: str, shape: BenchShape) -> list[BandwidthRow]:
-    """All rows: memcpy, loopback TCP, the host and peer tiers of a node process started for this, and, if there is a
-    URL, Redis by plain commands and as a tier."""
-    rows = [measure_memcpy(shape), measure_loopback_tcp(shape)]
+    """All rows: memcpy, loopback TCP, the host and peer tiers of a node process started for this; the same between two
+    network namespaces where this process may make them; and, if there is a URL, Redis by its own benchmark, by plain
+    commands and as a tier."""
+    rows = [measure_memcpy(shape), measure_tcp(shape)]
     with node_process(arena_dir, shape) as host_address:
         rows += _measure_and_close(HostTier(host_address), shape)
         rows.append(measure_peer(host_address, shape))
+    if can_make_hosts():
+        with second_host() as other, node_process(arena_dir, shape, other) as host_address:
+            rows.append(measure_tcp(shape, other))
+            rows.append(measure_peer(host_address, shape, other))
     if redis_url:
+        rows += measure_redis_benchmark(redis_url, shape)
         rows += measure_redis_commands(redis_url, shape)
         rows += _measure_and_close(RedisTier(redis_url, _SECRET, _REDIS_TTL_S), shape)
     return rows
+
+
+@dataclass(frozen=True, slots=True)
+class OtherHost:
+    """Where a process runs, and how it and this one reach each other."""
+
+    enter: tuple[str, ...] = ()
+    """Before a command that is to run there."""
+    address: str = "127.0.0.1"
+    own_address: str = "127.0.0.1"
+    """Of this process, as seen from there."""
+
+
+HERE = OtherHost()
+
+
+def can_make_hosts() -> bool:
+    """Network namespaces need root and a few tools."""
+    return os.geteuid() == 0 and all(shutil.which(tool) for tool in ("ip", "unshare", "nsenter"))
+
+
+@contextmanager
+def second_host() -> Iterator[OtherHost]:
+    """A network namespace with a wire to this one, in the range that is set aside for benchmarks (RFC 2544)."""
+    command = ["unshare", "--net", "sh", "-c", "echo ready; exec sleep infinity"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        if process.stdout.readline() != b"ready\n":
+            raise BenchFailed("no network namespace could be made")
+        enter = ("nsenter", "-t", str(process.pid), "--net", "--")
+        wire = f"sybench{process.pid}"
+        other = OtherHost(enter, f"198.18.{process.pid % 250}.2", f"198.18.{process.pid % 250}.1")
+        for step in (
+            f"ip link add {wire} type veth peer name wire netns {process.pid}",
+            f"ip address add {other.own_address}/24 dev {wire}",
+            f"ip link set {wire} up",
+            f"{' '.join(enter)} ip address add {other.address}/24 dev wire",
+            f"{' '.join(enter)} ip link set wire up",
+        ):
+            subprocess.run(step.split(), check=True)
+        yield other
+    finally:
+        process.kill()
+        process.wait(_NODE_START_S)
 
 
 def measure_memcpy(shape: BenchShape) -> BandwidthRow:
@@ -93,19 +148,20 @@ def measure_memcpy(shape: BenchShape) -> BandwidthRow:
 
 _SENDER = """
 import os, socket, sys
-payload = os.urandom(int(sys.argv[2]))
-with socket.create_connection(("127.0.0.1", int(sys.argv[1]))) as receiver:
+payload = os.urandom(int(sys.argv[3]))
+with socket.create_connection((sys.argv[1], int(sys.argv[2]))) as receiver:
     while receiver.recv(1):
         receiver.sendall(payload)
 """
 
 
-def measure_loopback_tcp(shape: BenchShape) -> BandwidthRow:
-    """Another process sends over 127.0.0.1, on request, into a buffer that is mapped already."""
+def measure_tcp(shape: BenchShape, other: OtherHost = HERE) -> BandwidthRow:
+    """A process there sends, on request, into a buffer that is mapped already here."""
     target = memoryview(bytearray(shape.num_bytes))
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    with socket.create_server((other.own_address, 0)) as server:
         port = server.getsockname()[1]
-        sender = subprocess.Popen([sys.executable, "-c", _SENDER, str(port), str(shape.num_bytes)])
+        command = [*other.enter, sys.executable, "-c", _SENDER, other.own_address, str(port), str(shape.num_bytes)]
+        sender = subprocess.Popen(command)
         receiver, _ = server.accept()
 
     def transfer() -> None:
@@ -120,12 +176,13 @@ def measure_loopback_tcp(shape: BenchShape) -> BandwidthRow:
     try:
         with receiver:
             transfer()
-            return _row("loopback_tcp", shape, [_seconds(transfer) for _ in range(shape.num_runs)])
+            name = "loopback_tcp" if other is HERE else "two_hosts_tcp"
+            return _row(name, shape, [_seconds(transfer) for _ in range(shape.num_runs)])
     finally:
         sender.wait(_NODE_START_S)
 
 
-def measure_peer(host_address: str, shape: BenchShape) -> BandwidthRow:
+def measure_peer(host_address: str, shape: BenchShape, other: OtherHost = HERE) -> BandwidthRow:
     """Fragments pulled by TCP from a node process's arena, tags made and everything verified."""
     host = HostTier(host_address)
     directory = MemoryDirectory(time.monotonic)
@@ -142,7 +199,29 @@ def measure_peer(host_address: str, shape: BenchShape) -> BandwidthRow:
     finally:
         peer.close()
         host.close()
-    return _row("peer_get", shape, gets[1:])  # the first one connects
+    name = "peer_get" if other is HERE else "two_hosts_peer_get"
+    return _row(name, shape, gets[1:])  # the first one connects
+
+
+def measure_redis_benchmark(url: str, shape: BenchShape) -> list[BandwidthRow]:
+    """What redis-benchmark reaches with values of a fragment's size, over one connection or four, whichever is more."""
+    program = shutil.which("redis-benchmark")
+    if program is None:
+        return []
+    address = urlsplit(url)
+    runs: dict[str, dict[int, list[float]]] = {"set": {1: [], 4: []}, "get": {1: [], 4: []}}
+    for _ in range(shape.num_runs):
+        for connections in (1, 4):
+            command = [program, "-h", str(address.hostname), "-p", str(address.port), "-t", "set,get", "--csv"]
+            command += ["-d", str(shape.fragment_bytes), "-n", str(_BENCHMARK_REQUESTS), "-c", str(connections)]
+            said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+            for row in csv.reader(said.splitlines()):
+                if row[0].lower() in runs:
+                    runs[row[0].lower()][connections].append(shape.num_fragments / float(row[1]))
+    return [
+        _row(f"redis_benchmark_{name}", shape, min(by_connections.values(), key=statistics.median))
+        for name, by_connections in runs.items()
+    ]
 
 
 def measure_redis_commands(url: str, shape: BenchShape) -> list[BandwidthRow]:
@@ -235,15 +314,15 @@ def _row(name: str, shape: BenchShape, seconds: Sequence[float]) -> BandwidthRow
 
 
 @contextmanager
-def node_process(arena_dir: str, shape: BenchShape) -> Iterator[str]:
+def node_process(arena_dir: str, shape: BenchShape, other: OtherHost = HERE) -> Iterator[str]:
     """A node process whose arena holds two batches, so that later runs evict, as in service; its host address."""
     node_id = f"bench-{os.getpid()}"
     with tempfile.TemporaryDirectory(prefix="kv-") as folder:
-        command = [sys.executable, "-m", "kvstore.node", "--node-id", node_id]
+        command = [*other.enter, sys.executable, "-m", "kvstore.node", "--node-id", node_id]
         command += ["--arena", str(arena_path(arena_dir, node_id)), "--host-address", f"unix:{folder}/host.sock"]
         command += ["--slot-bytes", str(shape.fragment_bytes), "--num-slots", str(2 * shape.num_fragments)]
         (Path(folder) / "secret").write_text(_SECRET)
-        command += ["--peer-address", "127.0.0.1:0", "--secret-file", f"{folder}/secret"]
+        command += ["--peer-address", f"{other.address}:0", "--secret-file", f"{folder}/secret"]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         try:
             assert process.stdout is not None

@@ -144,7 +144,12 @@ def bench_handoff() -> list[Measurement]:
     shape = handoff.BenchShape()
     with _redis() as url:
         rows = handoff.measure_hand_off("/dev/shm", url, shape)
-    limits = {row.name: row.median_gb_per_s for row in rows if row.name in ("memcpy", "loopback_tcp")}
+    named = {row.name: row.median_gb_per_s for row in rows}
+    limits: dict[str, float] = {
+        name: named[name]
+        for name in ("memcpy", "loopback_tcp", "two_hosts_tcp", "redis_benchmark_set", "redis_benchmark_get")
+        if name in named
+    }
     return measure_paged_hand_off("/dev/shm") + [
         Measurement(
             f"handoff.{row.name}",

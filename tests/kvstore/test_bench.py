@@ -1,11 +1,12 @@
 """The benchmark's rows are complete and their numbers belong together; how large they are is not a test's business."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from kvstore.bench import BandwidthRow, BenchFailed, BenchShape, measure_hand_off, measure_tier
+from kvstore.bench import BandwidthRow, BenchFailed, BenchShape, can_make_hosts, measure_hand_off, measure_tier
 from kvstore.memory_tier import MemoryTier
 from tests.processes import REPOSITORY, RedisServer, python_environment
 
@@ -27,6 +28,8 @@ def test_all_rows(tmp_path: Path, redis_server: RedisServer, monkeypatch: pytest
         "loopback_tcp",
         *("host_put", "host_get", "host_hand_off"),
         "peer_get",
+        *(("two_hosts_tcp", "two_hosts_peer_get") if can_make_hosts() else ()),
+        *(("redis_benchmark_set", "redis_benchmark_get") if shutil.which("redis-benchmark") else ()),
         *("redis_set", "redis_mget"),
         *("redis_put", "redis_get", "redis_hand_off"),
     ]
