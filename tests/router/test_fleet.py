@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -114,15 +116,16 @@ def test_a_prompt_goes_where_its_prefix_was_seen() -> None:
 
 
 def test_equal_prompts_stay_together_before_the_worker_has_said_a_word_of_them() -> None:
-    fleet = fleet_of(*(info(f"w{i}") for i in range(8)))
+    fleet = Fleet(cheapest, replace(RATES, transfer_ms_per_block=1000.0))  # nothing is gained by pulling
     for i in range(8):
+        fleet.add(info(f"w{i}"))
         assert fleet.hear_blocks(f"w{i}", SnapshotPart(1, 0, True, []))
-    (names,) = name_blocks(fleet.layouts, [7] * 96, b"").values()
-    taken = {pick(fleet, "r0", prompt=[7] * 96).decode_id}
-    assert {view.worker_id for view in fleet.views({LAYOUT: names}) if view.num_cached_tokens == 96} == taken
-    for i in range(1, 4):
-        fleet.first_token(f"r{i - 1}", now_s=0.048)  # it waits no longer; it still runs
-        taken.add(pick(fleet, f"r{i}", prompt=[7] * 96).decode_id)
+    (names,) = name_blocks(fleet.layouts, [7] * 400, b"").values()
+    taken = {pick(fleet, "r0", prompt=[7] * 400).decode_id}
+    assert {view.worker_id for view in fleet.views({LAYOUT: names}) if view.num_cached_tokens == 400} == taken
+    for i in range(1, 3):
+        fleet.first_token(f"r{i - 1}", now_s=0.2)  # it waits no longer; it still runs
+        taken.add(pick(fleet, f"r{i}", prompt=[7] * 400).decode_id)
     assert len(taken) == 1
 
 
