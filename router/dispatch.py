@@ -96,12 +96,11 @@ class Dispatcher:
         self.fleet.report(worker_id, load_report(load))
 
     def on_blocks(self, worker_id: str, news: BlockNews) -> bool:
-        begins_anew = isinstance(news, SnapshotPart) and news.part == 0  # unasked: this router was too slow
-        was_known = self.fleet.num_told_blocks(worker_id) is not None
+        was_known, is_snapshot = self.fleet.num_told_blocks(worker_id) is not None, isinstance(news, SnapshotPart)
         fits = self.fleet.hear_blocks(worker_id, news)
-        if not fits or (begins_anew and was_known):
+        if not fits or (was_known and is_snapshot):  # unasked: this router was too slow
             self.observer.block_gap()
-        if fits and isinstance(news, SnapshotPart) and news.is_last:
+        if fits and is_snapshot and self.fleet.num_told_blocks(worker_id) is not None:
             self.observer.block_snapshot()
         return fits
 
@@ -110,8 +109,7 @@ class Dispatcher:
 
     def on_down(self, link: WorkerLink, why: str) -> None:
         log.log(logging.INFO if why == CLOSED else logging.WARNING, "worker %s is down: %s", link.worker_id, why)
-        assert self.links.get(link.worker_id) is link, "a worker has one link at a time"
-        del self.links[link.worker_id]
+        self.links.pop(link.worker_id, None)
         self.loads.pop(link.worker_id, None)
         self.fleet.remove(link.worker_id)
         self.on_fleet_change()

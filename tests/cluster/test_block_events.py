@@ -33,7 +33,9 @@ def said(cluster: FakeCluster, url: str, name: str, metric: str = "known_blocks"
 def is_quiet(cluster: FakeCluster, url: str) -> bool:
     """Whether nothing but the blocks they hold distinguishes the workers, in a router's eyes."""
     return all(
-        said(cluster, url, name, "free_blocks") == NUM_BLOCKS and said(cluster, url, name, "running") == 0
+        said(cluster, url, name, "steps_total") == cluster.load(name).num_steps
+        and said(cluster, url, name, "free_blocks") == NUM_BLOCKS
+        and said(cluster, url, name, "running") == said(cluster, url, name, "queued_tokens") == 0
         for name in cluster.workers
     )
 

@@ -60,7 +60,13 @@ def test_a_worker_that_was_stopped_for_longer_than_its_lease_is_another(
 def test_streams_run_on_when_the_directory_forgets(fake_cluster: Callable[..., FakeCluster]) -> None:
     """The node has the leases: another one knows nothing. No epoch advances, so nobody is dialled anew."""
     cluster = fake_cluster(
-        prefill=0, decode=0, mixed=1, routers=1, uses_arena=False, step_s=0.05, router={"max_replacements": 0}
+        prefill=0,
+        decode=0,
+        mixed=1,
+        routers=1,
+        uses_arena=False,
+        step_s=0.05,
+        router={"worker_silence_s": 60.0, "max_replacements": 0},
     )
     before = epochs(cluster)
 

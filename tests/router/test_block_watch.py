@@ -8,6 +8,7 @@ from router.fleet import name_blocks
 from tests.router.conftest import Cluster, running_cluster, until
 from tests.router.fake_worker import FakeWorker, expected_tokens
 from tests.router.test_grpc_face import PROMPT, collect, request
+from workers.block_feed import BlockFeed
 
 LONG = tuple((7 * i) % 4000 for i in range(320))  # twenty blocks
 
@@ -96,3 +97,13 @@ async def test_streams_run_on_while_the_blocks_are_told_anew(model_dir: Path) ->
             worker.hold([bytes([number]) * 16])
             assert (await collect(cluster.grpc_address, request()))[1] == expected_tokens(PROMPT, 20)
         assert (worker.num_connections, worker.num_live) == (1, 0)
+
+
+async def test_what_another_process_says_at_the_address_does_not_count(model_dir: Path) -> None:
+    worker = talking("a")
+    worker.held = {bytes(16): None}
+    worker._feed = BlockFeed("somebody else", worker._follow_blocks)
+    async with running_cluster(model_dir, worker) as cluster:
+        await until(lambda: worker.num_watches >= 2, "it was asked again")
+        assert cluster.router._dispatcher.fleet.num_told_blocks("a") is None
+        assert (await collect(cluster.grpc_address, request()))[1] == expected_tokens(PROMPT, 20)
