@@ -238,6 +238,7 @@ class Shape:
     uses_arena: bool = True
     hosts: int = 1  # KV nodes; prefill and decode workers of one number are on different ones
     peers: bool = False  # whether hosts pull from each other
+    peer_transport: str = "tcp"
     disk_bytes: int = 0  # of each node; 0: no disk tier
     disk_dir: str = ""  # empty: in the cluster's folder
     silent: tuple[str, ...] = ()  # workers that nobody is told of, nor what they publish
@@ -275,6 +276,7 @@ class Shape:
             model_name=MODEL_NAME,
             tier=self.tier,
             peers=self.peers,
+            peer_transport=self.peer_transport,
             prefix_fetch="always",  # no probe at the start, and whatever may be pulled is pulled
             tier_secret=SECRET if self.tier or self.peers else "",
             layers_per_fragment=1,
@@ -322,7 +324,8 @@ class FakeCluster:
             raise
 
     def _node_options(self, number: int) -> list[str]:
-        options = ["--peer-address", f"127.0.0.1:{free_port()}"] if self.shape.peers else []
+        options = ["--peer-transport", self.shape.peer_transport]
+        options += ["--peer-address", f"127.0.0.1:{free_port()}"] if self.shape.peers else []
         if self.shape.disk_bytes:
             folder = self.shape.disk_dir or f"{self.folder}/disk-{number}"
             options += ["--disk-dir", folder, "--disk-bytes", str(self.shape.disk_bytes), "--disk-write", "through"]

@@ -113,16 +113,17 @@ def directory() -> MemoryDirectory:
 
 
 @pytest.fixture
-def peer(directory: MemoryDirectory) -> Iterator[PeerTier]:
-    yield from reading_tier(directory)
-
-
-def reading_tier(directory: MemoryDirectory) -> Iterator[PeerTier]:
+def peer(directory: MemoryDirectory, host: HostTier) -> Iterator[PeerTier]:
+    """Connected: the first time takes long on a machine that has other things to do."""
     pytest.importorskip("nixl")
     from kvstore.nixl_transport import NixlReader, NixlTransport
 
     authenticator, reader = FragmentAuthenticator(SECRET), NixlReader()
     tier = PeerTier(directory, SECRET, lambda: "", lambda address: NixlTransport(address, authenticator, reader))
+    fragments = make_fragments(1)
+    host.put(fragments)
+    publish(directory, fragments, host.peer_address)
+    wait_until(lambda: tier.get(keys_of(fragments)) == payloads(fragments), "the peer is connected")
     yield tier
     tier.close()
 
@@ -148,7 +149,7 @@ def test_the_tiers_of_a_worker_read_by_it(nixl_node: KVNode, host: HostTier) -> 
     fragments = make_fragments(3)
     host.put(fragments)
     tier._directory.publish([fragments[0].key[:16]], f"peer:{host.peer_address}")  # type: ignore[attr-defined]
-    assert tier.get(keys_of(fragments)) == payloads(fragments)
+    wait_until(lambda: tier.get(keys_of(fragments)) == payloads(fragments), "the peer is read from")
     tier.close()
 
 
@@ -268,7 +269,7 @@ def test_a_peer_that_was_killed_and_replaced(directory: MemoryDirectory, peer: P
     fragments = make_fragments(3)
     host.put(fragments)
     publish(directory, fragments, options[1])
-    assert peer.get(keys_of(fragments)) == payloads(fragments)
+    wait_until(lambda: peer.get(keys_of(fragments)) == payloads(fragments), "the peer is read from")
     node.kill()
     assert peer.get(keys_of(fragments)) == [None] * 3
     node.start()
