@@ -38,11 +38,14 @@ _COUNTERS = {
     "num_transferred_blocks": "KV blocks pulled, verified and used.",
     "num_prefixes_fetched": "Prefixes that only the tiers had and that were pulled, because that was cheaper.",
     "num_prefixes_recomputed": "Prefixes that only the tiers had and that were computed again: that was cheaper.",
+    "num_useless_prefetched_fragments": "KV fragments prefetched for requests that did not use them.",
 }
 _LABELLED_COUNTERS = {
     "num_rejected_fragments": ("reason", "KV fragments rejected."),
     "pulled_bytes": ("tier", "Bytes of KV pulled."),
     "published_bytes": ("tier", "Bytes of KV published."),
+    "num_prefetched_fragments": ("tier", "KV fragments brought to the host for queued requests."),
+    "prefetched_bytes": ("tier", "Bytes of them."),
 }
 
 
