@@ -52,8 +52,7 @@ def is_compressed(stored: memoryview) -> bool:
 
 def compress(sealed: memoryview) -> memoryview | None:
     """The compressed form of header and payload, of their generation; None where it would save too little."""
-    planes = _to_planes(sealed[HEADER_BYTES:])
-    frame = zstandard.ZstdCompressor(level=_LEVEL, write_content_size=True).compress(planes)
+    frame = _deflate(sealed[HEADER_BYTES:])
     if 2 * HEADER_BYTES + len(frame) > _WORTHWHILE * len(sealed):
         return None
     stored = memoryview(bytearray(2 * HEADER_BYTES + len(frame)))
@@ -101,6 +100,18 @@ def stored_bytes_at(header: bytes) -> int:
     return sealed_bytes_at(memoryview(header), 0)
 
 
+def _deflate(payload: memoryview) -> bytes:
+    """One frame, each plane in blocks of its own: a block has one code, and noise would spoil that of the exponents."""
+    values = np.frombuffer(payload, np.uint8)
+    whole = len(values) - len(values) % _WORD_BYTES
+    compressor = zstandard.ZstdCompressor(level=_LEVEL).compressobj(size=len(values))
+    frame: list[bytes] = []
+    for plane in values[:whole].reshape(-1, _WORD_BYTES).T:
+        frame += [compressor.compress(plane.tobytes()), compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)]
+    frame += [compressor.compress(values[whole:].tobytes()), compressor.flush()]
+    return b"".join(frame)
+
+
 def _inflate(frame: memoryview, num_bytes: int) -> bytes | None:
     """The content of one whole frame that says that it has so many bytes, and has them."""
     try:
@@ -111,12 +122,6 @@ def _inflate(frame: memoryview, num_bytes: int) -> bytes | None:
     except zstandard.ZstdError:
         return None
     return planes if len(planes) == num_bytes else None
-
-
-def _to_planes(payload: memoryview) -> bytes:
-    values = np.frombuffer(payload, np.uint8)
-    whole = len(values) - len(values) % _WORD_BYTES
-    return values[:whole].reshape(-1, _WORD_BYTES).T.tobytes() + values[whole:].tobytes()
 
 
 def _from_planes(planes: bytes, payload: memoryview) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from kvstore.compression import compress
 from kvstore.config import KV_COMPRESSIONS
 from kvstore.memory_tier import MemoryTier
 from kvstore.names import block_names, root_name
@@ -41,6 +42,10 @@ class KVLoss:
     num_prompts: int
     prompt_tokens: int
     num_compared_tokens: int
+    fragment_bytes: int
+    """Of all blocks of all prompts, headers included."""
+    zstd_fragment_bytes: int
+    """The same, compressed without loss as well (kvstore.compression)."""
     key_error_max: float
     key_error_mean: float
     value_error_max: float
@@ -69,11 +74,14 @@ class LossMeter:
     def measure(self, compression: str, prompts: Sequence[Sequence[int]]) -> KVLoss:
         """Prompts have the length that was said."""
         keys, values, same, num_same_streams = list[RowErrors](), list[RowErrors](), 0, 0
+        num_bytes, num_zstd_bytes = 0, 0
         for prompt in prompts:
             tokens = [self._step(prompt, 0, self._computed)]
             while len(tokens) < self._new_tokens:
                 tokens.append(self._step(tokens[-1:], len(prompt) + len(tokens) - 1, self._computed))
-            self._move(prompt, compression)
+            fragments = self._move(prompt, compression)
+            num_bytes += sum(len(sealed) for sealed in fragments)
+            num_zstd_bytes += sum(len(compress(sealed) or sealed) for sealed in fragments)
             changed = [
                 self._step([token], len(prompt) + i, self._pulled) != tokens[i + 1]
                 for i, token in enumerate(tokens[:-1])
@@ -90,6 +98,8 @@ class LossMeter:
             num_prompts=len(prompts),
             prompt_tokens=self._prompt_tokens,
             num_compared_tokens=num_compared,
+            fragment_bytes=num_bytes,
+            zstd_fragment_bytes=num_zstd_bytes,
             key_error_max=max(errors.largest for errors in keys),
             key_error_mean=sum(errors.mean for errors in keys) / len(keys),
             value_error_max=max(errors.largest for errors in values),
@@ -104,12 +114,15 @@ class LossMeter:
         plan = SchedulerOutput([ScheduledRequest("", token_ids, start, start, blocks, sample)])
         return self._runner.execute(plan).sampled_token_ids[0]
 
-    def _move(self, prompt: Sequence[int], compression: str) -> None:
-        """The prompt's blocks from where they were computed to the tier, and from there to their other place."""
+    def _move(self, prompt: Sequence[int], compression: str) -> list[memoryview]:
+        """The prompt's blocks from where they were computed to the tier, and from there to their other place.
+
+        The fragments, as the tier has them.
+        """
         names = block_names(root_name(b"", b""), prompt, _BLOCK_SIZE, with_tail=True)
         num_tokens = [min(_BLOCK_SIZE, len(prompt) - i * _BLOCK_SIZE) for i in range(len(names))]
-        store = FragmentStore([MemoryTier()])
-        transfer = KVTransfer(self._runner.cache, self._runner.grid(0), store, compression)
+        tier = MemoryTier()
+        transfer = KVTransfer(self._runner.cache, self._runner.grid(0), FragmentStore([tier]), compression)
         self._runner.attach(transfer)
         saved = BlockTransfer("", names, self._computed[: len(names)], num_tokens)
         loaded = BlockTransfer("", names, self._pulled[: len(names)], num_tokens)
@@ -118,6 +131,7 @@ class LossMeter:
         counts = self._runner.execute(SchedulerOutput(loads=[loaded])).num_loaded_blocks
         assert list(counts) == [len(names)]
         transfer.close()
+        return [memoryview(sealed) for sealed in tier.stored.values()]
 
 
 def prompts_of(folder: Path, model_dir: str, num_prompts: int, prompt_tokens: int) -> list[list[int]]:

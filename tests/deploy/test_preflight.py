@@ -113,6 +113,8 @@ def test_servers_that_are_away(taken_port: int) -> None:
     warning = tier_warning(f"redis://127.0.0.1:{port}/0")
     assert warning.startswith(f"kvstore.tier: no Redis at 127.0.0.1:{port}")
     assert "\n" not in warning
+    assert tier_warning(f"redis+cluster://:hush@127.0.0.1:{port},127.0.0.1:{taken_port}") == ""  # one is enough
+    assert tier_warning(f"redis+cluster://:hush@127.0.0.1:{port}").startswith("kvstore.tier: no Redis at 127.0.0.1:")
     check_control("memory://")
     with pytest.raises(
         StartError, match=rf"ray\.address: no Ray cluster at 127\.0\.0\.1:{port} \(connection refused\)"

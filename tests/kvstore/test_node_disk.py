@@ -11,7 +11,7 @@ from switchyard.v1 import kvnode_pb2, kvnode_pb2_grpc
 from kvstore.channels import dial
 from kvstore.host_tier import HostTier
 from kvstore.tiers import Fragment
-from tests.kvstore.fragments import SECRET, damage_segments, keys_of, make_fragments
+from tests.kvstore.fragments import SECRET, damage_segments, keys_of, make_compressible, make_fragments
 from tests.kvstore.test_node import arguments_of, start
 from tests.processes import KVNode, wait_until
 
@@ -24,11 +24,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def start_node(folder: Path) -> Iterator[Callable[[str], KVNode]]:
+def start_node(folder: Path) -> Iterator[Callable[..., KVNode]]:
     nodes: list[KVNode] = []
 
-    def start_node(write: str = "back") -> KVNode:
+    def start_node(write: str = "back", compression: str = "none") -> KVNode:
         options = ["--disk-dir", str(folder), "--disk-bytes", str(DISK_BYTES), "--disk-write", write]
+        options += ["--disk-compression", compression]
         nodes.append(KVNode(f"test-{uuid.uuid4().hex[:12]}", 4096, 16, options, SECRET))
         return nodes[-1]
 
@@ -66,6 +67,26 @@ def test_what_was_evicted_comes_back_from_the_disk(start_node: Callable[[str], K
     assert stats.num_promoted >= 48
     assert stats.disk.num_read == stats.num_promoted
     assert dict(stats.disk.rejected) == {}
+    tier.close()
+
+
+def test_compressed_fragments_come_back_from_the_disk(start_node: Callable[..., KVNode]) -> None:
+    node = start_node("through", "zstd")
+    tier = HostTier(node.host_address)
+    wait_until(lambda: stats_of(node).disk.is_up, "the disk tier is up")
+    fragments = make_compressible(48, 4096)  # two pages each, one when compressed
+    for i in range(0, 48, 4):
+        assert all(tier.put(fragments[i : i + 4]))
+        wait_until(lambda i=i: stats_of(node).disk.num_written >= i + 4, "all are on disk")  # type: ignore[misc]
+    node.terminate()
+    (segment,) = (path for path in Path(node.options[1]).glob("*.segment"))
+    assert 48 * 4096 < segment.stat().st_size < 48 * 4096 * 1.1
+    node.start()
+    wait_until(lambda: stats_of(node).disk.num_fragments == 48, "the disk tier is up again")
+    wait_until(lambda: tier.is_up, "the host tier is up again")
+    for i in range(0, 48, 4):
+        assert tier.get(keys_of(fragments[i : i + 4])) == [fragment.payload for fragment in fragments[i : i + 4]]
+    assert dict(stats_of(node).disk.rejected) == {}
     tier.close()
 
 

@@ -35,6 +35,8 @@ def test_what_the_demo_model_loses() -> None:
         assert 0 < loss.value_error_mean < loss.value_error_max < largest
         assert loss.num_compared_tokens == 24
         assert loss.same_token_share > 0.8
+        assert loss.fragment_bytes < 0.4 * exact.fragment_bytes  # 8 bits and a scale for 32, rows of 24
+    assert exact.zstd_fragment_bytes < 0.9 * exact.fragment_bytes
 
 
 CACHE = (4, 6, 4, 2, 8, 16)  # layers, blocks, heads, K and V, slots, head_dim
