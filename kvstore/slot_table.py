@@ -67,16 +67,16 @@ class SlotTable:
         When no slot is free, the next in kvstore.reuse_order goes, but none that this very call asks for.
         """
         self._take_back_expired()
-        wanted = set(keys)
+        wanted, now_s = set(keys), self._clock()
         for key in wanted:
             if key in self._sealed:
-                self._order.use(key)
-        deadline_s = self._clock() + self._reservation_ttl_s
+                self._order.use(key, now_s)
+        deadline_s = now_s + self._reservation_ttl_s
         return [self._reserve(key, wanted, deadline_s) for key in keys]
 
     def seal(self, keys: Sequence[bytes], refs: Sequence[SlotRef]) -> int:
         """Makes reserved slots readable; how many of the fragments are readable now. Outdated ones are ignored."""
-        num_sealed = 0
+        num_sealed, now_s = 0, self._clock()
         for key, ref in zip(keys, refs, strict=True):
             reservation = self._reserved.get(ref.slot)
             if reservation is not None and reservation.generation == ref.generation and reservation.key == key:
@@ -85,19 +85,20 @@ class SlotTable:
                     self._free.append(ref.slot)
                 else:
                     self._sealed[key] = ref
-                    self._order.add(key)
+                    self._order.add(key, now_s)
             num_sealed += key in self._sealed
         return num_sealed
 
     def lookup(self, keys: Sequence[bytes]) -> list[SlotRef]:
         """Where the fragments are; counts as a use of them."""
         refs: list[SlotRef] = []
+        now_s = self._clock()
         for key in keys:
             ref = self._sealed.get(key)
             if ref is None:
                 refs.append(SlotRef(ABSENT, 0))
             else:
-                self._order.use(key)
+                self._order.use(key, now_s)
                 refs.append(ref)
         return refs
 

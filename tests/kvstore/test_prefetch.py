@@ -85,7 +85,7 @@ def test_whole_blocks_come_from_redis_once(host: HostTier, redis_tier: RedisTier
     wait_until(lambda: num_held(host, fragments) == len(fragments), "all are in the host tier")
     wait_until(lambda: prefetcher.stats().num_fragments.get("redis", 0) == 8, "they are counted")
     assert prefetcher.stats() == PrefetchStats({"redis": 8}, {"redis": 8 * PAYLOAD_BYTES}, 0, {})
-    assert host.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]
+    assert list(host.get(keys_of(fragments))) == [fragment.payload for fragment in fragments]
     prefetcher.release("r", is_used=True)
     assert prefetcher.stats().num_useless == 0
 
@@ -139,7 +139,7 @@ def test_peers_are_asked_first(node: KVNode, host: HostTier, peer_node: KVNode, 
     prefetcher = start(peers)
     prefetcher.want("r", names)
     wait_until(lambda: prefetcher.stats().num_fragments.get("peer", 0) == len(fragments), "all came")
-    assert host.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]
+    assert list(host.get(keys_of(fragments))) == [fragment.payload for fragment in fragments]
     peers.close()
     other.close()
 
