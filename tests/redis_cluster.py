@@ -39,7 +39,7 @@ class RedisClusterServers:
         folder = self._folder / str(port)
         folder.mkdir()
         command = [executable, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-        command += ["--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--dir", str(folder)]
+        command += ["--cluster-enabled", "yes", "--cluster-node-timeout", "30000", "--dir", str(folder)]
         command += ["--cluster-require-full-coverage", "no", "--requirepass", PASSWORD, "--masterauth", PASSWORD]
         return subprocess.Popen(command, stdout=subprocess.DEVNULL)
 
@@ -50,13 +50,21 @@ class RedisClusterServers:
         state = info if isinstance(info, dict) else dict(line.split(":") for line in info.decode().split())
         return owned == REDIS_CLUSTER_HASH_SLOTS and state["cluster_state"] == "ok"
 
+    def _owner_of(self, slot: int, client: redis.Redis) -> bytes:
+        ranges = client.execute_command("CLUSTER SLOTS")
+        return next(owner[2] for first, last, owner, *_ in ranges if first <= slot <= last)
+
     def kill(self, number: int) -> None:
         """SIGKILL; what it had is lost."""
         self._processes[number].kill()
         self._processes[number].wait()
 
     def move_slot(self, slot: int, source: int, target: int) -> None:
-        """Everything in this slot, and then the slot, as `redis-cli --cluster reshard` does."""
+        """Everything in this slot, and then the slot, as `redis-cli --cluster reshard` does.
+
+        Not before all nodes agree on who has it now: else an earlier move wins over this one.
+        """
+        wait_until(lambda: len({self._owner_of(slot, client) for client in self.clients}) == 1, "the nodes agree")
         ids = [client.execute_command("CLUSTER MYID").decode() for client in self.clients]
         self.clients[target].execute_command("CLUSTER SETSLOT", slot, "IMPORTING", ids[source])
         self.clients[source].execute_command("CLUSTER SETSLOT", slot, "MIGRATING", ids[target])
