@@ -212,12 +212,12 @@ class ClusterConfig:
         for name in self.pools:
             valid = name.isascii() and name.replace("-", "").replace("_", "").isalnum()
             _require(valid, "pools", f"a pool's name is made of letters, digits, - and _, not {name!r}")
-        lossy = self.kvstore.compression
+        lossy = self.kvstore.kv_encoding
         exact = "model.batch_invariant" if self.model.batch_invariant else "engine.runner=fake"
         needs_exact = self.model.batch_invariant or self.engine.runner == "fake"
         _require(
             lossy == "none" or not needs_exact,
-            "kvstore.compression",
+            "kvstore.kv_encoding",
             f"must be none with {exact}, which needs every bit, not {lossy!r}",
         )
         for name, pool in self.pools.items():

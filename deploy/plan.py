@@ -93,7 +93,7 @@ def make_plan(
             max_model_len=config.model.max_model_len,
             **dataclasses.asdict(config.engine),
             batch_invariant=config.model.batch_invariant,
-            kv_compression=config.kvstore.compression,
+            kv_encoding=config.kvstore.kv_encoding,
         )
         spec = WorkerSpec(
             worker_id="",
@@ -112,7 +112,7 @@ def make_plan(
             layers_per_fragment=layers,
         )
         pools.append(_pool_plan(spec, pool))
-    row_bytes = kv_row_bytes(config.kvstore.compression, model.head_dim, DTYPE_BYTES[dtype])
+    row_bytes = kv_row_bytes(config.kvstore.kv_encoding, model.head_dim, DTYPE_BYTES[dtype])
     slot_bytes = layers * 2 * block_size * row_bytes
     num_slots = num_slots_for(config.kvstore.host_bytes, slot_bytes)
     return ClusterPlan(name, tuple(pools), ArenaPlan(config.kvstore.arena_dir, slot_bytes, num_slots))

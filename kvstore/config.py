@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from kvstore.transport import check_peer_transport
 
 PREFIX_FETCH = ("cheapest", "always", "never")
-KV_COMPRESSIONS = ("none", "int8", "fp8")  # of keys and values, with loss
+KV_ENCODINGS = ("none", "int8", "fp8")  # of keys and values, with loss
 COMPRESSIONS = ("none", "zstd")  # of the bytes of a fragment, without
 _LEAST_DISK_BYTES = 16 * 1024 * 1024
 
@@ -34,7 +34,7 @@ class KVStoreConfig:
     """Folder of the disk tier, kept from one start to the next; each host and each cluster needs its own."""
     disk_write: str = "back"
     """back: fragments go to disk before the arena gives their slots away; through: as soon as they are complete."""
-    compression: str = "none"
+    kv_encoding: str = "none"
     """none, or int8 or fp8 (e4m3): keys and values travel, and lie in all tiers, as 8-bit numbers with a scale per
     row. A fourth of the bytes of float32, half of bfloat16's; some tokens change (`python -m workers.kv_loss`)."""
     disk_compression: str = "none"
@@ -80,8 +80,8 @@ class KVStoreConfig:
             check_peer_transport(self.peer_transport)
         except ValueError as error:
             raise ValueError(f"peer_transport: {error}") from None
-        for name in ("compression", "disk_compression", "tier_compression"):
-            allowed = KV_COMPRESSIONS if name == "compression" else COMPRESSIONS
+        for name in ("kv_encoding", "disk_compression", "tier_compression"):
+            allowed = KV_ENCODINGS if name == "kv_encoding" else COMPRESSIONS
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         if is_redis_cluster(self.tier):

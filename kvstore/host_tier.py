@@ -114,9 +114,10 @@ class HostTier:
             reply = ask(self._stub.GetArena, kvnode_pb2.GetArenaRequest())
             path, arena = Path(reply.path), self._arena
             if arena is None or arena.path != path or not arena.is_current():
-                self._arena = attach_arena(path, reply.slot_bytes, reply.num_slots)
-                self._calls.close()
-                self._calls = SlotCalls(reply.call_address)
+                attached = attach_arena(path, reply.slot_bytes, reply.num_slots)
+                former, self._calls = self._calls, SlotCalls(reply.call_address)
+                self._arena = attached
+                former.close()
                 self._node_id = reply.node_id
                 self._peer_address = reply.peer_address
 

@@ -31,12 +31,11 @@ from kvstore.disk import DiskTier
 from kvstore.node_service import ControlServicer, KVNodeServicer
 from kvstore.node_slots import NodeSlots
 from kvstore.peer_server import PeerServer
-from kvstore.quick_calls import CallServer
+from kvstore.quick_calls import UNIX, CallServer
 from kvstore.slot_calls import serve_slot_calls
 from kvstore.slot_table import SlotTable
 from kvstore.transport import PEER_TRANSPORTS, ReadableMemory, check_peer_transport
 
-_UNIX = "unix:"
 _LONGEST_SOCKET_PATH = 107  # bytes; the kernel's limit
 _CALLS = ".calls"  # behind the path of the host address: the socket for slot calls
 _NUM_THREADS = 8
@@ -85,8 +84,8 @@ class NodeSpec:
             check_peer_transport(self.peer_transport)
         except ValueError as error:
             raise ValueError(f"--peer-transport: {error}") from None
-        path = self.host_address.removeprefix(_UNIX)
-        if self.host_address.startswith(_UNIX) and len((path + _CALLS).encode()) > _LONGEST_SOCKET_PATH:
+        path = self.host_address.removeprefix(UNIX)
+        if self.host_address.startswith(UNIX) and len((path + _CALLS).encode()) > _LONGEST_SOCKET_PATH:
             raise ValueError(f"--host-address: longer than {_LONGEST_SOCKET_PATH} bytes: {path}")
 
 
@@ -121,8 +120,8 @@ def run(spec: NodeSpec, stop: threading.Event, announce: Callable[[dict[str, obj
         stop.wait()
         for stopped in [server.stop(grace=0.5) for server in servers]:
             stopped.wait()
-        if host_address.startswith(_UNIX):
-            Path(host_address.removeprefix(_UNIX)).unlink(missing_ok=True)
+        if host_address.startswith(UNIX):
+            Path(host_address.removeprefix(UNIX)).unlink(missing_ok=True)
 
 
 # First generation and first epoch are wall time: those of two processes that follow each other never overlap.
@@ -166,7 +165,7 @@ def _serve_slots(spec: NodeSpec, slots: NodeSlots, peer_address: str) -> tuple[g
     _remove_dead_socket(spec.host_address)
     server, address = _bind(spec.host_address)
     servicer = KVNodeServicer(slots, spec.node_id, peer_address)
-    call_address = address + _CALLS if address.startswith(_UNIX) else f"{address.rpartition(':')[0]}:0"
+    call_address = address + _CALLS if address.startswith(UNIX) else f"{address.rpartition(':')[0]}:0"
     try:
         calls = serve_slot_calls(call_address, servicer)
     except OSError as error:
@@ -190,16 +189,16 @@ def _bind(address: str) -> tuple[grpc.Server, str]:
         port = server.add_insecure_port(address)
     except RuntimeError as error:
         raise StartError(f"cannot listen on {address}: in use or not an address of this host") from error
-    if address.startswith(_UNIX):
+    if address.startswith(UNIX):
         return server, address
     return server, f"{address.rpartition(':')[0]}:{port}"
 
 
 def _remove_dead_socket(address: str) -> None:
     """Unlinks the socket that a killed node left; refuses when somebody answers on it."""
-    if not address.startswith(_UNIX):
+    if not address.startswith(UNIX):
         return
-    path = Path(address.removeprefix(_UNIX))
+    path = Path(address.removeprefix(UNIX))
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(str(path))

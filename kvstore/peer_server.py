@@ -171,9 +171,12 @@ class PeerServer:
 def _await_read(connection: socket.socket, sequence: int, num_fragments: int, memory: ReadableMemory) -> None:
     """Until the other end says that it has read a group."""
     deadline_s = time.monotonic() + _STEP_S
-    while not select.select([connection], [], [], _PROGRESS_S)[0]:
+    poll = select.poll()  # select() takes no descriptor above 1023
+    poll.register(connection, select.POLLIN)
+    while not poll.poll(0):
         memory.progress()
         if time.monotonic() > deadline_s:
             raise ProtocolError("a reader that does not get on")
+        time.sleep(_PROGRESS_S)  # poll() itself waits a millisecond at least
     if unpack_head(receive_exactly(connection, HEAD_BYTES, deadline_s), sequence) != (READ, num_fragments):
         raise ProtocolError("not the group that is read")

@@ -31,13 +31,8 @@ _ZEROS = bytes(10)
 assert _HEADER.size == HEADER_BYTES
 
 
-def as_bytes_view(payload: memoryview) -> memoryview:
-    """The same bytes as a flat view of format "B", the only one that slices of an mmap can be assigned from."""
-    return payload if payload.format == "B" and payload.ndim == 1 else payload.cast("B")
-
-
 def seal(key: bytes, payload: memoryview, generation: int) -> bytes:
-    """The header of a complete fragment. The checksum is taken from the source, not from a copy that may differ."""
+    """The header of a complete fragment that lies elsewhere, in one piece."""
     digest = xxhash.xxh3_64(key)
     digest.update(payload)
     return _HEADER.pack(SEALED, generation, payload.nbytes, digest.intdigest(), _ZEROS, key)

@@ -12,7 +12,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -69,10 +69,15 @@ class CacheShape:
             for first in firsts
         ]
 
-    def transfer(self, cache: Tensor, host_address: str) -> KVTransfer:
+    @contextmanager
+    def transfer(self, cache: Tensor, host_address: str) -> Iterator[KVTransfer]:
         """A rank's, over the host tier alone."""
         grid = FragmentGrid(0, self.num_layers, self.num_layers, 0, self.num_kv_heads)
-        return KVTransfer(cache, grid, FragmentStore([HostTier(host_address)]))
+        with (
+            closing(FragmentStore([HostTier(host_address)])) as store,
+            closing(KVTransfer(cache, grid, store)) as moved,
+        ):
+            yield moved
 
 
 class HandOffFailed(Exception):
@@ -84,9 +89,12 @@ def measure_paged_hand_off(arena_dir: str, shape: CacheShape | None = None) -> l
     shape = shape or CacheShape()
     bandwidth = BenchShape(shape.fragment_bytes, shape.num_fragments, num_runs=3)
     memcpy, at_once, in_turn = [], [], []
-    with node_process(arena_dir, bandwidth) as host_address, _receiver(shape, host_address) as receiver:
-        cache = shape.empty().copy_(torch.randn(shape.empty().shape))
-        sender = shape.transfer(cache, host_address)
+    cache = shape.empty().copy_(torch.randn(shape.empty().shape))
+    with (
+        node_process(arena_dir, bandwidth) as host_address,
+        _receiver(shape, host_address) as receiver,
+        shape.transfer(cache, host_address) as sender,
+    ):
         for _ in range(shape.num_runs + 1):  # the first warms up
             memcpy.append(measure_memcpy(bandwidth).median_gb_per_s)
             at_once.append(bandwidth.num_bytes / _hand_off(shape, sender, receiver, at_once=True) / 1e9)
@@ -94,12 +102,11 @@ def measure_paged_hand_off(arena_dir: str, shape: CacheShape | None = None) -> l
         receiver.send(None)
         if receiver.recv() != _digest(cache):
             raise HandOffFailed("the caches differ after the hand-off")
-        sender.close()
     setting: dict[str, object] = {
         "fragment_bytes": shape.fragment_bytes,
         "bytes": bandwidth.num_bytes,
         "chunk_blocks": shape.blocks_per_chunk,
-        "cache": "Llama-3.1-8B, bf16",
+        "cache": f"{shape.num_layers} layers, {shape.num_kv_heads} heads of {shape.head_dim}, bf16",
     }
     beside = {"memcpy": statistics.median(memcpy[1:])}
     rows = []
@@ -148,13 +155,12 @@ def _receiver(shape: CacheShape, host_address: str) -> Iterator[Connection]:
 def _receive(pipe: Connection, shape: CacheShape, host_address: str) -> None:
     torch.set_num_threads(1)
     cache = shape.empty()
-    transfer = shape.transfer(cache, host_address)
-    pipe.send(None)
-    while (chunk := pipe.recv()) is not None:
-        is_whole = transfer.load(chunk) == len(chunk.block_ids)
-        pipe.send((time.perf_counter(), is_whole))  # one clock for all processes of a machine
-    pipe.send(_digest(cache))
-    transfer.close()
+    with shape.transfer(cache, host_address) as transfer:
+        pipe.send(None)
+        while (chunk := pipe.recv()) is not None:
+            is_whole = transfer.load(chunk) == len(chunk.block_ids)
+            pipe.send((time.perf_counter(), is_whole))  # one clock for all processes of a machine
+        pipe.send(_digest(cache))
 
 
 def _digest(cache: Tensor) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import NoReturn, Protocol
 
 import grpc
@@ -34,33 +35,33 @@ async def watch_blocks(stub: worker_pb2_grpc.WorkerServiceStub, worker_id: str, 
     """Ask for a snapshot, follow the changes, and begin again whenever that ends; until cancelled."""
     backoff_s = _FIRST_BACKOFF_S
     while True:
+        began_s = time.monotonic()
         try:
-            num_heard = await _follow(stub, worker_id, events)
+            await _follow(stub, worker_id, events)
             log.info("worker %s: something was missed of its blocks, a snapshot is asked for", worker_id)
-            if num_heard > 1:
-                backoff_s = _FIRST_BACKOFF_S
         except grpc.aio.AioRpcError as error:
             log.info("worker %s does not say which blocks it holds: %s", worker_id, error.code().name)
+        except Exception:  # placement is worse without; streams are not to end because of it
+            log.exception("worker %s: what it says of its blocks cannot be followed", worker_id)
         finally:
             events.on_blocks_lost(worker_id)
+        if time.monotonic() - began_s > _LAST_BACKOFF_S:
+            backoff_s = _FIRST_BACKOFF_S
         await asyncio.sleep(backoff_s)
         backoff_s = min(_LAST_BACKOFF_S, 2 * backoff_s)
 
 
-async def _follow(stub: worker_pb2_grpc.WorkerServiceStub, worker_id: str, events: BlockEvents) -> int:
-    """Until something was missed; how many messages were right before."""
-    num_heard = 0
+async def _follow(stub: worker_pb2_grpc.WorkerServiceStub, worker_id: str, events: BlockEvents) -> None:
+    """Until something was missed."""
     call = stub.WatchBlocks(worker_pb2.WatchBlocksRequest())
     try:
         while (message := await call.read()) is not grpc.aio.EOF:
             if message.WhichOneof("message") == "snapshot" and message.snapshot.worker_id != worker_id:
-                return num_heard  # another process has the address now; the link will find out, too
+                return  # another process has the address now; the link will find out, too
             news = block_news(message)
             if news is None:
                 continue
             if not events.on_blocks(worker_id, news):
-                return num_heard
-            num_heard += 1
-        return num_heard
+                return
     finally:
         call.cancel()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvstore.config import KV_COMPRESSIONS, PREFIX_FETCH
+from kvstore.config import KV_ENCODINGS, PREFIX_FETCH
 from workers.errors import ModelError
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
@@ -177,9 +177,9 @@ def resolve_model(model: str) -> Path:
         raise ModelError(f"{model}: neither a model directory nor a Hub id that can be fetched ({reason})") from None
 
 
-def kv_row_bytes(kv_compression: str, head_dim: int, element_bytes: int) -> int:
+def kv_row_bytes(kv_encoding: str, head_dim: int, element_bytes: int) -> int:
     """What the keys or values of one layer, head and slot take up in a fragment: see workers.kv_codec."""
-    return head_dim * element_bytes if kv_compression == "none" else head_dim + KV_SCALE_BYTES
+    return head_dim * element_bytes if kv_encoding == "none" else head_dim + KV_SCALE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +204,7 @@ class EngineConfig:
     cuda_graphs: bool | None = None  # replay captured graphs; None: on CUDA. On a CPU only the buffers are the same
     async_scheduling: bool | None = None  # plan a step while the one before it runs; None: on CUDA, where pp is 1
     batch_invariant: bool = False  # a request's logits have the same bits whatever is computed beside it; slower
-    kv_compression: str = "none"  # one of KV_COMPRESSIONS: how keys and values travel to the tiers and back
+    kv_encoding: str = "none"  # one of KV_ENCODINGS: how keys and values travel to the tiers and back
 
     def __post_init__(self) -> None:
         for field in ("tp", "pp", "block_size", "max_num_seqs", "max_num_batched_tokens", "num_threads"):
@@ -215,12 +215,10 @@ class EngineConfig:
                 raise ValueError(f"{field} must not be negative, not {getattr(self, field)}")
         if self.async_scheduling and self.pp > 1:
             raise ValueError("async_scheduling needs pp=1: the first stage has no tokens before the last is through")
-        if self.kv_compression not in KV_COMPRESSIONS:
-            raise ValueError(f"kv_compression must be one of {', '.join(KV_COMPRESSIONS)}, not {self.kv_compression}")
-        if self.kv_compression != "none" and (self.batch_invariant or self.runner == "fake"):
-            raise ValueError(
-                f"kv_compression={self.kv_compression} changes bits: neither batch_invariant nor runner=fake"
-            )
+        if self.kv_encoding not in KV_ENCODINGS:
+            raise ValueError(f"kv_encoding must be one of {', '.join(KV_ENCODINGS)}, not {self.kv_encoding}")
+        if self.kv_encoding != "none" and (self.batch_invariant or self.runner == "fake"):
+            raise ValueError(f"kv_encoding={self.kv_encoding} changes bits: neither batch_invariant nor runner=fake")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype}")
         if self.runner not in RUNNERS:

@@ -20,7 +20,7 @@ import torch
 from tokenizers import Tokenizer
 
 from kvstore.compression import compress
-from kvstore.config import KV_COMPRESSIONS
+from kvstore.config import KV_ENCODINGS
 from kvstore.memory_tier import MemoryTier
 from kvstore.names import block_names, root_name
 from kvstore.store import FragmentStore
@@ -38,7 +38,7 @@ _BLOCK_SIZE = 16
 class KVLoss:
     """One encoding over all prompts. Errors are of rows: the norm of what changed over the row's norm."""
 
-    compression: str
+    encoding: str
     num_prompts: int
     prompt_tokens: int
     num_compared_tokens: int
@@ -71,7 +71,7 @@ class LossMeter:
         self._pulled = range(self._num_blocks, 2 * self._num_blocks)
         self._prompt_tokens, self._new_tokens = prompt_tokens, new_tokens
 
-    def measure(self, compression: str, prompts: Sequence[Sequence[int]]) -> KVLoss:
+    def measure(self, encoding: str, prompts: Sequence[Sequence[int]]) -> KVLoss:
         """Prompts have the length that was said."""
         keys, values, same, num_same_streams = list[RowErrors](), list[RowErrors](), 0, 0
         num_bytes, num_zstd_bytes = 0, 0
@@ -79,7 +79,7 @@ class LossMeter:
             tokens = [self._step(prompt, 0, self._computed)]
             while len(tokens) < self._new_tokens:
                 tokens.append(self._step(tokens[-1:], len(prompt) + len(tokens) - 1, self._computed))
-            fragments = self._move(prompt, compression)
+            fragments = self._move(prompt, encoding)
             num_bytes += sum(len(sealed) for sealed in fragments)
             num_zstd_bytes += sum(len(compress(sealed) or sealed) for sealed in fragments)
             changed = [
@@ -90,11 +90,11 @@ class LossMeter:
             num_same_streams += not any(changed)
             whole = len(prompt) // _BLOCK_SIZE
             rows = self._runner.cache[:, :whole]  # [layers, blocks, heads, K and V, slots, head_dim]
-            keys.append(row_errors(rows[:, :, :, 0], compression))
-            values.append(row_errors(rows[:, :, :, 1], compression))
+            keys.append(row_errors(rows[:, :, :, 0], encoding))
+            values.append(row_errors(rows[:, :, :, 1], encoding))
         num_compared = len(prompts) * (self._new_tokens - 1)
         return KVLoss(
-            compression=compression,
+            encoding=encoding,
             num_prompts=len(prompts),
             prompt_tokens=self._prompt_tokens,
             num_compared_tokens=num_compared,
@@ -114,7 +114,7 @@ class LossMeter:
         plan = SchedulerOutput([ScheduledRequest("", token_ids, start, start, blocks, sample)])
         return self._runner.execute(plan).sampled_token_ids[0]
 
-    def _move(self, prompt: Sequence[int], compression: str) -> list[memoryview]:
+    def _move(self, prompt: Sequence[int], encoding: str) -> list[memoryview]:
         """The prompt's blocks from where they were computed to the tier, and from there to their other place.
 
         The fragments, as the tier has them.
@@ -122,7 +122,7 @@ class LossMeter:
         names = block_names(root_name(b"", b""), prompt, _BLOCK_SIZE, with_tail=True)
         num_tokens = [min(_BLOCK_SIZE, len(prompt) - i * _BLOCK_SIZE) for i in range(len(names))]
         tier = MemoryTier()
-        transfer = KVTransfer(self._runner.cache, self._runner.grid(0), FragmentStore([tier]), compression)
+        transfer = KVTransfer(self._runner.cache, self._runner.grid(0), FragmentStore([tier]), encoding)
         self._runner.attach(transfer)
         saved = BlockTransfer("", names, self._computed[: len(names)], num_tokens)
         loaded = BlockTransfer("", names, self._pulled[: len(names)], num_tokens)
@@ -158,8 +158,8 @@ def main(arguments: Sequence[str]) -> int:
     if not prompts:
         parser.error(f"--text: no file in {options.text} has {options.prompt_tokens} tokens")
     meter = LossMeter(options.model, options.prompt_tokens, options.new_tokens)
-    for compression in KV_COMPRESSIONS:
-        print(json.dumps(asdict(meter.measure(compression, prompts))), flush=True)
+    for encoding in KV_ENCODINGS:
+        print(json.dumps(asdict(meter.measure(encoding, prompts))), flush=True)
     return 0
 
 

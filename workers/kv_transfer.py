@@ -64,9 +64,9 @@ MAX_WAITING_WRITE_BACKS = 64  # batches; tiers that are slower than decoding los
 class KVTransfer:
     """Loads and stores blocks of one rank's cache [layers, blocks, kv_heads, 2, block_size, head_dim]."""
 
-    def __init__(self, cache: Tensor, grid: FragmentGrid, store: FragmentStore, compression: str = "none") -> None:
-        """compression: one of KV_COMPRESSIONS, what the fingerprint in the blocks' names says."""
-        self._memory = block_memory(cache, grid.layers_per_fragment, compression)
+    def __init__(self, cache: Tensor, grid: FragmentGrid, store: FragmentStore, encoding: str = "none") -> None:
+        """encoding: one of KV_ENCODINGS, what the fingerprint in the blocks' names says."""
+        self._memory = block_memory(cache, grid.layers_per_fragment, encoding)
         self._grid = grid
         self._store = store
         self.num_layout_rejects = 0  # verified bytes of a length that this rank does not expect

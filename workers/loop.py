@@ -10,7 +10,7 @@ import contextlib
 import logging
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvstore.directory import Directory, DirectoryUnavailable
@@ -300,7 +300,7 @@ class EngineLoop:
         """
         while (names := self._announcements.get()) is not None:
             if self._directory is not None:
-                with contextlib.suppress(DirectoryUnavailable):
+                with _directory_may_fail("told of blocks"):
                     for place in self._places():
                         self._directory.publish(names, place)
 
@@ -312,12 +312,8 @@ class EngineLoop:
         while (asked := self._lookups.get()) is not None:
             request_id, num_held, names = asked
             num_located = 0
-            try:
+            with _directory_may_fail("asked for a prefix"):
                 num_located = self._num_located(names)
-            except DirectoryUnavailable:
-                pass
-            except Exception:
-                log.exception("the directory was not asked for a prefix")
             self.post(KVAvailable(request_id, num_held + num_located if num_located else 0))
 
     def _watch(self) -> None:
@@ -332,7 +328,7 @@ class EngineLoop:
             if not pulls:
                 continue
             self._pulls_changed.set()  # look again after a pause, until nothing is wanted
-            with contextlib.suppress(DirectoryUnavailable):
+            with _directory_may_fail("asked for blocks"):
                 for request_id, num_ready, names in pulls:
                     available = num_ready + self._num_located(names)
                     if available > max(num_ready, told.get(request_id, 0)):
@@ -350,3 +346,14 @@ class EngineLoop:
                 break
             count += 1
         return count
+
+
+@contextlib.contextmanager
+def _directory_may_fail(what: str) -> Iterator[None]:
+    """Its threads outlive whatever one question to it raises: requests would wait for them in vain."""
+    try:
+        yield
+    except DirectoryUnavailable:
+        pass
+    except Exception:
+        log.exception("the directory was not %s", what)

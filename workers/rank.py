@@ -69,7 +69,7 @@ def kv_fingerprint(engine: EngineConfig, model: ModelConfig, dtype: torch.dtype)
     return fingerprint(
         {
             **summed,
-            **({} if engine.kv_compression == "none" else {"kv_compression": engine.kv_compression}),
+            **({} if engine.kv_encoding == "none" else {"kv_encoding": engine.kv_encoding}),
             "weights": _FAKE_WEIGHTS if engine.runner == "fake" else weights_digest(Path(engine.model_dir)),
             "dtype": str(dtype),
             "layers": model.num_hidden_layers,
@@ -169,7 +169,7 @@ class Rank:
         )
         self._store = FragmentStore(self._tiers)
         grid = self._runner.grid(self.spec.layers_per_fragment)
-        self._transfer = KVTransfer(self._runner.cache, grid, self._store, engine.kv_compression)
+        self._transfer = KVTransfer(self._runner.cache, grid, self._store, engine.kv_encoding)
         self._runner.attach(self._transfer)
         self._runner.warm_up()
         self._transfer_cost: TransferCost | None = None
@@ -335,7 +335,10 @@ class Rank:
 
     def _keep_alive(self, address: str) -> None:
         while not self._retired.wait(LEASE_RENEWAL_S):
-            self._keep_alive_once(address)
+            try:
+                self._keep_alive_once(address)
+            except Exception:  # a worker whose lease nobody renews is lost to the cluster
+                log.exception("the lease was not renewed")
 
     # -------------------------------------------------------------------------------------------------------- reports
     def wire_load(self) -> worker_pb2.WorkerLoad:

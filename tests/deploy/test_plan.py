@@ -34,11 +34,11 @@ def test_the_laptops_plan(tiny_model: Path) -> None:
     assert 0 <= 512 * 2**20 - file_bytes < made.arena.slot_bytes + 128  # not one slot more would fit
 
 
-@pytest.mark.parametrize(("compression", "row_bytes"), [("none", 16 * 4), ("int8", 16 + 4), ("fp8", 16 + 4)])
-def test_slots_are_as_large_as_what_is_kept_in_them(tiny_model: Path, compression: str, row_bytes: int) -> None:
-    made = plan(tiny_model, f"kvstore.compression={compression}", "kvstore.tier_compression=zstd")
+@pytest.mark.parametrize(("encoding", "row_bytes"), [("none", 16 * 4), ("int8", 16 + 4), ("fp8", 16 + 4)])
+def test_slots_are_as_large_as_what_is_kept_in_them(tiny_model: Path, encoding: str, row_bytes: int) -> None:
+    made = plan(tiny_model, f"kvstore.kv_encoding={encoding}", "kvstore.tier_compression=zstd")
     assert made.arena.slot_bytes == 4 * 2 * 16 * row_bytes
-    assert {pool.spec.engine.kv_compression for pool in made.pools} == {compression}
+    assert {pool.spec.engine.kv_encoding for pool in made.pools} == {encoding}
     assert {pool.spec.tier_compression for pool in made.pools} == {"zstd"}
 
 

@@ -20,7 +20,7 @@ def test_defaults_are_valid() -> None:
         ("disk_bytes", 1000),
         ("disk_dir", "relative/path"),
         ("disk_write", "sometimes"),
-        ("compression", "int4"),
+        ("kv_encoding", "int4"),
         ("disk_compression", "gzip"),
         ("tier_compression", "on"),
         ("tier", "memcached://host"),

@@ -3,8 +3,8 @@
 import pytest
 import xxhash
 
-from kvstore.sealing import HEADER_BYTES, as_bytes_view, reserve, seal, unseal
-from kvstore.tiers import Rejected
+from kvstore.sealing import HEADER_BYTES, reserve, seal, seal_in_place, unseal
+from kvstore.tiers import Fragment, Rejected
 from tests.kvstore.fragments import make_fragments
 
 FRAGMENT = make_fragments(1, payload_bytes=100)[0]
@@ -63,5 +63,13 @@ def test_a_reserved_slot_holds_nothing() -> None:
 
 def test_a_payload_of_another_format_is_the_same_bytes() -> None:
     wide = FRAGMENT.payload.cast("H")
-    assert as_bytes_view(wide) == FRAGMENT.payload
     assert seal(FRAGMENT.key, wide, 7) == STORED[:HEADER_BYTES]
+    target = bytearray(wide.nbytes)
+    Fragment(FRAGMENT.key, wide).copy_to(memoryview(target))
+    assert target == FRAGMENT.payload
+
+
+def test_a_header_written_before_its_payload_is_the_same() -> None:
+    sealed = bytearray(HEADER_BYTES) + FRAGMENT.payload
+    seal_in_place(memoryview(sealed), FRAGMENT.key, 7)
+    assert sealed == STORED

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels.quantise import FP8
-from kvstore.config import KV_COMPRESSIONS
+from kvstore.config import KV_ENCODINGS
 from workers.config import kv_row_bytes
 from workers.kv_codec import decode, encode, row_errors
 
@@ -19,7 +19,7 @@ def round_trip(rows: torch.Tensor, encoding: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("encoding", KV_COMPRESSIONS)
+@pytest.mark.parametrize("encoding", KV_ENCODINGS)
 def test_a_fragment_has_the_size_that_is_said(encoding: str, dtype: torch.dtype) -> None:
     rows = torch.randn(5, 3, 2, 16, 32).to(dtype)
     encoded = encode(rows, encoding)
@@ -77,7 +77,7 @@ def test_what_was_rounded_once_is_not_rounded_again(encoding: str) -> None:
 
 def test_fragments_of_a_batch_are_those_of_each_alone() -> None:
     rows = torch.randn(6, 2, 2, 5, 24)
-    for encoding in KV_COMPRESSIONS:
+    for encoding in KV_ENCODINGS:
         together = encode(rows, encoding)
         for i in range(6):
             assert torch.equal(together[i], encode(rows[i : i + 1], encoding)[0])

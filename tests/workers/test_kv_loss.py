@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from deploy.config import DEMO_MODEL, ROOT
-from kvstore.config import KV_COMPRESSIONS
+from kvstore.config import KV_ENCODINGS
 from kvstore.memory_tier import MemoryTier
 from kvstore.store import FragmentStore
 from tests.processes import KVNode
@@ -28,7 +28,7 @@ from workers.step import BlockTransfer
 def test_what_the_demo_model_loses() -> None:
     meter = LossMeter(str(DEMO_MODEL), prompt_tokens=90, new_tokens=9)
     prompts = prompts_of(ROOT / "workers", str(DEMO_MODEL), 3, 90)
-    exact, int8, fp8 = (meter.measure(compression, prompts) for compression in KV_COMPRESSIONS)
+    exact, int8, fp8 = (meter.measure(encoding, prompts) for encoding in KV_ENCODINGS)
     assert (exact.key_error_max, exact.value_error_max, exact.same_token_share) == (0, 0, 1)
     for loss, largest in ((int8, 0.02), (fp8, 0.045)):
         assert 0 < loss.key_error_mean < loss.key_error_max < largest
@@ -42,25 +42,25 @@ def test_what_the_demo_model_loses() -> None:
 CACHE = (4, 6, 4, 2, 8, 16)  # layers, blocks, heads, K and V, slots, head_dim
 
 
-@pytest.mark.parametrize("compression", KV_COMPRESSIONS)
-def test_blocks_pass_between_ranks_that_own_other_heads_and_layers(compression: str) -> None:
+@pytest.mark.parametrize("encoding", KV_ENCODINGS)
+def test_blocks_pass_between_ranks_that_own_other_heads_and_layers(encoding: str) -> None:
     """Written by one rank, read by four, each with its heads and layers; the last block is short."""
     tier = MemoryTier()
     names, lengths = [bytes([i]) * 16 for i in range(3)], [8, 8, 5]
     source = torch.randn(CACHE)
-    writer = KVTransfer(source, FragmentGrid(0, 4, 2, 0, 4), FragmentStore([tier]), compression)
+    writer = KVTransfer(source, FragmentGrid(0, 4, 2, 0, 4), FragmentStore([tier]), encoding)
     assert writer.save(BlockTransfer("", names, [4, 0, 2], lengths)) == 3
     writer.close()
     for layer in (0, 2):
         for head in (0, 2):
             cache = torch.zeros(2, 6, 2, *CACHE[3:])
             grid = FragmentGrid(layer, 2, 2, head, 2)
-            reader = KVTransfer(cache, grid, FragmentStore([tier]), compression)
+            reader = KVTransfer(cache, grid, FragmentStore([tier]), encoding)
             assert reader.load(BlockTransfer("", names, [1, 3, 5], lengths)) == 3
             reader.close()
             for to, of, length in zip((1, 3, 5), (4, 0, 2), lengths, strict=True):
                 rows = source[layer : layer + 2, of, head : head + 2, :, :length]
-                assert torch.allclose(cache[:, to, :, :, :length], rows, atol=0 if compression == "none" else 0.2)
+                assert torch.allclose(cache[:, to, :, :, :length], rows, atol=0 if encoding == "none" else 0.2)
             assert not cache[:, [0, 2, 4]].any()
 
 
@@ -81,20 +81,20 @@ def test_a_block_in_other_numbers_is_refused_and_counted() -> None:
 def test_the_fingerprint_says_what_is_lost(tmp_path: Path) -> None:
     checkpoint = make_checkpoint("gqa", tmp_path)
     model = ModelConfig.load(checkpoint)
-    engines = [EngineConfig(str(checkpoint), kv_compression=compression) for compression in KV_COMPRESSIONS]
+    engines = [EngineConfig(str(checkpoint), kv_encoding=encoding) for encoding in KV_ENCODINGS]
     assert len({kv_fingerprint(engine, model, torch.float32) for engine in engines}) == 3
 
 
 @pytest.mark.parametrize("other", [{"batch_invariant": True}, {"runner": "fake"}], ids=str)
 def test_what_needs_every_bit_takes_no_loss(other: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="kv_compression=fp8 changes bits"):
-        EngineConfig("", kv_compression="fp8", **other)
+    with pytest.raises(ValueError, match="kv_encoding=fp8 changes bits"):
+        EngineConfig("", kv_encoding="fp8", **other)
 
 
 def test_workers_hand_over_in_8_bits_and_an_exact_one_takes_none_of_it(tmp_path: Path, kv_node: KVNode) -> None:
     checkpoint = make_checkpoint("gqa", tmp_path)
     specs = [spec_for(checkpoint, role, kv_node, prefix_fetch="always") for role in ("prefill", "decode")]
-    lossy = [replace(spec, engine=replace(spec.engine, kv_compression="int8")) for spec in specs]
+    lossy = [replace(spec, engine=replace(spec.engine, kv_encoding="int8")) for spec in specs]
     exact = replace(specs[1], worker_id="exact-0")
     token_ids = prompt(77, seed=11)
     with ExitStack() as stack:
