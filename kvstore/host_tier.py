@@ -75,6 +75,24 @@ class HostTier:
         """Where other hosts pull from this host's node; empty where they do not."""
         return self._peer_address
 
+    @property
+    def num_slots(self) -> int:
+        """Of the arena; 0 until the node was reached."""
+        arena = self._arena
+        return 0 if arena is None else arena.num_slots
+
+    @property
+    def slot_bytes(self) -> int:
+        """The largest payload that the arena takes; 0 until the node was reached."""
+        arena = self._arena
+        return 0 if arena is None else arena.slot_bytes
+
+    def has(self, keys: Sequence[bytes]) -> list[bool]:
+        """Whether each fragment is in the arena now; those that only the disk has are brought there first."""
+        _check_keys(keys)
+        found = self._on_arena(lambda arena: self._look_up(arena, keys)) if keys else None
+        return [False] * len(keys) if found is None else [slot >= 0 for slot in found.slots]
+
     def put(self, fragments: Sequence[FragmentSource]) -> list[bool]:
         """As in Tier. A fragment larger than a slot is not kept."""
         _check_keys([fragment.key for fragment in fragments])

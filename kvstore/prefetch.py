@@ -1,7 +1,8 @@
 """Brings blocks that queued requests will pull into the host tier while they wait, from the tiers behind it.
 
 One thread, a few blocks at a time, request by request. What the disk has comes with the look-up in the host tier. What
-is fetched ahead of its use takes a quarter of the arena at most, so that it pushes out neither itself nor all else.
+waits in the arena to be used takes a quarter of it at most, whether it was there, came from the disk or from elsewhere,
+so that it pushes out neither itself nor all else. The bound is this worker's: other workers of the host have one each.
 Fragments are those of all ranks: the host's node serves them all. Knows nothing of requests but their ids and blocks.
 """
 
@@ -11,9 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from switchyard.v1 import kvnode_pb2, kvnode_pb2_grpc
-
-from kvstore.channels import NODE_ERRORS, call, dial
+from kvstore.host_tier import HostTier
 from kvstore.tiers import Fragment, Rejected, Tier
 
 _LOG = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ class PrefetchStats:
     num_bytes: Mapping[str, int]
     """Their payload bytes."""
     num_useless: int
-    """Fragments for requests that were gone, or took them from elsewhere, before they could use them."""
+    """Those of num_fragments whose requests were gone, or took them from elsewhere, before they could use them."""
     rejected: Mapping[str, int]
     """Fragments that failed their verification, by reason."""
 
@@ -41,27 +40,22 @@ class PrefetchStats:
 @dataclass(eq=False, slots=True)
 class _Job:
     names: deque[bytes]
-    num_fetched: int = 0
+    num_found: int = 0  # fragments that the look-up found: they were in the arena, or the disk gave them
+    num_fetched: int = 0  # fragments that came from a slower tier
     is_over: bool = False
 
 
 class Prefetcher:
     """Thread-safe; nothing waits for it."""
 
-    def __init__(
-        self, node_address: str, host: Tier, slower: Sequence[Tier], keys_of: Callable[[bytes], Sequence[bytes]]
-    ) -> None:
-        """node_address: of the process that owns the host tier's arena. slower: in the order in which they are asked.
-        keys_of: keys of all fragments of a block."""
-        self._channel = dial(node_address)
-        self._node = kvnode_pb2_grpc.KVNodeServiceStub(self._channel)
+    def __init__(self, host: HostTier, slower: Sequence[Tier], keys_of: Callable[[bytes], Sequence[bytes]]) -> None:
+        """slower: in the order in which they are asked. keys_of: keys of all fragments of a block."""
         self._host = host
         self._slower = tuple(slower)
         self._keys_of = keys_of
         self._changed = threading.Condition()
         self._jobs: dict[str, _Job] = {}  # in the order in which they came
-        self._max_fetched = 0  # fragments; 0: the arena is not known yet
-        self._blocks_per_batch = 1
+        self._fragments_per_block = 0  # 0: not known yet
         self._num_fragments: Counter[str] = Counter()
         self._num_bytes: Counter[str] = Counter()
         self._rejected: Counter[str] = Counter()
@@ -99,7 +93,6 @@ class Prefetcher:
             self._is_closed = True
             self._changed.notify()
         self._thread.join(_CLOSE_S)
-        self._channel.close()
 
     def _run(self) -> None:
         while True:
@@ -109,30 +102,44 @@ class Prefetcher:
                 if self._is_closed:
                     return
                 assert job is not None
-                names = [job.names.popleft() for _ in range(min(self._blocks_per_batch, len(job.names)))]
+                names = [job.names.popleft() for _ in range(min(self._blocks_per_batch(), len(job.names)))]
             try:
-                self._fetch(job, [key for name in names for key in self._keys_of(name)])
-            except NODE_ERRORS:
-                self._drop(job)  # without its node the host tier keeps nothing
+                self._fetch(job, names)
             except Exception:  # a tier does not raise; if one does, later requests are served all the same
                 _LOG.exception("blocks were not prefetched")
                 self._drop(job)
 
     def _next(self) -> _Job | None:
         """The first with something to do, unless as much waits to be used as there may be."""
-        if self._max_fetched and sum(job.num_fetched for job in self._jobs.values()) >= self._max_fetched:
+        if sum(job.num_found + job.num_fetched for job in self._jobs.values()) >= self._max_ahead():
             return None
         return next((job for job in self._jobs.values() if job.names), None)
+
+    def _max_ahead(self) -> int:
+        """Fragments. One while the node was never reached, so that it is still asked."""
+        return max(1, self._host.num_slots // _SHARE)
+
+    def _blocks_per_batch(self) -> int:
+        """One until it is known how many fragments that is."""
+        if not self._fragments_per_block:
+            return 1
+        in_batch = min(_BATCH_FRAGMENTS, _BATCH_BYTES // max(1, self._host.slot_bytes), self._max_ahead())
+        return max(1, in_batch // self._fragments_per_block)
 
     def _drop(self, job: _Job) -> None:
         with self._changed:
             job.names.clear()
 
-    def _fetch(self, job: _Job, keys: Sequence[bytes]) -> None:
-        if not self._max_fetched:
-            self._learn_arena(len(keys))
-        slots = call(self._node.Lookup, kvnode_pb2.LookupRequest(keys=keys)).slots  # the disk's come with it
-        missing = [key for key, slot in zip(keys, slots, strict=True) if slot < 0]
+    def _fetch(self, job: _Job, names: Sequence[bytes]) -> None:
+        keys = [key for name in names for key in self._keys_of(name)]
+        self._fragments_per_block = len(keys) // len(names)
+        is_there = self._host.has(keys)
+        if not self._host.is_up:
+            self._drop(job)  # without its node the host tier keeps nothing
+            return
+        missing = [key for key, is_found in zip(keys, is_there, strict=True) if not is_found]
+        with self._changed:
+            job.num_found += len(keys) - len(missing)
         for tier in self._slower:
             if not missing or job.is_over:
                 return
@@ -153,7 +160,6 @@ class Prefetcher:
         with self._changed:
             self._rejected.update(rejected)
             if job.is_over:
-                self._num_useless += len(found)
                 return []
         stored = [fragment for fragment, is_stored in zip(found, self._host.put(found), strict=True) if is_stored]
         with self._changed:
@@ -162,12 +168,3 @@ class Prefetcher:
             job.num_fetched += len(stored)
             self._num_useless += len(stored) if job.is_over else 0
         return missing
-
-    def _learn_arena(self, num_fragments: int) -> None:
-        """num_fragments: of one block."""
-        arena = call(self._node.GetArena, kvnode_pb2.GetArenaRequest())
-        max_fetched = max(1, arena.num_slots // _SHARE)
-        in_batch = min(_BATCH_FRAGMENTS, _BATCH_BYTES // max(1, arena.slot_bytes), max_fetched)
-        with self._changed:
-            self._blocks_per_batch = max(1, in_batch // num_fragments)
-            self._max_fetched = max_fetched

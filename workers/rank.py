@@ -269,14 +269,17 @@ class Rank:
         await server.stop(grace=0.5)
 
     def _prefetch_for_queue(self) -> QueuePrefetch | None:
-        """For the ranks of this host all at once: the fragments of all heads and layers go into its arena."""
+        """For the ranks of this host all at once: the fragments of all heads and layers go into its arena.
+
+        Without a slower tier, too: the host's node may have a disk behind its arena, of which nothing is known here.
+        """
         host = next((tier for tier in self._tiers if isinstance(tier, HostTier)), None)
         if host is None:
             return None
         own, model = self._runner.grid(self.spec.layers_per_fragment), self._model
         whole = FragmentGrid(0, model.num_hidden_layers, own.layers_per_fragment, 0, model.num_key_value_heads)
         slower = [tier for tier in self._tiers if tier is not host]
-        self._prefetcher = Prefetcher(self.spec.host_address, host, slower, whole.keys)
+        self._prefetcher = Prefetcher(host, slower, whole.keys)
         return QueuePrefetch(self._prefetcher)
 
     def _deliver_to(self, servicer: WorkerServicer) -> Callable[[LoopEvents], None]:

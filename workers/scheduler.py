@@ -123,9 +123,9 @@ class Scheduler:
                 yield request.request_id, self._prompt_names(request)[request.num_ready_blocks :]
 
     def queued_pulls(self, max_requests: int, known: Collection[str]) -> Iterator[tuple[str, list[bytes]]]:
-        """Of the first queued requests those that will pull blocks, as far as that is certain, but for the known ones.
+        """Of the first queued requests those whose pulls are certain, but for the known ones.
 
-        With the names of these blocks; none when computing them is cheaper.
+        With the names of the blocks; none when the device has them all or computing them is cheaper.
         """
         for request in islice(self.waiting, max_requests):
             if request.request_id in known or request.awaits_lookup or not request.is_announced:
@@ -134,9 +134,8 @@ class Scheduler:
             all_names = self._prompt_names(request) if is_decode else request.block_names
             names = all_names[: self._num_awaited_blocks(request)]
             names = names[len(self.pool.match_prefix(names)) :]
-            if names:
-                pays = is_decode or self.config.transfer_cost.fetch_pays(len(names), self.pool.block_size)
-                yield request.request_id, names if pays else []
+            pays = is_decode or self.config.transfer_cost.fetch_pays(len(names), self.pool.block_size)
+            yield request.request_id, names if pays else []
 
     @property
     def num_queued_tokens(self) -> int:

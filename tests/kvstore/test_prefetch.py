@@ -1,6 +1,7 @@
 """Blocks are brought into the host tier ahead of their use: from Redis, peers and the disk, bounded, all counted."""
 
 import random
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -10,11 +11,12 @@ import pytest
 
 from kvstore.directory import MemoryDirectory
 from kvstore.host_tier import HostTier
+from kvstore.memory_tier import MemoryTier
 from kvstore.names import fragment_key
 from kvstore.peer_tier import PeerTier
 from kvstore.prefetch import Prefetcher, PrefetchStats
 from kvstore.redis_tier import RedisTier
-from kvstore.tiers import Fragment, Tier
+from kvstore.tiers import Fragment, Rejected, Tier
 from tests.kvstore.fragments import REDIS_PREFIX, SECRET, keys_of
 from tests.kvstore.test_node_disk import stats_of
 from tests.processes import KVNode, RedisServer, wait_until
@@ -59,11 +61,11 @@ Start = Callable[..., Prefetcher]
 
 
 @pytest.fixture
-def start(node: KVNode, host: HostTier) -> Iterator[Start]:
+def start(host: HostTier) -> Iterator[Start]:
     started: list[Prefetcher] = []
 
     def start(*slower: Tier) -> Prefetcher:
-        started.append(Prefetcher(node.host_address, host, slower, keys_of_block))
+        started.append(Prefetcher(host, slower, keys_of_block))
         return started[-1]
 
     yield start
@@ -144,21 +146,114 @@ def test_peers_are_asked_first(node: KVNode, host: HostTier, peer_node: KVNode, 
     other.close()
 
 
-def test_the_disk_gives_back_what_it_has(tmp_path: Path) -> None:
-    options = ["--disk-dir", str(tmp_path / "disk"), "--disk-bytes", str(16 << 20), "--disk-write", "through"]
-    node = KVNode(f"test-{uuid.uuid4().hex[:12]}", 4096, 16, options, SECRET)
-    host = HostTier(node.host_address)
+class HeldTier(MemoryTier):
+    """Gives what it has only once it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_asked = threading.Event()
+        self.may_answer = threading.Event()
+
+    def get(self, keys: Sequence[bytes]) -> list[memoryview | Rejected | None]:
+        self.is_asked.set()
+        assert self.may_answer.wait(30)
+        return super().get(keys)
+
+
+def test_what_was_not_kept_is_not_useless(host: HostTier, start: Start) -> None:
+    """A request is gone while a tier is asked for its blocks: these do not count, since they were never prefetched."""
+    (gone, wanted), fragments = make_blocks(2)
+    tier = HeldTier()
+    tier.put(fragments)
+    prefetcher = start(tier)
+    prefetcher.want("gone", [gone])
+    assert tier.is_asked.wait(30)
+    prefetcher.release("gone", is_used=False)
+    prefetcher.want("r", [wanted])
+    tier.may_answer.set()
+    wait_until(lambda: prefetcher.stats().num_fragments.get("memory", 0) == NUM_HEADS, "the other's are there")
+    assert host.has(keys_of(fragments)) == [False] * NUM_HEADS + [True] * NUM_HEADS
+    assert prefetcher.stats().num_useless == 0
+    prefetcher.release("r", is_used=False)
+    assert prefetcher.stats().num_useless == NUM_HEADS
+
+
+StartNode = Callable[[int], tuple[KVNode, HostTier]]
+
+
+@pytest.fixture
+def start_with_disk(tmp_path: Path) -> Iterator[StartNode]:
+    """A node with so many slots, and a disk that keeps all that was ever put."""
+    started: list[tuple[KVNode, HostTier]] = []
+
+    def start_with_disk(num_slots: int) -> tuple[KVNode, HostTier]:
+        options = ["--disk-dir", str(tmp_path / "disk"), "--disk-bytes", str(16 << 20), "--disk-write", "through"]
+        node = KVNode(f"test-{uuid.uuid4().hex[:12]}", 4096, num_slots, options, SECRET)
+        started.append((node, HostTier(node.host_address)))
+        wait_until(lambda: stats_of(node).disk.is_up, "the disk tier is up")
+        return started[-1]
+
+    yield start_with_disk
+    for node, host in started:
+        host.close()
+        node.close()
+
+
+def put_on_disk(node: KVNode, host: HostTier, fragments: Sequence[Fragment]) -> None:
+    """All of them; no slot holds one of the earlier ones when as many slots were written since."""
+    before = stats_of(node).disk.num_written
+    for i in range(0, len(fragments), 8):
+        assert all(host.put(fragments[i : i + 8]))
+        due = before + min(i + 8, len(fragments))
+        wait_until(lambda due=due: stats_of(node).disk.num_written >= due, "they are on disk")  # type: ignore[misc]
+
+
+def test_the_host_tier_says_what_it_has_and_takes_it_from_the_disk(start_with_disk: StartNode) -> None:
+    node, host = start_with_disk(16)
+    assert (host.num_slots, host.slot_bytes) == (16, 4096)
+    old, new, never = make_blocks(1)[1], make_blocks(4)[1], make_blocks(1)[1]
+    put_on_disk(node, host, old)
+    put_on_disk(node, host, new)
+    assert stats_of(node).num_promoted == 0
+    assert host.has(keys_of([*old, *never])) == [True] * NUM_HEADS + [False] * NUM_HEADS
+    assert stats_of(node).num_promoted == NUM_HEADS
+    assert host.has([]) == []
+    node.kill()
+    assert host.has(keys_of(old)) == [False] * NUM_HEADS
+    assert not host.is_up
+
+
+def test_the_disk_gives_back_what_it_has(start_with_disk: StartNode) -> None:
+    node, host = start_with_disk(32)
     names, fragments = make_blocks(2)
-    assert all(host.put(fragments))
-    wait_until(lambda: stats_of(node).disk.num_written == len(fragments), "all are on disk")
-    assert all(host.put(make_blocks(4)[1]))  # every slot is another's now
-    prefetcher = Prefetcher(node.host_address, host, (), keys_of_block)
+    put_on_disk(node, host, fragments)
+    put_on_disk(node, host, make_blocks(8)[1])  # every slot is another's now
+    prefetcher = Prefetcher(host, (), keys_of_block)
     prefetcher.want("r", names)
     wait_until(lambda: stats_of(node).num_promoted == len(fragments), "all are in slots again")
-    assert prefetcher.stats().num_fragments == {}
+    assert prefetcher.stats() == PrefetchStats({}, {}, 0, {})
     prefetcher.close()
-    host.close()
-    node.close()
+
+
+def test_what_the_disk_gives_counts_towards_the_bound(start_with_disk: StartNode) -> None:
+    node, host = start_with_disk(SLOTS)
+    first, of_first = make_blocks(SLOTS // NUM_HEADS)
+    second, of_second = make_blocks(2)
+    put_on_disk(node, host, [*of_first, *of_second])
+    put_on_disk(node, host, make_blocks(SLOTS // NUM_HEADS)[1])  # every slot is another's now
+    prefetcher = Prefetcher(host, (), keys_of_block)
+    prefetcher.want("first", first)
+    prefetcher.want("second", second)
+    wait_until(lambda: stats_of(node).num_promoted >= SLOTS // 4, "the first share is there")
+    time.sleep(0.2)  # to be seen not to go on
+    num_promoted = stats_of(node).num_promoted
+    assert num_promoted < 2 * SLOTS // 4  # its share, and what a batch was over it
+    prefetcher.release("first", is_used=False)
+    wait_until(lambda: stats_of(node).num_promoted >= num_promoted + len(of_second), "there is room for the second")
+    assert stats_of(node).num_promoted == num_promoted + len(of_second)
+    assert all(host.has(keys_of(of_second)))
+    assert prefetcher.stats() == PrefetchStats({}, {}, 0, {})
+    prefetcher.close()
 
 
 @pytest.mark.redis
@@ -174,9 +269,5 @@ def test_without_its_node_nothing_is_fetched_and_later_requests_are(
     assert prefetcher.stats().num_fragments == {}
     node.start()
     wait_until(lambda: all(host.put(make_blocks(1)[1])), "the host tier is back")
-
-    def came() -> bool:
-        prefetcher.want("again", names)  # its own channel may take a moment longer
-        return num_held(host, fragments) == len(fragments)
-
-    wait_until(came, "they are prefetched")
+    prefetcher.want("again", names)
+    wait_until(lambda: num_held(host, fragments) == len(fragments), "they are prefetched")

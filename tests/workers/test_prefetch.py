@@ -12,7 +12,9 @@ from switchyard.v1 import worker_pb2
 
 from costs.transfer import NEVER_FETCH
 from kvstore.connect import open_directory
+from kvstore.host_tier import HostTier
 from kvstore.names import block_names, root_name
+from kvstore.prefetch import Prefetcher
 from tests.fake_cluster import Prefork, Server, expected, write_fake_model
 from tests.kvstore.fragments import SECRET
 from tests.processes import KVNode, RedisServer
@@ -21,6 +23,7 @@ from tests.workers.test_scheduler import make_engine, make_request
 from tests.workers.tiny_llama import generate_with_transformers, make_checkpoint
 from tests.workers.worker_client import WorkerClient, wait_until
 from workers.config import EngineConfig, ModelConfig, WorkerSpec
+from workers.prefetch import QueuePrefetch
 from workers.request import RequestRole
 from workers.scheduler import Scheduler
 
@@ -47,13 +50,13 @@ def test_queued_requests_whose_blocks_were_located() -> None:
     assert pulls(scheduler) == {}
     scheduler.kv_available("located", 2)
     scheduler.kv_available("nowhere", 0)
-    assert pulls(scheduler) == {"located": 2}
+    assert pulls(scheduler) == {"located": 2, "nowhere": 0}
     assert pulls(scheduler, max_requests=0) == {}
-    assert pulls(scheduler, known=frozenset({"located"})) == {}
+    assert pulls(scheduler, known=frozenset({"located", "nowhere"})) == {}
     engine.cancel("running")
     engine.step()
     assert scheduler.requests["located"] not in scheduler.waiting
-    assert pulls(scheduler) == {}
+    assert pulls(scheduler) == {"nowhere": 0}
 
 
 def test_blocks_that_the_device_has_are_not_among_them() -> None:
@@ -66,6 +69,57 @@ def test_blocks_that_the_device_has_are_not_among_them() -> None:
     engine.scheduler.kv_available("next", 4)
     ((_, names),) = engine.scheduler.queued_pulls(8, ())
     assert names == engine.scheduler.requests["next"].block_names[2:4]
+
+
+@pytest.mark.parametrize("role", [RequestRole.MIXED, RequestRole.DECODE])
+def test_when_the_device_has_all_of_them_the_request_is_named_once_without_blocks(role: RequestRole) -> None:
+    engine, _ = make_engine(max_num_seqs=1, num_blocks=32)
+    engine.submit(make_request("before", 8, max_tokens=1, start=10))
+    engine.step()
+    engine.submit(make_request("running", 6, max_tokens=8))
+    engine.step()
+    engine.submit(make_request("next", 8, role=role, start=10))
+    if role is RequestRole.DECODE:
+        engine.continue_request("next", [7])
+    engine.scheduler.kv_available("next", 2)
+    assert pulls(engine.scheduler) == {"next": 0}
+    assert pulls(engine.scheduler, known=frozenset({"next"})) == {}
+
+
+@pytest.fixture
+def prefetcher() -> Iterator[Prefetcher]:
+    """Of a host whose node is away: it does nothing but keep what is wanted."""
+    host = HostTier("unix:/nonexistent/node.sock")
+    prefetcher = Prefetcher(host, (), lambda name: [name * 2])
+    yield prefetcher
+    prefetcher.close()
+    host.close()
+
+
+def test_the_prefetcher_hears_once_of_each_request_and_of_its_end(prefetcher: Prefetcher) -> None:
+    engine, _ = make_engine(max_num_seqs=1, num_blocks=32)
+    scheduler, queue = engine.scheduler, QueuePrefetch(prefetcher)
+    engine.submit(make_request("running", 6, max_tokens=8))
+    engine.step()
+    for name, start in (("admitted", 10), ("cancelled", 20), ("waits", 30)):
+        engine.submit(make_request(name, 14, start=start))
+        scheduler.kv_available(name, 2)
+    queue.note(scheduler)
+    jobs = dict(prefetcher._jobs)
+    assert list(jobs) == ["admitted", "cancelled", "waits"]
+    queue.note(scheduler)
+    assert dict(prefetcher._jobs) == jobs
+    engine.cancel("cancelled")
+    engine.submit(make_request("cancelled", 14, start=40))  # another one of this name
+    queue.note(scheduler)
+    assert jobs["cancelled"].is_over
+    assert list(prefetcher._jobs) == ["admitted", "waits"]
+    engine.cancel("running")
+    engine.step()
+    queue.note(scheduler)
+    assert jobs["admitted"].is_over
+    assert not jobs["waits"].is_over
+    assert list(prefetcher._jobs) == ["waits"]
 
 
 @pytest.mark.parametrize(("role", "num_names"), [(RequestRole.MIXED, 0), (RequestRole.DECODE, 4)])
