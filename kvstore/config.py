@@ -6,7 +6,7 @@ Knows nothing of how the other branches are read; numbers that are derived from 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from kvstore.transport import check_peer_transport
 
@@ -92,6 +92,11 @@ class KVStoreConfig:
             raise ValueError("control: must be one Redis, not a cluster: its scripts change keys of several hash slots")
         if not self.control.startswith("memory://") and not is_redis(self.control):
             raise ValueError(f"control: must be memory:// or a redis:// URL, not {self.control!r}")
+        for name in ("tier", "control"):
+            try:
+                check_redis_protocol(getattr(self, name))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
         if self.prefix_fetch not in PREFIX_FETCH:
             raise ValueError(f"prefix_fetch: must be one of {', '.join(PREFIX_FETCH)}, not {self.prefix_fetch!r}")
         if not (math.isfinite(self.tier_ttl_s) and self.tier_ttl_s >= 1):
@@ -106,6 +111,13 @@ def is_redis(url: str) -> bool:
 def is_redis_cluster(url: str) -> bool:
     """Whether this is the URL of a Redis cluster."""
     return url.startswith(("redis+cluster://", "rediss+cluster://"))
+
+
+def check_redis_protocol(url: str) -> None:
+    """Raises ValueError when the URL of a Redis or a cluster asks for another version of its protocol than 2."""
+    version = parse_qs(urlsplit(url).query).get("protocol", ["2"])[0]
+    if version != "2":
+        raise ValueError(f"only version 2 of the Redis protocol is spoken here: leave out ?protocol={version}")
 
 
 def redis_cluster_nodes(url: str) -> tuple[list[str], Callable[[str], str]]:

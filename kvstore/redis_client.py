@@ -3,9 +3,11 @@
 Knows nothing of what is kept there.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from ipaddress import AddressValueError, IPv6Address
 from typing import Any, TypeAlias
 
 import redis
@@ -13,6 +15,8 @@ from redis.backoff import NoBackoff
 from redis.commands.core import Script
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 from redis.retry import Retry
+
+from kvstore.config import check_redis_protocol
 
 RedisClient: TypeAlias = redis.Redis
 RedisScript: TypeAlias = Script
@@ -26,15 +30,19 @@ NUM_HASH_SLOTS: int = REDIS_CLUSTER_HASH_SLOTS
 _CONNECT_TIMEOUT_S = 1.0
 _CALL_TIMEOUT_S = 2.0
 _READ_BYTES = 1024 * 1024
+_HOST_NAME = re.compile(r"[\w.-]+", re.ASCII)
 
 
 def connect(url: str) -> RedisClient:
-    """A thread-safe client that connects when it is used. Raises ValueError for a URL that is none.
+    """A thread-safe client that connects when it is used. Raises ValueError for a URL that is none, or that asks for
+    another version of the protocol than kvstore.redis_bulk reads.
 
     A pooled connection that died since its last use is replaced and the call made once more; nothing else is retried.
     """
+    check_redis_protocol(url)
     return redis.Redis.from_url(
         url,
+        protocol=2,
         socket_connect_timeout=_CONNECT_TIMEOUT_S,
         socket_timeout=_CALL_TIMEOUT_S,
         socket_keepalive=True,
@@ -70,7 +78,7 @@ class Redirection:
 
     slot: int
     address: str
-    """HOST:PORT of the slot's owner; empty: the slot is on its way, or the node does not know its owner's name."""
+    """HOST:PORT of the slot's owner; empty: the slot is on its way, or the node does not name where to connect."""
 
 
 def redirection(refusal: Exception) -> Redirection | None:
@@ -80,11 +88,15 @@ def redirection(refusal: Exception) -> Redirection | None:
     if not is_moved and not isinstance(refusal, redis.exceptions.AskError) and not text.startswith("ASK "):
         return None
     slot, _, address = text.removeprefix("MOVED ").removeprefix("ASK ").partition(" ")
-    return Redirection(int(slot), address if is_moved and not address.startswith(":") else "")
+    if not slot.isdecimal() or int(slot) >= NUM_HASH_SLOTS:
+        return None
+    host, _, port = address.rpartition(":")
+    return Redirection(int(slot), _host_port(host, port) if is_moved else "")
 
 
 def slot_owners(client: RedisClient, address: str) -> tuple[str, ...]:
-    """HOST:PORT by hash slot, as the node at HOST:PORT sees its cluster; empty where a slot is nobody's.
+    """HOST:PORT by hash slot, as the node at HOST:PORT sees its cluster; empty where a slot is nobody's, or its owner
+    has no address.
 
     Raises what REDIS_ERRORS has, also when the server is no node of a cluster.
     """
@@ -92,9 +104,24 @@ def slot_owners(client: RedisClient, address: str) -> tuple[str, ...]:
     ask: Any = client.execute_command
     for first, last, (host, port, *_), *_ in ask("CLUSTER SLOTS"):
         # A node that does not know its own name says nothing: then it is the one that was reached.
-        name = host.decode() if host else address.rpartition(":")[0].strip("[]")
-        owners[first : last + 1] = [f"[{name}]:{port}" if ":" in name else f"{name}:{port}"] * (last + 1 - first)
+        name = host.decode(errors="replace") if host else address.rpartition(":")[0]
+        owners[first : last + 1] = [_host_port(name, str(port))] * (last + 1 - first)
     return tuple(owners)
+
+
+def _host_port(host: str, port: str) -> str:
+    """HOST:PORT as a URL has it: an IPv6 address in brackets, whether it was or not. Empty when this is no address,
+    such as the "?" of a node whose host name is not known."""
+    host = host.removeprefix("[").removesuffix("]")
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        return ""
+    if ":" not in host:
+        return f"{host}:{int(port)}" if _HOST_NAME.fullmatch(host) else ""
+    try:
+        address = IPv6Address(host)
+    except AddressValueError:
+        return ""
+    return "" if address.scope_id else f"[{host}]:{int(port)}"
 
 
 def address_of(client: RedisClient) -> str:

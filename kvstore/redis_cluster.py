@@ -1,8 +1,9 @@
 """The shared tier in a Redis cluster: each fragment on the node that its key's hash slot belongs to.
 
 Every node of the cluster is a tier of its own (kvstore.redis_tier) with its own connections, and a batch goes to all of
-them at once. One that is away costs its fragments alone. Who owns which slots is asked every second; what a node
-refuses because a slot has moved is tried once more at the owner that it names. Knows nothing of what is kept.
+them at once. One that is away costs its fragments alone. Who owns which slots is asked every second, by a thread of its
+own; what a node refuses because a slot has moved is tried once more at the owner that it names, if that is known
+already. Knows nothing of what is kept.
 """
 
 import threading
@@ -36,11 +37,13 @@ class RedisClusterTier:
             self._node_url(address), secret, ttl_s, compression, is_cluster_node=True
         )
         self._seeds = seeds
-        self._lock = threading.Lock()  # of one who asks; what he learns is replaced whole, so that nobody else needs it
-        self._clients: dict[str, RedisClient] = {}  # that are asked who owns what, by HOST:PORT
+        # What follows until _clients is replaced whole, so that readers need no lock. Nobody waits for a node under it.
+        self._lock = threading.Lock()
         self._owners: tuple[str, ...] = ("",) * NUM_HASH_SLOTS  # HOST:PORT by slot; empty: nobody
-        self._nodes: dict[str, RedisTier] = {}  # by HOST:PORT
-        self._retired: list[tuple[float, RedisTier]] = []
+        self._nodes: dict[str, RedisTier] = {}  # by HOST:PORT; only _look replaces it
+        self._named: frozenset[str] = frozenset()  # HOST:PORT of owners that nodes named since the last _look
+        self._clients: dict[str, RedisClient] = {}  # of _look: that are asked who owns what, by HOST:PORT
+        self._retired: list[tuple[float, RedisTier]] = []  # of _look
         self._threads = ThreadPoolExecutor(_MOST_NODES_AT_ONCE, "kv-redis-node")
         self._availability = Availability(f"redis cluster at {','.join(seeds)}", self._look, self._look, REDIS_ERRORS)
 
@@ -75,12 +78,12 @@ class RedisClusterTier:
         if not self.is_up or not keys:
             return results
         slots = [hash_slot(self.key_prefix + key) for key in keys]
-        num_before, owners = self._num_redirections(), self._owners
+        owners = self._owners
         self._ask(owners, slots, range(len(keys)), call, results)
-        if self._num_redirections() != num_before:
-            self._follow()
-            moved = [i for i, slot in enumerate(slots) if self._owners[slot] != owners[slot] and results[i] is nothing]
-            self._ask(self._owners, slots, moved, call, results)
+        now = self._follow()
+        if now is not owners:  # also when another call has taken what nodes said to this one
+            moved = [i for i, slot in enumerate(slots) if now[slot] != owners[slot] and results[i] is nothing]
+            self._ask(now, slots, moved, call, results)
         return results
 
     def _ask(
@@ -104,36 +107,41 @@ class RedisClusterTier:
         for batch, answer in asked:
             _put_at(results, batch, answer.result())
 
-    def _num_redirections(self) -> int:
-        return sum(node.num_redirections for node in self._nodes.values())
+    def _follow(self) -> tuple[str, ...]:
+        """Takes the owners that nodes have named: others may hear of a slot's move later than its former owner.
 
-    def _follow(self) -> None:
-        """Takes the owners that nodes have named: others may hear of a slot's move later than its former owner."""
+        One that is not known yet is left to _look: whoever wants a fragment waits for no new node.
+        """
         with self._lock:
-            owners, nodes = list(self._owners), dict(self._nodes)
+            named: dict[int, str] = {}
             for node in self._nodes.values():
-                named, node.owners = node.owners, {}
+                named |= node.take_redirections()
+            if named:
+                owners = list(self._owners)
                 for slot, address in named.items():
-                    owners[slot] = address
-                    if address not in nodes:
-                        nodes[address] = self._tier_of(address)
-            self._nodes = nodes  # before the owners: whoever finds an address finds its node
-            self._owners = tuple(owners)
+                    if address in self._nodes:
+                        owners[slot] = address
+                self._owners = tuple(owners)
+                self._named |= set(named.values())
+            return self._owners
 
     def _look(self) -> None:
-        """Asks who owns which slots. Raises one of REDIS_ERRORS when nobody answers."""
+        """Asks who owns which slots. Raises one of REDIS_ERRORS when nobody answers. For one thread."""
+        owners = self._ask_owners()
         with self._lock:
-            owners = self._ask_owners()
-            addresses = set(owners) - {""}
-            nodes = {address: self._nodes.get(address) or self._tier_of(address) for address in sorted(addresses)}
-            gone = [node for address, node in self._nodes.items() if address not in addresses]
-            self._nodes = nodes
+            named, self._named = self._named, frozenset()
+        addresses = {*owners, *named} - {""}
+        known = self._nodes
+        nodes = {address: known.get(address) or self._tier_of(address) for address in sorted(addresses)}
+        with self._lock:
+            self._nodes = nodes  # before the owners: whoever finds an address finds its node
             self._owners = owners
-            now_s = time.monotonic()
-            for _, node in (retired for retired in self._retired if retired[0] < now_s - _RETIRED_S):
-                node.close()
-            self._retired = [retired for retired in self._retired if retired[0] >= now_s - _RETIRED_S]
-            self._retired += [(now_s, node) for node in gone]
+        now_s = time.monotonic()
+        self._retired += [(now_s, node) for address, node in known.items() if address not in addresses]
+        while self._retired and self._retired[0][0] < now_s - _RETIRED_S:
+            self._retired.pop(0)[1].close()
+        for address in self._clients.keys() - addresses - set(self._seeds):
+            self._clients.pop(address).close()
 
     def _ask_owners(self) -> tuple[str, ...]:
         """By the first that answers: those that were up before, then the seeds."""

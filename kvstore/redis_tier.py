@@ -7,6 +7,7 @@ nothing of leases and the directory, which live in a Redis that must not evict.
 """
 
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from itertools import repeat
 
@@ -57,10 +58,8 @@ class RedisTier:
         self._authenticator = FragmentAuthenticator(secret)
         self.key_prefix = key_prefix_of(secret)
         self._is_cluster_node = is_cluster_node
-        self.num_redirections = 0
-        """Fragments that this node of a cluster refused because of their hash slots."""
-        self.owners: dict[int, str] = {}
-        """Of such slots the owners, as HOST:PORT; whoever reads this may replace it."""
+        self._redirections: dict[int, str] = {}  # HOST:PORT by slot
+        self._redirections_lock = threading.Lock()
         self._ttl_ms = int(ttl_s * 1000)
         self._compresses = check_compression(compression)
         self._value_bytes = _FIRST_GUESS_BYTES  # of the value seen last: how many keys make a chunk
@@ -90,6 +89,13 @@ class RedisTier:
     def get(self, keys: Sequence[bytes]) -> Iterator[memoryview | Rejected | None]:
         """As in Tier, one by one."""
         return self._read(keys) if self.is_up and keys else repeat(None, len(keys))
+
+    def take_redirections(self) -> dict[int, str]:
+        """The owners, as HOST:PORT, that this node of a cluster named since the last call for hash slots that are not
+        its own."""
+        with self._redirections_lock:
+            taken, self._redirections = self._redirections, {}
+        return taken
 
     def close(self) -> None:
         """As in Tier."""
@@ -191,9 +197,9 @@ class RedisTier:
         """Redis answers but does not take fragments, for example because its memory is full and it may not evict."""
         redirected = redirection(reply)
         if redirected is not None:
-            self.num_redirections += 1
             if redirected.address:
-                self.owners[redirected.slot] = redirected.address
+                with self._redirections_lock:
+                    self._redirections[redirected.slot] = redirected.address
         elif not self._has_warned_of_refusal:
             self._has_warned_of_refusal = True
             _LOG.warning("redis tier at %s refuses fragments: %s", address_of(self._client), reply)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+import socket
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import redis
 
 from kvstore.config import KVStoreConfig, redis_cluster_nodes
 from kvstore.connect import open_tiers, place_of
-from kvstore.redis_client import hash_slot
+from kvstore.redis_client import Redirection, hash_slot, redirection
 from kvstore.redis_cluster import RedisClusterTier
+from kvstore.redis_tier import RedisTier
 from kvstore.tiers import Fragment, Rejected
 from tests.kvstore.fragments import REDIS_PREFIX, SECRET, keys_of, make_fragments
 from tests.processes import free_port, redis_executable, wait_until
@@ -24,6 +28,17 @@ pytestmark = pytest.mark.redis
 @pytest.fixture(scope="module")
 def servers() -> Iterator[RedisClusterServers]:
     """For tests that leave all nodes running."""
+    executable = redis_executable()
+    if executable is None:
+        pytest.skip("no redis-server")
+    servers = RedisClusterServers(executable)
+    yield servers
+    servers.close()
+
+
+@pytest.fixture
+def own_servers() -> Iterator[RedisClusterServers]:
+    """For a test that changes them for good."""
     executable = redis_executable()
     if executable is None:
         pytest.skip("no redis-server")
@@ -133,11 +148,8 @@ def test_while_a_slot_moves_its_fragments_are_misses_at_most(
     assert tier.put([fragment]) == [True]
 
 
-def test_a_lost_node_costs_its_fragments_alone() -> None:
-    executable = redis_executable()
-    if executable is None:
-        pytest.skip("no redis-server")
-    servers = RedisClusterServers(executable)
+def test_a_lost_node_costs_its_fragments_alone(own_servers: RedisClusterServers) -> None:
+    servers = own_servers
     tier = RedisClusterTier(servers.url, SECRET)
     try:
         fragments = make_fragments(60)
@@ -157,7 +169,124 @@ def test_a_lost_node_costs_its_fragments_alone() -> None:
         assert tier.put(more) == [False] * 60
     finally:
         tier.close()
-        servers.close()
+
+
+class StuckServer:
+    """Takes connections and begins an answer that does not end before it is released: no timeout cuts it short."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._listener = socket.create_server((host, port))
+        self.is_asked = threading.Event()
+        self._is_released = threading.Event()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                with connection, suppress(OSError):
+                    self.is_asked.set()
+                    connection.sendall(b"+")
+                    while not self._is_released.wait(0.1):
+                        connection.sendall(b".")
+
+    def release(self) -> None:
+        self._is_released.set()
+
+    def close(self) -> None:
+        self.release()
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join()
+
+
+def test_nobody_waits_while_a_node_that_does_not_answer_is_asked(own_servers: RedisClusterServers) -> None:
+    """Not even who follows a slot that has moved. And a node that has gone is not kept for questions."""
+    servers = own_servers
+    leaver, source, target = sorted(range(3), key=lambda number: str(servers.ports[number]))  # as they are asked
+    stuck = StuckServer("127.0.0.2", servers.ports[leaver])
+    tier = RedisClusterTier(f"redis+cluster://:{PASSWORD}@127.0.0.1:{servers.ports[target]}", SECRET)
+    fragments = make_fragments(60)
+    fragment = next(fragment for fragment in fragments if owner_of(fragment) == source)
+    slot = hash_slot(REDIS_PREFIX + fragment.key)
+    leaver_address = f"127.0.0.1:{servers.ports[leaver]}"
+    try:
+        with ThreadPoolExecutor(1) as threads:
+            try:
+                assert tier.put(fragments) == [True] * 60
+                wait_until(lambda: leaver_address in tier._clients, "the first node was asked who owns what")
+                servers.clients[leaver].config_set("cluster-announce-ip", "127.0.0.2")
+                assert stuck.is_asked.wait(60)
+                servers.move_slot(slot, source, target)
+                assert threads.submit(tier.get, keys_of(fragments)).result(60) == payloads_of(fragments)
+                assert leaver_address in tier._nodes  # what was asked meanwhile has not come
+            finally:
+                stuck.release()
+        wait_until(lambda: leaver_address not in tier._clients, "the node that has gone is asked no more")
+        assert leaver_address not in tier._nodes
+        got = tier.get(keys_of(fragments))
+        assert got == [None if owner_of(f) == leaver else f.payload for f in fragments]
+    finally:
+        tier.close()
+        stuck.close()
+
+
+def test_an_owner_is_named_by_an_ipv6_address(own_servers: RedisClusterServers) -> None:
+    """Nobody is there, which costs what it has alone."""
+    fragments = make_fragments(30)
+    slots = [hash_slot(REDIS_PREFIX + f.key) for f in fragments if owner_of(f) == 1]
+    before = RedisClusterTier(own_servers.url, SECRET)
+    assert before.put(fragments) == [True] * 30
+    before.close()
+    own_servers.clients[1].config_set("cluster-announce-ip", "2001:db8::5")
+    (first, *_) = (fragment.key for fragment in fragments if owner_of(fragment) == 1)
+    refused = f"{slots[0]} 2001:db8::5:{own_servers.ports[1]}"
+
+    def answer() -> str:
+        try:
+            return str(own_servers.clients[0].get(REDIS_PREFIX + first))
+        except redis.ResponseError as error:
+            return str(error)
+
+    wait_until(lambda: answer().endswith(refused), "the other node has heard of it")
+    node = RedisTier(f"redis://:{PASSWORD}@127.0.0.1:{own_servers.ports[0]}/0", SECRET, is_cluster_node=True)
+    assert list(node.get([f.key for f in fragments if owner_of(f) == 1])) == [None] * len(slots)
+    assert node.take_redirections() == dict.fromkeys(slots, f"[2001:db8::5]:{own_servers.ports[1]}")
+    assert node.take_redirections() == {}
+    node.close()
+    tier = RedisClusterTier(own_servers.url, SECRET)
+    assert tier.get(keys_of(fragments)) == [None if owner_of(f) == 1 else f.payload for f in fragments]
+    assert tier.is_up
+    tier.close()
+
+
+@pytest.mark.parametrize(
+    ("refusal", "expected"),
+    [
+        ("MOVED 3999 10.0.0.5:7001", Redirection(3999, "10.0.0.5:7001")),
+        ("MOVED 3999 node-5.redis_cache.svc:7001", Redirection(3999, "node-5.redis_cache.svc:7001")),
+        ("MOVED 3999 2001:db8::5:7001", Redirection(3999, "[2001:db8::5]:7001")),
+        ("MOVED 3999 [2001:db8::5]:7001", Redirection(3999, "[2001:db8::5]:7001")),
+        ("MOVED 3999 ::1:7001", Redirection(3999, "[::1]:7001")),
+        ("MOVED 3999 :7001", Redirection(3999, "")),
+        ("MOVED 3999 ?:7001", Redirection(3999, "")),
+        ("MOVED 3999 2001:db8::xyz:7001", Redirection(3999, "")),
+        ("MOVED 3999 fe80::1%a#b:7001", Redirection(3999, "")),
+        ("MOVED 3999 user@host:7001", Redirection(3999, "")),
+        ("MOVED 3999 host:70010", Redirection(3999, "")),
+        ("MOVED 3999 host", Redirection(3999, "")),
+        ("MOVED 3999", Redirection(3999, "")),
+        ("ASK 3999 10.0.0.5:7001", Redirection(3999, "")),
+        ("MOVED 16384 10.0.0.5:7001", None),
+        ("MOVED somewhere 10.0.0.5:7001", None),
+        ("OOM command not allowed", None),
+    ],
+)
+def test_what_a_node_says_of_a_slot_that_is_not_its_own(refusal: str, expected: Redirection | None) -> None:
+    assert redirection(redis.ResponseError(refusal)) == expected
+    if refusal.startswith("MOVED ") and expected is not None and ":" in refusal:  # as the client library gives it
+        assert redirection(redis.exceptions.MovedError(refusal.removeprefix("MOVED "))) == expected
 
 
 def test_nobody_listens() -> None:

@@ -4,6 +4,8 @@ import pytest
 
 from kvstore.authenticity import TAG_BYTES, FragmentAuthenticator
 from kvstore.compression import compress
+from kvstore.config import KVStoreConfig
+from kvstore.redis_client import connect
 from kvstore.redis_tier import RedisTier
 from kvstore.sealing import HEADER_BYTES, seal
 from kvstore.tiers import Rejected
@@ -42,6 +44,34 @@ def test_compressed_values_take_less_and_come_back_whole(redis_server: RedisServ
     for reader in (tier, plain):
         assert list(reader.get(keys_of([*numbers, *noise]))) == [fragment.payload for fragment in [*numbers, *noise]]
         reader.close()
+
+
+@pytest.mark.parametrize("is_cluster_node", [False, True])
+def test_a_health_check_in_the_url_does_not_read_our_replies(redis_server: RedisServer, is_cluster_node: bool) -> None:
+    """Due at every command; several chunks."""
+    fragments = make_fragments(40, 300_000)
+    tier = RedisTier(f"{redis_server.url}?health_check_interval=-1", SECRET, is_cluster_node=is_cluster_node)
+    assert tier.put(fragments) == [True] * 40
+    for _ in range(2):  # by now the size of a value is known
+        assert list(tier.get(keys_of(fragments))) == [fragment.payload for fragment in fragments]
+    tier.close()
+
+
+def test_another_version_of_the_protocol_is_refused(redis_server: RedisServer) -> None:
+    for url in ("redis://h:1/0?protocol=3", "rediss://:hush@h?ssl_cert_reqs=none&protocol=3"):
+        with pytest.raises(ValueError, match="only version 2 of the Redis protocol is spoken here") as error:
+            connect(url)
+        assert "hush" not in str(error.value)
+        with pytest.raises(ValueError, match="tier: only version 2"):
+            KVStoreConfig(tier=url)
+        with pytest.raises(ValueError, match="tier: only version 2"):
+            KVStoreConfig(tier=url.replace("://", "+cluster://"))
+        with pytest.raises(ValueError, match="control: only version 2"):
+            KVStoreConfig(control=url)
+    url = f"{redis_server.url}?protocol=2"
+    assert KVStoreConfig(tier=url).tier == url
+    with connect(url) as client:
+        assert client.ping()
 
 
 def test_a_bomb_of_somebody_without_the_secret_is_never_opened(redis_server: RedisServer) -> None:
