@@ -85,7 +85,7 @@ def test_compressed_fragments_come_back_from_the_disk(start_node: Callable[..., 
     wait_until(lambda: stats_of(node).disk.num_fragments == 48, "the disk tier is up again")
     wait_until(lambda: tier.is_up, "the host tier is up again")
     for i in range(0, 48, 4):
-        assert tier.get(keys_of(fragments[i : i + 4])) == [fragment.payload for fragment in fragments[i : i + 4]]
+        assert list(tier.get(keys_of(fragments[i : i + 4]))) == [fragment.payload for fragment in fragments[i : i + 4]]
     assert dict(stats_of(node).disk.rejected) == {}
     tier.close()
 
