@@ -15,8 +15,18 @@ import struct
 from pathlib import Path
 
 from kvstore.buffers import CopyBuffers
-from kvstore.sealing import HEADER_BYTES, generation_at, payload_bytes_at, reseal, reserve, seal_in_place, unseal
-from kvstore.tiers import FragmentSource, Rejected
+from kvstore.copying import Bytes
+from kvstore.sealing import (
+    HEADER_BYTES,
+    generation_at,
+    payload_bytes_at,
+    reseal,
+    reserve,
+    seal_into,
+    unseal,
+    unseal_into,
+)
+from kvstore.tiers import Fragment, Rejected
 
 ARENA_PREFIX = "switchyard-"
 ARENA_SUFFIX = ".arena"
@@ -65,12 +75,16 @@ class Arena:
         """Whether this mapping shows the reservation, that is: whether it is the arena that the slot was given in."""
         return 0 <= slot < self.num_slots and generation_at(self._view, self._offset(slot)) == generation
 
-    def write(self, slot: int, fragment: FragmentSource, generation: int) -> None:
-        """Fills a reserved slot, with what is in a private buffer before: nobody can change it before it is sealed."""
-        sealed = self._buffers.take()[: HEADER_BYTES + fragment.num_bytes]
-        fragment.copy_to(sealed[HEADER_BYTES:])
-        seal_in_place(sealed, fragment.key, generation)
-        self._fill(slot, sealed)
+    def write(self, slot: int, fragment: Fragment, generation: int) -> None:
+        """Fills a reserved slot."""
+        start = self._offset(slot)
+        place = self._view[start : start + HEADER_BYTES + fragment.num_bytes]
+        seal_into(place, fragment.payload, fragment.key, generation)
+
+    def read_into(self, slot: int, key: bytes, generation: int, room: Bytes) -> Rejected | None:
+        """Copies the payload into a buffer of this process, which holds anything unless the copy is right: None."""
+        view = self.sealed_view(slot, key, generation)
+        return view if isinstance(view, Rejected) else unseal_into(room, view, key, generation)
 
     def read(self, slot: int, key: bytes, generation: int) -> memoryview | Rejected:
         """A verified private copy of the payload."""
@@ -104,13 +118,9 @@ class Arena:
     def adopt(self, slot: int, sealed: memoryview, generation: int) -> None:
         """Fills a reserved slot with a verified copy of header and payload, whose generation is changed."""
         reseal(sealed, generation)
-        self._fill(slot, sealed)
-
-    def _fill(self, slot: int, sealed: memoryview) -> None:
-        """The header goes last: until then readers see that the slot holds nothing."""
         start = self._offset(slot)
         self._view[start + HEADER_BYTES : start + len(sealed)] = sealed[HEADER_BYTES:]
-        self._view[start : start + HEADER_BYTES] = sealed[:HEADER_BYTES]
+        self._view[start : start + HEADER_BYTES] = sealed[:HEADER_BYTES]  # last: until then the slot holds nothing
 
     def _offset(self, slot: int) -> int:
         return _FIRST_SLOT_OFFSET + slot * self._stride

@@ -17,10 +17,11 @@ from switchyard.v1 import kvnode_pb2, kvnode_pb2_grpc
 from kvstore.arena import Arena, ArenaMismatch, attach_arena
 from kvstore.availability import Availability
 from kvstore.channels import NODE_ERRORS, call, dial, probe
+from kvstore.copying import Bytes
 from kvstore.names import FRAGMENT_KEY_BYTES
 from kvstore.slot_calls import SlotCalls
 from kvstore.slot_table import SEALED_ALREADY
-from kvstore.tiers import FragmentSource, Rejected
+from kvstore.tiers import Fragment, Rejected
 
 _LOG = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ class HostTier:
         found = self._on_arena(lambda arena: self._look_up(arena, keys)) if keys else None
         return [False] * len(keys) if found is None else [slot >= 0 for slot in found.slots]
 
-    def put(self, fragments: Sequence[FragmentSource]) -> list[bool]:
+    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
         """As in Tier. A fragment larger than a slot is not kept."""
         _check_keys([fragment.key for fragment in fragments])
         stored = self._on_arena(lambda arena: self._put(arena, fragments)) if fragments else []
@@ -104,6 +105,12 @@ class HostTier:
         _check_keys(keys)
         found = self._on_arena(lambda arena: self._look_up(arena, keys)) if keys else None
         return iter([None] * len(keys)) if found is None else self._read(found)
+
+    def get_into(self, keys: Sequence[bytes], rooms: Sequence[Bytes]) -> Iterator[bool | Rejected]:
+        """As in NearTier."""
+        _check_keys(keys)
+        found = self._on_arena(lambda arena: self._look_up(arena, keys)) if keys else None
+        return iter([False] * len(keys)) if found is None else self._read_into(found, rooms)
 
     def close(self) -> None:
         """As in Tier."""
@@ -139,7 +146,7 @@ class HostTier:
                 self._node_id = reply.node_id
                 self._peer_address = reply.peer_address
 
-    def _put(self, arena: Arena, fragments: Sequence[FragmentSource]) -> list[bool]:
+    def _put(self, arena: Arena, fragments: Sequence[Fragment]) -> list[bool]:
         stored = [False] * len(fragments)
         wanted = [i for i, fragment in enumerate(fragments) if fragment.num_bytes <= arena.slot_bytes]
         if len(wanted) < len(fragments):
@@ -180,25 +187,30 @@ class HostTier:
         return _Found(arena, keys, reply.slots, reply.generations)
 
     def _read(self, found: _Found) -> Iterator[memoryview | Rejected | None]:
-        bad = kvnode_pb2.DropRequest()
         for key, slot, generation in zip(found.keys, found.slots, found.generations, strict=True):
             payload = found.arena.read(slot, key, generation) if slot >= 0 else None
-            if isinstance(payload, Rejected):
-                if found.arena.is_current():
-                    bad.keys.append(key)
-                    bad.generations.append(generation)
-                else:
-                    payload = None  # it went with the node process; nothing was wrong with it
+            if isinstance(payload, Rejected) and not self._is_bad(found.arena, key, generation):
+                payload = None
             yield payload
             del payload  # or its buffer would be in use while the next one is read
-        if bad.keys:
-            self._drop(bad)
 
-    def _drop(self, bad: kvnode_pb2.DropRequest) -> None:
+    def _read_into(self, found: _Found, rooms: Sequence[Bytes]) -> Iterator[bool | Rejected]:
+        for key, slot, generation, room in zip(found.keys, found.slots, found.generations, rooms, strict=True):
+            rejected = found.arena.read_into(slot, key, generation, room) if slot >= 0 else None
+            if rejected is not None and self._is_bad(found.arena, key, generation):
+                yield rejected
+            else:
+                yield slot >= 0 and rejected is None
+
+    def _is_bad(self, arena: Arena, key: bytes, generation: int) -> bool:
+        """Drops a fragment that failed its verification. One that went with the node process was not a bad one."""
+        if not arena.is_current():
+            return False
         try:
-            self._calls.drop(bad)
+            self._calls.drop(kvnode_pb2.DropRequest(keys=[key], generations=[generation]))
         except _ERRORS as error:
             self._availability.lost(error)
+        return True
 
     def _warn_of_size(self, arena: Arena) -> None:
         if not self._has_warned_of_size:

@@ -6,8 +6,8 @@ Same verification as the others. Knows nothing of other processes.
 import threading
 from collections.abc import Sequence
 
-from kvstore.sealing import HEADER_BYTES, seal_in_place, unseal
-from kvstore.tiers import FragmentSource, Rejected
+from kvstore.sealing import HEADER_BYTES, seal_into, unseal
+from kvstore.tiers import Fragment, Rejected
 
 
 class MemoryTier:
@@ -22,7 +22,7 @@ class MemoryTier:
         """Header and payload by key; tests damage them here."""
         self._lock = threading.Lock()
 
-    def put(self, fragments: Sequence[FragmentSource]) -> list[bool]:
+    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
         """As in Tier."""
         if not self.is_up:
             return [False] * len(fragments)
@@ -30,8 +30,7 @@ class MemoryTier:
             for fragment in fragments:
                 if fragment.key not in self.stored:
                     stored = bytearray(HEADER_BYTES + fragment.num_bytes)
-                    fragment.copy_to(memoryview(stored)[HEADER_BYTES:])
-                    seal_in_place(memoryview(stored), fragment.key, 0)
+                    seal_into(memoryview(stored), fragment.payload, fragment.key, 0)
                     self.stored[fragment.key] = stored
         return [True] * len(fragments)
 

@@ -21,7 +21,7 @@ from kvstore.names import NAME_BYTES
 from kvstore.peer_wire import GROUP_BYTES
 from kvstore.sealing import unseal
 from kvstore.tcp_transport import TcpTransport
-from kvstore.tiers import FragmentSource, Rejected
+from kvstore.tiers import Fragment, Rejected
 from kvstore.transport import Pulled, Transport
 
 _LOG = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class PeerTier:
         """As in Tier: whether the directory answers. Which peers do shows when they are asked."""
         return self._availability.is_up
 
-    def put(self, fragments: Sequence[FragmentSource]) -> list[bool]:
+    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
         """As in Tier; nothing is kept."""
         return [False] * len(fragments)
 

@@ -16,7 +16,7 @@ from kvstore.availability import Availability
 from kvstore.config import redis_cluster_nodes
 from kvstore.redis_client import NUM_HASH_SLOTS, REDIS_ERRORS, RedisClient, connect, hash_slot, slot_owners
 from kvstore.redis_tier import RedisTier, key_prefix_of
-from kvstore.tiers import FragmentSource, Rejected
+from kvstore.tiers import Fragment, Rejected
 
 _MOST_NODES_AT_ONCE = 16
 _RETIRED_S = 60.0  # longer than any call to a node takes
@@ -52,7 +52,7 @@ class RedisClusterTier:
         """As in Tier: whether any node answers."""
         return self._availability.is_up and any(node.is_up for node in self._nodes.values())
 
-    def put(self, fragments: Sequence[FragmentSource]) -> list[bool]:
+    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
         """As in Tier."""
         keys = [fragment.key for fragment in fragments]
         return self._at_owners(keys, lambda node, batch: node.put([fragments[i] for i in batch]), False)

@@ -24,7 +24,7 @@ from kvstore.compression import (
 from kvstore.redis_bulk import ValueBuffers, get_each, get_values, set_values
 from kvstore.redis_client import REDIS_ERRORS, address_of, connect, redirection
 from kvstore.sealing import HEADER_BYTES, seal_in_place
-from kvstore.tiers import FragmentSource, Rejected
+from kvstore.tiers import Fragment, Rejected
 
 _LOG = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class RedisTier:
         """As in Tier."""
         return self._availability.is_up
 
-    def put(self, fragments: Sequence[FragmentSource]) -> list[bool]:
+    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
         """As in Tier. What is there already lives for another ttl_s."""
         stored = [False] * len(fragments)
         if not self.is_up or not fragments:
@@ -105,7 +105,7 @@ class RedisTier:
     def _ping(self) -> None:
         self._client.ping()
 
-    def _renew(self, fragments: Sequence[FragmentSource], stored: list[bool]) -> list[int]:
+    def _renew(self, fragments: Sequence[Fragment], stored: list[bool]) -> list[int]:
         """Marks the fragments that Redis has and gives them a new TTL; indices of the others."""
         missing: list[int] = []
         for start in range(0, len(fragments), _MAX_CHUNK_KEYS):
@@ -126,14 +126,14 @@ class RedisTier:
                     missing.append(i)
         return missing
 
-    def _write(self, fragments: Sequence[FragmentSource], missing: Sequence[int], stored: list[bool]) -> None:
+    def _write(self, fragments: Sequence[Fragment], missing: Sequence[int], stored: list[bool]) -> None:
         entries = ((self.key_prefix + fragments[i].key, self._value(fragments[i])) for i in missing)
         for i, reply in zip(missing, set_values(self._client, entries, self._ttl_ms), strict=True):
             stored[i] = reply is True
             if isinstance(reply, Exception):
                 self._refused(reply)
 
-    def _value(self, fragment: FragmentSource) -> memoryview:
+    def _value(self, fragment: Fragment) -> memoryview:
         end = HEADER_BYTES + fragment.num_bytes
         value = self._buffers.take(end + TAG_BYTES)
         fragment.copy_to(value[HEADER_BYTES:end])

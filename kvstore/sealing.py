@@ -16,6 +16,7 @@ import struct
 
 import xxhash
 
+from kvstore.copying import Bytes, copy_digest
 from kvstore.names import FRAGMENT_KEY_BYTES
 from kvstore.tiers import Rejected
 
@@ -36,6 +37,12 @@ def seal(key: bytes, payload: memoryview, generation: int) -> bytes:
     digest = xxhash.xxh3_64(key)
     digest.update(payload)
     return _HEADER.pack(SEALED, generation, payload.nbytes, digest.intdigest(), _ZEROS, key)
+
+
+def seal_into(place: memoryview, payload: Bytes, key: bytes, generation: int) -> None:
+    """Writes header and payload. The header goes last: until then readers see what was there before it."""
+    digest = copy_digest(place[HEADER_BYTES:], payload, key)
+    place[:HEADER_BYTES] = _HEADER.pack(SEALED, generation, len(place) - HEADER_BYTES, digest, _ZEROS, key)
 
 
 def seal_in_place(sealed: memoryview, key: bytes, generation: int) -> None:
@@ -94,3 +101,22 @@ def unseal(copy: memoryview, key: bytes, generation: int) -> memoryview | Reject
     if xxhash.xxh3_64_intdigest(copy[_KEY_OFFSET:]) != _HEADER.unpack_from(copy)[3]:
         return Rejected("checksum")
     return copy[HEADER_BYTES:]
+
+
+def unseal_into(room: Bytes, sealed: memoryview, key: bytes, generation: int) -> Rejected | None:
+    """Copies the payload of a stored fragment that others may write to meanwhile; None when the copy is right.
+
+    "layout" when the room is of another size: under this name the reader has something else.
+    """
+    header = memoryview(bytes(sealed[:HEADER_BYTES]))
+    payload_bytes = payload_bytes_at(header, 0, key, generation)
+    if isinstance(payload_bytes, Rejected):
+        return payload_bytes
+    if payload_bytes != room.nbytes:
+        return Rejected("layout")
+    if payload_bytes != len(sealed) - HEADER_BYTES:
+        return Rejected("truncated")
+    digest = copy_digest(room, sealed[HEADER_BYTES:], key)
+    if generation_at(sealed, 0) != generation:  # the place was given away while it was copied
+        return Rejected("stale")
+    return None if digest == _HEADER.unpack_from(header)[3] else Rejected("checksum")

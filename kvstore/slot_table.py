@@ -9,8 +9,8 @@ finds out when the slot has been given to another fragment. Pure, clock injected
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 from kvstore.reuse_order import ReuseOrder
 
@@ -19,16 +19,14 @@ NO_SLOT = -2
 ABSENT = -1
 
 
-@dataclass(frozen=True, slots=True)
-class SlotRef:
+class SlotRef(NamedTuple):
     """A slot and the generation that its content has; a negative slot says why there is none (constants above)."""
 
     slot: int
     generation: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Reservation:
+class _Reservation(NamedTuple):
     key: bytes
     generation: int
     deadline_s: float
@@ -68,11 +66,11 @@ class SlotTable:
         """
         self._take_back_expired()
         wanted, now_s = set(keys), self._clock()
-        for key in wanted:
-            if key in self._sealed:
-                self._order.use(key, now_s)
+        for key in wanted & self._sealed.keys():
+            self._order.use(key, now_s)
+        self._make_room(sum(key not in self._sealed for key in keys), wanted)
         deadline_s = now_s + self._reservation_ttl_s
-        return [self._reserve(key, wanted, deadline_s) for key in keys]
+        return [self._reserve(key, deadline_s) for key in keys]
 
     def seal(self, keys: Sequence[bytes], refs: Sequence[SlotRef]) -> int:
         """Makes reserved slots readable; how many of the fragments are readable now. Outdated ones are ignored."""
@@ -125,22 +123,22 @@ class SlotTable:
         deadlines = [reservation.deadline_s for reservation in self._reserved.values()]
         assert deadlines == sorted(deadlines), "reservations are out of order"
 
-    def _reserve(self, key: bytes, wanted: set[bytes], deadline_s: float) -> SlotRef:
+    def _make_room(self, count: int, wanted: set[bytes]) -> None:
+        """Frees so many slots, of fragments that are not wanted now; what is next to go, first."""
+        missing = count - len(self._free)
+        if missing > 0:
+            going = list(islice((key for key in self._order if key not in wanted), missing))
+            self._free += [self._forget(key).slot for key in reversed(going)]
+
+    def _reserve(self, key: bytes, deadline_s: float) -> SlotRef:
         if key in self._sealed:
             return SlotRef(SEALED_ALREADY, 0)
-        slot = self._take_slot(wanted)
-        if slot is None:
+        if not self._free:
             return SlotRef(NO_SLOT, 0)
-        generation = self._next_generation
+        slot, generation = self._free.pop(), self._next_generation
         self._next_generation += 1
         self._reserved[slot] = _Reservation(key, generation, deadline_s)
         return SlotRef(slot, generation)
-
-    def _take_slot(self, wanted: set[bytes]) -> int | None:
-        if self._free:
-            return self._free.pop()
-        next_to_go = next((key for key in self._order if key not in wanted), None)
-        return None if next_to_go is None else self._forget(next_to_go).slot
 
     def _forget(self, key: bytes) -> SlotRef:
         self._order.discard(key)

@@ -6,10 +6,12 @@ refused. Knows nothing of blocks, tensors or of who else uses the tiers.
 
 import threading
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from kvstore.tiers import FragmentSource, Tier
+from kvstore.copying import Bytes, copy
+from kvstore.tiers import Fragment, NearTier, Rejected, Tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +33,14 @@ class FragmentStore:
 
     def __init__(self, tiers: Sequence[Tier]) -> None:
         self._tiers = tuple(tiers)
+        # Once: to ask a protocol costs as much as copying a fragment.
+        self._get_into = [tier.get_into if isinstance(tier, NearTier) else partial(_get_into, tier) for tier in tiers]
         self._lock = threading.Lock()
         self._pulled_bytes: Counter[str] = Counter()
         self._published_bytes: Counter[str] = Counter()
         self._rejected: Counter[str] = Counter()
 
-    def put(self, fragments: Sequence[FragmentSource]) -> list[bool]:
+    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
         """Writes every fragment to every tier. True where at least one tier has it."""
         stored = [False] * len(fragments)
         if not fragments:
@@ -51,13 +55,29 @@ class FragmentStore:
                 self._published_bytes[tier.name] += num_bytes
         return stored
 
-    def pull(self, keys: Sequence[bytes]) -> Iterator[tuple[int, memoryview]]:
-        """(index into keys, verified private copy) of each fragment that some tier has, as they come."""
-        missing = list(range(len(keys)))
-        for tier in self._tiers:
+    def pull(self, keys: Sequence[bytes], rooms: Sequence[Bytes]) -> list[bool]:
+        """Brings verified payloads into the rooms, writable buffers of the expected sizes; which ones came.
+
+        The room of one that did not come holds anything.
+        """
+        has_come = [False] * len(keys)
+        for tier, get_into in zip(self._tiers, self._get_into, strict=True):
+            missing = [i for i, is_there in enumerate(has_come) if not is_there]
             if not missing:
                 break
-            missing = yield from self._pull_from(tier, keys, missing)
+            num_bytes = 0
+            rejected: Counter[str] = Counter()
+            results = get_into([keys[i] for i in missing], [rooms[i] for i in missing])
+            for i, result in zip(missing, results, strict=True):
+                if result is True:
+                    has_come[i] = True
+                    num_bytes += rooms[i].nbytes
+                elif isinstance(result, Rejected):
+                    rejected[result.reason] += 1
+            with self._lock:
+                self._pulled_bytes[tier.name] += num_bytes
+                self._rejected.update(rejected)
+        return has_come
 
     def stats(self) -> StoreStats:
         """The counters now."""
@@ -74,25 +94,18 @@ class FragmentStore:
         for tier in self._tiers:
             tier.close()
 
-    def _pull_from(
-        self, tier: Tier, keys: Sequence[bytes], wanted: Sequence[int]
-    ) -> Generator[tuple[int, memoryview], None, list[int]]:
-        """What the tier has of `wanted`, indices into keys; returns the indices that are still missing."""
-        missing: list[int] = []
-        num_bytes = 0
-        rejected: Counter[str] = Counter()
-        found = iter(tier.get([keys[i] for i in wanted]))
-        for i in wanted:
-            result = next(found)
-            if isinstance(result, memoryview):
-                num_bytes += result.nbytes
-                yield i, result
+
+def _get_into(tier: Tier, keys: Sequence[bytes], rooms: Sequence[Bytes]) -> Iterator[bool | Rejected]:
+    """As NearTier.get_into, for a tier whose private copies are copied once more."""
+    found = iter(tier.get(keys))
+    for room in rooms:
+        payload = next(found)
+        if isinstance(payload, memoryview):
+            if payload.nbytes != room.nbytes:
+                yield Rejected("layout")  # good bytes, but not what this model has under that name
             else:
-                missing.append(i)
-                if result is not None:
-                    rejected[result.reason] += 1
-            del result  # or its buffer would be in use while the next one is looked for
-        with self._lock:
-            self._pulled_bytes[tier.name] += num_bytes
-            self._rejected.update(rejected)
-        return missing
+                copy(room, payload)
+                yield True
+        else:
+            yield False if payload is None else payload
+        del payload  # or its buffer would be in use while the next one is looked for

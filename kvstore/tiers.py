@@ -6,42 +6,30 @@ raises because its other end is away. Knows nothing of blocks, models or of whic
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
+
+from kvstore.copying import Bytes, copy
 
 RejectReason = Literal["checksum", "stale", "truncated", "layout", "forged"]
 
 
-class FragmentSource(Protocol):
+@dataclass(frozen=True, slots=True)
+class Fragment:
     """One block x a group of layers x one KV head, wherever its bytes lie; they stay until put() returns."""
 
-    @property
-    def key(self) -> bytes:
-        """From kvstore.names."""
+    key: bytes
+    """From kvstore.names."""
+    payload: Bytes
+    """Of any shape and strides, as in kvstore.copying: a slice of a buffer, or a part of a paged cache."""
 
     @property
     def num_bytes(self) -> int:
         """Size of the payload."""
-
-    def copy_to(self, target: memoryview) -> None:
-        """Writes the payload into num_bytes bytes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fragment:
-    """A fragment in one piece."""
-
-    key: bytes
-    payload: memoryview
-    """C-contiguous; may be a slice of a larger buffer."""
-
-    @property
-    def num_bytes(self) -> int:
-        """As in FragmentSource."""
         return self.payload.nbytes
 
     def copy_to(self, target: memoryview) -> None:
-        """As in FragmentSource."""
-        target[:] = self.payload.cast("B")
+        """Writes the payload into num_bytes bytes."""
+        copy(target, self.payload)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +52,7 @@ class Tier(Protocol):
     def is_up(self) -> bool:
         """Whether the tier answered when it was last asked. While it is down, puts give False and gets give None."""
 
-    def put(self, fragments: Sequence[FragmentSource]) -> list[bool]:
+    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
         """Keeps the fragments; one that is there already is not written again. True where the fragment is there now."""
 
     def get(self, keys: Sequence[bytes]) -> Iterable[memoryview | Rejected | None]:
@@ -75,3 +63,14 @@ class Tier(Protocol):
 
     def close(self) -> None:
         """Gives up connections and threads; the tier is down from then on."""
+
+
+@runtime_checkable
+class NearTier(Tier, Protocol):
+    """A tier whose fragments lie in this host's memory: they are verified on the way to where they are wanted."""
+
+    def get_into(self, keys: Sequence[bytes], rooms: Sequence[Bytes]) -> Iterable[bool | Rejected]:
+        """As get(), with the payloads brought into the caller's own writable buffers: True for each one that came.
+
+        The room of one that did not come holds anything. A payload that is not of its room's size is rejected.
+        """

@@ -58,11 +58,6 @@ class FakeModelRunner:
             raise ModelError(f"layers_per_fragment={group} does not fit the stage's layers 0..{layers - 1}")
         return FragmentGrid(0, layers, group, 0, heads)
 
-    @property
-    def num_layout_rejects(self) -> int:
-        """Fragments that verified but were not of the expected length."""
-        return 0 if self._transfer is None else self._transfer.num_layout_rejects
-
     def warm_up(self) -> None:
         """One small step, as a real runner does; it writes into block 0, which no request owns yet."""
         self.execute(SchedulerOutput([ScheduledRequest("", [0], 0, 0, [0], SampleSpec(0.0, 1.0, 0, 0, 0))]))

@@ -13,11 +13,11 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from torch import Tensor
 
 from kvstore.names import fragment_key
 from kvstore.store import FragmentStore
+from kvstore.tiers import Fragment
 from workers.kv_blocks import FragmentBytes, block_memory
 from workers.step import BlockTransfer
 
@@ -41,21 +41,6 @@ class FragmentGrid:
         ]
 
 
-@dataclass(frozen=True, slots=True)
-class _CachedFragment:
-    """A fragment as it lies in the cache; as in kvstore.tiers.FragmentSource."""
-
-    key: bytes
-    lies: FragmentBytes
-
-    @property
-    def num_bytes(self) -> int:
-        return self.lies.nbytes
-
-    def copy_to(self, target: memoryview) -> None:
-        np.copyto(np.frombuffer(target, np.uint8).reshape(self.lies.shape), self.lies)
-
-
 log = logging.getLogger(__name__)
 
 MAX_WAITING_WRITE_BACKS = 64  # batches; tiers that are slower than decoding lose the rest, not tokens
@@ -69,7 +54,6 @@ class KVTransfer:
         self._memory = block_memory(cache, grid.layers_per_fragment, encoding)
         self._grid = grid
         self._store = store
-        self.num_layout_rejects = 0  # verified bytes of a length that this rank does not expect
         self.num_dropped_write_backs = 0  # blocks
         self.on_written_back: Callable[[list[bytes]], None] = lambda names: None  # from a thread of this object's own
         self._write_backs: queue.Queue[tuple[Sequence[bytes], Callable[[], list[FragmentBytes]]] | None]
@@ -81,16 +65,7 @@ class KVTransfer:
         """Pull blocks into the cache; returns how many are whole and verified, counted from the first."""
         keys = self._keys(transfer.block_names)
         filling = self._memory.fill(transfer)
-        is_there = [False] * len(keys)
-        for i, payload in self._store.pull(keys):
-            room = filling.fragments[i]
-            if payload.nbytes != room.nbytes:
-                self.num_layout_rejects += 1
-                continue
-            np.copyto(room, np.frombuffer(payload, np.uint8).reshape(room.shape))
-            is_there[i] = True
-            del payload  # so that the next one comes in the same buffer, which is near
-        count = _num_whole(is_there, len(transfer.block_names))
+        count = _num_whole(self._store.pull(keys, filling.fragments), len(transfer.block_names))
         filling.finish(count)
         return count
 
@@ -126,7 +101,7 @@ class KVTransfer:
 
     def _put(self, names: Sequence[bytes], fragments: Sequence[FragmentBytes]) -> int:
         """How many of the blocks are stored whole, counted from the first."""
-        keyed = [_CachedFragment(key, lies) for key, lies in zip(self._keys(names), fragments, strict=True)]
+        keyed = [Fragment(key, payload) for key, payload in zip(self._keys(names), fragments, strict=True)]
         return _num_whole(self._store.put(keyed), len(names))
 
     def _keys(self, names: Sequence[bytes]) -> list[bytes]:

@@ -348,8 +348,6 @@ class Rank:
         """Load and counters (rank 0); fragments and bytes are this rank's own."""
         stats = self._store.stats()
         rejected = dict(stats.rejected)
-        if self._runner.num_layout_rejects:
-            rejected["layout"] = rejected.get("layout", 0) + self._runner.num_layout_rejects
         ahead = self._prefetcher.stats() if self._prefetcher is not None else PrefetchStats({}, {}, 0, {})
         for reason, count in ahead.rejected.items():
             rejected[reason] = rejected.get(reason, 0) + count

@@ -158,11 +158,6 @@ class TorchModelRunner:
         heads = self.cache.shape[2]
         return FragmentGrid(held.start, len(held), group, self._groups.shard.tp_rank * heads, heads)
 
-    @property
-    def num_layout_rejects(self) -> int:
-        """Fragments that verified but were not of the expected length."""
-        return 0 if self._transfer is None else self._transfer.num_layout_rejects
-
     def warm_up(self) -> None:
         """Set up what the first steps would pay for, and record the graphs. On all ranks at once.
 

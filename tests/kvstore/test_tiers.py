@@ -14,7 +14,7 @@ from kvstore.memory_tier import MemoryTier
 from kvstore.peer_tier import PeerTier
 from kvstore.redis_tier import RedisTier
 from kvstore.sealing import HEADER_BYTES
-from kvstore.tiers import Fragment, FragmentSource, Rejected, Tier
+from kvstore.tiers import Fragment, Rejected, Tier
 from tests.kvstore.fragments import REDIS_PREFIX, SECRET, damage_segments, keys_of, make_fragments, sealed_copy
 from tests.processes import KVNode, RedisServer, wait_until
 
@@ -75,7 +75,7 @@ class DiskAsTier:
     def is_up(self) -> bool:
         return self.disk.is_up
 
-    def put(self, fragments: Sequence[FragmentSource]) -> list[bool]:
+    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
         self.disk.write([sealed_copy(fragment) for fragment in fragments])
         return [self.is_up and self.disk.has(fragment.key) for fragment in fragments]
 
@@ -110,7 +110,7 @@ class OverPeer:
     def is_up(self) -> bool:
         return self.peer.is_up
 
-    def put(self, fragments: Sequence[FragmentSource]) -> list[bool]:
+    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
         assert self.peer.put(fragments) == [False] * len(fragments)
         self.directory.publish([fragment.key[:16] for fragment in fragments], f"peer:{self.host.peer_address}")
         return self.host.put(fragments)

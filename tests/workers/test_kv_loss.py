@@ -71,9 +71,10 @@ def test_a_block_in_other_numbers_is_refused_and_counted() -> None:
     grid = FragmentGrid(0, 4, 4, 0, 4)
     writer = KVTransfer(cache, grid, FragmentStore([tier]), "int8")
     assert writer.save(transfer) == 1
-    reader = KVTransfer(cache, grid, FragmentStore([tier]), "none")
+    store = FragmentStore([tier])
+    reader = KVTransfer(cache, grid, store, "none")
     assert reader.load(transfer) == 0
-    assert reader.num_layout_rejects == 4  # fragments
+    assert store.stats().rejected == {"layout": 4}  # fragments
     writer.close()
     reader.close()
 

@@ -1,0 +1,57 @@
+"""Copies of fragments' payloads, and their XXH3-64 made on the way.
+
+In one pass where the compiled module is there (kvstore/_copying.c), at a plain copy's speed; otherwise with numpy and
+xxhash in three. Either end may be strided: payloads are gathered from a paged cache and scattered into one. Knows
+nothing of headers or tiers.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+try:
+    from kvstore import _copying
+except ImportError:  # it was installed where there is no compiler
+    _copying = None  # type: ignore[assignment]
+
+Bytes: TypeAlias = memoryview | npt.NDArray[np.uint8]
+"""Of any shape, strides and format; its bytes are those of its elements in C order. Targets are of single bytes."""
+
+MIN_COMPILED_BYTES = 241
+"""With the prefix: for fewer, XXH3 is another function."""
+
+
+def is_compiled() -> bool:
+    """Whether payloads are copied and hashed in one pass."""
+    return _copying is not None
+
+
+def copy(target: Bytes, source: Bytes) -> None:
+    """Equally many bytes, shapes apart. Raises ValueError when they are not."""
+    to, start = _bytes(target), _bytes(source)
+    if to.flags.c_contiguous:
+        np.copyto(to.reshape(start.shape), start)
+    else:
+        np.copyto(to, start.reshape(to.shape))
+
+
+def copy_digest(target: Bytes, source: Bytes, prefix: bytes) -> int:
+    """Copies; XXH3-64 of `prefix` (at most 64 bytes) and of what is in `target` then. Every byte is read once: another
+    process that changes the source meanwhile changes copy and digest alike. Raises ValueError as copy() does."""
+    if _copying is not None and source.nbytes + len(prefix) >= MIN_COMPILED_BYTES:
+        return _copying.copy_digest(target, source, prefix)
+    private = np.array(_bytes(source), order="C")
+    digest = xxhash.xxh3_64(prefix)
+    digest.update(private.data)
+    copy(target, private)
+    return int(digest.intdigest())
+
+
+def _bytes(buffer: Bytes) -> npt.NDArray[np.uint8]:
+    """The same memory, unless its elements are larger and do not lie in one piece."""
+    array = np.asarray(buffer)
+    return array if array.dtype == np.uint8 else np.ascontiguousarray(array).view(np.uint8)

@@ -1,0 +1,116 @@
+"""Copies that are hashed on the way: the right bytes, xxhash's digest, and one look at every byte."""
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import xxhash
+
+from kvstore import _copying, copying
+from kvstore.copying import Bytes, copy_digest
+
+KEY = bytes(range(22))
+LENGTHS = [1, 63, 64, 218, 219, 220, 256, 1002, 1003, 1024, 1026, 2026, 4096, 65536, 262144, 262151]
+
+CopyDigest = Callable[[Bytes, Bytes, bytes], int]
+
+
+@pytest.fixture(params=["compiled", "portable", "numpy"])
+def in_use(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[CopyDigest]:
+    """Each of the ways in which a processor or an installation may do it."""
+    if request.param == "portable":
+        monkeypatch.setattr(copying, "_copying", _Portable)
+    elif request.param == "numpy":
+        monkeypatch.setattr(copying, "_copying", None)
+    assert copying.is_compiled() is (request.param != "numpy")
+    yield copy_digest
+
+
+class _Portable:
+    copy_digest = staticmethod(_copying.copy_digest_portably)
+
+
+def randoms(*shape: int) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(random.randbytes(int(np.prod(shape))), np.uint8).reshape(shape).copy()
+
+
+@pytest.mark.parametrize("length", [*LENGTHS, *random.Random(0).sample(range(219, 9000), 40)])
+def test_the_digest_is_that_of_key_and_payload(in_use: CopyDigest, length: int) -> None:
+    source, target = randoms(length), bytearray(length)
+    assert in_use(memoryview(target), source, KEY) == xxhash.xxh3_64_intdigest(KEY + source.tobytes())
+    assert target == source.tobytes()
+
+
+@pytest.mark.parametrize("prefix_bytes", [0, 1, 63, 64])
+def test_prefixes_of_other_lengths(in_use: CopyDigest, prefix_bytes: int) -> None:
+    source, prefix = randoms(3000), random.randbytes(prefix_bytes)
+    assert in_use(bytearray(3000), source, prefix) == xxhash.xxh3_64_intdigest(prefix + source.tobytes())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("layers", "slots", "row_bytes"), [(32, 16, 256), (4, 1, 32), (3, 5, 20), (1, 16, 64), (7, 3, 1)]
+)
+def test_a_part_of_a_cache_is_gathered_and_scattered(
+    in_use: CopyDigest, layers: int, slots: int, row_bytes: int
+) -> None:
+    cache, other = randoms(layers, 5, 3, 2, 16, row_bytes), randoms(layers, 5, 3, 2, 16, row_bytes)
+    lies, room = cache[:, 2, 1, :, :slots], other[:, 4, 0, :, :slots]
+    expected = other.copy()
+    expected[:, 4, 0, :, :slots] = lies
+    flat = memoryview(bytearray(lies.nbytes))
+    digest = xxhash.xxh3_64_intdigest(KEY + lies.tobytes())
+    assert in_use(flat, memoryview(lies), KEY) == digest
+    assert flat.tobytes() == lies.tobytes()
+    assert in_use(room, flat, KEY) == digest
+    assert (other == expected).all()  # what lies around the room is as it was
+    assert in_use(other[:, 0, 0, :, :slots], lies, KEY) == digest
+
+
+@pytest.mark.parametrize("num_bytes", [100, 4000])
+def test_other_sizes_are_refused(in_use: CopyDigest, num_bytes: int) -> None:
+    with pytest.raises(ValueError, match=r".+"):
+        in_use(memoryview(bytearray(num_bytes)), randoms(num_bytes + 1), KEY)
+
+
+def test_what_is_hashed_is_what_was_copied_whoever_writes_meanwhile(in_use: CopyDigest) -> None:
+    """A page of an arena is written by another process while it is read: copy and digest must be of one moment."""
+    source, target = np.zeros(1 << 20, np.uint8), np.zeros(1 << 20, np.uint8)
+    has_ended = threading.Event()
+
+    def scribble() -> None:
+        value = 0
+        while not has_ended.is_set():
+            value = (value + 1) % 256
+            source[:] = value
+
+    writer = threading.Thread(target=scribble)
+    writer.start()
+    num_mixed = 0
+    try:
+        for _ in range(200):
+            digest = in_use(target, source, KEY)
+            assert digest == xxhash.xxh3_64_intdigest(KEY + target.tobytes())
+            num_mixed += len(np.unique(target)) > 1
+    finally:
+        has_ended.set()
+        writer.join()
+    assert num_mixed > 0, "nothing was written while it was copied"
+
+
+def test_the_compiled_module_refuses_what_it_cannot_do() -> None:
+    target, source = bytearray(300), bytes(300)
+    with pytest.raises(TypeError, match="three arguments"):
+        _copying.copy_digest(target, source)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="300 bytes do not go into 299"):
+        _copying.copy_digest(bytearray(299), source, KEY)
+    with pytest.raises(ValueError, match="too few in all"):
+        _copying.copy_digest(bytearray(200), bytes(200), KEY)
+    with pytest.raises(ValueError, match="too long a prefix"):
+        _copying.copy_digest(target, source, bytes(65))
+    with pytest.raises(ValueError, match="dimensions"):
+        _copying.copy_digest(target, np.zeros((1,) * 8 + (300,), np.uint8), KEY)
+    with pytest.raises((BufferError, TypeError)):
+        _copying.copy_digest(source, source, KEY)
