@@ -17,7 +17,7 @@ env-test: .venv/.test
 	$(PYTHON) -m venv .venv
 	touch $@
 
-.venv/.runtime: .venv/.python pyproject.toml $(CONSTRAINTS)
+.venv/.runtime: .venv/.python pyproject.toml $(CONSTRAINTS) kvstore/_copying.c
 	$(PY) -m pip install --quiet -c $(CONSTRAINTS) -e '.[cluster]'
 	touch $@
 

@@ -83,8 +83,11 @@ class Arena:
 
     def read_into(self, slot: int, key: bytes, generation: int, room: Bytes) -> Rejected | None:
         """Copies the payload into a buffer of this process, which holds anything unless the copy is right: None."""
-        view = self.sealed_view(slot, key, generation)
-        return view if isinstance(view, Rejected) else unseal_into(room, view, key, generation)
+        num_bytes = room.nbytes
+        if not 0 <= slot < self.num_slots or num_bytes > self.slot_bytes:
+            return Rejected("layout")
+        start = self._offset(slot)
+        return unseal_into(room, self._view[start : start + HEADER_BYTES + num_bytes], key, generation)
 
     def read(self, slot: int, key: bytes, generation: int) -> memoryview | Rejected:
         """A verified private copy of the payload."""

@@ -153,8 +153,8 @@ class HostTier:
             self._warn_of_size(arena)
         reserve = kvnode_pb2.ReserveRequest(keys=[fragments[i].key for i in wanted])
         reply = self._calls.reserve(reserve)
-        seal = kvnode_pb2.SealRequest()
         written: list[int] = []
+        refs: list[tuple[int, int]] = []
         for i, slot, generation in zip(wanted, reply.slots, reply.generations, strict=True):
             if slot == SEALED_ALREADY:
                 stored[i] = True
@@ -162,12 +162,12 @@ class HostTier:
                 if not arena.is_reserved_as(slot, generation):
                     raise _ArenaReplaced
                 arena.write(slot, fragments[i], generation)
-                seal.keys.append(fragments[i].key)
-                seal.slots.append(slot)
-                seal.generations.append(generation)
                 written.append(i)
+                refs.append((slot, generation))
         if written:
-            is_sealed = self._seal(seal)
+            slots, generations = zip(*refs, strict=True)
+            keys = [fragments[i].key for i in written]
+            is_sealed = self._seal(kvnode_pb2.SealRequest(keys=keys, slots=slots, generations=generations))
             for i in written:
                 stored[i] = is_sealed[fragments[i].key]
         return stored

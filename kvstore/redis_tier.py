@@ -23,7 +23,7 @@ from kvstore.compression import (
 )
 from kvstore.redis_bulk import ValueBuffers, get_each, get_values, set_values
 from kvstore.redis_client import REDIS_ERRORS, address_of, connect, redirection
-from kvstore.sealing import HEADER_BYTES, seal_in_place
+from kvstore.sealing import HEADER_BYTES, seal_into
 from kvstore.tiers import Fragment, Rejected
 
 _LOG = logging.getLogger(__name__)
@@ -136,8 +136,7 @@ class RedisTier:
     def _value(self, fragment: Fragment) -> memoryview:
         end = HEADER_BYTES + fragment.num_bytes
         value = self._buffers.take(end + TAG_BYTES)
-        fragment.copy_to(value[HEADER_BYTES:end])
-        seal_in_place(value[:end], fragment.key, 0)
+        seal_into(value[:end], fragment.payload, fragment.key, 0)
         compressed = compress(value[:end]) if self._compresses else None
         if compressed is not None:
             end = len(compressed)

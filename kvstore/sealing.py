@@ -45,13 +45,6 @@ def seal_into(place: memoryview, payload: Bytes, key: bytes, generation: int) ->
     place[:HEADER_BYTES] = _HEADER.pack(SEALED, generation, len(place) - HEADER_BYTES, digest, _ZEROS, key)
 
 
-def seal_in_place(sealed: memoryview, key: bytes, generation: int) -> None:
-    """Writes the header before a payload that lies at HEADER_BYTES already."""
-    sealed[_KEY_OFFSET:HEADER_BYTES] = key
-    digest = xxhash.xxh3_64_intdigest(sealed[_KEY_OFFSET:])
-    _HEADER.pack_into(sealed, 0, SEALED, generation, len(sealed) - HEADER_BYTES, digest, _ZEROS, key)
-
-
 def reseal(sealed: memoryview, generation: int) -> None:
     """Makes a verified copy of one tier's fragment one for another tier. The checksum stays what its writer made."""
     _GENERATION.pack_into(sealed, GENERATION_OFFSET, generation)
@@ -104,19 +97,15 @@ def unseal(copy: memoryview, key: bytes, generation: int) -> memoryview | Reject
 
 
 def unseal_into(room: Bytes, sealed: memoryview, key: bytes, generation: int) -> Rejected | None:
-    """Copies the payload of a stored fragment that others may write to meanwhile; None when the copy is right.
-
-    "layout" when the room is of another size: under this name the reader has something else.
+    """Copies a payload of the room's size from behind a header, where others may write meanwhile; None when the copy
+    is right. "layout" when the header tells of another size: under this name the reader has something else.
     """
-    header = memoryview(bytes(sealed[:HEADER_BYTES]))
-    payload_bytes = payload_bytes_at(header, 0, key, generation)
-    if isinstance(payload_bytes, Rejected):
-        return payload_bytes
-    if payload_bytes != room.nbytes:
+    magic, held_generation, payload_bytes, checksum, zeros, held_key = _HEADER.unpack_from(sealed)
+    if held_generation != generation or held_key != key:
+        return Rejected("stale")
+    if magic != SEALED or zeros != _ZEROS or payload_bytes != len(sealed) - HEADER_BYTES:
         return Rejected("layout")
-    if payload_bytes != len(sealed) - HEADER_BYTES:
-        return Rejected("truncated")
     digest = copy_digest(room, sealed[HEADER_BYTES:], key)
     if generation_at(sealed, 0) != generation:  # the place was given away while it was copied
         return Rejected("stale")
-    return None if digest == _HEADER.unpack_from(header)[3] else Rejected("checksum")
+    return None if digest == checksum else Rejected("checksum")

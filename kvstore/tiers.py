@@ -4,11 +4,14 @@ A tier may lose any fragment at any time. It never gives back bytes that differ 
 raises because its other end is away. Knows nothing of blocks, models or of which tier is asked first.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
-from kvstore.copying import Bytes, copy
+if TYPE_CHECKING:
+    from kvstore.copying import Bytes
 
 RejectReason = Literal["checksum", "stale", "truncated", "layout", "forged"]
 
@@ -26,10 +29,6 @@ class Fragment:
     def num_bytes(self) -> int:
         """Size of the payload."""
         return self.payload.nbytes
-
-    def copy_to(self, target: memoryview) -> None:
-        """Writes the payload into num_bytes bytes."""
-        copy(target, self.payload)
 
 
 @dataclass(frozen=True, slots=True)

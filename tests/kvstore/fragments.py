@@ -43,8 +43,8 @@ def keys_of(fragments: Sequence[Fragment]) -> list[bytes]:
 
 def sealed_copy(fragment: Fragment, generation: int = 0) -> memoryview:
     """Header and payload, as a tier keeps them."""
-    sealed = seal(fragment.key, fragment.payload, generation) + fragment.payload.cast("B").tobytes()
-    return memoryview(bytearray(sealed))
+    payload = fragment.payload.tobytes()
+    return memoryview(bytearray(seal(fragment.key, memoryview(payload), generation) + payload))
 
 
 _OVERWRITE = """

@@ -85,6 +85,15 @@ def test_a_length_that_is_too_short_is_noticed(tmp_path: Path) -> None:
     owned.remove()
 
 
+def test_a_room_larger_than_a_slot_or_a_slot_that_does_not_exist_is_a_bad_layout(tmp_path: Path) -> None:
+    owned = create(tmp_path)
+    owned.arena.write(3, FRAGMENT, 1)
+    assert owned.arena.read_into(3, FRAGMENT.key, 1, memoryview(bytearray(1000))) is None
+    assert owned.arena.read_into(4, FRAGMENT.key, 1, memoryview(bytearray(1000))) == Rejected("layout")
+    assert owned.arena.read_into(3, FRAGMENT.key, 1, memoryview(bytearray(1001))) == Rejected("layout")
+    owned.remove()
+
+
 def test_the_owner_removes_its_file_only(tmp_path: Path) -> None:
     owned = create(tmp_path)
     assert owned.arena.is_current()

@@ -2,7 +2,7 @@
 
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +19,14 @@ CopyDigest = Callable[[Bytes, Bytes, bytes], int]
 
 
 @pytest.fixture(params=["compiled", "portable", "numpy"])
-def in_use(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[CopyDigest]:
+def in_use(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CopyDigest:
     """Each of the ways in which a processor or an installation may do it."""
     if request.param == "portable":
         monkeypatch.setattr(copying, "_copying", _Portable)
     elif request.param == "numpy":
         monkeypatch.setattr(copying, "_copying", None)
     assert copying.is_compiled() is (request.param != "numpy")
-    yield copy_digest
+    return copy_digest
 
 
 class _Portable:

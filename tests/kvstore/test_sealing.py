@@ -3,8 +3,8 @@
 import pytest
 import xxhash
 
-from kvstore.sealing import HEADER_BYTES, reserve, seal, seal_in_place, unseal
-from kvstore.tiers import Fragment, Rejected
+from kvstore.sealing import HEADER_BYTES, reserve, seal, seal_into, unseal, unseal_into
+from kvstore.tiers import Rejected
 from tests.kvstore.fragments import make_fragments
 
 FRAGMENT = make_fragments(1, payload_bytes=100)[0]
@@ -64,12 +64,35 @@ def test_a_reserved_slot_holds_nothing() -> None:
 def test_a_payload_of_another_format_is_the_same_bytes() -> None:
     wide = FRAGMENT.payload.cast("H")
     assert seal(FRAGMENT.key, wide, 7) == STORED[:HEADER_BYTES]
-    target = bytearray(wide.nbytes)
-    Fragment(FRAGMENT.key, wide).copy_to(memoryview(target))
-    assert target == FRAGMENT.payload
+    target = bytearray(len(STORED))
+    seal_into(memoryview(target), wide, FRAGMENT.key, 7)
+    assert target == STORED
 
 
-def test_a_header_written_before_its_payload_is_the_same() -> None:
-    sealed = bytearray(HEADER_BYTES) + FRAGMENT.payload
-    seal_in_place(memoryview(sealed), FRAGMENT.key, 7)
-    assert sealed == STORED
+def test_header_and_payload_written_as_one_are_the_same() -> None:
+    place = bytearray(len(STORED))
+    seal_into(memoryview(place), FRAGMENT.payload, FRAGMENT.key, 7)
+    assert place == STORED
+
+
+def unsealed_into(stored: bytes, num_bytes: int = 100) -> tuple[bytes, Rejected | None]:
+    room = bytearray(num_bytes)
+    rejected = unseal_into(memoryview(room), memoryview(bytearray(stored)), FRAGMENT.key, 7)
+    return bytes(room), rejected
+
+
+def test_what_was_sealed_comes_into_the_room() -> None:
+    assert unsealed_into(STORED) == (FRAGMENT.payload, None)
+
+
+@pytest.mark.parametrize("offset", range(len(STORED)))
+def test_any_flipped_byte_is_noticed_on_the_way_into_the_room(offset: int) -> None:
+    damaged = bytearray(STORED)
+    damaged[offset] ^= 1 << offset % 8
+    _, rejected = unsealed_into(bytes(damaged))
+    assert rejected == unsealed(bytes(damaged)) or (16 <= offset < 24 and rejected == Rejected("layout"))
+
+
+def test_a_room_of_another_size_is_not_filled() -> None:
+    assert unsealed_into(STORED[:-1], 99)[1] == Rejected("layout")
+    assert unsealed_into(STORED + b"x", 101)[1] == Rejected("layout")

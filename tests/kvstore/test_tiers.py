@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kvstore.directory import MemoryDirectory
@@ -50,6 +51,39 @@ def flip_in_arena(node: KVNode) -> Callable[[Fragment, int], None]:
 
 def host_tier(node: KVNode) -> TierUnderTest:
     return TierUnderTest(HostTier(node.host_address), flip_in_arena(node))
+
+
+class IntoRooms:
+    """The host tier as a store uses it: what is got is brought into buffers of the sizes that were put."""
+
+    name = "host"
+
+    def __init__(self, node_address: str) -> None:
+        self.host = HostTier(node_address)
+        self.num_bytes: dict[bytes, int] = {}
+
+    @property
+    def is_up(self) -> bool:
+        return self.host.is_up
+
+    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
+        self.num_bytes |= {fragment.key: fragment.num_bytes for fragment in fragments}
+        return self.host.put(fragments)
+
+    def get(self, keys: Sequence[bytes]) -> list[memoryview | Rejected | None]:
+        rooms = [memoryview(bytearray(self.num_bytes.get(key, 1000))) for key in keys]
+        results = self.host.get_into(keys, rooms)
+        return [
+            result if isinstance(result, Rejected) else room if result else None
+            for room, result in zip(rooms, results, strict=True)
+        ]
+
+    def close(self) -> None:
+        self.host.close()
+
+
+def host_tier_into_rooms(node: KVNode) -> TierUnderTest:
+    return TierUnderTest(IntoRooms(node.host_address), flip_in_arena(node))
 
 
 def redis_tier(server: RedisServer) -> TierUnderTest:
@@ -127,12 +161,14 @@ def peer_tier(node: KVNode) -> TierUnderTest:
     return TierUnderTest(OverPeer(node), flip_in_arena(node))
 
 
-@pytest.fixture(params=["memory", "host", "disk", "peer", pytest.param("redis", marks=pytest.mark.redis)])
+@pytest.fixture(params=["memory", "host", "rooms", "disk", "peer", pytest.param("redis", marks=pytest.mark.redis)])
 def under_test(request: pytest.FixtureRequest) -> Iterator[TierUnderTest]:
     if request.param == "memory":
         made = memory_tier()
     elif request.param == "host":
         made = host_tier(request.getfixturevalue("shared_kv_node"))
+    elif request.param == "rooms":
+        made = host_tier_into_rooms(request.getfixturevalue("shared_kv_node"))
     elif request.param == "peer":
         made = peer_tier(request.getfixturevalue("peer_node"))
     elif request.param == "disk":
@@ -208,6 +244,14 @@ def test_payloads_of_other_formats_are_stored_as_their_bytes(tier: Tier) -> None
     assert list(tier.get([fragment.key])) == [fragment.payload]
 
 
+def test_a_part_of_a_cache_is_stored_as_its_bytes(tier: Tier) -> None:
+    (fragment,) = make_fragments(1, 4 * 3 * 2 * 128)
+    cache = np.frombuffer(fragment.payload, np.uint8).reshape(4, 3, 2, 128)
+    lies = cache[:, 1, :, :100]
+    assert tier.put([Fragment(fragment.key, lies)]) == [True]
+    assert list(tier.get([fragment.key])) == [lies.tobytes()]
+
+
 @pytest.mark.parametrize("offset", [0, 24, 32, 42, HEADER_BYTES, HEADER_BYTES + 999])
 def test_a_flipped_byte_is_refused_once_and_can_be_replaced(under_test: TierUnderTest, offset: int) -> None:
     tier = under_test.tier
@@ -237,7 +281,8 @@ def test_a_length_that_does_not_fit_is_refused(under_test: TierUnderTest) -> Non
     under_test.flip(fragment, 16)  # low byte of the payload's length
     (got,) = under_test.tier.get([fragment.key])
     assert isinstance(got, Rejected)
-    assert got.reason in ("truncated", "checksum")  # an arena has bytes behind the payload, a value has not
+    # An arena has bytes behind the payload, a value has not, and a room has room for what belongs there.
+    assert got.reason in ("truncated", "checksum", "layout")
 
 
 def test_batches_larger_than_a_chunk(tier: Tier) -> None:
