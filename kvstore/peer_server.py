@@ -6,15 +6,14 @@ arena by themselves are told where, and get the trailers when they have. Knows n
 knows the cluster's secret.
 """
 
-import contextlib
 import logging
 import os
 import select
 import socket
-import threading
 import time
 from collections.abc import Sequence
 
+from kvstore.acceptor import Acceptor
 from kvstore.authenticity import TAG_BYTES, FragmentAuthenticator
 from kvstore.names import FRAGMENT_KEY_BYTES
 from kvstore.node_slots import NodeSlots
@@ -61,54 +60,23 @@ class PeerServer:
         self._slots = slots
         self._memory = memory
         self._authenticator = FragmentAuthenticator(secret)
-        self._listener = socket.create_server((host, int(port)), backlog=64)
-        self.address = f"{host}:{self._listener.getsockname()[1]}"
+        listener = socket.create_server((host, int(port)), backlog=64)
+        self.address = f"{host}:{listener.getsockname()[1]}"
         """With the port that it really got."""
-        self._connections: set[socket.socket] = set()
-        self._lock = threading.Lock()
-        self._is_closed = False
-        self._thread = threading.Thread(target=self._accept, name="kv-peers", daemon=True)
-        self._thread.start()
+        self._acceptor = Acceptor(listener, self._serve, "kv-peer", _MAX_CONNECTIONS)
 
     def close(self) -> None:
         """Ends all connections."""
-        with self._lock:
-            self._is_closed = True
-            connections = list(self._connections)
-        for open_socket in (self._listener, *connections):
-            with contextlib.suppress(OSError):
-                open_socket.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self._thread.join()
-
-    def _accept(self) -> None:
-        while not self._is_closed:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError as error:
-                if not self._is_closed:
-                    _LOG.warning("no connection accepted: %s", error)
-                    time.sleep(0.1)  # too many open files, for example
-                continue
-            with self._lock:
-                if self._is_closed or len(self._connections) >= _MAX_CONNECTIONS:
-                    connection.close()
-                    continue
-                self._connections.add(connection)
-            threading.Thread(target=self._run, args=(connection,), name="kv-peer", daemon=True).start()
-
-    def _run(self, connection: socket.socket) -> None:
-        try:
-            with connection:
-                tune(connection)
-                self._serve(connection)
-        except OSError as error:
-            _LOG.debug("connection of a peer ended: %s", error)
-        finally:
-            with self._lock:
-                self._connections.discard(connection)
+        self._acceptor.close()
 
     def _serve(self, connection: socket.socket) -> None:
+        try:
+            self._converse(connection)
+        except OSError as error:
+            _LOG.debug("connection of a peer ended: %s", error)
+
+    def _converse(self, connection: socket.socket) -> None:
+        tune(connection)
         challenge = os.urandom(16)
         connection.settimeout(_STEP_S)
         connection.sendall(pack_hello(challenge))

@@ -9,18 +9,16 @@ asked.
 """
 
 import contextlib
-import logging
 import os
 import select
 import socket
 import struct
 import threading
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-_LOG = logging.getLogger(__name__)
+from kvstore.acceptor import Acceptor
 
 UNIX = "unix:"
 
@@ -109,54 +107,18 @@ class CallServer:
     def __init__(self, address: str, handlers: Mapping[int, Handler]) -> None:
         """address: unix:PATH or HOST:PORT. A handler raises ValueError for a request that is none."""
         self._handlers = handlers
-        self._listener = _listen(address)
+        listener = _listen(address)
         self.address = address
         """With the port that it really got."""
         if not address.startswith(UNIX):
-            self.address = f"{address.rpartition(':')[0]}:{self._listener.getsockname()[1]}"
-        self._connections: set[socket.socket] = set()
-        self._lock = threading.Lock()
-        self._is_closed = False
-        self._thread = threading.Thread(target=self._accept, name="kv-calls", daemon=True)
-        self._thread.start()
+            self.address = f"{address.rpartition(':')[0]}:{listener.getsockname()[1]}"
+        self._acceptor = Acceptor(listener, self._serve, "kv-call", _MAX_CONNECTIONS)
 
     def close(self) -> None:
         """Ends all connections."""
-        with self._lock:
-            self._is_closed = True
-            connections = list(self._connections)
-        for open_socket in (self._listener, *connections):
-            with contextlib.suppress(OSError):
-                open_socket.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self._thread.join()
+        self._acceptor.close()
         if self.address.startswith(UNIX):
             Path(self.address.removeprefix(UNIX)).unlink(missing_ok=True)
-
-    def _accept(self) -> None:
-        while not self._is_closed:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError as error:
-                if self._is_closed:
-                    return
-                _LOG.warning("no connection accepted: %s", error)
-                time.sleep(0.1)  # too many open files, for example
-                continue
-            with self._lock:
-                if self._is_closed or len(self._connections) >= _MAX_CONNECTIONS:
-                    connection.close()
-                    continue
-                self._connections.add(connection)
-            threading.Thread(target=self._run, args=(connection,), name="kv-call", daemon=True).start()
-
-    def _run(self, connection: socket.socket) -> None:
-        try:
-            with connection:
-                self._serve(connection)
-        finally:
-            with self._lock:
-                self._connections.discard(connection)
 
     def _serve(self, connection: socket.socket) -> None:
         """Until the other end is gone. An error of a handler's own is not taken for that."""
