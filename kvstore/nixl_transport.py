@@ -25,9 +25,8 @@ import nixl
 
 from kvstore.arena import Arena, arena_bytes
 from kvstore.authenticity import FragmentAuthenticator
-from kvstore.peer_channel import PeerChannel, in_requests
+from kvstore.peer_channel import Bodies, PeerChannel
 from kvstore.peer_wire import (
-    CHECK,
     GROUP_BYTES,
     READ,
     ProtocolError,
@@ -37,7 +36,7 @@ from kvstore.peer_wire import (
     unpack_addresses,
 )
 from kvstore.tiers import Rejected
-from kvstore.transport import NOTHING_CAME, Pulled
+from kvstore.transport import Pulled
 
 _LOG = logging.getLogger(__name__)
 
@@ -250,14 +249,11 @@ class NixlTransport:
 
     def pull(self, keys: Sequence[bytes], deadline_s: float) -> Iterator[tuple[int, Pulled | Rejected]]:
         """As in Transport."""
-        for first, part in in_requests(keys):
-            for i, pulled in self._pull(part, deadline_s):
-                yield first + i, pulled
+        return self._channel.pull(READ, keys, deadline_s, lambda table: self._bodies(table, deadline_s))
 
     def check(self, keys: Sequence[bytes], deadline_s: float) -> None:
         """As in Transport."""
-        for _, part in in_requests(keys):
-            self._channel.ask(CHECK, part, deadline_s)
+        self._channel.check(keys, deadline_s)
 
     def close(self) -> None:
         """As in Transport."""
@@ -266,23 +262,9 @@ class NixlTransport:
             self._channel.close()
             self._reader.disconnect(self._remote)
 
-    def _pull(self, keys: Sequence[bytes], deadline_s: float) -> Iterator[tuple[int, Pulled | Rejected]]:
-        table = self._channel.ask(READ, keys, deadline_s)
-        addresses = unpack_addresses(self._channel.receive_exactly(address_bytes(len(keys)), deadline_s), len(keys))
-        yield from ((i, entry.rejected) for i, entry in enumerate(table) if entry.rejected is not None)
-        pending = {i for i, entry in enumerate(table) if entry.sealed_bytes}
-        try:
-            for i, pulled in self._read_groups(table, addresses, deadline_s):
-                pending.discard(i)
-                yield i, pulled
-        except OSError:
-            yield from ((i, NOTHING_CAME) for i in pending)  # announced, and not come
-            raise
-
-    def _read_groups(
-        self, table: Sequence[TableEntry], addresses: Sequence[int], deadline_s: float
-    ) -> Iterator[tuple[int, Pulled]]:
+    def _bodies(self, table: Sequence[TableEntry], deadline_s: float) -> Bodies:
         """One group is read while the one before it is verified."""
+        addresses = unpack_addresses(self._channel.receive_exactly(address_bytes(len(table)), deadline_s), len(table))
         waiting = deque(groups(table))
         started: deque[tuple[list[int], _Read]] = deque()
         try:
@@ -295,13 +277,7 @@ class NixlTransport:
                 self._channel.tell_read(READ, len(group))
                 if waiting:
                     started.append(self._start(waiting.popleft(), table, addresses))
-                start = 0
-                for i, (is_current, tag) in zip(
-                    group, self._channel.receive_trailers(len(group), deadline_s), strict=True
-                ):
-                    end = start + table[i].sealed_bytes
-                    yield i, Pulled(body[start:end], table[i].generation, tag, is_current)
-                    start = end
+                yield group, body
         finally:
             for _, read in started:
                 self._reader.give_up(read)

@@ -6,10 +6,12 @@ connection. Knows nothing of how the fragments' bytes travel.
 
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 from kvstore.authenticity import FragmentAuthenticator
 from kvstore.peer_wire import (
+    CHECK,
     DESCRIBE,
     DESCRIPTION_HEAD_BYTES,
     HEAD_BYTES,
@@ -31,8 +33,14 @@ from kvstore.peer_wire import (
     unpack_table,
     unpack_trailer,
 )
+from kvstore.tiers import Rejected
+from kvstore.transport import NOTHING_CAME, Pulled
 
 _CONNECT_S = 1.0
+
+Bodies: TypeAlias = Iterator[tuple[Sequence[int], memoryview]]
+"""(A group of a table's fragments, a private copy of their headers and payloads one behind the other); the group's
+trailers are what the connection has next."""
 
 
 class PeerChannel:
@@ -51,12 +59,30 @@ class PeerChannel:
             self._connection.close()
             raise
 
-    def ask(self, kind: int, keys: Sequence[bytes], deadline_s: float) -> list[TableEntry]:
-        """The table that answers a request about at most MAX_KEYS fragments."""
-        self._send_request(kind, keys, deadline_s)
-        table = unpack_table(self.receive_exactly(table_bytes(len(keys)), deadline_s), len(keys))
-        self._sequence += 1
-        return table
+    def pull(
+        self, kind: int, keys: Sequence[bytes], deadline_s: float, bodies: Callable[[Sequence[TableEntry]], Bodies]
+    ) -> Iterator[tuple[int, Pulled | Rejected]]:
+        """As Transport.pull. bodies: how the fragments come that a table tells of, group by group."""
+        for first, part in _in_requests(keys):
+            table = self._ask(kind, part, deadline_s)
+            yield from ((first + i, entry.rejected) for i, entry in enumerate(table) if entry.rejected is not None)
+            pending = {i for i, entry in enumerate(table) if entry.sealed_bytes}
+            try:
+                for group, body in bodies(table):
+                    start = 0
+                    for i, (is_current, tag) in zip(group, self._receive_trailers(len(group), deadline_s), strict=True):
+                        end = start + table[i].sealed_bytes
+                        pending.discard(i)
+                        yield first + i, Pulled(body[start:end], table[i].generation, tag, is_current)
+                        start = end
+            except OSError:
+                yield from ((first + i, NOTHING_CAME) for i in pending)  # announced, and not come
+                raise
+
+    def check(self, keys: Sequence[bytes], deadline_s: float) -> None:
+        """As Transport.check."""
+        for _, part in _in_requests(keys):
+            self._ask(CHECK, part, deadline_s)
 
     def describe(self) -> bytes:
         """How the peer's memory is read from elsewhere, in its own words; empty when it is not to be."""
@@ -83,14 +109,21 @@ class PeerChannel:
         """So many bytes of what the peer sends."""
         return receive_exactly(self._connection, num_bytes, deadline_s)
 
-    def receive_trailers(self, num_fragments: int, deadline_s: float) -> list[tuple[bool, bytes]]:
-        """For each fragment of a group whether its slot was still its own, and its tag."""
-        raw = memoryview(self.receive_exactly(TRAILER_BYTES * num_fragments, deadline_s))
-        return [unpack_trailer(raw, place) for place in range(num_fragments)]
-
     def close(self) -> None:
         """Gives up the connection."""
         self._connection.close()
+
+    def _ask(self, kind: int, keys: Sequence[bytes], deadline_s: float) -> list[TableEntry]:
+        """The table that answers a request about at most MAX_KEYS fragments."""
+        self._send_request(kind, keys, deadline_s)
+        table = unpack_table(self.receive_exactly(table_bytes(len(keys)), deadline_s), len(keys))
+        self._sequence += 1
+        return table
+
+    def _receive_trailers(self, num_fragments: int, deadline_s: float) -> list[tuple[bool, bytes]]:
+        """For each fragment of a group whether its slot was still its own, and its tag."""
+        raw = memoryview(self.receive_exactly(TRAILER_BYTES * num_fragments, deadline_s))
+        return [unpack_trailer(raw, place) for place in range(num_fragments)]
 
     def _send_request(self, kind: int, keys: Sequence[bytes], deadline_s: float) -> None:
         """Sends it, and takes the head of its answer."""
@@ -101,7 +134,7 @@ class PeerChannel:
             raise ProtocolError("an answer to another request")
 
 
-def in_requests(keys: Sequence[bytes]) -> Iterator[tuple[int, Sequence[bytes]]]:
+def _in_requests(keys: Sequence[bytes]) -> Iterator[tuple[int, Sequence[bytes]]]:
     """Parts of the keys that fit into a request each, behind the index of their first."""
     for first in range(0, len(keys), MAX_KEYS):
         yield first, keys[first : first + MAX_KEYS]

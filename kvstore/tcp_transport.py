@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 
 from kvstore.authenticity import FragmentAuthenticator
 from kvstore.buffers import CopyBuffers
-from kvstore.peer_channel import PeerChannel, in_requests
-from kvstore.peer_wire import CHECK, GROUP_BYTES, PULL, TableEntry, groups
+from kvstore.peer_channel import Bodies, PeerChannel
+from kvstore.peer_wire import GROUP_BYTES, PULL, TableEntry, groups
 from kvstore.tiers import Rejected
-from kvstore.transport import NOTHING_CAME, Pulled
+from kvstore.transport import Pulled
 
 
 class TcpTransport:
@@ -23,42 +23,21 @@ class TcpTransport:
 
     def pull(self, keys: Sequence[bytes], deadline_s: float) -> Iterator[tuple[int, Pulled | Rejected]]:
         """As in Transport."""
-        for first, part in in_requests(keys):
-            for i, pulled in self._pull(part, deadline_s):
-                yield first + i, pulled
+        return self._channel.pull(PULL, keys, deadline_s, lambda table: self._bodies(table, deadline_s))
 
     def check(self, keys: Sequence[bytes], deadline_s: float) -> None:
         """As in Transport."""
-        for _, part in in_requests(keys):
-            self._channel.ask(CHECK, part, deadline_s)
+        self._channel.check(keys, deadline_s)
 
     def close(self) -> None:
         """As in Transport."""
         self._channel.close()
 
-    def _pull(self, keys: Sequence[bytes], deadline_s: float) -> Iterator[tuple[int, Pulled | Rejected]]:
-        table = self._channel.ask(PULL, keys, deadline_s)
-        yield from ((i, entry.rejected) for i, entry in enumerate(table) if entry.rejected is not None)
-        pending = {i for i, entry in enumerate(table) if entry.sealed_bytes}
-        try:
-            for group in groups(table):
-                for i, pulled in self._receive_group(group, table, deadline_s):
-                    pending.discard(i)
-                    yield i, pulled
-        except OSError:
-            yield from ((i, NOTHING_CAME) for i in pending)  # announced, and not come
-            raise
-
-    def _receive_group(
-        self, group: Sequence[int], table: Sequence[TableEntry], deadline_s: float
-    ) -> Iterator[tuple[int, Pulled]]:
-        num_bytes = sum(table[i].sealed_bytes for i in group)
-        # A fragment larger than a group travels alone; its buffer is made for it.
-        buffer = self._buffers.take() if num_bytes <= GROUP_BYTES else memoryview(bytearray(num_bytes))
-        body = buffer[:num_bytes]
-        self._channel.receive_body(body, deadline_s)
-        start = 0
-        for i, (is_current, tag) in zip(group, self._channel.receive_trailers(len(group), deadline_s), strict=True):
-            end = start + table[i].sealed_bytes
-            yield i, Pulled(body[start:end], table[i].generation, tag, is_current)
-            start = end
+    def _bodies(self, table: Sequence[TableEntry], deadline_s: float) -> Bodies:
+        for group in groups(table):
+            num_bytes = sum(table[i].sealed_bytes for i in group)
+            # A fragment larger than a group travels alone; its buffer is made for it.
+            buffer = self._buffers.take() if num_bytes <= GROUP_BYTES else memoryview(bytearray(num_bytes))
+            body = buffer[:num_bytes]
+            self._channel.receive_body(body, deadline_s)
+            yield group, body

@@ -17,7 +17,7 @@ from kvstore.connect import open_tiers
 from kvstore.directory import MemoryDirectory
 from kvstore.host_tier import HostTier
 from kvstore.node_slots import NodeSlots
-from kvstore.peer_channel import PeerChannel
+from kvstore.peer_channel import Bodies, PeerChannel
 from kvstore.peer_server import PeerServer
 from kvstore.peer_tier import PeerTier
 from kvstore.peer_wire import (
@@ -28,6 +28,7 @@ from kvstore.peer_wire import (
     PULL,
     READ,
     TRAILER_BYTES,
+    TableEntry,
     address_bytes,
     table_bytes,
 )
@@ -78,13 +79,19 @@ def test_without_the_package_programs_end_with_2(
     assert f"{field}nixl needs the nixl package" in result.stderr
 
 
+def no_bodies(table: Sequence[TableEntry]) -> Bodies:
+    assert not any(entry.sealed_bytes for entry in table)
+    yield from ()
+
+
 def test_a_node_without_it_is_not_read_from(peer_node: KVNode) -> None:
     address = str(peer_node.ready["peer_address"])
     channel = PeerChannel(address, FragmentAuthenticator(SECRET))
     assert channel.describe() == b""
-    assert channel.ask(PULL, [bytes(22)], time.monotonic() + 60)[0].sealed_bytes == 0  # and the connection goes on
+    deadline_s = time.monotonic() + 60
+    assert list(channel.pull(PULL, [bytes(22)], deadline_s, no_bodies)) == []  # and the connection goes on
     with pytest.raises(OSError, match="gone"):
-        channel.ask(READ, [bytes(22)], time.monotonic() + 60)
+        list(channel.pull(READ, [bytes(22)], deadline_s, no_bodies))
     channel.close()
 
 
@@ -292,7 +299,7 @@ def test_slots_that_are_given_away_while_they_are_read_are_stale(directory: Memo
     def fill(fragments: Sequence[Fragment]) -> None:
         refs = slots.reserve(keys_of(fragments))
         for fragment, ref in zip(fragments, refs, strict=True):
-            owned.arena.write(ref.slot, fragment.key, fragment.payload, ref.generation)
+            owned.arena.write(ref.slot, fragment, ref.generation)
         assert slots.seal(keys_of(fragments), refs) == num_slots
 
     fill(old)
