@@ -71,10 +71,6 @@ class Arena:
         offset = self._offset(slot)
         self._view[offset : offset + HEADER_BYTES] = reserve(generation)
 
-    def is_reserved_as(self, slot: int, generation: int) -> bool:
-        """Whether this mapping shows the reservation, that is: whether it is the arena that the slot was given in."""
-        return 0 <= slot < self.num_slots and generation_at(self._view, self._offset(slot)) == generation
-
     def write(self, slot: int, fragment: Fragment, generation: int) -> None:
         """Fills a reserved slot."""
         start = self._offset(slot)

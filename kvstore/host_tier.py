@@ -153,14 +153,14 @@ class HostTier:
             self._warn_of_size(arena)
         reserve = kvnode_pb2.ReserveRequest(keys=[fragments[i].key for i in wanted])
         reply = self._calls.reserve(reserve)
+        if not arena.is_current():
+            raise _ArenaReplaced
         written: list[int] = []
         refs: list[tuple[int, int]] = []
         for i, slot, generation in zip(wanted, reply.slots, reply.generations, strict=True):
             if slot == SEALED_ALREADY:
                 stored[i] = True
             elif slot >= 0:
-                if not arena.is_reserved_as(slot, generation):
-                    raise _ArenaReplaced
                 arena.write(slot, fragments[i], generation)
                 written.append(i)
                 refs.append((slot, generation))
