@@ -1,8 +1,8 @@
 /* Copies a fragment and makes its XXH3-64 on the way.
 
    A hand-off is a gather or scatter, a copy and a checksum. One after the other they are three ways through the caches
-   or the memory; here they are one, nearly as fast as a plain copy: the checksum is computed while the memory is waited
-   for. Every byte is read once. What is hashed is what is stored, whatever another process does to the source meanwhile.
+   or the memory; here they are one, nearly as fast as a plain copy: the checksum is computed while memory is waited
+   for. Every byte is read once. What is hashed is what is stored, whatever another process does to the source then.
 
    XXH3 as in the xxHash specification (github.com/Cyan4973/xxHash, doc/xxhash_spec.md), without a seed, for more than
    240 bytes. Knows nothing of fragments. */
