@@ -3,7 +3,7 @@
     serve     TTFT and tokens/s of the demo model at 1, 8 and 32 concurrent streams, prefill and decode on two workers
     router    time to first token through the router, beside asking the same worker directly
     handoff   GB/s of KV fragments through shared memory and through Redis, beside memcpy and loopback TCP
-    overlap   how much of a 4k prompt is handed over before its prefill ends
+    overlap   how much of a 4k prompt is handed over before its prefill ends, and how soon decoding begins then
     failover  a stream with a 4k history on another worker: from the tiers, beside computed again
 
 Rows are appended to bench/results/cpu.jsonl. Starts clusters as a user would, with the `switchyard` command.

@@ -1,7 +1,8 @@
 """What a long prompt's KV is worth: hand-off beside a running prefill, and a failover from the tiers.
 
-    overlap    how much of a prompt the decode worker holds, verified, when the prefill worker's last chunk ends, and
-               how soon after that it begins to decode
+    overlap    how much of a prompt the decode worker holds, verified, when the step of the prefill worker's last chunk
+               ends, and how soon after that its own first step begins; until_told: the part of it until its engine
+               heard that it may
     failover   a stream's next token on another worker: its history pulled from the tiers, beside computed again
 
 Workers and a KV node as processes of this machine, on random weights of a 0.4 B model; no router and no Ray, so that
@@ -10,7 +11,6 @@ nothing but engine, transfer and tiers is timed.
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 import statistics
@@ -32,8 +32,9 @@ from workers.config import EngineConfig, WorkerSpec
 
 PROMPT_TOKENS = 4096
 BLOCK_SIZE = 16
-RUNS = 3
+RUNS, OVERLAP_RUNS = 3, 5
 _SAMPLE_S = 0.002
+_CLOCK_SLACK_S = 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,41 +44,54 @@ class _Node:
 
 
 def bench_overlap() -> list[Measurement]:
-    """Prompts of 4,096 tokens from a prefill worker to a decode worker of the same host."""
-    shares, gaps_s, rng = [], [], random.Random(0)
+    """Prompts of 4,096 tokens from a prefill worker to a decode worker of the same host, by the workers' own clocks."""
+    shares, relays_ms, gaps_ms, rng = [], [], [], random.Random(0)
     num_blocks = PROMPT_TOKENS // BLOCK_SIZE
     with _machine() as (stack, model, node):
         prefill = stack.enter_context(_worker(_spec(model, node, "prefill", max_num_batched_tokens=256)))
         decode = stack.enter_context(_worker(_spec(model, node, "decode")))
-        for run in range(RUNS):
+        for run in range(OVERLAP_RUNS):
             ids, name = _ids(rng), f"overlap-{run}"
             held_before = decode.load().num_transferred_blocks
-            held: list[tuple[float, int]] = []
-            over = threading.Event()
-
-            def sample(held: list[tuple[float, int]] = held, over: threading.Event = over) -> None:
-                while not over.wait(_SAMPLE_S):
-                    held.append((time.perf_counter(), decode.load().num_transferred_blocks))
-
-            watcher = threading.Thread(target=sample)
-            watcher.start()
-            decode.submit(name, ids, Part.DECODE, max_tokens=10)
-            prefill.submit(name, ids, Part.PREFILL, max_tokens=10)
-            first = prefill.next_token(name)
-            decode.let_continue(name, [first.token_id])
-            tokens = [decode.next_token(name) for _ in range(8)]
-            over.set()
-            watcher.join()
-            decode.wait_finished(name)
-            at_the_end = max((count for when_s, count in held if when_s <= first.came_s), default=held_before)
+            clock_offset_s = time.time() - time.monotonic()
+            with _held_blocks(decode) as held:
+                decode.submit(name, ids, Part.DECODE, max_tokens=2)
+                prefill.submit(name, ids, Part.PREFILL, max_tokens=2)
+                decode.let_continue(name, [prefill.next_token(name).token_id])
+            prefilled, decoded = prefill.wait_finished(name).times, decode.wait_finished(name).times
+            if abs(time.time() - time.monotonic() - clock_offset_s) > _CLOCK_SLACK_S:
+                raise SystemExit("switchyard bench: the machine's clock was set while it was read")
+            ended_s = prefilled.first_token_s
+            at_the_end = max((count for when_s, count in held if when_s <= ended_s), default=held_before)
             shares.append((at_the_end - held_before) / num_blocks)
-            steps_s = [b.came_s - a.came_s for a, b in itertools.pairwise(tokens)]
-            gaps_s.append(max(0.0, tokens[0].came_s - first.came_s - statistics.median(steps_s)))
+            relays_ms.append(1000 * (decoded.continued_s - ended_s))
+            gaps_ms.append(1000 * (decoded.first_step_s - ended_s))
     setting: dict[str, object] = {"prompt_tokens": PROMPT_TOKENS, "chunk_tokens": 256, "model": "0.4 B, fp32"}
+    beside = {"until_told": statistics.median(relays_ms)}
     return [
         Measurement("overlap.held_at_last_chunk", "of the blocks", shares, setting),
-        Measurement("overlap.first_step_after", "s", gaps_s, setting),
+        Measurement("overlap.first_step_after", "ms", gaps_ms, setting, beside),
     ]
+
+
+@contextmanager
+def _held_blocks(worker: DirectWorker) -> Iterator[list[tuple[float, int]]]:
+    """How many blocks the worker has pulled, with the Unix time at which it had told so, until the block ends."""
+    held: list[tuple[float, int]] = []
+    over = threading.Event()
+
+    def sample() -> None:
+        while not over.wait(_SAMPLE_S):
+            count = worker.load().num_transferred_blocks
+            held.append((time.time(), count))
+
+    watcher = threading.Thread(target=sample)
+    watcher.start()
+    try:
+        yield held
+    finally:
+        over.set()
+        watcher.join()
 
 
 def bench_failover() -> list[Measurement]:

@@ -21,7 +21,7 @@ from router.events import FinishReason, RequestStats, SamplingOptions
 from router.fleet import BlockNames, Fleet, WorkerInfo, extend_names
 from router.link import CLOSED, WorkerLink
 from router.policy import Placement, Reject, RejectReason, RouteRequest
-from router.streams import Action, CancelPart, ContinuePart, PartReport, Phase, Stream, SubmitPart
+from router.streams import Action, CancelPart, ContinuePart, HandOff, PartReport, Phase, Stream, SubmitPart
 from router.wire import PartOrder, load_report
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class DispatchObserver(Protocol):
 
     def first_token(self, ttft_s: float, predicted_s: float) -> None: ...
 
-    def dropped_frames(self, num_frames: int) -> None: ...
+    def closed(self, num_dropped_frames: int, hand_off: HandOff | None) -> None: ...
 
     def block_snapshot(self) -> None: ...
 
@@ -183,8 +183,7 @@ class LiveStream:
         self._release()
         if self._decode_worker_id and isinstance(self._state.ending, FinishReason):
             self._dispatcher.fleet.remember(self._decode_worker_id, self._names())
-        if self._state.num_dropped:
-            self._dispatcher.observer.dropped_frames(self._state.num_dropped)
+        self._dispatcher.observer.closed(self._state.num_dropped, self._state.hand_off)
 
     @property
     def reason(self) -> FinishReason:

@@ -15,6 +15,7 @@ from switchyard.v1.worker_pb2 import WorkerLoad
 from router.dispatch import Dispatcher
 from router.generation import Account
 from router.policy import Placement
+from router.streams import HandOff
 
 _LATENCIES_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0)
 _LABELS = ("worker", "pool", "role")
@@ -67,6 +68,12 @@ class Metrics:
         self._predicted = self._histogram("switchyard_ttft_predicted_seconds", "What the placement predicted for it.")
         self._tpot = self._histogram("switchyard_tpot_seconds", "Between tokens, the mean of each stream.")
         self._queue = self._histogram("switchyard_queue_seconds", "From arrival to the first placement.")
+        self._hand_off = self._histogram(
+            "switchyard_handoff_seconds", "From the end of a prefill's last chunk to its decode worker's first step."
+        )
+        self._relay = self._histogram(
+            "switchyard_handoff_relay_seconds", "Of a hand-off: until the decode worker's engine was told to go on."
+        )
         self._duration = self._histogram("switchyard_request_seconds", "From arrival to the end of served requests.")
 
     def text(self) -> bytes:
@@ -119,8 +126,11 @@ class Metrics:
         self._ttft.observe(ttft_s)
         self._predicted.observe(predicted_s)
 
-    def dropped_frames(self, num_frames: int) -> None:
-        self._dropped.inc(num_frames)
+    def closed(self, num_dropped_frames: int, hand_off: HandOff | None) -> None:
+        self._dropped.inc(num_dropped_frames)
+        if hand_off is not None:
+            self._relay.observe(hand_off.relay_s)
+            self._hand_off.observe(hand_off.total_s)
 
     def block_snapshot(self) -> None:
         self._snapshots.inc()

@@ -53,6 +53,23 @@ class Outcome(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class PartTimes:
+    """When a part got how far, in seconds since the Unix epoch on its worker's clock; 0 for what did not happen."""
+
+    continued_s: float = 0.0  # the decode worker's engine heard that prefill is through
+    first_step_s: float = 0.0  # its first step with tokens of this part began
+    first_token_s: float = 0.0  # the step that chose its first token ended
+
+
+@dataclass(frozen=True, slots=True)
+class HandOff:
+    """Between the end of a prefill's last chunk and the first step of its decode worker."""
+
+    relay_s: float  # until the decode worker's engine heard of it
+    total_s: float  # until it had pulled the last blocks and began
+
+
+@dataclass(frozen=True, slots=True)
 class PartReport:
     """The last word of a worker about its part."""
 
@@ -62,6 +79,7 @@ class PartReport:
     num_cached_prompt_tokens: int = 0
     num_computed_prompt_tokens: int = 0
     num_transferred_blocks: int = 0
+    times: PartTimes = PartTimes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +128,8 @@ class Stream:
         self.num_computed_prompt_tokens = 0
         self.num_recomputed_prompt_tokens = 0
         self.num_transferred_blocks = 0
+        self.hand_off: HandOff | None = None  # of the last placement, once its decode worker has reported
+        self._prefilled_s = 0.0  # end of its last chunk; 0 while not known
         self._prefill_id: str | None = None  # set while that worker has a part to play
         self._decode_id: str | None = None
         self._decode_part = Part.WHOLE  # what the decode worker was given
@@ -124,6 +144,7 @@ class Stream:
         self._decode_id = placement.decode_id
         self._prefill_id = placement.prefill_id
         self._decode_part = Part.WHOLE if placement.prefill_id is None else Part.DECODE
+        self._prefilled_s = 0.0
         # A worker knows a stream by its name alone: what it may still hold of an earlier placement goes first.
         actions: list[Action] = [
             CancelPart(worker_id)
@@ -271,10 +292,17 @@ class Stream:
 
     def _count(self, part: Part, report: PartReport) -> None:
         self.num_computed_prompt_tokens += report.num_computed_prompt_tokens
-        if part is not Part.PREFILL:
+        times = report.times
+        if part is Part.PREFILL:
+            self._prefilled_s = times.first_token_s
+        else:
             self.num_transferred_blocks += report.num_transferred_blocks
         if part is Part.DECODE:
             self.num_recomputed_prompt_tokens += report.num_computed_prompt_tokens
+            if self._prefilled_s > 0 and times.continued_s > 0 and times.first_step_s > 0:
+                # Hosts whose clocks differ may tell of a start before the end.
+                relay_s, total_s = times.continued_s - self._prefilled_s, times.first_step_s - self._prefilled_s
+                self.hand_off = HandOff(max(0.0, relay_s), max(0.0, total_s))
         else:
             # Of the last placement; its prompt may hold emitted tokens too.
             self.num_cached_prompt_tokens = min(report.num_cached_prompt_tokens, self.num_prompt_tokens)

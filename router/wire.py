@@ -23,7 +23,7 @@ from router.events import (
 )
 from router.fleet import KvLayout, LoadReport, WorkerInfo
 from router.policy import Role
-from router.streams import Outcome, Part, PartReport
+from router.streams import Outcome, Part, PartReport, PartTimes
 
 _ROLES = {
     worker.WORKER_ROLE_MIXED: Role.MIXED,
@@ -194,6 +194,11 @@ def part_report(message: worker.RequestFinished) -> PartReport:
         num_cached_prompt_tokens=message.num_cached_prompt_tokens,
         num_computed_prompt_tokens=message.num_computed_prompt_tokens,
         num_transferred_blocks=message.num_transferred_blocks,
+        times=PartTimes(
+            continued_s=message.times.continued_s,
+            first_step_s=message.times.first_step_s,
+            first_token_s=message.times.first_token_s,
+        ),
     )
 
 

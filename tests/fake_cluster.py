@@ -246,6 +246,7 @@ class Shape:
     block_size: int = 4
     num_slots: int = 8192
     engine: dict[str, object] = field(default_factory=dict)  # of EngineConfig
+    engine_of: dict[str, dict[str, object]] = field(default_factory=dict)  # the same for one role alone
     router: dict[str, object] = field(default_factory=dict)  # of RouterConfig
     sizes: dict[str, int] = field(default_factory=dict)  # of the model
     model_dir: str = ""  # of a real model, for the real engine; empty: one for the fake engine is made
@@ -267,6 +268,7 @@ class Shape:
             "fake_step_s": self.step_s,
             "fake_token_s": self.token_s,
             **self.engine,
+            **self.engine_of.get(role, {}),
         }
         return WorkerSpec(
             worker_id=worker_id,

@@ -70,8 +70,10 @@ class Engine:
 
     def continue_request(self, request_id: str, token_ids: list[int]) -> RequestEnd | None:
         """Let a request that waits for KV begin to decode; ends it when the tokens already complete it."""
-        self.scheduler.continue_request(request_id, token_ids)
         request = self.scheduler.requests.get(request_id)
+        if request is not None and request.continued_time_s is None:
+            request.continued_time_s = self._clock()
+        self.scheduler.continue_request(request_id, token_ids)
         if request is not None and request.num_output_tokens >= request.sampling.max_tokens:
             return self._end(request, FinishReason.LENGTH)
         return None
@@ -100,6 +102,7 @@ class Engine:
         plan = self.scheduler.schedule()
         if plan.is_empty:
             return StepEvents() if plan.preempted_ids else None  # who was preempted may come back at once
+        self._note_start(plan)
         return self._take(plan, self._executor.execute(plan))
 
     def _step_ahead(self) -> StepEvents | None:
@@ -114,15 +117,23 @@ class Engine:
                 plan = self.scheduler.schedule()
         if not plan.is_empty:
             owners = owners_of(plan, self.scheduler.requests)
+            self._note_start(plan)
             self._in_flight = StepInFlight(plan, owners, self._executor.start(plan))
         if before is not None:
             return self._take(*before.outcome(self.scheduler.requests))
         return None if plan.is_empty and not plan.preempted_ids else StepEvents()
 
+    def _note_start(self, plan: SchedulerOutput) -> None:
+        now = self._clock()
+        for chunk in plan.requests:
+            request = self.scheduler.requests[chunk.request_id]
+            if request.first_step_time_s is None:
+                request.first_step_time_s = now
+
     def _take(self, plan: SchedulerOutput, output: ModelRunnerOutput) -> StepEvents:
         """What a step that is through means for the requests."""
-        result = self.scheduler.update(plan, output)
         now = self._clock()
+        result = self.scheduler.update(plan, output)
         for token in result.tokens:
             request = self.scheduler.requests[token.request_id]
             if request.first_token_time_s is None:
@@ -146,7 +157,6 @@ class Engine:
         self.scheduler.finish(request)
         self.counters.num_computed_prompt_tokens += request.num_computed_prompt_tokens
         self.counters.num_cached_prompt_tokens += request.num_cached_prompt_tokens
-        first = request.first_token_time_s
         return RequestEnd(
             request.request_id,
             request.epoch,
@@ -155,5 +165,8 @@ class Engine:
             request.num_computed_prompt_tokens,
             request.num_transferred_blocks,
             request.num_published_blocks,
-            None if first is None else first - request.arrival_time_s,
+            request.arrival_time_s,
+            request.continued_time_s,
+            request.first_step_time_s,
+            request.first_token_time_s,
         )

@@ -78,7 +78,9 @@ class Request:
     num_cached_prompt_tokens: int = 0
     num_computed_prompt_tokens: int = 0
     num_transferred_blocks: int = 0
-    first_token_time_s: float | None = None
+    continued_time_s: float | None = None  # when the engine heard that the prefill side is through (DECODE)
+    first_step_time_s: float | None = None  # when the first step that computes tokens of it began
+    first_token_time_s: float | None = None  # when the step that chose its first token here ended
 
     def __post_init__(self) -> None:
         self.num_given_tokens = len(self.token_ids)
@@ -125,4 +127,12 @@ class RequestEnd:
     num_computed_prompt_tokens: int
     num_transferred_blocks: int
     num_published_blocks: int
-    ttft_s: float | None
+    arrival_time_s: float  # all on the engine's clock; None for what did not happen here
+    continued_time_s: float | None
+    first_step_time_s: float | None
+    first_token_time_s: float | None
+
+    @property
+    def ttft_s(self) -> float | None:
+        """From arrival to the first token, if there was one."""
+        return None if self.first_token_time_s is None else self.first_token_time_s - self.arrival_time_s

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
@@ -262,8 +263,21 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             num_computed_prompt_tokens=end.num_computed_prompt_tokens,
             num_transferred_blocks=end.num_transferred_blocks,
             num_published_blocks=end.num_published_blocks,
+            times=self._times(end),
         )
         connection.outbox.put_nowait(pb.ConnectResponse(finished=finished))
+
+    def _times(self, end: RequestEnd) -> pb.PartTimes:
+        epoch_s = time.time() - self._clock()  # a router may compare them with those of another host
+
+        def unix_s(time_s: float | None) -> float:
+            return 0.0 if time_s is None else epoch_s + time_s
+
+        return pb.PartTimes(
+            continued_s=unix_s(end.continued_time_s),
+            first_step_s=unix_s(end.first_step_time_s),
+            first_token_s=unix_s(end.first_token_time_s),
+        )
 
     def _refuse(self, connection: Connection, stream_id: str, epoch: int, error: str) -> None:
         finished = pb.RequestFinished(

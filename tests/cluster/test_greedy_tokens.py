@@ -1,6 +1,7 @@
 """Greedy tokens through gRPC and a whole cluster equal transformers', for a pairwise selection of settings.
 
 Every pair of values of (prefix caching, chunk size, memory) occurs, each with several splits, disaggregated and mixed.
+One cluster is Ray's, and so is the one of tests/deploy/test_cluster.py; Ray takes 20 s to start what is forked in two.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 from router.client import GenerationClient
 from router.events import Finished, GenerationRequest, SamplingOptions, Tokens
 from tests.deploy.conftest import write_tiny_model
+from tests.fake_cluster import FakeCluster
 from tests.workers.tiny_llama import generate_with_transformers
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -46,17 +48,35 @@ class Case:
         pools = "-".join(f"{role}{tp}x{pp}" for role, tp, pp in self.pools)
         return f"{pools}-{'cache' if self.caching else 'nocache'}-chunk{self.chunk}-{self.num_blocks}blocks"
 
+    @property
+    def engine(self) -> dict[str, object]:
+        """What all its engines are told."""
+        return {
+            "max_num_batched_tokens": self.chunk,
+            "num_blocks": self.num_blocks,
+            "enable_prefix_caching": self.caching,
+        }
+
     def options(self) -> list[str]:
         """Arguments of `switchyard serve`."""
         roles = [role for role, _, _ in self.pools]
         options = [part for role in roles for part in (f"--{role}", "1")]
         for role, tp, pp in self.pools:
-            for key, value in (
-                ("tp", tp), ("pp", pp), ("max_num_batched_tokens", self.chunk), ("num_blocks", self.num_blocks),
-                ("enable_prefix_caching", str(self.caching).lower()),
-            ):  # fmt: skip
-                options += ["--set", f"pools.{role}.{key}={value}"]
+            for key, value in {"tp": tp, "pp": pp, **self.engine}.items():
+                options += ["--set", f"pools.{role}.{key}={json.dumps(value)}"]
         return options
+
+    def shape(self, model: Path) -> dict[str, object]:
+        """Of a cluster of forked processes."""
+        return {
+            **dict.fromkeys(("prefill", "decode", "mixed"), 0),
+            **dict.fromkeys((role for role, _, _ in self.pools), 1),
+            "routers": 1,
+            "block_size": 16,
+            "model_dir": str(model),
+            "engine": {"runner": "torch", **self.engine},
+            "engine_of": {role: {"tp": tp, "pp": pp} for role, tp, pp in self.pools},
+        }
 
 
 CASES = [
@@ -64,9 +84,9 @@ CASES = [
     Case((("prefill", 2, 1), ("decode", 1, 1)), caching=False, chunk=512, num_blocks=FEW),
     Case((("prefill", 1, 2), ("decode", 2, 1)), caching=True, chunk=512, num_blocks=MANY),
     Case((("prefill", 2, 1), ("decode", 1, 2)), caching=False, chunk=37, num_blocks=MANY),
-    Case((("mixed", 2, 1),), caching=True, chunk=512, num_blocks=FEW),
     Case((("mixed", 1, 2),), caching=False, chunk=37, num_blocks=MANY),
 ]
+RAY_CASE = Case((("mixed", 2, 1),), caching=True, chunk=512, num_blocks=FEW)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +95,7 @@ def model(tmp_path_factory) -> Path:
 
 
 def prompt(length: int) -> list[int]:
+    """Other tokens for each length."""
     return torch.randint(1, 4000, (length,), generator=torch.Generator().manual_seed(length)).tolist()
 
 
@@ -112,14 +133,31 @@ async def complete(client: GenerationClient, token_ids: list[int]) -> tuple[list
     raise AssertionError("the stream ended without a Finished")
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_greedy_tokens_equal_transformers(case, model, expected):
-    async def all_at_once(target: str) -> list[tuple[list[int], Finished]]:
+def ask_all_at_once(target: str) -> list[tuple[list[int], Finished]]:
+    """The prompts of all lengths: what came, and how it ended."""
+
+    async def ask() -> list[tuple[list[int], Finished]]:
         async with GenerationClient(target) as client:
             return await asyncio.gather(*(complete(client, prompt(n)) for n in LENGTHS))
 
-    with serve(model, case.options()) as target:
-        results = asyncio.run(all_at_once(target))
+    return asyncio.run(ask())
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_greedy_tokens_equal_transformers(
+    case: Case, model: Path, expected: list[list[int]], fake_cluster: Callable[..., FakeCluster]
+) -> None:
+    check(case, ask_all_at_once(fake_cluster(**case.shape(model)).targets[0]), expected)
+
+
+def test_greedy_tokens_of_a_whole_cluster_of_ray(model: Path, expected: list[list[int]]) -> None:
+    with serve(model, RAY_CASE.options()) as target:
+        results = ask_all_at_once(target)
+    check(RAY_CASE, results, expected)
+
+
+def check(case: Case, results: list[tuple[list[int], Finished]], expected: list[list[int]]) -> None:
+    """The right tokens, and each prompt token computed once."""
     assert [tokens for tokens, _ in results] == expected
     if case.pools[0][0] == "prefill":
         for length, (_, finished) in zip(LENGTHS, results, strict=True):

@@ -23,6 +23,8 @@ from deploy.completion import Completion, complete
 from deploy.metrics import METRICS
 from router.client import GenerationError
 from router.events import GenerationRequest, SamplingOptions
+from tests.cluster.test_greedy_tokens import LENGTHS, MAX_TOKENS, ask_all_at_once, prompt
+from tests.workers.tiny_llama import generate_with_transformers
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -112,6 +114,16 @@ def test_the_sample_went_from_prefill_to_decode(cluster: Running) -> None:
     assert said["prefill_worker_id"].startswith("prefill-")
     assert said["decode_worker_id"].startswith("decode-")
     assert said["ttft_s"] > 0
+
+
+def test_greedy_tokens_equal_transformers(cluster: Running, tiny_model: Path) -> None:
+    wanted = [generate_with_transformers(tiny_model, prompt(length), MAX_TOKENS) for length in LENGTHS]
+    results = ask_all_at_once(cluster.router["grpc"])
+    assert [tokens for tokens, _ in results] == wanted
+    for length, (_, finished) in zip(LENGTHS, results, strict=True):
+        assert finished.stats.num_computed_prompt_tokens == length
+        assert finished.stats.num_recomputed_prompt_tokens == 0
+        assert finished.stats.num_transferred_blocks == -(-length // 16)
 
 
 def test_grpc_and_http_give_the_same(cluster: Running) -> None:

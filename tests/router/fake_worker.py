@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import time
 from array import array
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -227,9 +228,11 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             finished.num_computed_prompt_tokens = len(history)
             self.prefilled.add(tuple(history))
             finished.outcome = await self._emit(part, connection, history) or worker_pb2.REQUEST_OUTCOME_PREFILLED
+            finished.times.first_token_s = time.time()
             return finished
         if submit.role == worker_pb2.REQUEST_ROLE_DECODE:
             first = await part.go_on
+            finished.times.continued_s = finished.times.first_step_s = time.time()
             if tuple(history) in self.prefilled:
                 finished.num_transferred_blocks = -(-len(history) // BLOCK_SIZE)
             else:

@@ -304,6 +304,8 @@ async def test_metrics_count_requests_and_show_workers(model_dir: Path) -> None:
         "switchyard_ttft_seconds_count 1.0",
         "switchyard_tpot_seconds_count 1.0",
         "switchyard_queue_seconds_count 1.0",
+        "switchyard_handoff_seconds_count 1.0",
+        "switchyard_handoff_relay_seconds_count 1.0",
         "switchyard_inflight_requests 0.0",
         "switchyard_directory_up 1.0",
         f"{worker('up')} 1.0",

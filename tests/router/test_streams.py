@@ -16,9 +16,11 @@ from router.streams import (
     Action,
     CancelPart,
     ContinuePart,
+    HandOff,
     Outcome,
     Part,
     PartReport,
+    PartTimes,
     Phase,
     Stream,
     SubmitPart,
@@ -52,6 +54,28 @@ def test_a_split_stream_from_start_to_end() -> None:
     assert (stream.phase, stream.ending, stream.emitted) == (Phase.ENDED, FinishReason.LENGTH, [10, 11, 12])
     assert (stream.num_computed_prompt_tokens, stream.num_recomputed_prompt_tokens) == (3, 0)
     assert stream.num_transferred_blocks == 1
+
+
+def test_a_hand_off_is_timed_by_both_workers() -> None:
+    stream = Stream(3, max_tokens=2)
+    stream.place(split())
+    stream.on_token("p", 1, 0, 10)
+    stream.on_finished("p", 1, done(Outcome.PREFILLED, times=PartTimes(first_step_s=99.0, first_token_s=100.0)))
+    stream.on_token("d", 1, 1, 11)
+    stream.on_finished("d", 1, done(Outcome.LENGTH, times=PartTimes(100.25, 100.5, 101.0)))
+    assert stream.hand_off == HandOff(relay_s=0.25, total_s=0.5)
+
+
+def test_the_hand_off_of_a_lost_placement_does_not_count() -> None:
+    stream = Stream(3, max_tokens=3)
+    stream.place(split())
+    stream.on_token("p", 1, 0, 10)
+    stream.on_finished("p", 1, done(Outcome.PREFILLED, times=PartTimes(first_token_s=100.0)))
+    stream.on_lost("d")
+    stream.place(split("q", "e"))
+    stream.on_lost("q")  # so that nobody knows when the prefill ended
+    stream.on_finished("e", 2, done(Outcome.LENGTH, times=PartTimes(100.25, 100.5, 101.0)))
+    assert stream.hand_off is None
 
 
 def test_one_token_is_all_the_prefill_worker_needs_to_give() -> None:

@@ -88,6 +88,9 @@ def test_each_prompt_token_is_computed_once(checkpoint, prefill, decode):
         assert prefilled.num_computed_prompt_tokens == length
         assert decoded.num_computed_prompt_tokens == 0
         assert decoded.num_transferred_blocks == -(-length // BLOCK_SIZE)
+        assert 0 < prefilled.times.first_step_s < prefilled.times.first_token_s < decoded.times.continued_s
+        assert decoded.times.continued_s < decoded.times.first_step_s < decoded.times.first_token_s
+        assert prefilled.times.continued_s == 0
     load = decode.load()
     assert load.num_recomputed_prompt_tokens == before.num_recomputed_prompt_tokens
     num_blocks = sum(-(-n // BLOCK_SIZE) for n in LENGTHS)

@@ -169,7 +169,7 @@ class TokenBatch(_message.Message):
     def __init__(self, stream_ids: _Optional[_Iterable[str]] = ..., epochs: _Optional[_Iterable[int]] = ..., stream_index: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RequestFinished(_message.Message):
-    __slots__ = ("stream_id", "epoch", "outcome", "error", "is_invalid_request", "num_cached_prompt_tokens", "num_computed_prompt_tokens", "num_transferred_blocks", "num_published_blocks")
+    __slots__ = ("stream_id", "epoch", "outcome", "error", "is_invalid_request", "num_cached_prompt_tokens", "num_computed_prompt_tokens", "num_transferred_blocks", "num_published_blocks", "times")
     STREAM_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
@@ -179,6 +179,7 @@ class RequestFinished(_message.Message):
     NUM_COMPUTED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_TRANSFERRED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NUM_PUBLISHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TIMES_FIELD_NUMBER: _ClassVar[int]
     stream_id: str
     epoch: int
     outcome: RequestOutcome
@@ -188,7 +189,18 @@ class RequestFinished(_message.Message):
     num_computed_prompt_tokens: int
     num_transferred_blocks: int
     num_published_blocks: int
-    def __init__(self, stream_id: _Optional[str] = ..., epoch: _Optional[int] = ..., outcome: _Optional[_Union[RequestOutcome, str]] = ..., error: _Optional[str] = ..., is_invalid_request: bool = ..., num_cached_prompt_tokens: _Optional[int] = ..., num_computed_prompt_tokens: _Optional[int] = ..., num_transferred_blocks: _Optional[int] = ..., num_published_blocks: _Optional[int] = ...) -> None: ...
+    times: PartTimes
+    def __init__(self, stream_id: _Optional[str] = ..., epoch: _Optional[int] = ..., outcome: _Optional[_Union[RequestOutcome, str]] = ..., error: _Optional[str] = ..., is_invalid_request: bool = ..., num_cached_prompt_tokens: _Optional[int] = ..., num_computed_prompt_tokens: _Optional[int] = ..., num_transferred_blocks: _Optional[int] = ..., num_published_blocks: _Optional[int] = ..., times: _Optional[_Union[PartTimes, _Mapping]] = ...) -> None: ...
+
+class PartTimes(_message.Message):
+    __slots__ = ("continued_s", "first_step_s", "first_token_s")
+    CONTINUED_S_FIELD_NUMBER: _ClassVar[int]
+    FIRST_STEP_S_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    continued_s: float
+    first_step_s: float
+    first_token_s: float
+    def __init__(self, continued_s: _Optional[float] = ..., first_step_s: _Optional[float] = ..., first_token_s: _Optional[float] = ...) -> None: ...
 
 class Pong(_message.Message):
     __slots__ = ("nonce",)
