@@ -33,7 +33,6 @@ _LOG = logging.getLogger(__name__)
 
 KEY_PREFIX = b"switchyard:kv2:"
 
-CHUNK_BYTES = 4 * 1024 * 1024
 _MAX_CHUNK_KEYS = 1024
 _FIRST_GUESS_BYTES = 256 * 1024
 _NUM_LANES = 2
