@@ -1,7 +1,8 @@
 """Large values to and from a Redis without copies in between: what a client library does piece by piece, on one of its
 connections.
 
-A value goes out from where it lies, and comes in right where it is to stay. Knows nothing of what values
+A value goes out from where it lies, and comes in right where it is to stay. Redis always has a few to work on, never
+many: what waits in its sockets leaves the processor's caches, and costs it twice the time. Knows nothing of what values
 are.
 """
 
@@ -19,8 +20,7 @@ from kvstore.redis_client import RedisClient, RedisRefusal, borrowed_connection
 _SIZE_STEP_BYTES = 16 * 1024  # values differ little: those of one model have a few sizes
 _LINE_BYTES = 4096  # read at once where a line is due; what belongs to the value behind it is copied
 _MAX_UNREAD = 1024  # replies that Redis keeps for us
-_WINDOW_BYTES = 768 * 1024
-_LINE_END = memoryview(b"\r\n")
+_WINDOW_BYTES = 768 * 1024  # of values on their way; two at least
 _TIMEVAL = struct.Struct("@ll")  # seconds, microseconds
 _LONGEST_VALUE = 512 * 1024 * 1024  # Redis's own bound
 
@@ -34,16 +34,17 @@ def set_values(
     """
     replies: list[bool | RedisRefusal] = []
     unread: deque[int] = deque()  # sizes of what is on its way
+    unread_bytes = 0
     with _bulk_stream(client) as stream:
         reader = _Reader(stream)
         for key, value in entries:
-            while unread and sum(unread) + len(value) > _WINDOW_BYTES:
-                unread.popleft()
+            while (len(unread) > 1 and unread_bytes + len(value) > _WINDOW_BYTES) or len(unread) == _MAX_UNREAD:
                 replies.append(reader.status())
-            head = b"*4\r\n$6\r\nPSETEX\r\n$%d\r\n%b\r\n$%d\r\n%d\r\n$%d\r\n"
-            ttl_digits = len(str(ttl_ms))
-            _send(stream, [memoryview(head % (len(key), key, ttl_digits, ttl_ms, len(value))), value, _LINE_END])
+                unread_bytes -= unread.popleft()
+            _send(stream, [_set_head(key, ttl_ms, len(value)), value, b"\r\n"])
             unread.append(len(value))
+            unread_bytes += len(value)
+            del value  # or its buffer would be in use while the next one is made
         replies += [reader.status() for _ in unread]
     return replies
 
@@ -51,9 +52,10 @@ def set_values(
 def get_values(
     client: RedisClient, keys: Sequence[bytes], buffers: "ValueBuffers", value_bytes: int
 ) -> Iterator[memoryview | RedisRefusal | None]:
-    """GET of each key; a private, writable copy for each, in order. value_bytes: as large as they may well be.
+    """GET of each key; a private, writable copy for each, in order. value_bytes: how large they may well be.
 
-    The next ones are asked for before one is read: Redis works while it is used. Raises as set_values.
+    The next ones are asked for before one is read: Redis works while it is used. One by one, not by MGET, whose reply
+    Redis makes whole before it sends any. Raises as set_values.
     """
     window = max(2, min(_MAX_UNREAD, _WINDOW_BYTES // value_bytes))
     num_asked = 0
@@ -63,7 +65,7 @@ def get_values(
             if num_asked < len(keys) and num_asked - num_read <= window // 2:
                 wanted = keys[num_asked : num_read + window]
                 num_asked += len(wanted)
-                _send(stream, [memoryview(_gets(wanted))])
+                _send(stream, [_gets(wanted)])
             try:
                 value: memoryview | RedisRefusal | None = reader.value(buffers)
             except RedisRefusal as refusal:  # a line of its own: the next reply follows
@@ -74,10 +76,11 @@ def get_values(
 
 @contextmanager
 def _bulk_stream(client: RedisClient) -> Iterator[Any]:
-    """The socket of one of the client's connections, for long pieces.
+    """The socket of one of the client's connections.
 
-    Python waits for a socket with a timeout before each call, even where it need not: that is a system call more, and
-    a call ends with what fits. So a plain socket has its timeouts kept by the kernel meanwhile.
+    Python asks before each call on a socket with a timeout whether it would have to wait, and a call ends with what is
+    there or fits. So a plain socket is a blocking one meanwhile, and the kernel keeps its timeouts: a value is sent or
+    received by one call.
     """
     with borrowed_connection(client) as (_, stream):
         timeout_s = stream.gettimeout()
@@ -89,19 +92,22 @@ def _bulk_stream(client: RedisClient) -> Iterator[Any]:
         stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         stream.settimeout(None)
         yield stream
-        stream.settimeout(timeout_s)
+        stream.settimeout(timeout_s)  # after an error it is closed
 
 
-def _send(stream: Any, pieces: list[memoryview]) -> None:
-    if isinstance(stream, ssl.SSLSocket):  # takes one piece at a time
-        for piece in pieces:
-            stream.sendall(piece)
-        return
-    num_sent = stream.sendmsg(pieces)
+def _send(stream: Any, pieces: list[bytes | memoryview]) -> None:
+    """In one system call where that takes them all."""
+    num_sent = 0 if isinstance(stream, ssl.SSLSocket) else stream.sendmsg(pieces)
     for piece in pieces:
         if num_sent < len(piece):
-            stream.sendall(piece[num_sent:])
+            stream.sendall(memoryview(piece)[num_sent:])
         num_sent = max(0, num_sent - len(piece))
+
+
+def _set_head(key: bytes, ttl_ms: int, num_bytes: int) -> bytes:
+    """What comes before the value. PSETEX: the value is the last argument, and Redis has the command when it has it."""
+    ttl = b"%d" % ttl_ms
+    return b"*4\r\n$6\r\nPSETEX\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n" % (len(key), key, len(ttl), ttl, num_bytes)
 
 
 def _gets(keys: Sequence[bytes]) -> bytes:

@@ -2,8 +2,13 @@
 
 A value is a whole sealed fragment (header and payload, see kvstore.sealing, or that compressed) and a tag that only who
 knows the cluster's secret can make (kvstore.authenticity), under a key with the format's version and the secret's id.
-Redis forgets it when nobody wrote it for `ttl_s`. Redis works on one value while the next is made or verified. Knows
-nothing of leases and the directory, which live in a Redis that must not evict.
+Redis forgets it when nobody wrote it for `ttl_s`. Redis works on one value while the next is made or verified.
+
+A get verifies the tag alone. It covers header, checksum and payload, and is made right after the checksum, of the same
+private buffer: a value whose tag fits is, bit for bit, what a writer with the secret hashed, and hashing it again would
+tell nothing more. The checksum is looked at where a tag does not fit, to tell a fault from a forgery.
+
+Knows nothing of leases and the directory, which live in a Redis that must not evict.
 """
 
 import logging
@@ -35,9 +40,9 @@ KEY_PREFIX = b"switchyard:kv2:"
 
 _MAX_CHUNK_KEYS = 1024
 _FIRST_GUESS_BYTES = 256 * 1024
-_NUM_LANES = 2
-_LEAST_LANE_VALUES = 4
-_MOST_HELPERS = 4
+_NUM_WRITERS = 2  # of one put: more than two gained nothing
+_LEAST_VALUES = 4  # of one of them
+_MOST_HELPERS = 4  # of puts that run at once
 
 
 def key_prefix_of(secret: str) -> bytes:
@@ -69,7 +74,7 @@ class RedisTier:
         self._compresses = check_compression(compression)
         self._value_bytes = _FIRST_GUESS_BYTES  # of the value seen last: how many keys make a chunk
         self._buffers = ValueBuffers(page_at=HEADER_BYTES)
-        self._num_lanes = 1 if is_cluster_node else _NUM_LANES  # a cluster's nodes have a thread each
+        self._num_writers = 1 if is_cluster_node else _NUM_WRITERS  # a cluster's nodes have a thread each
         self._threads = ThreadPoolExecutor(_MOST_HELPERS, "kv-redis-put")
         self._has_warned_of_refusal = False
         name = f"redis tier at {address_of(self._client)}"
@@ -139,18 +144,18 @@ class RedisTier:
         next is made in the other. Each takes what is next, until nothing is left."""
         left = deque(missing)
         helpers = [
-            self._threads.submit(self._write_lane, fragments, left, stored)
-            for _ in range(min(self._num_lanes, len(missing) // _LEAST_LANE_VALUES) - 1)
+            self._threads.submit(self._write_what_is_left, fragments, left, stored)
+            for _ in range(min(self._num_writers, len(missing) // _LEAST_VALUES) - 1)
         ]
         try:
-            self._write_lane(fragments, left, stored)
+            self._write_what_is_left(fragments, left, stored)
         finally:  # the fragments' bytes are the caller's when this returns
             failed = [helper.exception() for helper in helpers if not helper.cancel()]
         for error in failed:
             if error is not None:
                 raise error
 
-    def _write_lane(self, fragments: Sequence[FragmentSource], left: deque[int], stored: list[bool]) -> None:
+    def _write_what_is_left(self, fragments: Sequence[FragmentSource], left: deque[int], stored: list[bool]) -> None:
         taken: list[int] = []
 
         def entries() -> Iterator[tuple[bytes, memoryview]]:
@@ -221,7 +226,7 @@ class RedisTier:
         if not self._authenticator.is_genuine(fragment, tag):
             fault = unseal_stored(fragment, key, 0)  # tells one fault from another
             return fault if isinstance(fault, Rejected) else Rejected("forged")
-        if is_compressed(fragment):
+        if is_compressed(fragment):  # what comes out has a checksum of its own
             sealed = decompress(fragment, key, LARGEST_PAYLOAD_BYTES)
             return sealed if isinstance(sealed, Rejected) else sealed[HEADER_BYTES:]
         payload_bytes = payload_bytes_at(fragment, 0, key, 0) if len(fragment) >= HEADER_BYTES else -1
