@@ -192,25 +192,31 @@ class RedisTier:
     def _read(self, keys: Sequence[bytes]) -> Iterator[memoryview | Rejected | None]:
         names = [self.key_prefix + key for key in keys]
         bad: list[bytes] = []
-        num_read = 0
+        num_given = 0
         try:
-            for value in get_values(self._client, names, self._buffers, self._value_bytes):
-                payload: memoryview | Rejected | None = None
-                if isinstance(value, Exception):
-                    self._refused(value)
-                elif value is not None:
-                    self._value_bytes = max(len(value), HEADER_BYTES)
-                    payload = self._verified(value, keys[num_read])
-                    if isinstance(payload, Rejected):
-                        bad.append(names[num_read])
-                num_read += 1
-                del value  # or its buffer would be in use while the next one is read
+            values = get_values(self._client, names, self._buffers, self._value_bytes)
+            for name, key in zip(names, keys, strict=True):
+                payload = self._checked(next(values), key)
+                if isinstance(payload, Rejected):
+                    bad.append(name)
+                if num_given + 1 == len(keys):  # nobody has to ask for more than there is
+                    next(values, None)
+                    self._delete(bad)
+                num_given += 1
                 yield payload
-                del payload
-            self._delete(bad)
+                del payload  # or its buffer would be in use while the next one is read
         except REDIS_ERRORS as error:
             self._availability.lost(error)
-        yield from repeat(None, len(keys) - num_read)
+        yield from repeat(None, len(keys) - num_given)
+
+    def _checked(self, value: memoryview | Exception | None, key: bytes) -> memoryview | Rejected | None:
+        if isinstance(value, Exception):
+            self._refused(value)
+            return None
+        if value is None:
+            return None
+        self._value_bytes = max(len(value), HEADER_BYTES)
+        return self._verified(value, key)
 
     def _delete(self, names: Sequence[bytes]) -> None:
         if names:

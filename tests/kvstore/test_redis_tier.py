@@ -124,6 +124,24 @@ def test_batches_of_every_size_are_whole_and_in_order(redis_server: RedisServer,
     tier.close()
 
 
+def test_a_reader_that_takes_what_it_asked_for_and_no_more(redis_server: RedisServer) -> None:
+    """As kvstore.store does: what is bad is dropped, and the connection is used again."""
+    fragments = make_fragments(5)
+    tier = RedisTier(redis_server.url, SECRET)
+    with redis_server.client() as client:
+        before = client.info("stats")["total_connections_received"]
+        for _ in range(3):
+            tier.put(fragments)
+            client.setrange(REDIS_PREFIX + fragments[4].key, 200, b"another byte or more")
+            found = tier.get(keys_of(fragments))
+            got = [next(found) for _ in fragments]
+            del found
+            assert got == [*(fragment.payload for fragment in fragments[:4]), Rejected("checksum")]
+            assert not client.exists(REDIS_PREFIX + fragments[4].key)
+        assert client.info("stats")["total_connections_received"] < before + 3  # the tier's own pings may need another
+    tier.close()
+
+
 def test_several_threads_share_a_tier(redis_server: RedisServer) -> None:
     """More puts at once than there are helpers."""
     tier = RedisTier(redis_server.url, SECRET)
