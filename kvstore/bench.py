@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -36,6 +37,7 @@ _NODE_START_S = 60.0
 _BENCHMARK_REQUESTS = 1000  # of redis-benchmark; with few it says that it took no time
 _BENCHMARK_CONNECTIONS = (1, 4, 50)  # 50 is its own default
 _REDIS_WARM_UP_RUNS = 4  # until a Redis of 256 MiB is full: later runs evict, as in service
+_REDIS_PAIRS = {"put": "set", "get": "get"}  # and what redis-benchmark calls it
 _REDIS_CHUNK_BYTES = 4 * 1024 * 1024  # of plain commands
 
 
@@ -233,38 +235,30 @@ def measure_redis(url: str, shape: BenchShape) -> HandOffFigures:
     Every value has a key of its own, redis-benchmark's have one together, which keeps them in the processor's caches.
     """
     payload = memoryview(os.urandom(shape.num_bytes))
-    seconds: dict[str, list[float]] = {f"redis_{name}": [] for name in ("benchmark_set", "benchmark_get", "put", "get")}
+    runs: list[dict[str, float]] = []
     tier = RedisTier(url, _SECRET, _REDIS_TTL_S)
     try:
         connections = _fastest_connections(url, shape)
-        for run in range(_REDIS_WARM_UP_RUNS + shape.num_runs):
+        for _ in range(_REDIS_WARM_UP_RUNS + shape.num_runs):
             fragments = _fragments(payload, shape)
             keys = [fragment.key for fragment in fragments]
-            took = [_benchmark_seconds(url, shape, "set", connections["set"])] if connections else [0.0]
-            took.append(_seconds(lambda fragments=fragments: _must_put(tier, fragments)))  # type: ignore[misc]
-            took += [_benchmark_seconds(url, shape, "get", connections["get"])] if connections else [0.0]
-            took.append(_seconds(lambda keys=keys: _must_get(tier, keys)))  # type: ignore[misc]
-            if run >= _REDIS_WARM_UP_RUNS:
-                for name, run_s in zip(("benchmark_set", "put", "benchmark_get", "get"), took, strict=True):
-                    seconds[f"redis_{name}"].append(run_s)
+            run: dict[str, float] = {}
+            for name, command in _REDIS_PAIRS.items():
+                if connections:
+                    run[f"benchmark_{command}"] = _benchmark_seconds(url, shape, command, connections[command])
+                put, get = partial(_must_put, tier, fragments), partial(_must_get, tier, keys)
+                run[name] = _seconds(put if name == "put" else get)
+            runs.append({**run, "hand_off": run["put"] + run["get"]})
     finally:
         tier.close()
-    both = [put_s + get_s for put_s, get_s in zip(seconds["redis_put"], seconds["redis_get"], strict=True)]
-    rows = [_row(name, shape, runs) for name, runs in seconds.items() if all(runs)]
-    rows.append(_row("redis_hand_off", shape, both))
-    return HandOffFigures(rows, _redis_shares(seconds) if connections else [])
-
-
-def _redis_shares(seconds: dict[str, list[float]]) -> list[ShareRow]:
-    pairs = {"put": "set", "get": "get"}
-    return [
-        ShareRow(
-            f"redis_{name}_share",
-            "redis-benchmark",
-            [a / b for a, b in zip(seconds[f"redis_benchmark_{command}"], seconds[f"redis_{name}"], strict=True)],
-        )
-        for name, command in pairs.items()
+    counted = runs[_REDIS_WARM_UP_RUNS:]
+    rows = [_row(f"redis_{name}", shape, [run[name] for run in counted]) for name in counted[0]]
+    shares = [
+        ShareRow(f"redis_{name}_share", "redis-benchmark", [run[f"benchmark_{command}"] / run[name] for run in counted])
+        for name, command in _REDIS_PAIRS.items()
+        if connections
     ]
+    return HandOffFigures(rows, shares)
 
 
 def _fastest_connections(url: str, shape: BenchShape) -> dict[str, int]:
@@ -272,7 +266,7 @@ def _fastest_connections(url: str, shape: BenchShape) -> dict[str, int]:
     if shutil.which("redis-benchmark") is None:
         return {}
     fastest: dict[str, int] = {}
-    for command in ("set", "get"):
+    for command in _REDIS_PAIRS.values():
         tried = {
             connections: statistics.median(_benchmark_seconds(url, shape, command, connections) for _ in range(3))
             for connections in _BENCHMARK_CONNECTIONS
