@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -27,13 +28,17 @@ from kvstore.host_tier import HostTier
 from kvstore.names import NAME_BYTES, fragment_key
 from kvstore.peer_tier import PEER_PLACE, PeerTier
 from kvstore.redis_client import connect
-from kvstore.redis_tier import CHUNK_BYTES, RedisTier
+from kvstore.redis_tier import RedisTier
 from kvstore.tiers import Fragment, Tier
 
 _REDIS_TTL_S = 60.0  # what a benchmark leaves in a Redis is gone a minute later
 _SECRET = "a benchmark's"
 _NODE_START_S = 60.0
 _BENCHMARK_REQUESTS = 1000  # of redis-benchmark; with few it says that it took no time
+_BENCHMARK_CONNECTIONS = (1, 4, 50)  # 50 is its own default
+_REDIS_WARM_UP_RUNS = 4  # until a Redis of 256 MiB is full: later runs evict, as in service
+_REDIS_PAIRS = {"put": "set", "get": "get"}  # and what redis-benchmark calls it
+_REDIS_CHUNK_BYTES = 4 * 1024 * 1024  # of plain commands
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +71,30 @@ class BenchShape:
         return self.fragment_bytes * self.num_fragments
 
 
+@dataclass(frozen=True, slots=True)
+class ShareRow:
+    """How much of another's rate was reached, in each of the runs that were made in turn with the other's."""
+
+    name: str
+    """redis_put_share, redis_get_share."""
+    of: str
+    """The other."""
+    runs: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class HandOffFigures:
+    """What measure_hand_off() measures."""
+
+    rows: Sequence[BandwidthRow]
+    shares: Sequence[ShareRow]
+
+
 class BenchFailed(Exception):
     """A fragment was lost or refused, so the figures would not be those of a hand-off."""
 
 
-def measure_hand_off(arena_dir: str, redis_url: str, shape: BenchShape) -> list[BandwidthRow]:
+def measure_hand_off(arena_dir: str, redis_url: str, shape: BenchShape) -> HandOffFigures:
     """All rows: memcpy, loopback TCP, the host and peer tiers of a node process started for this; the same between two
     network namespaces where this process may make them; and, if there is a URL, Redis by its own benchmark, by plain
     commands and as a tier."""
@@ -83,10 +107,9 @@ def measure_hand_off(arena_dir: str, redis_url: str, shape: BenchShape) -> list[
             rows.append(measure_tcp(shape, other))
             rows.append(measure_peer(host_address, shape, other))
     if redis_url:
-        rows += measure_redis_benchmark(redis_url, shape)
-        rows += measure_redis_commands(redis_url, shape)
-        rows += _measure_and_close(RedisTier(redis_url, _SECRET, _REDIS_TTL_S), shape)
-    return rows
+        figures = measure_redis(redis_url, shape)
+        return HandOffFigures([*rows, *measure_redis_commands(redis_url, shape), *figures.rows], figures.shares)
+    return HandOffFigures(rows, [])
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,33 +229,70 @@ def measure_peer(host_address: str, shape: BenchShape, other: OtherHost = HERE) 
     return _row(name, shape, gets[1:])  # the first one connects
 
 
-def measure_redis_benchmark(url: str, shape: BenchShape) -> list[BandwidthRow]:
-    """What redis-benchmark reaches with values of a fragment's size, over one connection or four, whichever is more."""
-    program = shutil.which("redis-benchmark")
-    if program is None:
-        return []
-    address = urlsplit(url)
-    runs: dict[str, dict[int, list[float]]] = {"set": {1: [], 4: []}, "get": {1: [], 4: []}}
-    for _ in range(shape.num_runs):
-        for connections in (1, 4):
-            command = [program, "-h", str(address.hostname), "-p", str(address.port), "-t", "set,get", "--csv"]
-            command += ["-d", str(shape.fragment_bytes), "-n", str(_BENCHMARK_REQUESTS), "-c", str(connections)]
-            said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-            for row in csv.reader(said.splitlines()):
-                if row[0].lower() in runs:
-                    runs[row[0].lower()][connections].append(shape.num_fragments / float(row[1]))
-    return [
-        _row(f"redis_benchmark_{name}", shape, min(by_connections.values(), key=statistics.median))
-        for name, by_connections in runs.items()
+def measure_redis(url: str, shape: BenchShape) -> HandOffFigures:
+    """A tier in the Redis and, where there is one, redis-benchmark: in turn, so that both see the same minutes.
+
+    Every value has a key of its own, redis-benchmark's have one together, which keeps them in the processor's caches.
+    """
+    payload = memoryview(os.urandom(shape.num_bytes))
+    runs: list[dict[str, float]] = []
+    tier = RedisTier(url, _SECRET, _REDIS_TTL_S)
+    try:
+        connections = _fastest_connections(url, shape)
+        for _ in range(_REDIS_WARM_UP_RUNS + shape.num_runs):
+            fragments = _fragments(payload, shape)
+            keys = [fragment.key for fragment in fragments]
+            run: dict[str, float] = {}
+            for name, command in _REDIS_PAIRS.items():
+                if connections:
+                    run[f"benchmark_{command}"] = _benchmark_seconds(url, shape, command, connections[command])
+                put, get = partial(_must_put, tier, fragments), partial(_must_get, tier, keys)
+                run[name] = _seconds(put if name == "put" else get)
+            runs.append({**run, "hand_off": run["put"] + run["get"]})
+    finally:
+        tier.close()
+    counted = runs[_REDIS_WARM_UP_RUNS:]
+    rows = [_row(f"redis_{name}", shape, [run[name] for run in counted]) for name in counted[0]]
+    shares = [
+        ShareRow(f"redis_{name}_share", "redis-benchmark", [run[f"benchmark_{command}"] / run[name] for run in counted])
+        for name, command in _REDIS_PAIRS.items()
+        if connections
     ]
+    return HandOffFigures(rows, shares)
+
+
+def _fastest_connections(url: str, shape: BenchShape) -> dict[str, int]:
+    """How many of redis-benchmark's connections are fastest on this machine, by command; empty: it is not there."""
+    if shutil.which("redis-benchmark") is None:
+        return {}
+    fastest: dict[str, int] = {}
+    for command in _REDIS_PAIRS.values():
+        tried = {
+            connections: statistics.median(_benchmark_seconds(url, shape, command, connections) for _ in range(3))
+            for connections in _BENCHMARK_CONNECTIONS
+        }
+        fastest[command] = min(tried, key=lambda connections: tried[connections])
+    return fastest
+
+
+def _benchmark_seconds(url: str, shape: BenchShape, command: str, connections: int) -> float:
+    """What a batch takes at the rate that redis-benchmark reaches with values of a fragment's size."""
+    address = urlsplit(url)
+    line = ["redis-benchmark", "-h", str(address.hostname), "-p", str(address.port), "-t", command, "--csv"]
+    line += ["-d", str(shape.fragment_bytes), "-n", str(_BENCHMARK_REQUESTS), "-c", str(connections)]
+    said = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True).stdout
+    for row in csv.reader(said.splitlines()):
+        if row[0].lower() == command:
+            return shape.num_fragments / float(row[1])
+    raise BenchFailed(f"redis-benchmark said nothing of {command}")
 
 
 def measure_redis_commands(url: str, shape: BenchShape) -> list[BandwidthRow]:
-    """SET and MGET of values of a fragment's size, as many in flight as the tier has, nothing made or verified."""
+    """SET and MGET of values of a fragment's size by a client library, nothing made or verified."""
     client = connect(url)
     prefix, value = f"bench:{os.urandom(8).hex()}:", os.urandom(shape.fragment_bytes)
     keys = [f"{prefix}{i}" for i in range(shape.num_fragments)]
-    size = max(1, CHUNK_BYTES // shape.fragment_bytes)
+    size = max(1, _REDIS_CHUNK_BYTES // shape.fragment_bytes)
     chunks = [keys[i : i + size] for i in range(0, len(keys), size)]
 
     def put() -> None:

@@ -2,13 +2,21 @@
 
 A value is a whole sealed fragment (header and payload, see kvstore.sealing, or that compressed) and a tag that only who
 knows the cluster's secret can make (kvstore.authenticity), under a key with the format's version and the secret's id.
-Redis forgets it when nobody wrote it for `ttl_s`. Redis works on one value while the next is made or verified. Knows
-nothing of leases and the directory, which live in a Redis that must not evict.
+Redis forgets it when nobody wrote it for `ttl_s`. Redis works on one value while the next is made or verified.
+
+A get verifies the tag alone. It covers header, checksum and payload, and is made right after the checksum, of the same
+private buffer: a value whose tag fits is, bit for bit, what a writer with the secret hashed, and hashing it again would
+tell nothing more. The checksum is looked at where a tag does not fit, to tell a fault from a forgery.
+
+Knows nothing of leases and the directory, which live in a Redis that must not evict.
 """
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import repeat
 
 from kvstore.authenticity import TAG_BYTES, FragmentAuthenticator
@@ -21,18 +29,20 @@ from kvstore.compression import (
     is_compressed,
     unseal_stored,
 )
-from kvstore.redis_bulk import ValueBuffers, get_each, get_values, set_values
+from kvstore.redis_bulk import ValueBuffers, get_values, set_values
 from kvstore.redis_client import REDIS_ERRORS, address_of, connect, redirection
-from kvstore.sealing import HEADER_BYTES, seal_into
+from kvstore.sealing import HEADER_BYTES, payload_bytes_at, seal_into
 from kvstore.tiers import Fragment, Rejected
 
 _LOG = logging.getLogger(__name__)
 
 KEY_PREFIX = b"switchyard:kv2:"
 
-CHUNK_BYTES = 4 * 1024 * 1024
 _MAX_CHUNK_KEYS = 1024
 _FIRST_GUESS_BYTES = 256 * 1024
+_NUM_WRITERS = 2  # of one put: more than two gained nothing
+_LEAST_VALUES = 4  # of one of them
+_MOST_HELPERS = 4  # of puts that run at once
 
 
 def key_prefix_of(secret: str) -> bytes:
@@ -64,6 +74,8 @@ class RedisTier:
         self._compresses = check_compression(compression)
         self._value_bytes = _FIRST_GUESS_BYTES  # of the value seen last: how many keys make a chunk
         self._buffers = ValueBuffers(page_at=HEADER_BYTES)
+        self._num_writers = 1 if is_cluster_node else _NUM_WRITERS  # a cluster's nodes have a thread each
+        self._threads = ThreadPoolExecutor(_MOST_HELPERS, "kv-redis-put")
         self._has_warned_of_refusal = False
         name = f"redis tier at {address_of(self._client)}"
         self._availability = Availability(name, self._ping, self._ping, REDIS_ERRORS)
@@ -100,6 +112,7 @@ class RedisTier:
     def close(self) -> None:
         """As in Tier."""
         self._availability.close()  # a redis client must not be closed under a call in progress
+        self._threads.shutdown()
         self._client.close()
 
     def _ping(self) -> None:
@@ -127,8 +140,37 @@ class RedisTier:
         return missing
 
     def _write(self, fragments: Sequence[Fragment], missing: Sequence[int], stored: list[bool]) -> None:
-        entries = ((self.key_prefix + fragments[i].key, self._value(fragments[i])) for i in missing)
-        for i, reply in zip(missing, set_values(self._client, entries, self._ttl_ms), strict=True):
+        """In this thread, and in another one over a connection of its own: while a value waits for Redis in one, the
+        next is made in the other. Each takes what is next, until nothing is left."""
+        left = deque(missing)
+        helpers = [
+            self._threads.submit(self._write_what_is_left, fragments, left, stored)
+            for _ in range(min(self._num_writers, len(missing) // _LEAST_VALUES) - 1)
+        ]
+        try:
+            self._write_what_is_left(fragments, left, stored)
+        finally:  # the fragments' bytes are the caller's when this returns
+            failed = [helper.exception() for helper in helpers if not helper.cancel()]
+        for error in failed:
+            if error is not None:
+                raise error
+
+    def _write_what_is_left(self, fragments: Sequence[Fragment], left: deque[int], stored: list[bool]) -> None:
+        taken: list[int] = []
+
+        def entries() -> Iterator[tuple[bytes, memoryview]]:
+            with suppress(IndexError):  # another thread took the last one
+                while True:
+                    taken.append(left.popleft())
+                    fragment = fragments[taken[-1]]
+                    yield self.key_prefix + fragment.key, self._value(fragment)
+
+        try:
+            replies = set_values(self._client, entries(), self._ttl_ms)
+        except BaseException:
+            left.clear()  # the others need not go on
+            raise
+        for i, reply in zip(taken, replies, strict=True):
             stored[i] = reply is True
             if isinstance(reply, Exception):
                 self._refused(reply)
@@ -147,29 +189,33 @@ class RedisTier:
         return value
 
     def _read(self, keys: Sequence[bytes]) -> Iterator[memoryview | Rejected | None]:
-        chunk_keys = min(_MAX_CHUNK_KEYS, max(1, CHUNK_BYTES // self._value_bytes))
         names = [self.key_prefix + key for key in keys]
         bad: list[bytes] = []
-        num_read = 0
-        get = get_each if self._is_cluster_node else get_values
+        num_given = 0
         try:
-            for value in get(self._client, names, chunk_keys, self._buffers):
-                payload: memoryview | Rejected | None = None
-                if isinstance(value, Exception):
-                    self._refused(value)
-                elif value is not None:
-                    self._value_bytes = max(len(value), HEADER_BYTES)
-                    payload = self._verified(value, keys[num_read])
-                    if isinstance(payload, Rejected):
-                        bad.append(names[num_read])
-                num_read += 1
-                del value  # or its buffer would be in use while the next one is read
+            values = get_values(self._client, names, self._buffers, self._value_bytes)
+            for name, key in zip(names, keys, strict=True):
+                payload = self._checked(next(values), key)
+                if isinstance(payload, Rejected):
+                    bad.append(name)
+                if num_given + 1 == len(keys):  # nobody has to ask for more than there is
+                    next(values, None)
+                    self._delete(bad)
+                num_given += 1
                 yield payload
-                del payload
-            self._delete(bad)
+                del payload  # or its buffer would be in use while the next one is read
         except REDIS_ERRORS as error:
             self._availability.lost(error)
-        yield from repeat(None, len(keys) - num_read)
+        yield from repeat(None, len(keys) - num_given)
+
+    def _checked(self, value: memoryview | Exception | None, key: bytes) -> memoryview | Rejected | None:
+        if isinstance(value, Exception):
+            self._refused(value)
+            return None
+        if value is None:
+            return None
+        self._value_bytes = max(len(value), HEADER_BYTES)
+        return self._verified(value, key)
 
     def _delete(self, names: Sequence[bytes]) -> None:
         if names:
@@ -182,15 +228,16 @@ class RedisTier:
         if len(value) < TAG_BYTES:
             return Rejected("truncated")
         fragment, tag = value[:-TAG_BYTES], value[-TAG_BYTES:]
-        payload = unseal_stored(fragment, key, 0)  # first: it tells one fault from another
-        if isinstance(payload, Rejected):
-            return payload
         if not self._authenticator.is_genuine(fragment, tag):
-            return Rejected("forged")
-        if not is_compressed(fragment):
-            return payload
-        sealed = decompress(fragment, key, LARGEST_PAYLOAD_BYTES)
-        return sealed if isinstance(sealed, Rejected) else sealed[HEADER_BYTES:]
+            fault = unseal_stored(fragment, key, 0)  # tells one fault from another
+            return fault if isinstance(fault, Rejected) else Rejected("forged")
+        if is_compressed(fragment):  # what comes out has a checksum of its own
+            sealed = decompress(fragment, key, LARGEST_PAYLOAD_BYTES)
+            return sealed if isinstance(sealed, Rejected) else sealed[HEADER_BYTES:]
+        payload_bytes = payload_bytes_at(fragment, 0, key, 0) if len(fragment) >= HEADER_BYTES else -1
+        if isinstance(payload_bytes, Rejected):
+            return payload_bytes
+        return fragment[HEADER_BYTES:] if payload_bytes == len(fragment) - HEADER_BYTES else Rejected("truncated")
 
     def _refused(self, reply: Exception) -> None:
         """Redis answers but does not take fragments, for example because its memory is full and it may not evict."""

@@ -143,14 +143,15 @@ def bench_handoff() -> list[Measurement]:
     """KV fragments from worker to worker, every check on, beside memcpy and a loopback socket."""
     shape = handoff.BenchShape()
     with _redis() as url:
-        rows = handoff.measure_hand_off("/dev/shm", url, shape)
+        figures = handoff.measure_hand_off("/dev/shm", url, shape)
+    rows = figures.rows
     named = {row.name: row.median_gb_per_s for row in rows}
     limits: dict[str, float] = {
         name: named[name]
         for name in ("memcpy", "loopback_tcp", "two_hosts_tcp", "redis_benchmark_set", "redis_benchmark_get")
         if name in named
     }
-    return measure_paged_hand_off("/dev/shm") + [
+    measured = [
         Measurement(
             f"handoff.{row.name}",
             "GB/s",
@@ -160,6 +161,11 @@ def bench_handoff() -> list[Measurement]:
         )
         for row in rows
     ]
+    setting: dict[str, object] = {"fragment_bytes": shape.fragment_bytes}
+    shares = [
+        Measurement(f"handoff.{share.name}", f"of {share.of}", list(share.runs), setting) for share in figures.shares
+    ]
+    return [*measure_paged_hand_off("/dev/shm"), *measured, *shares]
 
 
 @contextmanager
@@ -173,6 +179,7 @@ def _redis() -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     command = [executable, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+    command += ["--maxmemory", "256mb", "--maxmemory-policy", "volatile-ttl"]  # soon full, and evicting, as in service
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         for _ in range(200):

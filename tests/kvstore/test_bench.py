@@ -22,19 +22,31 @@ def check(row: BandwidthRow) -> None:
 def test_all_rows(tmp_path: Path, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", python_environment()["PYTHONPATH"])
     monkeypatch.chdir(REPOSITORY)
-    rows = measure_hand_off(str(tmp_path), redis_server.url, SHAPE)
+    figures = measure_hand_off(str(tmp_path), redis_server.url, SHAPE)
+    rows = figures.rows
     assert [row.name for row in rows] == [
         "memcpy",
         "loopback_tcp",
         *("host_put", "host_get", "host_hand_off"),
         "peer_get",
         *(("two_hosts_tcp", "two_hosts_peer_get") if can_make_hosts() else ()),
-        *(("redis_benchmark_set", "redis_benchmark_get") if shutil.which("redis-benchmark") else ()),
         *("redis_set", "redis_mget"),
-        *("redis_put", "redis_get", "redis_hand_off"),
+        *(("redis_benchmark_set",) if shutil.which("redis-benchmark") else ()),
+        "redis_put",
+        *(("redis_benchmark_get",) if shutil.which("redis-benchmark") else ()),
+        *("redis_get", "redis_hand_off"),
     ]
     for row in rows:
         check(row)
+    named = {row.name: row for row in rows}
+    if shutil.which("redis-benchmark"):
+        assert [share.name for share in figures.shares] == ["redis_put_share", "redis_get_share"]
+        for share, command in zip(figures.shares, ("set", "get"), strict=True):
+            mine, other = named[share.name.removesuffix("_share")], named[f"redis_benchmark_{command}"]
+            assert len(share.runs) == 3
+            # Each is of one pair of runs, so none is outside of what the slowest and the fastest of both would give.
+            assert 0.999 * mine.worst_gb_per_s / other.best_gb_per_s <= min(share.runs)
+            assert max(share.runs) <= 1.001 * mine.best_gb_per_s / other.worst_gb_per_s
     assert os.listdir(tmp_path) == []  # the node process is gone and took its arena along
 
 

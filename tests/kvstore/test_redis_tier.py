@@ -1,11 +1,23 @@
 """What is particular to the Redis tier: time to live, a server that refuses, goes away, and comes back."""
 
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address
+from pathlib import Path
+
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from kvstore.authenticity import TAG_BYTES, FragmentAuthenticator
 from kvstore.compression import compress
 from kvstore.config import KVStoreConfig
-from kvstore.redis_client import connect
+from kvstore.redis_bulk import ValueBuffers, get_values, set_values
+from kvstore.redis_client import REDIS_ERRORS, connect
 from kvstore.redis_tier import RedisTier
 from kvstore.sealing import HEADER_BYTES, seal
 from kvstore.tiers import Rejected
@@ -17,7 +29,7 @@ from tests.kvstore.fragments import (
     make_fragments,
     sealed_copy,
 )
-from tests.processes import RedisServer, free_port, wait_until
+from tests.processes import RedisServer, free_port, redis_executable, wait_until
 
 pytestmark = pytest.mark.redis
 
@@ -85,6 +97,128 @@ def test_a_bomb_of_somebody_without_the_secret_is_never_opened(redis_server: Red
         client.set(REDIS_PREFIX + fragment.key, bytes(bomb) + FragmentAuthenticator(SECRET).tag(bomb))
         assert list(tier.get([fragment.key])) == [fragment.payload]
     tier.close()
+
+
+def test_a_refused_key_costs_that_key_alone(redis_server: RedisServer) -> None:
+    """Somebody has put another kind of value there."""
+    fragments = make_fragments(3)
+    tier = RedisTier(redis_server.url, SECRET)
+    tier.put([fragments[0], fragments[2]])
+    with redis_server.client() as client:
+        client.lpush(REDIS_PREFIX + fragments[1].key, "a list")
+    assert list(tier.get(keys_of(fragments))) == [fragments[0].payload, None, fragments[2].payload]
+    assert tier.is_up
+    tier.close()
+
+
+@pytest.mark.parametrize("payload_bytes", [1, 1000, 70_000, 2_000_000])
+def test_batches_of_every_size_are_whole_and_in_order(redis_server: RedisServer, payload_bytes: int) -> None:
+    """Fewer than one writer's part and more than a window; some are there, some are not."""
+    tier = RedisTier(redis_server.url, SECRET)
+    for count in (1, 3, 4, 9, 33):
+        fragments, absent = make_fragments(count, payload_bytes), make_fragments(count)
+        assert tier.put(fragments[::2]) == [True] * len(fragments[::2])
+        assert tier.put(fragments) == [True] * count
+        keys = [key for pair in zip(keys_of(fragments), keys_of(absent), strict=True) for key in pair]
+        assert list(tier.get(keys)) == [item for fragment in fragments for item in (fragment.payload, None)]
+    tier.close()
+
+
+def test_a_reader_that_takes_what_it_asked_for_and_no_more(redis_server: RedisServer) -> None:
+    """As kvstore.store does: what is bad is dropped, and the connection is used again."""
+    fragments = make_fragments(5)
+    tier = RedisTier(redis_server.url, SECRET)
+    with redis_server.client() as client:
+        before = client.info("stats")["total_connections_received"]
+        for _ in range(3):
+            tier.put(fragments)
+            client.setrange(REDIS_PREFIX + fragments[4].key, 200, b"another byte or more")
+            found = tier.get(keys_of(fragments))
+            got = [next(found) for _ in fragments]
+            del found
+            assert got == [*(fragment.payload for fragment in fragments[:4]), Rejected("checksum")]
+            assert not client.exists(REDIS_PREFIX + fragments[4].key)
+        assert client.info("stats")["total_connections_received"] < before + 3  # the tier's own pings may need another
+    tier.close()
+
+
+def test_several_threads_share_a_tier(redis_server: RedisServer) -> None:
+    """More puts at once than there are helpers."""
+    tier = RedisTier(redis_server.url, SECRET)
+    batches = [make_fragments(12, 100_000) for _ in range(8)]
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(tier.put, batches)) == [[True] * 12] * 8
+        got = list(threads.map(lambda batch: list(tier.get(keys_of(batch))), batches))
+    assert got == [[fragment.payload for fragment in batch] for batch in batches]
+    tier.close()
+
+
+def test_a_redis_that_hangs_is_given_up(redis_server: RedisServer) -> None:
+    """In the middle of values that no socket takes whole, and before an answer; the kernel keeps the time."""
+    values = [memoryview(bytes(8_000_000))] * 4
+    with connect(f"{redis_server.url}?socket_timeout=0.2") as client, redis_server.client() as other:
+        for ask in (
+            lambda: set_values(client, ((b"%d" % i, value) for i, value in enumerate(values)), 60_000),
+            lambda: list(get_values(client, [b"0", b"1"], ValueBuffers(), 8_000_000)),
+        ):
+            assert ask()  # and so there is a connection
+            other.client_pause(1000)
+            with pytest.raises(REDIS_ERRORS):
+                ask()
+            other.ping()  # when the pause is over
+            assert ask()
+
+
+def test_over_tls(tmp_path: Path) -> None:
+    executable = redis_executable()
+    if executable is None:
+        pytest.skip("no redis-server")
+    port, files = free_port(), make_certificate(tmp_path)
+    command = [executable, "--port", "0", "--tls-port", str(port), "--bind", "127.0.0.1", "--save", ""]
+    command += ["--tls-cert-file", files.certificate, "--tls-key-file", files.key, "--tls-auth-clients", "no"]
+    process = subprocess.Popen([*command, "--tls-ca-cert-file", files.certificate], stdout=subprocess.DEVNULL)
+    tier = RedisTier(f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={files.certificate}", SECRET)
+    try:
+        wait_until(lambda: tier.is_up or process.poll() is not None, "the tier is up")
+        if process.poll() is not None:
+            pytest.skip("this redis-server was made without TLS")
+        fragments = make_fragments(9, 300_000)
+        assert tier.put(fragments) == [True] * 9
+        assert list(tier.get(keys_of(fragments))) == [fragment.payload for fragment in fragments]
+    finally:
+        tier.close()
+        process.kill()
+        process.wait()
+
+
+@dataclass(frozen=True)
+class CertificateFiles:
+    """Of a server at 127.0.0.1 that vouches for itself."""
+
+    certificate: str
+    key: str
+
+
+def make_certificate(folder: Path) -> CertificateFiles:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "redis of the tests")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    (folder / "certificate.pem").write_bytes(certificate.public_bytes(pem))
+    plain = serialization.NoEncryption()
+    (folder / "key.pem").write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
+    return CertificateFiles(str(folder / "certificate.pem"), str(folder / "key.pem"))
 
 
 def test_putting_again_renews_the_time_to_live(redis_server: RedisServer) -> None:
