@@ -77,7 +77,9 @@ class DirectWorker:
 
     def next_token(self, name: str) -> TimedToken:
         """The request's next token. Raises RuntimeError when it ends without one."""
-        token = self._tokens[name].get()
+        tokens = self._tokens[name]
+        # Whoever began to wait after the connection broke is told of it by nobody.
+        token = None if self._is_over and tokens.empty() else tokens.get()
         if token is None:
             why = self._finished[name].error if name in self._finished else "the worker closed the connection"
             raise RuntimeError(f"the worker sent no token: {why}")
