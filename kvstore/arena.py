@@ -21,7 +21,7 @@ from kvstore.sealing import (
     generation_at,
     payload_bytes_at,
     reseal,
-    reserve,
+    reserve_at,
     seal_into,
     unseal,
     unseal_into,
@@ -68,8 +68,7 @@ class Arena:
 
     def reserve(self, slot: int, generation: int) -> None:
         """Invalidates the slot's content for whoever still has its older generation."""
-        offset = self._offset(slot)
-        self._view[offset : offset + HEADER_BYTES] = reserve(generation)
+        reserve_at(self._view, self._offset(slot), generation)
 
     def write(self, slot: int, fragment: Fragment, generation: int) -> None:
         """Fills a reserved slot."""

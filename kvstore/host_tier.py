@@ -7,10 +7,12 @@ it is back the new arena is mapped. Knows nothing of other hosts, nor of who evi
 
 import logging
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from switchyard.v1 import kvnode_pb2, kvnode_pb2_grpc
 
@@ -19,6 +21,7 @@ from kvstore.availability import Availability
 from kvstore.channels import NODE_ERRORS, call, dial, probe
 from kvstore.copying import Bytes
 from kvstore.names import FRAGMENT_KEY_BYTES
+from kvstore.quick_calls import CallInProgress
 from kvstore.slot_calls import SlotCalls
 from kvstore.slot_table import SEALED_ALREADY
 from kvstore.tiers import Fragment, Rejected
@@ -27,11 +30,24 @@ _LOG = logging.getLogger(__name__)
 
 _ERRORS: tuple[type[Exception], ...] = (*NODE_ERRORS, OSError, ArenaMismatch)
 
+_MAX_PREPARED = 8  # puts
+_PREPARED_S = 10.0  # a third of a reservation's time; a step that takes longer reserves when it is through
+
 _Result = TypeVar("_Result")
 
 
 class _ArenaReplaced(Exception):
     """The node answered for another arena than the one that is mapped."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Prepared:
+    """Slots that the node was asked for before they are written to."""
+
+    arena: Arena
+    keys: Sequence[bytes]
+    call: CallInProgress
+    since_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +74,8 @@ class HostTier:
         self._node_id = ""
         self._peer_address = ""
         self._has_warned_of_size = False
+        self._prepared: deque[_Prepared] = deque()
+        self._prepared_lock = threading.Lock()
         name = f"host tier at {node_address}"
         self._availability = Availability(name, self._attach, lambda: self._attach(probe), _ERRORS)
 
@@ -94,6 +112,23 @@ class HostTier:
         found = self._on_arena(lambda arena: self._look_up(arena, keys)) if keys else None
         return [False] * len(keys) if found is None else [slot >= 0 for slot in found.slots]
 
+    def prepare(self, keys: Sequence[bytes]) -> None:
+        """As in NearTier: the node makes room meanwhile."""
+        _check_keys(keys)
+        arena = self._arena
+        if not keys or arena is None or not self._availability.is_up or self._has_warned_of_size:
+            return
+        try:
+            call = self._calls.begin_reserve(kvnode_pb2.ReserveRequest(keys=keys))
+        except _ERRORS as error:
+            self._availability.lost(error)
+            return
+        with self._prepared_lock:
+            self._prepared.append(_Prepared(arena, keys, call, time.monotonic()))
+            unused = self._prepared.popleft() if len(self._prepared) > _MAX_PREPARED else None
+        if unused is not None:
+            unused.call.give_up()  # its slots are free again when their reservations expire
+
     def put(self, fragments: Sequence[Fragment]) -> list[bool]:
         """As in Tier. A fragment larger than a slot is not kept."""
         _check_keys([fragment.key for fragment in fragments])
@@ -116,6 +151,10 @@ class HostTier:
         """As in Tier."""
         self._availability.close(self._channel.close)
         self._calls.close()
+        with self._prepared_lock:
+            for prepared in self._prepared:
+                prepared.call.give_up()
+            self._prepared.clear()
         self._arena = None
 
     def _on_arena(self, action: Callable[[Arena], _Result]) -> _Result | None:
@@ -151,8 +190,7 @@ class HostTier:
         wanted = [i for i, fragment in enumerate(fragments) if fragment.num_bytes <= arena.slot_bytes]
         if len(wanted) < len(fragments):
             self._warn_of_size(arena)
-        reserve = kvnode_pb2.ReserveRequest(keys=[fragments[i].key for i in wanted])
-        reply = self._calls.reserve(reserve)
+        reply = self._reserve(arena, [fragments[i].key for i in wanted])
         if not arena.is_current():
             raise _ArenaReplaced
         written: list[int] = []
@@ -171,6 +209,19 @@ class HostTier:
             for i in written:
                 stored[i] = is_sealed[fragments[i].key]
         return stored
+
+    def _reserve(self, arena: Arena, keys: Sequence[bytes]) -> kvnode_pb2.ReserveResponse:
+        """What was prepared for these fragments, or what the node says now."""
+        with self._prepared_lock:
+            prepared = next((entry for entry in self._prepared if entry.keys == keys), None)
+            if prepared is not None:
+                self._prepared.remove(prepared)
+        if prepared is not None:
+            # A reservation that may have expired is no place to write to.
+            if prepared.arena is arena and time.monotonic() - prepared.since_s < _PREPARED_S:
+                return cast("kvnode_pb2.ReserveResponse", prepared.call.answer())
+            prepared.call.give_up()
+        return self._calls.reserve(kvnode_pb2.ReserveRequest(keys=keys))
 
     def _seal(self, request: kvnode_pb2.SealRequest) -> dict[bytes, bool]:
         reply = self._calls.seal(request)

@@ -56,21 +56,18 @@ class QuickCalls:
 
     def call(self, kind: int, request: Message, parse: Callable[[bytes], Any]) -> Any:
         """One call; never made twice. Raises OSError when the other end is away, too slow or refuses."""
+        return self.begin(kind, request, parse).answer()
+
+    def begin(self, kind: int, request: Message, parse: Callable[[bytes], Any]) -> "CallInProgress":
+        """The same, for a caller that has something to do meanwhile. Raises OSError when the other end is away."""
         connection = self._take()
         try:
             message = request.SerializeToString()
             connection.sendall(_HEAD.pack(kind, len(message)) + message)
-            status, answer = _receive(connection)
         except BaseException:
             connection.close()
             raise
-        self._give_back(connection)
-        if status != _GOOD:
-            raise CallRefused(answer.decode(errors="replace"))
-        try:
-            return parse(answer)
-        except Exception as error:
-            raise OSError(f"not an answer: {error}") from error
+        return CallInProgress(connection, self._give_back, parse)
 
     def close(self) -> None:
         """Calls fail from then on."""
@@ -99,6 +96,36 @@ class QuickCalls:
                 self._idle.append(connection)
                 return
         connection.close()
+
+
+class CallInProgress:
+    """A call that was sent. Its answer is to be taken once, or given up."""
+
+    def __init__(
+        self, connection: socket.socket, give_back: Callable[[socket.socket], None], parse: Callable[[bytes], Any]
+    ) -> None:
+        self._connection = connection
+        self._give_back = give_back
+        self._parse = parse
+
+    def answer(self) -> Any:
+        """Waits for it. Raises OSError as QuickCalls.call."""
+        try:
+            status, answer = _receive(self._connection)
+        except BaseException:
+            self._connection.close()
+            raise
+        self._give_back(self._connection)
+        if status != _GOOD:
+            raise CallRefused(answer.decode(errors="replace"))
+        try:
+            return self._parse(answer)
+        except Exception as error:
+            raise OSError(f"not an answer: {error}") from error
+
+    def give_up(self) -> None:
+        """Nobody wants the answer; what was asked for may be done all the same."""
+        self._connection.close()
 
 
 class CallServer:

@@ -26,6 +26,7 @@ SEALED = b"SYfrag1\0"
 RESERVED = b"SYopen1\0"
 
 _HEADER = struct.Struct("<8sQQQ10s22s")
+_RESERVED_HEADER = struct.Struct("<8sQ48x")
 _GENERATION = struct.Struct("<Q")
 _KEY_OFFSET = HEADER_BYTES - FRAGMENT_KEY_BYTES
 _ZEROS = bytes(10)
@@ -55,9 +56,9 @@ def key_of(sealed: memoryview) -> bytes:
     return bytes(sealed[_KEY_OFFSET:HEADER_BYTES])
 
 
-def reserve(generation: int) -> bytes:
-    """The header of a slot that is being written: it holds nothing."""
-    return _HEADER.pack(RESERVED, generation, 0, 0, _ZEROS, bytes(FRAGMENT_KEY_BYTES))
+def reserve_at(buffer: memoryview, offset: int, generation: int) -> None:
+    """Writes the header of a slot that is being filled: it holds nothing."""
+    _RESERVED_HEADER.pack_into(buffer, offset, RESERVED, generation)
 
 
 def generation_at(buffer: memoryview, offset: int) -> int:

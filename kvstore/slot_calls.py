@@ -8,7 +8,7 @@ from typing import Any, NoReturn, TypeAlias
 from google.protobuf.message import DecodeError
 from switchyard.v1 import kvnode_pb2
 
-from kvstore.quick_calls import CallServer, Handler, Message, QuickCalls
+from kvstore.quick_calls import CallInProgress, CallServer, Handler, Message, QuickCalls
 
 _KINDS: dict[str, tuple[int, Any, Any]] = {  # number, request, answer
     "Reserve": (1, kvnode_pb2.ReserveRequest, kvnode_pb2.ReserveResponse),
@@ -30,6 +30,11 @@ class SlotCalls:
     def reserve(self, request: kvnode_pb2.ReserveRequest) -> kvnode_pb2.ReserveResponse:
         """As in kvnode.proto."""
         return self._call("Reserve", request)  # type: ignore[no-any-return]
+
+    def begin_reserve(self, request: kvnode_pb2.ReserveRequest) -> CallInProgress:
+        """reserve(), for a caller that has something to do meanwhile."""
+        kind, _, response = _KINDS["Reserve"]
+        return self._calls.begin(kind, request, response.FromString)
 
     def seal(self, request: kvnode_pb2.SealRequest) -> kvnode_pb2.SealResponse:
         """As in kvnode.proto."""

@@ -34,11 +34,17 @@ class FragmentStore:
     def __init__(self, tiers: Sequence[Tier]) -> None:
         self._tiers = tuple(tiers)
         # Once: to ask a protocol costs as much as copying a fragment.
+        self._near_tiers = [tier for tier in tiers if isinstance(tier, NearTier)]
         self._get_into = [tier.get_into if isinstance(tier, NearTier) else partial(_get_into, tier) for tier in tiers]
         self._lock = threading.Lock()
         self._pulled_bytes: Counter[str] = Counter()
         self._published_bytes: Counter[str] = Counter()
         self._rejected: Counter[str] = Counter()
+
+    def prepare(self, keys: Sequence[bytes]) -> None:
+        """As NearTier.prepare."""
+        for tier in self._near_tiers:
+            tier.prepare(keys)
 
     def put(self, fragments: Sequence[Fragment]) -> list[bool]:
         """Writes every fragment to every tier. True where at least one tier has it."""

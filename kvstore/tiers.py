@@ -68,6 +68,9 @@ class Tier(Protocol):
 class NearTier(Tier, Protocol):
     """A tier whose fragments lie in this host's memory: they are verified on the way to where they are wanted."""
 
+    def prepare(self, keys: Sequence[bytes]) -> None:
+        """A put of these fragments, in this order, will follow: has done meanwhile what it would wait for."""
+
     def get_into(self, keys: Sequence[bytes], rooms: Sequence[Bytes]) -> Iterable[bool | Rejected]:
         """As get(), with the payloads brought into the caller's own writable buffers: True for each one that came.
 

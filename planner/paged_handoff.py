@@ -7,6 +7,7 @@ is timed before each run, so that both have seen the same machine.
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import statistics
@@ -27,6 +28,8 @@ from planner.rows import Measurement
 from workers.kv_transfer import FragmentGrid, KVTransfer
 from workers.step import BlockTransfer
 
+_STEP_S = 0.01  # less than any step of a prefill
+
 
 @dataclass(frozen=True, slots=True)
 class CacheShape:
@@ -36,9 +39,14 @@ class CacheShape:
     num_kv_heads: int = 8
     head_dim: int = 128
     block_size: int = 16
-    num_blocks: int = 64
-    blocks_per_chunk: int = 8
+    chunk_blocks: tuple[int, ...] = (16, 16, 16, 12, 4)
+    """Blocks that are published at once, as a prefill worker does: chunks of 256 tokens, and a last one of 64."""
     num_runs: int = 9
+
+    @property
+    def num_blocks(self) -> int:
+        """Of a cache, and of one run."""
+        return sum(self.chunk_blocks)
 
     @property
     def fragment_bytes(self) -> int:
@@ -58,15 +66,10 @@ class CacheShape:
     def chunks(self, run: bytes) -> list[BlockTransfer]:
         """What is published and pulled at once; a run has names of its own."""
         names = [run + i.to_bytes(4, "big") for i in range(self.num_blocks)]
-        firsts = range(0, self.num_blocks, self.blocks_per_chunk)
+        lasts = list(itertools.accumulate(self.chunk_blocks))
         return [
-            BlockTransfer(
-                "",
-                names[first : first + self.blocks_per_chunk],
-                range(self.num_blocks)[first : first + self.blocks_per_chunk],
-                [self.block_size] * len(names[first : first + self.blocks_per_chunk]),
-            )
-            for first in firsts
+            BlockTransfer("", names[last - count : last], range(last - count, last), [self.block_size] * count)
+            for last, count in zip(lasts, self.chunk_blocks, strict=True)
         ]
 
     @contextmanager
@@ -105,7 +108,7 @@ def measure_paged_hand_off(arena_dir: str, shape: CacheShape | None = None) -> l
     setting: dict[str, object] = {
         "fragment_bytes": shape.fragment_bytes,
         "bytes": bandwidth.num_bytes,
-        "chunk_blocks": shape.blocks_per_chunk,
+        "chunk_blocks": list(shape.chunk_blocks),
         "cache": f"{shape.num_layers} layers, {shape.num_kv_heads} heads of {shape.head_dim}, bf16",
     }
     beside = {"memcpy": statistics.median(memcpy[1:])}
@@ -120,8 +123,13 @@ def measure_paged_hand_off(arena_dir: str, shape: CacheShape | None = None) -> l
 def _hand_off(shape: CacheShape, sender: KVTransfer, receiver: Connection, at_once: bool) -> float:
     """Seconds from the first publish until the last block is in the other cache."""
     chunks = shape.chunks(os.urandom(12))
+    # A prefill worker says what it will publish before it computes it; the first is computed when the clock starts.
+    sender.prepare(chunks[0])
+    time.sleep(_STEP_S)
     began_s = time.perf_counter()
-    for chunk in chunks:
+    for chunk, following in itertools.zip_longest(chunks, chunks[1:]):
+        if following is not None:
+            sender.prepare(following)
         if sender.save(chunk) != len(chunk.block_ids):
             raise HandOffFailed("not all blocks were published")
         if at_once:

@@ -72,6 +72,9 @@ class FakeModelRunner:
         """Loads, hashes instead of a forward pass, stores, write-backs."""
         started = time.perf_counter()
         loaded = [0 if self._transfer is None else self._transfer.load(load) for load in plan.loads]
+        if self._transfer is not None:
+            for store in plan.stores:
+                self._transfer.prepare(store)
         sampled = [token_id for r in plan.requests if (token_id := self._compute(r)) is not None]
         self._last_sampled = sampled
         if plan.requests:

@@ -69,6 +69,10 @@ class KVTransfer:
         filling.finish(count)
         return count
 
+    def prepare(self, transfer: BlockTransfer) -> None:
+        """A save of these blocks follows when they are computed."""
+        self._store.prepare(self._keys(transfer.block_names))
+
     def save(self, transfer: BlockTransfer) -> int:
         """Publish blocks from the cache; returns how many are stored whole, counted from the first."""
         return self._put(transfer.block_names, self._memory.fragments(transfer))

@@ -209,6 +209,7 @@ class TorchModelRunner:
     def _start(self, plan: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
         started = time.perf_counter()
         loaded = [self._load(load) for load in plan.loads]
+        self._prepare(plan.stores)
         tokens: Tensor | None = None
         order: list[int] = []
         if plan.requests:
@@ -269,6 +270,11 @@ class TorchModelRunner:
 
     def _load(self, load: BlockTransfer) -> int:
         return 0 if self._transfer is None else self._transfer.load(load)
+
+    def _prepare(self, stores: Sequence[BlockTransfer]) -> None:
+        if self._transfer is not None:
+            for store in stores:
+                self._transfer.prepare(store)
 
     def _save(self, store: BlockTransfer) -> int:
         return 0 if self._transfer is None else self._transfer.save(store)

@@ -7,6 +7,7 @@ import grpc
 import pytest
 from switchyard.v1 import kvnode_pb2, kvnode_pb2_grpc
 
+from kvstore import host_tier
 from kvstore.channels import dial
 from kvstore.host_tier import HostTier
 from kvstore.names import FRAGMENT_KEY_BYTES
@@ -72,6 +73,58 @@ def test_a_fragment_larger_than_a_slot_is_not_kept(tier: HostTier, node: KVNode)
     (large,), (small,) = make_fragments(1, node.slot_bytes + 1), make_fragments(1, node.slot_bytes)
     assert tier.put([large, small]) == [False, True]
     assert list(tier.get([large.key, small.key])) == [None, small.payload]
+
+
+def test_what_was_prepared_is_put_with_one_reservation(tier: HostTier, node: KVNode) -> None:
+    fragments = make_fragments(node.num_slots // 2)
+    tier.prepare(keys_of(fragments))
+    assert tier.put(fragments) == [True] * len(fragments)
+    others = make_fragments(node.num_slots // 2)
+    assert tier.put(others) == [True] * len(others)  # nothing had to go for a second reservation
+    assert list(tier.get(keys_of(fragments + others))) == [fragment.payload for fragment in fragments + others]
+
+
+def test_what_is_there_already_when_it_is_prepared_is_not_written_again(tier: HostTier) -> None:
+    old, new = make_fragments(2), make_fragments(2)
+    tier.put(old)
+    tier.prepare(keys_of([*old, *new]))
+    assert tier.put([*old, *new]) == [True] * 4
+    assert list(tier.get(keys_of([*old, *new]))) == [fragment.payload for fragment in [*old, *new]]
+
+
+def test_what_was_prepared_and_never_put_is_forgotten(tier: HostTier, node: KVNode) -> None:
+    node.kill()  # the reservations of this test hold half of the slots until they expire
+    node.start()
+    wait_until(lambda: tier.is_up and tier.put(make_fragments(1)) == [True], "the new arena takes fragments")
+    for _ in range(10):
+        tier.prepare(keys_of(make_fragments(1)))
+    assert len(tier._prepared) == 8
+    fragments = make_fragments(2)
+    tier.prepare(keys_of(fragments))
+    assert tier.put(fragments[:1]) == [True]  # not what was prepared
+    assert list(tier.get(keys_of(fragments))) == [fragments[0].payload, None]
+    node.kill()
+    node.start()
+
+
+def test_a_preparation_that_is_too_old_is_not_used(tier: HostTier, monkeypatch: pytest.MonkeyPatch) -> None:
+    fragments = make_fragments(3)
+    tier.prepare(keys_of(fragments))
+    monkeypatch.setattr(host_tier, "_PREPARED_S", 0.0)
+    assert tier.put(fragments) == [True] * 3
+    assert list(tier.get(keys_of(fragments))) == [fragment.payload for fragment in fragments]
+    assert not tier._prepared
+
+
+def test_a_node_that_was_replaced_after_it_was_asked(tier: HostTier, node: KVNode) -> None:
+    fragments = make_fragments(3)
+    tier.prepare(keys_of(fragments))
+    node.kill()
+    assert tier.put(fragments) == [False] * 3
+    tier.prepare(keys_of(fragments))  # nobody is there
+    node.start()
+    wait_until(lambda: tier.put(fragments) == [True] * 3, "fragments are in the new arena")
+    assert list(tier.get(keys_of(fragments))) == [fragment.payload for fragment in fragments]
 
 
 def test_a_key_of_another_length_is_the_callers_error(tier: HostTier) -> None:

@@ -1,9 +1,11 @@
 """A stored fragment gives back exactly what was sealed, or says what is wrong with it."""
 
+import random
+
 import pytest
 import xxhash
 
-from kvstore.sealing import HEADER_BYTES, reserve, seal, seal_into, unseal, unseal_into
+from kvstore.sealing import HEADER_BYTES, reserve_at, seal, seal_into, unseal, unseal_into
 from kvstore.tiers import Rejected
 from tests.kvstore.fragments import make_fragments
 
@@ -56,7 +58,9 @@ def test_a_payload_under_another_key_does_not_verify() -> None:
 
 
 def test_a_reserved_slot_holds_nothing() -> None:
-    empty = bytearray(reserve(7))
+    empty = bytearray(random.randbytes(HEADER_BYTES))
+    reserve_at(memoryview(empty), 0, 7)
+    assert not any(empty[16:])
     empty[HEADER_BYTES - 22 :] = FRAGMENT.key
     assert unsealed(bytes(empty)) == Rejected("layout")
 

@@ -9,9 +9,7 @@ from planner.paged_handoff import CacheShape, HandOffFailed, measure_paged_hand_
 from tests.processes import REPOSITORY, python_environment
 from workers.kv_transfer import KVTransfer
 
-SHAPE = CacheShape(
-    num_layers=2, num_kv_heads=2, head_dim=16, block_size=4, num_blocks=6, blocks_per_chunk=4, num_runs=3
-)
+SHAPE = CacheShape(num_layers=2, num_kv_heads=2, head_dim=16, block_size=4, chunk_blocks=(4, 2), num_runs=3)
 
 
 @pytest.fixture(autouse=True)
