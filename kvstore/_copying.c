@@ -1,4 +1,4 @@
-/* Copies a fragment and makes its XXH3-64 on the way.
+/* Copies fragments and makes their XXH3-64 on the way.
 
    A hand-off is a gather or scatter, a copy and a checksum. One after the other they are three ways through the caches
    or the memory; here they are one, nearly as fast as a plain copy: the checksum is computed while memory is waited
@@ -278,59 +278,97 @@ static uint64_t copy_and_digest(
 
 /* -- Python's side */
 
-static PyObject *call(TakeStripes *take_stripes, PyObject *const *arguments, Py_ssize_t count) {
-    if (count != 3) {
-        PyErr_SetString(PyExc_TypeError, "three arguments are wanted: target, source and prefix");
-        return NULL;
-    }
-    PyObject *result = NULL;
+typedef struct {
     Py_buffer target, source, prefix;
-    if (PyObject_GetBuffer(arguments[0], &target, PyBUF_STRIDED) < 0)
-        return NULL;
-    if (PyObject_GetBuffer(arguments[1], &source, PyBUF_STRIDED_RO) < 0)
-        goto release_target;
-    if (PyObject_GetBuffer(arguments[2], &prefix, PyBUF_SIMPLE) < 0)
-        goto release_source;
-    if (target.len != source.len) {
-        PyErr_Format(PyExc_ValueError, "%zd bytes do not go into %zd", source.len, target.len);
-    } else if (prefix.len > MAX_PREFIX_BYTES || source.len + prefix.len <= MAX_SHORT_BYTES) {
-        PyErr_Format(PyExc_ValueError, "%zd bytes behind %zd: too long a prefix, or too few in all", source.len,
-                     prefix.len);
-    } else if (target.ndim > MAX_DIMS || source.ndim > MAX_DIMS) {
-        PyErr_Format(PyExc_ValueError, "more than %d dimensions", MAX_DIMS);
-    } else {
-        uint64_t digest;
-        Py_BEGIN_ALLOW_THREADS
-        digest = copy_and_digest(take_stripes, &target, &source, &prefix);
-        Py_END_ALLOW_THREADS
-        result = PyLong_FromUnsignedLongLong(digest);
+    uint64_t digest;
+} Copy;
+
+static void copy_end(Copy *copy) {
+    PyBuffer_Release(&copy->prefix);
+    PyBuffer_Release(&copy->source);
+    PyBuffer_Release(&copy->target);
+}
+
+/* Takes the buffers; on failure none is held, and an exception is set. */
+static int copy_begin(Copy *copy, PyObject *target, PyObject *source, PyObject *prefix) {
+    memset(copy, 0, sizeof *copy);
+    if (PyObject_GetBuffer(target, &copy->target, PyBUF_STRIDED) == 0 &&
+        PyObject_GetBuffer(source, &copy->source, PyBUF_STRIDED_RO) == 0 &&
+        PyObject_GetBuffer(prefix, &copy->prefix, PyBUF_SIMPLE) == 0) {
+        Py_ssize_t num_bytes = copy->source.len, prefix_bytes = copy->prefix.len;
+        if (copy->target.len != num_bytes)
+            PyErr_Format(PyExc_ValueError, "%zd bytes do not go into %zd", num_bytes, copy->target.len);
+        else if (prefix_bytes > MAX_PREFIX_BYTES || num_bytes + prefix_bytes <= MAX_SHORT_BYTES)
+            PyErr_Format(PyExc_ValueError, "%zd bytes behind %zd: too long a prefix, or too few in all", num_bytes,
+                         prefix_bytes);
+        else if (copy->target.ndim > MAX_DIMS || copy->source.ndim > MAX_DIMS)
+            PyErr_Format(PyExc_ValueError, "more than %d dimensions", MAX_DIMS);
+        else
+            return 0;
     }
-    PyBuffer_Release(&prefix);
-release_source:
-    PyBuffer_Release(&source);
-release_target:
-    PyBuffer_Release(&target);
-    return result;
+    copy_end(copy); /* does nothing to what was not taken */
+    return -1;
 }
 
-static PyObject *copy_digest(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
+static PyObject *copy_all(TakeStripes *take_stripes, PyObject *targets, PyObject *sources, PyObject *prefixes) {
+    Py_ssize_t count = PyList_GET_SIZE(targets), num_begun = 0;
+    if (PyList_GET_SIZE(sources) != count || PyList_GET_SIZE(prefixes) != count) {
+        PyErr_SetString(PyExc_ValueError, "as many targets as sources and prefixes are wanted");
+        return NULL;
+    }
+    Copy *copies = PyMem_Calloc(count ? (size_t)count : 1, sizeof(Copy));
+    if (copies == NULL)
+        return PyErr_NoMemory();
+    PyObject *digests = NULL;
+    for (; num_begun < count; num_begun++) {
+        Py_ssize_t i = num_begun;
+        if (copy_begin(&copies[i], PyList_GET_ITEM(targets, i), PyList_GET_ITEM(sources, i),
+                       PyList_GET_ITEM(prefixes, i)) < 0)
+            goto end;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    for (Py_ssize_t i = 0; i < count; i++)
+        copies[i].digest = copy_and_digest(take_stripes, &copies[i].target, &copies[i].source, &copies[i].prefix);
+    Py_END_ALLOW_THREADS
+    digests = PyList_New(count);
+    for (Py_ssize_t i = 0; digests != NULL && i < count; i++) {
+        PyObject *digest = PyLong_FromUnsignedLongLong(copies[i].digest);
+        if (digest == NULL)
+            Py_CLEAR(digests);
+        else
+            PyList_SET_ITEM(digests, i, digest);
+    }
+end:
+    while (num_begun > 0)
+        copy_end(&copies[--num_begun]);
+    PyMem_Free(copies);
+    return digests;
+}
+
+static PyObject *copy_digests(PyObject *module, PyObject *arguments) {
     (void)module;
-    return call(fastest, arguments, count);
+    PyObject *targets, *sources, *prefixes;
+    if (!PyArg_ParseTuple(arguments, "O!O!O!", &PyList_Type, &targets, &PyList_Type, &sources, &PyList_Type, &prefixes))
+        return NULL;
+    return copy_all(fastest, targets, sources, prefixes);
 }
 
-static PyObject *copy_digest_portably(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
+static PyObject *copy_digests_portably(PyObject *module, PyObject *arguments) {
     (void)module;
-    return call(take_portably, arguments, count);
+    PyObject *targets, *sources, *prefixes;
+    if (!PyArg_ParseTuple(arguments, "O!O!O!", &PyList_Type, &targets, &PyList_Type, &sources, &PyList_Type, &prefixes))
+        return NULL;
+    return copy_all(take_portably, targets, sources, prefixes);
 }
 
-PyDoc_STRVAR(COPY_DIGEST, "copy_digest(target, source, prefix)\n--\n\n"
-                          "Copies source to target, both of any strides; XXH3-64 of prefix and copy.");
-PyDoc_STRVAR(COPY_DIGEST_PORTABLY, "copy_digest_portably(target, source, prefix)\n--\n\n"
-                                   "The same without vector instructions: what other processors run.");
+PyDoc_STRVAR(COPY_DIGESTS, "copy_digests(targets, sources, prefixes)\n--\n\n"
+                           "Copies each source to its target, both of any strides; XXH3-64 of each prefix and copy.");
+PyDoc_STRVAR(COPY_DIGESTS_PORTABLY, "copy_digests_portably(targets, sources, prefixes)\n--\n\n"
+                                    "The same without vector instructions: what other processors run.");
 
 static PyMethodDef METHODS[] = {
-    {"copy_digest", (PyCFunction)(void (*)(void))copy_digest, METH_FASTCALL, COPY_DIGEST},
-    {"copy_digest_portably", (PyCFunction)(void (*)(void))copy_digest_portably, METH_FASTCALL, COPY_DIGEST_PORTABLY},
+    {"copy_digests", copy_digests, METH_VARARGS, COPY_DIGESTS},
+    {"copy_digests_portably", copy_digests_portably, METH_VARARGS, COPY_DIGESTS_PORTABLY},
     {NULL, NULL, 0, NULL},
 };
 

@@ -12,6 +12,7 @@ import fcntl
 import mmap
 import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 from kvstore.buffers import CopyBuffers
@@ -22,7 +23,7 @@ from kvstore.sealing import (
     payload_bytes_at,
     reseal,
     reserve_at,
-    seal_into,
+    seal_all_into,
     unseal,
     unseal_into,
 )
@@ -71,18 +72,32 @@ class Arena:
         reserve_at(self._view, self._offset(slot), generation)
 
     def write(self, slot: int, fragment: Fragment, generation: int) -> None:
-        """Fills a reserved slot."""
-        start = self._offset(slot)
-        place = self._view[start : start + HEADER_BYTES + fragment.num_bytes]
-        seal_into(place, fragment.payload, fragment.key, generation)
+        """write_all() of one."""
+        self.write_all([slot], [fragment], [generation])
 
-    def read_into(self, slot: int, key: bytes, generation: int, room: Bytes) -> Rejected | None:
-        """Copies the payload into a buffer of this process, which holds anything unless the copy is right: None."""
-        num_bytes = room.nbytes
-        if not 0 <= slot < self.num_slots or num_bytes > self.slot_bytes:
-            return Rejected("layout")
-        start = self._offset(slot)
-        return unseal_into(room, self._view[start : start + HEADER_BYTES + num_bytes], key, generation)
+    def write_all(self, slots: Sequence[int], fragments: Sequence[Fragment], generations: Sequence[int]) -> None:
+        """Fills reserved slots."""
+        places = [self._place(slot, fragment.payload.nbytes) for slot, fragment in zip(slots, fragments, strict=True)]
+        payloads, keys = [fragment.payload for fragment in fragments], [fragment.key for fragment in fragments]
+        seal_all_into(places, payloads, keys, generations)
+
+    def read_into(
+        self, slots: Sequence[int], keys: Sequence[bytes], generations: Sequence[int], rooms: Sequence[Bytes]
+    ) -> list[Rejected | None]:
+        """Copies payloads into buffers of this process, which hold anything unless the copy is right: None."""
+        results: list[Rejected | None] = [Rejected("layout")] * len(slots)
+        fitting = [
+            i for i, slot in enumerate(slots) if 0 <= slot < self.num_slots and rooms[i].nbytes <= self.slot_bytes
+        ]
+        copied = unseal_into(
+            [rooms[i] for i in fitting],
+            [self._place(slots[i], rooms[i].nbytes) for i in fitting],
+            [keys[i] for i in fitting],
+            [generations[i] for i in fitting],
+        )
+        for i, result in zip(fitting, copied, strict=True):
+            results[i] = result
+        return results
 
     def read(self, slot: int, key: bytes, generation: int) -> memoryview | Rejected:
         """A verified private copy of the payload."""
@@ -119,6 +134,11 @@ class Arena:
         start = self._offset(slot)
         self._view[start + HEADER_BYTES : start + len(sealed)] = sealed[HEADER_BYTES:]
         self._view[start : start + HEADER_BYTES] = sealed[:HEADER_BYTES]  # last: until then the slot holds nothing
+
+    def _place(self, slot: int, payload_bytes: int) -> memoryview:
+        """Header and payload."""
+        start = self._offset(slot)
+        return self._view[start : start + HEADER_BYTES + payload_bytes]
 
     def _offset(self, slot: int) -> int:
         return _FIRST_SLOT_OFFSET + slot * self._stride

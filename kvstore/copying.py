@@ -40,10 +40,24 @@ def copy(target: Bytes, source: Bytes) -> None:
 
 
 def copy_digest(target: Bytes, source: Bytes, prefix: bytes) -> int:
-    """Copies; XXH3-64 of `prefix` (at most 64 bytes) and of what is in `target` then. Every byte is read once: another
-    process that changes the source meanwhile changes copy and digest alike. Raises ValueError as copy() does."""
-    if _copying is not None and source.nbytes + len(prefix) >= MIN_COMPILED_BYTES:
-        return _copying.copy_digest(target, source, prefix)
+    """copy_digests() of one."""
+    return copy_digests([target], [source], [prefix])[0]
+
+
+def copy_digests(targets: list[Bytes], sources: list[Bytes], prefixes: list[bytes]) -> list[int]:
+    """Copies each source to its target; XXH3-64 of each prefix (at most 64 bytes) and of what is in the target then.
+
+    Every byte is read once: another process that changes a source meanwhile changes copy and digest alike. Raises
+    ValueError as copy() does; targets hold anything then.
+    """
+    if _copying is not None and all(
+        source.nbytes + len(prefix) >= MIN_COMPILED_BYTES for source, prefix in zip(sources, prefixes, strict=True)
+    ):
+        return _copying.copy_digests(targets, sources, prefixes)
+    return [_copy_digest(*each) for each in zip(targets, sources, prefixes, strict=True)]
+
+
+def _copy_digest(target: Bytes, source: Bytes, prefix: bytes) -> int:
     private = np.array(_bytes(source), order="C")
     digest = xxhash.xxh3_64(prefix)
     digest.update(private.data)

@@ -194,20 +194,21 @@ class HostTier:
         if not arena.is_current():
             raise _ArenaReplaced
         written: list[int] = []
-        refs: list[tuple[int, int]] = []
+        slots: list[int] = []
+        generations: list[int] = []
         for i, slot, generation in zip(wanted, reply.slots, reply.generations, strict=True):
-            if slot == SEALED_ALREADY:
-                stored[i] = True
-            elif slot >= 0:
-                arena.write(slot, fragments[i], generation)
+            if slot >= 0:
                 written.append(i)
-                refs.append((slot, generation))
+                slots.append(slot)
+                generations.append(generation)
+            else:
+                stored[i] = slot == SEALED_ALREADY
         if written:
-            slots, generations = zip(*refs, strict=True)
+            arena.write_all(slots, [fragments[i] for i in written], generations)
             keys = [fragments[i].key for i in written]
             is_sealed = self._seal(kvnode_pb2.SealRequest(keys=keys, slots=slots, generations=generations))
-            for i in written:
-                stored[i] = is_sealed[fragments[i].key]
+            for i, is_readable in zip(written, is_sealed, strict=True):
+                stored[i] = is_readable
         return stored
 
     def _reserve(self, arena: Arena, keys: Sequence[bytes]) -> kvnode_pb2.ReserveResponse:
@@ -223,13 +224,14 @@ class HostTier:
             prepared.call.give_up()
         return self._calls.reserve(kvnode_pb2.ReserveRequest(keys=keys))
 
-    def _seal(self, request: kvnode_pb2.SealRequest) -> dict[bytes, bool]:
+    def _seal(self, request: kvnode_pb2.SealRequest) -> list[bool]:
+        """Which of the fragments are readable now."""
         reply = self._calls.seal(request)
         if reply.num_sealed == len(request.keys):
-            return dict.fromkeys(request.keys, True)
+            return [True] * len(request.keys)
         # Some reservations had been taken back meanwhile; only the node knows which.
         lookup = self._calls.lookup(kvnode_pb2.LookupRequest(keys=request.keys))
-        return {key: slot >= 0 for key, slot in zip(request.keys, lookup.slots, strict=True)}
+        return [slot >= 0 for slot in lookup.slots]
 
     def _look_up(self, arena: Arena, keys: Sequence[bytes]) -> _Found:
         reply = self._calls.lookup(kvnode_pb2.LookupRequest(keys=keys))
@@ -246,12 +248,20 @@ class HostTier:
             del payload  # or its buffer would be in use while the next one is read
 
     def _read_into(self, found: _Found, rooms: Sequence[Bytes]) -> Iterator[bool | Rejected]:
-        for key, slot, generation, room in zip(found.keys, found.slots, found.generations, rooms, strict=True):
-            rejected = found.arena.read_into(slot, key, generation, room) if slot >= 0 else None
-            if rejected is not None and self._is_bad(found.arena, key, generation):
-                yield rejected
-            else:
-                yield slot >= 0 and rejected is None
+        there = [i for i, slot in enumerate(found.slots) if slot >= 0]
+        rejected = found.arena.read_into(
+            [found.slots[i] for i in there],
+            [found.keys[i] for i in there],
+            [found.generations[i] for i in there],
+            [rooms[i] for i in there],
+        )
+        results: list[bool | Rejected] = [False] * len(found.keys)
+        for i, why in zip(there, rejected, strict=True):
+            if why is None:
+                results[i] = True
+            elif self._is_bad(found.arena, found.keys[i], found.generations[i]):
+                results[i] = why
+        return iter(results)
 
     def _is_bad(self, arena: Arena, key: bytes, generation: int) -> bool:
         """Drops a fragment that failed its verification. One that went with the node process was not a bad one."""

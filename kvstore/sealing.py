@@ -13,10 +13,11 @@ of where the bytes are kept.
 """
 
 import struct
+from collections.abc import Sequence
 
 import xxhash
 
-from kvstore.copying import Bytes, copy_digest
+from kvstore.copying import Bytes, copy_digests
 from kvstore.names import FRAGMENT_KEY_BYTES
 from kvstore.tiers import Rejected
 
@@ -41,9 +42,17 @@ def seal(key: bytes, payload: memoryview, generation: int) -> bytes:
 
 
 def seal_into(place: memoryview, payload: Bytes, key: bytes, generation: int) -> None:
-    """Writes header and payload. The header goes last: until then readers see what was there before it."""
-    digest = copy_digest(place[HEADER_BYTES:], payload, key)
-    place[:HEADER_BYTES] = _HEADER.pack(SEALED, generation, len(place) - HEADER_BYTES, digest, _ZEROS, key)
+    """seal_all_into() of one."""
+    seal_all_into([place], [payload], [key], [generation])
+
+
+def seal_all_into(
+    places: Sequence[memoryview], payloads: list[Bytes], keys: list[bytes], generations: Sequence[int]
+) -> None:
+    """Writes headers and payloads. The headers go last: until then readers see what was there before."""
+    digests = copy_digests([place[HEADER_BYTES:] for place in places], payloads, keys)
+    for place, key, generation, digest in zip(places, keys, generations, digests, strict=True):
+        place[:HEADER_BYTES] = _HEADER.pack(SEALED, generation, len(place) - HEADER_BYTES, digest, _ZEROS, key)
 
 
 def reseal(sealed: memoryview, generation: int) -> None:
@@ -97,16 +106,28 @@ def unseal(copy: memoryview, key: bytes, generation: int) -> memoryview | Reject
     return copy[HEADER_BYTES:]
 
 
-def unseal_into(room: Bytes, sealed: memoryview, key: bytes, generation: int) -> Rejected | None:
-    """Copies a payload of the room's size from behind a header, where others may write meanwhile; None when the copy
-    is right. "layout" when the header tells of another size: under this name the reader has something else.
+def unseal_into(
+    rooms: Sequence[Bytes], places: Sequence[memoryview], keys: Sequence[bytes], generations: Sequence[int]
+) -> list[Rejected | None]:
+    """Copies payloads of their rooms' sizes from behind headers, where others may write meanwhile; None for each copy
+    that is right. "layout" when a header tells of another size: under this name the reader has something else.
     """
-    magic, held_generation, payload_bytes, checksum, zeros, held_key = _HEADER.unpack_from(sealed)
-    if held_generation != generation or held_key != key:
-        return Rejected("stale")
-    if magic != SEALED or zeros != _ZEROS or payload_bytes != len(sealed) - HEADER_BYTES:
-        return Rejected("layout")
-    digest = copy_digest(room, sealed[HEADER_BYTES:], key)
-    if generation_at(sealed, 0) != generation:  # the place was given away while it was copied
-        return Rejected("stale")
-    return None if digest == checksum else Rejected("checksum")
+    results: list[Rejected | None] = []
+    checksums: list[int] = []
+    for place, key, generation in zip(places, keys, generations, strict=True):
+        magic, held_generation, payload_bytes, checksum, zeros, held_key = _HEADER.unpack_from(place)
+        checksums.append(checksum)
+        if held_generation != generation or held_key != key:
+            results.append(Rejected("stale"))
+        elif magic != SEALED or zeros != _ZEROS or payload_bytes != len(place) - HEADER_BYTES:
+            results.append(Rejected("layout"))
+        else:
+            results.append(None)
+    good = [i for i, result in enumerate(results) if result is None]
+    digests = copy_digests([rooms[i] for i in good], [places[i][HEADER_BYTES:] for i in good], [keys[i] for i in good])
+    for i, digest in zip(good, digests, strict=True):
+        if generation_at(places[i], 0) != generations[i]:  # the place was given away while it was copied
+            results[i] = Rejected("stale")
+        elif digest != checksums[i]:
+            results[i] = Rejected("checksum")
+    return results

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from kvstore.copying import Bytes
@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 RejectReason = Literal["checksum", "stale", "truncated", "layout", "forged"]
 
 
-@dataclass(frozen=True, slots=True)
-class Fragment:
+class Fragment(NamedTuple):
     """One block x a group of layers x one KV head, wherever its bytes lie; they stay until put() returns."""
 
     key: bytes

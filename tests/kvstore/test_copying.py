@@ -30,7 +30,7 @@ def in_use(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> C
 
 
 class _Portable:
-    copy_digest = staticmethod(_copying.copy_digest_portably)
+    copy_digests = staticmethod(_copying.copy_digests_portably)
 
 
 def randoms(*shape: int) -> npt.NDArray[np.uint8]:
@@ -100,17 +100,32 @@ def test_what_is_hashed_is_what_was_copied_whoever_writes_meanwhile(in_use: Copy
     assert num_mixed > 0, "nothing was written while it was copied"
 
 
+def test_many_at_once(in_use: CopyDigest) -> None:
+    sources = [randoms(300 + 77 * i) for i in range(20)]
+    targets = [memoryview(bytearray(source.nbytes)) for source in sources]
+    keys = [random.randbytes(22) for _ in sources]
+    digests = copying.copy_digests([*targets], [*sources], keys)
+    assert [target.tobytes() for target in targets] == [source.tobytes() for source in sources]
+    assert digests == [xxhash.xxh3_64_intdigest(k + s.tobytes()) for k, s in zip(keys, sources, strict=True)]
+    assert copying.copy_digests([], [], []) == []
+
+
 def test_the_compiled_module_refuses_what_it_cannot_do() -> None:
     target, source = bytearray(300), bytes(300)
-    with pytest.raises(TypeError, match="three arguments"):
-        _copying.copy_digest(target, source)  # type: ignore[call-arg]
+    with pytest.raises(TypeError):
+        _copying.copy_digests([target], [source])  # type: ignore[call-arg]
+    with pytest.raises(TypeError):
+        _copying.copy_digests([target], [source], (KEY,))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="as many"):
+        _copying.copy_digests([target], [source], [])
     with pytest.raises(ValueError, match="300 bytes do not go into 299"):
-        _copying.copy_digest(bytearray(299), source, KEY)
+        _copying.copy_digests([target, bytearray(299)], [source, source], [KEY, KEY])
     with pytest.raises(ValueError, match="too few in all"):
-        _copying.copy_digest(bytearray(200), bytes(200), KEY)
+        _copying.copy_digests([bytearray(200)], [bytes(200)], [KEY])
     with pytest.raises(ValueError, match="too long a prefix"):
-        _copying.copy_digest(target, source, bytes(65))
+        _copying.copy_digests([target], [source], [bytes(65)])
     with pytest.raises(ValueError, match="dimensions"):
-        _copying.copy_digest(target, np.zeros((1,) * 8 + (300,), np.uint8), KEY)
+        _copying.copy_digests([target], [np.zeros((1,) * 8 + (300,), np.uint8)], [KEY])
     with pytest.raises((BufferError, TypeError)):
-        _copying.copy_digest(source, source, KEY)
+        _copying.copy_digests([source], [source], [KEY])
+    target.append(0)  # no buffer is held any more

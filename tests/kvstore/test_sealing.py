@@ -81,7 +81,7 @@ def test_header_and_payload_written_as_one_are_the_same() -> None:
 
 def unsealed_into(stored: bytes, num_bytes: int = 100) -> tuple[bytes, Rejected | None]:
     room = bytearray(num_bytes)
-    rejected = unseal_into(memoryview(room), memoryview(bytearray(stored)), FRAGMENT.key, 7)
+    (rejected,) = unseal_into([memoryview(room)], [memoryview(bytearray(stored))], [FRAGMENT.key], [7])
     return bytes(room), rejected
 
 
