@@ -22,7 +22,8 @@ from workers.request import Request, RequestEnd
 log = logging.getLogger(__name__)
 
 _IDLE_WAIT_S = 0.05  # how long an idle engine sleeps before it looks at deadlines again
-_WATCH_S = 0.002  # how often the directory is asked while blocks are awaited
+_WATCH_S = 0.005  # how often the directory is asked while blocks are awaited
+_MAX_WATCHED = 64  # blocks of a request at a time: more do not come between two looks
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,7 +331,7 @@ class EngineLoop:
             self._pulls_changed.set()  # look again after a pause, until nothing is wanted
             with _directory_may_fail("asked for blocks"):
                 for request_id, num_ready, names in pulls:
-                    available = num_ready + self._num_located(names)
+                    available = num_ready + self._num_located(names[:_MAX_WATCHED])
                     if available > max(num_ready, told.get(request_id, 0)):
                         told[request_id] = available
                         self.post(KVAvailable(request_id, available))
