@@ -79,6 +79,10 @@ static inline uint64_t read64(const uint8_t *at) {
     return value;
 }
 
+/* What was copied is read from the copy from here on: without this, a compiler may turn copies of a copy into copies of
+   the source, which somebody else may have written to in between. */
+#define READ_ONCE_BARRIER() __asm__ volatile("" ::: "memory")
+
 static void mix(uint64_t *lanes, const uint8_t *stripe, const uint8_t *secret) {
     for (int i = 0; i < 8; i++) {
         uint64_t value = read64(stripe + 8 * i), keyed = value ^ read64(secret + 8 * i);
@@ -91,6 +95,7 @@ static void take_portably(Digest *digest, uint8_t *to, const uint8_t *from, size
     for (; count; count--, to += STRIPE_BYTES, from += STRIPE_BYTES) {
         uint8_t *stripe = digest->window.previous;
         memcpy(stripe, from, STRIPE_BYTES);
+        READ_ONCE_BARRIER();
         memcpy(to, stripe, STRIPE_BYTES);
         mix(digest->lanes, stripe, SECRET + 8 * digest->num_in_block);
         if (++digest->num_in_block < STRIPES_PER_BLOCK)
@@ -172,6 +177,7 @@ static void digest_begin(Digest *digest, TakeStripes *take_stripes, size_t num_b
 static void carry(Digest *digest, uint8_t *to, const uint8_t *from, size_t count) {
     uint8_t *carried = digest->window.carried + digest->num_carried;
     memcpy(carried, from, count);
+    READ_ONCE_BARRIER();
     memcpy(to, carried, count);
     digest->num_carried += count;
 }

@@ -71,6 +71,10 @@ class Arena:
         """Invalidates the slot's content for whoever still has its older generation."""
         reserve_at(self._view, self._offset(slot), generation)
 
+    def is_reserved_as(self, slot: int, generation: int) -> bool:
+        """Whether this mapping shows the reservation: the slot is there to be written to, and is nobody else's yet."""
+        return 0 <= slot < self.num_slots and generation_at(self._view, self._offset(slot)) == generation
+
     def write(self, slot: int, fragment: Fragment, generation: int) -> None:
         """write_all() of one."""
         self.write_all([slot], [fragment], [generation])

@@ -7,6 +7,7 @@ nothing of headers or tiers.
 
 from __future__ import annotations
 
+import logging
 from typing import TypeAlias
 
 import numpy as np
@@ -17,6 +18,9 @@ try:
     from kvstore import _copying
 except ImportError:  # it was installed where there is no compiler
     _copying = None  # type: ignore[assignment]
+    logging.getLogger(__name__).warning(
+        "kvstore._copying was not compiled: KV blocks are copied and hashed in three passes instead of one"
+    )
 
 Bytes: TypeAlias = memoryview | npt.NDArray[np.uint8]
 """Of any shape, strides and format; its bytes are those of its elements in C order. Targets are of single bytes."""
@@ -31,7 +35,9 @@ def is_compiled() -> bool:
 
 
 def copy(target: Bytes, source: Bytes) -> None:
-    """Equally many bytes, shapes apart. Raises ValueError when they are not."""
+    """Equally many bytes, shapes apart. Raises ValueError when they are not, and for a target that is not of bytes."""
+    if np.asarray(target).itemsize > 1:
+        raise ValueError("a target's elements must be single bytes")
     to, start = _bytes(target), _bytes(source)
     if to.flags.c_contiguous:
         np.copyto(to.reshape(start.shape), start)
@@ -68,4 +74,4 @@ def _copy_digest(target: Bytes, source: Bytes, prefix: bytes) -> int:
 def _bytes(buffer: Bytes) -> npt.NDArray[np.uint8]:
     """The same memory, unless its elements are larger and do not lie in one piece."""
     array = np.asarray(buffer)
-    return array if array.dtype == np.uint8 else np.ascontiguousarray(array).view(np.uint8)
+    return array.view(np.uint8) if array.itemsize == 1 else np.ascontiguousarray(array).view(np.uint8)

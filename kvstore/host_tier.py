@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from switchyard.v1 import kvnode_pb2, kvnode_pb2_grpc
 
@@ -23,7 +23,7 @@ from kvstore.copying import Bytes
 from kvstore.names import FRAGMENT_KEY_BYTES
 from kvstore.quick_calls import CallInProgress
 from kvstore.slot_calls import SlotCalls
-from kvstore.slot_table import SEALED_ALREADY
+from kvstore.slot_table import NO_SLOT, RESERVATION_S, SEALED_ALREADY
 from kvstore.tiers import Fragment, Rejected
 
 _LOG = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ _LOG = logging.getLogger(__name__)
 _ERRORS: tuple[type[Exception], ...] = (*NODE_ERRORS, OSError, ArenaMismatch)
 
 _MAX_PREPARED = 8  # puts
-_PREPARED_S = 10.0  # a third of a reservation's time; a step that takes longer reserves when it is through
+_PREPARED_S = RESERVATION_S / 3  # there must be time to write; a step that takes longer reserves when it is through
 
 _Result = TypeVar("_Result")
 
@@ -73,7 +73,7 @@ class HostTier:
         self._calls = SlotCalls("")  # until the node was reached
         self._node_id = ""
         self._peer_address = ""
-        self._has_warned_of_size = False
+        self._is_arena_too_small = False
         self._prepared: deque[_Prepared] = deque()
         self._prepared_lock = threading.Lock()
         name = f"host tier at {node_address}"
@@ -115,19 +115,19 @@ class HostTier:
     def prepare(self, keys: Sequence[bytes]) -> None:
         """As in NearTier: the node makes room meanwhile."""
         _check_keys(keys)
-        arena = self._arena
-        if not keys or arena is None or not self._availability.is_up or self._has_warned_of_size:
-            return
-        try:
-            call = self._calls.begin_reserve(kvnode_pb2.ReserveRequest(keys=keys))
-        except _ERRORS as error:
-            self._availability.lost(error)
+        arena, now_s = self._arena, time.monotonic()
+        if not keys or arena is None or not self._availability.is_up or self._is_arena_too_small:
             return
         with self._prepared_lock:
-            self._prepared.append(_Prepared(arena, keys, call, time.monotonic()))
-            unused = self._prepared.popleft() if len(self._prepared) > _MAX_PREPARED else None
-        if unused is not None:
-            unused.call.give_up()  # its slots are free again when their reservations expire
+            while self._prepared and now_s - self._prepared[0].since_s > _PREPARED_S:
+                self._prepared.popleft().call.give_up()  # its slots are free again when their reservations expire
+            if len(self._prepared) >= _MAX_PREPARED:
+                return
+            try:
+                call = self._calls.begin_reserve(kvnode_pb2.ReserveRequest(keys=keys))
+            except _ERRORS:
+                return  # the put will find out what is the matter
+            self._prepared.append(_Prepared(arena, keys, call, now_s))
 
     def put(self, fragments: Sequence[Fragment]) -> list[bool]:
         """As in Tier. A fragment larger than a slot is not kept."""
@@ -181,6 +181,7 @@ class HostTier:
                 attached = attach_arena(path, reply.slot_bytes, reply.num_slots)
                 former, self._calls = self._calls, SlotCalls(reply.call_address)
                 self._arena = attached
+                self._is_arena_too_small = False
                 former.close()
                 self._node_id = reply.node_id
                 self._peer_address = reply.peer_address
@@ -190,14 +191,14 @@ class HostTier:
         wanted = [i for i, fragment in enumerate(fragments) if fragment.num_bytes <= arena.slot_bytes]
         if len(wanted) < len(fragments):
             self._warn_of_size(arena)
-        reply = self._reserve(arena, [fragments[i].key for i in wanted])
+        refs = self._reserve(arena, [fragments[i].key for i in wanted])
         if not arena.is_current():
             raise _ArenaReplaced
         written: list[int] = []
         slots: list[int] = []
         generations: list[int] = []
-        for i, slot, generation in zip(wanted, reply.slots, reply.generations, strict=True):
-            if slot >= 0:
+        for i, (slot, generation) in zip(wanted, refs, strict=True):
+            if arena.is_reserved_as(slot, generation):  # or this process stood still until somebody else had it
                 written.append(i)
                 slots.append(slot)
                 generations.append(generation)
@@ -211,18 +212,33 @@ class HostTier:
                 stored[i] = is_readable
         return stored
 
-    def _reserve(self, arena: Arena, keys: Sequence[bytes]) -> kvnode_pb2.ReserveResponse:
-        """What was prepared for these fragments, or what the node says now."""
+    def _reserve(self, arena: Arena, keys: Sequence[bytes]) -> list[tuple[int, int]]:
+        """(slot, generation) for each fragment: what was prepared for them, or what the node says now."""
+        refs = self._take_prepared(arena, keys) or [(NO_SLOT, 0)] * len(keys)
+        # Whether a fragment is there already is asked now: it may have gone since it was said.
+        unsettled = [i for i, (slot, _) in enumerate(refs) if slot < 0]
+        if unsettled:
+            reply = self._calls.reserve(kvnode_pb2.ReserveRequest(keys=[keys[i] for i in unsettled]))
+            for i, ref in zip(unsettled, zip(reply.slots, reply.generations, strict=True), strict=True):
+                refs[i] = ref
+        return refs
+
+    def _take_prepared(self, arena: Arena, keys: Sequence[bytes]) -> list[tuple[int, int]]:
+        """Empty when nothing was, or nothing that is good for anything now."""
         with self._prepared_lock:
             prepared = next((entry for entry in self._prepared if entry.keys == keys), None)
-            if prepared is not None:
-                self._prepared.remove(prepared)
-        if prepared is not None:
-            # A reservation that may have expired is no place to write to.
-            if prepared.arena is arena and time.monotonic() - prepared.since_s < _PREPARED_S:
-                return cast("kvnode_pb2.ReserveResponse", prepared.call.answer())
+            if prepared is None:
+                return []
+            self._prepared.remove(prepared)
+        # A reservation that may have expired is no place to write to.
+        if prepared.arena is not arena or time.monotonic() - prepared.since_s > _PREPARED_S:
             prepared.call.give_up()
-        return self._calls.reserve(kvnode_pb2.ReserveRequest(keys=keys))
+            return []
+        try:
+            reply = prepared.call.answer()
+        except _ERRORS:
+            return []  # a node that was replaced since then
+        return list(zip(reply.slots, reply.generations, strict=True))
 
     def _seal(self, request: kvnode_pb2.SealRequest) -> list[bool]:
         """Which of the fragments are readable now."""
@@ -242,7 +258,7 @@ class HostTier:
     def _read(self, found: _Found) -> Iterator[memoryview | Rejected | None]:
         for key, slot, generation in zip(found.keys, found.slots, found.generations, strict=True):
             payload = found.arena.read(slot, key, generation) if slot >= 0 else None
-            if isinstance(payload, Rejected) and not self._is_bad(found.arena, key, generation):
+            if isinstance(payload, Rejected) and not self._drop(found.arena, key, generation):
                 payload = None
             yield payload
             del payload  # or its buffer would be in use while the next one is read
@@ -259,12 +275,18 @@ class HostTier:
         for i, why in zip(there, rejected, strict=True):
             if why is None:
                 results[i] = True
-            elif self._is_bad(found.arena, found.keys[i], found.generations[i]):
+            elif why.reason == "layout" and self._is_good(found, i):
+                results[i] = why  # and stays: for others it is what they have under this name
+            elif self._drop(found.arena, found.keys[i], found.generations[i]):
                 results[i] = why
         return iter(results)
 
-    def _is_bad(self, arena: Arena, key: bytes, generation: int) -> bool:
-        """Drops a fragment that failed its verification. One that went with the node process was not a bad one."""
+    def _is_good(self, found: _Found, i: int) -> bool:
+        """Whether a fragment verifies, whatever its size."""
+        return not isinstance(found.arena.read(found.slots[i], found.keys[i], found.generations[i]), Rejected)
+
+    def _drop(self, arena: Arena, key: bytes, generation: int) -> bool:
+        """Drops a fragment that failed its verification; False when it went with the node process, and was not bad."""
         if not arena.is_current():
             return False
         try:
@@ -274,8 +296,8 @@ class HostTier:
         return True
 
     def _warn_of_size(self, arena: Arena) -> None:
-        if not self._has_warned_of_size:
-            self._has_warned_of_size = True
+        if not self._is_arena_too_small:
+            self._is_arena_too_small = True
             _LOG.warning("a fragment is larger than the arena's slots of %d bytes and is not kept", arena.slot_bytes)
 
 

@@ -20,7 +20,7 @@ from kvstore.redis_client import RedisClient, RedisRefusal, borrowed_connection
 _SIZE_STEP_BYTES = 16 * 1024  # values differ little: those of one model have a few sizes
 _LINE_BYTES = 4096  # read at once where a line is due; what belongs to the value behind it is copied
 _MAX_UNREAD = 1024  # replies that Redis keeps for us
-_WINDOW_BYTES = 768 * 1024  # of values on their way; two at least
+_WINDOW_BYTES = 768 * 1024  # of values on their way, that is two of 256 KiB with their headers; two at least
 _TIMEVAL = struct.Struct("@ll")  # seconds, microseconds
 _LONGEST_VALUE = 512 * 1024 * 1024  # Redis's own bound
 
@@ -149,8 +149,8 @@ class _Reader:
             return RedisRefusal(line[1:].decode(errors="replace"))
         return line == b"+OK"
 
-    def length(self, kind: bytes) -> int:
-        """Of an array (b"*") or a value (b"$") that follows; -1: there is none."""
+    def length(self) -> int:
+        """Of a value that follows; -1: there is none."""
         line = self._line()
         if line.startswith(b"-"):
             raise RedisRefusal(line[1:].decode(errors="replace"))
@@ -158,13 +158,13 @@ class _Reader:
             length = int(line[1:])
         except ValueError:
             length = -2
-        if not line.startswith(kind) or not -1 <= length <= _LONGEST_VALUE:
+        if not line.startswith(b"$") or not -1 <= length <= _LONGEST_VALUE:
             raise OSError("not a reply that is due")
         return length
 
     def value(self, buffers: ValueBuffers) -> memoryview | None:
         """A private copy; None where there is none."""
-        num_bytes = self.length(b"$")
+        num_bytes = self.length()
         if num_bytes < 0:
             return None
         target = buffers.take(num_bytes + 2)

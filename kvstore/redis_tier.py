@@ -6,7 +6,8 @@ Redis forgets it when nobody wrote it for `ttl_s`. Redis works on one value whil
 
 A get verifies the tag alone. It covers header, checksum and payload, and is made right after the checksum, of the same
 private buffer: a value whose tag fits is, bit for bit, what a writer with the secret hashed, and hashing it again would
-tell nothing more. The checksum is looked at where a tag does not fit, to tell a fault from a forgery.
+tell no more than whether that writer's memory failed in between. The checksum is looked at where a tag does not fit, to
+tell a fault from a forgery.
 
 Knows nothing of leases and the directory, which live in a Redis that must not evict.
 """
@@ -15,7 +16,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import repeat
 
@@ -72,7 +73,7 @@ class RedisTier:
         self._redirections_lock = threading.Lock()
         self._ttl_ms = int(ttl_s * 1000)
         self._compresses = check_compression(compression)
-        self._value_bytes = _FIRST_GUESS_BYTES  # of the value seen last: how many keys make a chunk
+        self._value_bytes = _FIRST_GUESS_BYTES  # of the value seen last: how many are asked for ahead
         self._buffers = ValueBuffers(page_at=HEADER_BYTES)
         self._num_writers = 1 if is_cluster_node else _NUM_WRITERS  # a cluster's nodes have a thread each
         self._threads = ThreadPoolExecutor(_MOST_HELPERS, "kv-redis-put")
@@ -143,10 +144,10 @@ class RedisTier:
         """In this thread, and in another one over a connection of its own: while a value waits for Redis in one, the
         next is made in the other. Each takes what is next, until nothing is left."""
         left = deque(missing)
-        helpers = [
-            self._threads.submit(self._write_what_is_left, fragments, left, stored)
-            for _ in range(min(self._num_writers, len(missing) // _LEAST_VALUES) - 1)
-        ]
+        helpers: list[Future[None]] = []
+        with suppress(RuntimeError):  # the tier is being closed: this thread does it all
+            for _ in range(min(self._num_writers, len(missing) // _LEAST_VALUES) - 1):
+                helpers.append(self._threads.submit(self._write_what_is_left, fragments, left, stored))
         try:
             self._write_what_is_left(fragments, left, stored)
         finally:  # the fragments' bytes are the caller's when this returns
@@ -159,11 +160,13 @@ class RedisTier:
         taken: list[int] = []
 
         def entries() -> Iterator[tuple[bytes, memoryview]]:
-            with suppress(IndexError):  # another thread took the last one
-                while True:
+            while True:
+                try:
                     taken.append(left.popleft())
-                    fragment = fragments[taken[-1]]
-                    yield self.key_prefix + fragment.key, self._value(fragment)
+                except IndexError:  # another thread took the last one
+                    return
+                fragment = fragments[taken[-1]]
+                yield self.key_prefix + fragment.key, self._value(fragment)
 
         try:
             replies = set_values(self._client, entries(), self._ttl_ms)
@@ -234,7 +237,9 @@ class RedisTier:
         if is_compressed(fragment):  # what comes out has a checksum of its own
             sealed = decompress(fragment, key, LARGEST_PAYLOAD_BYTES)
             return sealed if isinstance(sealed, Rejected) else sealed[HEADER_BYTES:]
-        payload_bytes = payload_bytes_at(fragment, 0, key, 0) if len(fragment) >= HEADER_BYTES else -1
+        if len(fragment) < HEADER_BYTES:
+            return Rejected("truncated")
+        payload_bytes = payload_bytes_at(fragment, 0, key, 0)
         if isinstance(payload_bytes, Rejected):
             return payload_bytes
         return fragment[HEADER_BYTES:] if payload_bytes == len(fragment) - HEADER_BYTES else Rejected("truncated")

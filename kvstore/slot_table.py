@@ -18,6 +18,9 @@ SEALED_ALREADY = -1
 NO_SLOT = -2
 ABSENT = -1
 
+RESERVATION_S = 30.0
+"""For so long a slot that was reserved is its writer's."""
+
 
 class SlotRef(NamedTuple):
     """A slot and the generation that its content has; a negative slot says why there is none (constants above)."""
@@ -36,7 +39,11 @@ class SlotTable:
     """Slots 0 .. num_slots - 1. Not thread-safe."""
 
     def __init__(
-        self, num_slots: int, clock: Callable[[], float], first_generation: int = 1, reservation_ttl_s: float = 30.0
+        self,
+        num_slots: int,
+        clock: Callable[[], float],
+        first_generation: int = 1,
+        reservation_ttl_s: float = RESERVATION_S,
     ) -> None:
         if num_slots <= 0:
             raise ValueError(f"num_slots must be > 0, not {num_slots}")

@@ -45,7 +45,7 @@ class _Node:
 
 def bench_overlap() -> list[Measurement]:
     """Prompts of 4,096 tokens from a prefill worker to a decode worker of the same host, by the workers' own clocks."""
-    shares, relays_ms, gaps_ms, rng = [], [], [], random.Random(0)
+    shares, relays_ms, gaps_ms, tokens_ms, rng = [], [], [], [], random.Random(0)
     num_blocks = PROMPT_TOKENS // BLOCK_SIZE
     with _machine() as (stack, model, node):
         prefill = stack.enter_context(_worker(_spec(model, node, "prefill", max_num_batched_tokens=256)))
@@ -58,16 +58,20 @@ def bench_overlap() -> list[Measurement]:
                 decode.submit(name, ids, Part.DECODE, max_tokens=2)
                 prefill.submit(name, ids, Part.PREFILL, max_tokens=2)
                 decode.let_continue(name, [prefill.next_token(name).token_id])
-            prefilled, decoded = prefill.wait_finished(name).times, decode.wait_finished(name).times
+            prefilled, done = prefill.wait_finished(name).times, decode.wait_finished(name)
+            decoded = done.times
             if abs(time.time() - time.monotonic() - clock_offset_s) > _CLOCK_SLACK_S:
                 raise SystemExit("switchyard bench: the machine's clock was set while it was read")
+            if done.num_transferred_blocks != num_blocks or done.num_computed_prompt_tokens:
+                raise SystemExit("switchyard bench: not all blocks came, so that the first step began without them")
             ended_s = prefilled.first_token_s
             at_the_end = max((count for when_s, count in held if when_s <= ended_s), default=held_before)
             shares.append((at_the_end - held_before) / num_blocks)
             relays_ms.append(1000 * (decoded.continued_s - ended_s))
             gaps_ms.append(1000 * (decoded.first_step_s - ended_s))
+            tokens_ms.append(1000 * (decoded.first_token_s - ended_s))
     setting: dict[str, object] = {"prompt_tokens": PROMPT_TOKENS, "chunk_tokens": 256, "model": "0.4 B, fp32"}
-    beside = {"until_told": statistics.median(relays_ms)}
+    beside = {"until_told": statistics.median(relays_ms), "until_its_token": statistics.median(tokens_ms)}
     return [
         Measurement("overlap.held_at_last_chunk", "of the blocks", shares, setting),
         Measurement("overlap.first_step_after", "ms", gaps_ms, setting, beside),

@@ -13,7 +13,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -22,6 +22,7 @@ import xxhash
 from torch import Tensor
 
 from kvstore.bench import BenchShape, measure_memcpy, node_process
+from kvstore.copying import is_compiled
 from kvstore.host_tier import HostTier
 from kvstore.store import FragmentStore
 from planner.rows import Measurement
@@ -91,7 +92,9 @@ def measure_paged_hand_off(arena_dir: str, shape: CacheShape | None = None) -> l
     """GB/s of the hand-off and its share of the copy's, and the same with put and get one after the other."""
     shape = shape or CacheShape()
     bandwidth = BenchShape(shape.fragment_bytes, shape.num_fragments, num_runs=3)
-    memcpy, at_once, in_turn = [], [], []
+    memcpy: list[float] = []
+    at_once: list[float] = []
+    in_turn: list[float] = []
     cache = shape.empty().copy_(torch.randn(shape.empty().shape))
     with (
         node_process(arena_dir, bandwidth) as host_address,
@@ -100,15 +103,18 @@ def measure_paged_hand_off(arena_dir: str, shape: CacheShape | None = None) -> l
     ):
         for _ in range(shape.num_runs + 1):  # the first warms up
             memcpy.append(measure_memcpy(bandwidth).median_gb_per_s)
-            at_once.append(bandwidth.num_bytes / _hand_off(shape, sender, receiver, at_once=True) / 1e9)
-            in_turn.append(bandwidth.num_bytes / _hand_off(shape, sender, receiver, at_once=False) / 1e9)
-        receiver.send(None)
-        if receiver.recv() != _digest(cache):
-            raise HandOffFailed("the caches differ after the hand-off")
+            for rates, is_at_once in ((at_once, True), (in_turn, False)):
+                cache.view(torch.int16).bitwise_not_()  # other bytes than the receiver has from the run before
+                rates.append(bandwidth.num_bytes / _hand_off(shape, sender, receiver, is_at_once) / 1e9)
+                receiver.send(None)
+                if receiver.recv() != _digest(cache):
+                    raise HandOffFailed("the caches differ after the hand-off")
     setting: dict[str, object] = {
         "fragment_bytes": shape.fragment_bytes,
         "bytes": bandwidth.num_bytes,
         "chunk_blocks": list(shape.chunk_blocks),
+        "reserved_ahead": True,
+        "compiled": is_compiled(),
         "cache": f"{shape.num_layers} layers, {shape.num_kv_heads} heads of {shape.head_dim}, bf16",
     }
     beside = {"memcpy": statistics.median(memcpy[1:])}
@@ -121,9 +127,9 @@ def measure_paged_hand_off(arena_dir: str, shape: CacheShape | None = None) -> l
 
 
 def _hand_off(shape: CacheShape, sender: KVTransfer, receiver: Connection, at_once: bool) -> float:
-    """Seconds from the first publish until the last block is in the other cache."""
+    """Seconds from the first publish until the last block is in the other cache; room for what is published next is
+    being made meanwhile, and for the first chunk before, as when each is computed in between."""
     chunks = shape.chunks(os.urandom(12))
-    # A prefill worker says what it will publish before it computes it; the first is computed when the clock starts.
     sender.prepare(chunks[0])
     time.sleep(_STEP_S)
     began_s = time.perf_counter()
@@ -146,7 +152,7 @@ def _hand_off(shape: CacheShape, sender: KVTransfer, receiver: Connection, at_on
 
 @contextmanager
 def _receiver(shape: CacheShape, host_address: str) -> Iterator[Connection]:
-    """The other process; chunks go in, (when it was through with one, whether all of it came) comes out."""
+    """The other process: for a chunk (when it was through with it, whether all of it came), for None its digest."""
     context = multiprocessing.get_context("spawn")
     pipe, other = context.Pipe()
     process = context.Process(target=_receive, args=(other, shape, host_address), daemon=True)
@@ -165,10 +171,13 @@ def _receive(pipe: Connection, shape: CacheShape, host_address: str) -> None:
     cache = shape.empty()
     with shape.transfer(cache, host_address) as transfer:
         pipe.send(None)
-        while (chunk := pipe.recv()) is not None:
-            is_whole = transfer.load(chunk) == len(chunk.block_ids)
-            pipe.send((time.perf_counter(), is_whole))  # one clock for all processes of a machine
-        pipe.send(_digest(cache))
+        with suppress(EOFError):  # the measurement is over
+            while True:
+                if (chunk := pipe.recv()) is None:
+                    pipe.send(_digest(cache))
+                else:
+                    is_whole = transfer.load(chunk) == len(chunk.block_ids)
+                    pipe.send((time.perf_counter(), is_whole))  # one clock for all processes of a machine
 
 
 def _digest(cache: Tensor) -> int:

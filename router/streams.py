@@ -144,7 +144,7 @@ class Stream:
         self._decode_id = placement.decode_id
         self._prefill_id = placement.prefill_id
         self._decode_part = Part.WHOLE if placement.prefill_id is None else Part.DECODE
-        self._prefilled_s = 0.0
+        self._prefilled_s, self.hand_off = 0.0, None
         # A worker knows a stream by its name alone: what it may still hold of an earlier placement goes first.
         actions: list[Action] = [
             CancelPart(worker_id)
@@ -300,9 +300,9 @@ class Stream:
         if part is Part.DECODE:
             self.num_recomputed_prompt_tokens += report.num_computed_prompt_tokens
             if self._prefilled_s > 0 and times.continued_s > 0 and times.first_step_s > 0:
-                # Hosts whose clocks differ may tell of a start before the end.
                 relay_s, total_s = times.continued_s - self._prefilled_s, times.first_step_s - self._prefilled_s
-                self.hand_off = HandOff(max(0.0, relay_s), max(0.0, total_s))
+                if 0 <= relay_s <= total_s:  # hosts whose clocks differ may tell of a start before the end
+                    self.hand_off = HandOff(relay_s, total_s)
         else:
             # Of the last placement; its prompt may hold emitted tokens too.
             self.num_cached_prompt_tokens = min(report.num_cached_prompt_tokens, self.num_prompt_tokens)

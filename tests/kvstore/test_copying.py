@@ -69,6 +69,14 @@ def test_a_part_of_a_cache_is_gathered_and_scattered(
     assert in_use(other[:, 0, 0, :, :slots], lies, KEY) == digest
 
 
+def test_a_target_of_other_elements_than_bytes_is_refused() -> None:
+    with pytest.raises(ValueError, match="single bytes"):
+        copying.copy(np.zeros((4, 4), np.int16)[:, ::2], randoms(16))  # type: ignore[arg-type]
+    signed = np.zeros((4, 8), np.int8)[:, ::2]
+    copying.copy(signed, np.ones(16, np.uint8))  # type: ignore[arg-type]
+    assert (signed == 1).all()
+
+
 @pytest.mark.parametrize("num_bytes", [100, 4000])
 def test_other_sizes_are_refused(in_use: CopyDigest, num_bytes: int) -> None:
     with pytest.raises(ValueError, match=r".+"):
@@ -90,14 +98,16 @@ def test_what_is_hashed_is_what_was_copied_whoever_writes_meanwhile(in_use: Copy
     writer.start()
     num_mixed = 0
     try:
-        for _ in range(200):
+        for _ in range(20_000):
             digest = in_use(target, source, KEY)
             assert digest == xxhash.xxh3_64_intdigest(KEY + target.tobytes())
             num_mixed += len(np.unique(target)) > 1
+            if num_mixed == 20:
+                break
     finally:
         has_ended.set()
         writer.join()
-    assert num_mixed > 0, "nothing was written while it was copied"
+    assert num_mixed == 20, "too little was written while it was copied"
 
 
 def test_many_at_once(in_use: CopyDigest) -> None:

@@ -78,10 +78,22 @@ def test_a_fragment_larger_than_a_slot_is_not_kept(tier: HostTier, node: KVNode)
 def test_what_was_prepared_is_put_with_one_reservation(tier: HostTier, node: KVNode) -> None:
     fragments = make_fragments(node.num_slots // 2)
     tier.prepare(keys_of(fragments))
+    assert len(tier._prepared) == 1
     assert tier.put(fragments) == [True] * len(fragments)
+    assert len(tier._prepared) == 0
     others = make_fragments(node.num_slots // 2)
     assert tier.put(others) == [True] * len(others)  # nothing had to go for a second reservation
     assert list(tier.get(keys_of(fragments + others))) == [fragment.payload for fragment in fragments + others]
+
+
+def test_more_is_prepared_than_is_remembered(tier: HostTier, node: KVNode) -> None:
+    """Each is reserved once: the arena has room for all of them, and for nothing else."""
+    fragments = make_fragments(node.num_slots)
+    for fragment in fragments:
+        tier.prepare([fragment.key])
+    assert len(tier._prepared) == 8
+    assert [tier.put([fragment]) for fragment in fragments] == [[True]] * node.num_slots
+    assert list(tier.get(keys_of(fragments))) == [fragment.payload for fragment in fragments]
 
 
 def test_what_is_there_already_when_it_is_prepared_is_not_written_again(tier: HostTier) -> None:
@@ -92,6 +104,36 @@ def test_what_is_there_already_when_it_is_prepared_is_not_written_again(tier: Ho
     assert list(tier.get(keys_of([*old, *new]))) == [fragment.payload for fragment in [*old, *new]]
 
 
+def test_what_was_there_when_it_was_prepared_and_has_gone_is_written(tier: HostTier, node: KVNode) -> None:
+    old = make_fragments(2)
+    tier.put(old)
+    tier.prepare(keys_of(old))
+    assert list(tier.get(keys_of(old))) == [fragment.payload for fragment in old]  # the node has answered by now
+    tier.put(make_fragments(node.num_slots))
+    assert list(tier.get(keys_of(old))) == [None, None]
+    assert tier.put(old) == [True, True]
+    assert list(tier.get(keys_of(old))) == [fragment.payload for fragment in old]
+
+
+def test_a_slot_that_was_given_to_another_writer_is_not_written_to(
+    tier: HostTier, stub: kvnode_pb2_grpc.KVNodeServiceStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when this process stood still for longer than a reservation lasts."""
+    (kept,) = make_fragments(1)
+    assert tier.put([kept]) == [True]
+    found = stub.Lookup(kvnode_pb2.LookupRequest(keys=[kept.key]))
+    monkeypatch.setattr(tier, "_reserve", lambda arena, keys: [(found.slots[0], found.generations[0] - 1)])
+    assert tier.put(make_fragments(1)) == [False]
+    assert list(tier.get([kept.key])) == [kept.payload]
+
+
+def test_good_bytes_that_do_not_fit_the_room_are_rejected_and_stay(tier: HostTier) -> None:
+    (fragment,) = make_fragments(1)
+    tier.put([fragment])
+    assert list(tier.get_into([fragment.key], [memoryview(bytearray(999))])) == [Rejected("layout")]
+    assert list(tier.get([fragment.key])) == [fragment.payload]
+
+
 def test_what_was_prepared_and_never_put_is_forgotten(tier: HostTier, node: KVNode) -> None:
     node.kill()  # the reservations of this test hold half of the slots until they expire
     node.start()
@@ -100,9 +142,8 @@ def test_what_was_prepared_and_never_put_is_forgotten(tier: HostTier, node: KVNo
         tier.prepare(keys_of(make_fragments(1)))
     assert len(tier._prepared) == 8
     fragments = make_fragments(2)
-    tier.prepare(keys_of(fragments))
-    assert tier.put(fragments[:1]) == [True]  # not what was prepared
-    assert list(tier.get(keys_of(fragments))) == [fragments[0].payload, None]
+    assert tier.put(fragments) == [True, True]
+    assert list(tier.get(keys_of(fragments))) == [fragment.payload for fragment in fragments]
     node.kill()
     node.start()
 

@@ -130,7 +130,7 @@ def test_a_reader_that_takes_what_it_asked_for_and_no_more(redis_server: RedisSe
     tier = RedisTier(redis_server.url, SECRET)
     with redis_server.client() as client:
         before = client.info("stats")["total_connections_received"]
-        for _ in range(3):
+        for _ in range(10):
             tier.put(fragments)
             client.setrange(REDIS_PREFIX + fragments[4].key, 200, b"another byte or more")
             found = tier.get(keys_of(fragments))
@@ -138,7 +138,7 @@ def test_a_reader_that_takes_what_it_asked_for_and_no_more(redis_server: RedisSe
             del found
             assert got == [*(fragment.payload for fragment in fragments[:4]), Rejected("checksum")]
             assert not client.exists(REDIS_PREFIX + fragments[4].key)
-        assert client.info("stats")["total_connections_received"] < before + 3  # the tier's own pings may need another
+        assert client.info("stats")["total_connections_received"] < before + 5  # and not two for each round
     tier.close()
 
 
@@ -162,7 +162,7 @@ def test_a_redis_that_hangs_is_given_up(redis_server: RedisServer) -> None:
             lambda: list(get_values(client, [b"0", b"1"], ValueBuffers(), 8_000_000)),
         ):
             assert ask()  # and so there is a connection
-            other.client_pause(1000)
+            other.client_pause(2500)
             with pytest.raises(REDIS_ERRORS):
                 ask()
             other.ping()  # when the pause is over

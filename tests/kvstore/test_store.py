@@ -5,9 +5,11 @@ from collections.abc import Sequence
 
 import pytest
 
+from kvstore.copying import Bytes, copy
 from kvstore.memory_tier import MemoryTier
 from kvstore.redis_tier import RedisTier
 from kvstore.store import FragmentStore
+from kvstore.tiers import Rejected
 from tests.kvstore.fragments import SECRET, keys_of, make_fragments
 from tests.processes import RedisServer, wait_until
 
@@ -45,6 +47,38 @@ def test_every_tier_is_written_and_the_first_is_read(near: NamedTier, far: Named
     assert stats.published_bytes == {"near": 3000, "far": 3000}
     assert stats.pulled_bytes == {"near": 3000}
     assert stats.rejected == {}
+
+
+class NearMemory(NamedTier):
+    """A memory tier that brings payloads where they are wanted, and notes what it was told to prepare."""
+
+    def __init__(self) -> None:
+        super().__init__("near")
+        self.prepared: list[Sequence[bytes]] = []
+
+    def prepare(self, keys: Sequence[bytes]) -> None:
+        self.prepared.append(keys)
+
+    def get_into(self, keys: Sequence[bytes], rooms: Sequence[Bytes]) -> list[bool | Rejected]:
+        results: list[bool | Rejected] = []
+        for room, payload in zip(rooms, self.get(keys), strict=True):
+            if isinstance(payload, memoryview):
+                copy(room, payload)
+            results.append(payload if isinstance(payload, Rejected) else payload is not None)
+        return results
+
+
+def test_a_near_tier_fills_the_rooms_and_is_told_what_comes(far: NamedTier) -> None:
+    near, fragments = NearMemory(), make_fragments(3)
+    store = FragmentStore([near, far])
+    store.prepare(keys_of(fragments))
+    assert near.prepared == [keys_of(fragments)]
+    far.put(fragments)
+    near.put(fragments[:2])
+    near.stored[fragments[1].key][100] ^= 1
+    assert pulled(store, keys_of(fragments)) == [fragment.payload for fragment in fragments]
+    assert store.stats().pulled_bytes == {"near": 1000, "far": 2000}
+    assert store.stats().rejected == {"checksum": 1}
 
 
 def test_what_the_first_tier_lacks_comes_from_the_next(near: NamedTier, far: NamedTier) -> None:

@@ -66,6 +66,30 @@ def test_a_hand_off_is_timed_by_both_workers() -> None:
     assert stream.hand_off == HandOff(relay_s=0.25, total_s=0.5)
 
 
+@pytest.mark.parametrize("times", [PartTimes(99.0, 100.5, 101.0), PartTimes(100.25, 100.2, 101.0)], ids=str)
+def test_hosts_whose_clocks_differ_time_nothing(times: PartTimes) -> None:
+    stream = Stream(3, max_tokens=2)
+    stream.place(split())
+    stream.on_token("p", 1, 0, 10)
+    stream.on_finished("p", 1, done(Outcome.PREFILLED, times=PartTimes(first_token_s=100.0)))
+    stream.on_token("d", 1, 1, 11)
+    stream.on_finished("d", 1, done(Outcome.LENGTH, times=times))
+    assert stream.hand_off is None
+
+
+def test_the_hand_off_to_a_worker_that_failed_does_not_count() -> None:
+    stream = Stream(3, max_tokens=3)
+    stream.place(split())
+    stream.on_token("p", 1, 0, 10)
+    stream.on_finished("p", 1, done(Outcome.PREFILLED, times=PartTimes(first_token_s=100.0)))
+    stream.on_token("d", 1, 1, 11)
+    stream.on_finished("d", 1, done(Outcome.FAILED, times=PartTimes(100.25, 100.5, 101.0)))
+    stream.place(whole("m"))
+    stream.on_token("m", 2, 2, 12)
+    stream.on_finished("m", 2, done(Outcome.LENGTH))
+    assert stream.hand_off is None
+
+
 def test_the_hand_off_of_a_lost_placement_does_not_count() -> None:
     stream = Stream(3, max_tokens=3)
     stream.place(split())
