@@ -316,7 +316,10 @@ static int copy_begin(Copy *copy, PyObject *target, PyObject *source, PyObject *
     return -1;
 }
 
-static PyObject *copy_all(TakeStripes *take_stripes, PyObject *targets, PyObject *sources, PyObject *prefixes) {
+static PyObject *copy_all(TakeStripes *take_stripes, PyObject *arguments) {
+    PyObject *targets, *sources, *prefixes;
+    if (!PyArg_ParseTuple(arguments, "O!O!O!", &PyList_Type, &targets, &PyList_Type, &sources, &PyList_Type, &prefixes))
+        return NULL;
     Py_ssize_t count = PyList_GET_SIZE(targets), num_begun = 0;
     if (PyList_GET_SIZE(sources) != count || PyList_GET_SIZE(prefixes) != count) {
         PyErr_SetString(PyExc_ValueError, "as many targets as sources and prefixes are wanted");
@@ -353,18 +356,12 @@ end:
 
 static PyObject *copy_digests(PyObject *module, PyObject *arguments) {
     (void)module;
-    PyObject *targets, *sources, *prefixes;
-    if (!PyArg_ParseTuple(arguments, "O!O!O!", &PyList_Type, &targets, &PyList_Type, &sources, &PyList_Type, &prefixes))
-        return NULL;
-    return copy_all(fastest, targets, sources, prefixes);
+    return copy_all(fastest, arguments);
 }
 
 static PyObject *copy_digests_portably(PyObject *module, PyObject *arguments) {
     (void)module;
-    PyObject *targets, *sources, *prefixes;
-    if (!PyArg_ParseTuple(arguments, "O!O!O!", &PyList_Type, &targets, &PyList_Type, &sources, &PyList_Type, &prefixes))
-        return NULL;
-    return copy_all(take_portably, targets, sources, prefixes);
+    return copy_all(take_portably, arguments);
 }
 
 PyDoc_STRVAR(COPY_DIGESTS, "copy_digests(targets, sources, prefixes)\n--\n\n"

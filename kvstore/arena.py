@@ -75,13 +75,9 @@ class Arena:
         """Whether this mapping shows the reservation: the slot is there to be written to, and is nobody else's yet."""
         return 0 <= slot < self.num_slots and generation_at(self._view, self._offset(slot)) == generation
 
-    def write(self, slot: int, fragment: Fragment, generation: int) -> None:
-        """write_all() of one."""
-        self.write_all([slot], [fragment], [generation])
-
-    def write_all(self, slots: Sequence[int], fragments: Sequence[Fragment], generations: Sequence[int]) -> None:
+    def write(self, slots: Sequence[int], fragments: Sequence[Fragment], generations: Sequence[int]) -> None:
         """Fills reserved slots."""
-        places = [self._place(slot, fragment.payload.nbytes) for slot, fragment in zip(slots, fragments, strict=True)]
+        places = [self._place(slot, fragment.num_bytes) for slot, fragment in zip(slots, fragments, strict=True)]
         payloads, keys = [fragment.payload for fragment in fragments], [fragment.key for fragment in fragments]
         seal_all_into(places, payloads, keys, generations)
 
@@ -124,20 +120,19 @@ class Arena:
         """Header and payload as they lie in the slot; nothing but the header's fields is verified."""
         if not 0 <= slot < self.num_slots:
             return Rejected("layout")
-        offset = self._offset(slot)
-        payload_bytes = payload_bytes_at(self._view, offset, key, generation)
+        payload_bytes = payload_bytes_at(self._view, self._offset(slot), key, generation)
         if isinstance(payload_bytes, Rejected):
             return payload_bytes
         if payload_bytes > self.slot_bytes:
             return Rejected("layout")
-        return self._view[offset : offset + HEADER_BYTES + payload_bytes]
+        return self._place(slot, payload_bytes)
 
     def adopt(self, slot: int, sealed: memoryview, generation: int) -> None:
         """Fills a reserved slot with a verified copy of header and payload, whose generation is changed."""
         reseal(sealed, generation)
-        start = self._offset(slot)
-        self._view[start + HEADER_BYTES : start + len(sealed)] = sealed[HEADER_BYTES:]
-        self._view[start : start + HEADER_BYTES] = sealed[:HEADER_BYTES]  # last: until then the slot holds nothing
+        place = self._place(slot, len(sealed) - HEADER_BYTES)
+        place[HEADER_BYTES:] = sealed[HEADER_BYTES:]
+        place[:HEADER_BYTES] = sealed[:HEADER_BYTES]  # last: until then the slot holds nothing
 
     def _place(self, slot: int, payload_bytes: int) -> memoryview:
         """Header and payload."""

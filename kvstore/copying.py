@@ -25,8 +25,7 @@ except ImportError:  # it was installed where there is no compiler
 Bytes: TypeAlias = memoryview | npt.NDArray[np.uint8]
 """Of any shape, strides and format; its bytes are those of its elements in C order. Targets are of single bytes."""
 
-MIN_COMPILED_BYTES = 241
-"""With the prefix: for fewer, XXH3 is another function."""
+_MIN_COMPILED_BYTES = 241  # with the prefix: for fewer, XXH3 is another function
 
 
 def is_compiled() -> bool:
@@ -45,11 +44,6 @@ def copy(target: Bytes, source: Bytes) -> None:
         np.copyto(to, start.reshape(to.shape))
 
 
-def copy_digest(target: Bytes, source: Bytes, prefix: bytes) -> int:
-    """copy_digests() of one."""
-    return copy_digests([target], [source], [prefix])[0]
-
-
 def copy_digests(targets: list[Bytes], sources: list[Bytes], prefixes: list[bytes]) -> list[int]:
     """Copies each source to its target; XXH3-64 of each prefix (at most 64 bytes) and of what is in the target then.
 
@@ -57,7 +51,7 @@ def copy_digests(targets: list[Bytes], sources: list[Bytes], prefixes: list[byte
     ValueError as copy() does; targets hold anything then.
     """
     if _copying is not None and all(
-        source.nbytes + len(prefix) >= MIN_COMPILED_BYTES for source, prefix in zip(sources, prefixes, strict=True)
+        source.nbytes + len(prefix) >= _MIN_COMPILED_BYTES for source, prefix in zip(sources, prefixes, strict=True)
     ):
         return _copying.copy_digests(targets, sources, prefixes)
     return [_copy_digest(*each) for each in zip(targets, sources, prefixes, strict=True)]

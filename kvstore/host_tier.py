@@ -123,10 +123,11 @@ class HostTier:
                 self._prepared.popleft().call.give_up()  # its slots are free again when their reservations expire
             if len(self._prepared) >= _MAX_PREPARED:
                 return
-            try:
-                call = self._calls.begin_reserve(kvnode_pb2.ReserveRequest(keys=keys))
-            except _ERRORS:
-                return  # the put will find out what is the matter
+        try:
+            call = self._calls.begin_reserve(kvnode_pb2.ReserveRequest(keys=keys))
+        except _ERRORS:
+            return  # the put will find out what is the matter
+        with self._prepared_lock:
             self._prepared.append(_Prepared(arena, keys, call, now_s))
 
     def put(self, fragments: Sequence[Fragment]) -> list[bool]:
@@ -205,7 +206,7 @@ class HostTier:
             else:
                 stored[i] = slot == SEALED_ALREADY
         if written:
-            arena.write_all(slots, [fragments[i] for i in written], generations)
+            arena.write(slots, [fragments[i] for i in written], generations)
             keys = [fragments[i].key for i in written]
             is_sealed = self._seal(kvnode_pb2.SealRequest(keys=keys, slots=slots, generations=generations))
             for i, is_readable in zip(written, is_sealed, strict=True):
@@ -258,7 +259,7 @@ class HostTier:
     def _read(self, found: _Found) -> Iterator[memoryview | Rejected | None]:
         for key, slot, generation in zip(found.keys, found.slots, found.generations, strict=True):
             payload = found.arena.read(slot, key, generation) if slot >= 0 else None
-            if isinstance(payload, Rejected) and not self._drop(found.arena, key, generation):
+            if isinstance(payload, Rejected) and not self._drop(found.arena, [key], [generation]):
                 payload = None
             yield payload
             del payload  # or its buffer would be in use while the next one is read
@@ -272,25 +273,27 @@ class HostTier:
             [rooms[i] for i in there],
         )
         results: list[bool | Rejected] = [False] * len(found.keys)
+        bad: list[int] = []
         for i, why in zip(there, rejected, strict=True):
-            if why is None:
-                results[i] = True
-            elif why.reason == "layout" and self._is_good(found, i):
-                results[i] = why  # and stays: for others it is what they have under this name
-            elif self._drop(found.arena, found.keys[i], found.generations[i]):
-                results[i] = why
+            results[i] = True if why is None else why
+            # Good bytes of another size stay: for others they are what they have under this name.
+            if why is not None and not (why.reason == "layout" and self._is_good(found, i)):
+                bad.append(i)
+        if bad and not self._drop(found.arena, [found.keys[i] for i in bad], [found.generations[i] for i in bad]):
+            for i in bad:
+                results[i] = False
         return iter(results)
 
     def _is_good(self, found: _Found, i: int) -> bool:
         """Whether a fragment verifies, whatever its size."""
         return not isinstance(found.arena.read(found.slots[i], found.keys[i], found.generations[i]), Rejected)
 
-    def _drop(self, arena: Arena, key: bytes, generation: int) -> bool:
-        """Drops a fragment that failed its verification; False when it went with the node process, and was not bad."""
+    def _drop(self, arena: Arena, keys: Sequence[bytes], generations: Sequence[int]) -> bool:
+        """Drops fragments that failed their verification; False when they went with the node process: none was bad."""
         if not arena.is_current():
             return False
         try:
-            self._calls.drop(kvnode_pb2.DropRequest(keys=[key], generations=[generation]))
+            self._calls.drop(kvnode_pb2.DropRequest(keys=keys, generations=generations))
         except _ERRORS as error:
             self._availability.lost(error)
         return True

@@ -54,12 +54,8 @@ class QuickCalls:
         self._lock = threading.Lock()
         self._is_closed = False
 
-    def call(self, kind: int, request: Message, parse: Callable[[bytes], Any]) -> Any:
-        """One call; never made twice. Raises OSError when the other end is away, too slow or refuses."""
-        return self.begin(kind, request, parse).answer()
-
     def begin(self, kind: int, request: Message, parse: Callable[[bytes], Any]) -> "CallInProgress":
-        """The same, for a caller that has something to do meanwhile. Raises OSError when the other end is away."""
+        """One call; never made twice. Raises OSError when the other end is away."""
         connection = self._take()
         try:
             message = request.SerializeToString()
@@ -109,7 +105,7 @@ class CallInProgress:
         self._parse = parse
 
     def answer(self) -> Any:
-        """Waits for it. Raises OSError as QuickCalls.call."""
+        """Waits for it. Raises OSError when the other end is away, too slow or refuses."""
         try:
             status, answer = _receive(self._connection)
         except BaseException:

@@ -78,12 +78,8 @@ def generation_at(buffer: memoryview, offset: int) -> int:
 
 def payload_bytes_at(buffer: memoryview, offset: int, key: bytes, generation: int) -> int | Rejected:
     """Size of the payload after the header at `offset`, if that is the header of a complete fragment of this key."""
-    magic, held_generation, payload_bytes, _, zeros, held_key = _HEADER.unpack_from(buffer, offset)
-    if held_generation != generation or held_key != key:
-        return Rejected("stale")
-    if magic != SEALED or zeros != _ZEROS:
-        return Rejected("layout")
-    return int(payload_bytes)
+    header = _header_at(buffer, offset, key, generation)
+    return header if isinstance(header, Rejected) else header[0]
 
 
 def sealed_bytes_at(buffer: memoryview, offset: int) -> int:
@@ -96,14 +92,13 @@ def unseal(copy: memoryview, key: bytes, generation: int) -> memoryview | Reject
     """The payload within a private copy of a stored fragment, if header, size and checksum are right."""
     if len(copy) < HEADER_BYTES:
         return Rejected("truncated")
-    payload_bytes = payload_bytes_at(copy, 0, key, generation)
-    if isinstance(payload_bytes, Rejected):
-        return payload_bytes
+    header = _header_at(copy, 0, key, generation)
+    if isinstance(header, Rejected):
+        return header
+    payload_bytes, checksum = header
     if payload_bytes != len(copy) - HEADER_BYTES:
         return Rejected("truncated")
-    if xxhash.xxh3_64_intdigest(copy[_KEY_OFFSET:]) != _HEADER.unpack_from(copy)[3]:
-        return Rejected("checksum")
-    return copy[HEADER_BYTES:]
+    return copy[HEADER_BYTES:] if xxhash.xxh3_64_intdigest(copy[_KEY_OFFSET:]) == checksum else Rejected("checksum")
 
 
 def unseal_into(
@@ -112,22 +107,32 @@ def unseal_into(
     """Copies payloads of their rooms' sizes from behind headers, where others may write meanwhile; None for each copy
     that is right. "layout" when a header tells of another size: under this name the reader has something else.
     """
-    results: list[Rejected | None] = []
-    checksums: list[int] = []
-    for place, key, generation in zip(places, keys, generations, strict=True):
-        magic, held_generation, payload_bytes, checksum, zeros, held_key = _HEADER.unpack_from(place)
-        checksums.append(checksum)
-        if held_generation != generation or held_key != key:
-            results.append(Rejected("stale"))
-        elif magic != SEALED or zeros != _ZEROS or payload_bytes != len(place) - HEADER_BYTES:
-            results.append(Rejected("layout"))
+    results: list[Rejected | None] = [None] * len(places)
+    checksums: dict[int, int] = {}
+    for i, (place, key, generation) in enumerate(zip(places, keys, generations, strict=True)):
+        header = _header_at(place, 0, key, generation)
+        if isinstance(header, Rejected):
+            results[i] = header
+        elif header[0] != len(place) - HEADER_BYTES:
+            results[i] = Rejected("layout")
         else:
-            results.append(None)
-    good = [i for i, result in enumerate(results) if result is None]
-    digests = copy_digests([rooms[i] for i in good], [places[i][HEADER_BYTES:] for i in good], [keys[i] for i in good])
-    for i, digest in zip(good, digests, strict=True):
+            checksums[i] = header[1]
+    digests = copy_digests(
+        [rooms[i] for i in checksums], [places[i][HEADER_BYTES:] for i in checksums], [keys[i] for i in checksums]
+    )
+    for (i, checksum), digest in zip(checksums.items(), digests, strict=True):
         if generation_at(places[i], 0) != generations[i]:  # the place was given away while it was copied
             results[i] = Rejected("stale")
-        elif digest != checksums[i]:
+        elif digest != checksum:
             results[i] = Rejected("checksum")
     return results
+
+
+def _header_at(buffer: memoryview, offset: int, key: bytes, generation: int) -> tuple[int, int] | Rejected:
+    """(payload bytes, checksum) of the header at `offset`, if it is that of a complete fragment of this key."""
+    magic, held_generation, payload_bytes, checksum, zeros, held_key = _HEADER.unpack_from(buffer, offset)
+    if held_generation != generation or held_key != key:
+        return Rejected("stale")
+    if magic != SEALED or zeros != _ZEROS:
+        return Rejected("layout")
+    return payload_bytes, checksum

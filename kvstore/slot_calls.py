@@ -33,8 +33,7 @@ class SlotCalls:
 
     def begin_reserve(self, request: kvnode_pb2.ReserveRequest) -> CallInProgress:
         """reserve(), for a caller that has something to do meanwhile."""
-        kind, _, response = _KINDS["Reserve"]
-        return self._calls.begin(kind, request, response.FromString)
+        return self._begin("Reserve", request)
 
     def seal(self, request: kvnode_pb2.SealRequest) -> kvnode_pb2.SealResponse:
         """As in kvnode.proto."""
@@ -53,8 +52,11 @@ class SlotCalls:
         self._calls.close()
 
     def _call(self, name: str, request: Message) -> Any:
+        return self._begin(name, request).answer()
+
+    def _begin(self, name: str, request: Message) -> CallInProgress:
         kind, _, response = _KINDS[name]
-        return self._calls.call(kind, request, response.FromString)
+        return self._calls.begin(kind, request, response.FromString)
 
 
 def serve_slot_calls(address: str, servicer: Servicer) -> CallServer:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.fake_cluster import FakeCluster, Prefork, Shape, percentile
+from tests.fake_cluster import FakeCluster, Shape, percentile
+from tests.forked import Prefork
 
 _MEASURED = pytest.StashKey[dict[str, list[float]]]()
 

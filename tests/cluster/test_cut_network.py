@@ -22,7 +22,8 @@ import pytest
 
 from router.config import RouterSpec
 from tests.cluster.test_kill_at_every_token import NUM_TOKENS, prompt
-from tests.fake_cluster import MODEL_NAME, QUICK, ForkedNode, Prefork, Server, Shape, expected, write_fake_model
+from tests.fake_cluster import MODEL_NAME, QUICK, Shape, expected, write_fake_model
+from tests.forked import ForkedNode, Prefork, Server
 from tests.processes import redis_executable, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.netns, pytest.mark.redis, pytest.mark.timeout(300)]

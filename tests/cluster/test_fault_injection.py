@@ -30,8 +30,9 @@ from kvstore.peer_tier import PEER_PLACE
 from kvstore.redis_tier import KEY_PREFIX, RedisTier
 from kvstore.sealing import HEADER_BYTES
 from kvstore.tiers import Rejected
-from tests.fake_cluster import SECRET, VOCAB_SIZE, FakeCluster, expected
+from tests.fake_cluster import VOCAB_SIZE, FakeCluster, expected
 from tests.fault_injector import DiskPlace
+from tests.forked import SECRET
 from tests.kvstore.fragments import make_compressible, sealed_copy
 from tests.processes import DEADLINE_S, REPOSITORY, KVNode, RedisServer, python_environment, wait_until
 from tests.workers.test_disaggregation import spec_for

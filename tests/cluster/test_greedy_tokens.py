@@ -6,7 +6,6 @@ One cluster is Ray's, and so is the one of tests/deploy/test_cluster.py; Ray tak
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
@@ -18,19 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
-from router.client import GenerationClient
-from router.events import Finished, GenerationRequest, SamplingOptions, Tokens
+from router.events import Finished
+from tests import greedy
 from tests.deploy.conftest import write_tiny_model
 from tests.fake_cluster import FakeCluster
-from tests.workers.tiny_llama import generate_with_transformers
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parents[2]
-LENGTHS = (5, 40, 100, 150, 64, 33)
-MAX_TOKENS = 24
 MANY, FEW = 200, 24  # KV blocks of 16 tokens; the prompts and their completions need 36
 
 
@@ -94,14 +89,9 @@ def model(tmp_path_factory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
-def prompt(length: int) -> list[int]:
-    """Other tokens for each length."""
-    return torch.randint(1, 4000, (length,), generator=torch.Generator().manual_seed(length)).tolist()
-
-
 @pytest.fixture(scope="module")
 def expected(model) -> list[list[int]]:
-    return [generate_with_transformers(model, prompt(n), MAX_TOKENS) for n in LENGTHS]
+    return greedy.expected(model)
 
 
 @contextmanager
@@ -121,38 +111,17 @@ def serve(model: Path, options: list[str]) -> Iterator[str]:
         assert process.wait(60) == 0
 
 
-async def complete(client: GenerationClient, token_ids: list[int]) -> tuple[list[int], Finished]:
-    tokens: list[int] = []
-    sampling = SamplingOptions(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True)
-    async for event in client.generate_async(GenerationRequest(tuple(token_ids), sampling)):
-        if isinstance(event, Tokens):
-            assert event.first_position == len(tokens)
-            tokens += event.ids
-        elif isinstance(event, Finished):
-            return tokens, event
-    raise AssertionError("the stream ended without a Finished")
-
-
-def ask_all_at_once(target: str) -> list[tuple[list[int], Finished]]:
-    """The prompts of all lengths: what came, and how it ended."""
-
-    async def ask() -> list[tuple[list[int], Finished]]:
-        async with GenerationClient(target) as client:
-            return await asyncio.gather(*(complete(client, prompt(n)) for n in LENGTHS))
-
-    return asyncio.run(ask())
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_greedy_tokens_equal_transformers(
     case: Case, model: Path, expected: list[list[int]], fake_cluster: Callable[..., FakeCluster]
 ) -> None:
-    check(case, ask_all_at_once(fake_cluster(**case.shape(model)).targets[0]), expected)
+    results = greedy.ask_all_at_once(fake_cluster(**case.shape(model)).targets[0])
+    check(case, results, expected)
 
 
 def test_greedy_tokens_of_a_whole_cluster_of_ray(model: Path, expected: list[list[int]]) -> None:
     with serve(model, RAY_CASE.options()) as target:
-        results = ask_all_at_once(target)
+        results = greedy.ask_all_at_once(target)
     check(RAY_CASE, results, expected)
 
 
@@ -160,7 +129,7 @@ def check(case: Case, results: list[tuple[list[int], Finished]], expected: list[
     """The right tokens, and each prompt token computed once."""
     assert [tokens for tokens, _ in results] == expected
     if case.pools[0][0] == "prefill":
-        for length, (_, finished) in zip(LENGTHS, results, strict=True):
+        for length, (_, finished) in zip(greedy.LENGTHS, results, strict=True):
             assert finished.stats.num_recomputed_prompt_tokens == 0
             assert finished.stats.num_transferred_blocks >= -(-length // 16)
             if case.num_blocks == MANY:

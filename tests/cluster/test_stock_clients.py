@@ -12,7 +12,8 @@ import pytest
 
 from router.text import TextCodec
 from tests.cluster.test_kill_at_every_token import NUM_TOKENS, Once, busy, check, prompt
-from tests.fake_cluster import DEMO, MODEL_NAME, FakeCluster, Prefork, Shape, expected
+from tests.fake_cluster import DEMO, MODEL_NAME, FakeCluster, Shape, expected
+from tests.forked import Prefork
 
 pytestmark = [pytest.mark.cluster]
 

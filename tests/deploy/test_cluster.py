@@ -23,8 +23,7 @@ from deploy.completion import Completion, complete
 from deploy.metrics import METRICS
 from router.client import GenerationError
 from router.events import GenerationRequest, SamplingOptions
-from tests.cluster.test_greedy_tokens import LENGTHS, MAX_TOKENS, ask_all_at_once, prompt
-from tests.workers.tiny_llama import generate_with_transformers
+from tests import greedy
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -117,10 +116,9 @@ def test_the_sample_went_from_prefill_to_decode(cluster: Running) -> None:
 
 
 def test_greedy_tokens_equal_transformers(cluster: Running, tiny_model: Path) -> None:
-    wanted = [generate_with_transformers(tiny_model, prompt(length), MAX_TOKENS) for length in LENGTHS]
-    results = ask_all_at_once(cluster.router["grpc"])
-    assert [tokens for tokens, _ in results] == wanted
-    for length, (_, finished) in zip(LENGTHS, results, strict=True):
+    results = greedy.ask_all_at_once(cluster.router["grpc"])
+    assert [tokens for tokens, _ in results] == greedy.expected(tiny_model)
+    for length, (_, finished) in zip(greedy.LENGTHS, results, strict=True):
         assert finished.stats.num_computed_prompt_tokens == length
         assert finished.stats.num_recomputed_prompt_tokens == 0
         assert finished.stats.num_transferred_blocks == -(-length // 16)

@@ -34,16 +34,16 @@ def test_a_second_mapping_reads_what_the_first_wrote(tmp_path: Path) -> None:
     other = attach_arena(owned.arena.path, 1000, 4)
     owned.arena.reserve(3, 5)
     assert other.read(3, FRAGMENT.key, 5) == Rejected("stale")
-    other.write(3, FRAGMENT, 5)
+    other.write([3], [FRAGMENT], [5])
     assert owned.arena.read(3, FRAGMENT.key, 5) == FRAGMENT.payload
     owned.remove()
 
 
 def test_a_copy_is_private(tmp_path: Path) -> None:
     owned = create(tmp_path)
-    owned.arena.write(0, FRAGMENT, 1)
+    owned.arena.write([0], [FRAGMENT], [1])
     copy = owned.arena.read(0, FRAGMENT.key, 1)
-    owned.arena.write(0, Fragment(FRAGMENT.key, memoryview(bytes(1000))), 1)
+    owned.arena.write([0], [Fragment(FRAGMENT.key, memoryview(bytes(1000)))], [1])
     assert copy == FRAGMENT.payload
     owned.remove()
 
@@ -52,7 +52,7 @@ def test_slots_do_not_overlap(tmp_path: Path) -> None:
     owned = create(tmp_path)
     fragments = make_fragments(4)
     for slot, fragment in enumerate(fragments):
-        owned.arena.write(slot, fragment, 1)
+        owned.arena.write([slot], [fragment], [1])
     for slot, fragment in enumerate(fragments):
         assert owned.arena.read(slot, fragment.key, 1) == fragment.payload
     owned.remove()
@@ -66,7 +66,7 @@ def test_a_slot_that_does_not_exist_is_a_bad_layout(tmp_path: Path) -> None:
 
 def test_a_length_beyond_the_slot_is_a_bad_layout(tmp_path: Path) -> None:
     owned = create(tmp_path)
-    owned.arena.write(0, FRAGMENT, 1)
+    owned.arena.write([0], [FRAGMENT], [1])
     with open(owned.arena.path, "r+b") as file:
         file.seek(4096 + 16)
         file.write((1 << 60).to_bytes(8, "little"))
@@ -76,7 +76,7 @@ def test_a_length_beyond_the_slot_is_a_bad_layout(tmp_path: Path) -> None:
 
 def test_a_length_that_is_too_short_is_noticed(tmp_path: Path) -> None:
     owned = create(tmp_path)
-    owned.arena.write(0, FRAGMENT, 1)
+    owned.arena.write([0], [FRAGMENT], [1])
     with open(owned.arena.path, "r+b") as file:
         file.seek(4096 + 16)
         file.write((500).to_bytes(8, "little"))
@@ -86,7 +86,7 @@ def test_a_length_that_is_too_short_is_noticed(tmp_path: Path) -> None:
 
 def test_a_room_larger_than_a_slot_or_a_slot_that_does_not_exist_is_a_bad_layout(tmp_path: Path) -> None:
     owned = create(tmp_path)
-    owned.arena.write(3, FRAGMENT, 1)
+    owned.arena.write([3], [FRAGMENT], [1])
     rooms = [memoryview(bytearray(num_bytes)) for num_bytes in (1000, 1001, 1000, 1000)]
     results = owned.arena.read_into([4, 3, 3, -1], [FRAGMENT.key] * 4, [1] * 4, rooms)
     assert results == [Rejected("layout"), Rejected("layout"), None, Rejected("layout")]

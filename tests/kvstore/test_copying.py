@@ -10,12 +10,17 @@ import pytest
 import xxhash
 
 from kvstore import _copying, copying
-from kvstore.copying import Bytes, copy_digest
+from kvstore.copying import Bytes
 
 KEY = bytes(range(22))
 LENGTHS = [1, 63, 64, 218, 219, 220, 256, 1002, 1003, 1024, 1026, 2026, 4096, 65536, 262144, 262151]
 
 CopyDigest = Callable[[Bytes, Bytes, bytes], int]
+
+
+def copy_digest(target: Bytes, source: Bytes, prefix: bytes) -> int:
+    (digest,) = copying.copy_digests([target], [source], [prefix])
+    return digest
 
 
 @pytest.fixture(params=["compiled", "portable", "numpy"])

@@ -286,7 +286,7 @@ def test_slots_that_are_given_away_while_they_are_sent_are_stale(tmp_path: Path)
     def fill(fragments: Sequence[Fragment]) -> None:
         refs = slots.reserve(keys_of(fragments))
         for fragment, ref in zip(fragments, refs, strict=True):
-            owned.arena.write(ref.slot, fragment, ref.generation)
+            owned.arena.write([ref.slot], [fragment], [ref.generation])
         assert slots.seal(keys_of(fragments), refs) == num_slots
 
     fill(old)

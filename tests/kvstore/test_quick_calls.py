@@ -39,7 +39,8 @@ def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[CallServe
 
 
 def ask(calls: QuickCalls, *keys: bytes, kind: int = ECHO) -> list[bytes]:
-    return list(calls.call(kind, kvnode_pb2.LookupRequest(keys=keys), kvnode_pb2.LookupRequest.FromString).keys)
+    request = kvnode_pb2.LookupRequest(keys=keys)
+    return list(calls.begin(kind, request, kvnode_pb2.LookupRequest.FromString).answer().keys)
 
 
 @pytest.mark.parametrize("keys", [[], [b"one"], [bytes([i % 256]) * 100_000 for i in range(20)]])

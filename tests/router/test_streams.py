@@ -56,11 +56,17 @@ def test_a_split_stream_from_start_to_end() -> None:
     assert stream.num_transferred_blocks == 1
 
 
-def test_a_hand_off_is_timed_by_both_workers() -> None:
-    stream = Stream(3, max_tokens=2)
+def prefilled(max_tokens: int) -> Stream:
+    """Its prefill ended at 100 s."""
+    stream = Stream(3, max_tokens=max_tokens)
     stream.place(split())
     stream.on_token("p", 1, 0, 10)
     stream.on_finished("p", 1, done(Outcome.PREFILLED, times=PartTimes(first_step_s=99.0, first_token_s=100.0)))
+    return stream
+
+
+def test_a_hand_off_is_timed_by_both_workers() -> None:
+    stream = prefilled(max_tokens=2)
     stream.on_token("d", 1, 1, 11)
     stream.on_finished("d", 1, done(Outcome.LENGTH, times=PartTimes(100.25, 100.5, 101.0)))
     assert stream.hand_off == HandOff(relay_s=0.25, total_s=0.5)
@@ -68,20 +74,14 @@ def test_a_hand_off_is_timed_by_both_workers() -> None:
 
 @pytest.mark.parametrize("times", [PartTimes(99.0, 100.5, 101.0), PartTimes(100.25, 100.2, 101.0)], ids=str)
 def test_hosts_whose_clocks_differ_time_nothing(times: PartTimes) -> None:
-    stream = Stream(3, max_tokens=2)
-    stream.place(split())
-    stream.on_token("p", 1, 0, 10)
-    stream.on_finished("p", 1, done(Outcome.PREFILLED, times=PartTimes(first_token_s=100.0)))
+    stream = prefilled(max_tokens=2)
     stream.on_token("d", 1, 1, 11)
     stream.on_finished("d", 1, done(Outcome.LENGTH, times=times))
     assert stream.hand_off is None
 
 
 def test_the_hand_off_to_a_worker_that_failed_does_not_count() -> None:
-    stream = Stream(3, max_tokens=3)
-    stream.place(split())
-    stream.on_token("p", 1, 0, 10)
-    stream.on_finished("p", 1, done(Outcome.PREFILLED, times=PartTimes(first_token_s=100.0)))
+    stream = prefilled(max_tokens=3)
     stream.on_token("d", 1, 1, 11)
     stream.on_finished("d", 1, done(Outcome.FAILED, times=PartTimes(100.25, 100.5, 101.0)))
     stream.place(whole("m"))
@@ -91,10 +91,7 @@ def test_the_hand_off_to_a_worker_that_failed_does_not_count() -> None:
 
 
 def test_the_hand_off_of_a_lost_placement_does_not_count() -> None:
-    stream = Stream(3, max_tokens=3)
-    stream.place(split())
-    stream.on_token("p", 1, 0, 10)
-    stream.on_finished("p", 1, done(Outcome.PREFILLED, times=PartTimes(first_token_s=100.0)))
+    stream = prefilled(max_tokens=3)
     stream.on_lost("d")
     stream.place(split("q", "e"))
     stream.on_lost("q")  # so that nobody knows when the prefill ended

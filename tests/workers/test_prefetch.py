@@ -15,7 +15,8 @@ from kvstore.connect import open_directory
 from kvstore.host_tier import HostTier
 from kvstore.names import block_names, root_name
 from kvstore.prefetch import Prefetcher
-from tests.fake_cluster import Prefork, Server, expected, write_fake_model
+from tests.fake_cluster import expected, write_fake_model
+from tests.forked import Prefork, Server
 from tests.kvstore.fragments import SECRET
 from tests.processes import KVNode, RedisServer
 from tests.workers.test_disaggregation import BLOCK_SIZE, prompt, spec_for, worker
