@@ -22,7 +22,7 @@
 #define MAX_SHORT_BYTES 240 /* up to there XXH3 is another function */
 #define PREFETCH_BYTES 1024
 #define MAX_DIMS 8
-#define MAX_PREFIX_BYTES 64
+#define MAX_SUFFIX_BYTES 64
 
 #define PRIME32_1 0x9E3779B1u
 #define PRIME32_2 0x85EBCA77u
@@ -129,7 +129,9 @@ AVX2 static inline __m256i scramble_half(__m256i lanes, const uint8_t *secret) {
     return _mm256_add_epi64(low, _mm256_slli_epi64(high, 32));
 }
 
-AVX2 static void take_by_avx2(Digest *digest, uint8_t *to, const uint8_t *from, size_t count) {
+/* is_streamed: past the caches. A line that is written whole need not be read first, and others keep their place. */
+AVX2 static inline __attribute__((always_inline)) void take_stripes(
+    Digest *digest, uint8_t *to, const uint8_t *from, size_t count, int is_streamed) {
     __m256i lanes_0 = load(digest->lanes), lanes_1 = load(digest->lanes + 4);
     __m256i half_0 = load(digest->window.previous), half_1 = load(digest->window.previous + 32);
     while (count) {
@@ -137,13 +139,18 @@ AVX2 static void take_by_avx2(Digest *digest, uint8_t *to, const uint8_t *from, 
         now = now < count ? now : count;
         const uint8_t *secret = SECRET + 8 * digest->num_in_block;
         for (size_t n = 0; n < now; n++, to += STRIPE_BYTES, from += STRIPE_BYTES, secret += 8) {
-            /* Stores wait for their lines as loads do, and the processor foresees only loads. */
             __builtin_prefetch(from + PREFETCH_BYTES, 0);
-            __builtin_prefetch(to + PREFETCH_BYTES, 1);
             half_0 = load(from);
             half_1 = load(from + 32);
-            store(to, half_0);
-            store(to + 32, half_1);
+            if (is_streamed) {
+                _mm256_stream_si256((__m256i *)to, half_0);
+                _mm256_stream_si256((__m256i *)(to + 32), half_1);
+            } else {
+                /* Stores wait for their lines as loads do, and the processor foresees only loads. */
+                __builtin_prefetch(to + PREFETCH_BYTES, 1);
+                store(to, half_0);
+                store(to + 32, half_1);
+            }
             lanes_0 = mix_half(lanes_0, half_0, secret);
             lanes_1 = mix_half(lanes_1, half_1, secret + 32);
         }
@@ -160,9 +167,20 @@ AVX2 static void take_by_avx2(Digest *digest, uint8_t *to, const uint8_t *from, 
     store(digest->window.previous, half_0);
     store(digest->window.previous + 32, half_1);
 }
+
+AVX2 static void take_by_avx2(Digest *digest, uint8_t *to, const uint8_t *from, size_t count) {
+    take_stripes(digest, to, from, count, 0);
+}
+
+AVX2 static void stream_by_avx2(Digest *digest, uint8_t *to, const uint8_t *from, size_t count) {
+    if ((uintptr_t)to % STRIPE_BYTES)
+        take_stripes(digest, to, from, count, 0);
+    else
+        take_stripes(digest, to, from, count, 1);
+}
 #endif
 
-static TakeStripes *fastest = take_portably;
+static TakeStripes *fastest = take_portably, *fastest_past_caches = take_portably;
 
 static void digest_begin(Digest *digest, TakeStripes *take_stripes, size_t num_bytes) {
     static const uint64_t FIRST[8] = {PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3,
@@ -264,11 +282,10 @@ static void runs_advance(Runs *runs, size_t count) {
 }
 
 static uint64_t copy_and_digest(
-    TakeStripes *take_stripes, const Py_buffer *target, const Py_buffer *source, const Py_buffer *prefix) {
+    TakeStripes *take_stripes, const Py_buffer *target, const Py_buffer *source, const Py_buffer *suffix) {
     Digest digest;
-    uint8_t nowhere[MAX_PREFIX_BYTES];
-    digest_begin(&digest, take_stripes, (size_t)(prefix->len + source->len));
-    digest_copy(&digest, nowhere, prefix->buf, (size_t)prefix->len);
+    uint8_t nowhere[MAX_SUFFIX_BYTES];
+    digest_begin(&digest, take_stripes, (size_t)(source->len + suffix->len));
     Runs to, from;
     runs_begin(&to, target);
     runs_begin(&from, source);
@@ -279,34 +296,35 @@ static uint64_t copy_and_digest(
         runs_advance(&from, count);
         left -= count;
     }
+    digest_copy(&digest, nowhere, suffix->buf, (size_t)suffix->len);
     return digest_finish(&digest);
 }
 
 /* -- Python's side */
 
 typedef struct {
-    Py_buffer target, source, prefix;
+    Py_buffer target, source, suffix;
     uint64_t digest;
 } Copy;
 
 static void copy_end(Copy *copy) {
-    PyBuffer_Release(&copy->prefix);
+    PyBuffer_Release(&copy->suffix);
     PyBuffer_Release(&copy->source);
     PyBuffer_Release(&copy->target);
 }
 
 /* Takes the buffers; on failure none is held, and an exception is set. */
-static int copy_begin(Copy *copy, PyObject *target, PyObject *source, PyObject *prefix) {
+static int copy_begin(Copy *copy, PyObject *target, PyObject *source, PyObject *suffix) {
     memset(copy, 0, sizeof *copy);
     if (PyObject_GetBuffer(target, &copy->target, PyBUF_STRIDED) == 0 &&
         PyObject_GetBuffer(source, &copy->source, PyBUF_STRIDED_RO) == 0 &&
-        PyObject_GetBuffer(prefix, &copy->prefix, PyBUF_SIMPLE) == 0) {
-        Py_ssize_t num_bytes = copy->source.len, prefix_bytes = copy->prefix.len;
+        PyObject_GetBuffer(suffix, &copy->suffix, PyBUF_SIMPLE) == 0) {
+        Py_ssize_t num_bytes = copy->source.len, suffix_bytes = copy->suffix.len;
         if (copy->target.len != num_bytes)
             PyErr_Format(PyExc_ValueError, "%zd bytes do not go into %zd", num_bytes, copy->target.len);
-        else if (prefix_bytes > MAX_PREFIX_BYTES || num_bytes + prefix_bytes <= MAX_SHORT_BYTES)
-            PyErr_Format(PyExc_ValueError, "%zd bytes behind %zd: too long a prefix, or too few in all", num_bytes,
-                         prefix_bytes);
+        else if (suffix_bytes > MAX_SUFFIX_BYTES || num_bytes + suffix_bytes <= MAX_SHORT_BYTES)
+            PyErr_Format(PyExc_ValueError, "%zd bytes and %zd: too long a suffix, or too few in all", num_bytes,
+                         suffix_bytes);
         else if (copy->target.ndim > MAX_DIMS || copy->source.ndim > MAX_DIMS)
             PyErr_Format(PyExc_ValueError, "more than %d dimensions", MAX_DIMS);
         else
@@ -316,13 +334,17 @@ static int copy_begin(Copy *copy, PyObject *target, PyObject *source, PyObject *
     return -1;
 }
 
-static PyObject *copy_all(TakeStripes *take_stripes, PyObject *arguments) {
-    PyObject *targets, *sources, *prefixes;
-    if (!PyArg_ParseTuple(arguments, "O!O!O!", &PyList_Type, &targets, &PyList_Type, &sources, &PyList_Type, &prefixes))
+static PyObject *copy_all(TakeStripes *take_stripes, TakeStripes *take_past_caches, PyObject *arguments) {
+    PyObject *targets, *sources, *suffixes;
+    int is_past_caches;
+    if (!PyArg_ParseTuple(arguments, "O!O!O!p", &PyList_Type, &targets, &PyList_Type, &sources, &PyList_Type, &suffixes,
+                          &is_past_caches))
         return NULL;
+    if (is_past_caches)
+        take_stripes = take_past_caches;
     Py_ssize_t count = PyList_GET_SIZE(targets), num_begun = 0;
-    if (PyList_GET_SIZE(sources) != count || PyList_GET_SIZE(prefixes) != count) {
-        PyErr_SetString(PyExc_ValueError, "as many targets as sources and prefixes are wanted");
+    if (PyList_GET_SIZE(sources) != count || PyList_GET_SIZE(suffixes) != count) {
+        PyErr_SetString(PyExc_ValueError, "as many targets as sources and suffixes are wanted");
         return NULL;
     }
     Copy *copies = PyMem_Calloc(count ? (size_t)count : 1, sizeof(Copy));
@@ -332,12 +354,15 @@ static PyObject *copy_all(TakeStripes *take_stripes, PyObject *arguments) {
     for (; num_begun < count; num_begun++) {
         Py_ssize_t i = num_begun;
         if (copy_begin(&copies[i], PyList_GET_ITEM(targets, i), PyList_GET_ITEM(sources, i),
-                       PyList_GET_ITEM(prefixes, i)) < 0)
+                       PyList_GET_ITEM(suffixes, i)) < 0)
             goto end;
     }
     Py_BEGIN_ALLOW_THREADS
     for (Py_ssize_t i = 0; i < count; i++)
-        copies[i].digest = copy_and_digest(take_stripes, &copies[i].target, &copies[i].source, &copies[i].prefix);
+        copies[i].digest = copy_and_digest(take_stripes, &copies[i].target, &copies[i].source, &copies[i].suffix);
+#ifdef HAS_AVX2
+    _mm_sfence(); /* what is written next, a header say, is seen after what was streamed */
+#endif
     Py_END_ALLOW_THREADS
     digests = PyList_New(count);
     for (Py_ssize_t i = 0; digests != NULL && i < count; i++) {
@@ -356,17 +381,17 @@ end:
 
 static PyObject *copy_digests(PyObject *module, PyObject *arguments) {
     (void)module;
-    return copy_all(fastest, arguments);
+    return copy_all(fastest, fastest_past_caches, arguments);
 }
 
 static PyObject *copy_digests_portably(PyObject *module, PyObject *arguments) {
     (void)module;
-    return copy_all(take_portably, arguments);
+    return copy_all(take_portably, take_portably, arguments);
 }
 
-PyDoc_STRVAR(COPY_DIGESTS, "copy_digests(targets, sources, prefixes)\n--\n\n"
-                           "Copies each source to its target, both of any strides; XXH3-64 of each prefix and copy.");
-PyDoc_STRVAR(COPY_DIGESTS_PORTABLY, "copy_digests_portably(targets, sources, prefixes)\n--\n\n"
+PyDoc_STRVAR(COPY_DIGESTS, "copy_digests(targets, sources, suffixes, past_caches)\n--\n\n"
+                           "Copies each source to its target, both of any strides; XXH3-64 of each copy and suffix.");
+PyDoc_STRVAR(COPY_DIGESTS_PORTABLY, "copy_digests_portably(targets, sources, suffixes)\n--\n\n"
                                     "The same without vector instructions: what other processors run.");
 
 static PyMethodDef METHODS[] = {
@@ -385,7 +410,7 @@ static struct PyModuleDef MODULE = {
 PyMODINIT_FUNC PyInit__copying(void) {
 #ifdef HAS_AVX2
     if (__builtin_cpu_supports("avx2"))
-        fastest = take_by_avx2;
+        fastest = take_by_avx2, fastest_past_caches = stream_by_avx2;
 #endif
     return PyModule_Create(&MODULE);
 }

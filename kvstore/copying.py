@@ -25,7 +25,7 @@ except ImportError:  # it was installed where there is no compiler
 Bytes: TypeAlias = memoryview | npt.NDArray[np.uint8]
 """Of any shape, strides and format; its bytes are those of its elements in C order. Targets are of single bytes."""
 
-_MIN_COMPILED_BYTES = 241  # with the prefix: for fewer, XXH3 is another function
+_MIN_COMPILED_BYTES = 241  # with the suffix: for fewer, XXH3 is another function
 
 
 def is_compiled() -> bool:
@@ -44,23 +44,26 @@ def copy(target: Bytes, source: Bytes) -> None:
         np.copyto(to, start.reshape(to.shape))
 
 
-def copy_digests(targets: list[Bytes], sources: list[Bytes], prefixes: list[bytes]) -> list[int]:
-    """Copies each source to its target; XXH3-64 of each prefix (at most 64 bytes) and of what is in the target then.
+def copy_digests(
+    targets: list[Bytes], sources: list[Bytes], suffixes: list[bytes], past_caches: bool = False
+) -> list[int]:
+    """Copies each source to its target; XXH3-64 of what is in each target then and of its suffix (at most 64 bytes).
 
-    Every byte is read once: another process that changes a source meanwhile changes copy and digest alike. Raises
-    ValueError as copy() does; targets hold anything then.
+    Every byte is read once: another process that changes a source meanwhile changes copy and digest alike. past_caches:
+    what is written is not soon read by this processor, and need not push from its caches what is. Raises ValueError as
+    copy() does; targets hold anything then.
     """
     if _copying is not None and all(
-        source.nbytes + len(prefix) >= _MIN_COMPILED_BYTES for source, prefix in zip(sources, prefixes, strict=True)
+        source.nbytes + len(suffix) >= _MIN_COMPILED_BYTES for source, suffix in zip(sources, suffixes, strict=True)
     ):
-        return _copying.copy_digests(targets, sources, prefixes)
-    return [_copy_digest(*each) for each in zip(targets, sources, prefixes, strict=True)]
+        return _copying.copy_digests(targets, sources, suffixes, past_caches)
+    return [_copy_digest(*each) for each in zip(targets, sources, suffixes, strict=True)]
 
 
-def _copy_digest(target: Bytes, source: Bytes, prefix: bytes) -> int:
+def _copy_digest(target: Bytes, source: Bytes, suffix: bytes) -> int:
     private = np.array(_bytes(source), order="C")
-    digest = xxhash.xxh3_64(prefix)
-    digest.update(private.data)
+    digest = xxhash.xxh3_64(private.data)
+    digest.update(suffix)
     copy(target, private)
     return int(digest.intdigest())
 

@@ -37,7 +37,7 @@ from kvstore.tiers import Fragment, Rejected
 
 _LOG = logging.getLogger(__name__)
 
-KEY_PREFIX = b"switchyard:kv2:"
+KEY_PREFIX = b"switchyard:kv3:"
 
 _MAX_CHUNK_KEYS = 1024
 _FIRST_GUESS_BYTES = 256 * 1024

@@ -1,15 +1,15 @@
-"""How a fragment is stored: a 64-byte header, then the payload, with one checksum over key and payload.
+"""How a fragment is stored: a 64-byte header, then the payload, with one checksum over payload and key.
 
     offset  0  magic, 8 bytes          which format, and whether the payload is complete
             8  generation, uint64      of an arena's slot: grows with each reuse; on disk: the segment's number; else 0
            16  payload bytes, uint64
-           24  xxh3-64 over key + payload, uint64
+           24  xxh3-64 over payload + key, uint64
            32  zeros, 10 bytes
            42  key, 22 bytes
            64  payload
 
-The key lies right before the payload, so a reader verifies both in one pass. Integers are little-endian. Knows nothing
-of where the bytes are kept.
+The key comes last in the checksum: so its stripes are the payload's lines in the processor's caches, which a copy can
+then write past them. Integers are little-endian. Knows nothing of where the bytes are kept.
 """
 
 import struct
@@ -23,7 +23,7 @@ from kvstore.tiers import Rejected
 
 HEADER_BYTES = 64
 GENERATION_OFFSET = 8
-SEALED = b"SYfrag1\0"
+SEALED = b"SYfrag2\0"
 RESERVED = b"SYopen1\0"
 
 _HEADER = struct.Struct("<8sQQQ10s22s")
@@ -36,23 +36,22 @@ assert _HEADER.size == HEADER_BYTES
 
 def seal(key: bytes, payload: memoryview, generation: int) -> bytes:
     """The header of a complete fragment that lies elsewhere, in one piece."""
-    digest = xxhash.xxh3_64(key)
-    digest.update(payload)
-    return _HEADER.pack(SEALED, generation, payload.nbytes, digest.intdigest(), _ZEROS, key)
+    return _HEADER.pack(SEALED, generation, payload.nbytes, _checksum(payload, key), _ZEROS, key)
 
 
 def seal_into(place: memoryview, payload: Bytes, key: bytes, generation: int) -> None:
-    """seal_all_into() of one."""
-    seal_all_into([place], [payload], [key], [generation])
+    """Writes header and payload for whoever uses them right away."""
+    (digest,) = copy_digests([place[HEADER_BYTES:]], [payload], [key])
+    _write_header(place, key, generation, digest)
 
 
 def seal_all_into(
     places: Sequence[memoryview], payloads: list[Bytes], keys: list[bytes], generations: Sequence[int]
 ) -> None:
-    """Writes headers and payloads. The headers go last: until then readers see what was there before."""
-    digests = copy_digests([place[HEADER_BYTES:] for place in places], payloads, keys)
+    """Writes headers and payloads for other processes. The headers go last: until then they see what was there."""
+    digests = copy_digests([place[HEADER_BYTES:] for place in places], payloads, keys, past_caches=True)
     for place, key, generation, digest in zip(places, keys, generations, digests, strict=True):
-        place[:HEADER_BYTES] = _HEADER.pack(SEALED, generation, len(place) - HEADER_BYTES, digest, _ZEROS, key)
+        _write_header(place, key, generation, digest)
 
 
 def reseal(sealed: memoryview, generation: int) -> None:
@@ -98,7 +97,8 @@ def unseal(copy: memoryview, key: bytes, generation: int) -> memoryview | Reject
     payload_bytes, checksum = header
     if payload_bytes != len(copy) - HEADER_BYTES:
         return Rejected("truncated")
-    return copy[HEADER_BYTES:] if xxhash.xxh3_64_intdigest(copy[_KEY_OFFSET:]) == checksum else Rejected("checksum")
+    payload = copy[HEADER_BYTES:]
+    return payload if _checksum(payload, key) == checksum else Rejected("checksum")
 
 
 def unseal_into(
@@ -118,7 +118,10 @@ def unseal_into(
         else:
             checksums[i] = header[1]
     digests = copy_digests(
-        [rooms[i] for i in checksums], [places[i][HEADER_BYTES:] for i in checksums], [keys[i] for i in checksums]
+        [rooms[i] for i in checksums],
+        [places[i][HEADER_BYTES:] for i in checksums],
+        [keys[i] for i in checksums],
+        past_caches=True,
     )
     for (i, checksum), digest in zip(checksums.items(), digests, strict=True):
         if generation_at(places[i], 0) != generations[i]:  # the place was given away while it was copied
@@ -126,6 +129,16 @@ def unseal_into(
         elif digest != checksum:
             results[i] = Rejected("checksum")
     return results
+
+
+def _checksum(payload: memoryview, key: bytes) -> int:
+    digest = xxhash.xxh3_64(payload)
+    digest.update(key)
+    return int(digest.intdigest())
+
+
+def _write_header(place: memoryview, key: bytes, generation: int, digest: int) -> None:
+    place[:HEADER_BYTES] = _HEADER.pack(SEALED, generation, len(place) - HEADER_BYTES, digest, _ZEROS, key)
 
 
 def _header_at(buffer: memoryview, offset: int, key: bytes, generation: int) -> tuple[int, int] | Rejected:

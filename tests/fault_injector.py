@@ -267,7 +267,7 @@ class Injector:
     def _change_layout(self, stored: bytearray) -> bytes:
         form = next(self._forms) % 5
         if form == 0:
-            stored[:8] = b"SYfrag2\0"
+            stored[:8] = b"SYfrag9\0"
         elif form == 4:  # one form of a fragment under the other's name
             stored[:8] = SEALED if is_compressed(memoryview(stored)) else COMPRESSED
         elif form == 1:

@@ -3,6 +3,7 @@
 import random
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +19,12 @@ LENGTHS = [1, 63, 64, 218, 219, 220, 256, 1002, 1003, 1024, 1026, 2026, 4096, 65
 CopyDigest = Callable[[Bytes, Bytes, bytes], int]
 
 
-def copy_digest(target: Bytes, source: Bytes, prefix: bytes) -> int:
-    (digest,) = copying.copy_digests([target], [source], [prefix])
+def copy_digest(target: Bytes, source: Bytes, suffix: bytes, past_caches: bool = False) -> int:
+    (digest,) = copying.copy_digests([target], [source], [suffix], past_caches)
     return digest
 
 
-@pytest.fixture(params=["compiled", "portable", "numpy"])
+@pytest.fixture(params=["compiled", "past caches", "portable", "numpy"])
 def in_use(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CopyDigest:
     """Each of the ways in which a processor or an installation may do it."""
     if request.param == "portable":
@@ -31,7 +32,7 @@ def in_use(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> C
     elif request.param == "numpy":
         monkeypatch.setattr(copying, "_copying", None)
     assert copying.is_compiled() is (request.param != "numpy")
-    return copy_digest
+    return partial(copy_digest, past_caches=request.param == "past caches")
 
 
 class _Portable:
@@ -45,14 +46,24 @@ def randoms(*shape: int) -> npt.NDArray[np.uint8]:
 @pytest.mark.parametrize("length", [*LENGTHS, *random.Random(0).sample(range(219, 9000), 40)])
 def test_the_digest_is_that_of_key_and_payload(in_use: CopyDigest, length: int) -> None:
     source, target = randoms(length), bytearray(length)
-    assert in_use(memoryview(target), source, KEY) == xxhash.xxh3_64_intdigest(KEY + source.tobytes())
+    assert in_use(memoryview(target), source, KEY) == xxhash.xxh3_64_intdigest(source.tobytes() + KEY)
     assert target == source.tobytes()
 
 
-@pytest.mark.parametrize("prefix_bytes", [0, 1, 63, 64])
-def test_prefixes_of_other_lengths(in_use: CopyDigest, prefix_bytes: int) -> None:
-    source, prefix = randoms(3000), random.randbytes(prefix_bytes)
-    assert in_use(bytearray(3000), source, prefix) == xxhash.xxh3_64_intdigest(prefix + source.tobytes())  # type: ignore[arg-type]
+@pytest.mark.parametrize("offset", [0, 1, 16, 32, 63])
+def test_nothing_beside_a_target_is_written_wherever_lines_of_the_caches_begin(in_use: CopyDigest, offset: int) -> None:
+    source, around = randoms(5000), randoms(6000)
+    start = -around.ctypes.data % 64 + offset
+    expected = around.copy()
+    expected[start : start + 5000] = source
+    assert in_use(around[start : start + 5000], source, KEY) == xxhash.xxh3_64_intdigest(source.tobytes() + KEY)
+    assert (around == expected).all()
+
+
+@pytest.mark.parametrize("suffix_bytes", [0, 1, 63, 64])
+def test_suffixes_of_other_lengths(in_use: CopyDigest, suffix_bytes: int) -> None:
+    source, suffix = randoms(3000), random.randbytes(suffix_bytes)
+    assert in_use(bytearray(3000), source, suffix) == xxhash.xxh3_64_intdigest(source.tobytes() + suffix)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +77,7 @@ def test_a_part_of_a_cache_is_gathered_and_scattered(
     expected = other.copy()
     expected[:, 4, 0, :, :slots] = lies
     flat = memoryview(bytearray(lies.nbytes))
-    digest = xxhash.xxh3_64_intdigest(KEY + lies.tobytes())
+    digest = xxhash.xxh3_64_intdigest(lies.tobytes() + KEY)
     assert in_use(flat, memoryview(lies), KEY) == digest
     assert flat.tobytes() == lies.tobytes()
     assert in_use(room, flat, KEY) == digest
@@ -105,7 +116,7 @@ def test_what_is_hashed_is_what_was_copied_whoever_writes_meanwhile(in_use: Copy
     try:
         for _ in range(20_000):
             digest = in_use(target, source, KEY)
-            assert digest == xxhash.xxh3_64_intdigest(KEY + target.tobytes())
+            assert digest == xxhash.xxh3_64_intdigest(target.tobytes() + KEY)
             num_mixed += len(np.unique(target)) > 1
             if num_mixed == 20:
                 break
@@ -121,7 +132,7 @@ def test_many_at_once(in_use: CopyDigest) -> None:
     keys = [random.randbytes(22) for _ in sources]
     digests = copying.copy_digests([*targets], [*sources], keys)
     assert [target.tobytes() for target in targets] == [source.tobytes() for source in sources]
-    assert digests == [xxhash.xxh3_64_intdigest(k + s.tobytes()) for k, s in zip(keys, sources, strict=True)]
+    assert digests == [xxhash.xxh3_64_intdigest(s.tobytes() + k) for k, s in zip(keys, sources, strict=True)]
     assert copying.copy_digests([], [], []) == []
 
 
@@ -130,17 +141,17 @@ def test_the_compiled_module_refuses_what_it_cannot_do() -> None:
     with pytest.raises(TypeError):
         _copying.copy_digests([target], [source])  # type: ignore[call-arg]
     with pytest.raises(TypeError):
-        _copying.copy_digests([target], [source], (KEY,))  # type: ignore[arg-type]
+        _copying.copy_digests([target], [source], (KEY,), False)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="as many"):
-        _copying.copy_digests([target], [source], [])
+        _copying.copy_digests([target], [source], [], False)
     with pytest.raises(ValueError, match="300 bytes do not go into 299"):
-        _copying.copy_digests([target, bytearray(299)], [source, source], [KEY, KEY])
+        _copying.copy_digests([target, bytearray(299)], [source, source], [KEY, KEY], False)
     with pytest.raises(ValueError, match="too few in all"):
-        _copying.copy_digests([bytearray(200)], [bytes(200)], [KEY])
-    with pytest.raises(ValueError, match="too long a prefix"):
-        _copying.copy_digests([target], [source], [bytes(65)])
+        _copying.copy_digests([bytearray(200)], [bytes(200)], [KEY], False)
+    with pytest.raises(ValueError, match="too long a suffix"):
+        _copying.copy_digests([target], [source], [bytes(65)], False)
     with pytest.raises(ValueError, match="dimensions"):
-        _copying.copy_digests([target], [np.zeros((1,) * 8 + (300,), np.uint8)], [KEY])
+        _copying.copy_digests([target], [np.zeros((1,) * 8 + (300,), np.uint8)], [KEY], False)
     with pytest.raises((BufferError, TypeError)):
-        _copying.copy_digests([source], [source], [KEY])
+        _copying.copy_digests([source], [source], [KEY], False)
     target.append(0)  # no buffer is held any more

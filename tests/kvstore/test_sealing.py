@@ -21,8 +21,8 @@ def test_what_was_sealed_comes_back() -> None:
     assert unsealed(STORED) == FRAGMENT.payload
 
 
-def test_the_checksum_is_xxh3_over_key_and_payload() -> None:
-    expected = xxhash.xxh3_64_intdigest(FRAGMENT.key + bytes(FRAGMENT.payload))
+def test_the_checksum_is_xxh3_over_payload_and_key() -> None:
+    expected = xxhash.xxh3_64_intdigest(bytes(FRAGMENT.payload) + FRAGMENT.key)
     assert expected.to_bytes(8, "little") == STORED[24:32]
 
 
