@@ -4,7 +4,8 @@ Knows how fragments are stored and travel, and nothing else: it maps the arena's
 segments, talks to the Redis, or sits on the wire between two hosts, as a bad memory cell, a torn write or a meddler
 would. Reads one JSON object a line, {"keys": [HEX, ...]}, damages these fragments, the kinds of faults in turn, and
 answers with {"damaged": {KIND: NUMBER}}; a swap damages two. On the wire, keys are damaged from then on, and the answer
-says what was done since the last one. Every fault makes a fragment that must not be used.
+says what was done since the last one, and how many readers went away meanwhile: {..., "num_gone": NUMBER}. Every fault
+makes a fragment that must not be used.
 """
 
 from __future__ import annotations
@@ -301,20 +302,25 @@ class Wire:
         self._lock = threading.Lock()
         self._wanted: frozenset[bytes] = frozenset()
         self._damaged: Counter[str] = Counter()
+        self._clients: list[socket.socket] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def want(self, keys: Sequence[bytes]) -> Counter[str]:
-        """Damage these from now on; what was done until now."""
+    def want(self, keys: Sequence[bytes]) -> tuple[Counter[str], int]:
+        """Damage these from now on; what was done until now, and how many clients went away."""
         with self._lock:
             self._wanted = frozenset(keys)
             damaged, self._damaged = self._damaged, Counter()
-            return damaged
+            gone = [client for client in self._clients if _is_gone(client)]
+            self._clients = [client for client in self._clients if client not in gone]
+            return damaged, len(gone)
 
     def _accept(self) -> None:
         while True:
             client, _ = self._listener.accept()
+            with self._lock:
+                self._clients.append(client)
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
@@ -341,6 +347,16 @@ class Wire:
             with self._lock:
                 self._damaged += injector.damage([key for key in keys if key in self._wanted])
             client.sendall(b"".join(place.fragments[key] for key in keys) + trailers)
+
+
+def _is_gone(client: socket.socket) -> bool:
+    """Asked of the kernel: a thread that waits for it may be late."""
+    try:
+        return client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except OSError:  # also of one that is closed here
+        return True
 
 
 def _pump(source: socket.socket, target: socket.socket) -> None:
@@ -393,7 +409,8 @@ def main() -> None:
         wire = Wire(options.wire, options.seed)
         print(json.dumps({"pid": os.getpid(), "port": wire.port}), flush=True)
         for keys in _orders():
-            print(json.dumps({"damaged": wire.want(keys)}), flush=True)
+            damaged, num_gone = wire.want(keys)
+            print(json.dumps({"damaged": damaged, "num_gone": num_gone}), flush=True)
         return
     place, before, after = _place_of(options)
     injector = Injector(place, options.seed, 0 if options.arena else TAG_BYTES)

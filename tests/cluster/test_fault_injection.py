@@ -63,6 +63,8 @@ class FaultInjector:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=python_environment(), cwd=REPOSITORY
         )
         self.port = self._answer().get("port", 0)
+        self.num_gone = 0
+        """Readers on the wire that went away between the last two calls of damage()."""
 
     @classmethod
     def of_arena(cls, node: KVNode) -> FaultInjector:
@@ -75,7 +77,9 @@ class FaultInjector:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"keys": [key.hex() for key in keys]}) + "\n")
         self._process.stdin.flush()
-        return Counter(self._answer()["damaged"])
+        answer = self._answer()
+        self.num_gone = answer.get("num_gone", 0)
+        return Counter(answer["damaged"])
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -283,14 +287,24 @@ def test_no_damaged_fragment_is_served_and_each_is_counted(
     way = WAYS[name](cluster)
     pick = random.Random(num_faults)
     damaged: Counter[str] = Counter()
+    counted: Counter[str] = Counter()
+    counted_before: Counter[str] = Counter()
+    num_given_up = 0
     with way.injector, ExitStack() as stack:
         addresses = [cluster.workers[worker].ready["address"] for worker in ("prefill-0", "decode-0")]
         prefill, decode = (stack.enter_context(WorkerClient(address)) for address in addresses)
         for number in itertools.count():
             if damaged.total() >= num_faults:
                 break
-            damaged += damaged_hand_off(way, prefill, decode, number, pick)
-        counted = way.counted(decode)
+            damaged_now = damaged_hand_off(way, prefill, decode, number, pick)
+            counted_now = way.counted(decode)
+            if way.injector.num_gone:  # it was too slow for a deadline: of the rest, nobody knows what came
+                num_given_up += 1
+            else:
+                damaged += damaged_now
+                counted += counted_now - counted_before
+            counted_before = counted_now
+        assert num_given_up <= number / 2, "a machine too busy to tell anything"
         assert not prefill.load().num_rejected_fragments
     assert set(damaged) == way.kinds
     assert max(damaged.values()) - min(damaged.values()) < 0.1 * damaged.total() / len(way.kinds), "shares differ"
