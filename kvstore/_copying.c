@@ -139,7 +139,10 @@ AVX2 static inline __attribute__((always_inline)) void take_stripes(
         now = now < count ? now : count;
         const uint8_t *secret = SECRET + 8 * digest->num_in_block;
         for (size_t n = 0; n < now; n++, to += STRIPE_BYTES, from += STRIPE_BYTES, secret += 8) {
-            __builtin_prefetch(from + PREFETCH_BYTES, 0);
+            if (is_streamed)
+                __builtin_prefetch(from + PREFETCH_BYTES, 0, 0);
+            else
+                __builtin_prefetch(from + PREFETCH_BYTES, 0);
             half_0 = load(from);
             half_1 = load(from + 32);
             if (is_streamed) {

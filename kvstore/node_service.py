@@ -43,9 +43,10 @@ class KVNodeServicer(kvnode_pb2_grpc.KVNodeServiceServicer):
 
     def Reserve(self, request: kvnode_pb2.ReserveRequest, context: grpc.ServicerContext) -> kvnode_pb2.ReserveResponse:
         """See kvnode.proto."""
-        if any(len(key) != FRAGMENT_KEY_BYTES for key in request.keys):
+        keys = list(request.keys)  # once: a message makes them anew whenever it is asked
+        if set(map(len, keys)) - {FRAGMENT_KEY_BYTES}:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"keys: must have {FRAGMENT_KEY_BYTES} bytes each")
-        refs = self._slots.reserve(request.keys)
+        refs = self._slots.reserve(keys)
         return kvnode_pb2.ReserveResponse(
             slots=[ref.slot for ref in refs], generations=[ref.generation for ref in refs]
         )
@@ -55,11 +56,11 @@ class KVNodeServicer(kvnode_pb2_grpc.KVNodeServiceServicer):
         _check_same_length(context, request.keys, request.slots)
         _check_same_length(context, request.keys, request.generations)
         refs = [SlotRef(slot, generation) for slot, generation in zip(request.slots, request.generations, strict=True)]
-        return kvnode_pb2.SealResponse(num_sealed=self._slots.seal(request.keys, refs))
+        return kvnode_pb2.SealResponse(num_sealed=self._slots.seal(list(request.keys), refs))
 
     def Lookup(self, request: kvnode_pb2.LookupRequest, context: grpc.ServicerContext) -> kvnode_pb2.LookupResponse:
         """See kvnode.proto."""
-        refs = self._slots.lookup(request.keys)
+        refs = self._slots.lookup(list(request.keys))
         return kvnode_pb2.LookupResponse(slots=[ref.slot for ref in refs], generations=[ref.generation for ref in refs])
 
     def Drop(self, request: kvnode_pb2.DropRequest, context: grpc.ServicerContext) -> kvnode_pb2.DropResponse:

@@ -73,9 +73,10 @@ class SlotTable:
         """
         self._take_back_expired()
         wanted, now_s = set(keys), self._clock()
-        for key in wanted & self._sealed.keys():
+        held = wanted & self._sealed.keys()
+        for key in held:
             self._order.use(key, now_s)
-        self._make_room(sum(key not in self._sealed for key in keys), wanted)
+        self._make_room(sum(key not in held for key in keys) if held else len(keys), wanted)
         deadline_s = now_s + self._reservation_ttl_s
         return [self._reserve(key, deadline_s) for key in keys]
 
