@@ -139,16 +139,14 @@ AVX2 static inline __attribute__((always_inline)) void take_stripes(
         now = now < count ? now : count;
         const uint8_t *secret = SECRET + 8 * digest->num_in_block;
         for (size_t n = 0; n < now; n++, to += STRIPE_BYTES, from += STRIPE_BYTES, secret += 8) {
-            if (is_streamed)
-                __builtin_prefetch(from + PREFETCH_BYTES, 0, 0);
-            else
-                __builtin_prefetch(from + PREFETCH_BYTES, 0);
             half_0 = load(from);
             half_1 = load(from + 32);
             if (is_streamed) {
+                __builtin_prefetch(from + PREFETCH_BYTES, 0, 0); /* neither does what is read need to stay */
                 _mm256_stream_si256((__m256i *)to, half_0);
                 _mm256_stream_si256((__m256i *)(to + 32), half_1);
             } else {
+                __builtin_prefetch(from + PREFETCH_BYTES, 0);
                 /* Stores wait for their lines as loads do, and the processor foresees only loads. */
                 __builtin_prefetch(to + PREFETCH_BYTES, 1);
                 store(to, half_0);
@@ -394,7 +392,7 @@ static PyObject *copy_digests_portably(PyObject *module, PyObject *arguments) {
 
 PyDoc_STRVAR(COPY_DIGESTS, "copy_digests(targets, sources, suffixes, past_caches)\n--\n\n"
                            "Copies each source to its target, both of any strides; XXH3-64 of each copy and suffix.");
-PyDoc_STRVAR(COPY_DIGESTS_PORTABLY, "copy_digests_portably(targets, sources, suffixes)\n--\n\n"
+PyDoc_STRVAR(COPY_DIGESTS_PORTABLY, "copy_digests_portably(targets, sources, suffixes, past_caches)\n--\n\n"
                                     "The same without vector instructions: what other processors run.");
 
 static PyMethodDef METHODS[] = {

@@ -42,7 +42,7 @@ class CacheShape:
     block_size: int = 16
     chunk_blocks: tuple[int, ...] = (16, 16, 16, 12, 4)
     """Blocks that are published at once, as a prefill worker does: chunks of 256 tokens, and a last one of 64."""
-    num_runs: int = 9
+    num_runs: int = 25
 
     @property
     def num_blocks(self) -> int:
