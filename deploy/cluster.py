@@ -20,6 +20,7 @@ from deploy.plan import ClusterPlan, layers_per_fragment, make_plan, num_cpus_ne
 from deploy.preflight import (
     FoundModel,
     check_control,
+    check_host_memory,
     check_model,
     check_ports,
     check_ray,
@@ -72,6 +73,8 @@ class Cluster:
         self._tier_secret = tier_secret(self._config.kvstore.tier_secret_file)
         if self._config.ray.address:
             check_ray(self._config.ray.address)
+        else:
+            check_host_memory(self._config.kvstore.host_bytes)
         return model
 
     def start(self) -> Endpoints:
@@ -181,7 +184,7 @@ class Cluster:
         arena = settings.arena
         if node.num_slots < arena.num_slots:
             mib = node.num_slots * arena.slot_bytes >> 20
-            self._steps.note(f"warning: {arena.folder} has room for {mib} MiB of KV blocks only")
+            self._steps.note(f"warning: {arena.folder} and memory have room for {mib} MiB of KV blocks only")
 
     def _wait_seen(self, plan: ClusterPlan, endpoints: list[RouterEndpoint]) -> None:
         """Return when every router has found all workers."""

@@ -7,6 +7,7 @@ Whoever needs the node of its host asks for it here; the first one to ask makes 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import sys
@@ -14,17 +15,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deploy.config import child_environment
 from deploy.plan import ArenaPlan
 from deploy.supervise import Ready, SupervisedProcess
-from kvstore.arena import num_slots_for
+from kvstore.arena import arena_holder, num_slots_for
 
 _READY_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 15.0
-_ARENA_SHARE = 0.8  # of what is free
+_FOLDER_SHARE = 0.8  # of what is free in the arena's folder
+_MEMORY_SHARE = 0.5  # of the memory that can be had: the folder counts as its own what the workers need
+_FIRST_ATTEMPTS = 6  # the process before may still be closing its port
+_PREDECESSOR_S = 10.0  # for a node that has lost its actor to write what is due to its disk, and end
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +83,31 @@ def short_node_id(ray_node_id: str) -> str:
 
 
 def slots_that_fit(arena: ArenaPlan) -> int:
-    """Slots that the arena's folder has room for, with some left: containers often get just 64 MiB of /dev/shm."""
-    free_bytes = shutil.disk_usage(arena.folder).free
-    return num_slots_for(int(free_bytes * _ARENA_SHARE), arena.slot_bytes)
+    """Slots that folder and memory have room for, with some left: containers often get just 64 MiB of /dev/shm, and
+    elsewhere it may be as large as the memory that all processes share."""
+    in_folder = shutil.disk_usage(arena.folder).free * _FOLDER_SHARE
+    in_memory = psutil.virtual_memory().available * _MEMORY_SHARE
+    return num_slots_for(int(min(in_folder, in_memory)), arena.slot_bytes)
+
+
+def end_predecessor(arena: Path) -> None:
+    """Ends the node process that holds this arena.
+
+    A node ends with its actor. One that did not, as when the kernel was out of memory, would keep the host without a
+    node for good: workers cannot use a node that nobody watches over.
+    """
+    pid = arena_holder(arena)
+    if not pid:
+        return
+    _LOG.warning("ending the node process %d, which has lost its actor and holds %s", pid, arena)
+    with contextlib.suppress(psutil.Error):  # it ended by itself, or hangs in the kernel
+        node = psutil.Process(pid)
+        node.terminate()
+        try:
+            node.wait(_PREDECESSOR_S)
+        except psutil.TimeoutExpired:
+            node.kill()
+            node.wait(_PREDECESSOR_S)
 
 
 class KVNodeActor:
@@ -112,11 +141,14 @@ class KVNodeActor:
             command += ["--peer-transport", settings.peer_transport]
 
         def next_command(_: Ready | None) -> list[str]:
+            end_predecessor(arena)
             return command
 
         self._log = run_dir / f"kv-{self._node_id}.log"
-        # After a restart of this actor the process before may still be closing its port and its arena.
-        self._process = SupervisedProcess("KV node", next_command, child_environment(), self._log, first_attempts=6)
+        # Whoever starts a cluster is told that it cannot start; a running cluster is not given up.
+        is_restarted = ray.get_runtime_context().was_current_actor_reconstructed
+        attempts = sys.maxsize if is_restarted else _FIRST_ATTEMPTS
+        self._process = SupervisedProcess("KV node", next_command, child_environment(), self._log, attempts)
         self._process.start()
 
     def describe(self) -> KVNode:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import psutil
+
 from deploy.config import DEMO_MODEL, ClusterConfig, EndpointsConfig, RayConfig
 from deploy.errors import ConfigError, StartError
 from kvstore.config import is_redis_cluster, redis_cluster_nodes
@@ -146,6 +148,13 @@ def check_ray(address: str) -> None:
         raise StartError(f"ray.address: no Ray cluster at {address} ({problem})")
 
 
+def check_host_memory(host_bytes: int) -> None:
+    """See that this machine has so much memory at all. Raises ConfigError."""
+    memory_bytes = psutil.virtual_memory().total
+    if host_bytes > memory_bytes:
+        raise ConfigError(f"kvstore.host_bytes: {host_bytes} is more than this machine's memory ({memory_bytes})")
+
+
 def tier_secret(path: str) -> str:
     """The secret of the shared tier: from a file, or a new one. Raises ConfigError."""
     if not path:
@@ -153,7 +162,8 @@ def tier_secret(path: str) -> str:
     try:
         secret = Path(path).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"kvstore.tier_secret_file: {path}: {error}") from None
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"kvstore.tier_secret_file: {path}: {why}") from None
     if len(secret) < _LEAST_SECRET_CHARACTERS:
         raise ConfigError(
             f"kvstore.tier_secret_file: {path}: has {len(secret)} characters, {_LEAST_SECRET_CHARACTERS} are the least"

@@ -24,6 +24,7 @@ class RankActor:
     """One rank. Calls come from the replica: `connect` on all ranks at once, then `serve` on all."""
 
     def __init__(self, spec: WorkerSpec, kv_nodes: KVNodeSettings, rank: int) -> None:
+        self._name = f"{spec.worker_id} rank {rank}"  # before all that may fail: Ray puts it into the report
         node = ray.get(describe(kv_node_on(ray.get_runtime_context().get_node_id(), kv_nodes)))
         engine = dataclasses.replace(spec.engine, model_dir=str(resolve_model(spec.engine.model_dir)))
         spec = dataclasses.replace(
@@ -39,7 +40,7 @@ class RankActor:
 
     def __repr__(self) -> str:
         """What logs and the dashboard call it."""
-        return f"{self._rank.spec.worker_id} rank {self._rank.shard.rank}"
+        return self._name
 
     def rendezvous(self) -> str:
         """Where the ranks meet: on rank 0's host."""

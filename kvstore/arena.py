@@ -197,6 +197,23 @@ def create_arena(path: Path, node_id: str, slot_bytes: int, num_slots: int) -> O
         raise
 
 
+def arena_holder(path: Path) -> int:
+    """The node process that holds this arena; 0 when none does."""
+    try:
+        file_descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return 0
+    try:
+        raw = os.pread(file_descriptor, _ARENA_HEADER.size, 0)
+        fcntl.flock(file_descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        is_arena = raw.startswith(_MAGIC) and len(raw) == _ARENA_HEADER.size
+        return int(_ARENA_HEADER.unpack(raw)[3]) if is_arena else 0
+    finally:
+        os.close(file_descriptor)
+    return 0
+
+
 def attach_arena(path: Path, slot_bytes: int, num_slots: int) -> Arena:
     """Maps the arena that a node process announced. Raises ArenaMismatch or OSError when it is not there."""
     file_descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)

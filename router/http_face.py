@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
 
 import uvicorn
@@ -22,10 +22,10 @@ from starlette.routing import Route
 
 from router import errors
 from router.errors import InvalidRequest, PortInUse, PromptTooLarge, RouterError
-from router.events import GenerationRequest, ResumeRequest
+from router.events import Event, GenerationRequest, ResumeRequest
 from router.generation import Generation
 from router.metrics import Metrics
-from router.openai_answer import AnswerStyle, OpenAiAnswer, error_body, parse_event_id
+from router.openai_answer import LAST_EVENT_ID, AnswerStyle, OpenAiAnswer, error_body, parse_event_id
 from router.openai_schema import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, parse
 from router.readiness import Readiness
 from router.tenancy import tenant_salt
@@ -130,7 +130,7 @@ class _Endpoints:
         self._generation.check_model(body.model)
         style = self._style(body, is_chat=False)
         if (known := _resumption(request, style)) is not None:
-            return OpenAiAnswer([self._generation.resume(known, commits_first=True)], style)
+            return OpenAiAnswer([self._resume(known)], style)
         sampling = body.sampling(DEFAULT_COMPLETION_TOKENS)
         salt = _tenant_salt(request)
         requests = [GenerationRequest(prompt, sampling, body.model, tenant_salt=salt) for prompt in body.prompts()]
@@ -144,13 +144,22 @@ class _Endpoints:
         self._generation.check_model(body.model)
         style = self._style(body, is_chat=True)
         if (known := _resumption(request, style)) is not None:
-            return OpenAiAnswer([self._generation.resume(known, commits_first=True)], style)
+            return OpenAiAnswer([self._resume(known)], style)
         prompt = self._generation.render_chat([message.plain() for message in body.messages])
         sampling = body.sampling(None)
         order = GenerationRequest(
             prompt, sampling, body.model, add_special_tokens=False, tenant_salt=_tenant_salt(request)
         )
         return OpenAiAnswer([self._generation.stream(order, style.is_stream)], style)
+
+    async def _resume(self, known: ResumeRequest) -> AsyncGenerator[Event, None]:
+        """As Generation.resume, whose fields are all one header here."""
+        async with contextlib.aclosing(self._generation.resume(known, commits_first=True)) as events:
+            try:
+                async for event in events:
+                    yield event
+            except InvalidRequest as error:
+                raise type(error)(f"{LAST_EVENT_ID}: {error.message}", param=LAST_EVENT_ID) from None
 
     def _style(self, body: CompletionRequest | ChatRequest, is_chat: bool) -> AnswerStyle:
         return AnswerStyle(
@@ -192,9 +201,11 @@ class _Endpoints:
 
 def _resumption(request: Request, style: AnswerStyle) -> ResumeRequest | None:
     """What a client that lost its connection has; it sends its request again, with the id of the last event it saw."""
-    event_id = request.headers.get("last-event-id")
-    if not event_id or not style.is_stream:
+    event_id = request.headers.get(LAST_EVENT_ID)
+    if not event_id:
         return None
+    if not style.is_stream:
+        raise InvalidRequest(f"{LAST_EVENT_ID}: only what is streamed can be resumed", param=LAST_EVENT_ID)
     return dataclasses.replace(parse_event_id(event_id), tenant_salt=_tenant_salt(request))
 
 

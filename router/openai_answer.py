@@ -22,6 +22,9 @@ from router.events import Event, Finished, ResumeRequest, Started, Tokens
 
 Json = dict[str, Any]
 
+LAST_EVENT_ID = "Last-Event-ID"
+"""The header by which a client that lost its connection says what it has (the HTML standard's server-sent events)."""
+
 
 @dataclass(frozen=True, slots=True)
 class AnswerStyle:
@@ -199,7 +202,7 @@ def parse_event_id(event_id: str) -> ResumeRequest:
     stream_id, _, rest = event_id.rpartition("/")
     digits = rest.removesuffix("+")
     if not stream_id or not (digits.isascii() and digits.isdigit()) or len(digits) > 9:
-        raise InvalidRequest(f"Last-Event-ID: {event_id!r} is no event of this server", param="Last-Event-ID")
+        raise InvalidRequest(f"{LAST_EVENT_ID}: {event_id!r} is no event of this server", param=LAST_EVENT_ID)
     return ResumeRequest(stream_id, int(digits), has_rest=rest.endswith("+"))
 
 

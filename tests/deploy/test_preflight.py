@@ -10,7 +10,16 @@ import pytest
 from deploy import config
 from deploy.config import EndpointsConfig, RayConfig
 from deploy.errors import ConfigError, StartError
-from deploy.preflight import check_control, check_model, check_ports, check_ray, free_port, tier_secret, tier_warning
+from deploy.preflight import (
+    check_control,
+    check_host_memory,
+    check_model,
+    check_ports,
+    check_ray,
+    free_port,
+    tier_secret,
+    tier_warning,
+)
 
 
 @pytest.fixture
@@ -136,3 +145,9 @@ def test_the_tiers_secret_is_drawn_or_read(tmp_path: Path) -> None:
         tier_secret(str(tmp_path / "short"))
     with pytest.raises(ConfigError, match=r"kvstore\.tier_secret_file: .*No such file"):
         tier_secret(str(tmp_path / "nothing"))
+
+
+def test_more_host_memory_than_there_is_is_refused() -> None:
+    check_host_memory(1 << 20)
+    with pytest.raises(ConfigError, match=r"^kvstore\.host_bytes: 99999999999999999 is more than this machine"):
+        check_host_memory(99999999999999999)

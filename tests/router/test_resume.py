@@ -311,6 +311,38 @@ async def test_an_event_id_that_is_none_is_refused(model_dir: Path, event_id: st
     assert answer.json()["error"]["param"] == "Last-Event-ID"
 
 
+@pytest.mark.parametrize(
+    ("changed", "status", "said"),
+    [
+        ({"last": "nobody/3"}, 404, "nobody"),
+        ({"num_tokens": 9999}, 400, "9999"),
+        ({"authorization": "Bearer another"}, 404, "stream_id"),
+        ({"stream": False}, 400, "streamed"),
+    ],
+)
+async def test_what_cannot_be_resumed_over_http_is_laid_to_the_header(
+    model_dir: Path, journal_url: str, changed: dict[str, object], status: int, said: str
+) -> None:
+    body = {"model": MODEL, "prompt": list(PROMPT), "stream": True, "max_tokens": 4}
+    async with (
+        two_routers(model_dir, journal_url, FakeWorker("mixed-0", "mixed")) as (first, second),
+        httpx.AsyncClient(timeout=30) as client,
+    ):
+        whole = await client.post(f"{first.http_url}/v1/completions", json=body)
+        (stream_id, _) = whole.text.split("id: ")[1].split("\n")[0].split("/")
+        last = str(changed.get("last", f"{stream_id}/{changed.get('num_tokens', 2)}"))
+        answer = await client.post(
+            f"{second.http_url}/v1/completions",
+            json={**body, "stream": changed.get("stream", True)},
+            headers={"Last-Event-ID": last, "Authorization": str(changed.get("authorization", ""))},
+        )
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert error["param"] == "Last-Event-ID"
+    assert error["message"].startswith("Last-Event-ID: ")
+    assert said in error["message"]
+
+
 async def killed_router(tmp_path: Path, model_dir: Path, kv_node: KVNode, kill_after: list[int]) -> None:
     """Streams through routers that are killed with SIGKILL after so many tokens, one after the other."""
     worker = FakeWorker("mixed-0", "mixed")
