@@ -28,7 +28,7 @@ _READY_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 15.0
 _FOLDER_SHARE = 0.8  # of what is free in the arena's folder
 _MEMORY_SHARE = 0.5  # of the memory that can be had: the folder counts as its own what the workers need
-_FIRST_ATTEMPTS = 6  # the process before may still be closing its port
+_FIRST_ATTEMPTS = 6  # the port for control was free when it was chosen; somebody else may hold it for a moment
 _PREDECESSOR_S = 10.0  # for a node that has lost its actor to write what is due to its disk, and end
 
 _LOG = logging.getLogger(__name__)
@@ -84,30 +84,36 @@ def short_node_id(ray_node_id: str) -> str:
 
 def slots_that_fit(arena: ArenaPlan) -> int:
     """Slots that folder and memory have room for, with some left: containers often get just 64 MiB of /dev/shm, and
-    elsewhere it may be as large as the memory that all processes share."""
+    elsewhere it may be as large as the memory that all processes share. A container's own bound is its folder's."""
     in_folder = shutil.disk_usage(arena.folder).free * _FOLDER_SHARE
     in_memory = psutil.virtual_memory().available * _MEMORY_SHARE
     return num_slots_for(int(min(in_folder, in_memory)), arena.slot_bytes)
 
 
 def end_predecessor(arena: Path) -> None:
-    """Ends the node process that holds this arena.
+    """Ends the node process that holds this arena, and removes what is left of it; whoever reads there keeps a mapping.
 
     A node ends with its actor. One that did not, as when the kernel was out of memory, would keep the host without a
     node for good: workers cannot use a node that nobody watches over.
     """
-    pid = arena_holder(arena)
-    if not pid:
-        return
-    _LOG.warning("ending the node process %d, which has lost its actor and holds %s", pid, arena)
-    with contextlib.suppress(psutil.Error):  # it ended by itself, or hangs in the kernel
-        node = psutil.Process(pid)
-        node.terminate()
-        try:
-            node.wait(_PREDECESSOR_S)
-        except psutil.TimeoutExpired:
-            node.kill()
-            node.wait(_PREDECESSOR_S)
+    if pid := arena_holder(arena):
+        with contextlib.suppress(psutil.Error):  # it ended by itself, or hangs in the kernel
+            _end_node(psutil.Process(pid), arena)
+    if not arena_holder(arena):
+        with contextlib.suppress(OSError):  # somebody else's: the node will say so
+            arena.unlink(missing_ok=True)
+
+
+def _end_node(node: psutil.Process, arena: Path) -> None:
+    if node.uids().real != os.getuid() or str(arena) not in node.cmdline():
+        return  # whoever can write to the folder can write any number into a file there
+    _LOG.warning("ending the node process %d, which has lost its actor and holds %s", node.pid, arena)
+    node.terminate()
+    try:
+        node.wait(_PREDECESSOR_S)
+    except psutil.TimeoutExpired:
+        node.kill()
+        node.wait(_PREDECESSOR_S)
 
 
 class KVNodeActor:
@@ -120,6 +126,7 @@ class KVNodeActor:
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._host_address = f"unix:{run_dir}/kv-{self._node_id}.sock"
         arena = Path(settings.arena.folder) / f"switchyard-{settings.cluster_id}-{self._node_id}"
+        end_predecessor(arena)  # before looking what there is room for
         self._num_slots = min(settings.arena.num_slots, slots_that_fit(settings.arena))
         command = [
             *(sys.executable, "-m", "kvstore.node"),
@@ -141,7 +148,6 @@ class KVNodeActor:
             command += ["--peer-transport", settings.peer_transport]
 
         def next_command(_: Ready | None) -> list[str]:
-            end_predecessor(arena)
             return command
 
         self._log = run_dir / f"kv-{self._node_id}.log"

@@ -130,7 +130,7 @@ AVX2 static inline __m256i scramble_half(__m256i lanes, const uint8_t *secret) {
 }
 
 /* is_streamed: past the caches. A line that is written whole need not be read first, and others keep their place. */
-AVX2 static inline __attribute__((always_inline)) void take_stripes(
+AVX2 static inline __attribute__((always_inline)) void take_by_avx2_as(
     Digest *digest, uint8_t *to, const uint8_t *from, size_t count, int is_streamed) {
     __m256i lanes_0 = load(digest->lanes), lanes_1 = load(digest->lanes + 4);
     __m256i half_0 = load(digest->window.previous), half_1 = load(digest->window.previous + 32);
@@ -170,14 +170,14 @@ AVX2 static inline __attribute__((always_inline)) void take_stripes(
 }
 
 AVX2 static void take_by_avx2(Digest *digest, uint8_t *to, const uint8_t *from, size_t count) {
-    take_stripes(digest, to, from, count, 0);
+    take_by_avx2_as(digest, to, from, count, 0);
 }
 
 AVX2 static void stream_by_avx2(Digest *digest, uint8_t *to, const uint8_t *from, size_t count) {
     if ((uintptr_t)to % STRIPE_BYTES)
-        take_stripes(digest, to, from, count, 0);
+        take_by_avx2_as(digest, to, from, count, 0);
     else
-        take_stripes(digest, to, from, count, 1);
+        take_by_avx2_as(digest, to, from, count, 1);
 }
 #endif
 
@@ -212,10 +212,10 @@ static void digest_copy(Digest *digest, uint8_t *to, const uint8_t *from, size_t
         count -= wanted;
         if (digest->num_carried < STRIPE_BYTES || !digest->num_stripes_left)
             return; /* when only the last stripe is left, nothing comes behind it */
-        uint8_t whole[STRIPE_BYTES];
+        _Alignas(STRIPE_BYTES) uint8_t nowhere[STRIPE_BYTES + 1]; /* + 1: where nothing is streamed to */
         digest->num_carried = 0;
         digest->num_stripes_left--;
-        digest->take_stripes(digest, whole, digest->window.carried, 1);
+        digest->take_stripes(digest, nowhere + 1, digest->window.carried, 1);
     }
     size_t num_whole = count / STRIPE_BYTES;
     num_whole = num_whole < digest->num_stripes_left ? num_whole : digest->num_stripes_left;
@@ -391,7 +391,8 @@ static PyObject *copy_digests_portably(PyObject *module, PyObject *arguments) {
 }
 
 PyDoc_STRVAR(COPY_DIGESTS, "copy_digests(targets, sources, suffixes, past_caches)\n--\n\n"
-                           "Copies each source to its target, both of any strides; XXH3-64 of each copy and suffix.");
+                           "Copies each source to its target, both of any strides; XXH3-64 of each copy and suffix.\n"
+                           "past_caches: what is written is not soon read by this processor.");
 PyDoc_STRVAR(COPY_DIGESTS_PORTABLY, "copy_digests_portably(targets, sources, suffixes, past_caches)\n--\n\n"
                                     "The same without vector instructions: what other processors run.");
 
@@ -410,8 +411,10 @@ static struct PyModuleDef MODULE = {
 
 PyMODINIT_FUNC PyInit__copying(void) {
 #ifdef HAS_AVX2
-    if (__builtin_cpu_supports("avx2"))
-        fastest = take_by_avx2, fastest_past_caches = stream_by_avx2;
+    if (__builtin_cpu_supports("avx2")) {
+        fastest = take_by_avx2;
+        fastest_past_caches = stream_by_avx2;
+    }
 #endif
     return PyModule_Create(&MODULE);
 }

@@ -14,6 +14,7 @@ import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from kvstore.buffers import CopyBuffers
 from kvstore.copying import Bytes
@@ -35,7 +36,14 @@ ARENA_SUFFIX = ".arena"
 _MAGIC = b"switchyard-arena-1\0"
 _FIRST_SLOT_OFFSET = 4096
 _SLOT_ALIGNMENT = 64
-_ARENA_HEADER = struct.Struct("<32sQQQ256s")  # magic, slot_bytes, num_slots, pid, node id
+_ARENA_HEADER = struct.Struct("<32sQQQ256s")  # magic, then the fields of _ArenaHeader
+
+
+class _ArenaHeader(NamedTuple):
+    slot_bytes: int
+    num_slots: int
+    pid: int
+    node_id: bytes
 
 
 class ArenaInUse(Exception):
@@ -198,17 +206,18 @@ def create_arena(path: Path, node_id: str, slot_bytes: int, num_slots: int) -> O
 
 
 def arena_holder(path: Path) -> int:
-    """The node process that holds this arena; 0 when none does."""
+    """The node process that made this arena, if somebody holds it; 0 when nobody does."""
     try:
         file_descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         return 0
     try:
-        raw = os.pread(file_descriptor, _ARENA_HEADER.size, 0)
+        header = _read_header(file_descriptor)
         fcntl.flock(file_descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        is_arena = raw.startswith(_MAGIC) and len(raw) == _ARENA_HEADER.size
-        return int(_ARENA_HEADER.unpack(raw)[3]) if is_arena else 0
+        return 0 if header is None else header.pid
+    except OSError:
+        return 0
     finally:
         os.close(file_descriptor)
     return 0
@@ -218,12 +227,10 @@ def attach_arena(path: Path, slot_bytes: int, num_slots: int) -> Arena:
     """Maps the arena that a node process announced. Raises ArenaMismatch or OSError when it is not there."""
     file_descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        raw = os.pread(file_descriptor, _ARENA_HEADER.size, 0)
-        is_complete = os.fstat(file_descriptor).st_size >= arena_bytes(slot_bytes, num_slots)
-        if len(raw) < _ARENA_HEADER.size or not is_complete:
+        header = _read_header(file_descriptor)
+        if os.fstat(file_descriptor).st_size < arena_bytes(slot_bytes, num_slots):
             raise ArenaMismatch(f"{path} is too short")
-        magic, held_slot_bytes, held_num_slots, _, _ = _ARENA_HEADER.unpack(raw)
-        if magic.rstrip(b"\0") != _MAGIC.rstrip(b"\0") or (held_slot_bytes, held_num_slots) != (slot_bytes, num_slots):
+        if header is None or header[:2] != (slot_bytes, num_slots):
             raise ArenaMismatch(f"{path} is not the arena that the node announced")
         return Arena(path, file_descriptor, slot_bytes, num_slots)
     finally:
@@ -239,12 +246,11 @@ def _remove_if_stale(candidate: Path, path: Path, node_id: str) -> None:
     except OSError:
         return  # not there, or somebody else's
     try:
-        raw = os.pread(file_descriptor, _ARENA_HEADER.size, 0)
-        is_arena = raw.startswith(_MAGIC) and len(raw) == _ARENA_HEADER.size
-        is_same_node = is_arena and _ARENA_HEADER.unpack(raw)[4].rstrip(b"\0") == node_id.encode()
-        if candidate == path and raw and not is_arena:
+        header = _read_header(file_descriptor)
+        is_same_node = header is not None and header.node_id == node_id.encode()
+        if candidate == path and header is None and os.fstat(file_descriptor).st_size:
             raise ArenaInUse(f"{path} exists and is not an arena")
-        if not is_arena and candidate != path:
+        if header is None and candidate != path:
             return
         fcntl.flock(file_descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         candidate.unlink()
@@ -253,6 +259,15 @@ def _remove_if_stale(candidate: Path, path: Path, node_id: str) -> None:
             raise ArenaInUse(f"a live node process holds {candidate}") from error
     finally:
         os.close(file_descriptor)
+
+
+def _read_header(file_descriptor: int) -> _ArenaHeader | None:
+    """None for a file that is no arena, or not yet one."""
+    raw = os.pread(file_descriptor, _ARENA_HEADER.size, 0)
+    if len(raw) < _ARENA_HEADER.size or not raw.startswith(_MAGIC):
+        return None
+    _, slot_bytes, num_slots, pid, node_id = _ARENA_HEADER.unpack(raw)
+    return _ArenaHeader(slot_bytes, num_slots, pid, node_id.rstrip(b"\0"))
 
 
 def _commit(file_descriptor: int, num_bytes: int) -> None:

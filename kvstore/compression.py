@@ -28,7 +28,7 @@ from kvstore.sealing import (
 )
 from kvstore.tiers import Rejected
 
-COMPRESSED = b"SYzstd1\0"
+COMPRESSED = b"SYzstd2\0"
 LARGEST_PAYLOAD_BYTES = 256 * 1024 * 1024
 """What a reader that knows no bound of its own makes of one fragment at most."""
 

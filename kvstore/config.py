@@ -25,7 +25,8 @@ class KVStoreConfig:
     layers_per_fragment: int = 0
     """Layers that travel in one fragment. 0 means derived from the model and the pools' pipeline stages."""
     host_bytes: int = 512 * 1024 * 1024
-    """Size of each host's shared-memory arena."""
+    """Size of each host's shared-memory arena, at most: no more than 0.8 of what is free in its folder, nor half of
+    the memory that can be had."""
     arena_dir: str = "/dev/shm"
     """Folder of the arena's file; one that is kept in memory."""
     disk_bytes: int = 0

@@ -24,7 +24,7 @@ from kvstore.sealing import HEADER_BYTES, key_of
 PAGE_BYTES = ALIGNMENT_BYTES
 SUFFIX = ".segment"
 
-_MAGIC = b"SYdisk1\0"
+_MAGIC = b"SYdisk2\0"
 _HEADER = struct.Struct("<8sQ8sQ")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

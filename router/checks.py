@@ -55,8 +55,8 @@ def check_resumption(request: ResumeRequest, committed: Sequence[int], vocab_siz
         if mine != theirs:
             raise _invalid("token_ids", f"id {theirs} at position {position} was never sent: it was {mine}")
     if request.num_tokens > max(len(committed), len(kept)):
-        known = f"only {len(committed)} tokens are written down; send the token_ids"
-        raise _invalid("num_tokens", f"{request.num_tokens} cannot be resumed, {known}")
+        known = f"only {len(committed)} tokens are written down"
+        raise _invalid("num_tokens", f"{request.num_tokens} cannot be resumed without their token_ids: {known}")
 
 
 def check_text(param: str, text: str) -> int:

@@ -153,12 +153,14 @@ class _Endpoints:
         return OpenAiAnswer([self._generation.stream(order, style.is_stream)], style)
 
     async def _resume(self, known: ResumeRequest) -> AsyncGenerator[Event, None]:
-        """As Generation.resume, whose fields are all one header here."""
+        """As Generation.resume, whose fields are one header here."""
         async with contextlib.aclosing(self._generation.resume(known, commits_first=True)) as events:
             try:
                 async for event in events:
                     yield event
             except InvalidRequest as error:
+                if error.param not in ("stream_id", "num_tokens", "token_ids"):
+                    raise
                 raise type(error)(f"{LAST_EVENT_ID}: {error.message}", param=LAST_EVENT_ID) from None
 
     def _style(self, body: CompletionRequest | ChatRequest, is_chat: bool) -> AnswerStyle:
@@ -200,7 +202,10 @@ class _Endpoints:
 
 
 def _resumption(request: Request, style: AnswerStyle) -> ResumeRequest | None:
-    """What a client that lost its connection has; it sends its request again, with the id of the last event it saw."""
+    """What a client that lost its connection has; it sends its request again, with the id of the last event it saw.
+
+    None for a request that is new. Raises InvalidRequest.
+    """
     event_id = request.headers.get(LAST_EVENT_ID)
     if not event_id:
         return None

@@ -17,6 +17,7 @@ import json
 import mmap
 import os
 import random
+import select
 import socket
 import sys
 import threading
@@ -350,13 +351,12 @@ class Wire:
 
 
 def _is_gone(client: socket.socket) -> bool:
-    """Asked of the kernel: a thread that waits for it may be late."""
-    try:
-        return client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-    except BlockingIOError:
-        return False
-    except OSError:  # also of one that is closed here
+    """Asked of the kernel: a thread that waits for it may be late, and a request of the client's not be read yet."""
+    if client.fileno() < 0:  # closed here
         return True
+    poll = select.poll()
+    poll.register(client, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 def _pump(source: socket.socket, target: socket.socket) -> None:

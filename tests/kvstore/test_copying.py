@@ -44,7 +44,7 @@ def randoms(*shape: int) -> npt.NDArray[np.uint8]:
 
 
 @pytest.mark.parametrize("length", [*LENGTHS, *random.Random(0).sample(range(219, 9000), 40)])
-def test_the_digest_is_that_of_key_and_payload(in_use: CopyDigest, length: int) -> None:
+def test_the_digest_is_that_of_payload_and_key(in_use: CopyDigest, length: int) -> None:
     source, target = randoms(length), bytearray(length)
     assert in_use(memoryview(target), source, KEY) == xxhash.xxh3_64_intdigest(source.tobytes() + KEY)
     assert target == source.tobytes()
