@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import secrets
 import shutil
+import socket
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploy.config import ClusterConfig
 from deploy.errors import ConfigError, StartError, one_line
-from deploy.plan import ClusterPlan, layers_per_fragment, make_plan, num_cpus_needed
+from deploy.plan import ClusterPlan, cluster_name, layers_per_fragment, make_plan, num_cpus_needed
 from deploy.preflight import (
     FoundModel,
     check_control,
@@ -31,6 +33,7 @@ from deploy.preflight import (
 from deploy.progress import Steps
 from deploy.ray_runtime import RayRuntime, close_ray, open_ray
 from deploy.routers import RouterEndpoint, Routers, router_specs, workers_seen
+from kvstore.authenticity import cluster_secret
 from router.config import RouterSpec
 
 if TYPE_CHECKING:  # brings ray, which must find the environment that open_ray prepares
@@ -70,12 +73,17 @@ class Cluster:
         layers_per_fragment(self._config, model.config.num_hidden_layers)
         check_ports(self._config.endpoints, self._config.ray)
         check_control(self._config.kvstore.control)
-        self._tier_secret = tier_secret(self._config.kvstore.tier_secret_file)
+        secret = tier_secret(self._config.kvstore.tier_secret_file)
+        self._tier_secret = cluster_secret(secret, self._name(model))
         if self._config.ray.address:
             check_ray(self._config.ray.address)
         else:
             check_host_memory(self._config.kvstore.host_bytes)
         return model
+
+    def _name(self, model: FoundModel) -> str:
+        host = f"{socket.gethostname()}/{uuid.getnode():x}"
+        return cluster_name(self._config, model.reference, host, self.id)
 
     def start(self) -> Endpoints:
         """Bring everything up; returns when all workers can be reached through all routers."""
@@ -117,7 +125,9 @@ class Cluster:
         from deploy.pools import check_capacity, close_serve, deploy_pools, open_serve, wait_running
 
         control, control_address = self._control(ray)
-        plan = make_plan(self._config, model.config, model.reference, ray.num_gpus, control, self._tier_secret)
+        plan = make_plan(
+            self._config, model.config, model.reference, ray.num_gpus, control, self._tier_secret, self._name(model)
+        )
         short = check_capacity(plan.pools)
         if short and ray.was_started:
             raise ConfigError(short)
@@ -125,6 +135,7 @@ class Cluster:
             self._steps.note(f"warning: {short}; waiting for it to grow")
         settings = KVNodeSettings(
             cluster_id=self.id,
+            cluster=plan.cluster,
             run_dir=str(self.run_dir),
             arena=plan.arena,
             control_node_id=ray.node_id if control_address else "",
@@ -167,7 +178,16 @@ class Cluster:
         control = plan.pools[0].spec.control
         # In memory, the streams of one machine are written down in a file that outlives its routers.
         journal = f"file://{self.run_dir}/streams.journal" if control.startswith("memory://") else control
-        template = RouterSpec("", str(model.directory), plan.model_name, control, journal)
+        template = RouterSpec(
+            "",
+            str(model.directory),
+            plan.model_name,
+            control,
+            journal,
+            cluster=plan.cluster,
+            weights=model.weights,
+            ignore_keys=self._config.model.ignore_keys,
+        )
         specs = router_specs(template, self._config.endpoints, self._config.router, self.id)
         routers = Routers(specs, self.run_dir)
         self._undo.append(lambda: routers.stop(self._config.router.drain_s + 2.0))

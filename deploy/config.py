@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,6 +51,9 @@ class ModelSource:
     batch_invariant: bool = False
     """Whether a request gives the same bits alone, in any batch, after any preemption and on any worker. Slower; all
     pools must have the same tp."""
+    ignore_keys: tuple[str, ...] = ()
+    """Keys of config.json, generation_config.json and tokenizer_config.json to pass over: unknown ones, which are
+    refused otherwise, of which you know that they change nothing."""
 
     def __post_init__(self) -> None:
         _require(self.dtype in DTYPES, "dtype", f"must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
@@ -196,6 +200,10 @@ def _default_pools() -> dict[str, PoolConfig]:
 class ClusterConfig:
     """Everything that `switchyard serve` can be told. The defaults make the laptop's cluster."""
 
+    name: str = ""
+    """Name of the cluster. What it keeps in a shared Redis lies under it, and processes of clusters with other names
+    refuse each other. Empty means derived from this machine, the served model and the gRPC port: the same at the next
+    start, and no other cluster's."""
     model: ModelSource = field(default_factory=ModelSource)
     engine: EngineSettings = field(default_factory=EngineSettings)
     endpoints: EndpointsConfig = field(default_factory=EndpointsConfig)
@@ -205,6 +213,8 @@ class ClusterConfig:
     ray: RayConfig = field(default_factory=RayConfig)
 
     def __post_init__(self) -> None:
+        named = re.fullmatch(r"[A-Za-z0-9._-]{0,63}", self.name)
+        _require(named is not None, "name", f"at most 63 letters, digits, dots, - and _, not {self.name!r}")
         _require(bool(self.pools), "pools", "must name at least one pool")
         roles = {pool.role for pool in self.pools.values()}
         complete = "mixed" in roles or {"prefill", "decode"} <= roles

@@ -39,6 +39,9 @@ class KVNodeSettings:
     """What the KV nodes of a cluster have in common."""
 
     cluster_id: str
+    """Of this start."""
+    cluster: str
+    """Name of the cluster."""
     run_dir: str
     """Folder for sockets and logs, the same path on every host."""
     arena: ArenaPlan
@@ -132,6 +135,7 @@ class KVNodeActor:
             *(sys.executable, "-m", "kvstore.node"),
             *("--node-id", self._node_id, "--arena", str(arena), "--host-address", self._host_address),
             *("--slot-bytes", str(settings.arena.slot_bytes), "--num-slots", str(self._num_slots)),
+            *("--cluster", settings.cluster),
         ]
         if ray_node_id == settings.control_node_id:
             command += ["--control-address", settings.control_address]

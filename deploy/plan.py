@@ -6,6 +6,7 @@ Pure: knows nothing of Ray, processes or files. The numbers here are handed on, 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -62,18 +63,25 @@ class ArenaPlan:
 class ClusterPlan:
     """What is to be started."""
 
+    cluster: str
     model_name: str
     pools: tuple[PoolPlan, ...]
     arena: ArenaPlan
 
 
 def make_plan(
-    config: ClusterConfig, model: ModelConfig, model_dir: str, num_gpus: float, control: str, tier_secret: str = ""
+    config: ClusterConfig,
+    model: ModelConfig,
+    model_dir: str,
+    num_gpus: float,
+    control: str,
+    tier_secret: str = "",
+    cluster: str = "",
 ) -> ClusterPlan:
     """Work out the whole cluster.
 
     model_dir: an absolute path or a Hub id. num_gpus: what Ray has to offer. control: URL of the control service.
-    tier_secret: of the remote tier, where there is one.
+    tier_secret: of the remote tier, where there is one. cluster: its name.
     Raises ConfigError where parts of the configuration do not fit each other or the machines.
     """
     devices = {name: _device(config, pool, num_gpus) for name, pool in config.pools.items()}
@@ -81,8 +89,7 @@ def make_plan(
     _check_invariance(config, devices)
     block_size = config.kvstore.block_size or (64 if "cuda" in devices.values() else 16)
     layers = layers_per_fragment(config, model.num_hidden_layers)
-    is_directory = model_dir.startswith("/")
-    name = config.model.name or (model_dir.rstrip("/").rsplit("/", 1)[-1] if is_directory else model_dir)
+    name = model_name(config, model_dir)
     pools = []
     for pool_name, pool in config.pools.items():
         common = EngineConfig(
@@ -94,6 +101,7 @@ def make_plan(
             **dataclasses.asdict(config.engine),
             batch_invariant=config.model.batch_invariant,
             kv_encoding=config.kvstore.kv_encoding,
+            ignore_keys=config.model.ignore_keys,
         )
         spec = WorkerSpec(
             worker_id="",
@@ -110,12 +118,31 @@ def make_plan(
             prefix_fetch=config.kvstore.prefix_fetch,
             control=control,
             layers_per_fragment=layers,
+            cluster=cluster,
         )
         pools.append(_pool_plan(spec, pool))
     row_bytes = kv_row_bytes(config.kvstore.kv_encoding, model.head_dim, DTYPE_BYTES[dtype])
     slot_bytes = layers * 2 * block_size * row_bytes
     num_slots = num_slots_for(config.kvstore.host_bytes, slot_bytes)
-    return ClusterPlan(name, tuple(pools), ArenaPlan(config.kvstore.arena_dir, slot_bytes, num_slots))
+    return ClusterPlan(cluster, name, tuple(pools), ArenaPlan(config.kvstore.arena_dir, slot_bytes, num_slots))
+
+
+def model_name(config: ClusterConfig, model_dir: str) -> str:
+    """What clients call the model: the configured name, or the directory's, or the Hub id."""
+    is_directory = model_dir.startswith("/")
+    return config.model.name or (model_dir.rstrip("/").rsplit("/", 1)[-1] if is_directory else model_dir)
+
+
+def cluster_name(config: ClusterConfig, model_dir: str, host: str, start_id: str) -> str:
+    """The configured name, or one that is the same at the next start of the same cluster and never another's.
+
+    host: what tells this machine from others. start_id: of this start; counts where any free port is taken.
+    """
+    if config.name:
+        return config.name
+    port = config.endpoints.grpc_port
+    where = f"{host}\0{config.endpoints.grpc_host}:{port or start_id}\0{model_name(config, model_dir)}"
+    return "sy-" + hashlib.blake2b(where.encode(), digest_size=8).hexdigest()
 
 
 def _engine(common: EngineConfig, pool: PoolConfig) -> EngineConfig:

@@ -15,11 +15,18 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from checkpoint.errors import CheckpointError
+from checkpoint.tensors import weights_digest
 from deploy.config import DEMO_MODEL, ClusterConfig, EndpointsConfig, RayConfig
 from deploy.errors import ConfigError, StartError
 from kvstore.config import is_redis_cluster, redis_cluster_nodes
-from workers.config import ModelConfig, resolve_model
+from router.chat import ChatTemplate
+from router.errors import ModelFilesError
+from router.model_files import ModelFiles
+from router.text import TextCodec
+from workers.config import FAKE_WEIGHTS, ModelConfig, resolve_model
 from workers.errors import ModelError
+from workers.tensor_layout import check_checkpoint
 
 _REACH_TIMEOUT_S = 2.0
 _LEAST_SECRET_CHARACTERS = 16
@@ -33,40 +40,40 @@ class FoundModel:
     """What workers on other hosts are told: an absolute path, or a Hub id."""
     directory: Path
     config: ModelConfig
+    weights: str
+    """Digest of the weights."""
 
 
 def check_model(config: ClusterConfig) -> FoundModel:
-    """Find the model and see that each pool can split it. Raises ConfigError."""
+    """Find the model, see that all of its files are whole and understood, and that each pool can split it.
+
+    Raises ConfigError.
+    """
     wanted = config.model.path or str(DEMO_MODEL)
     try:
         directory = resolve_model(wanted).resolve()
-        model = ModelConfig.load(directory)
-    except ModelError as error:
+        model = ModelConfig.load(directory, config.model.ignore_keys)
+        _check_texts(directory, config)
+        if config.engine.runner != "fake":
+            check_checkpoint(directory, model)
+        weights = FAKE_WEIGHTS if config.engine.runner == "fake" else weights_digest(directory)
+    except (ModelError, ModelFilesError, CheckpointError) as error:
         raise ConfigError(str(error)) from None
     for name, pool in config.pools.items():
         try:
             model.check_split(pool.tp, pool.pp)
         except ModelError as error:
             raise ConfigError(f"pools.{name}: {error}") from None
-    if config.engine.runner != "fake":
-        _check_weights(directory)
     is_directory = Path(wanted).expanduser().is_dir()
-    return FoundModel(str(directory) if is_directory else wanted, directory, model)
+    return FoundModel(str(directory) if is_directory else wanted, directory, model, weights)
 
 
-def _check_weights(directory: Path) -> None:
-    """See that the weight files are there and whole; their headers say how long they should be."""
-    from safetensors import SafetensorError, safe_open
-
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(f"{directory}: no *.safetensors file")
-    for path in files:
-        try:
-            with safe_open(path, framework="np"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{path}: not readable as safetensors ({error})") from None
+def _check_texts(directory: Path, config: ClusterConfig) -> None:
+    """Whatever a router reads of the model: tokenizer, chat template, defaults. Raises ModelFilesError."""
+    files = ModelFiles.load(directory, directory.name, config.model.ignore_keys)
+    TextCodec(files.tokenizer_json)
+    if files.chat_template:
+        ChatTemplate(files.chat_template, files.special_tokens)
 
 
 def check_ports(endpoints: EndpointsConfig, ray: RayConfig) -> None:

@@ -39,5 +39,11 @@ class FragmentAuthenticator:
         return True
 
 
+def cluster_secret(secret: str, cluster: str) -> str:
+    """The secret of one cluster's fragments. Clusters that are given the same one still refuse each other's, in every
+    tier and between hosts; those of the same name share what they have."""
+    return hashlib.blake2b(f"{cluster}\0{secret}".encode(), person=b"sy cluster", digest_size=32).hexdigest()
+
+
 def _derive(secret: str, purpose: bytes, num_bytes: int) -> bytes:
     return hashlib.blake2b(secret.encode(), person=b"sy " + purpose, digest_size=num_bytes).digest()

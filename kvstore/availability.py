@@ -26,6 +26,8 @@ class Availability:
         errors: tuple[type[Exception], ...],
     ) -> None:
         self.is_up = False
+        self.problem = ""
+        """Why it is down, in one line; empty while it is up."""
         self._name = name
         self._errors = errors
         self._retry_s = _FIRST_RETRY_S
@@ -42,6 +44,7 @@ class Availability:
             if self.is_up:
                 _LOG.warning("%s is down: %s", self._name, one_line(error))
             self.is_up = False
+            self.problem = one_line(error)
             self._retry_s = _FIRST_RETRY_S
         self._wake.set()
 
@@ -74,11 +77,13 @@ class Availability:
                 else:
                     self._retry_s = min(2 * self._retry_s, _LONGEST_RETRY_S)
                 self.is_up = False
+                self.problem = one_line(error)
             return
         with self._lock:
             if not self.is_up and not self._is_closed:
                 _LOG.info("%s is up", self._name)
                 self.is_up = True
+                self.problem = ""
 
 
 def one_line(error: Exception) -> str:

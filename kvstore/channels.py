@@ -18,6 +18,10 @@ _OPTIONS = (
 )
 
 
+CLUSTER_METADATA = "switchyard-cluster"
+"""Key of the metadata by which a node knows its own cluster's callers."""
+
+
 class ChannelClosed(Exception):
     """A call on a channel that this process has closed."""
 
@@ -31,22 +35,24 @@ def dial(address: str) -> grpc.Channel:
     return grpc.insecure_channel(address, options=_OPTIONS)
 
 
-def call(method: Callable[..., Any], request: object) -> Any:
-    """One call; fails at once while the node is away."""
-    return _call(method, request, wait_for_ready=False)
+def call(method: Callable[..., Any], request: object, cluster: str = "") -> Any:
+    """One call; fails at once while the node is away. cluster: the caller's; a node of another one refuses it."""
+    return _call(method, request, cluster, wait_for_ready=False)
 
 
-def probe(method: Callable[..., Any], request: object) -> Any:
+def probe(method: Callable[..., Any], request: object, cluster: str = "") -> Any:
     """One call that waits a few seconds for the node to come.
 
     This is what connects anew after a loss: gRPC serves the socket of a connection in the making only while a call is
     waiting for it, and else looks after it every 5 seconds.
     """
-    return _call(method, request, wait_for_ready=True)
+    return _call(method, request, cluster, wait_for_ready=True)
 
 
-def _call(method: Callable[..., Any], request: object, wait_for_ready: bool) -> Any:
+def _call(method: Callable[..., Any], request: object, cluster: str, wait_for_ready: bool) -> Any:
     try:
-        return method(request, timeout=_TIMEOUT_S, wait_for_ready=wait_for_ready)
+        return method(
+            request, timeout=_TIMEOUT_S, wait_for_ready=wait_for_ready, metadata=((CLUSTER_METADATA, cluster),)
+        )
     except ValueError as error:  # how grpc says it
         raise ChannelClosed(str(error)) from error

@@ -27,20 +27,23 @@ _MEMORY = "memory://"
 _FILE = "file://"
 
 
-def open_directory(url: str) -> Directory:
-    """memory://HOST:PORT (or memory://unix:PATH) is a node process's directory, redis://... one in a Redis."""
+def open_directory(url: str, cluster: str = "") -> Directory:
+    """memory://HOST:PORT (or memory://unix:PATH) is a node process's directory, redis://... one in a Redis.
+
+    cluster: whose leases and blocks; those of others are not seen.
+    """
     if url.startswith(_MEMORY):
         address = url.removeprefix(_MEMORY)
         if not address:
             raise ValueError("control: memory:// needs the HOST:PORT of a node process here")
-        return RemoteDirectory(address)
+        return RemoteDirectory(address, cluster)
     if is_redis(url):
-        return RedisDirectory(url)
+        return RedisDirectory(url, cluster)
     raise ValueError(f"control: must be memory://HOST:PORT or a redis:// URL, not {url!r}")
 
 
-def open_journal(url: str) -> StreamJournal:
-    """file:///PATH is a file that the routers of one machine share, redis://... one in a Redis.
+def open_journal(url: str, cluster: str = "") -> StreamJournal:
+    """file:///PATH is a file that the routers of one machine share, redis://... one in a Redis, apart for each cluster.
 
     Raises JournalUnavailable when the file cannot be opened.
     """
@@ -50,7 +53,7 @@ def open_journal(url: str) -> StreamJournal:
             raise ValueError(f"journal: file:// needs an absolute path, not {str(path)!r}")
         return FileJournal(path, time.time)
     if is_redis(url):
-        return RedisJournal(url)
+        return RedisJournal(url, cluster)
     raise ValueError(f"journal: must be file:///PATH or a redis:// URL, not {url!r}")
 
 
@@ -62,6 +65,7 @@ def open_tiers(
     peers_control: str = "",
     peer_transport: str = "tcp",
     tier_compression: str = "none",
+    cluster: str = "",
 ) -> list[Tier]:
     """The tiers of a worker in the order in which they are asked; an empty address leaves that tier out.
 
@@ -69,11 +73,11 @@ def open_tiers(
     a tier outside the host without a secret; ImportError or OSError when NIXL is asked for and does not work here.
     """
     tiers: list[Tier] = []
-    host = HostTier(host_address) if host_address else None
+    host = HostTier(host_address, cluster) if host_address else None
     if host is not None:
         tiers.append(host)
     if peers_control:
-        directory = open_directory(peers_control)
+        directory = open_directory(peers_control, cluster)
         connect = _connect_by_nixl(tier_secret) if peer_transport == "nixl" else None
         tiers.append(PeerTier(directory, tier_secret, lambda: host.peer_address if host is not None else "", connect))
     if is_redis_cluster(tier_url):

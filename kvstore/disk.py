@@ -126,6 +126,13 @@ class DiskTier:
         """Whether the folder is ours and the disk did what was asked last."""
         return self._availability.is_up
 
+    @property
+    def problem(self) -> str:
+        """Why nothing is kept here now, in one line; empty while something is."""
+        if not self._availability.is_up:
+            return f"{self._folder}: {self._availability.problem}"
+        return f"{self._folder}: the disk is full" if self._clock() < self._refuses_until_s else ""
+
     def has(self, key: bytes) -> bool:
         """Whether a fragment of this key is believed to be here."""
         with self._lock:

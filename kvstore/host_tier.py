@@ -61,11 +61,12 @@ class _Found:
 
 
 class HostTier:
-    """A client of the node process at `node_address`: unix:PATH, or HOST:PORT of the same host."""
+    """A client of the node process at `node_address`: unix:PATH, or HOST:PORT of the same host and cluster."""
 
     name = "host"
 
-    def __init__(self, node_address: str) -> None:
+    def __init__(self, node_address: str, cluster: str = "") -> None:
+        self._cluster = cluster
         self._channel = dial(node_address)
         self._stub = kvnode_pb2_grpc.KVNodeServiceStub(self._channel)
         self._attach_lock = threading.Lock()
@@ -73,6 +74,8 @@ class HostTier:
         self._calls = SlotCalls("")  # until the node was reached
         self._node_id = ""
         self._peer_address = ""
+        self._has_disk = False
+        self._disk_problem = ""
         self._is_arena_too_small = False
         self._prepared: deque[_Prepared] = deque()
         self._prepared_lock = threading.Lock()
@@ -83,6 +86,21 @@ class HostTier:
     def is_up(self) -> bool:
         """As in Tier."""
         return self._availability.is_up
+
+    @property
+    def problem(self) -> str:
+        """As in Tier."""
+        return self._availability.problem
+
+    @property
+    def has_disk(self) -> bool:
+        """Whether the node has a disk tier behind its arena."""
+        return self._has_disk
+
+    @property
+    def disk_problem(self) -> str:
+        """Why that disk tier keeps nothing, as the node said it last."""
+        return self.problem or self._disk_problem if self._has_disk else ""
 
     @property
     def node_id(self) -> str:
@@ -176,7 +194,8 @@ class HostTier:
     def _attach(self, ask: Callable[..., Any] = call) -> None:
         """Asks the node for its arena and maps it unless it is mapped already."""
         with self._attach_lock:
-            reply = ask(self._stub.GetArena, kvnode_pb2.GetArenaRequest())
+            reply = ask(self._stub.GetArena, kvnode_pb2.GetArenaRequest(), self._cluster)
+            self._has_disk, self._disk_problem = reply.has_disk, reply.disk_problem
             path, arena = Path(reply.path), self._arena
             if arena is None or arena.path != path or not arena.is_current():
                 attached = attach_arena(path, reply.slot_bytes, reply.num_slots)

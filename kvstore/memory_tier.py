@@ -22,6 +22,11 @@ class MemoryTier:
         """Header and payload by key; tests damage them here."""
         self._lock = threading.Lock()
 
+    @property
+    def problem(self) -> str:
+        """As in Tier."""
+        return "" if self.is_up else "switched off"
+
     def put(self, fragments: Sequence[Fragment]) -> list[bool]:
         """As in Tier."""
         if not self.is_up:

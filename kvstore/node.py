@@ -28,7 +28,7 @@ from kvstore.arena import Arena, ArenaInUse, create_arena
 from kvstore.config import COMPRESSIONS
 from kvstore.directory import MemoryDirectory
 from kvstore.disk import DiskTier
-from kvstore.node_service import ControlServicer, KVNodeServicer
+from kvstore.node_service import ClusterGuard, ControlServicer, KVNodeServicer
 from kvstore.node_slots import NodeSlots
 from kvstore.peer_server import PeerServer
 from kvstore.quick_calls import UNIX, CallServer
@@ -72,6 +72,8 @@ class NodeSpec:
     disk_compression: str = "none"
     secret: str = field(default="", repr=False)
     """Of the tiers outside of the host's memory; needed where there is one."""
+    cluster: str = ""
+    """Whose node it is: callers of other clusters are refused."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", self.node_id):
@@ -163,7 +165,7 @@ def _serve_peers(spec: NodeSpec, slots: NodeSlots, memory: ReadableMemory | None
 
 def _serve_slots(spec: NodeSpec, slots: NodeSlots, peer_address: str) -> tuple[grpc.Server, str, CallServer]:
     _remove_dead_socket(spec.host_address)
-    server, address = _bind(spec.host_address)
+    server, address = _bind(spec.host_address, spec.cluster)
     servicer = KVNodeServicer(slots, spec.node_id, peer_address)
     call_address = address + _CALLS if address.startswith(UNIX) else f"{address.rpartition(':')[0]}:0"
     try:
@@ -176,15 +178,16 @@ def _serve_slots(spec: NodeSpec, slots: NodeSlots, peer_address: str) -> tuple[g
 
 
 def _serve_directory(spec: NodeSpec) -> tuple[grpc.Server, str]:
-    server, address = _bind(spec.control_address)
+    server, address = _bind(spec.control_address, spec.cluster)
     directory = MemoryDirectory(time.monotonic, first_epoch=time.time_ns() // 1_000_000)
     kvnode_pb2_grpc.add_ControlServiceServicer_to_server(ControlServicer(directory), server)
     return server, address
 
 
-def _bind(address: str) -> tuple[grpc.Server, str]:
+def _bind(address: str, cluster: str) -> tuple[grpc.Server, str]:
     """A server that is bound but not started, and its address with the port that it really got."""
-    server = grpc.server(ThreadPoolExecutor(_NUM_THREADS, "kv-node"), options=_SERVER_OPTIONS)
+    threads = ThreadPoolExecutor(_NUM_THREADS, "kv-node")
+    server = grpc.server(threads, interceptors=[ClusterGuard(cluster)], options=_SERVER_OPTIONS)
     try:
         port = server.add_insecure_port(address)
     except RuntimeError as error:
@@ -223,6 +226,7 @@ def _parse(arguments: Sequence[str]) -> NodeSpec:
     parser.add_argument("--disk-write", choices=("back", "through"), default="back", help="what goes there, and when")
     parser.add_argument("--disk-compression", choices=COMPRESSIONS, default="none", help="of what is written there")
     parser.add_argument("--secret-file", type=Path, help="file with the secret of the tiers outside of memory")
+    parser.add_argument("--cluster", default="", help="name of the cluster; callers of others are refused")
     values = parser.parse_args(arguments)
     try:
         secret = values.secret_file.read_text().strip() if values.secret_file else ""
@@ -243,6 +247,7 @@ def _parse(arguments: Sequence[str]) -> NodeSpec:
             disk_write=values.disk_write,
             disk_compression=values.disk_compression,
             secret=secret,
+            cluster=values.cluster,
         )
     except ValueError as error:
         parser.error(str(error))

@@ -3,12 +3,13 @@
 Knows nothing of processes, sockets or of who calls.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import grpc
 from switchyard.v1 import kvnode_pb2, kvnode_pb2_grpc
 
+from kvstore.channels import CLUSTER_METADATA
 from kvstore.directory import MemoryDirectory
 from kvstore.names import FRAGMENT_KEY_BYTES
 from kvstore.node_slots import NodeSlots
@@ -30,7 +31,7 @@ class KVNodeServicer(kvnode_pb2_grpc.KVNodeServiceServicer):
         self, request: kvnode_pb2.GetArenaRequest, context: grpc.ServicerContext
     ) -> kvnode_pb2.GetArenaResponse:
         """See kvnode.proto."""
-        arena = self._slots.arena
+        arena, disk = self._slots.arena, self._slots.disk
         return kvnode_pb2.GetArenaResponse(
             path=str(arena.path),
             slot_bytes=arena.slot_bytes,
@@ -39,6 +40,8 @@ class KVNodeServicer(kvnode_pb2_grpc.KVNodeServiceServicer):
             num_sealed=self._slots.stats().num_sealed,
             peer_address=self._peer_address,
             call_address=self.call_address,
+            has_disk=disk is not None,
+            disk_problem=disk.problem if disk is not None else "",
         )
 
     def Reserve(self, request: kvnode_pb2.ReserveRequest, context: grpc.ServicerContext) -> kvnode_pb2.ReserveResponse:
@@ -123,6 +126,29 @@ class ControlServicer(kvnode_pb2_grpc.ControlServiceServicer):
         """See kvnode.proto."""
         places = self._directory.locate(request.block_names)
         return kvnode_pb2.LocateResponse(places=[kvnode_pb2.Places(names=sorted(names)) for names in places])
+
+
+class ClusterGuard(grpc.ServerInterceptor):  # type: ignore[misc]  # unannotated
+    """Refuses the callers of other clusters, who would take this host's blocks and leases for their own."""
+
+    def __init__(self, cluster: str) -> None:
+        self._cluster = cluster
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler | None],
+        details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        """As in grpc.ServerInterceptor."""
+        caller = dict(details.invocation_metadata).get(CLUSTER_METADATA, "")
+        if caller == self._cluster:
+            return continuation(details)
+        message = f"this KV node is of cluster {self._cluster!r}, the caller of {caller!r}"
+
+        def refuse(request: object, context: grpc.ServicerContext) -> None:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, message)
+
+        return grpc.unary_unary_rpc_method_handler(refuse)
 
 
 def _check_same_length(context: grpc.ServicerContext, keys: Sequence[bytes], values: Sequence[int]) -> None:

@@ -63,6 +63,11 @@ class NodeSlots:
         if disk is not None:
             self._writer.start()
 
+    @property
+    def disk(self) -> DiskTier | None:
+        """The disk behind the arena, where there is one."""
+        return self._disk
+
     def reserve(self, keys: Sequence[bytes]) -> list[SlotRef]:
         """As SlotTable.reserve; the slots' contents are void from here on."""
         with self._lock:

@@ -75,6 +75,11 @@ class PeerTier:
         """As in Tier: whether the directory answers. Which peers do shows when they are asked."""
         return self._availability.is_up
 
+    @property
+    def problem(self) -> str:
+        """As in Tier."""
+        return self._availability.problem
+
     def put(self, fragments: Sequence[Fragment]) -> list[bool]:
         """As in Tier; nothing is kept."""
         return [False] * len(fragments)

@@ -4,6 +4,7 @@ Knows nothing of what is kept there.
 """
 
 import re
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ NUM_HASH_SLOTS: int = REDIS_CLUSTER_HASH_SLOTS
 
 _CONNECT_TIMEOUT_S = 1.0
 _CALL_TIMEOUT_S = 2.0
+_CHECK_TTL_MS = 1000
+_PASSING = ("OOM", "command not allowed when used memory", "TRYAGAIN", "MASTERDOWN", "NOREPLICAS", "MISCONF")
 _READ_BYTES = 1024 * 1024
 _HOST_NAME = re.compile(r"[\w.-]+", re.ASCII)
 
@@ -65,6 +68,38 @@ def borrowed_connection(client: RedisClient) -> Iterator[tuple[Any, Any]]:
         raise
     finally:
         client.connection_pool.release(connection)
+
+
+def refused_commands(client: RedisClient, key: bytes) -> Exception | None:
+    """Tries on a key of its own what a tier does with fragments: the refusal of a command that writes, if there is one.
+
+    Raises one of REDIS_ERRORS when nothing can be read either. A key that belongs to another node of a cluster counts
+    as taken: rights are looked at first.
+    """
+    pipeline = client.pipeline(transaction=False)
+    pipeline.get(key)
+    pipeline.exists(key)
+    pipeline.set(key, b"", px=_CHECK_TTL_MS)
+    pipeline.pexpire(key, _CHECK_TTL_MS)
+    pipeline.delete(key)
+    replies = pipeline.execute(raise_on_error=False)
+    refusals = [reply if isinstance(reply, Exception) and redirection(reply) is None else None for reply in replies]
+    for refusal in refusals[:2]:
+        if refusal is not None:
+            raise refusal
+    return next((refusal for refusal in refusals if refusal is not None), None)
+
+
+def is_misconfiguration(error: Exception) -> bool:
+    """Whether a server will go on saying so until somebody changes the configuration: a wrong password, a missing
+    right, TLS where there is none. One that is away, loading, full or read-only may come to itself."""
+    passing = (redis.exceptions.BusyLoadingError, redis.exceptions.ReadOnlyError, redis.exceptions.ClusterDownError)
+    if isinstance(error, redis.AuthenticationError):
+        return True
+    if isinstance(error, redis.ResponseError):
+        return not isinstance(error, passing) and not str(error).startswith(_PASSING)
+    links = [error, error.__cause__, error.__context__]
+    return any(isinstance(link, ssl.SSLError) for link in links)
 
 
 def hash_slot(key: bytes) -> int:

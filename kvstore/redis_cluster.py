@@ -52,6 +52,13 @@ class RedisClusterTier:
         """As in Tier: whether any node answers."""
         return self._availability.is_up and any(node.is_up for node in self._nodes.values())
 
+    @property
+    def problem(self) -> str:
+        """As in Tier: of the first node that has one."""
+        nodes = self._nodes
+        ours = (f"{address}: {node.problem}" for address, node in nodes.items() if node.problem)
+        return self._availability.problem or next(ours, "" if nodes else "no node answers")
+
     def put(self, fragments: Sequence[Fragment]) -> list[bool]:
         """As in Tier."""
         keys = [fragment.key for fragment in fragments]

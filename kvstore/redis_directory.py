@@ -1,5 +1,7 @@
 """A directory that outlives every process of the cluster: leases and block places in a Redis that must not evict.
 
+Behind `switchyard:control1:CLUSTER:` there are
+
     worker:ID     hash {epoch, record}, with the lease's TTL       workers   set of the IDs that had a lease
     epoch         counter                                           blocks    sorted set: names by time of publication
     block:NAME    set of places, with a TTL
@@ -86,12 +88,20 @@ return 0
 
 
 class RedisDirectory:
-    """A client of the Redis at `url`. Blocks are bounded in number (oldest go first) and in age."""
+    """A client of the Redis at `url`, for one cluster of those that use it.
+
+    Blocks are bounded in number (oldest go first) and in age.
+    """
 
     def __init__(
-        self, url: str, max_blocks: int = DEFAULT_MAX_BLOCKS, block_ttl_s: float = DEFAULT_BLOCK_TTL_S
+        self,
+        url: str,
+        cluster: str = "",
+        max_blocks: int = DEFAULT_MAX_BLOCKS,
+        block_ttl_s: float = DEFAULT_BLOCK_TTL_S,
     ) -> None:
         self._client = connect(url)
+        self._prefix = PREFIX + cluster.encode() + b":"
         self._max_blocks = max_blocks
         self._block_ttl_ms = int(block_ttl_s * 1000)
         self._keep_alive = self._client.register_script(_KEEP_ALIVE)
@@ -101,7 +111,7 @@ class RedisDirectory:
     def keep_alive(self, record: WorkerRecord, ttl_s: float, held_epoch: int = 0) -> int:
         """As in Directory."""
         check_keep_alive(record, ttl_s)
-        keys = [_lease_key(record.worker_id), PREFIX + b"epoch", PREFIX + b"workers"]
+        keys = [self._lease_key(record.worker_id), self._prefix + b"epoch", self._prefix + b"workers"]
         ttl_ms = max(1, int(ttl_s * 1000))
         arguments = [json.dumps(asdict(record)), ttl_ms, record.worker_id, held_epoch]
         return int(self._run(self._keep_alive, keys, arguments))
@@ -109,13 +119,13 @@ class RedisDirectory:
     def withdraw(self, worker_id: str) -> None:
         """As in Directory."""
         try:
-            self._client.delete(_lease_key(worker_id))  # workers() clears the set
+            self._client.delete(self._lease_key(worker_id))  # workers() clears the set
         except REDIS_ERRORS as error:
             raise self._unavailable(error) from error
 
     def workers(self) -> list[LeasedWorker]:
         """As in Directory."""
-        flat = self._run(self._workers, [PREFIX + b"workers"], [_lease_key("")])
+        flat = self._run(self._workers, [self._prefix + b"workers"], [self._lease_key("")])
         pairs = zip(flat[0::2], flat[1::2], strict=True)
         workers = [LeasedWorker(_record(raw), int(epoch)) for epoch, raw in pairs]
         return sorted(workers, key=lambda worker: worker.record.worker_id)
@@ -124,8 +134,8 @@ class RedisDirectory:
         """As in Directory."""
         for start in range(0, len(block_names), _CHUNK_BLOCKS):
             names = block_names[start : start + _CHUNK_BLOCKS]
-            settings = [PREFIX + b"block:", place, self._block_ttl_ms, self._max_blocks]
-            self._run(self._publish, [PREFIX + b"blocks"], [*settings, *names])
+            settings = [self._prefix + b"block:", place, self._block_ttl_ms, self._max_blocks]
+            self._run(self._publish, [self._prefix + b"blocks"], [*settings, *names])
 
     def locate(self, block_names: Sequence[bytes]) -> list[frozenset[str]]:
         """As in Directory."""
@@ -134,7 +144,7 @@ class RedisDirectory:
             for start in range(0, len(block_names), _CHUNK_BLOCKS):
                 pipeline = self._client.pipeline(transaction=False)
                 for name in block_names[start : start + _CHUNK_BLOCKS]:
-                    pipeline.smembers(PREFIX + b"block:" + name)
+                    pipeline.smembers(self._prefix + b"block:" + name)
                 located.extend(frozenset(place.decode() for place in places) for places in pipeline.execute())
         except REDIS_ERRORS as error:
             raise self._unavailable(error) from error
@@ -150,12 +160,11 @@ class RedisDirectory:
         except REDIS_ERRORS as error:
             raise self._unavailable(error) from error
 
+    def _lease_key(self, worker_id: str) -> bytes:
+        return self._prefix + b"worker:" + worker_id.encode()
+
     def _unavailable(self, error: Exception) -> DirectoryUnavailable:
         return DirectoryUnavailable(f"directory at {address_of(self._client)}: {error}")
-
-
-def _lease_key(worker_id: str) -> bytes:
-    return PREFIX + b"worker:" + worker_id.encode()
 
 
 def _record(raw: bytes) -> WorkerRecord:

@@ -1,5 +1,7 @@
 """A journal that outlives every machine of the cluster, in a Redis that must not evict.
 
+Behind `switchyard:journal1:CLUSTER:` there are
+
     {ID}         hash {epoch, header, ending}        {ID}:tokens   string: the committed ids, 4 bytes each
 
 Each change is one script, so it happens whole or not at all. Knows nothing of what headers and endings mean.
@@ -60,8 +62,9 @@ return {epoch, redis.call('HGET', KEYS[1], 'header'), redis.call('GET', KEYS[2])
 class RedisJournal:
     """As in StreamJournal."""
 
-    def __init__(self, url: str, ttl_s: float = DEFAULT_TTL_S) -> None:
+    def __init__(self, url: str, cluster: str = "", ttl_s: float = DEFAULT_TTL_S) -> None:
         self._redis = connect(url)
+        self._prefix = PREFIX + cluster.encode() + b":"
         self._ttl_ms = round(ttl_s * 1000)
         self._commit = self._redis.register_script(_COMMIT)
         self._find = self._redis.register_script(_FIND)
@@ -80,7 +83,7 @@ class RedisJournal:
                     int(change.header is not None),
                     change.header or b"",
                 ]
-                self._commit(_keys(change.stream_id), arguments, client=pipeline)
+                self._commit(self._keys(change.stream_id), arguments, client=pipeline)
             return [Verdict(word.decode()) for word in pipeline.execute()]
         except REDIS_ERRORS as error:
             raise JournalUnavailable(f"{address_of(self._redis)}: {error}") from error
@@ -99,7 +102,7 @@ class RedisJournal:
 
     def _entry(self, stream_id: str, epochs_further: int) -> JournalEntry | None:
         try:
-            found = self._find(_keys(stream_id), [epochs_further, self._ttl_ms])
+            found = self._find(self._keys(stream_id), [epochs_further, self._ttl_ms])
         except REDIS_ERRORS as error:
             raise JournalUnavailable(f"{address_of(self._redis)}: {error}") from error
         if found is None:
@@ -107,8 +110,7 @@ class RedisJournal:
         epoch, header, packed, ending = found
         return JournalEntry(int(epoch), header, unpack_token_ids(packed), ending.decode())
 
-
-def _keys(stream_id: str) -> list[bytes]:
-    # The braces keep both keys of a stream on one node of a Redis cluster.
-    key = PREFIX + b"{" + stream_id.encode() + b"}"
-    return [key, key + b":tokens"]
+    def _keys(self, stream_id: str) -> list[bytes]:
+        # The braces keep both keys of a stream on one node of a Redis cluster.
+        key = self._prefix + b"{" + stream_id.encode() + b"}"
+        return [key, key + b":tokens"]

@@ -21,7 +21,7 @@ from contextlib import suppress
 from itertools import repeat
 
 from kvstore.authenticity import TAG_BYTES, FragmentAuthenticator
-from kvstore.availability import Availability
+from kvstore.availability import Availability, one_line
 from kvstore.compression import (
     LARGEST_PAYLOAD_BYTES,
     check_compression,
@@ -31,7 +31,7 @@ from kvstore.compression import (
     unseal_stored,
 )
 from kvstore.redis_bulk import ValueBuffers, get_values, set_values
-from kvstore.redis_client import REDIS_ERRORS, address_of, connect, redirection
+from kvstore.redis_client import REDIS_ERRORS, address_of, connect, redirection, refused_commands
 from kvstore.sealing import HEADER_BYTES, payload_bytes_at, seal_into
 from kvstore.tiers import Fragment, Rejected
 
@@ -78,13 +78,19 @@ class RedisTier:
         self._num_writers = 1 if is_cluster_node else _NUM_WRITERS  # a cluster's nodes have a thread each
         self._threads = ThreadPoolExecutor(_MOST_HELPERS, "kv-redis-put")
         self._has_warned_of_refusal = False
+        self._refusal = ""  # why fragments are not taken, though Redis answers
         name = f"redis tier at {address_of(self._client)}"
-        self._availability = Availability(name, self._ping, self._ping, REDIS_ERRORS)
+        self._availability = Availability(name, self._check, self._check, REDIS_ERRORS)
 
     @property
     def is_up(self) -> bool:
         """As in Tier."""
         return self._availability.is_up
+
+    @property
+    def problem(self) -> str:
+        """As in Tier."""
+        return self._availability.problem or self._refusal
 
     def put(self, fragments: Sequence[Fragment]) -> list[bool]:
         """As in Tier. What is there already lives for another ttl_s."""
@@ -116,8 +122,11 @@ class RedisTier:
         self._threads.shutdown()
         self._client.close()
 
-    def _ping(self) -> None:
-        self._client.ping()
+    def _check(self) -> None:
+        """Asks in small for all that will be asked: a user without the right to write, or a memory that is full, shows
+        before a fragment is lost to it. Raises what a get would."""
+        refusal = refused_commands(self._client, self.key_prefix + b"check")
+        self._refusal = f"takes no fragments: {one_line(refusal)}" if refusal is not None else ""
 
     def _renew(self, fragments: Sequence[Fragment], stored: list[bool]) -> list[int]:
         """Marks the fragments that Redis has and gives them a new TTL; indices of the others."""
@@ -251,6 +260,8 @@ class RedisTier:
             if redirected.address:
                 with self._redirections_lock:
                     self._redirections[redirected.slot] = redirected.address
-        elif not self._has_warned_of_refusal:
+            return
+        self._refusal = f"takes no fragments: {one_line(reply)}"
+        if not self._has_warned_of_refusal:
             self._has_warned_of_refusal = True
             _LOG.warning("redis tier at %s refuses fragments: %s", address_of(self._client), reply)

@@ -14,16 +14,17 @@ from kvstore.directory import DirectoryUnavailable, LeasedWorker, WorkerRecord, 
 
 
 class RemoteDirectory:
-    """Speaks to the node process at `address`, HOST:PORT or unix:PATH."""
+    """Speaks to the node process at `address`, HOST:PORT or unix:PATH, which must be of the same cluster."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, cluster: str = "") -> None:
         self._address = address
+        self._cluster = cluster
         self._channel = dial(address)
         self._stub = kvnode_pb2_grpc.ControlServiceStub(self._channel)
         self._availability = Availability(
             f"directory at {address}",
-            check=lambda: call(self._stub.Locate, kvnode_pb2.LocateRequest()),
-            probe=lambda: probe(self._stub.Locate, kvnode_pb2.LocateRequest()),
+            check=lambda: call(self._stub.Locate, kvnode_pb2.LocateRequest(), cluster),
+            probe=lambda: probe(self._stub.Locate, kvnode_pb2.LocateRequest(), cluster),
             errors=NODE_ERRORS,
         )
 
@@ -58,9 +59,10 @@ class RemoteDirectory:
 
     def _call(self, method: Callable[..., Any], request: object) -> Any:
         if not self._availability.is_up:
-            raise DirectoryUnavailable(f"directory at {self._address} does not answer")
+            why = self._availability.problem or "does not answer"
+            raise DirectoryUnavailable(f"directory at {self._address}: {why}")
         try:
-            return call(method, request)
+            return call(method, request, self._cluster)
         except NODE_ERRORS as error:
             self._availability.lost(error)
             raise DirectoryUnavailable(f"directory at {self._address}: {one_line(error)}") from error

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from kvstore.copying import Bytes, copy
+from kvstore.host_tier import HostTier
 from kvstore.tiers import Fragment, NearTier, Rejected, Tier
 
 
@@ -26,6 +27,8 @@ class StoreStats:
     """Stored fragments that failed their verification, by reason."""
     tier_is_up: Mapping[str, bool]
     """Whether each tier answered when it was last asked."""
+    tier_problems: Mapping[str, str]
+    """Why a tier does less than it should; only of those that do."""
 
 
 class FragmentStore:
@@ -87,12 +90,19 @@ class FragmentStore:
 
     def stats(self) -> StoreStats:
         """The counters now."""
+        tier_is_up = {tier.name: tier.is_up for tier in self._tiers}
+        problems = {tier.name: tier.problem for tier in self._tiers}
+        for tier in self._tiers:
+            if isinstance(tier, HostTier) and tier.has_disk:  # behind the node's arena, and no tier of its own here
+                problems["disk"] = tier.disk_problem
+                tier_is_up["disk"] = not tier.disk_problem
         with self._lock:
             return StoreStats(
                 pulled_bytes=dict(self._pulled_bytes),
                 published_bytes=dict(self._published_bytes),
                 rejected=dict(self._rejected),
-                tier_is_up={tier.name: tier.is_up for tier in self._tiers},
+                tier_is_up=tier_is_up,
+                tier_problems={name: problem for name, problem in problems.items() if problem},
             )
 
     def close(self) -> None:

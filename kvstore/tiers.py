@@ -50,6 +50,10 @@ class Tier(Protocol):
     def is_up(self) -> bool:
         """Whether the tier answered when it was last asked. While it is down, puts give False and gets give None."""
 
+    @property
+    def problem(self) -> str:
+        """Why the tier does less than it should, in one line: it is down, or does not take fragments. Empty: none."""
+
     def put(self, fragments: Sequence[Fragment]) -> list[bool]:
         """Keeps the fragments; one that is there already is not written again. True where the fragment is there now."""
 

@@ -37,7 +37,8 @@ class DirectWorker:
     def __init__(self, stub: worker_pb2_grpc.WorkerServiceStub) -> None:
         self._stub = stub
         self._outbox: queue.SimpleQueue[worker_pb2.ConnectRequest | None] = queue.SimpleQueue()
-        hello = worker_pb2.RouterHello(router_id=f"bench-{time.monotonic_ns()}", epoch=1)
+        served = stub.GetLoad(worker_pb2.GetLoadRequest()).worker.served
+        hello = worker_pb2.RouterHello(router_id=f"bench-{time.monotonic_ns()}", epoch=1, served=served)
         self._outbox.put(worker_pb2.ConnectRequest(hello=hello))
         self._stream = stub.Connect(iter(self._outbox.get, None))
         self._tokens: dict[str, queue.SimpleQueue[TimedToken | None]] = defaultdict(queue.SimpleQueue)

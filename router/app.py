@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from checkpoint.identity import ServedModel
 from kvstore.connect import open_directory, open_journal
 from kvstore.directory import Directory
 from kvstore.journal import JournalUnavailable, StreamJournal
@@ -48,13 +49,14 @@ class Router:
         if config.policy not in POLICIES:
             raise ConfigError(f"router.policy: {config.policy!r} is not one of {', '.join(POLICIES)}")
         self._spec = spec
-        files = ModelFiles.load(spec.model_dir, spec.model_name)
+        files = ModelFiles.load(spec.model_dir, spec.model_name, spec.ignore_keys)
         self._metrics = Metrics()
         rates = Rates(config.prefill_ms_per_token, config.decode_ms_per_step, config.transfer_ms_per_block)
         fleet = Fleet(POLICIES[config.policy], rates)
         self._dispatcher = Dispatcher(fleet, config, time.monotonic, self._metrics)
         self._journal = JournalWriter(journal)
-        self._generation = Generation(files, config, self._dispatcher, self._journal, self._metrics)
+        self._served = ServedModel(spec.cluster, spec.model_name, spec.weights, files.tokenizer)
+        self._generation = Generation(files, self._served, config, self._dispatcher, self._journal, self._metrics)
         self._membership: Membership | None = None
         self._metrics.watch(
             self._dispatcher,
@@ -74,6 +76,7 @@ class Router:
             self._generation.files.name,
             self._dispatcher,
             ControlState(self._directory_is_up, self._journal.is_up, self._journal.is_missing),
+            self._membership.refusals if self._membership is not None else (),
             self._generation.admission.is_stopping,
         )
 
@@ -112,9 +115,9 @@ class Router:
         self._generation.close()
 
     def _join(self, directory: Directory) -> Membership:
-        config, vocab_size = self._spec.config, self._generation.files.vocab_size
+        config = self._spec.config
         options = LinkOptions(
-            self._spec.router_id, _epochs(), vocab_size, config.worker_silence_s, config.max_message_bytes
+            self._spec.router_id, _epochs(), self._served, config.worker_silence_s, config.max_message_bytes
         )
         return Membership(directory, self._dispatcher.fleet, self._dispatcher, options, config.directory_poll_s)
 
@@ -135,20 +138,20 @@ async def run(spec: RouterSpec, announce: Callable[[str], None]) -> None:
 
         def directory() -> Directory:
             try:
-                return at_end.enter_context(contextlib.closing(open_directory(spec.control)))
+                return at_end.enter_context(contextlib.closing(open_directory(spec.control, spec.cluster)))
             except ValueError as error:
                 raise ConfigError(str(error)) from None
 
-        router = Router(spec, _open_journal(spec.journal))
+        router = Router(spec, _open_journal(spec.journal, spec.cluster))
         addresses = await router.start(directory)
         announce(json.dumps({"grpc_address": addresses.grpc_address, "http_address": addresses.http_address}))
         await stop.wait()
         await router.stop()
 
 
-def _open_journal(url: str) -> StreamJournal | None:
+def _open_journal(url: str, cluster: str) -> StreamJournal | None:
     try:
-        return open_journal(url) if url else None
+        return open_journal(url, cluster) if url else None
     except (ValueError, JournalUnavailable) as error:
         raise ConfigError(f"journal: {error}" if isinstance(error, JournalUnavailable) else str(error)) from None
 

@@ -72,6 +72,9 @@ class RouterSpec:
     http_host: str = "127.0.0.1"
     http_port: int = 8000
     config: RouterConfig = field(default_factory=RouterConfig)
+    cluster: str = ""  # its name: workers, KV nodes and streams of others are refused
+    weights: str = ""  # digest of the weights that workers must have
+    ignore_keys: tuple[str, ...] = ()  # keys of the model's files that are passed over though nothing is known of them
 
     def __post_init__(self) -> None:
         for name in ("grpc_port", "http_port"):
@@ -110,6 +113,10 @@ def _build(cls: type, content: object, prefix: str) -> Any:
 def _value(kind: type, value: object, path: str) -> object:
     if dataclasses.is_dataclass(kind) and not isinstance(kind, types.GenericAlias):
         return _build(kind, value, f"{path}.")
+    if kind == tuple[str, ...]:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise ConfigError(f"{path}: must be a list of texts")
+        return tuple(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
+from checkpoint.identity import ServedModel
 from kvstore.journal import JournalEntry
 from router.admission import Admission
 from router.chat import ChatTemplate
@@ -72,12 +73,14 @@ class Generation:
     def __init__(
         self,
         files: ModelFiles,
+        served: ServedModel,
         config: RouterConfig,
         dispatcher: Dispatcher,
         journal: JournalWriter,
         observer: RequestObserver,
     ) -> None:
         self.files = files
+        self._served = served
         self._journal = journal
         self.admission = Admission(config.max_inflight_requests, config.max_prompt_bytes)
         self._codec = TextCodec(files.tokenizer_json)
@@ -127,7 +130,7 @@ class Generation:
             settled = dataclasses.replace(
                 request, prompt=tuple(order.token_ids), sampling=order.sampling, model=self.files.name
             )
-            header = journal_header(settled, deadline_unix_s)
+            header = journal_header(settled, self._served, deadline_unix_s)
             log = self._journal.open(order.stream_id, header)
             async with contextlib.aclosing(self._carry(order, log, _FROM_THE_START, account, commits_first)) as events:
                 async for event in events:
@@ -143,7 +146,7 @@ class Generation:
             log = self._journal.adopt(request.stream_id, entry)
             if not log.ending:
                 log.add(0, request.token_ids)
-            first, deadline_unix_s = journal_record(entry.header)
+            first, _, deadline_unix_s = journal_record(entry.header)
             order = await self._order(first)
             order = dataclasses.replace(
                 order,
@@ -229,8 +232,15 @@ class Generation:
         return 4 * len(request.prompt)
 
     def _check_resumption(self, request: ResumeRequest, entry: JournalEntry | None) -> JournalEntry:
-        if entry is None or journal_record(entry.header)[0].tenant_salt != request.tenant_salt:
-            message = f"stream_id: {request.stream_id!r} is not known here, or ended too long ago"
+        unknown = f"stream_id: {request.stream_id!r} is not known here, or ended too long ago"
+        if entry is None:
+            raise UnknownStream(unknown, param="stream_id")
+        begun, served, _ = journal_record(entry.header)
+        if begun.tenant_salt != request.tenant_salt:
+            raise UnknownStream(unknown, param="stream_id")
+        if difference := self._served.difference(served):
+            # Its tokens are another model's: what followed them would be an answer that neither gives.
+            message = f"stream_id: {request.stream_id!r} was begun where something else is served: {difference}"
             raise UnknownStream(message, param="stream_id")
         check_resumption(request, entry.token_ids, self.files.vocab_size)
         return entry

@@ -18,6 +18,7 @@ from typing import Any, NoReturn, Protocol
 import grpc
 from switchyard.v1 import worker_pb2, worker_pb2_grpc
 
+from checkpoint.identity import ServedModel
 from kvstore.directory import LeasedWorker
 from router.block_watch import BlockEvents, watch_blocks
 from router.fleet import WorkerInfo
@@ -56,13 +57,17 @@ class LinkOptions:
 
     router_id: str
     next_epoch: Callable[[], int]  # grows with every dial
-    vocab_size: int  # of the model served here; a worker with another one serves something else
+    served: ServedModel  # a worker that serves something else is left
     silence_s: float  # a worker that says nothing for so long is lost
     max_message_bytes: int
 
 
 class LinkBroken(Exception):
     """The connection cannot go on; the message says why."""
+
+
+class LinkRefused(LinkBroken):
+    """The worker is none for this router, now and later."""
 
 
 @dataclass(slots=True)
@@ -80,6 +85,7 @@ class WorkerLink:
         self.pool = leased.record.pool
         self.lease_epoch = leased.epoch  # the greatest that the directory or the worker named; it never goes back
         self.is_up = False
+        self.refusal = ""  # why the two do not belong together, while they do not
         self.stays = True  # redial when it breaks; membership turns it off when the directory no longer has the worker
         self._options = options
         self._events = events
@@ -131,8 +137,10 @@ class WorkerLink:
                 why = await self._session()
             except LinkBroken as error:
                 why = str(error)
+                self._note_refusal(why if isinstance(error, LinkRefused) else "")
             except grpc.aio.AioRpcError as error:
                 why = f"{error.code().name}: {error.details()}"
+                self._note_refusal("")
             except asyncio.CancelledError:
                 why = CLOSED
                 raise
@@ -145,6 +153,11 @@ class WorkerLink:
                 backoff_s = _FIRST_BACKOFF_S
             await asyncio.sleep(backoff_s)
             backoff_s = min(_LAST_BACKOFF_S, 2 * backoff_s)
+
+    def _note_refusal(self, why: str) -> None:
+        if why and why != self.refusal:
+            log.error("worker %s at %s is not used: %s", self.worker_id, self.address, why)
+        self.refusal = why
 
     async def _session(self) -> str:
         options = [
@@ -163,7 +176,11 @@ class WorkerLink:
                 call.cancel()
 
     async def _greet(self, call: grpc.aio.StreamStreamCall) -> None:
-        hello = worker_pb2.RouterHello(router_id=self._options.router_id, epoch=self._options.next_epoch())
+        hello = worker_pb2.RouterHello(
+            router_id=self._options.router_id,
+            epoch=self._options.next_epoch(),
+            served=self._options.served.message(),
+        )
         try:
             async with asyncio.timeout(self._options.silence_s):
                 await call.write(worker_pb2.ConnectRequest(hello=hello))
@@ -184,15 +201,16 @@ class WorkerLink:
             raise LinkBroken(f"another worker answers there: {info.worker_id}")
         if 0 < hello.lease_epoch < self.lease_epoch:
             raise LinkBroken(f"it goes by lease {hello.lease_epoch}, the directory by {self.lease_epoch}")
-        if hello.model.vocab_size != self._options.vocab_size:
-            ours = self._options.vocab_size
-            raise LinkBroken(f"it serves another model: vocabulary of {hello.model.vocab_size}, here {ours}")
+        difference = self._options.served.difference(ServedModel.of(hello.served))
+        if difference:
+            raise LinkRefused(f"it serves something else: {difference}")
         self.lease_epoch = max(self.lease_epoch, hello.lease_epoch)
         return info
 
     def _up(self, info: WorkerInfo) -> None:
         self._outbox.clear()
         self._heard_s = time.monotonic()
+        self.refusal = ""
         self.is_up = True
         self._events.on_up(self, info)
 

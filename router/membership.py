@@ -43,6 +43,12 @@ class Membership:
         self.directory_is_up = True  # until a poll shows otherwise
         self.on_change: Callable[[], None] = lambda: None
 
+    @property
+    def refusals(self) -> list[tuple[str, str, str]]:
+        """Workers of the directory that are not used: id, address, and why."""
+        links = (member.link for member in self._members.values())
+        return [(link.worker_id, link.address, link.refusal) for link in links if link.refusal]
+
     async def run(self) -> None:
         """Poll until cancelled; then all links are closed."""
         try:

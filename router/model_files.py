@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoint.errors import CheckpointError
+from checkpoint.files import read_json
+from checkpoint.generation_keys import GENERATION_KEYS
+from checkpoint.identity import tokenizer_digest
+from checkpoint.keys import check_keys
+from checkpoint.tokenizer_keys import check_tokenizer_files
 from router.errors import ModelFilesError
 
 
@@ -20,17 +27,25 @@ class ModelFiles:
     tokenizer_json: Path
     chat_template: str | None
     special_tokens: dict[str, str]  # "bos_token", "eos_token", ... as a chat template may use them
+    tokenizer: str  # digest of tokenizer.json
 
     @classmethod
-    def load(cls, directory: str | Path, name: str) -> ModelFiles:
-        """Read a Hugging Face model directory. Raises ModelFilesError naming the file or the field."""
+    def load(cls, directory: str | Path, name: str, ignore_keys: Collection[str] = ()) -> ModelFiles:
+        """Read a Hugging Face model directory. Raises ModelFilesError naming the file or the field.
+
+        ignore_keys: of the JSON files, that are passed over though nothing is known of them.
+        """
         directory = Path(directory)
         if not directory.is_dir():
             raise ModelFilesError(f"{directory}: no such model directory")
         config = _read_json(directory / "config.json", is_required=True)
         tokenizer_config = _read_json(directory / "tokenizer_config.json", is_required=False)
-        if not (directory / "tokenizer.json").is_file():
-            raise ModelFilesError(f"{directory}/tokenizer.json: missing")
+        try:
+            check_tokenizer_files(directory, ignore_keys)
+            generation_path = directory / "generation_config.json"
+            check_keys(read_json(generation_path), GENERATION_KEYS, generation_path, ignore_keys)
+        except CheckpointError as error:
+            raise ModelFilesError(str(error)) from None
         return cls(
             name=name,
             context_tokens=_positive(config, "max_position_embeddings", directory),
@@ -38,6 +53,7 @@ class ModelFiles:
             tokenizer_json=directory / "tokenizer.json",
             chat_template=_chat_template(directory, tokenizer_config),
             special_tokens=_special_tokens(tokenizer_config),
+            tokenizer=_digest(directory),
         )
 
 
@@ -53,6 +69,13 @@ def _read_json(path: Path, is_required: bool) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelFilesError(f"{path}: must be an object")
     return content
+
+
+def _digest(directory: Path) -> str:
+    try:
+        return tokenizer_digest(directory)
+    except CheckpointError as error:
+        raise ModelFilesError(str(error)) from None
 
 
 def _positive(config: dict[str, Any], field: str, directory: Path) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from switchyard.v1.worker_pb2 import WorkerLoad
 
 from router.dispatch import Dispatcher
 
@@ -27,10 +30,20 @@ class WorkerState:
 
 @dataclass(frozen=True, slots=True)
 class TierDown:
-    """A tier that a worker cannot reach."""
+    """A tier that does less for a worker than it should."""
 
     tier: str
     worker_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedWorker:
+    """A worker in the directory that does not serve what this router serves."""
+
+    worker_id: str
+    address: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +65,18 @@ class Readiness:
     pools: dict[str, PoolState]
     workers: tuple[WorkerState, ...]
     tiers_down: tuple[TierDown, ...]
+    workers_refused: tuple[RefusedWorker, ...]
     directory_is_up: bool
     streams_can_resume: bool
 
 
-def readiness(model: str, dispatcher: Dispatcher, control: ControlState, is_stopping: bool) -> Readiness:
+def readiness(
+    model: str,
+    dispatcher: Dispatcher,
+    control: ControlState,
+    refusals: Sequence[tuple[str, str, str]],
+    is_stopping: bool,
+) -> Readiness:
     """The state of things now."""
     infos = dispatcher.fleet.workers
     pools: dict[str, PoolState] = {}
@@ -64,14 +84,14 @@ def readiness(model: str, dispatcher: Dispatcher, control: ControlState, is_stop
         num_before = pools[info.pool].num_workers if info.pool in pools else 0
         pools[info.pool] = PoolState(info.role.value, num_before + 1)
     tiers_down = tuple(
-        TierDown(tier, worker_id)
+        TierDown(tier, worker_id, reason)
         for worker_id, load in sorted(dispatcher.loads.items())
-        for tier, is_up in sorted(load.tier_is_up.items())
-        if not is_up
+        for tier, reason in sorted(_problems(load).items())
     )
+    workers_refused = tuple(RefusedWorker(*refusal) for refusal in sorted(refusals))
     return Readiness(
         is_ready=dispatcher.fleet.can_serve and not is_stopping,
-        is_degraded=bool(tiers_down) or not control.directory_is_up or control.journal_is_missing,
+        is_degraded=bool(tiers_down or workers_refused) or not control.directory_is_up or control.journal_is_missing,
         model=model,
         pools=pools,
         workers=tuple(
@@ -79,6 +99,13 @@ def readiness(model: str, dispatcher: Dispatcher, control: ControlState, is_stop
             for info in infos
         ),
         tiers_down=tiers_down,
+        workers_refused=workers_refused,
         directory_is_up=control.directory_is_up,
         streams_can_resume=control.journal_is_up,
     )
+
+
+def _problems(load: WorkerLoad) -> dict[str, str]:
+    """Why a worker's tiers do less than they should, by tier."""
+    silent = {tier: "does not answer" for tier, is_up in load.tier_is_up.items() if not is_up}
+    return {**silent, **load.tier_problems}

@@ -9,6 +9,7 @@ from switchyard.v1 import generation_pb2 as generation
 from switchyard.v1 import journal_pb2 as journal
 from switchyard.v1 import worker_pb2 as worker
 
+from checkpoint.identity import ServedModel
 from router.affinity import BlockNews, SnapshotPart, ToldChanges
 from router.events import (
     Event,
@@ -128,7 +129,7 @@ def resume_request(message: generation.ResumeRequest, tenant_salt: bytes) -> Res
     return ResumeRequest(message.stream_id, message.num_tokens, ids, message.has_rest, tenant_salt)
 
 
-def journal_header(request: GenerationRequest, deadline_unix_s: float | None) -> bytes:
+def journal_header(request: GenerationRequest, served: ServedModel, deadline_unix_s: float | None) -> bytes:
     """A StreamRecord of a request that leaves nothing open and whose prompt is token ids."""
     assert not isinstance(request.prompt, str), "the prompt is encoded before it is written down"
     message = generation.GenerateRequest(
@@ -137,16 +138,20 @@ def journal_header(request: GenerationRequest, deadline_unix_s: float | None) ->
         sampling=sampling_message(request.sampling),
     )
     record = journal.StreamRecord(
-        request=message, deadline_unix_s=deadline_unix_s or 0.0, tenant_salt=request.tenant_salt
+        request=message,
+        deadline_unix_s=deadline_unix_s or 0.0,
+        tenant_salt=request.tenant_salt,
+        served=served.message(),
     )
     header: bytes = record.SerializeToString()
     return header
 
 
-def journal_record(header: bytes) -> tuple[GenerationRequest, float | None]:
-    """The request of a header and its deadline, in seconds since 1970."""
+def journal_record(header: bytes) -> tuple[GenerationRequest, ServedModel, float | None]:
+    """The request of a header, what was served where it began, and its deadline in seconds since 1970."""
     record = journal.StreamRecord.FromString(header)
-    return generation_request(record.request, None, record.tenant_salt), record.deadline_unix_s or None
+    request = generation_request(record.request, None, record.tenant_salt)
+    return request, ServedModel.of(record.served), record.deadline_unix_s or None
 
 
 def worker_info(hello: worker.WorkerHello, pool: str) -> WorkerInfo | None:

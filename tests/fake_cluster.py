@@ -22,6 +22,7 @@ from typing import Any
 import grpc
 from switchyard.v1 import worker_pb2, worker_pb2_grpc
 
+from checkpoint.tensors import weights_digest
 from kvstore.connect import open_directory
 from kvstore.directory import DirectoryUnavailable
 from router.client import GenerationClient
@@ -29,7 +30,7 @@ from router.config import RouterConfig, RouterSpec
 from router.events import Finished, GenerationRequest, SamplingOptions, Started, Tokens
 from tests.forked import SECRET, ForkedNode, Prefork, Server
 from tests.processes import DEADLINE_S, REPOSITORY, free_port, wait_until
-from workers.config import EngineConfig, ModelConfig, WorkerSpec
+from workers.config import FAKE_WEIGHTS, EngineConfig, ModelConfig, WorkerSpec
 from workers.fake_model import fake_completion
 
 DEMO = REPOSITORY / "models" / "demo"
@@ -110,6 +111,9 @@ class Shape:
     engine_of: dict[str, dict[str, object]] = field(default_factory=dict)  # the same for one role alone
     router: dict[str, object] = field(default_factory=dict)  # of RouterConfig
     sizes: dict[str, int] = field(default_factory=dict)  # of the model
+    cluster: str = ""  # its name
+    model_name: str = MODEL_NAME
+    secret: str = SECRET  # of the tiers
     model_dir: str = ""  # of a real model, for the real engine; empty: one for the fake engine is made
 
     @property
@@ -136,12 +140,13 @@ class Shape:
             pool=role,
             role=role,
             engine=EngineConfig(str(model_dir), **settings),
-            model_name=MODEL_NAME,
+            model_name=self.model_name,
+            cluster=self.cluster,
             tier=self.tier,
             peers=self.peers,
             peer_transport=self.peer_transport,
             prefix_fetch="always",  # no probe at the start, and whatever may be pulled is pulled
-            tier_secret=SECRET if self.tier or self.peers else "",
+            tier_secret=self.secret if self.tier or self.peers else "",
             layers_per_fragment=1,
         )
 
@@ -186,8 +191,12 @@ class FakeCluster:
             self.close()
             raise
 
+    @property
+    def _is_fake(self) -> bool:
+        return self.shape.engine.get("runner", "fake") == "fake"
+
     def _node_options(self, number: int) -> list[str]:
-        options = ["--peer-transport", self.shape.peer_transport]
+        options = ["--peer-transport", self.shape.peer_transport, "--cluster", self.shape.cluster]
         options += ["--peer-address", f"127.0.0.1:{free_port()}"] if self.shape.peers else []
         if self.shape.disk_bytes:
             folder = self.shape.disk_dir or f"{self.folder}/disk-{number}"
@@ -233,12 +242,14 @@ class FakeCluster:
         spec = RouterSpec(
             name,
             str(self.model_dir),
-            MODEL_NAME,
+            self.shape.model_name,
             self.control_url,
             journal=self.shape.journal or f"file://{self.folder}/streams.journal",
             grpc_port=grpc_port,
             http_port=http_port,
             config=dataclasses.replace(QUICK, **self.shape.router),
+            cluster=self.shape.cluster,
+            weights=FAKE_WEIGHTS if self._is_fake else weights_digest(self.model_dir),
         )
         self._start(self.routers[name], dataclasses.asdict(spec), waits)
 
@@ -284,7 +295,7 @@ class FakeCluster:
 
     def _leased(self) -> set[str]:
         """The workers that the directory has."""
-        with contextlib.closing(open_directory(self.control_url)) as directory:
+        with contextlib.closing(open_directory(self.control_url, self.shape.cluster)) as directory:
             try:
                 return {worker.record.worker_id for worker in directory.workers()}
             except DirectoryUnavailable:

@@ -7,18 +7,30 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoint.config_keys import CONFIG_KEYS, MODEL_TYPES, ROPE_KEYS
+from checkpoint.errors import CheckpointError
+from checkpoint.files import read_json
+from checkpoint.keys import check_keys
 from kvstore.config import KV_ENCODINGS, PREFIX_FETCH
 from workers.errors import ModelError
 
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 ROLES = ("prefill", "decode", "mixed")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 RUNNERS = ("torch", "fake")
 KV_SCALE_BYTES = 4  # fp32, one for each row that is kept in 8 bits
+FAKE_WEIGHTS = "hashes of the history, 1"  # in place of a digest of weights: changes with workers.fake_model
+
+# What transformers takes for a key that config.json lacks. One that is null is derived from the others.
+_DEFAULTS: dict[str, dict[str, int]] = {
+    "LlamaForCausalLM": {"max_position_embeddings": 2048},
+    "Qwen3ForCausalLM": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+    "Qwen3MoeForCausalLM": {"max_position_embeddings": 32768, "num_key_value_heads": 4},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,20 +68,27 @@ class ModelConfig:
     norm_topk_prob: bool = False  # the chosen experts' weights add up to 1
 
     @classmethod
-    def load(cls, directory: str | Path) -> ModelConfig:
-        """Read a model directory. Raises ModelError naming the file or field."""
+    def load(cls, directory: str | Path, ignore_keys: Collection[str] = ()) -> ModelConfig:
+        """Read a model directory. Raises ModelError naming the file or field.
+
+        ignore_keys: of config.json, that are passed over though nothing is known of them.
+        """
         directory = Path(directory)
         if not directory.is_dir():
             raise ModelError(f"{directory}: no such model directory")
-        raw = _read_json(directory / "config.json", required=True)
-        generation = _read_json(directory / "generation_config.json", required=False)
-        architecture = (raw.get("architectures") or ["(none named)"])[0]
-        if architecture not in SUPPORTED_ARCHITECTURES:
-            supported = ", ".join(SUPPORTED_ARCHITECTURES)
-            raise ModelError(
-                f"{directory}/config.json: architecture {architecture} is not supported (supported: {supported})"
-            )
-        return _parse(raw, generation, directory / "config.json")
+        path = directory / "config.json"
+        try:
+            raw = read_json(path, is_required=True)
+            generation = read_json(directory / "generation_config.json")
+            architectures = raw.get("architectures")
+            architecture = architectures[0] if isinstance(architectures, list) and architectures else "(none named)"
+            if architecture not in CONFIG_KEYS:
+                supported = ", ".join(CONFIG_KEYS)
+                raise ModelError(f"{path}: architecture {architecture} is not supported (supported: {supported})")
+            check_keys(raw, CONFIG_KEYS[architecture], path, ignore_keys)
+            return _parse({k: v for k, v in raw.items() if k not in ignore_keys}, generation, path)
+        except CheckpointError as error:
+            raise ModelError(str(error)) from None
 
     def check_split(self, tp: int, pp: int) -> None:
         """Raise ModelError unless the model can be cut into tp x pp shards."""
@@ -81,47 +100,50 @@ class ModelConfig:
             raise ModelError(f"pp={pp} is more than num_hidden_layers={self.num_hidden_layers}")
 
 
-def _read_json(path: Path, required: bool) -> dict[str, Any]:
-    if not path.exists():
-        if required:
-            raise ModelError(f"{path}: missing")
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: not a JSON object")
-    return content
+class _Fields:
+    """The values of config.json, checked as they are taken."""
+
+    def __init__(self, raw: dict[str, Any], path: Path) -> None:
+        self.raw = raw
+        self.path = path
+        self.architecture: str = raw["architectures"][0]
+
+    def size(self, name: str, default: int | None = None) -> int:
+        """A positive integer. default: for null; for a key that is not there, where transformers has none."""
+        value = self.raw.get(name, _DEFAULTS[self.architecture].get(name))
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise self.wrong(name, "a positive integer", value)
+        return value
+
+    def flag(self, name: str) -> bool:
+        """true or false, the default."""
+        value = self.raw.get(name)
+        if not isinstance(value, bool | None):
+            raise self.wrong(name, "true or false", value)
+        return bool(value)
+
+    def number(self, name: str, default: float, raw: dict[str, Any] | None = None) -> float:
+        """A positive number."""
+        value = (self.raw if raw is None else raw).get(name)
+        value = default if value is None else value
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+            raise self.wrong(name, "a positive number", value)
+        return float(value)
+
+    def wrong(self, name: str, kind: str, value: object) -> ModelError:
+        """The error of a value that is none."""
+        return ModelError(f"{self.path}: {name} must be {kind}, not {value!r}")
 
 
 def _parse(raw: dict[str, Any], generation: dict[str, Any], path: Path) -> ModelConfig:
-    def size(field: str, default: int | None = None) -> int:
-        value = raw.get(field)
-        value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise ModelError(f"{path}: {field} must be a positive integer, not {value!r}")
-        return value
-
-    for unsupported in ("attention_bias", "mlp_bias"):
-        if raw.get(unsupported):
-            raise ModelError(f"{path}: {unsupported}=true is not supported")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise ModelError(f"{path}: hidden_act={raw['hidden_act']} is not supported (supported: silu)")
-    experts: dict[str, Any] = {}
-    if raw["architectures"][0] == "Qwen3MoeForCausalLM":
-        if raw.get("mlp_only_layers") or raw.get("decoder_sparse_step", 1) != 1:
-            raise ModelError(f"{path}: layers without experts among those with some are not supported")
-        experts = {name: size(name) for name in ("num_experts_per_tok", "moe_intermediate_size")}
-        experts["num_experts"] = size("num_experts", raw.get("num_local_experts"))  # as some writers call it
-        experts["norm_topk_prob"] = bool(raw.get("norm_topk_prob", False))
-        if experts["num_experts_per_tok"] > experts["num_experts"]:
-            raise ModelError(f"{path}: num_experts_per_tok is more than num_experts={experts['num_experts']}")
+    fields = _Fields(raw, path)
+    size = fields.size
+    _check_kind(fields)
     heads = size("num_attention_heads")
-    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    eos = generation.get("eos_token_id", raw.get("eos_token_id"))
+    rope, rope_scaling = _rope(fields)
     return ModelConfig(
-        architecture=raw["architectures"][0],
+        architecture=fields.architecture,
         hidden_size=size("hidden_size"),
         intermediate_size=size("intermediate_size"),
         num_hidden_layers=size("num_hidden_layers"),
@@ -129,32 +151,75 @@ def _parse(raw: dict[str, Any], generation: dict[str, Any], path: Path) -> Model
         num_key_value_heads=size("num_key_value_heads", heads),
         head_dim=size("head_dim", size("hidden_size") // heads),
         vocab_size=size("vocab_size"),
-        max_position_embeddings=size("max_position_embeddings", 2048),
-        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
-        rope_scaling=_rope_scaling(rope, path),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
-        has_qk_norm=raw["architectures"][0].startswith("Qwen3"),
-        **experts,
+        max_position_embeddings=size("max_position_embeddings"),
+        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+        rope_theta=fields.number("rope_theta", fields.number("rope_theta", 10000.0), rope),
+        rope_scaling=rope_scaling,
+        tie_word_embeddings=fields.flag("tie_word_embeddings"),
+        eos_token_ids=_end_tokens(raw, path) + _end_tokens(generation, path.with_name("generation_config.json")),
+        has_qk_norm=fields.architecture.startswith("Qwen3"),
+        **_experts(fields),
     )
 
 
-def _rope_scaling(rope: dict[str, Any], path: Path) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise ModelError(f"{path}: rope scaling {kind!r} is not supported (supported: default, llama3)")
-    try:
-        return RopeScaling(
-            factor=float(rope["factor"]),
-            low_freq_factor=float(rope["low_freq_factor"]),
-            high_freq_factor=float(rope["high_freq_factor"]),
-            original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
+def _check_kind(fields: _Fields) -> None:
+    """What is said of the whole model, apart from its sizes."""
+    raw = fields.raw
+    wanted = MODEL_TYPES[fields.architecture]
+    if raw.get("model_type") not in (None, wanted):
+        raise fields.wrong("model_type", f"{wanted!r} for {fields.architecture}", raw["model_type"])
+    if raw.get("hidden_act") not in (None, "silu"):
+        raise ModelError(f"{fields.path}: hidden_act={raw['hidden_act']} is not supported (supported: silu)")
+    layer_types = raw.get("layer_types")
+    if layer_types is not None and (not isinstance(layer_types, list) or set(layer_types) - {"full_attention"}):
+        raise ModelError(f"{fields.path}: layer_types: only full_attention is supported, not {layer_types!r}")
+
+
+def _experts(fields: _Fields) -> dict[str, Any]:
+    if fields.architecture != "Qwen3MoeForCausalLM":
+        return {}
+    experts: dict[str, Any] = {name: fields.size(name) for name in ("num_experts_per_tok", "moe_intermediate_size")}
+    experts["num_experts"] = fields.size("num_experts", fields.raw.get("num_local_experts"))  # as some writers call it
+    experts["norm_topk_prob"] = fields.flag("norm_topk_prob")
+    if experts["num_experts_per_tok"] > experts["num_experts"]:
+        raise ModelError(f"{fields.path}: num_experts_per_tok is more than num_experts={experts['num_experts']}")
+    return experts
+
+
+def _end_tokens(raw: dict[str, Any], path: Path) -> tuple[int, ...]:
+    value = raw.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(token_id, int) and not isinstance(token_id, bool) and token_id >= 0 for token_id in ids):
+        raise ModelError(f"{path}: eos_token_id must be a token id or a list of them, not {value!r}")
+    return tuple(ids)
+
+
+def _rope(fields: _Fields) -> tuple[dict[str, Any], RopeScaling | None]:
+    """What rope_scaling and rope_parameters say, and Llama 3's scaling where they ask for it."""
+    rope: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        part = fields.raw.get(name)
+        if not isinstance(part, dict | None):
+            raise fields.wrong(name, "an object", part)
+        rope |= part or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ROPE_KEYS:
+        raise ModelError(
+            f"{fields.path}: rope scaling {kind!r} is not supported (supported: {', '.join(sorted(ROPE_KEYS))})"
         )
-    except KeyError as error:
-        raise ModelError(f"{path}: rope scaling llama3 lacks {error.args[0]}") from None
+    check_keys(rope, ROPE_KEYS[kind], Path(f"{fields.path}: rope_parameters"))
+    if kind == "default":
+        return rope, None
+    for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+        if rope.get(name) is None:
+            raise ModelError(f"{fields.path}: rope scaling llama3 lacks {name}")
+    scaling = RopeScaling(
+        factor=fields.number("factor", 0, rope),
+        low_freq_factor=fields.number("low_freq_factor", 0, rope),
+        high_freq_factor=fields.number("high_freq_factor", 0, rope),
+        original_max_position_embeddings=int(fields.number("original_max_position_embeddings", 0, rope)),
+    )
+    return rope, scaling
 
 
 def resolve_model(model: str) -> Path:
@@ -205,6 +270,7 @@ class EngineConfig:
     async_scheduling: bool | None = None  # plan a step while the one before it runs; None: on CUDA, where pp is 1
     batch_invariant: bool = False  # a request's logits have the same bits whatever is computed beside it; slower
     kv_encoding: str = "none"  # one of KV_ENCODINGS: how keys and values travel to the tiers and back
+    ignore_keys: tuple[str, ...] = ()  # keys of the model's files that are passed over though nothing is known of them
 
     def __post_init__(self) -> None:
         for field in ("tp", "pp", "block_size", "max_num_seqs", "max_num_batched_tokens", "num_threads"):
@@ -249,6 +315,7 @@ class WorkerSpec:
     control: str = ""  # where to register and announce blocks; "": nowhere
     layers_per_fragment: int = 0  # 0: all layers of a stage
     listen_host: str = "127.0.0.1"
+    cluster: str = ""  # its name: routers, KV nodes and peers of others are refused
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -262,4 +329,5 @@ class WorkerSpec:
     def from_json(cls, text: str) -> WorkerSpec:
         """The inverse of json.dumps(dataclasses.asdict(spec))."""
         raw = json.loads(text)
-        return cls(**{**raw, "engine": EngineConfig(**raw["engine"])})
+        engine = {**raw["engine"], "ignore_keys": tuple(raw["engine"].get("ignore_keys", ()))}
+        return cls(**{**raw, "engine": EngineConfig(**engine)})

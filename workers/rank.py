@@ -20,6 +20,9 @@ import grpc
 import torch
 from switchyard.v1 import generation_pb2, worker_pb2, worker_pb2_grpc
 
+from checkpoint.errors import CheckpointError
+from checkpoint.identity import ServedModel, tokenizer_digest
+from checkpoint.tensors import weights_digest
 from costs.transfer import ALWAYS_FETCH, NEVER_FETCH, TransferCost
 from kvstore.block_pool import BlockPool
 from kvstore.connect import open_directory, open_tiers, place_of, reaches
@@ -30,13 +33,13 @@ from kvstore.prefetch import Prefetcher, PrefetchStats
 from kvstore.store import FragmentStore
 from kvstore.tiers import Tier
 from workers.calibration import calibrate
-from workers.config import EngineConfig, ModelConfig, WorkerSpec
+from workers.config import FAKE_WEIGHTS, EngineConfig, ModelConfig, WorkerSpec
 from workers.engine import Engine
+from workers.errors import ModelError
 from workers.executor import GroupExecutor, follow
 from workers.fake_runner import FakeModelRunner
 from workers.kv_transfer import FragmentGrid, KVTransfer
 from workers.lease import Lease
-from workers.loader import weights_digest
 from workers.loop import EngineLoop, LoopEvents
 from workers.parallel import ParallelGroups, Shard
 from workers.prefetch import QueuePrefetch
@@ -49,7 +52,6 @@ log = logging.getLogger(__name__)
 LEASE_TTL_S = 3.0
 LEASE_RENEWAL_S = 0.75
 LEASE_PULSE_S = 0.25
-_FAKE_WEIGHTS = "hashes of the history, 1"  # in place of a digest of weights: changes with workers.fake_model
 _WIRE_ROLES = {
     "mixed": worker_pb2.WORKER_ROLE_MIXED,
     "prefill": worker_pb2.WORKER_ROLE_PREFILL,
@@ -57,6 +59,14 @@ _WIRE_ROLES = {
 }
 
 LoadedRunner = TorchModelRunner | FakeModelRunner
+
+
+def model_weights(engine: EngineConfig) -> str:
+    """Digest of the weights that the engine computes with. Raises ModelError."""
+    try:
+        return FAKE_WEIGHTS if engine.runner == "fake" else weights_digest(Path(engine.model_dir))
+    except CheckpointError as error:
+        raise ModelError(str(error)) from None
 
 
 def kv_fingerprint(engine: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> bytes:
@@ -70,7 +80,7 @@ def kv_fingerprint(engine: EngineConfig, model: ModelConfig, dtype: torch.dtype)
         {
             **summed,
             **({} if engine.kv_encoding == "none" else {"kv_encoding": engine.kv_encoding}),
-            "weights": _FAKE_WEIGHTS if engine.runner == "fake" else weights_digest(Path(engine.model_dir)),
+            "weights": model_weights(engine),
             "dtype": str(dtype),
             "layers": model.num_hidden_layers,
             "kv_heads": model.num_key_value_heads,
@@ -130,7 +140,7 @@ class Rank:
         self.spec = spec
         self.shard = Shard.of_rank(rank, spec.engine.tp, spec.engine.pp)
         self.failure: Future[BaseException] = Future()  # set when the shard can no longer serve
-        self._model = ModelConfig.load(spec.engine.model_dir)
+        self._model = ModelConfig.load(spec.engine.model_dir, spec.engine.ignore_keys)
         self._model.check_split(spec.engine.tp, spec.engine.pp)
         self._ttft_s: deque[float] = deque(maxlen=4096)  # filled by the engine, drained by metrics
         self._stopping = threading.Event()
@@ -155,8 +165,11 @@ class Rank:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         self._groups = ParallelGroups.connect(self.shard, device, init_method, interface)
-        self._runner = load_runner(engine, self._model, self._groups, device)
         spec = self.spec
+        self._served = self._identify()
+        self._runner = load_runner(engine, self._model, self._groups, device)
+        if self._identify() != self._served:
+            raise ModelError(f"{engine.model_dir}: changed while it was loaded")
         peers_control = spec.control if spec.peers else ""
         self._tiers = open_tiers(
             spec.host_address,
@@ -166,6 +179,7 @@ class Rank:
             peers_control,
             spec.peer_transport,
             spec.tier_compression,
+            spec.cluster,
         )
         self._store = FragmentStore(self._tiers)
         grid = self._runner.grid(self.spec.layers_per_fragment)
@@ -176,6 +190,15 @@ class Rank:
         if self._tiers:
             self._transfer_cost = self._measure_transfer_cost()
             log.info("%s: prefixes are fetched by %s", self.spec.worker_id, self._transfer_cost)
+
+    def _identify(self) -> ServedModel:
+        """What the files say now."""
+        spec = self.spec
+        try:
+            tokenizer = tokenizer_digest(Path(spec.engine.model_dir))
+        except CheckpointError as error:
+            raise ModelError(str(error)) from None
+        return ServedModel(spec.cluster, spec.model_name, model_weights(spec.engine), tokenizer)
 
     def _measure_transfer_cost(self) -> TransferCost:
         if self.spec.prefix_fetch == "always":
@@ -195,7 +218,7 @@ class Rank:
             threading.Thread(target=self._follow, name="follow", daemon=True).start()
             return ""
         if self.spec.control:
-            self._directory = open_directory(self.spec.control)
+            self._directory = open_directory(self.spec.control, self.spec.cluster)
         engine = make_engine(
             self.spec.engine, self._model, self._runner, self._groups, transfer_cost=self._transfer_cost
         )
@@ -304,6 +327,7 @@ class Rank:
             kv_fingerprint=kv_fingerprint(spec.engine, self._model, pick_dtype(spec.engine, self._runner.cache.device)),
             tensor_parallel_size=spec.engine.tp,
             pipeline_parallel_size=spec.engine.pp,
+            served=self._served.message(),
         )
 
     def _places(self) -> Sequence[str]:
@@ -358,6 +382,7 @@ class Rank:
             pulled_bytes=dict(stats.pulled_bytes),
             published_bytes=dict(stats.published_bytes),
             tier_is_up=dict(stats.tier_is_up),
+            tier_problems=dict(stats.tier_problems),
             num_prefetched_fragments=dict(ahead.num_fragments),
             prefetched_bytes=dict(ahead.num_bytes),
             num_useless_prefetched_fragments=ahead.num_useless,

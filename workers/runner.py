@@ -24,6 +24,7 @@ from workers.models.llama import LlamaStage, rope_cos_sin
 from workers.parallel import ParallelGroups
 from workers.sampler import sample
 from workers.step import BlockTransfer, ModelRunnerOutput, SampleSpec, ScheduledRequest, SchedulerOutput
+from workers.tensor_layout import check_checkpoint
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU_CACHE_BYTES = 256 << 20  # KV cache of one worker on a CPU when the config does not say
@@ -92,7 +93,9 @@ class TorchModelRunner:
         self._groups = groups
         self._vocab_size = model.vocab_size
         self._dtype = pick_dtype(config, device)
-        weights = weights or Checkpoint(Path(config.model_dir), self._dtype, device)
+        if weights is None:
+            check_checkpoint(Path(config.model_dir), model)
+            weights = Checkpoint(Path(config.model_dir), self._dtype, device)
         self._stage = LlamaStage(model, weights, groups, config.batch_invariant)
         self._cos_sin = rope_cos_sin(model, model.max_position_embeddings, device)
         self._context_tokens = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)

@@ -16,6 +16,7 @@ import grpc
 from switchyard.v1 import worker_pb2 as pb
 from switchyard.v1 import worker_pb2_grpc
 
+from checkpoint.identity import ServedModel
 from workers.block_feed import BlockFeed
 from workers.engine import Clock
 from workers.loop import Cancel, Continue, Credit, EngineLoop, FollowBlocks, LoopEvents, Submit
@@ -102,6 +103,11 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         if first is None or first.WhichOneof("message") != "hello" or not first.hello.router_id:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be a hello with a router_id")
             return
+        difference = ServedModel.of(self._hello.served).difference(ServedModel.of(first.hello.served))
+        if difference:  # its clients would get this model's tokens for another's
+            yield pb.ConnectResponse(hello=self._hello)  # so that it can say which worker it met
+            why = f"router {first.hello.router_id} serves something else: {difference}"
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, why)
         connection = await self._open(first.hello, context)
         tasks = [
             asyncio.create_task(self._receive(requests, connection)),

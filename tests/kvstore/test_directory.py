@@ -219,7 +219,7 @@ def test_redis_blocks_are_bounded_in_number(redis_server: RedisServer) -> None:
     assert all(directory.locate(new))
     assert sum(map(bool, directory.locate(old))) == 2
     with redis_server.client() as client:
-        assert len(client.keys(PREFIX + b"block:*")) == client.zcard(PREFIX + b"blocks") == 10
+        assert len(client.keys(PREFIX + b":block:*")) == client.zcard(PREFIX + b":blocks") == 10
     directory.close()
 
 
@@ -231,7 +231,7 @@ def test_redis_blocks_are_bounded_in_age(redis_server: RedisServer) -> None:
     wait_until(lambda: not any(directory.locate(names)), "the blocks are forgotten")
     directory.publish(block_names(1), "redis")
     with redis_server.client() as client:
-        assert client.zcard(PREFIX + b"blocks") == 1
+        assert client.zcard(PREFIX + b":blocks") == 1
     directory.close()
 
 
@@ -240,7 +240,7 @@ def test_redis_leases_are_keys_with_a_time_to_live(redis_server: RedisServer) ->
     directory = RedisDirectory(redis_server.url)
     directory.keep_alive(RECORD, 60)
     with redis_server.client() as client:
-        assert 0 < client.pttl(PREFIX + b"worker:w1") <= 60_000
+        assert 0 < client.pttl(PREFIX + b":worker:w1") <= 60_000
     directory.close()
 
 

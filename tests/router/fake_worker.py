@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 import grpc
-from switchyard.v1 import generation_pb2, worker_pb2, worker_pb2_grpc
+from switchyard.v1 import generation_pb2, identity_pb2, worker_pb2, worker_pb2_grpc
 
 from workers.block_feed import BlockFeed
 from workers.loop import FollowBlocks, LoopEvents
@@ -80,7 +80,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.hello_worker_id = worker_id
         self.lease_epoch = 0  # as it says
         self.num_blocks = 1000
-        self.vocab_size = VOCAB_SIZE
+        self.served: identity_pb2.ServedModel | None = None  # None: whatever the router serves
         self.kv_fingerprint = b"fingerprint-0001"
         self.submits: list[worker_pb2.Submit] = []
         self.cancels: list[str] = []
@@ -149,10 +149,11 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         await self._feed.follow(write)
 
     async def Connect(self, request_iterator: AsyncIterator[worker_pb2.ConnectRequest], context: object) -> None:
-        assert (await anext(request_iterator)).WhichOneof("message") == "hello"
+        first = await anext(request_iterator)
+        assert first.WhichOneof("message") == "hello"
         self.num_connections += 1
         connection = _Connection()
-        connection.outbox.put_nowait(worker_pb2.ConnectResponse(hello=self._hello()))
+        connection.outbox.put_nowait(worker_pb2.ConnectResponse(hello=self._hello(first.hello.served)))
         connection.outbox.put_nowait(worker_pb2.ConnectResponse(load=self.load))
         listening = asyncio.create_task(self._listen(request_iterator, connection))
         try:
@@ -196,15 +197,16 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         elif kind == "ping":
             connection.outbox.put_nowait(worker_pb2.ConnectResponse(pong=worker_pb2.Pong(nonce=request.ping.nonce)))
 
-    def _hello(self) -> worker_pb2.WorkerHello:
+    def _hello(self, theirs: identity_pb2.ServedModel) -> worker_pb2.WorkerHello:
         return worker_pb2.WorkerHello(
             worker_id=self.hello_worker_id,
             role=ROLES[self.role],
-            model=generation_pb2.ModelInfo(name="fake", context_tokens=CONTEXT_TOKENS, vocab_size=self.vocab_size),
+            model=generation_pb2.ModelInfo(name="fake", context_tokens=CONTEXT_TOKENS, vocab_size=VOCAB_SIZE),
             num_blocks=self.num_blocks,
             block_size=BLOCK_SIZE,
             kv_fingerprint=self.kv_fingerprint,
             lease_epoch=self.lease_epoch,
+            served=self.served or theirs,
         )
 
     # -- one request

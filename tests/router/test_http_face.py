@@ -271,6 +271,7 @@ async def test_readiness_names_pools_and_tiers_that_are_down(model_dir: Path) ->
         assert (await client.get("/readyz")).status_code == 503
         decode.load.tier_is_up["host"] = True
         decode.load.tier_is_up["redis"] = False
+        decode.load.tier_problems["redis"] = "WRONGPASS"
         await cluster.add(decode)
         await until(lambda: "decode-0" in cluster.router._dispatcher.loads, "its load came")
         response = await client.get("/readyz")
@@ -278,7 +279,7 @@ async def test_readiness_names_pools_and_tiers_that_are_down(model_dir: Path) ->
         assert response.status_code == 200
         assert (state["is_ready"], state["is_degraded"]) == (True, True)
         assert state["pools"]["prefill"] == {"role": "prefill", "num_workers": 1}
-        assert state["tiers_down"] == [{"tier": "redis", "worker_id": "decode-0"}]
+        assert state["tiers_down"] == [{"tier": "redis", "worker_id": "decode-0", "reason": "WRONGPASS"}]
 
 
 async def test_metrics_count_requests_and_show_workers(model_dir: Path) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from checkpoint.identity import ServedModel, tokenizer_digest
 from kvstore.directory import DirectoryUnavailable, LeasedWorker, WorkerRecord
-from tests.router.conftest import Cluster, running_cluster, until
+from tests.router.conftest import MODEL, Cluster, running_cluster, until
 from tests.router.fake_worker import FakeWorker, expected_tokens
 from tests.router.test_grpc_face import PROMPT, collect, request
 
@@ -60,13 +62,11 @@ async def test_known_workers_stay_while_the_directory_is_away(model_dir: Path) -
         assert not cluster.router.readiness().is_degraded
 
 
-@pytest.mark.parametrize("how", ["another worker", "another model", "no block size"])
+@pytest.mark.parametrize("how", ["another worker", "no block size"])
 async def test_strangers_are_not_used(model_dir: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stranger, good = FakeWorker("a", "mixed"), FakeWorker("b", "mixed")
     if how == "another worker":
         stranger.hello_worker_id = "c"
-    elif how == "another model":
-        stranger.vocab_size = 7
     else:
         monkeypatch.setattr("tests.router.fake_worker.BLOCK_SIZE", 0)
     async with running_cluster(model_dir) as cluster:
@@ -78,6 +78,30 @@ async def test_strangers_are_not_used(model_dir: Path, how: str, monkeypatch: py
         monkeypatch.undo()
         await cluster.add(good)
         assert (await collect(cluster.grpc_address, request()))[3].stats.decode_worker_id == "b"
+
+
+@pytest.mark.parametrize("field", ["cluster", "model", "weights", "tokenizer"])
+async def test_a_worker_that_serves_something_else_is_named_and_not_used(model_dir: Path, field: str) -> None:
+    stranger, good = FakeWorker("a", "mixed"), FakeWorker("b", "mixed")
+    async with running_cluster(model_dir) as cluster:
+        ours = ServedModel("", MODEL, "", tokenizer_digest(model_dir))
+        stranger.served = dataclasses.replace(ours, **{field: "another"}).message()
+        await stranger.start()
+        cluster.workers.append(stranger)
+        cluster.lease(stranger)
+        await until(lambda: bool(cluster.router.readiness().workers_refused), "it is refused")
+        state = cluster.router.readiness()
+        assert not state.is_ready
+        (refused,) = state.workers_refused
+        assert (refused.worker_id, refused.address) == ("a", stranger.address)
+        mine = getattr(ours, field) or "none"
+        assert refused.reason == f"it serves something else: {field}: another there, {mine} here"
+        await cluster.add(good)
+        assert cluster.router.readiness().is_degraded
+        assert (await collect(cluster.grpc_address, request()))[3].stats.decode_worker_id == "b"
+        stranger.served = None  # its operator has mended it
+        await cluster.sees(stranger, good)
+        assert not cluster.router.readiness().workers_refused
 
 
 async def test_a_worker_that_moved_is_found_at_its_new_address(model_dir: Path) -> None:

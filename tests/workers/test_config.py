@@ -7,10 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from checkpoint.tensors import weights_digest
 from tests.workers.tiny_llama import make_checkpoint
 from workers.config import EngineConfig, ModelConfig, WorkerSpec, resolve_model
 from workers.errors import ModelError
-from workers.loader import Checkpoint, weights_digest
+from workers.loader import Checkpoint
 from workers.parallel import ParallelGroups, Shard, stage_layers
 from workers.runner import TorchModelRunner
 

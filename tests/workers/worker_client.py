@@ -22,7 +22,8 @@ class WorkerClient:
         self._outbox: queue.SimpleQueue[worker_pb2.ConnectRequest | None] = queue.SimpleQueue()
         self.tokens: dict[str, list[int]] = defaultdict(list)
         self.finished: dict[str, worker_pb2.RequestFinished] = {}
-        self.send(hello=worker_pb2.RouterHello(router_id=router_id, epoch=epoch))
+        served = self._stub.GetLoad(worker_pb2.GetLoadRequest()).worker.served
+        self.send(hello=worker_pb2.RouterHello(router_id=router_id, epoch=epoch, served=served))
         self._stream = self._stub.Connect(iter(self._outbox.get, None))
         self.hello: worker_pb2.WorkerHello = next(self._stream).hello
         threading.Thread(target=self._read, daemon=True).start()

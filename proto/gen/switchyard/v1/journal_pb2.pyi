@@ -1,4 +1,5 @@
 from switchyard.v1 import generation_pb2 as _generation_pb2
+from switchyard.v1 import identity_pb2 as _identity_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Mapping as _Mapping
@@ -7,11 +8,13 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class StreamRecord(_message.Message):
-    __slots__ = ("request", "deadline_unix_s", "tenant_salt")
+    __slots__ = ("request", "deadline_unix_s", "tenant_salt", "served")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_UNIX_S_FIELD_NUMBER: _ClassVar[int]
     TENANT_SALT_FIELD_NUMBER: _ClassVar[int]
+    SERVED_FIELD_NUMBER: _ClassVar[int]
     request: _generation_pb2.GenerateRequest
     deadline_unix_s: float
     tenant_salt: bytes
-    def __init__(self, request: _Optional[_Union[_generation_pb2.GenerateRequest, _Mapping]] = ..., deadline_unix_s: _Optional[float] = ..., tenant_salt: _Optional[bytes] = ...) -> None: ...
+    served: _identity_pb2.ServedModel
+    def __init__(self, request: _Optional[_Union[_generation_pb2.GenerateRequest, _Mapping]] = ..., deadline_unix_s: _Optional[float] = ..., tenant_salt: _Optional[bytes] = ..., served: _Optional[_Union[_identity_pb2.ServedModel, _Mapping]] = ...) -> None: ...

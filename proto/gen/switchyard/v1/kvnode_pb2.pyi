@@ -11,7 +11,7 @@ class GetArenaRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetArenaResponse(_message.Message):
-    __slots__ = ("path", "slot_bytes", "num_slots", "node_id", "num_sealed", "peer_address", "call_address")
+    __slots__ = ("path", "slot_bytes", "num_slots", "node_id", "num_sealed", "peer_address", "call_address", "has_disk", "disk_problem")
     PATH_FIELD_NUMBER: _ClassVar[int]
     SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_SLOTS_FIELD_NUMBER: _ClassVar[int]
@@ -19,6 +19,8 @@ class GetArenaResponse(_message.Message):
     NUM_SEALED_FIELD_NUMBER: _ClassVar[int]
     PEER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     CALL_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    HAS_DISK_FIELD_NUMBER: _ClassVar[int]
+    DISK_PROBLEM_FIELD_NUMBER: _ClassVar[int]
     path: str
     slot_bytes: int
     num_slots: int
@@ -26,7 +28,9 @@ class GetArenaResponse(_message.Message):
     num_sealed: int
     peer_address: str
     call_address: str
-    def __init__(self, path: _Optional[str] = ..., slot_bytes: _Optional[int] = ..., num_slots: _Optional[int] = ..., node_id: _Optional[str] = ..., num_sealed: _Optional[int] = ..., peer_address: _Optional[str] = ..., call_address: _Optional[str] = ...) -> None: ...
+    has_disk: bool
+    disk_problem: str
+    def __init__(self, path: _Optional[str] = ..., slot_bytes: _Optional[int] = ..., num_slots: _Optional[int] = ..., node_id: _Optional[str] = ..., num_sealed: _Optional[int] = ..., peer_address: _Optional[str] = ..., call_address: _Optional[str] = ..., has_disk: bool = ..., disk_problem: _Optional[str] = ...) -> None: ...
 
 class GetStatsRequest(_message.Message):
     __slots__ = ()

@@ -1,4 +1,5 @@
 from switchyard.v1 import generation_pb2 as _generation_pb2
+from switchyard.v1 import identity_pb2 as _identity_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -61,12 +62,14 @@ class ConnectRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., **kwargs) -> None: ...
 
 class RouterHello(_message.Message):
-    __slots__ = ("router_id", "epoch")
+    __slots__ = ("router_id", "epoch", "served")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SERVED_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     epoch: int
-    def __init__(self, router_id: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+    served: _identity_pb2.ServedModel
+    def __init__(self, router_id: _Optional[str] = ..., epoch: _Optional[int] = ..., served: _Optional[_Union[_identity_pb2.ServedModel, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
     __slots__ = ("stream_id", "epoch", "role", "token_ids", "num_prompt_tokens", "sampling", "window_tokens", "deadline_s", "tenant_salt")
@@ -133,7 +136,7 @@ class ConnectResponse(_message.Message):
     def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., tokens: _Optional[_Union[TokenBatch, _Mapping]] = ..., finished: _Optional[_Union[RequestFinished, _Mapping]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ...) -> None: ...
 
 class WorkerHello(_message.Message):
-    __slots__ = ("worker_id", "role", "model", "num_blocks", "block_size", "kv_fingerprint", "tensor_parallel_size", "pipeline_parallel_size", "lease_epoch")
+    __slots__ = ("worker_id", "role", "model", "num_blocks", "block_size", "kv_fingerprint", "tensor_parallel_size", "pipeline_parallel_size", "lease_epoch", "served")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -143,6 +146,7 @@ class WorkerHello(_message.Message):
     TENSOR_PARALLEL_SIZE_FIELD_NUMBER: _ClassVar[int]
     PIPELINE_PARALLEL_SIZE_FIELD_NUMBER: _ClassVar[int]
     LEASE_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SERVED_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: WorkerRole
     model: _generation_pb2.ModelInfo
@@ -152,7 +156,8 @@ class WorkerHello(_message.Message):
     tensor_parallel_size: int
     pipeline_parallel_size: int
     lease_epoch: int
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., model: _Optional[_Union[_generation_pb2.ModelInfo, _Mapping]] = ..., num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., kv_fingerprint: _Optional[bytes] = ..., tensor_parallel_size: _Optional[int] = ..., pipeline_parallel_size: _Optional[int] = ..., lease_epoch: _Optional[int] = ...) -> None: ...
+    served: _identity_pb2.ServedModel
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., model: _Optional[_Union[_generation_pb2.ModelInfo, _Mapping]] = ..., num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., kv_fingerprint: _Optional[bytes] = ..., tensor_parallel_size: _Optional[int] = ..., pipeline_parallel_size: _Optional[int] = ..., lease_epoch: _Optional[int] = ..., served: _Optional[_Union[_identity_pb2.ServedModel, _Mapping]] = ...) -> None: ...
 
 class TokenBatch(_message.Message):
     __slots__ = ("stream_ids", "epochs", "stream_index", "positions", "token_ids")
@@ -209,7 +214,7 @@ class Pong(_message.Message):
     def __init__(self, nonce: _Optional[int] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_waiting_for_kv", "num_free_blocks", "num_queued_tokens", "num_steps", "num_computed_prompt_tokens", "num_cached_prompt_tokens", "num_recomputed_prompt_tokens", "num_generated_tokens", "num_preemptions", "num_published_blocks", "num_transferred_blocks", "num_rejected_fragments", "pulled_bytes", "published_bytes", "tier_is_up", "num_prefixes_fetched", "num_prefixes_recomputed", "num_prefetched_fragments", "prefetched_bytes", "num_useless_prefetched_fragments")
+    __slots__ = ("num_running", "num_waiting", "num_waiting_for_kv", "num_free_blocks", "num_queued_tokens", "num_steps", "num_computed_prompt_tokens", "num_cached_prompt_tokens", "num_recomputed_prompt_tokens", "num_generated_tokens", "num_preemptions", "num_published_blocks", "num_transferred_blocks", "num_rejected_fragments", "pulled_bytes", "published_bytes", "tier_is_up", "num_prefixes_fetched", "num_prefixes_recomputed", "num_prefetched_fragments", "prefetched_bytes", "num_useless_prefetched_fragments", "tier_problems")
     class NumRejectedFragmentsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -252,6 +257,13 @@ class WorkerLoad(_message.Message):
         key: str
         value: int
         def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class TierProblemsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FOR_KV_FIELD_NUMBER: _ClassVar[int]
@@ -274,6 +286,7 @@ class WorkerLoad(_message.Message):
     NUM_PREFETCHED_FRAGMENTS_FIELD_NUMBER: _ClassVar[int]
     PREFETCHED_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_USELESS_PREFETCHED_FRAGMENTS_FIELD_NUMBER: _ClassVar[int]
+    TIER_PROBLEMS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_waiting_for_kv: int
@@ -296,7 +309,8 @@ class WorkerLoad(_message.Message):
     num_prefetched_fragments: _containers.ScalarMap[str, int]
     prefetched_bytes: _containers.ScalarMap[str, int]
     num_useless_prefetched_fragments: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_for_kv: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_queued_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_computed_prompt_tokens: _Optional[int] = ..., num_cached_prompt_tokens: _Optional[int] = ..., num_recomputed_prompt_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_published_blocks: _Optional[int] = ..., num_transferred_blocks: _Optional[int] = ..., num_rejected_fragments: _Optional[_Mapping[str, int]] = ..., pulled_bytes: _Optional[_Mapping[str, int]] = ..., published_bytes: _Optional[_Mapping[str, int]] = ..., tier_is_up: _Optional[_Mapping[str, bool]] = ..., num_prefixes_fetched: _Optional[int] = ..., num_prefixes_recomputed: _Optional[int] = ..., num_prefetched_fragments: _Optional[_Mapping[str, int]] = ..., prefetched_bytes: _Optional[_Mapping[str, int]] = ..., num_useless_prefetched_fragments: _Optional[int] = ...) -> None: ...
+    tier_problems: _containers.ScalarMap[str, str]
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_for_kv: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_queued_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_computed_prompt_tokens: _Optional[int] = ..., num_cached_prompt_tokens: _Optional[int] = ..., num_recomputed_prompt_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_published_blocks: _Optional[int] = ..., num_transferred_blocks: _Optional[int] = ..., num_rejected_fragments: _Optional[_Mapping[str, int]] = ..., pulled_bytes: _Optional[_Mapping[str, int]] = ..., published_bytes: _Optional[_Mapping[str, int]] = ..., tier_is_up: _Optional[_Mapping[str, bool]] = ..., num_prefixes_fetched: _Optional[int] = ..., num_prefixes_recomputed: _Optional[int] = ..., num_prefetched_fragments: _Optional[_Mapping[str, int]] = ..., prefetched_bytes: _Optional[_Mapping[str, int]] = ..., num_useless_prefetched_fragments: _Optional[int] = ..., tier_problems: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class WatchBlocksRequest(_message.Message):
     __slots__ = ()
