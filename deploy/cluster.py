@@ -22,6 +22,7 @@ from deploy.plan import ClusterPlan, cluster_name, layers_per_fragment, make_pla
 from deploy.preflight import (
     FoundModel,
     check_control,
+    check_disk,
     check_host_memory,
     check_model,
     check_ports,
@@ -72,7 +73,8 @@ class Cluster:
         model = check_model(self._config)
         layers_per_fragment(self._config, model.config.num_hidden_layers)
         check_ports(self._config.endpoints, self._config.ray)
-        check_control(self._config.kvstore.control)
+        check_control(self._config.kvstore.control, self._name(model))
+        check_disk(self._config.kvstore)
         secret = tier_secret(self._config.kvstore.tier_secret_file)
         self._tier_secret = cluster_secret(secret, self._name(model))
         if self._config.ray.address:

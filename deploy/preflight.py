@@ -11,7 +11,6 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import psutil
 
@@ -19,7 +18,8 @@ from checkpoint.errors import CheckpointError
 from checkpoint.tensors import weights_digest
 from deploy.config import DEMO_MODEL, ClusterConfig, EndpointsConfig, RayConfig
 from deploy.errors import ConfigError, StartError
-from kvstore.config import is_redis_cluster, redis_cluster_nodes
+from kvstore.config import KVStoreConfig
+from kvstore.trial import Misconfigured, try_control, try_disk, try_tier
 from router.chat import ChatTemplate
 from router.errors import ModelFilesError
 from router.model_files import ModelFiles
@@ -129,20 +129,16 @@ def free_port(host: str, first: int = 0) -> int:
         return int(probe.getsockname()[1])
 
 
-def check_control(url: str) -> None:
-    """See that a Redis that is to hold leases and the directory answers. Raises StartError."""
+def check_control(url: str, cluster: str) -> None:
+    """See that a Redis that is to hold leases, the directory and the journal does that. Raises DeployError."""
     if not url.startswith(("redis://", "rediss://")):
         return
-    from kvstore.connect import open_directory
-    from kvstore.directory import DirectoryUnavailable
-
-    directory = open_directory(url)
     try:
-        directory.workers()
-    except DirectoryUnavailable as error:
-        raise StartError(f"kvstore.control: {error}") from None
-    finally:
-        directory.close()
+        problem = try_control(url, cluster)
+    except Misconfigured as error:
+        raise ConfigError(f"kvstore.control: {error}") from None
+    if problem:
+        raise StartError(f"kvstore.control: {problem}")
 
 
 def check_ray(address: str) -> None:
@@ -179,19 +175,22 @@ def tier_secret(path: str) -> str:
 
 
 def tier_warning(url: str) -> str:
-    """One line when the shared tier does not answer now, else "". The cluster runs without it, and finds it later."""
-    problem = _reach_problem(url) if url else ""
+    """One line when the shared tier does not do what it will be asked for now, else "". The cluster runs without it,
+    and finds it later. Raises ConfigError where that would never happen."""
+    try:
+        problem = try_tier(url) if url else ""
+    except Misconfigured as error:
+        raise ConfigError(f"kvstore.tier: {error}") from None
     return f"kvstore.tier: {problem}; serving without this tier until it answers" if problem else ""
 
 
-def _reach_problem(url: str) -> str:
-    if is_redis_cluster(url):
-        problems = [_reach_problem(f"redis://{address}") for address in redis_cluster_nodes(url)[0]]
-        return problems[0] if all(problems) else ""
-    parts = urlsplit(url)
-    host, port = parts.hostname or "localhost", parts.port or 6379
-    problem = _dial_problem(host, port)
-    return f"no Redis at {host}:{port} ({problem})" if problem else ""
+def check_disk(kvstore: KVStoreConfig) -> None:
+    """See that this host's disk tier can be kept where it should be. Raises ConfigError."""
+    try:
+        if kvstore.disk_bytes:
+            try_disk(Path(kvstore.disk_dir))
+    except Misconfigured as error:
+        raise ConfigError(f"kvstore.disk_dir: {error}") from None
 
 
 def _dial_problem(host: str, port: int) -> str:

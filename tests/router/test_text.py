@@ -182,7 +182,7 @@ def test_a_template_that_does_not_parse_is_the_models_fault() -> None:
 
 def write_model(directory: Path, config: object, tokenizer_config: object = None) -> None:
     (directory / "config.json").write_text(json.dumps(config))
-    (directory / "tokenizer.json").write_text("{}")
+    (directory / "tokenizer.json").write_text('{"added_tokens": [{"id": 0, "content": "<s>"}]}')
     if tokenizer_config is not None:
         (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
 

@@ -1,0 +1,152 @@
+"""Tries the shared Redis and the disk with what they will be asked to do, before anything is started.
+
+Tells a mistake, which stays until somebody changes the configuration, from a server that is away or busy for now.
+Nothing is left behind. Knows nothing of who starts what.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+import ssl
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from kvstore import redis_directory, redis_journal
+from kvstore.availability import one_line
+from kvstore.config import is_redis_cluster, redis_cluster_nodes
+from kvstore.redis_client import REDIS_ERRORS, connect, is_misconfiguration, refused_commands, slot_owners
+from kvstore.redis_tier import KEY_PREFIX
+from kvstore.segments import lock_file
+
+_DIAL_S = 1.0
+_CONTROL_TRIAL = """
+local key = KEYS[1]
+redis.call('TIME')
+redis.call('INCR', key)
+redis.call('SET', key, 'x')
+redis.call('APPEND', key, 'x')
+redis.call('STRLEN', key)
+redis.call('GET', key)
+redis.call('PEXPIRE', key, 1000)
+redis.call('EXISTS', key)
+redis.call('DEL', key)
+redis.call('HSET', key, 'field', 1)
+redis.call('HINCRBY', key, 'field', 1)
+redis.call('HGET', key, 'field')
+redis.call('HMGET', key, 'field')
+redis.call('DEL', key)
+redis.call('SADD', key, 'x')
+redis.call('SMEMBERS', key)
+redis.call('SREM', key, 'x')
+redis.call('ZADD', key, 1, 'x')
+redis.call('ZCARD', key)
+redis.call('ZREMRANGEBYSCORE', key, '-inf', 0)
+redis.call('ZPOPMIN', key, 1)
+redis.call('DEL', key)
+"""
+
+
+class Misconfigured(Exception):
+    """It will not work until the configuration is another one; the message is one line without the key."""
+
+
+def try_tier(url: str) -> str:
+    """Why the shared tier does not do what it will be asked to do now; "" when it does. Raises Misconfigured."""
+    if not is_redis_cluster(url):
+        return _try_redis(url, partial(_raise_refusal, url))
+    addresses, url_of = redis_cluster_nodes(url)
+    problems = [
+        _try_redis(url_of(address), partial(_look_at_cluster, url_of(address), address)) for address in addresses
+    ]
+    return problems[0] if all(problems) else ""  # any node tells of the others
+
+
+def try_control(url: str, cluster: str) -> str:
+    """The same for leases, directory and stream journal."""
+    return _try_redis(url, partial(_run_control_script, url, cluster))
+
+
+def try_disk(folder: Path) -> None:
+    """Raises Misconfigured unless files can be made in the folder of a disk tier and no other cluster holds it."""
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(lock_file(folder / "lock"))
+        probe = folder / f"trial-{secrets.token_hex(4)}"
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise Misconfigured(f"{folder}: {error.strerror.lower() if error.strerror else error}") from None
+    finally:
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _try_redis(url: str, trial: Callable[[], None]) -> str:
+    where = _address(url)
+    try:
+        trial()
+    except REDIS_ERRORS as error:
+        if is_misconfiguration(error):
+            raise Misconfigured(f"Redis at {where}: {one_line(error)}") from None
+        if url.startswith("redis://") and _speaks_tls(url):
+            raise Misconfigured(f"Redis at {where}: speaks TLS: its URL begins with rediss://") from None
+        if url.startswith("rediss://") and _speaks_plainly(url):
+            raise Misconfigured(f"Redis at {where}: does not speak TLS: its URL begins with redis://") from None
+        return f"Redis at {where}: {one_line(error)}"
+    return ""
+
+
+def _raise_refusal(url: str) -> None:
+    with contextlib.closing(connect(url)) as client:
+        refusal = refused_commands(client, KEY_PREFIX + b"trial")
+        if refusal is not None:
+            raise refusal
+
+
+def _look_at_cluster(url: str, address: str) -> None:
+    with contextlib.closing(connect(url)) as client:
+        slot_owners(client, address)
+    _raise_refusal(url)
+
+
+def _run_control_script(url: str, cluster: str) -> None:
+    """Scripts with the commands of directory and journal, under both of their prefixes."""
+    with contextlib.closing(connect(url)) as client:
+        script = client.register_script(_CONTROL_TRIAL)
+        for prefix in (redis_directory.PREFIX, redis_journal.PREFIX):
+            script(keys=[prefix + cluster.encode() + b":trial-" + secrets.token_hex(8).encode()])
+
+
+def _speaks_tls(url: str) -> bool:
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        with _dial(url) as plain, context.wrap_socket(plain):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+def _speaks_plainly(url: str) -> bool:
+    try:
+        with _dial(url) as plain:
+            plain.sendall(b"PING\r\n")
+            return plain.recv(1) in (b"+", b"-")  # -NOAUTH is an answer, too
+    except (OSError, ValueError):
+        return False
+
+
+def _dial(url: str) -> socket.socket:
+    parts = urlsplit(url)
+    return socket.create_connection((parts.hostname or "localhost", parts.port or 6379), _DIAL_S)
+
+
+def _address(url: str) -> str:
+    parts = urlsplit(url)
+    host = parts.hostname or parts.path or "localhost"
+    return f"[{host}]:{parts.port or 6379}" if ":" in host else f"{host}:{parts.port or 6379}"
