@@ -28,19 +28,20 @@ TINY = {
 }
 
 
-def write_tiny_model(directory: Path) -> Path:
-    """A checkpoint of a few hundred kB in the Hugging Face layout."""
+def write_tiny_model(directory: Path, **sizes: int) -> Path:
+    """A checkpoint of a few hundred kB in the Hugging Face layout, or of other sizes."""
     import torch
     from safetensors.torch import save_file
 
+    config = {**TINY, **sizes}
     directory.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO / name, directory / name)
     vocab = len(json.loads((directory / "tokenizer.json").read_text())["model"]["vocab"])
-    (directory / "config.json").write_text(json.dumps({**TINY, "vocab_size": vocab}))
+    (directory / "config.json").write_text(json.dumps({**config, "vocab_size": vocab}))
     random = torch.Generator().manual_seed(0)
-    hidden, inner, head_dim = TINY["hidden_size"], TINY["intermediate_size"], TINY["head_dim"]
-    queries, keys = TINY["num_attention_heads"] * head_dim, TINY["num_key_value_heads"] * head_dim
+    hidden, inner, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    queries, keys = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
     shapes = {
         "self_attn.q_proj": (queries, hidden),
         "self_attn.k_proj": (keys, hidden),
@@ -52,7 +53,7 @@ def write_tiny_model(directory: Path) -> Path:
     }
     tensors = {"model.embed_tokens.weight": torch.randn(vocab, hidden, generator=random)}
     tensors["model.norm.weight"] = torch.ones(hidden)
-    for layer in range(TINY["num_hidden_layers"]):
+    for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
         for name, shape in shapes.items():
             tensors[f"{prefix}.{name}.weight"] = torch.randn(*shape, generator=random) * shape[1] ** -0.5

@@ -1,0 +1,191 @@
+"""Every tensor of a checkpoint is used as it is, or refused by name; every byte of it counts in its digest."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from checkpoint import digest
+from checkpoint.digest import file_digest
+from checkpoint.errors import CheckpointError
+from checkpoint.tensors import stored_tensors, weights_digest
+from tests.processes import python_environment
+from tests.workers.tiny_llama import SHAPES, make_checkpoint
+from workers.config import ModelConfig
+from workers.errors import ModelError
+from workers.loader import Checkpoint
+from workers.models.llama import LlamaStage
+from workers.parallel import ParallelGroups, Shard
+from workers.tensor_layout import check_checkpoint, tensor_shapes
+
+CPU = torch.device("cpu")
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+
+
+class _Noting(Checkpoint):
+    """Notes what is read."""
+
+    def read(self, name: str, shape: tuple[int, ...], *parts: slice | None, **more: slice | None) -> torch.Tensor:
+        self.read_shapes = {**getattr(self, "read_shapes", {}), name: shape}
+        return super().read(name, shape, *parts, **more)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_layout_is_what_a_model_reads(shape: str, tmp_path: Path) -> None:
+    directory = make_checkpoint(shape, tmp_path)
+    model = ModelConfig.load(directory)
+    weights = _Noting(directory, torch.float32, CPU)
+    LlamaStage(model, weights, ParallelGroups(Shard(), CPU))
+    assert weights.read_shapes == tensor_shapes(model)
+    check_checkpoint(directory, model)
+
+
+def _add(name: str, tensor: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors.update({name: tensor})
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (_add("model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(4)), None),
+        (_add("model.layers.0.self_attn.q_proj.bias", torch.ones(32)), r"q_proj\.bias: nothing uses this tensor"),
+        (_add(Q_PROJ + "_scale_inv", torch.ones(1, 1)), r"q_proj\.weight_scale_inv: nothing uses this tensor"),
+        (_add(Q_PROJ, torch.zeros(32, 32).to(torch.float8_e4m3fn)), r"q_proj\.weight is F8_E4M3; quantized"),
+        (_add(Q_PROJ, torch.zeros(32, 32, dtype=torch.int8)), r"q_proj\.weight is I8; quantized"),
+        (_add(Q_PROJ, torch.zeros(32, 31)), r"q_proj\.weight is \[32, 31\], config\.json says \[32, 32\]"),
+        (lambda tensors: tensors.pop(Q_PROJ), rf"no tensor {Q_PROJ}"),
+    ],
+)
+def test_a_tensor_that_is_not_used_as_it_is_is_named(
+    change: Callable[[dict[str, torch.Tensor]], None], complaint: str | None, tmp_path: Path
+) -> None:
+    directory = make_checkpoint("gqa", tmp_path)
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+    model = ModelConfig.load(directory)
+    if complaint is None:
+        check_checkpoint(directory, model)
+        return
+    with pytest.raises(ModelError, match=complaint):
+        check_checkpoint(directory, model)
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    for name in ("a.safetensors", "b.safetensors"):
+        save_file({"x": torch.ones(1)}, tmp_path / name)
+    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"b\.safetensors: x stands in a\.safetensors too"):
+        stored_tensors(tmp_path)
+
+
+def test_an_index_does_not_lead_out_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../x.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"'\.\./x\.safetensors' is not the name of a file beside it"):
+        stored_tensors(tmp_path)
+
+
+@pytest.fixture
+def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where digests are remembered in this test; files are settled at once."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(digest, "_SETTLED_S", -1.0)
+    return tmp_path / "cache" / "switchyard" / "digests"
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Files that were read whole."""
+    seen: list[Path] = []
+    read = digest._read
+    monkeypatch.setattr(digest, "_read", lambda path: (seen.append(path), read(path))[1])
+    return seen
+
+
+def test_any_byte_changed_in_place_gives_another_digest(tmp_path: Path, memory: Path) -> None:
+    """Only 256 places of each file counted: a weight changed between two of them left the digest as it was."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(40 << 20))
+    before, stat = weights_digest(tmp_path), path.stat()
+    for offset in (0, 100_000, 20_000_001, (40 << 20) - 1):
+        with path.open("r+b") as file:
+            file.seek(offset)
+            file.write(b"\x01")
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as rsync -t and tar leave it
+        changed = weights_digest(tmp_path)
+        assert changed != before, offset
+        before = changed
+
+
+def test_a_file_is_read_once_until_it_changes(tmp_path: Path, memory: Path, reads: list[Path]) -> None:
+    path = tmp_path / "w"
+    path.write_bytes(b"weights")
+    first = file_digest(path)
+    assert [file_digest(path) for _ in range(3)] == [first] * 3
+    assert len(reads) == 1
+    other = tmp_path / "other"
+    other.write_bytes(b"weightz")
+    os.replace(other, path)
+    assert file_digest(path) != first
+    assert len(reads) == 2
+
+
+def test_a_file_that_was_just_written_is_not_remembered(
+    tmp_path: Path, memory: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within one tick of the file system's clock a second write would leave the same times."""
+    monkeypatch.setattr(digest, "_SETTLED_S", 60.0)
+    path = tmp_path / "w"
+    path.write_bytes(b"weights")
+    assert file_digest(path) == file_digest(path)
+    assert len(reads) == 2
+
+
+def test_processes_of_a_host_read_a_file_once(tmp_path: Path, memory: Path, reads: list[Path]) -> None:
+    path = tmp_path / "w"
+    path.write_bytes(os.urandom(1 << 20))
+    mine = file_digest(path)
+    code = f"""
+from pathlib import Path
+from checkpoint import digest
+digest._read = None  # a file that is not remembered would have to be read
+print(digest.file_digest(Path({str(path)!r})))
+"""
+    environment = {**python_environment(), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    theirs = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert theirs.stdout.strip() == mine
+
+
+@pytest.mark.parametrize("broken", ["", "{", "[]", '{"state": 1}'])
+def test_a_broken_memory_is_no_memory(tmp_path: Path, memory: Path, broken: str) -> None:
+    path = tmp_path / "w"
+    path.write_bytes(b"weights")
+    first = file_digest(path)
+    (entry,) = memory.iterdir()
+    entry.write_text(broken)
+    assert file_digest(path) == first
+
+
+def test_without_a_folder_to_remember_in_it_is_read_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: list[Path]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    path = tmp_path / "w"
+    path.write_bytes(b"weights")
+    assert file_digest(path) == file_digest(path)
+    assert len(reads) == 2
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path, memory: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nothing: No such file"):
+        file_digest(tmp_path / "nothing")
