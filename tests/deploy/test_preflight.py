@@ -12,6 +12,7 @@ from deploy.config import EndpointsConfig, RayConfig
 from deploy.errors import ConfigError, StartError
 from deploy.preflight import (
     check_control,
+    check_disk,
     check_host_memory,
     check_model,
     check_ports,
@@ -20,6 +21,7 @@ from deploy.preflight import (
     tier_secret,
     tier_warning,
 )
+from tests.processes import RedisServer
 
 
 @pytest.fixture
@@ -149,3 +151,67 @@ def test_more_host_memory_than_there_is_is_refused() -> None:
     check_host_memory(1 << 20)
     with pytest.raises(ConfigError, match=r"^kvstore\.host_bytes: 99999999999999999 is more than this machine"):
         check_host_memory(99999999999999999)
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_whatever_is_wrong_with_the_models_files_is_found_before_anything_starts(model: Path) -> None:
+    """They were found by workers and routers, 10 to 14 s after the start."""
+    path = f"model.path={model}"
+    tokenizer = (model / "tokenizer.json").read_text()
+    (model / "tokenizer.json").unlink()
+    assert refusal(path) == f"{model}/tokenizer.json: missing"
+    unreadable = {**json.loads(tokenizer), "decoder": {"type": "NoSuchDecoder"}}
+    (model / "tokenizer.json").write_text(json.dumps(unreadable))
+    assert refusal(path).startswith(f"{model}/tokenizer.json: not a tokenizer")
+    (model / "tokenizer.json").write_text(tokenizer)
+    edit(model / "tokenizer_config.json", chat_template="{% for %}")
+    assert refusal(path).startswith("chat template: ")
+    edit(model / "tokenizer_config.json", chat_template=None, a_new_key=1)
+    assert refusal(path).startswith(f"{model}/tokenizer_config.json: a_new_key: unknown key")
+    assert check_model(config.load(None, [path, "model.ignore_keys=[a_new_key]"])).directory == model
+    edit(model / "tokenizer_config.json", a_new_key=None)
+    edit(model / "config.json", sliding_window=4)
+    assert refusal(path).startswith(f"{model}/config.json: sliding_window=4 is not supported: ")
+    edit(model / "config.json", sliding_window=None)
+    (model / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.1}))
+    assert refusal(path).startswith(f"{model}/generation_config.json: repetition_penalty=1.1 is not supported")
+    (model / "generation_config.json").unlink()
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "a-of-2.safetensors"}}))
+    assert refusal(path) == f"{model}/a-of-2.safetensors: missing, and listed in model.safetensors.index.json"
+
+
+def test_a_quantized_checkpoint_is_refused_by_name(model: Path) -> None:
+    """A Qwen 3 in the FP8 layout started, and answered garbage."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(model / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    weights[name] = weights[name].to(torch.float8_e4m3fn)
+    weights[f"{name}_scale_inv"] = torch.ones(1, 1)
+    save_file(weights, model / "model.safetensors")
+    said = refusal(f"model.path={model}")
+    assert said.startswith(f"{model}/model.safetensors: {name} is F8_E4M3; quantized checkpoints are not supported")
+    edit(model / "config.json", quantization_config={"quant_method": "fp8"})
+    assert "quantization_config" in refusal(f"model.path={model}")
+
+
+def test_mistakes_with_tiers_end_the_start(redis_server: RedisServer, tmp_path: Path) -> None:
+    wrong = redis_server.url.replace("redis://", "redis://default:wrong@")
+    with redis_server.client() as client:
+        client.execute_command("CONFIG", "SET", "requirepass", "right")
+        try:
+            for url in (redis_server.url, wrong):
+                with pytest.raises(ConfigError, match=r"^kvstore\.tier: Redis at 127\.0\.0\.1:\d+: "):
+                    tier_warning(url)
+                with pytest.raises(ConfigError, match=r"^kvstore\.control: Redis at 127\.0\.0\.1:\d+: "):
+                    check_control(url, "c")
+        finally:
+            client.execute_command("CONFIG", "SET", "requirepass", "")
+    (tmp_path / "file").write_text("")
+    kvstore = config.load(None, ["kvstore.disk_bytes=33554432", f"kvstore.disk_dir={tmp_path}/file"]).kvstore
+    with pytest.raises(ConfigError, match=r"^kvstore\.disk_dir: .*/file: file exists"):
+        check_disk(kvstore)
