@@ -36,7 +36,7 @@ from router.events import Event, Finished, FinishReason, GenerationRequest, Requ
 from router.fleet import BlockNames, KvLayout, name_blocks
 from router.journal import JournalWriter, StreamLog
 from router.model_files import ModelFiles
-from router.text import StopTexts, TextCodec
+from router.text import Detokenizer, StopTexts, TextCodec
 from router.wire import journal_header, journal_record
 
 log = logging.getLogger(__name__)
@@ -163,7 +163,7 @@ class Generation:
         sampling = order.sampling
         assert sampling.seed is not None, "the seed is set before a stream is opened"
         assert sampling.max_tokens is not None, "max_tokens is set before a stream is opened"
-        text = _TextOut(self._codec, sampling.stop)
+        text = _TextOut(self._codec.detokenizer(order.token_ids), sampling.stop)
         text.push(0, log.token_ids[: given.num_tokens])
         account.num_output_tokens = given.num_tokens
         live = self._dispatcher.open(order, log.token_ids, given.num_tokens)
@@ -312,8 +312,8 @@ class Generation:
 class _TextOut:
     """The text side of one stream: ids in, Tokens out, until a stop text shows up."""
 
-    def __init__(self, codec: TextCodec, stops: Sequence[str]) -> None:
-        self._detokenizer = codec.detokenizer()
+    def __init__(self, detokenizer: Detokenizer, stops: Sequence[str]) -> None:
+        self._detokenizer = detokenizer
         self._stops = StopTexts(stops) if stops else None
 
     @property
