@@ -167,7 +167,8 @@ class Cluster:
         control = plan.pools[0].spec.control
         # In memory, the streams of one machine are written down in a file that outlives its routers.
         journal = f"file://{self.run_dir}/streams.journal" if control.startswith("memory://") else control
-        template = RouterSpec("", str(model.directory), plan.model_name, control, journal)
+        defaults = self._config.model.generation_config
+        template = RouterSpec("", str(model.directory), plan.model_name, control, journal, generation_config=defaults)
         specs = router_specs(template, self._config.endpoints, self._config.router, self.id)
         routers = Routers(specs, self.run_dir)
         self._undo.append(lambda: routers.stop(self._config.router.drain_s + 2.0))

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from router.checks import LARGEST_FLOAT32
 from router.errors import ModelFilesError
+
+GENERATION_CONFIG = ("auto", "none")  # whether generation_config.json gives requests their defaults
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """What a request gets that leaves it open: generation_config.json's values; None where it has none."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None  # 0 means no limit
+    max_new_tokens: int | None = None  # of chats
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,15 +34,24 @@ class ModelFiles:
     tokenizer_json: Path
     chat_template: str | None
     special_tokens: dict[str, str]  # "bos_token", "eos_token", ... as a chat template may use them
+    eos_token_ids: tuple[int, ...] = ()  # of config.json and generation_config.json: those that workers stop at
+    sampling_defaults: SamplingDefaults = SamplingDefaults()
 
     @classmethod
-    def load(cls, directory: str | Path, name: str) -> ModelFiles:
-        """Read a Hugging Face model directory. Raises ModelFilesError naming the file or the field."""
+    def load(cls, directory: str | Path, name: str, generation_config: str = "auto") -> ModelFiles:
+        """Read a Hugging Face model directory. Raises ModelFilesError naming the file or the field.
+
+        generation_config: auto, or none, which leaves the sampling defaults out.
+        """
         directory = Path(directory)
         if not directory.is_dir():
             raise ModelFilesError(f"{directory}: no such model directory")
         config = _read_json(directory / "config.json", is_required=True)
+        generation = _read_json(directory / "generation_config.json", is_required=False)
         tokenizer_config = _read_json(directory / "tokenizer_config.json", is_required=False)
+        legacy_tokens: dict[str, Any] = {}
+        if "added_tokens_decoder" not in tokenizer_config:  # as transformers decides
+            legacy_tokens = _read_json(directory / "special_tokens_map.json", is_required=False)
         if not (directory / "tokenizer.json").is_file():
             raise ModelFilesError(f"{directory}/tokenizer.json: missing")
         return cls(
@@ -37,7 +60,11 @@ class ModelFiles:
             vocab_size=_positive(config, "vocab_size", directory),
             tokenizer_json=directory / "tokenizer.json",
             chat_template=_chat_template(directory, tokenizer_config),
-            special_tokens=_special_tokens(tokenizer_config),
+            special_tokens=_special_tokens({**tokenizer_config, **legacy_tokens}),
+            eos_token_ids=_eos_token_ids(config, generation, directory),
+            sampling_defaults=(
+                SamplingDefaults() if generation_config == "none" else _sampling_defaults(generation, directory)
+            ),
         )
 
 
@@ -68,8 +95,9 @@ def _chat_template(directory: Path, tokenizer_config: dict[str, Any]) -> str | N
         return file.read_text(encoding="utf-8")
     template = tokenizer_config.get("chat_template")
     if isinstance(template, list):  # several, by name
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+    if isinstance(template, dict):
+        template = template.get("default")
     return template if isinstance(template, str) else None
 
 
@@ -82,3 +110,34 @@ def _special_tokens(tokenizer_config: dict[str, Any]) -> dict[str, str]:
         if isinstance(content, str):
             tokens[key] = content
     return tokens
+
+
+def _eos_token_ids(config: dict[str, Any], generation: dict[str, Any], directory: Path) -> tuple[int, ...]:
+    """What either file says, each once: one id or several; null says nothing."""
+    found: dict[int, None] = {}
+    for name, content in (("config.json", config), ("generation_config.json", generation)):
+        value = content.get("eos_token_id")
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        for token_id in ids:
+            if type(token_id) is not int or token_id < 0:
+                raise ModelFilesError(f"{directory}/{name}: eos_token_id must be an id or a list of ids, not {value!r}")
+        found |= dict.fromkeys(ids)
+    return tuple(found)
+
+
+def _sampling_defaults(generation: dict[str, Any], directory: Path) -> SamplingDefaults:
+    def number(field: str, wanted: str, holds: Callable[[float], bool]) -> float | None:
+        value = generation.get(field)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (is_number and holds(value)):
+            raise ModelFilesError(f"{directory}/generation_config.json: {field} must be {wanted}, not {value!r}")
+        return value
+
+    top_k = number("top_k", "an integer >= -1", lambda value: value == int(value) and -1 <= value < 2**32)
+    limit = number("max_new_tokens", "a positive integer", lambda value: value == int(value) and 0 < value < 2**63)
+    return SamplingDefaults(
+        temperature=number("temperature", "a finite number >= 0", lambda value: 0 <= value <= LARGEST_FLOAT32),
+        top_p=number("top_p", "in (0, 1]", lambda value: 0 < value <= 1),
+        top_k=None if top_k is None else max(0, int(top_k)),
+        max_new_tokens=None if limit is None else int(limit),
+    )

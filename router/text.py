@@ -52,6 +52,7 @@ class TextCodec:
         self._is_byte_level = _is_byte_level(layout.get("decoder"))
         added = layout.get("added_tokens") or []
         self._special_ids = frozenset(token["id"] for token in added if token.get("special"))
+        self._added_ids = {token["content"]: token["id"] for token in added}
         self._bytes_of: dict[int, bytes] = {}  # filled as ids are seen
         self._longest_token_bytes = self._bound_token_bytes(layout)
 
@@ -78,6 +79,11 @@ class TextCodec:
         """The id of a token of the vocabulary, by its own spelling."""
         token_id: int | None = self._tokenizer.token_to_id(token)
         return token_id
+
+    def added_token_at_start(self, text: str) -> int | None:
+        """The id of the added token that a text begins with, the longest of several; None when it begins with none."""
+        found = [token for token in self._added_ids if token and text.startswith(token)]
+        return self._added_ids[max(found, key=len)] if found else None
 
     def fallback_byte(self, token_id: int) -> int | None:
         """The byte that an id of a vocabulary with byte fallback stands for; None for all other ids."""
@@ -145,8 +151,8 @@ class _ByteDetokenizer:
 class _WindowDetokenizer:
     """For all other vocabularies, where a token's text depends on its neighbours: decodes a short window twice.
 
-    ids[:_shown] are shown, or are the prompt's; special ones are left out. The window starts one shown piece earlier, so
-    that what is decoded has its left neighbours; the new text is what the longer window has more than the shorter.
+    ids[:_shown] are shown, or are the prompt's; special ones are left out. The window starts one shown piece earlier,
+    so that what is decoded has its left neighbours; the new text is what the longer window has more than the shorter.
     """
 
     def __init__(self, codec: TextCodec, context: Sequence[int]) -> None:

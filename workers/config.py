@@ -119,7 +119,6 @@ def _parse(raw: dict[str, Any], generation: dict[str, Any], path: Path) -> Model
             raise ModelError(f"{path}: num_experts_per_tok is more than num_experts={experts['num_experts']}")
     heads = size("num_attention_heads")
     rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    eos = generation.get("eos_token_id", raw.get("eos_token_id"))
     return ModelConfig(
         architecture=raw["architectures"][0],
         hidden_size=size("hidden_size"),
@@ -134,10 +133,16 @@ def _parse(raw: dict[str, Any], generation: dict[str, Any], path: Path) -> Model
         rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
         rope_scaling=_rope_scaling(rope, path),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
+        eos_token_ids=_union(raw.get("eos_token_id"), generation.get("eos_token_id")),
         has_qk_norm=raw["architectures"][0].startswith("Qwen3"),
         **experts,
     )
+
+
+def _union(*stated: Any) -> tuple[int, ...]:
+    """Ids that any file states, as one id or as a list; null states none."""
+    lists = [ids if isinstance(ids, list) else [] if ids is None else [ids] for ids in stated]
+    return tuple(dict.fromkeys(int(token_id) for ids in lists for token_id in ids))
 
 
 def _rope_scaling(rope: dict[str, Any], path: Path) -> RopeScaling | None:

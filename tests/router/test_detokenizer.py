@@ -1,4 +1,4 @@
-"""What a detokenizer shows of a completion, against decoding prompt and completion at once, for several vocabularies."""
+"""What a detokenizer shows of a completion, against decoding all ids at once, for several kinds of vocabulary."""
 
 from __future__ import annotations
 
