@@ -130,7 +130,8 @@ def test_arguments_are_printed_once_encoded(printing: str, shown: str) -> None:
 
 
 def test_arguments_that_are_no_json_stay_text() -> None:
-    source = "{% for m in messages %}{% for t in m.tool_calls or [] %}{{ t.function.arguments | tojson }}{% endfor %}{% endfor %}"
+    source = "{% for m in messages %}{% for t in m.tool_calls or [] %}{{ t.function.arguments | tojson }}"
+    source += "{% endfor %}{% endfor %}"
     calls = [{"function": {"arguments": '{"a'}}, {"function": "f"}, "call", {"function": {"arguments": {"b": 1}}}]
     template = ChatTemplate(source, {})
     for call, shown in zip(calls, ('"{\\"a"', "", "", '{"b": 1}'), strict=True):
