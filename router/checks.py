@@ -47,8 +47,8 @@ def check_prompt(num_tokens: int, context_tokens: int, is_bound: bool = False) -
     if num_tokens >= context_tokens:
         count = f"{'at least ' if is_bound else ''}{num_tokens} tokens"
         message = (
-            f"This model's maximum context length is {context_tokens} tokens, of prompt and completion together."
-            f" However, your prompt has {count}, which leaves no room for output. Please shorten the prompt."
+            f"prompt: has {count}. This model's maximum context length is {context_tokens} tokens, of prompt and"
+            " completion together, and no room is left for output. Please reduce the length of the prompt."
         )
         raise ContextLengthExceeded(message, param="prompt")
 

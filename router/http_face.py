@@ -224,8 +224,8 @@ async def _refusing(stream: AsyncGenerator[Event, None], renamed: Mapping[str, s
             if error.param is None or error.param not in renamed:
                 raise
             param = renamed[error.param]
-            message = error.message.replace(f"{error.param}: ", f"{param}: ", 1)
-            renaming = type(error)(message, param=param)
+            message = error.message.removeprefix(f"{error.param}: ") if error.param == "prompt" else error.message
+            renaming = type(error)(f"{param}: {message}", param=param)
             mark_counted(renaming)
             raise renaming from None
 

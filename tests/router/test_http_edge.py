@@ -68,7 +68,8 @@ async def test_a_prompt_beyond_the_context_has_openais_code(model_dir: Path) -> 
         assert answer.status_code == 400
         error = answer.json()["error"]
         assert (error["code"], error["param"]) == ("context_length_exceeded", param)
-        assert error["message"].startswith(f"This model's maximum context length is {CONTEXT_TOKENS} tokens")
+        assert error["message"].startswith(f"{param}: has ")
+        assert f"This model's maximum context length is {CONTEXT_TOKENS} tokens" in error["message"]
     assert f"{CONTEXT_TOKENS + 5} tokens" in completion.json()["error"]["message"]
 
 
