@@ -69,6 +69,8 @@ def _fit(message: Mapping[str, object], conventions: ChatConventions) -> Json:
         fitted["content"] = ""
     elif isinstance(content, list) and role not in conventions.roles_with_parts:
         fitted["content"] = "".join(part["text"] for part in content)
+    elif isinstance(content, str) and role in conventions.roles_without_plain_text:
+        fitted["content"] = [{"type": "text", "text": content}]
     if conventions.parses_arguments and isinstance(calls := fitted.get("tool_calls"), list):
         fitted["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
     reasoning = next((fitted[name] for name in _REASONING_FIELDS if name in fitted), None)

@@ -37,6 +37,7 @@ class ChatConventions:
     """What a template can take. What was not probed it is not trusted with."""
 
     roles_with_parts: frozenset[str]  # a list of text parts shows as the parts' text
+    roles_without_plain_text: frozenset[str]  # of these: a text that is not in a list of parts does not show
     shapes_without_text: frozenset[Shape]  # no content shows as no text
     parses_arguments: bool  # arguments of tool calls must be objects, not JSON text
 
@@ -46,8 +47,10 @@ class ChatConventions:
         parses_arguments = _parses_arguments(render)
         shapes = [Shape(*shape) for shape in itertools.product(ROLES, (False, True), (False, True))]
         call = _call(_ARGUMENTS if parses_arguments else json.dumps(_ARGUMENTS))
+        with_parts = frozenset(role for role in ROLES if _shows_parts(render, role, call))
         return cls(
-            roles_with_parts=frozenset(role for role in ROLES if _shows_parts(render, role, call)),
+            roles_with_parts=with_parts,
+            roles_without_plain_text=frozenset(role for role in with_parts if not _shows_text(render, role, call)),
             shapes_without_text=frozenset(shape for shape in shapes if _shows_nothing(render, shape, call)),
             parses_arguments=parses_arguments,
         )
@@ -58,6 +61,10 @@ def _shows_parts(render: Render, role: str, call: Json) -> bool:
     parts = [{"type": "text", "text": text, "extra": "probeextra"} for text in ("probepartone", "probeparttwo")]
     shown = render(_conversation(role, False, parts, call)) or ""
     return all(part["text"] in shown for part in parts) and "probeextra" not in shown
+
+
+def _shows_text(render: Render, role: str, call: Json) -> bool:
+    return "probetext" in (render(_conversation(role, False, "probetext", call)) or "")
 
 
 def _shows_nothing(render: Render, shape: Shape, call: Json) -> bool:

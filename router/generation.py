@@ -22,8 +22,8 @@ from router.admission import Admission
 from router.chat import ChatTemplate
 from router.checks import check_prompt, check_resumption, check_sampling, check_text, check_token_ids
 from router.config import RouterConfig
+from router.defaults import end_token_ids, settled
 from router.dispatch import Dispatcher, TokenRequest
-from router.end_tokens import end_token_ids, settled
 from router.errors import (
     InvalidRequest,
     Overloaded,

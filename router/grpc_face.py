@@ -155,6 +155,8 @@ class _Edge(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
         handler = await continuation(handler_call_details)
+        if handler is None:
+            self._metrics.refused(errors.UnknownRoute.code)
         if handler is None or not handler_call_details.method.startswith(f"/{SERVICE}/"):
             return handler
         parse, serialize = handler.request_deserializer, handler.response_serializer

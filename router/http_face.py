@@ -181,7 +181,7 @@ class _Endpoints:
             is_chat=is_chat,
             is_stream=bool(body.stream),
             has_usage_chunk=body.has_usage_chunk,
-            has_token_ids=body.return_token_ids,
+            has_token_ids=bool(body.return_token_ids),
             has_event_ids=self._generation.can_resume,
             model=body.model,
         )

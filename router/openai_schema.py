@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from router.errors import InvalidRequest
 from router.events import SamplingOptions
@@ -54,8 +54,8 @@ class _Request(BaseModel):
     # Extensions.
     top_k: Integer | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[int] = Field(default_factory=list)
-    return_token_ids: bool = False
+    stop_token_ids: list[int] | None = None
+    return_token_ids: bool | None = None
     # Accepted: cannot change the completion.
     user: Any = None
     metadata: Any = None
@@ -81,7 +81,7 @@ class _Request(BaseModel):
             max_tokens=default_max_tokens if self.limit is None else self.limit,
             seed=seed,
             stop=tuple(stops),
-            stop_token_ids=tuple(self.stop_token_ids),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
         )
 

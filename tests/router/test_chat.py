@@ -95,6 +95,15 @@ def test_parts_are_joined_for_templates_that_would_print_the_list() -> None:
     assert "[a][b]" in ChatTemplate(chat_templates.PARTS, SPECIAL).render(parts)
 
 
+def test_a_template_that_looks_for_parts_alone_gets_parts() -> None:
+    source = "{% for m in messages %}[{{ m.role }}]{% for part in m.content %}{% if part.type == 'text' %}"
+    source += "{{ part.text }}{% endif %}{% endfor %}{% endfor %}"  # loses a plain text, letter by letter
+    template = ChatTemplate(source, {})
+    assert template.render([{"role": "user", "content": "hello"}]) == "[user]hello"
+    assert template.render([{"role": "user", "content": [{"type": "text", "text": "hello"}]}]) == "[user]hello"
+    assert template.render([{"role": "user", "content": None}]) == "[user]"
+
+
 def test_roles_differ_in_what_they_take() -> None:
     source = "{% for m in messages %}{% if m.role == 'user' and m.content is not string %}{{ m.content[0].text }}"
     source += "{{ m.content[1].text }}{% else %}{{ m.content }}{% endif %};{% endfor %}"

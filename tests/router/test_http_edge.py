@@ -173,7 +173,8 @@ NEUTRAL = [
     {"top_k": -1},
     {"top_k": 5.0, "seed": 1.0, "n": 1.0, "max_tokens": 3.0},
     {"logprobs": None, "n": None, "stop": None, "seed": None, "temperature": None, "top_p": None, "top_k": None},
-    {"ignore_eos": None, "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}},
+    {"ignore_eos": None, "stop_token_ids": None, "return_token_ids": None},
+    {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}},
 ]
 NEUTRAL_CHATS = [
     {"prediction": None, "modalities": ["text"], "audio": None, "web_search_options": None, "reasoning_effort": None},

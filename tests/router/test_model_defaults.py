@@ -170,9 +170,11 @@ async def test_grpc_calls_have_request_ids_and_refusals_are_counted(model_dir: P
             raw = channel.unary_stream("/switchyard.v1.GenerationService/Generate")
             with pytest.raises(grpc.aio.AioRpcError, match="does not parse"):
                 await raw(b"\xff\xff\xff").read()
+            with pytest.raises(grpc.aio.AioRpcError, match="UNIMPLEMENTED"):
+                await channel.unary_unary("/switchyard.v1.GenerationService/Nothing")(b"")
         with pytest.raises(grpc.aio.AioRpcError):
             await stub.Resume(generation_pb2.ResumeRequest(stream_id="nothing")).read()
         async with httpx.AsyncClient(base_url=cluster.http_url) as client:
             text = (await client.get("/metrics")).text
-    for outcome in ("length", "model_not_found", "invalid_request", "stream_not_found"):
+    for outcome in ("length", "model_not_found", "invalid_request", "stream_not_found", "unknown_route"):
         assert f'switchyard_requests_total{{outcome="{outcome}"}} 1.0\n' in text, outcome
