@@ -81,8 +81,11 @@ class TextCodec:
         return token_id
 
     def added_token_at_start(self, text: str) -> int | None:
-        """The id of the added token that a text begins with, the longest of several; None when it begins with none."""
-        found = [token for token in self._added_ids if token and text.startswith(token)]
+        """The id of the added token that a text begins with, the longest of several; None when it begins with none.
+
+        Spaces and line breaks, which some vocabularies have as added tokens, do not count.
+        """
+        found = [token for token in self._added_ids if token.strip() and text.startswith(token)]
         return self._added_ids[max(found, key=len)] if found else None
 
     def fallback_byte(self, token_id: int) -> int | None:

@@ -127,13 +127,18 @@ async def test_a_request_that_leaves_it_open_gets_the_models_sampling(tmp_path: 
 async def test_the_templates_end_is_a_stop_token(tmp_path: Path) -> None:
     from tokenizers import AddedToken, Tokenizer
 
-    directory = write_model(tmp_path, config={"vocab_size": VOCAB_SIZE + 2}, tokenizer_config={"chat_template": QWEN3})
+    directory = write_model(tmp_path, config={"vocab_size": VOCAB_SIZE + 3}, tokenizer_config={"chat_template": QWEN3})
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     tokenizer.add_special_tokens([AddedToken("<|im_start|>", special=True)])
     tokenizer.add_tokens([AddedToken("<|im_end|>")])  # added and not special, as some models have it
+    tokenizer.add_tokens([AddedToken("\n\n")])
     tokenizer.save(str(directory / "tokenizer.json"))
     router = Router(RouterSpec("router-0", str(directory), MODEL, "memory://", grpc_port=0, http_port=0))
     assert router._generation._end_token_ids == (tokenizer.token_to_id("<|im_end|>"),)
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\n\n\n{% endfor %}")
+    router = Router(RouterSpec("router-0", str(directory), MODEL, "memory://", grpc_port=0, http_port=0))
+    assert router._generation._end_token_ids == ()  # an answer may have empty lines in it
+    (tmp_path / "chat_template.jinja").unlink()
     write_model(tmp_path, config={"vocab_size": VOCAB_SIZE})  # the id lies outside of the model: it cannot be chosen
     router = Router(RouterSpec("router-0", str(directory), MODEL, "memory://", grpc_port=0, http_port=0))
     assert router._generation._end_token_ids == ()
