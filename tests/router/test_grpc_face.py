@@ -174,7 +174,7 @@ async def test_a_deadline_ends_the_stream_everywhere(model_dir: Path) -> None:
         with pytest.raises(GenerationError, match="DEADLINE_EXCEEDED"):
             await collect(cluster.grpc_address, order)
         await until(lambda: worker.num_live == 0, "the worker was told")
-    assert 0 < worker.submits[0].deadline_s <= 1.2
+    assert 0 < worker.submits[0].deadline_s <= 1.21  # a second of slack; gRPC rounds what is left up
 
 
 async def test_the_routers_own_deadline_bounds_every_request(model_dir: Path) -> None:
