@@ -76,11 +76,16 @@ def serve(config_path: str | None, assignments: tuple[str, ...], once: str | Non
 )
 @click.option("--prompt", required=True, metavar="TEXT", help="What to continue.")
 @click.option("--max-tokens", type=int, metavar="N", help="Most tokens to generate. Default: up to the context length.")
-@click.option("--temperature", type=float, default=1.0, metavar="T", show_default=True, help="0 is greedy.")
+@click.option("--temperature", type=float, metavar="T", help="0 is greedy. Default: the model's.")
 @click.option("--seed", type=int, metavar="S", help="Makes sampling repeatable. Default: the router draws one.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def generate(
-    targets: tuple[str, ...], prompt: str, max_tokens: int | None, temperature: float, seed: int | None, as_json: bool
+    targets: tuple[str, ...],
+    prompt: str,
+    max_tokens: int | None,
+    temperature: float | None,
+    seed: int | None,
+    as_json: bool,
 ) -> int:
     """Stream one completion from a running cluster."""
     from deploy.completion import summary

@@ -189,6 +189,7 @@ class Cluster:
             cluster=plan.cluster,
             weights=model.weights,
             ignore_keys=self._config.model.ignore_keys,
+            generation_config=self._config.model.generation_config,
         )
         specs = router_specs(template, self._config.endpoints, self._config.router, self.id)
         routers = Routers(specs, self.run_dir)

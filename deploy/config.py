@@ -24,6 +24,7 @@ from deploy.errors import ConfigError
 from kvstore.config import KVStoreConfig
 from router.config import RouterConfig
 from router.errors import ConfigError as RouterConfigError
+from router.model_files import GENERATION_CONFIG
 from workers.config import DTYPES, ROLES, RUNNERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,8 +55,14 @@ class ModelSource:
     ignore_keys: tuple[str, ...] = ()
     """Keys of config.json, generation_config.json and tokenizer_config.json to pass over: unknown ones, which are
     refused otherwise, of which you know that they change nothing."""
+    generation_config: str = "auto"
+    """Whether the model's generation_config.json gives requests their defaults: temperature, top_p, top_k, and
+    max_new_tokens for chats that name no limit. auto means where it has them, none means never."""
 
     def __post_init__(self) -> None:
+        kinds = ", ".join(GENERATION_CONFIG)
+        is_known = self.generation_config in GENERATION_CONFIG
+        _require(is_known, "generation_config", f"must be one of {kinds}, not {self.generation_config!r}")
         _require(self.dtype in DTYPES, "dtype", f"must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
         _require(self.max_model_len >= 0, "max_model_len", f"must be >= 0, not {self.max_model_len}")
 

@@ -70,7 +70,7 @@ def check_model(config: ClusterConfig) -> FoundModel:
 
 def _check_texts(directory: Path, config: ClusterConfig) -> None:
     """Whatever a router reads of the model: tokenizer, chat template, defaults. Raises ModelFilesError."""
-    files = ModelFiles.load(directory, directory.name, config.model.ignore_keys)
+    files = ModelFiles.load(directory, directory.name, config.model.generation_config, config.model.ignore_keys)
     TextCodec(files.tokenizer_json)
     if files.chat_template:
         ChatTemplate(files.chat_template, files.special_tokens)

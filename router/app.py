@@ -49,7 +49,7 @@ class Router:
         if config.policy not in POLICIES:
             raise ConfigError(f"router.policy: {config.policy!r} is not one of {', '.join(POLICIES)}")
         self._spec = spec
-        files = ModelFiles.load(spec.model_dir, spec.model_name, spec.ignore_keys)
+        files = ModelFiles.load(spec.model_dir, spec.model_name, spec.generation_config, spec.ignore_keys)
         self._metrics = Metrics()
         rates = Rates(config.prefill_ms_per_token, config.decode_ms_per_step, config.transfer_ms_per_block)
         fleet = Fleet(POLICIES[config.policy], rates)
@@ -64,8 +64,10 @@ class Router:
             lambda: self._directory_is_up,
             lambda: self._journal.is_up,
         )
-        self._grpc = GrpcFace(self._generation, config.max_message_bytes)
-        self._http = HttpFace(HttpParts(self._generation, self._metrics, self.readiness, config.max_message_bytes))
+        self._grpc = GrpcFace(self._generation, self._metrics, config.max_message_bytes)
+        self._http = HttpFace(
+            HttpParts(self._generation, self._metrics, self.readiness, config.max_message_bytes, config.cors_origins)
+        )
         self._changed = asyncio.Event()
         self._dispatcher.on_fleet_change = self._changed.set
         self._tasks: list[asyncio.Task[None]] = []

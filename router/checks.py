@@ -5,22 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from router.errors import InvalidRequest
+from router.errors import ContextLengthExceeded, InvalidRequest
 from router.events import ResumeRequest, SamplingOptions
 
 MAX_STOP_TEXTS = 16
 MAX_STOP_CHARACTERS = 1024
-_LARGEST_FLOAT32 = 3.4028234663852886e38  # what the wire carries
+LARGEST_FLOAT32 = 3.4028234663852886e38  # what the wire carries
 
 
 def check_sampling(sampling: SamplingOptions, vocab_size: int) -> None:
-    """Raise InvalidRequest for the first field that cannot be meant."""
-    if not (math.isfinite(sampling.temperature) and 0 <= sampling.temperature <= _LARGEST_FLOAT32):
-        raise _invalid("temperature", f"must be >= 0 and a finite 32-bit number, not {sampling.temperature}")
-    if not 0 < sampling.top_p <= 1:
-        raise _invalid("top_p", f"must be in (0, 1], not {sampling.top_p}")
-    if not 0 <= sampling.top_k < 2**32:
-        raise _invalid("top_k", f"must be >= 0 (0 means no limit), not {sampling.top_k}")
+    """Raise InvalidRequest for the first field that cannot be meant; what is left open is well."""
+    temperature, top_p, top_k = sampling.temperature, sampling.top_p, sampling.top_k
+    if temperature is not None and not (math.isfinite(temperature) and 0 <= temperature <= LARGEST_FLOAT32):
+        raise _invalid("temperature", f"must be >= 0 and a finite 32-bit number, not {temperature}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise _invalid("top_p", f"must be in (0, 1], not {top_p}")
+    if top_k is not None and not 0 <= top_k < 2**32:
+        raise _invalid("top_k", f"must be >= 0 (0 means no limit), not {top_k}")
     if sampling.max_tokens is not None and not 0 < sampling.max_tokens < 2**63:
         raise _invalid("max_tokens", f"must be > 0 and < 2^63, not {sampling.max_tokens}")
     if sampling.seed is not None and not 0 <= sampling.seed < 2**64:
@@ -36,13 +37,20 @@ def check_token_ids(param: str, token_ids: Sequence[int], vocab_size: int) -> No
         raise _invalid(param, f"id {bad} at index {index} is outside the vocabulary [0, {vocab_size})")
 
 
-def check_prompt(num_tokens: int, context_tokens: int) -> None:
-    """Raise InvalidRequest unless the prompt leaves room for one token of output."""
+def check_prompt(num_tokens: int, context_tokens: int, is_bound: bool = False) -> None:
+    """Raise InvalidRequest unless the prompt leaves room for one token of output.
+
+    is_bound: the prompt has at least so many tokens, and they were not counted.
+    """
     if num_tokens == 0:
         raise _invalid("prompt", "must not be empty")
     if num_tokens >= context_tokens:
-        room = f"the context of {context_tokens} tokens leaves no room for output"
-        raise _invalid("prompt", f"has {num_tokens} tokens, {room}")
+        count = f"{'at least ' if is_bound else ''}{num_tokens} tokens"
+        message = (
+            f"prompt: has {count}. This model's maximum context length is {context_tokens} tokens, of prompt and"
+            " completion together, and no room is left for output. Please reduce the length of the prompt."
+        )
+        raise ContextLengthExceeded(message, param="prompt")
 
 
 def check_resumption(request: ResumeRequest, committed: Sequence[int], vocab_size: int) -> None:

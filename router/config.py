@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from router.errors import ConfigError
+from router.model_files import GENERATION_CONFIG
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,7 @@ class RouterConfig:
     prefill_ms_per_token: float = 0.2  # first guesses of the cost model; each pool's own speed replaces them
     decode_ms_per_step: float = 10.0
     transfer_ms_per_block: float = 0.5
+    cors_origins: tuple[str, ...] = ()  # web pages of these origins may call the HTTP API; "*" means all
 
     def __post_init__(self) -> None:
         for name in ("window_tokens", "max_inflight_requests", "max_prompt_bytes", "max_message_bytes"):
@@ -56,6 +61,9 @@ class RouterConfig:
         for name in ("new_request_wait_s", "replacement_wait_s", "request_timeout_s", "drain_s"):
             _require(name, getattr(self, name), math.isfinite(getattr(self, name)) and getattr(self, name) >= 0)
         _require("transfer_ms_per_block", self.transfer_ms_per_block, self.transfer_ms_per_block >= 0)
+        for origin in self.cors_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ConfigError(f"router.cors_origins: {origin!r} is neither SCHEME://HOST[:PORT] nor *")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +79,7 @@ class RouterSpec:
     grpc_port: int = 50051  # 0 means any free one
     http_host: str = "127.0.0.1"
     http_port: int = 8000
+    generation_config: str = "auto"  # one of model_files.GENERATION_CONFIG
     config: RouterConfig = field(default_factory=RouterConfig)
     cluster: str = ""  # its name: workers, KV nodes and streams of others are refused
     weights: str = ""  # digest of the weights that workers must have
@@ -80,6 +89,9 @@ class RouterSpec:
         for name in ("grpc_port", "http_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ConfigError(f"{name}: must be between 0 and 65535")
+        if self.generation_config not in GENERATION_CONFIG:
+            kinds = ", ".join(GENERATION_CONFIG)
+            raise ConfigError(f"generation_config: must be one of {kinds}, not {self.generation_config!r}")
 
 
 def load_spec(path: str | Path) -> RouterSpec:
@@ -113,10 +125,11 @@ def _build(cls: type, content: object, prefix: str) -> Any:
 def _value(kind: type, value: object, path: str) -> object:
     if dataclasses.is_dataclass(kind) and not isinstance(kind, types.GenericAlias):
         return _build(kind, value, f"{path}.")
-    if kind == tuple[str, ...]:
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise ConfigError(f"{path}: must be a list of texts")
-        return tuple(value)
+    if isinstance(kind, types.GenericAlias) and typing.get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise ConfigError(f"{path}: must be a list, not {type(value).__name__}")
+        (entry, _) = typing.get_args(kind)
+        return tuple(_value(entry, item, f"{path}.{index}") for index, item in enumerate(value))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):

@@ -36,7 +36,7 @@ class TokenRequest:
 
     stream_id: str
     token_ids: Sequence[int]
-    sampling: SamplingOptions  # seed and max_tokens are set
+    sampling: SamplingOptions  # settled: nothing is left open
     names: BlockNames
     arrived_s: float  # on the dispatcher's clock
     deadline_s: float | None  # on the dispatcher's clock

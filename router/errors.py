@@ -4,6 +4,9 @@ RouterError
  +- InvalidRequest          the client's fault; `param` names the field
  |   +- UnknownModel        the model is not served here
  |   +- PromptTooLarge      more bytes than the router looks at
+ |   +- ContextLengthExceeded   more tokens than the model's context has
+ |   +- UnsupportedEncoding a body that is compressed in a way the router does not know
+ |   +- UnknownRoute        no such path, or not by this method
  |   +- UnknownStream       no such stream to resume
  +- Overloaded              admission is full; `retry_after_s` says when to come back
  +- Unavailable             nobody can serve this now
@@ -51,6 +54,24 @@ class PromptTooLarge(InvalidRequest):
     """The prompt has more bytes than the router is willing to encode."""
 
     code = "prompt_too_large"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """The prompt has so many tokens that the model's context leaves no room for output."""
+
+    code = "context_length_exceeded"  # OpenAI's name: clients shorten their chats when they see it
+
+
+class UnsupportedEncoding(InvalidRequest):
+    """The Content-Encoding of the body is none that this router undoes."""
+
+    code = "unsupported_encoding"
+
+
+class UnknownRoute(InvalidRequest):
+    """Nothing is served at this path, or not by this method."""
+
+    code = "unknown_route"
 
 
 class UnknownStream(InvalidRequest):
@@ -111,6 +132,19 @@ class Superseded(RouterError):
     """The stream was resumed elsewhere; this end of it is over."""
 
     code = "superseded"
+
+
+def mark_counted(error: BaseException) -> None:
+    """Say of an error that the request which it ended is in the metrics."""
+    setattr(error, _COUNTED, True)
+
+
+def is_counted(error: BaseException) -> bool:
+    """Whether that was said."""
+    return getattr(error, _COUNTED, False)
+
+
+_COUNTED = "_switchyard_is_counted"
 
 
 class StartupError(Exception):

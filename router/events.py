@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 class SamplingOptions:
     """How tokens are chosen and when the stream ends; None means that the client left it open."""
 
-    temperature: float = 1.0  # 0 is greedy
-    top_p: float = 1.0
-    top_k: int = 0  # 0 means no limit
+    temperature: float | None = None  # 0 is greedy
+    top_p: float | None = None
+    top_k: int | None = None  # 0 means no limit
     max_tokens: int | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()

@@ -23,6 +23,7 @@ from router.admission import Admission
 from router.chat import ChatTemplate
 from router.checks import check_prompt, check_resumption, check_sampling, check_text, check_token_ids
 from router.config import RouterConfig
+from router.defaults import end_token_ids, settled
 from router.dispatch import Dispatcher, TokenRequest
 from router.errors import (
     InvalidRequest,
@@ -32,12 +33,13 @@ from router.errors import (
     Stopping,
     UnknownModel,
     UnknownStream,
+    mark_counted,
 )
 from router.events import Event, Finished, FinishReason, GenerationRequest, RequestStats, ResumeRequest, Started, Tokens
 from router.fleet import BlockNames, KvLayout, name_blocks
 from router.journal import JournalWriter, StreamLog
 from router.model_files import ModelFiles
-from router.text import StopTexts, TextCodec
+from router.text import Detokenizer, StopTexts, TextCodec
 from router.wire import journal_header, journal_record
 
 log = logging.getLogger(__name__)
@@ -85,6 +87,7 @@ class Generation:
         self.admission = Admission(config.max_inflight_requests, config.max_prompt_bytes)
         self._codec = TextCodec(files.tokenizer_json)
         self._chat = ChatTemplate(files.chat_template, files.special_tokens) if files.chat_template else None
+        self._end_token_ids = end_token_ids(files, self._codec, self._chat)
         self._config = config
         self._dispatcher = dispatcher
         self._observer = observer
@@ -106,11 +109,11 @@ class Generation:
         if name not in ("", self.files.name):
             raise UnknownModel(f"model: {name!r} is not served here; {self.files.name!r} is", param="model")
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The prompt that the model's chat template makes of these messages."""
+    def render_chat(self, messages: Sequence[Mapping[str, object]], options: Mapping[str, object]) -> str:
+        """The prompt that the model's chat template makes of these messages and options."""
         if self._chat is None:
             raise InvalidRequest(f"messages: model {self.files.name!r} has no chat template", param="messages")
-        return self._chat.render(messages)
+        return self._chat.render(messages, options)
 
     async def tokenize(self, model: str, text: str) -> Sequence[int]:
         """Ids of a text, as a prompt would be encoded."""
@@ -166,7 +169,7 @@ class Generation:
         sampling = order.sampling
         assert sampling.seed is not None, "the seed is set before a stream is opened"
         assert sampling.max_tokens is not None, "max_tokens is set before a stream is opened"
-        text = _TextOut(self._codec, sampling.stop)
+        text = _TextOut(self._codec.detokenizer(order.token_ids), sampling.stop)
         text.push(0, log.token_ids[: given.num_tokens])
         account.num_output_tokens = given.num_tokens
         live = self._dispatcher.open(order, log.token_ids, given.num_tokens)
@@ -217,6 +220,7 @@ class Generation:
                 self._check(request)
         except RouterError as error:
             self._observer.ended(Account(outcome=error.code))
+            mark_counted(error)
             raise
 
     # -- steps
@@ -250,7 +254,8 @@ class Generation:
         context_tokens = self.context_tokens
         layouts = self._dispatcher.fleet.layouts
         if isinstance(request.prompt, str):
-            check_prompt(max(1, self._codec.min_tokens(len(request.prompt.encode()))), context_tokens)
+            num_tokens = max(1, self._codec.min_tokens(len(request.prompt.encode())))
+            check_prompt(num_tokens, context_tokens, is_bound=True)
             token_ids, names = await self._encode(
                 request.prompt, request.add_special_tokens, layouts, request.tenant_salt
             )
@@ -259,12 +264,11 @@ class Generation:
         check_prompt(len(token_ids), context_tokens)
         check_token_ids("prompt", token_ids, self.files.vocab_size)
         room = context_tokens - len(token_ids)
-        sampling = request.sampling
-        seed = secrets.randbits(53) if sampling.seed is None else sampling.seed  # 53: exact in any JSON reader
+        seed = secrets.randbits(53)  # 53: exact in any JSON reader
         return TokenRequest(
             stream_id=secrets.token_hex(12),
             token_ids=token_ids,
-            sampling=dataclasses.replace(sampling, seed=seed, max_tokens=min(sampling.max_tokens or room, room)),
+            sampling=settled(request.sampling, self.files.sampling_defaults, self._end_token_ids, seed, room),
             names=names,
             arrived_s=arrived_s,
             deadline_s=self._deadline_s(request, arrived_s),
@@ -308,8 +312,9 @@ class Generation:
         account = Account()
         try:
             yield account
-        except RouterError as error:
-            account.outcome = error.code
+        except Exception as error:
+            account.outcome = error.code if isinstance(error, RouterError) else account.outcome
+            mark_counted(error)
             raise
         except (asyncio.CancelledError, GeneratorExit):
             # A reader that stops after Finished has all it came for.
@@ -322,8 +327,8 @@ class Generation:
 class _TextOut:
     """The text side of one stream: ids in, Tokens out, until a stop text shows up."""
 
-    def __init__(self, codec: TextCodec, stops: Sequence[str]) -> None:
-        self._detokenizer = codec.detokenizer()
+    def __init__(self, detokenizer: Detokenizer, stops: Sequence[str]) -> None:
+        self._detokenizer = detokenizer
         self._stops = StopTexts(stops) if stops else None
 
     @property

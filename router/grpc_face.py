@@ -17,9 +17,11 @@ from grpc_reflection.v1alpha import reflection
 from switchyard.v1 import generation_pb2, generation_pb2_grpc
 
 from router import errors
-from router.errors import PortInUse, RouterError
+from router.errors import PortInUse, RouterError, is_counted
 from router.events import Event
 from router.generation import Generation
+from router.metrics import Metrics
+from router.request_ids import REQUEST_ID, request_id
 from router.tenancy import tenant_salt
 from router.wire import event_message, generation_request, resume_request
 
@@ -47,7 +49,7 @@ _Behaviour = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]
 class GrpcFace:
     """The listening gRPC server of one router."""
 
-    def __init__(self, generation: Generation, max_message_bytes: int) -> None:
+    def __init__(self, generation: Generation, metrics: Metrics, max_message_bytes: int) -> None:
         options = [
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", max_message_bytes),
@@ -60,7 +62,7 @@ class GrpcFace:
             # without data for an attack and end the connection in the middle of a long prefill.
             ("grpc.http2.min_ping_interval_without_data_ms", 500),
         ]
-        self._server = grpc.aio.server(interceptors=[_Edge()], options=options)
+        self._server = grpc.aio.server(interceptors=[_Edge(metrics)], options=options)
         self._health = health.aio.HealthServicer()
         servicer = _Servicer(generation)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(servicer, self._server)
@@ -121,8 +123,12 @@ class _Servicer(generation_pb2_grpc.GenerationServiceServicer):
 
 
 def _tenant_salt(context: grpc.aio.ServicerContext) -> bytes:
-    values = [value for key, value in context.invocation_metadata() or () if key == "authorization"]
-    return tenant_salt(str(values[0]) if values else "")
+    return tenant_salt(_metadata(context, "authorization"))
+
+
+def _metadata(context: grpc.aio.ServicerContext, name: str) -> str:
+    values = [value for key, value in context.invocation_metadata() or () if key == name]
+    return str(values[0]) if values else ""
 
 
 async def _write(events: AsyncGenerator[Event, None], context: grpc.aio.ServicerContext) -> None:
@@ -136,8 +142,12 @@ async def _write(events: AsyncGenerator[Event, None], context: grpc.aio.Servicer
 class _Edge(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Parses requests and maps errors for our own service, so that both end in a status that says what is wrong.
 
-    Left to grpc, a message that does not parse (a text that is not UTF-8) becomes UNKNOWN.
+    Left to grpc, a message that does not parse (a text that is not UTF-8) becomes UNKNOWN. Each call gets its request
+    id back, and what never reached generation is counted here.
     """
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
 
     async def intercept_service(
         self,
@@ -145,31 +155,40 @@ class _Edge(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
         handler = await continuation(handler_call_details)
+        if handler is None:
+            self._metrics.refused(errors.UnknownRoute.code)
         if handler is None or not handler_call_details.method.startswith(f"/{SERVICE}/"):
             return handler
         parse, serialize = handler.request_deserializer, handler.response_serializer
         if handler.unary_stream is not None:
-            guarded = _guard(handler.unary_stream, parse)
+            guarded = self._guard(handler.unary_stream, parse)
             return grpc.unary_stream_rpc_method_handler(guarded, None, serialize)
-        return grpc.unary_unary_rpc_method_handler(_guard(handler.unary_unary, parse), None, serialize)
+        return grpc.unary_unary_rpc_method_handler(self._guard(handler.unary_unary, parse), None, serialize)
 
+    def _guard(self, behaviour: _Behaviour, parse: Callable[[bytes], Message]) -> _Behaviour:
+        async def guarded(raw: bytes, context: grpc.aio.ServicerContext) -> Any:
+            try:
+                await context.send_initial_metadata(((REQUEST_ID, request_id(_metadata(context, REQUEST_ID))),))
+                return await behaviour(parse(raw), context)
+            except DecodeError:
+                self._metrics.refused(errors.InvalidRequest.code)
+                message = "request: does not parse as this method's message (are all texts UTF-8?)"
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, message)
+            except RouterError as error:
+                self._count(error, error.code)
+                await context.abort(_status(error), error.message, _trailers(error))
+            except Exception as error:
+                if context.done():  # the client is gone, and writing to it failed
+                    raise
+                self._count(error, RouterError.code)
+                log.exception("a call failed in a way that nobody foresaw")
+                await context.abort(grpc.StatusCode.INTERNAL, f"internal error: {type(error).__name__}")
 
-def _guard(behaviour: _Behaviour, parse: Callable[[bytes], Message]) -> _Behaviour:
-    async def guarded(raw: bytes, context: grpc.aio.ServicerContext) -> Any:
-        try:
-            return await behaviour(parse(raw), context)
-        except DecodeError:
-            message = "request: does not parse as this method's message (are all texts UTF-8?)"
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, message)
-        except RouterError as error:
-            await context.abort(_status(error), error.message, _trailers(error))
-        except Exception as error:
-            if context.done():  # the client is gone, and writing to it failed
-                raise
-            log.exception("a call failed in a way that nobody foresaw")
-            await context.abort(grpc.StatusCode.INTERNAL, f"internal error: {type(error).__name__}")
+        return guarded
 
-    return guarded
+    def _count(self, error: Exception, outcome: str) -> None:
+        if not is_counted(error):
+            self._metrics.refused(outcome)
 
 
 def _status(error: RouterError) -> grpc.StatusCode:

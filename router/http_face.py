@@ -7,27 +7,31 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import socket
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from router import errors
-from router.errors import InvalidRequest, PortInUse, PromptTooLarge, RouterError
+from router.errors import InvalidRequest, PortInUse, RouterError, UnknownRoute, is_counted, mark_counted
 from router.events import Event, GenerationRequest, ResumeRequest
 from router.generation import Generation
+from router.http_body import read_json
 from router.metrics import Metrics
 from router.openai_answer import LAST_EVENT_ID, AnswerStyle, OpenAiAnswer, error_body, parse_event_id
+from router.openai_messages import checked_messages
 from router.openai_schema import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, parse
 from router.readiness import Readiness
+from router.request_ids import RequestIds
 from router.tenancy import tenant_salt
 
 # The most specific entry wins.
@@ -36,6 +40,7 @@ STATUS_OF: dict[type[RouterError], int] = {
     errors.UnknownModel: 404,
     errors.UnknownStream: 404,
     errors.PromptTooLarge: 413,
+    errors.UnsupportedEncoding: 415,
     errors.Overloaded: 429,
     errors.Unavailable: 503,
     errors.DeadlineExceeded: 504,
@@ -43,7 +48,6 @@ STATUS_OF: dict[type[RouterError], int] = {
     errors.Superseded: 409,
     errors.RouterError: 500,
 }
-_DRAINED_BODY_FACTOR = 4  # of a body that is too large this much is read, so that the client gets to see the answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,7 @@ class HttpParts:
     metrics: Metrics
     readiness: Callable[[], Readiness]
     max_body_bytes: int
+    cors_origins: Sequence[str] = ()  # none: web pages may not call it
 
 
 class HttpFace:
@@ -103,21 +108,35 @@ class _Server(uvicorn.Server):
         yield  # signals are the process's, not this face's
 
 
-def make_app(parts: HttpParts) -> Starlette:
+def make_app(parts: HttpParts) -> ASGIApp:
     """The ASGI application."""
-    endpoints = _Endpoints(parts)
-    return Starlette(
+    endpoints, on = _Endpoints(parts), _Errors(parts.metrics)
+    app: ASGIApp = Starlette(
         routes=[
             Route("/v1/completions", endpoints.completions, methods=["POST"]),
             Route("/v1/chat/completions", endpoints.chat_completions, methods=["POST"]),
             Route("/v1/models", endpoints.models),
             Route("/v1/models/{name:path}", endpoints.model),
             Route("/metrics", endpoints.metrics),
+            Route("/health", endpoints.healthz),
             Route("/healthz", endpoints.healthz),
             Route("/readyz", endpoints.readyz),
         ],
-        exception_handlers={RouterError: _on_router_error, HTTPException: _on_http_error, Exception: _on_failure},
+        exception_handlers={
+            RouterError: on.on_router_error,
+            HTTPException: on.on_http_error,
+            Exception: on.on_failure,
+        },
     )
+    if parts.cors_origins:
+        app = CORSMiddleware(
+            app,
+            allow_origins=parts.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=("X-Request-Id",),
+        )
+    return RequestIds(app)
 
 
 class _Endpoints:
@@ -126,7 +145,7 @@ class _Endpoints:
         self._generation = parts.generation
 
     async def completions(self, request: Request) -> Response:
-        body = parse(CompletionRequest, await _read_json(request, self._parts.max_body_bytes))
+        body = parse(CompletionRequest, await read_json(request, self._parts.max_body_bytes))
         self._generation.check_model(body.model)
         style = self._style(body, is_chat=False)
         if (known := _resumption(request, style)) is not None:
@@ -140,35 +159,29 @@ class _Endpoints:
         return OpenAiAnswer([self._generation.stream(one, commits_first) for one in requests], style)
 
     async def chat_completions(self, request: Request) -> Response:
-        body = parse(ChatRequest, await _read_json(request, self._parts.max_body_bytes))
+        body = parse(ChatRequest, await read_json(request, self._parts.max_body_bytes))
         self._generation.check_model(body.model)
         style = self._style(body, is_chat=True)
         if (known := _resumption(request, style)) is not None:
             return OpenAiAnswer([self._resume(known)], style)
-        prompt = self._generation.render_chat([message.plain() for message in body.messages])
-        sampling = body.sampling(None)
+        prompt = self._generation.render_chat(checked_messages(body.messages), body.template_options())
+        sampling = body.sampling(self._generation.files.sampling_defaults.max_new_tokens)
         order = GenerationRequest(
             prompt, sampling, body.model, add_special_tokens=False, tenant_salt=_tenant_salt(request)
         )
-        return OpenAiAnswer([self._generation.stream(order, style.is_stream)], style)
+        return OpenAiAnswer([_refusing(self._generation.stream(order, style.is_stream), {"prompt": "messages"})], style)
 
-    async def _resume(self, known: ResumeRequest) -> AsyncGenerator[Event, None]:
+    def _resume(self, known: ResumeRequest) -> AsyncGenerator[Event, None]:
         """As Generation.resume, whose fields are one header here."""
-        async with contextlib.aclosing(self._generation.resume(known, commits_first=True)) as events:
-            try:
-                async for event in events:
-                    yield event
-            except InvalidRequest as error:
-                if error.param not in ("stream_id", "num_tokens", "token_ids"):
-                    raise
-                raise type(error)(f"{LAST_EVENT_ID}: {error.message}", param=LAST_EVENT_ID) from None
+        fields = ("stream_id", "num_tokens", "token_ids")
+        return _refusing(self._generation.resume(known, commits_first=True), dict.fromkeys(fields, LAST_EVENT_ID))
 
     def _style(self, body: CompletionRequest | ChatRequest, is_chat: bool) -> AnswerStyle:
         return AnswerStyle(
             is_chat=is_chat,
             is_stream=bool(body.stream),
             has_usage_chunk=body.has_usage_chunk,
-            has_token_ids=body.return_token_ids,
+            has_token_ids=bool(body.return_token_ids),
             has_event_ids=self._generation.can_resume,
             model=body.model,
         )
@@ -201,6 +214,22 @@ class _Endpoints:
         }
 
 
+async def _refusing(stream: AsyncGenerator[Event, None], renamed: Mapping[str, str]) -> AsyncGenerator[Event, None]:
+    """The events of a stream, whose refusals name the fields that the client knows."""
+    async with contextlib.aclosing(stream) as events:
+        try:
+            async for event in events:
+                yield event
+        except InvalidRequest as error:
+            if error.param is None or error.param not in renamed:
+                raise
+            param = renamed[error.param]
+            message = error.message.removeprefix(f"{error.param}: ") if error.param == "prompt" else error.message
+            renaming = type(error)(f"{param}: {message}", param=param)
+            mark_counted(renaming)
+            raise renaming from None
+
+
 def _resumption(request: Request, style: AnswerStyle) -> ResumeRequest | None:
     """What a client that lost its connection has; it sends its request again, with the id of the last event it saw.
 
@@ -218,43 +247,33 @@ def _tenant_salt(request: Request) -> bytes:
     return tenant_salt(request.headers.get("authorization", ""))
 
 
-async def _read_json(request: Request, max_bytes: int) -> object:
-    """The body as JSON. Raises InvalidRequest or PromptTooLarge."""
-    chunks: list[bytes] = []
-    num_bytes = 0
-    try:
-        async for chunk in request.stream():
-            num_bytes += len(chunk)
-            if num_bytes <= max_bytes:
-                chunks.append(chunk)
-            elif num_bytes > _DRAINED_BODY_FACTOR * max_bytes:
-                break
-    except ClientDisconnect:
-        raise errors.Cancelled("the client went away while sending its request") from None
-    if num_bytes > max_bytes:
-        raise PromptTooLarge(f"request body: more than the {max_bytes} bytes this router accepts")
-    try:
-        return json.loads(b"".join(chunks).decode())
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"request body: not valid UTF-8 at byte {error.start}") from None
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"request body: not valid JSON ({error})") from None
+class _Errors:
+    """What becomes of errors: a status, a body, and one entry in the metrics for what never reached generation."""
 
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
 
-async def _on_router_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RouterError), "registered for RouterError"
-    status = next(STATUS_OF[kind] for kind in type(error).__mro__ if kind in STATUS_OF)
-    headers = {}
-    if error.retry_after_s is not None:
-        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
-    return JSONResponse(error_body(error), status_code=status, headers=headers)
+    async def on_router_error(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, RouterError), "registered for RouterError"
+        self._count(error, error.code)
+        status = next(STATUS_OF[kind] for kind in type(error).__mro__ if kind in STATUS_OF)
+        headers = {}
+        if error.retry_after_s is not None:
+            headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+        return JSONResponse(error_body(error), status_code=status, headers=headers)
 
+    async def on_http_error(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException), "registered for HTTPException"
+        kind = UnknownRoute if error.status_code in (404, 405) else InvalidRequest
+        named = kind(f"{request.method} {request.url.path}: {error.detail}")
+        self._count(error, named.code)
+        return JSONResponse(error_body(named), status_code=error.status_code, headers=error.headers)
 
-async def _on_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException), "registered for HTTPException"
-    message = f"{request.method} {request.url.path}: {error.detail}"
-    return JSONResponse(error_body(InvalidRequest(message)), status_code=error.status_code, headers=error.headers)
+    async def on_failure(self, request: Request, error: Exception) -> Response:
+        self._count(error, RouterError.code)
+        body = error_body(RouterError(f"internal error: {type(error).__name__}"))
+        return JSONResponse(body, status_code=500)
 
-
-async def _on_failure(request: Request, error: Exception) -> Response:
-    return JSONResponse(error_body(RouterError(f"internal error: {type(error).__name__}")), status_code=500)
+    def _count(self, error: Exception, outcome: str) -> None:
+        if not is_counted(error):
+            self._metrics.refused(outcome)

@@ -107,6 +107,10 @@ class Metrics:
             if account.num_output_tokens > 1:
                 self._tpot.observe((stats.duration_s - stats.ttft_s) / (account.num_output_tokens - 1))
 
+    def refused(self, outcome: str) -> None:
+        """An API refused a call before it was a request: bad JSON, an unknown field or path."""
+        self.ended(Account(outcome))
+
     def gave_tokens(self, num_tokens: int) -> None:
         self._output_tokens.inc(num_tokens)
 

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoint.end_tokens import end_token_ids
 from checkpoint.errors import CheckpointError
 from checkpoint.files import read_json
 from checkpoint.generation_keys import GENERATION_KEYS
 from checkpoint.identity import tokenizer_digest
 from checkpoint.keys import check_keys
 from checkpoint.tokenizer_keys import check_tokenizer_files
+from router.checks import LARGEST_FLOAT32
 from router.errors import ModelFilesError
+
+GENERATION_CONFIG = ("auto", "none")  # whether generation_config.json gives requests their defaults
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """What a request gets that leaves it open: generation_config.json's values; None where it has none."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None  # 0 means no limit
+    max_new_tokens: int | None = None  # of chats
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,22 +41,32 @@ class ModelFiles:
     chat_template: str | None
     special_tokens: dict[str, str]  # "bos_token", "eos_token", ... as a chat template may use them
     tokenizer: str  # digest of tokenizer.json
+    eos_token_ids: tuple[int, ...] = ()  # of config.json and generation_config.json: those that workers stop at
+    sampling_defaults: SamplingDefaults = SamplingDefaults()
 
     @classmethod
-    def load(cls, directory: str | Path, name: str, ignore_keys: Collection[str] = ()) -> ModelFiles:
+    def load(
+        cls, directory: str | Path, name: str, generation_config: str = "auto", ignore_keys: Collection[str] = ()
+    ) -> ModelFiles:
         """Read a Hugging Face model directory. Raises ModelFilesError naming the file or the field.
 
-        ignore_keys: of the JSON files, that are passed over though nothing is known of them.
+        generation_config: auto, or none, which leaves the sampling defaults out. ignore_keys: of the JSON files, that
+        are passed over though nothing is known of them.
         """
         directory = Path(directory)
         if not directory.is_dir():
             raise ModelFilesError(f"{directory}: no such model directory")
-        config = _read_json(directory / "config.json", is_required=True)
-        tokenizer_config = _read_json(directory / "tokenizer_config.json", is_required=False)
         try:
+            config = read_json(directory / "config.json", is_required=True)
+            generation = read_json(directory / "generation_config.json")
+            tokenizer_config = read_json(directory / "tokenizer_config.json")
+            names = tokenizer_config
+            if "added_tokens_decoder" not in tokenizer_config:  # as transformers decides
+                names = {**tokenizer_config, **read_json(directory / "special_tokens_map.json")}
             check_tokenizer_files(directory, ignore_keys)
-            generation_path = directory / "generation_config.json"
-            check_keys(read_json(generation_path), GENERATION_KEYS, generation_path, ignore_keys)
+            if generation_config != "none":
+                check_keys(generation, GENERATION_KEYS, directory / "generation_config.json", ignore_keys)
+            end_ids, tokenizer = end_token_ids(config, generation, directory), tokenizer_digest(directory)
         except CheckpointError as error:
             raise ModelFilesError(str(error)) from None
         return cls(
@@ -52,30 +75,13 @@ class ModelFiles:
             vocab_size=_positive(config, "vocab_size", directory),
             tokenizer_json=directory / "tokenizer.json",
             chat_template=_chat_template(directory, tokenizer_config),
-            special_tokens=_special_tokens(tokenizer_config),
-            tokenizer=_digest(directory),
+            special_tokens=_special_tokens(names),
+            tokenizer=tokenizer,
+            eos_token_ids=end_ids,
+            sampling_defaults=(
+                SamplingDefaults() if generation_config == "none" else _sampling_defaults(generation, directory)
+            ),
         )
-
-
-def _read_json(path: Path, is_required: bool) -> dict[str, Any]:
-    if not path.exists() and not is_required:
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelFilesError(f"{path}: missing") from None
-    except (OSError, ValueError) as error:
-        raise ModelFilesError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ModelFilesError(f"{path}: must be an object")
-    return content
-
-
-def _digest(directory: Path) -> str:
-    try:
-        return tokenizer_digest(directory)
-    except CheckpointError as error:
-        raise ModelFilesError(str(error)) from None
 
 
 def _positive(config: dict[str, Any], field: str, directory: Path) -> int:
@@ -91,8 +97,9 @@ def _chat_template(directory: Path, tokenizer_config: dict[str, Any]) -> str | N
         return file.read_text(encoding="utf-8")
     template = tokenizer_config.get("chat_template")
     if isinstance(template, list):  # several, by name
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+    if isinstance(template, dict):
+        template = template.get("default")
     return template if isinstance(template, str) else None
 
 
@@ -105,3 +112,21 @@ def _special_tokens(tokenizer_config: dict[str, Any]) -> dict[str, str]:
         if isinstance(content, str):
             tokens[key] = content
     return tokens
+
+
+def _sampling_defaults(generation: dict[str, Any], directory: Path) -> SamplingDefaults:
+    def number(field: str, wanted: str, holds: Callable[[float], bool]) -> float | None:
+        value = generation.get(field)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (is_number and holds(value)):
+            raise ModelFilesError(f"{directory}/generation_config.json: {field} must be {wanted}, not {value!r}")
+        return value
+
+    top_k = number("top_k", "an integer >= -1", lambda value: value == int(value) and -1 <= value < 2**32)
+    limit = number("max_new_tokens", "a positive integer", lambda value: value == int(value) and 0 < value < 2**63)
+    return SamplingDefaults(
+        temperature=number("temperature", "a finite number >= 0", lambda value: 0 <= value <= LARGEST_FLOAT32),
+        top_p=number("top_p", "in (0, 1]", lambda value: 0 < value <= 1),
+        top_k=None if top_k is None else max(0, int(top_k)),
+        max_new_tokens=None if limit is None else int(limit),
+    )

@@ -181,7 +181,7 @@ class OpenAiAnswer(Response):
 
 def error_body(error: RouterError) -> Json:
     """OpenAI's error object."""
-    kind = "invalid_request_error" if error.param is not None or error.code == "invalid_request" else error.code
+    kind = "invalid_request_error" if isinstance(error, InvalidRequest) else error.code
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from router.errors import InvalidRequest
 from router.events import SamplingOptions
@@ -19,6 +19,14 @@ DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's; a chat goes on to the end of the 
 MAX_PROMPTS = 64
 
 Prompt = str | tuple[int, ...]
+
+
+def _integral(value: object) -> object:
+    """An integer that JSON wrote as 16.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Integer = Annotated[int, BeforeValidator(_integral)]
 
 
 class StreamOptions(BaseModel):
@@ -35,19 +43,19 @@ class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str
-    max_tokens: int | None = None
+    max_tokens: Integer | None = None
     temperature: float | None = None
     top_p: float | None = None
     stop: str | list[str] | None = None
-    seed: int | None = None
-    n: int | None = None
+    seed: Integer | None = None
+    n: Integer | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Extensions.
-    top_k: int = 0
-    ignore_eos: bool = False
-    stop_token_ids: list[int] = Field(default_factory=list)
-    return_token_ids: bool = False
+    top_k: Integer | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[int] | None = None
+    return_token_ids: bool | None = None
     # Accepted: cannot change the completion.
     user: Any = None
     metadata: Any = None
@@ -62,20 +70,25 @@ class _Request(BaseModel):
     frequency_penalty: Any = None
 
     def sampling(self, default_max_tokens: int | None) -> SamplingOptions:
-        """The options that this request asks for, its absent fields at OpenAI's defaults."""
+        """The options that this request asks for; what it leaves open stays open, but for the limit."""
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         # OpenAI's seed is a signed number; ours is the same 64 bits.
         seed = self.seed % 2**64 if self.seed is not None and -(2**63) <= self.seed < 0 else self.seed
         return SamplingOptions(
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=self.top_k,
-            max_tokens=default_max_tokens if self.max_tokens is None else self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=0 if self.top_k == -1 else self.top_k,  # vLLM's "no limit"
+            max_tokens=default_max_tokens if self.limit is None else self.limit,
             seed=seed,
             stop=tuple(stops),
-            stop_token_ids=tuple(self.stop_token_ids),
-            ignore_eos=self.ignore_eos,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=bool(self.ignore_eos),
         )
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens to generate, where the client says it."""
+        return self.max_tokens
 
     @property
     def has_usage_chunk(self) -> bool:
@@ -109,63 +122,65 @@ class CompletionRequest(_Request):
         raise _invalid("prompt", "must be a text, a list of texts, or a list of token ids")
 
 
-class ChatPart(BaseModel):
-    """A piece of a message; text is the only kind that this router has."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(BaseModel):
-    """One message of a conversation."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-    role: str
-    content: str | list[ChatPart] | None = None
-
-    def plain(self) -> Mapping[str, str]:
-        """Role and text, as a chat template expects them."""
-        content = self.content or ""
-        return {
-            "role": self.role,
-            "content": content if isinstance(content, str) else "".join(part.text for part in content),
-        }
-
-
 class ChatRequest(_Request):
     """POST /v1/chat/completions."""
 
-    messages: list[ChatMessage]
-    max_completion_tokens: int | None = None
+    messages: Any  # see openai_messages
+    max_completion_tokens: Integer | None = None
+    chat_template_kwargs: dict[str, Any] | None = None  # an extension
+    # Accepted: cannot change the completion.
+    parallel_tool_calls: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
+    # Refused when set to anything but their neutral values.
     response_format: Any = None
     tools: Any = None
     tool_choice: Any = None
-    parallel_tool_calls: Any = None
+    functions: Any = None
+    function_call: Any = None
     top_logprobs: Any = None
+    modalities: Any = None
+    audio: Any = None
+    prediction: Any = None
+    reasoning_effort: Any = None
+    verbosity: Any = None
+    web_search_options: Any = None
+    moderation: Any = None
 
-    @model_validator(mode="after")
-    def _one_limit(self) -> ChatRequest:
-        if self.max_tokens is None:
-            self.max_tokens = self.max_completion_tokens
-        return self
+    @property
+    def limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def template_options(self) -> Mapping[str, object]:
+        """What the chat template is given besides the messages. Raises InvalidRequest."""
+        options = self.chat_template_kwargs or {}
+        if "messages" in options:
+            raise _invalid("chat_template_kwargs", "must not have messages: they are a field of the request")
+        return options
 
 
 # Values that ask for nothing, as JSON writes them; anything else in these fields is refused.
 _NEUTRAL: dict[str, tuple[str, ...]] = {
     "n": ("1",),
-    "best_of": ("1",),
+    "best_of": ("1", "1.0"),
     "echo": ("false",),
     "suffix": ('""',),
     "logprobs": ("false",),
-    "top_logprobs": ("0",),
+    "top_logprobs": ("0", "0.0"),
     "logit_bias": ("{}",),
-    "presence_penalty": ("0", "0.0"),
-    "frequency_penalty": ("0", "0.0"),
+    "presence_penalty": ("0", "0.0", "-0.0"),
+    "frequency_penalty": ("0", "0.0", "-0.0"),
     "tools": ("[]",),
     "tool_choice": ('"none"', '"auto"'),
+    "functions": ("[]",),
+    "function_call": ('"none"', '"auto"'),
+    "modalities": ('["text"]',),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),  # a template's option goes into chat_template_kwargs
+    "verbosity": ('"medium"',),
+    "web_search_options": (),
+    "moderation": (),
     "response_format": ('{"type": "text"}',),
 }
 

@@ -1,14 +1,16 @@
 """Between text and token ids: encoding, decoding as tokens come, and stop texts.
 
-A detokenizer never shows half a character, and all it shows together is what decoding all ids at once would give.
-Knows nothing of requests, models or streams.
+A detokenizer never shows half a character. All it shows together is the text that decoding prompt and completion at
+once has after the prompt's. Knows nothing of requests, models or streams.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -18,10 +20,13 @@ from router.errors import ModelFilesError
 
 _REPLACEMENT = "\ufffd"
 _MAX_PENDING_TOKENS = 8  # a character takes at most 4 bytes, so an incomplete end longer than this is no character
+_MAX_CONTEXT_TOKENS = 32  # of the prompt, those with text that a detokenizer starts from
+_MAX_LOOKED_AT_TOKENS = 256  # of the prompt, to find them among special tokens
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Detokenizer(Protocol):
-    """Text of a growing list of ids."""
+    """Text of a growing list of ids, which a prompt comes before."""
 
     def push(self, token_ids: Sequence[int]) -> str:
         """More ids came: the text that is complete now."""
@@ -44,9 +49,10 @@ class TextCodec:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         layout = json.loads(content)
-        self._is_byte_level = (layout.get("decoder") or {}).get("type") == "ByteLevel"
+        self._is_byte_level = _is_byte_level(layout.get("decoder"))
         added = layout.get("added_tokens") or []
         self._special_ids = frozenset(token["id"] for token in added if token.get("special"))
+        self._added_ids = {token["content"]: token["id"] for token in added}
         self._bytes_of: dict[int, bytes] = {}  # filled as ids are seen
         self._longest_token_bytes = self._bound_token_bytes(layout)
 
@@ -64,9 +70,28 @@ class TextCodec:
         """No text of so many bytes has fewer tokens; 0 where the tokenizer allows no such bound."""
         return num_bytes // self._longest_token_bytes if self._longest_token_bytes else 0
 
-    def detokenizer(self) -> Detokenizer:
-        """A fresh one, for one stream."""
-        return _ByteDetokenizer(self) if self._is_byte_level else _WindowDetokenizer(self)
+    def detokenizer(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
+        """A fresh one, for the completion of this prompt."""
+        context = self._last_with_text(prompt_ids)
+        return _ByteDetokenizer(self, context) if self._is_byte_level else _WindowDetokenizer(self, context)
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token of the vocabulary, by its own spelling."""
+        token_id: int | None = self._tokenizer.token_to_id(token)
+        return token_id
+
+    def added_token_at_start(self, text: str) -> int | None:
+        """The id of the added token that a text begins with, the longest of several; None when it begins with none.
+
+        Spaces and line breaks, which some vocabularies have as added tokens, do not count.
+        """
+        found = [token for token in self._added_ids if token.strip() and text.startswith(token)]
+        return self._added_ids[max(found, key=len)] if found else None
+
+    def fallback_byte(self, token_id: int) -> int | None:
+        """The byte that an id of a vocabulary with byte fallback stands for; None for all other ids."""
+        spelled = _BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(token_id) or "")
+        return int(spelled[1], 16) if spelled else None
 
     def is_special(self, token_id: int) -> bool:
         """Whether an id has no text of its own."""
@@ -78,6 +103,16 @@ class TextCodec:
         if known is None:
             known = self._bytes_of[token_id] = self._spell(token_id)
         return known
+
+    def _last_with_text(self, prompt_ids: Sequence[int]) -> list[int]:
+        """The prompt's last ids that have text, so many that what is to the left of them changes nothing."""
+        looked_at = islice(reversed(prompt_ids), _MAX_LOOKED_AT_TOKENS)
+        with_text = (token_id for token_id in looked_at if not self.is_special(token_id))
+        context = list(islice(with_text, _MAX_CONTEXT_TOKENS))[::-1]
+        if len(context) == _MAX_CONTEXT_TOKENS and not self._is_byte_level:
+            while context and 0x80 <= (self.fallback_byte(context[0]) or 0) < 0xC0:  # the end of a character cut in two
+                context.pop(0)
+        return context
 
     def _spell(self, token_id: int) -> bytes:
         token = None if self.is_special(token_id) else self._tokenizer.id_to_token(token_id)
@@ -104,9 +139,10 @@ class TextCodec:
 class _ByteDetokenizer:
     """For byte-level vocabularies: every id is some bytes, and a character is shown when its last byte came."""
 
-    def __init__(self, codec: TextCodec) -> None:
+    def __init__(self, codec: TextCodec, context: Sequence[int]) -> None:
         self._codec = codec
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.push(context)  # the prompt's own text; an incomplete character at its end is kept
 
     def push(self, token_ids: Sequence[int]) -> str:
         return self._decoder.decode(b"".join(map(self._codec.token_bytes, token_ids)))
@@ -118,15 +154,15 @@ class _ByteDetokenizer:
 class _WindowDetokenizer:
     """For all other vocabularies, where a token's text depends on its neighbours: decodes a short window twice.
 
-    ids[:_shown] are shown, special ones are left out. The window starts one shown piece earlier, so that what is
-    decoded has its left neighbours; the new text is what the longer window has more than the shorter.
+    ids[:_shown] are shown, or are the prompt's; special ones are left out. The window starts one shown piece earlier,
+    so that what is decoded has its left neighbours; the new text is what the longer window has more than the shorter.
     """
 
-    def __init__(self, codec: TextCodec) -> None:
+    def __init__(self, codec: TextCodec, context: Sequence[int]) -> None:
         self._codec = codec
-        self._ids: list[int] = []
+        self._ids = list(context)
         self._start = 0
-        self._shown = 0
+        self._shown = len(context) - self._num_pending()
 
     def push(self, token_ids: Sequence[int]) -> str:
         text = ""
@@ -138,6 +174,20 @@ class _WindowDetokenizer:
 
     def finish(self) -> str:
         return self._advance(is_last=True)
+
+    def _num_pending(self) -> int:
+        """How many ids at the end are the first bytes of a character that is not complete."""
+        data = b""
+        for token_id in islice(reversed(self._ids), 3):
+            byte = self._codec.fallback_byte(token_id)
+            if byte is None:
+                break
+            data = bytes((byte,)) + data
+            try:
+                return 0 if codecs.getincrementaldecoder("utf-8")().decode(data) else len(data)
+            except UnicodeDecodeError:
+                continue  # it does not begin here
+        return 0
 
     def _advance(self, is_last: bool) -> str:
         before = self._codec.decode(self._ids[self._start : self._shown])
@@ -183,6 +233,15 @@ def _overlap(text: str, stop: str) -> int:
         if stop.startswith(text[len(text) - length :]):
             return length
     return 0
+
+
+def _is_byte_level(decoder: object) -> bool:
+    """Whether a tokenizer's decoder joins the bytes that the characters of its tokens stand for, and does no more."""
+    if not isinstance(decoder, dict):
+        return False
+    if decoder.get("type") == "Sequence" and len(decoder.get("decoders") or ()) == 1:
+        return _is_byte_level(decoder["decoders"][0])
+    return decoder.get("type") == "ByteLevel"
 
 
 def _byte_characters() -> dict[str, int]:

@@ -59,7 +59,7 @@ class PartOrder:
     part: Part
     token_ids: Sequence[int]  # prompt, then what was emitted
     num_prompt_tokens: int  # of token_ids, the client's
-    sampling: SamplingOptions  # seed and max_tokens are set
+    sampling: SamplingOptions  # settled: nothing is left open
     window_tokens: int
     deadline_s: float  # seconds from now; 0 means none
     tenant_salt: bytes
@@ -96,11 +96,11 @@ def sampling_message(sampling: SamplingOptions) -> generation.SamplingParams:
 
 
 def sampling_options(message: generation.SamplingParams) -> SamplingOptions:
-    """The options of a client's SamplingParams, its absent fields at their defaults."""
+    """The options of a client's SamplingParams; an absent field is left open."""
     return SamplingOptions(
-        temperature=message.temperature if message.HasField("temperature") else 1.0,
-        top_p=message.top_p if message.HasField("top_p") else 1.0,
-        top_k=message.top_k,
+        temperature=message.temperature if message.HasField("temperature") else None,
+        top_p=message.top_p if message.HasField("top_p") else None,
+        top_k=message.top_k if message.HasField("top_k") else None,
         max_tokens=message.max_tokens if message.HasField("max_tokens") else None,
         seed=message.seed if message.HasField("seed") else None,
         stop=tuple(message.stop),
@@ -150,6 +150,8 @@ def journal_header(request: GenerationRequest, served: ServedModel, deadline_uni
 def journal_record(header: bytes) -> tuple[GenerationRequest, ServedModel, float | None]:
     """The request of a header, what was served where it began, and its deadline in seconds since 1970."""
     record = journal.StreamRecord.FromString(header)
+    if not record.request.sampling.HasField("top_k"):  # 0 was not written when the field had no presence
+        record.request.sampling.top_k = 0
     request = generation_request(record.request, None, record.tenant_salt)
     return request, ServedModel.of(record.served), record.deadline_unix_s or None
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.config_keys import CONFIG_KEYS, MODEL_TYPES, ROPE_KEYS
+from checkpoint.end_tokens import end_token_ids
 from checkpoint.errors import CheckpointError
 from checkpoint.files import read_json
 from checkpoint.keys import check_keys
@@ -156,7 +157,7 @@ def _parse(raw: dict[str, Any], generation: dict[str, Any], path: Path) -> Model
         rope_theta=fields.number("rope_theta", fields.number("rope_theta", 10000.0), rope),
         rope_scaling=rope_scaling,
         tie_word_embeddings=fields.flag("tie_word_embeddings"),
-        eos_token_ids=_end_tokens(raw, path) + _end_tokens(generation, path.with_name("generation_config.json")),
+        eos_token_ids=end_token_ids(raw, generation, path.parent),
         has_qk_norm=fields.architecture.startswith("Qwen3"),
         **_experts(fields),
     )
@@ -184,14 +185,6 @@ def _experts(fields: _Fields) -> dict[str, Any]:
     if experts["num_experts_per_tok"] > experts["num_experts"]:
         raise ModelError(f"{fields.path}: num_experts_per_tok is more than num_experts={experts['num_experts']}")
     return experts
-
-
-def _end_tokens(raw: dict[str, Any], path: Path) -> tuple[int, ...]:
-    value = raw.get("eos_token_id")
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(token_id, int) and not isinstance(token_id, bool) and token_id >= 0 for token_id in ids):
-        raise ModelError(f"{path}: eos_token_id must be a token id or a list of them, not {value!r}")
-    return tuple(ids)
 
 
 def _rope(fields: _Fields) -> tuple[dict[str, Any], RopeScaling | None]:

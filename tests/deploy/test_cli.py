@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from deploy import cli
+from deploy.errors import StartError
 from deploy.preflight import free_port
+from router.events import SamplingOptions
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -94,3 +96,18 @@ def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
         "--config --model --prefill --decode --mixed --routers --tp --pp --set --grpc-port --http-port --once --json"
     )
     assert [flag for flag in flags.split() if flag not in text] == []
+
+
+@pytest.mark.parametrize(("options", "temperature"), [([], None), (["--temperature", "0"], 0.0)])
+def test_generate_leaves_the_temperature_to_the_model(
+    monkeypatch: pytest.MonkeyPatch, options: list[str], temperature: float | None
+) -> None:
+    asked = []
+
+    def complete(targets: object, prompt: str, sampling: SamplingOptions, out: object) -> object:
+        asked.append(sampling)
+        raise StartError("seen")
+
+    monkeypatch.setattr(cli, "_complete", complete)
+    assert cli.run(["generate", "--prompt", "x", *options]) != 0
+    assert [one.temperature for one in asked] == [temperature]

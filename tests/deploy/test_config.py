@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,10 @@ from deploy import config
 from deploy.config import ClusterConfig, PoolConfig
 from deploy.errors import ConfigError
 from deploy.overrides import ServeFlags, load_with_flags
+from deploy.routers import router_specs
 from kvstore.config import KVStoreConfig
+from router.config import RouterSpec, load_spec
+from router.errors import ConfigError as RouterConfigError
 
 EXAMPLES = sorted((Path(config.__file__).parent / "examples").glob("*.yaml"))
 
@@ -99,6 +105,30 @@ def test_a_wrong_file_is_refused_with_the_path_of_what_is_wrong(tmp_path: Path, 
     assert message in str(refused.value)
     assert str(refused.value).startswith(str(tmp_path / "c.yaml"))
     assert "\n" not in str(refused.value)
+
+
+def test_the_routers_lists_and_the_models_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text("router: {cors_origins: [https://app.example]}\nmodel: {generation_config: none}")
+    read = config.load(path)
+    assert read.router.cors_origins == ("https://app.example",)
+    assert read.model.generation_config == "none"
+    (spec,) = router_specs(
+        RouterSpec("", "m", "n", "memory://x", generation_config="none"), read.endpoints, read.router, "c"
+    )
+    (tmp_path / "spec.json").write_text(json.dumps(dataclasses.asdict(spec)))
+    assert load_spec(tmp_path / "spec.json") == spec
+    for text, message in (
+        ("router: {cors_origins: [app.example]}", "router.cors_origins: 'app.example' is neither"),
+        ("router: {cors_origins: https://app.example}", "router.cors_origins: must be a valid array"),
+        ("model: {generation_config: vllm}", "model.generation_config: must be one of auto, none, not 'vllm'"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            config.load(path)
+    (tmp_path / "spec.json").write_text(json.dumps({**dataclasses.asdict(spec), "config": {"cors_origins": "x"}}))
+    with pytest.raises(RouterConfigError, match=r"config\.cors_origins: must be a list, not str"):
+        load_spec(tmp_path / "spec.json")
 
 
 def test_a_missing_file_is_named() -> None:

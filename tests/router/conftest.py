@@ -46,7 +46,12 @@ class Cluster:
     """One router and its workers."""
 
     def __init__(
-        self, model_dir: Path, config: RouterConfig, journal: StreamJournal | None, clock: Callable[[], float]
+        self,
+        model_dir: Path,
+        config: RouterConfig,
+        journal: StreamJournal | None,
+        clock: Callable[[], float],
+        generation_config: str,
     ) -> None:
         self.directory = MemoryDirectory(clock)
         self.workers: list[FakeWorker] = []
@@ -57,6 +62,7 @@ class Cluster:
             control="memory://",
             grpc_port=0,
             http_port=0,
+            generation_config=generation_config,
             config=config,
         )
         self.router = Router(self.spec, journal)
@@ -113,9 +119,10 @@ async def running_cluster(
     config: RouterConfig = QUICK,
     journal: StreamJournal | None = None,
     clock: Callable[[], float] = time.monotonic,
+    generation_config: str = "auto",
 ) -> AsyncIterator[Cluster]:
     """A started router with these workers; afterwards its books must balance. clock: of the directory."""
-    cluster = Cluster(model_dir, config, journal, clock)
+    cluster = Cluster(model_dir, config, journal, clock, generation_config)
     addresses = await cluster.router.start(lambda: cluster.directory)
     cluster.grpc_address = addresses.grpc_address
     cluster.http_url = f"http://{addresses.http_address}"

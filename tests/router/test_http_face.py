@@ -180,7 +180,7 @@ BAD = [
     ({"temperature": float("nan")}, 400, "temperature"),
     ({"temperature": 1e300}, 400, "temperature"),
     ({"top_p": 0}, 400, "top_p"),
-    ({"top_k": -1}, 400, "top_k"),
+    ({"top_k": -2}, 400, "top_k"),
     ({"seed": 2**64}, 400, "seed"),
     ({"n": 2}, 400, "n"),
     ({"logprobs": 1}, 400, "logprobs"),

@@ -1,0 +1,67 @@
+"""The body of an HTTP request as JSON: bounded as it comes, and again once it is decompressed."""
+
+from __future__ import annotations
+
+import json
+import zlib
+
+from starlette.requests import ClientDisconnect, Request
+
+from router.errors import Cancelled, InvalidRequest, PromptTooLarge, UnsupportedEncoding
+
+_DRAINED_BODY_FACTOR = 4  # of a body that is too large this much is read, so that the client gets to see the answer
+_WINDOW_BITS = {
+    "gzip": (16 + zlib.MAX_WBITS,),
+    "x-gzip": (16 + zlib.MAX_WBITS,),
+    "deflate": (zlib.MAX_WBITS, -zlib.MAX_WBITS),  # with zlib's header; some clients leave it out
+}
+
+
+async def read_json(request: Request, max_bytes: int) -> object:
+    """The body as JSON. Raises InvalidRequest, PromptTooLarge or UnsupportedEncoding."""
+    data = _decompressed(await _read(request, max_bytes), request.headers.get("content-encoding", ""), max_bytes)
+    try:
+        return json.loads(data.decode())
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"request body: not valid UTF-8 at byte {error.start}") from None
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"request body: not valid JSON ({error})") from None
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
+    chunks: list[bytes] = []
+    num_bytes = 0
+    try:
+        async for chunk in request.stream():
+            num_bytes += len(chunk)
+            if num_bytes <= max_bytes:
+                chunks.append(chunk)
+            elif num_bytes > _DRAINED_BODY_FACTOR * max_bytes:
+                break
+    except ClientDisconnect:
+        raise Cancelled("the client went away while sending its request") from None
+    if num_bytes > max_bytes:
+        raise PromptTooLarge(f"request body: more than the {max_bytes} bytes this router accepts")
+    return b"".join(chunks)
+
+
+def _decompressed(data: bytes, content_encoding: str, max_bytes: int) -> bytes:
+    """The data without its Content-Encoding; never more than one byte beyond max_bytes is made of it."""
+    encodings = [name.strip().lower() for name in content_encoding.split(",")]
+    encodings = [name for name in encodings if name not in ("", "identity")]
+    if not encodings:
+        return data
+    if len(encodings) > 1 or encodings[0] not in _WINDOW_BITS:
+        known = ", ".join(_WINDOW_BITS)
+        raise UnsupportedEncoding(f"Content-Encoding: {content_encoding!r} is not supported (supported: {known})")
+    for window_bits in _WINDOW_BITS[encodings[0]]:
+        inflater = zlib.decompressobj(window_bits)
+        try:
+            plain = inflater.decompress(data, max_bytes + 1)
+        except zlib.error:
+            continue
+        if len(plain) > max_bytes:
+            raise PromptTooLarge(f"request body: decompressed, more than the {max_bytes} bytes this router accepts")
+        if inflater.eof and not inflater.unused_data:
+            return plain
+    raise InvalidRequest(f"request body: not one complete {encodings[0]} stream")
