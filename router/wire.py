@@ -150,8 +150,6 @@ def journal_header(request: GenerationRequest, served: ServedModel, deadline_uni
 def journal_record(header: bytes) -> tuple[GenerationRequest, ServedModel, float | None]:
     """The request of a header, what was served where it began, and its deadline in seconds since 1970."""
     record = journal.StreamRecord.FromString(header)
-    if not record.request.sampling.HasField("top_k"):  # 0 was not written when the field had no presence
-        record.request.sampling.top_k = 0
     request = generation_request(record.request, None, record.tenant_salt)
     return request, ServedModel.of(record.served), record.deadline_unix_s or None
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -87,11 +88,16 @@ def test_no_weights(model: Path) -> None:
 
 
 @pytest.fixture
-def taken_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        yield int(listener.getsockname()[1])
+def taken_port() -> Iterator[int]:
+    """One whose lower neighbour is free."""
+    while True:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = int(listener.getsockname()[1])
+            if free_port("127.0.0.1", port - 1) == port - 1:
+                listener.listen()
+                yield port
+                return
 
 
 def test_a_port_in_use_is_named(taken_port: int) -> None:

@@ -17,9 +17,9 @@ from kvstore.file_journal import FileJournal
 from router.app import Router
 from router.config import RouterSpec
 from router.errors import ConfigError, ModelFilesError
-from router.events import GenerationRequest, SamplingOptions
+from router.events import SamplingOptions
 from router.model_files import ModelFiles, SamplingDefaults
-from router.wire import generation_request, journal_header, journal_record, sampling_message, sampling_options
+from router.wire import generation_request, journal_record, sampling_message, sampling_options
 from tests.fake_cluster import write_fake_model
 from tests.router.chat_templates import QWEN3
 from tests.router.conftest import DEMO, MODEL, running_cluster
@@ -149,13 +149,6 @@ def test_an_absent_field_is_not_a_zero_on_the_wire() -> None:
     zero = SamplingOptions(temperature=0.0, top_p=1.0, top_k=0)
     assert sampling_options(sampling_message(zero)) == zero
     assert generation_request(generation_pb2.GenerateRequest(text="x"), None, b"").sampling == SamplingOptions()
-
-
-def test_records_of_before_keep_their_meaning() -> None:
-    """A router of the version before wrote no top_k where it was 0."""
-    settled = SamplingOptions(temperature=1.0, top_p=1.0, top_k=0, seed=1, max_tokens=5)
-    old = GenerationRequest((1, 2), SamplingOptions(temperature=1.0, top_p=1.0, seed=1, max_tokens=5))
-    assert journal_record(journal_header(old, None))[0].sampling == settled
 
 
 async def test_grpc_calls_have_request_ids_and_refusals_are_counted(model_dir: Path) -> None:
