@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from kvstore.addresses import join_host_port, listen
 from router import errors
 from router.errors import InvalidRequest, PortInUse, PromptTooLarge, RouterError
 from router.events import Event, GenerationRequest, ResumeRequest
@@ -67,10 +68,10 @@ class HttpFace:
     def bind(self, host: str, port: int) -> str:
         """Take the port; the address. Raises PortInUse."""
         try:
-            self._socket = socket.create_server((host, port), backlog=1024)
+            self._socket = listen(host, port, backlog=1024)
         except OSError as error:
             raise PortInUse(f"HTTP port {port} on {host} is in use or cannot be bound ({error.strerror})") from None
-        return f"{host}:{self._socket.getsockname()[1]}"
+        return join_host_port(host, self._socket.getsockname()[1])
 
     async def serve(self, drain_s: float) -> None:
         """Answer until stop(); then running answers have drain_s to end."""
