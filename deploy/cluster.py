@@ -19,6 +19,7 @@ from deploy.errors import ConfigError, StartError, one_line
 from deploy.plan import ClusterPlan, layers_per_fragment, make_plan, num_cpus_needed
 from deploy.preflight import (
     FoundModel,
+    check_arena_dir,
     check_control,
     check_host_memory,
     check_model,
@@ -31,6 +32,7 @@ from deploy.preflight import (
 from deploy.progress import Steps
 from deploy.ray_runtime import RayRuntime, close_ray, open_ray
 from deploy.routers import RouterEndpoint, Routers, router_specs, workers_seen
+from kvstore.addresses import join_host_port
 from router.config import RouterSpec
 
 if TYPE_CHECKING:  # brings ray, which must find the environment that open_ray prepares
@@ -75,6 +77,7 @@ class Cluster:
             check_ray(self._config.ray.address)
         else:
             check_host_memory(self._config.kvstore.host_bytes)
+        check_arena_dir(self._config.kvstore.arena_dir)
         return model
 
     def start(self) -> Endpoints:
@@ -160,7 +163,7 @@ class Cluster:
         url = self._config.kvstore.control
         if url != "memory://":
             return url, ""
-        address = f"{ray.node_ip}:{free_port(ray.node_ip)}"
+        address = join_host_port(ray.node_ip, free_port(ray.node_ip))
         return f"memory://{address}", address
 
     def _start_routers(self, plan: ClusterPlan, model: FoundModel) -> Routers:

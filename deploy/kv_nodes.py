@@ -21,7 +21,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deploy.config import child_environment
 from deploy.plan import ArenaPlan
+from deploy.preflight import check_arena_dir
 from deploy.supervise import Ready, SupervisedProcess
+from kvstore.addresses import join_host_port
 from kvstore.arena import arena_holder, num_slots_for
 
 _READY_TIMEOUT_S = 60.0
@@ -126,10 +128,11 @@ class KVNodeActor:
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._host_address = f"unix:{run_dir}/kv-{self._node_id}.sock"
         arena = Path(settings.arena.folder) / f"switchyard-{settings.cluster_id}-{self._node_id}"
+        check_arena_dir(settings.arena.folder)
         end_predecessor(arena)  # before looking what there is room for
         self._num_slots = min(settings.arena.num_slots, slots_that_fit(settings.arena))
         command = [
-            *(sys.executable, "-m", "kvstore.node"),
+            *(sys.executable, "-P", "-m", "kvstore.node"),
             *("--node-id", self._node_id, "--arena", str(arena), "--host-address", self._host_address),
             *("--slot-bytes", str(settings.arena.slot_bytes), "--num-slots", str(self._num_slots)),
         ]
@@ -144,7 +147,7 @@ class KVNodeActor:
             command += ["--disk-dir", settings.disk_dir, "--disk-bytes", str(settings.disk_bytes)]
             command += ["--disk-write", settings.disk_write, "--disk-compression", settings.disk_compression]
         if settings.peers:
-            command += ["--peer-address", f"{ray.util.get_node_ip_address()}:0"]
+            command += ["--peer-address", join_host_port(ray.util.get_node_ip_address(), 0)]
             command += ["--peer-transport", settings.peer_transport]
 
         def next_command(_: Ready | None) -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from deploy.config import EndpointsConfig, child_environment
 from deploy.supervise import Ready, SupervisedProcess
+from kvstore.addresses import join_host_port, reachable, split_host_port
 from router.config import RouterConfig, RouterSpec
 
 _READY_TIMEOUT_S = 60.0
@@ -32,8 +33,8 @@ class RouterEndpoint:
 
 def workers_seen(endpoint: RouterEndpoint) -> dict[str, int]:
     """How many workers of each pool a router has found; nothing while it does not answer."""
-    host, port = endpoint.http.rsplit(":", 1)
-    connection = http.client.HTTPConnection(reachable(host), int(port), timeout=_ANSWER_TIMEOUT_S)
+    host, port = split_host_port(endpoint.http)
+    connection = http.client.HTTPConnection(reachable(host), port, timeout=_ANSWER_TIMEOUT_S)
     try:
         connection.request("GET", "/readyz")
         pools = json.loads(connection.getresponse().read())["pools"]
@@ -46,13 +47,8 @@ def workers_seen(endpoint: RouterEndpoint) -> dict[str, int]:
 
 def target_of(endpoint: RouterEndpoint) -> str:
     """Where a client of this machine dials a router."""
-    host, port = endpoint.grpc.rsplit(":", 1)
-    return f"{reachable(host)}:{port}"
-
-
-def reachable(host: str) -> str:
-    """An address to dial for one to listen on."""
-    return {"0.0.0.0": "127.0.0.1", "[::]": "::1", "::": "::1"}.get(host, host.strip("[]"))
+    host, port = split_host_port(endpoint.grpc)
+    return join_host_port(reachable(host), port)
 
 
 def router_specs(
@@ -107,9 +103,9 @@ def _process(spec: RouterSpec, run_dir: Path) -> SupervisedProcess:
         """Clients keep their address: the next router takes the ports of the one before."""
         current = spec
         if before is not None:
-            grpc_port, http_port = (int(before[key].rsplit(":", 1)[1]) for key in ("grpc_address", "http_address"))
+            grpc_port, http_port = (split_host_port(before[key])[1] for key in ("grpc_address", "http_address"))
             current = dataclasses.replace(spec, grpc_port=grpc_port, http_port=http_port)
         path.write_text(json.dumps(dataclasses.asdict(current)), encoding="utf-8")
-        return [sys.executable, "-m", "router", "--spec", str(path)]
+        return [sys.executable, "-P", "-m", "router", "--spec", str(path)]
 
     return SupervisedProcess(spec.router_id, command, child_environment(), run_dir / f"{spec.router_id}.log")
