@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from deploy.errors import ConfigError
 from deploy.ports import clash, wanted_ports
-from kvstore.addresses import overlap
+from kvstore.addresses import is_ipv6, overlap
 from kvstore.config import KVStoreConfig
 from router.config import RouterConfig
 from router.errors import ConfigError as RouterConfigError
@@ -258,7 +258,7 @@ def set_key(raw: dict[str, Any], assignment: str) -> None:
     if not separator or not all(parts):
         raise ConfigError(f"--set {assignment}: must look like a.b=c")
     try:
-        value = yaml.safe_load(text)
+        value = text if is_ipv6(text) else yaml.safe_load(text)  # to YAML, [::1] is a broken list and :: a mapping
     except yaml.YAMLError:
         raise ConfigError(f"--set {assignment}: the value is not YAML") from None
     place = raw

@@ -72,10 +72,12 @@ def _start_here(options: dict[str, Any]) -> None:
         try:
             ray.init(**options)
             return
-        except Exception as error:
+        except BaseException as error:
             for pid in _children() - before:  # what it had started already
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+            if not isinstance(error, Exception):  # interrupted
+                raise
             if attempt == _ATTEMPTS:
                 raise StartError(f"Ray did not start: {one_line(error)}") from error
 

@@ -4,6 +4,7 @@ The only module that knows about brackets. Hosts are taken with and without them
 connection.
 """
 
+import ipaddress
 import socket
 
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}
@@ -13,6 +14,14 @@ _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 def bare_host(host: str) -> str:
     """A host without brackets."""
     return host[1:-1] if host.startswith("[") and host.endswith("]") else host
+
+
+def is_ipv6(host: str) -> bool:
+    """Whether this is an IPv6 address, with or without brackets."""
+    try:
+        return ipaddress.ip_address(bare_host(host)).version == 6
+    except ValueError:
+        return False
 
 
 def join_host_port(host: str, port: int) -> str:

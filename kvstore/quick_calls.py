@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kvstore.acceptor import Acceptor
-from kvstore.addresses import connect, listen, split_host_port
+from kvstore.addresses import connect, listen, split_host_port, with_port
 
 UNIX = "unix:"
 
@@ -135,7 +135,7 @@ class CallServer:
         self.address = address
         """With the port that it really got."""
         if not address.startswith(UNIX):
-            self.address = f"{address.rpartition(':')[0]}:{listener.getsockname()[1]}"
+            self.address = with_port(address, listener.getsockname()[1])
         self._acceptor = Acceptor(listener, self._serve, "kv-call", _MAX_CONNECTIONS)
 
     def close(self) -> None:
