@@ -365,7 +365,8 @@ def prepare_ray_environment() -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    os.environ.update(_import_environment())
+    # Ray's processes send each other metrics by gRPC, which would go through http_proxy; empty means through none.
+    os.environ.update({**_import_environment(), "grpc_proxy": ""})
 
 
 def child_environment() -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -51,24 +52,42 @@ class Serving:
     """The process, and what it said when it was ready."""
 
     def __init__(
-        self, command: Sequence[str], cwd: Path, environment: Mapping[str, str] = {}, is_ready: bool = True
+        self,
+        command: Sequence[str],
+        cwd: Path,
+        environment: Mapping[str, str] = {},
+        is_ready: bool = True,
+        on_terminal: bool = False,
     ) -> None:
+        """on_terminal: one of its own, which close_terminal() closes."""
         self.stderr_path = cwd / f"stderr-{os.getpid()}-{id(self)}"
-        with self.stderr_path.open("wb") as stderr:
+        with self.stderr_path.open("wb") as errors:
+            ours, theirs = pty.openpty() if on_terminal else os.pipe()
             self.process = subprocess.Popen(
-                command,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
+                ["setsid", "--ctty", *command] if on_terminal else command,
+                stdin=theirs if on_terminal else subprocess.DEVNULL,
+                stdout=theirs,
+                stderr=theirs if on_terminal else errors,
                 cwd=cwd,
                 env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-                start_new_session=True,
+                start_new_session=not on_terminal,
             )
+        os.close(theirs)
+        self._output = os.fdopen(ours, "rb", buffering=0)
         self.said: dict[str, Any] = {}
         if is_ready:
-            assert self.process.stdout is not None
-            line = self.process.stdout.readline()
+            self.said = self._read_ready()
+
+    def _read_ready(self) -> dict[str, Any]:
+        line = b" "
+        while not line.startswith(b"{"):
+            line = self._output.readline()
             assert line, f"serve ended: {self.stderr}"
-            self.said = json.loads(line)
+        return dict(json.loads(line))
+
+    def close_terminal(self) -> None:
+        """Its reads and writes fail from then on; the kernel sends SIGHUP to the process in front."""
+        self._output.close()
 
     @property
     def stderr(self) -> str:
@@ -100,8 +119,7 @@ class Serving:
         """For tests that failed."""
         if self.process.poll() is None:
             self.kill()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+        self._output.close()
 
 
 class Stream(threading.Thread):

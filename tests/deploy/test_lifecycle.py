@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from deploy.preflight import free_port
-from tests.deploy.serving import PROMPT, SWITCHYARD, Place, Serving, Stream
+from tests.deploy.serving import LOOPBACK, PROMPT, SWITCHYARD, Place, Serving, Stream
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -98,6 +98,11 @@ def test_a_cluster_among_foreign_modules_and_dead_proxies_on_ipv6(
     assert json.loads(asked.stdout)["num_output_tokens"] == 3
     assert not (cwd / "executed").exists(), (cwd / "executed").read_text()
 
+    deadline_s = time.monotonic() + 30
+    while b"ray_switchyard_tokens_total" not in LOOPBACK.open(serving.said["endpoints"]["metrics"]).read():
+        assert time.monotonic() < deadline_s, "Ray's processes send no metrics"
+        time.sleep(0.5)
+
     stream = Stream(serving.router, num_tokens=30)
     below = serving.below()
     serving.signal_group(signal.SIGTERM)
@@ -112,11 +117,10 @@ def test_a_cluster_among_foreign_modules_and_dead_proxies_on_ipv6(
 
 
 def test_a_closed_terminal_ends_a_cluster_in_order(place: Place, serve: Callable[..., Serving]) -> None:
-    serving = serve(SLOW)
+    serving = serve(SLOW, on_terminal=True)
     below = serving.below()
     stream = Stream(serving.router, num_tokens=20)
-    serving.process.stdout.close()  # and nobody reads what it says any more
-    serving.process.send_signal(signal.SIGHUP)
+    serving.close_terminal()
     time.sleep(0.2)
     serving.signal_group(signal.SIGHUP)  # the shell and the kernel each send one
     assert serving.process.wait(60) == 0, serving.stderr
@@ -153,7 +157,7 @@ def test_what_was_killed_or_has_failed_goes_at_the_next_start(
     run_dir, arena = place.left()
 
     # A start that fails keeps its folder, and has removed the other.
-    (tmp_path / "grpc_reflection.py").write_text("raise ImportError('only the routers want this')")
+    (tmp_path / "tokenizers.py").write_text("raise ImportError('only the routers want this')")
     failing = serve(environment={"PYTHONPATH": str(tmp_path)}, is_ready=False)
     assert failing.process.wait(60) == 1
     (kept,) = place.left()
