@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 from pathlib import Path
@@ -11,6 +12,7 @@ from deploy import config
 from deploy.config import EndpointsConfig, RayConfig
 from deploy.errors import ConfigError, StartError
 from deploy.preflight import (
+    check_arena_dir,
     check_control,
     check_host_memory,
     check_model,
@@ -20,6 +22,7 @@ from deploy.preflight import (
     tier_secret,
     tier_warning,
 )
+from kvstore.addresses import listen
 
 
 @pytest.fixture
@@ -151,3 +154,26 @@ def test_more_host_memory_than_there_is_is_refused() -> None:
     check_host_memory(1 << 20)
     with pytest.raises(ConfigError, match=r"^kvstore\.host_bytes: 99999999999999999 is more than this machine"):
         check_host_memory(99999999999999999)
+
+
+def test_a_folder_for_the_arena_that_is_not_there(tmp_path: Path) -> None:
+    check_arena_dir(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"^kvstore\.arena_dir: /no/such: no such folder$"):
+        check_arena_dir("/no/such")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"^kvstore\.arena_dir: .*/file: not a folder$"):
+        check_arena_dir(str(tmp_path / "file"))
+    (tmp_path / "closed").mkdir(mode=0o555)
+    if os.geteuid():
+        with pytest.raises(ConfigError, match=r"^kvstore\.arena_dir: .*/closed: not allowed to make files there$"):
+            check_arena_dir(str(tmp_path / "closed"))
+
+
+def test_ports_on_ipv6() -> None:
+    with listen("::1", 0, backlog=1) as taken:
+        port = taken.getsockname()[1]
+        for host in ("::1", "[::1]"):
+            with pytest.raises(ConfigError, match=rf"endpoints\.http_port: port {port} on \S*::1\S* is in use"):
+                check_ports(EndpointsConfig(grpc_port=0, http_host=host, http_port=port), RayConfig())
+    assert free_port("::1") > 0
+    assert free_port("[::]", 20_000, reserved=range(20_000, 20_005)) >= 20_005
