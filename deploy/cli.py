@@ -144,8 +144,9 @@ def _run_cluster(cluster: Cluster, steps: Steps, once: str | None, as_json: bool
         interrupts.check()  # Ray has its own way with signals
         ready_s = time.monotonic() - began_s
         about = {"startup_s": ready_s, "endpoints": endpoints}
-        _show_sample([target_of(router) for router in endpoints.routers], once, about, as_json, out)
-        is_up = True
+        said = _sample([target_of(router) for router in endpoints.routers], once, about, as_json, out)
+        is_up = once is None  # whoever reads the last line may ask for the end at once
+        say(said, out)
         if once is None:
             _show_endpoints(endpoints, as_json, out)
             interrupts.check()
@@ -185,8 +186,8 @@ def _complete(targets: Sequence[str], prompt: str, sampling: Any, out: TextIO | 
         raise kind(one_line(error)) from None
 
 
-def _show_sample(targets: Sequence[str], once: str | None, about: dict[str, Any], as_json: bool, out: TextIO) -> None:
-    """One completion: the answer of `--once`, or a sign of life."""
+def _sample(targets: Sequence[str], once: str | None, about: dict[str, Any], as_json: bool, out: TextIO) -> str:
+    """One completion: the answer of `--once`, or a sign of life. Shows it as it comes; what is to be said at its end."""
     from deploy.completion import summary
     from router.events import SamplingOptions
 
@@ -196,10 +197,9 @@ def _show_sample(targets: Sequence[str], once: str | None, about: dict[str, Any]
     sampling = SamplingOptions(temperature=0.0, max_tokens=_SAMPLE_TOKENS)
     completion = _complete(targets, prompt, sampling, None if as_json else out)
     if as_json:
-        say(json.dumps({**_plain(completion), **_plain(about)}) + "\n", out)
-    else:
-        lines = [*summary(completion), f"ready after           {about['startup_s']:.1f} s"]
-        say("\n\n" + "\n".join(lines) + "\n", out)
+        return json.dumps({**_plain(completion), **_plain(about)}) + "\n"
+    lines = [*summary(completion), f"ready after           {about['startup_s']:.1f} s"]
+    return "\n\n" + "\n".join(lines) + "\n"
 
 
 def _show_endpoints(endpoints: Any, as_json: bool, out: TextIO) -> None:

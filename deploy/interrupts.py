@@ -1,7 +1,7 @@
 """What SIGTERM, SIGINT and SIGHUP do to a command that has started a cluster.
 
-The first one raises KeyboardInterrupt in the main thread, for an orderly end. A second SIGTERM or Ctrl-C, a second or
-more later, ends at once. Knows nothing of what is ended.
+The first one raises KeyboardInterrupt in the main thread, for an orderly end. A second SIGTERM or Ctrl-C, not just
+after the first, ends at once. Knows nothing of what is ended.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ import contextlib
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable
 from types import FrameType
 
-from deploy.front import SIGNALS, is_ignored
+from deploy.front import SIGNALS, Asked, is_ignored
 
-_SAME_S = 1.0  # `timeout` and a closed terminal send two signals at once and mean one
+_SAME_S = 0.5  # less than in deploy.front, whose second signal is never one of two that mean one
 
 
 class Interrupts:
@@ -28,7 +27,7 @@ class Interrupts:
         self.is_stopping = False
         """Whether the orderly end has begun: it is not interrupted."""
         self._end_at_once = end_at_once
-        self._first_s: float | None = None
+        self._asked = Asked(_SAME_S)
         self._was_raised = False
         self._before = {number: signal.getsignal(number) for number in SIGNALS if not is_ignored(number)}
         self._received, self._wakeup = os.pipe()
@@ -40,7 +39,7 @@ class Interrupts:
     @property
     def was_asked(self) -> bool:
         """Whether there was a signal."""
-        return self._was_raised or self._first_s is not None
+        return self._was_raised or self._asked.was_asked
 
     def install(self) -> None:
         """Make the signals ours; again where a library may have taken them."""
@@ -74,8 +73,6 @@ class Interrupts:
                         self._heard(number)
 
     def _heard(self, number: int) -> None:
-        now_s = time.monotonic()
-        if self._first_s is None:
-            self._first_s = now_s
-        elif number != signal.SIGHUP and now_s - self._first_s >= _SAME_S and self._end_at_once():
+        is_first = not self._asked.was_asked
+        if self._asked.is_new(number) and not is_first and self._end_at_once():
             os._exit(1)
