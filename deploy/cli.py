@@ -187,7 +187,7 @@ def _complete(targets: Sequence[str], prompt: str, sampling: Any, out: TextIO | 
 
 
 def _sample(targets: Sequence[str], once: str | None, about: dict[str, Any], as_json: bool, out: TextIO) -> str:
-    """One completion: the answer of `--once`, or a sign of life. Shows it as it comes; what is to be said at its end."""
+    """One completion: the answer of `--once`, or a sign of life. Shows it as it comes; returns what is left to say."""
     from deploy.completion import summary
     from router.events import SamplingOptions
 

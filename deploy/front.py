@@ -110,8 +110,9 @@ def _relay_to(child: int, mask: Iterable[int]) -> int:
         if not is_ignored(number):
             signal.signal(number, relay)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # once it is reaped, its number may be another process's
+    if sys.platform == "linux":
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # once it is reaped, its number may be another process's
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else _KILLED - code
