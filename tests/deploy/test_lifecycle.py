@@ -81,9 +81,15 @@ def test_a_cluster_among_foreign_modules_and_dead_proxies_on_ipv6(
 ) -> None:
     """And a SIGTERM to its process group, which ends a running stream in order."""
     cwd = foreign_folder(tmp_path)
-    # An empty part of PYTHONPATH means the current folder; the interpreter of the command itself is the caller's own.
-    environment = {**dead_proxies(), "PYTHONPATH": ""}
-    serving = serve("endpoints.grpc_host=::1", "endpoints.http_host=[::1]", SLOW, cwd=cwd, environment=environment)
+    environment = dead_proxies()
+    serving = serve(
+        "ray.node_ip=::1",
+        "endpoints.grpc_host=::1",
+        "endpoints.http_host=[::1]",
+        SLOW,
+        cwd=cwd,
+        environment=environment,
+    )
     assert serving.router["grpc"].startswith("[::1]:")
     assert serving.router["http"].startswith("[::1]:")
     asked = subprocess.run(
