@@ -26,7 +26,7 @@ env-test: .venv/.test
 	touch $@
 
 serve: env       ## start the whole cluster on this machine; ARGS="..." is passed on
-	$(PY) -m deploy.cli serve $(ARGS)
+	.venv/bin/switchyard serve $(ARGS)
 
 # Tests that only compute run two at a time; the others start processes and listen to clocks, so each has the machine.
 COMPUTING := tests/kernels tests/costs tests/models tests/planner

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Sequence
-from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from deploy.errors import ConfigError, DeployError, StartError, one_line
+from deploy.front import run_behind_front
+from deploy.interrupts import Interrupts
+from deploy.progress import Steps, own_stdout, say
 
 if TYPE_CHECKING:
     from deploy.cluster import Cluster
@@ -57,10 +57,10 @@ def serve(config_path: str | None, assignments: tuple[str, ...], once: str | Non
         raise ConfigError("--once: the prompt must not be empty")
     config = load_with_flags(config_path, ServeFlags(**flags), assignments)
     from deploy.cluster import Cluster
-    from deploy.progress import Steps, own_stdout
 
     with own_stdout() as out:
-        _run_cluster(Cluster(config, Steps()), once, as_json, out)
+        steps = Steps()
+        _run_cluster(Cluster(config, steps), steps, once, as_json, out)
     return 0
 
 
@@ -136,30 +136,38 @@ def bench(
     return 1 if report.num_failed else 0
 
 
-def _run_cluster(cluster: Cluster, once: str | None, as_json: bool, out: TextIO) -> None:
+def _run_cluster(cluster: Cluster, steps: Steps, once: str | None, as_json: bool, out: TextIO) -> None:
     """Start it, show a completion, stay unless `once`, and end what was started."""
     from deploy.routers import target_of
 
-    interrupts = Interrupts()
+    interrupts = Interrupts(cluster.end_at_once)
+    steps.before_step = interrupts.check
     is_up = keep_logs = False
     try:
         began_s = time.monotonic()
         endpoints = cluster.start()
-        interrupts.install()  # again: Ray has its own way with signals
+        interrupts.check()  # Ray has its own way with signals
         ready_s = time.monotonic() - began_s
         about = {"startup_s": ready_s, "endpoints": endpoints}
-        _show_sample([target_of(router) for router in endpoints.routers], once, about, as_json, out)
-        is_up = True
+        said = _sample([target_of(router) for router in endpoints.routers], once, about, as_json, out)
+        is_up = once is None  # whoever reads the last line may ask for the end at once
+        say(said, out)
         if once is None:
-            _stay(endpoints, as_json, out)
-    except KeyboardInterrupt:
-        if not is_up:
+            _show_endpoints(endpoints, as_json, out)
+            interrupts.check()
+            threading.Event().wait()
+    except (Exception, KeyboardInterrupt, SystemExit) as error:  # Ray makes SystemExit of a signal while it starts
+        if interrupts.was_asked and is_up:
+            return
+        if interrupts.was_asked:
             raise StartError("interrupted") from None
-    except StartError as error:
-        keep_logs = cluster.run_dir.exists()
-        raise StartError(f"{error} (logs in {cluster.run_dir})" if keep_logs else str(error)) from error
+        if isinstance(error, StartError) and cluster.run_dir.exists():
+            keep_logs = True
+            raise StartError(f"{error} (logs in {cluster.run_dir})") from error
+        raise
     finally:
         interrupts.is_stopping = True
+        interrupts.install()
         cluster.stop(keep_logs)
         interrupts.restore()
 
@@ -174,7 +182,7 @@ def _complete(targets: Sequence[str], prompt: str, sampling: Any, out: TextIO | 
 
     def on_text(text: str) -> None:
         if out is not None:
-            print(text, end="", file=out, flush=True)
+            say(text, out)
 
     try:
         return complete(targets, GenerationRequest(prompt, sampling), on_text)
@@ -183,34 +191,33 @@ def _complete(targets: Sequence[str], prompt: str, sampling: Any, out: TextIO | 
         raise kind(one_line(error)) from None
 
 
-def _show_sample(targets: Sequence[str], once: str | None, about: dict[str, Any], as_json: bool, out: TextIO) -> None:
-    """One completion: the answer of `--once`, or a sign of life."""
+def _sample(targets: Sequence[str], once: str | None, about: dict[str, Any], as_json: bool, out: TextIO) -> str:
+    """One completion: the answer of `--once`, or a sign of life. Shows it as it comes; returns what is left to say."""
     from deploy.completion import summary
     from router.events import SamplingOptions
 
     prompt = SAMPLE_PROMPT if once is None else once
     if not as_json:
-        print(f"\n{prompt}", end="", file=out, flush=True)
+        say(f"\n{prompt}", out)
     sampling = SamplingOptions(temperature=0.0, max_tokens=_SAMPLE_TOKENS)
     completion = _complete(targets, prompt, sampling, None if as_json else out)
     if as_json:
-        print(json.dumps({**_plain(completion), **_plain(about)}), file=out, flush=True)
-    else:
-        lines = [*summary(completion), f"ready after           {about['startup_s']:.1f} s"]
-        print("\n\n" + "\n".join(lines), file=out, flush=True)
+        return json.dumps({**_plain(completion), **_plain(about)}) + "\n"
+    lines = [*summary(completion), f"ready after           {about['startup_s']:.1f} s"]
+    return "\n\n" + "\n".join(lines) + "\n"
 
 
-def _stay(endpoints: Any, as_json: bool, out: TextIO) -> None:
-    """Show where everything is, and wait for Ctrl-C."""
-    if not as_json:
-        lines = [""]
-        for router in endpoints.routers:
-            lines += [f"gRPC       {router.grpc}", f"HTTP       http://{router.http}/v1"]
-        if endpoints.dashboard:
-            lines.append(f"Dashboard  {endpoints.dashboard}/#/serve")
-        lines += [f"Metrics    {endpoints.metrics}", f"Ray        {endpoints.ray_address}", "Ctrl-C stops the cluster."]
-        print("\n".join(lines), file=out, flush=True)
-    threading.Event().wait()
+def _show_endpoints(endpoints: Any, as_json: bool, out: TextIO) -> None:
+    """Where everything is."""
+    if as_json:
+        return
+    lines = [""]
+    for router in endpoints.routers:
+        lines += [f"gRPC       {router.grpc}", f"HTTP       http://{router.http}/v1"]
+    if endpoints.dashboard:
+        lines.append(f"Dashboard  {endpoints.dashboard}/#/serve")
+    lines += [f"Metrics    {endpoints.metrics}", f"Ray        {endpoints.ray_address}", "Ctrl-C stops the cluster."]
+    say("\n".join(lines) + "\n", out)
 
 
 def _plain(value: Any) -> Any:
@@ -224,34 +231,6 @@ def _plain(value: Any) -> Any:
 
 
 # ---- ends
-
-
-class Interrupts:
-    """Ctrl-C and SIGTERM ask for an orderly end; while that is under way, another one ends at once.
-
-    Nothing is left behind then either: what we have started ends with us.
-    """
-
-    def __init__(self) -> None:
-        self.is_stopping = False
-        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        self.install()
-
-    def install(self) -> None:
-        """Make them ours."""
-        for number in self._before:
-            signal.signal(number, self._handle)
-
-    def restore(self) -> None:
-        """Give them back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.is_stopping:
-            os._exit(1)
-        self.is_stopping = True
-        raise KeyboardInterrupt
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -270,13 +249,15 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"switchyard: {' '.join(message.split())}", err=True)
+    say(f"switchyard: {' '.join(message.split())}\n", sys.stderr)
     return code
 
 
 def main() -> None:
-    """The entry point."""
-    sys.exit(run(sys.argv[1:]))
+    """The entry point. A cluster is run in a child, which no signal to our process group reaches."""
+    arguments = sys.argv[1:]
+    is_serve = arguments[:1] == ["serve"]
+    sys.exit(run_behind_front(lambda: run(arguments)) if is_serve else run(arguments))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ What it has started it ends, and nothing else. Knows nothing of terminals and op
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
-import shutil
 import socket
 import time
 import uuid
@@ -17,10 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy.config import ClusterConfig
+from deploy.descendants import Descendants
 from deploy.errors import ConfigError, StartError, one_line
+from deploy.leftovers import FOLDER_PREFIX, hold_folder, remove_folder, remove_leftovers
 from deploy.plan import ClusterPlan, cluster_name, layers_per_fragment, make_plan, num_cpus_needed
+from deploy.ports import wanted_ports
 from deploy.preflight import (
     FoundModel,
+    check_arena_dir,
     check_control,
     check_disk,
     check_host_memory,
@@ -28,12 +32,14 @@ from deploy.preflight import (
     check_ports,
     check_ray,
     free_port,
+    read_weights,
     tier_secret,
     tier_warning,
 )
 from deploy.progress import Steps
 from deploy.ray_runtime import RayRuntime, close_ray, open_ray
-from deploy.routers import RouterEndpoint, Routers, router_specs, workers_seen
+from deploy.routers import RouterEndpoint, Routers, first_refusal, router_specs, workers_seen
+from kvstore.addresses import join_host_port
 from kvstore.authenticity import cluster_secret
 from router.config import RouterSpec
 
@@ -44,6 +50,7 @@ _WORKERS_TIMEOUT_S = 1800.0  # loading a large model takes minutes
 _SEEN_TIMEOUT_S = 60.0
 _LOOK_S = 0.05
 _REMOVAL_ATTEMPTS = 60
+_EMPTY = "empty"  # of the run folder: Ray adds the folder in which it is started to its workers' import path
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +72,12 @@ class Cluster:
         self._undo: list[Callable[[], None]] = []
         self._keep_logs = False
         self._tier_secret = ""
+        self._weights = ""
+        self._started = Descendants()
+        self._is_hurried = False
+        self._holds_run_dir = -1
         self.id = secrets.token_hex(4)
-        self.run_dir = Path(config.ray.temp_dir) / f"sy-{self.id}"
+        self.run_dir = Path(config.ray.temp_dir) / f"{FOLDER_PREFIX}{self.id}"
 
     def check(self) -> FoundModel:
         """See whether it can be started, without starting anything. Raises ConfigError or StartError."""
@@ -81,6 +92,7 @@ class Cluster:
             check_ray(self._config.ray.address)
         else:
             check_host_memory(self._config.kvstore.host_bytes)
+        check_arena_dir(self._config.kvstore.arena_dir)
         return model
 
     def _name(self, model: FoundModel) -> str:
@@ -93,11 +105,15 @@ class Cluster:
         warning = tier_warning(self._config.kvstore.tier)
         if warning:
             self._steps.note(f"warning: {warning}")
-        self.run_dir.mkdir(mode=0o700, parents=True)
-        self._undo.append(self._remove_run_dir)
-        with self._steps.step(self._ray_step()):
+        with self._steps.step("Reading the weights"):  # a digest is remembered: quick from the second start on
+            self._weights = read_weights(self._config, model)
+        self._make_run_dir()
+        self._undo.append(self._started.kill)
+        with self._steps.step(self._ray_step()), contextlib.chdir(self.run_dir / _EMPTY):
             self._undo.append(close_ray)
-            ray = open_ray(self._config.ray, num_cpus_needed(self._config), self.run_dir / "ray")
+            cpus, ports = num_cpus_needed(self._config), wanted_ports(self._config.endpoints, self._config.ray)
+            reserved = {port for wanted in ports for port in wanted.ports}
+            ray = open_ray(self._config.ray, cpus, self.run_dir / "ray", reserved)
         return self._start_on(ray, model)
 
     def stop(self, keep_logs: bool = False) -> None:
@@ -108,15 +124,40 @@ class Cluster:
             with contextlib.suppress(Exception):
                 action()
 
+    def end_at_once(self) -> bool:
+        """Kill what was started and remove its files, whatever `start` or `stop` are doing in another thread.
+
+        False: `stop` has to go on, since somebody else's Ray runs the rest; it has no streams to wait for any more.
+        """
+        is_first, self._is_hurried = not self._is_hurried, True
+        self._started.kill()
+        if self._config.ray.address and is_first:
+            return False
+        with contextlib.suppress(OSError):
+            remove_folder(self.run_dir)
+        return True
+
+    def _make_run_dir(self) -> None:
+        temp_dir = Path(self._config.ray.temp_dir)
+        remove_leftovers(temp_dir)
+        self._undo.append(self._remove_run_dir)
+        try:
+            self._holds_run_dir = hold_folder(self.run_dir, is_driver=True)
+            (self.run_dir / _EMPTY).mkdir()
+        except OSError as error:
+            raise ConfigError(f"ray.temp_dir: {temp_dir}: {error.strerror or error}") from None
+
     def _remove_run_dir(self) -> None:
-        """Some of Ray's processes still write while they end."""
-        if self._keep_logs:
-            return
-        for _ in range(_REMOVAL_ATTEMPTS):
-            shutil.rmtree(self.run_dir, ignore_errors=True)
+        """Some of Ray's processes still write while they end. Kept for its logs, it goes at the next start."""
+        for _ in range(0 if self._keep_logs else _REMOVAL_ATTEMPTS):
+            with contextlib.suppress(OSError):
+                remove_folder(self.run_dir)
             if not self.run_dir.exists():
-                return
+                break
             time.sleep(_LOOK_S)
+        if self._holds_run_dir >= 0:
+            os.close(self._holds_run_dir)
+            self._holds_run_dir = -1
 
     def _ray_step(self) -> str:
         return f"Joining Ray at {self._config.ray.address}" if self._config.ray.address else "Starting Ray"
@@ -173,7 +214,7 @@ class Cluster:
         url = self._config.kvstore.control
         if url != "memory://":
             return url, ""
-        address = f"{ray.node_ip}:{free_port(ray.node_ip)}"
+        address = join_host_port(ray.node_ip, free_port(ray.node_ip))
         return f"memory://{address}", address
 
     def _start_routers(self, plan: ClusterPlan, model: FoundModel) -> Routers:
@@ -187,7 +228,7 @@ class Cluster:
             control,
             journal,
             cluster=plan.cluster,
-            weights=model.weights,
+            weights=self._weights,
             ignore_keys=self._config.model.ignore_keys,
             generation_config=self._config.model.generation_config,
         )
@@ -216,5 +257,6 @@ class Cluster:
         for endpoint in endpoints:
             while any(workers_seen(endpoint).get(name, 0) < count for name, count in wanted.items()):
                 if time.monotonic() > deadline_s:
-                    raise StartError(f"the workers serve, but the router at {endpoint.http} does not see them all")
+                    why = f": {refusal}" if (refusal := first_refusal(endpoint)) else ""
+                    raise StartError(f"the workers serve, but the router at {endpoint.http} does not see them all{why}")
                 time.sleep(_LOOK_S)

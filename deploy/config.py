@@ -21,6 +21,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from deploy.errors import ConfigError
+from deploy.ports import clash, wanted_ports
+from kvstore.addresses import is_ipv6, overlap
 from kvstore.config import KVStoreConfig
 from router.config import RouterConfig
 from router.errors import ConfigError as RouterConfigError
@@ -88,8 +90,8 @@ class EndpointsConfig:
             port = getattr(self, name)
             _require(0 <= port <= 65535 - self.routers, name, f"must be 0 or a port number, not {port}")
         spans = [range(p, p + self.routers) for p in (self.grpc_port, self.http_port) if p]
-        overlap = len(spans) == 2 and self.grpc_host == self.http_host and set(spans[0]) & set(spans[1])
-        _require(not overlap, "http_port", f"overlaps the gRPC ports from {self.grpc_port} up")
+        is_shared = len(spans) == 2 and overlap(self.grpc_host, self.http_host) and set(spans[0]) & set(spans[1])
+        _require(not is_shared, "http_port", f"overlaps the gRPC ports from {self.grpc_port} up")
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +242,9 @@ class ClusterConfig:
         for name, pool in self.pools.items():
             is_one = pool.tp * pool.pp == 1
             _require(is_one or self.engine.runner != "fake", f"pools.{name}", "engine.runner=fake takes tp=1 and pp=1")
+        problem = clash(wanted_ports(self.endpoints, self.ray))
+        if problem:
+            raise ValueError(problem)
 
 
 # ---- reading
@@ -270,7 +275,7 @@ def set_key(raw: dict[str, Any], assignment: str) -> None:
     if not separator or not all(parts):
         raise ConfigError(f"--set {assignment}: must look like a.b=c")
     try:
-        value = yaml.safe_load(text)
+        value = text if is_ipv6(text) else yaml.safe_load(text)  # to YAML, [::1] is a broken list and :: a mapping
     except yaml.YAMLError:
         raise ConfigError(f"--set {assignment}: the value is not YAML") from None
     place = raw
@@ -377,15 +382,24 @@ def prepare_ray_environment() -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    os.environ["PYTHONPATH"] = _python_path()
+    # Ray's processes send each other metrics by gRPC, which would go through http_proxy; empty means through none.
+    os.environ.update({**_import_environment(), "grpc_proxy": ""})
 
 
 def child_environment() -> dict[str, str]:
     """For processes that we start: this one's, and our packages can be imported."""
-    return {**os.environ, "PYTHONPATH": _python_path()}
+    return {**os.environ, **_import_environment()}
 
 
-def _python_path() -> str:
+def _import_environment() -> dict[str, str]:
+    """Where modules are found: never in the current folder, in which anybody's redis.py may lie.
+
+    An empty part of PYTHONPATH means the current folder and is left out; a relative one is made absolute, since
+    processes may be started in another folder. The cache of the Hub is found again there for the same reason.
+    """
     ours = [str(ROOT), str(ROOT / "proto" / "gen")]
-    theirs = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part and part not in ours]
-    return os.pathsep.join(ours + theirs)
+    theirs = [os.path.abspath(part) for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+    paths = ours + [part for part in theirs if part not in ours]
+    caches = {name: os.environ[name] for name in ("HF_HOME", "HF_HUB_CACHE") if os.environ.get(name)}
+    caches = {name: os.path.abspath(os.path.expanduser(path)) for name, path in caches.items()}
+    return {**caches, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}

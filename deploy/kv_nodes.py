@@ -6,8 +6,6 @@ Whoever needs the node of its host asks for it here; the first one to ask makes 
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import shutil
 import sys
@@ -20,18 +18,18 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deploy.config import child_environment
+from deploy.leftovers import end_predecessor, hold_folder, leave_folder, record_arena, remove_leftovers
 from deploy.plan import ArenaPlan
+from deploy.preflight import check_arena_dir
 from deploy.supervise import Ready, SupervisedProcess
-from kvstore.arena import arena_holder, num_slots_for
+from kvstore.addresses import join_host_port
+from kvstore.arena import num_slots_for
 
 _READY_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 15.0
 _FOLDER_SHARE = 0.8  # of what is free in the arena's folder
 _MEMORY_SHARE = 0.5  # of the memory that can be had: the folder counts as its own what the workers need
 _FIRST_ATTEMPTS = 6  # the port for control was free when it was chosen; somebody else may hold it for a moment
-_PREDECESSOR_S = 10.0  # for a node that has lost its actor to write what is due to its disk, and end
-
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,32 +91,6 @@ def slots_that_fit(arena: ArenaPlan) -> int:
     return num_slots_for(int(min(in_folder, in_memory)), arena.slot_bytes)
 
 
-def end_predecessor(arena: Path) -> None:
-    """Ends the node process that holds this arena, and removes what is left of it; whoever reads there keeps a mapping.
-
-    A node ends with its actor. One that did not, as when the kernel was out of memory, would keep the host without a
-    node for good: workers cannot use a node that nobody watches over.
-    """
-    if pid := arena_holder(arena):
-        with contextlib.suppress(psutil.Error):  # it ended by itself, or hangs in the kernel
-            _end_node(psutil.Process(pid), arena)
-    if not arena_holder(arena):
-        with contextlib.suppress(OSError):  # somebody else's: the node will say so
-            arena.unlink(missing_ok=True)
-
-
-def _end_node(node: psutil.Process, arena: Path) -> None:
-    if node.uids().real != os.getuid() or str(arena) not in node.cmdline():
-        return  # whoever can write to the folder can write any number into a file there
-    _LOG.warning("ending the node process %d, which has lost its actor and holds %s", node.pid, arena)
-    node.terminate()
-    try:
-        node.wait(_PREDECESSOR_S)
-    except psutil.TimeoutExpired:
-        node.kill()
-        node.wait(_PREDECESSOR_S)
-
-
 class KVNodeActor:
     """Runs the node process of the host that it is on."""
 
@@ -126,13 +98,16 @@ class KVNodeActor:
         ray_node_id = ray.get_runtime_context().get_node_id()
         self._node_id = short_node_id(ray_node_id)
         run_dir = Path(settings.run_dir)
-        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        remove_leftovers(run_dir.parent)
+        hold_folder(run_dir)  # for as long as this process lives
         self._host_address = f"unix:{run_dir}/kv-{self._node_id}.sock"
         arena = Path(settings.arena.folder) / f"switchyard-{settings.cluster_id}-{self._node_id}"
+        check_arena_dir(settings.arena.folder)
+        record_arena(run_dir, self._node_id, arena)
         end_predecessor(arena)  # before looking what there is room for
         self._num_slots = min(settings.arena.num_slots, slots_that_fit(settings.arena))
         command = [
-            *(sys.executable, "-m", "kvstore.node"),
+            *(sys.executable, "-P", "-m", "kvstore.node"),
             *("--node-id", self._node_id, "--arena", str(arena), "--host-address", self._host_address),
             *("--slot-bytes", str(settings.arena.slot_bytes), "--num-slots", str(self._num_slots)),
             *("--cluster", settings.cluster),
@@ -148,7 +123,7 @@ class KVNodeActor:
             command += ["--disk-dir", settings.disk_dir, "--disk-bytes", str(settings.disk_bytes)]
             command += ["--disk-write", settings.disk_write, "--disk-compression", settings.disk_compression]
         if settings.peers:
-            command += ["--peer-address", f"{ray.util.get_node_ip_address()}:0"]
+            command += ["--peer-address", join_host_port(ray.util.get_node_ip_address(), 0)]
             command += ["--peer-transport", settings.peer_transport]
 
         def next_command(_: Ready | None) -> list[str]:
@@ -172,8 +147,7 @@ class KVNodeActor:
         self._secret_file.unlink(missing_ok=True)
         if not keep_logs:
             self._log.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # the driver's own host has more in it, and removes it
-                self._log.parent.rmdir()
+            leave_folder(self._log.parent, self._node_id)
 
 
 def _write_secret(path: Path, secret: str) -> None:

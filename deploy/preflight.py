@@ -6,9 +6,10 @@ Knows nothing of Ray. What only shows itself later (a worker that cannot load) i
 from __future__ import annotations
 
 import errno
+import os
 import secrets
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from checkpoint.errors import CheckpointError
 from checkpoint.tensors import weights_digest
 from deploy.config import DEMO_MODEL, ClusterConfig, EndpointsConfig, RayConfig
 from deploy.errors import ConfigError, StartError
+from deploy.ports import wanted_ports
+from kvstore.addresses import bare_host, join_host_port, listen, split_host_port
 from kvstore.config import KVStoreConfig
 from kvstore.trial import Misconfigured, try_control, try_disk, try_tier
 from router.chat import ChatTemplate
@@ -40,8 +43,6 @@ class FoundModel:
     """What workers on other hosts are told: an absolute path, or a Hub id."""
     directory: Path
     config: ModelConfig
-    weights: str
-    """Digest of the weights."""
 
 
 def check_model(config: ClusterConfig) -> FoundModel:
@@ -56,8 +57,7 @@ def check_model(config: ClusterConfig) -> FoundModel:
         _check_texts(directory, config)
         if config.engine.runner != "fake":
             check_checkpoint(directory, model)
-        weights = FAKE_WEIGHTS if config.engine.runner == "fake" else weights_digest(directory)
-    except (ModelError, ModelFilesError, CheckpointError) as error:
+    except (ModelError, ModelFilesError) as error:
         raise ConfigError(str(error)) from None
     for name, pool in config.pools.items():
         try:
@@ -65,7 +65,15 @@ def check_model(config: ClusterConfig) -> FoundModel:
         except ModelError as error:
             raise ConfigError(f"pools.{name}: {error}") from None
     is_directory = Path(wanted).expanduser().is_dir()
-    return FoundModel(str(directory) if is_directory else wanted, directory, model, weights)
+    return FoundModel(str(directory) if is_directory else wanted, directory, model)
+
+
+def read_weights(config: ClusterConfig, model: FoundModel) -> str:
+    """Digest of the model's weights: every byte is read, unless that was done before. Raises ConfigError."""
+    try:
+        return FAKE_WEIGHTS if config.engine.runner == "fake" else weights_digest(model.directory)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _check_texts(directory: Path, config: ClusterConfig) -> None:
@@ -78,30 +86,17 @@ def _check_texts(directory: Path, config: ClusterConfig) -> None:
 
 def check_ports(endpoints: EndpointsConfig, ray: RayConfig) -> None:
     """See that every port that was asked for is free. Raises ConfigError naming the first that is not."""
-    for key, host, port in _wanted_ports(endpoints, ray):
-        problem = _bind_problem(host, port)
-        if problem:
-            raise ConfigError(f"{key}: {problem}")
-
-
-def _wanted_ports(endpoints: EndpointsConfig, ray: RayConfig) -> Iterator[tuple[str, str, int]]:
-    for key, host, port in (
-        ("endpoints.grpc_port", endpoints.grpc_host, endpoints.grpc_port),
-        ("endpoints.http_port", endpoints.http_host, endpoints.http_port),
-    ):
-        for offset in range(endpoints.routers if port else 0):
-            yield key, host, port + offset
-    if not ray.address:
-        if ray.dashboard and ray.dashboard_port:
-            yield "ray.dashboard_port", ray.dashboard_host, ray.dashboard_port
-        if ray.metrics_export_port:
-            yield "ray.metrics_export_port", ray.node_ip or "0.0.0.0", ray.metrics_export_port
+    for wanted in wanted_ports(endpoints, ray):
+        for port in wanted.ports:
+            problem = _bind_problem(wanted.host, port)
+            if problem:
+                raise ConfigError(f"{wanted.key}: {problem}")
 
 
 def _bind_problem(host: str, port: int) -> str:
     """Why a port cannot be listened on, or ""."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(bare_host(host), port, type=socket.SOCK_STREAM)[0]
     except OSError:
         return f"{host} is not an address of this machine"
     with socket.socket(family, kind, protocol) as probe:
@@ -114,18 +109,17 @@ def _bind_problem(host: str, port: int) -> str:
             return (
                 f"port {port} on {host} is in use"
                 if error.errno == errno.EADDRINUSE
-                else f"{host}:{port}: {error.strerror}"
+                else f"{join_host_port(host, port)}: {error.strerror}"
             )
     return ""
 
 
-def free_port(host: str, first: int = 0) -> int:
-    """A free port of this machine: the first from `first` up, or any one."""
+def free_port(host: str, first: int = 0, reserved: Collection[int] = ()) -> int:
+    """A free port of this machine that is not reserved: the first from `first` up, or any one."""
     for port in range(first, first + 200) if first else ():
-        if not _bind_problem(host, port):
+        if port not in reserved and not _bind_problem(host, port):
             return port
-    with socket.socket() as probe:
-        probe.bind((host, 0))
+    with listen(host, 0, backlog=1) as probe:
         return int(probe.getsockname()[1])
 
 
@@ -143,12 +137,22 @@ def check_control(url: str, cluster: str) -> None:
 
 def check_ray(address: str) -> None:
     """See that the Ray cluster to join is there; Ray itself would try for minutes. Raises StartError."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise ConfigError(f"ray.address: must be HOST:PORT, not {address!r}")
-    problem = _dial_problem(host, int(port))
+    try:
+        host, port = split_host_port(address)
+    except ValueError:
+        raise ConfigError(f"ray.address: must be HOST:PORT, not {address!r}") from None
+    problem = _dial_problem(host, port)
     if problem:
         raise StartError(f"ray.address: no Ray cluster at {address} ({problem})")
+
+
+def check_arena_dir(folder: str) -> None:
+    """See that the arena's file can be made. Raises ConfigError."""
+    if not os.path.isdir(folder):
+        why = "not a folder" if os.path.exists(folder) else "no such folder"
+        raise ConfigError(f"kvstore.arena_dir: {folder}: {why}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"kvstore.arena_dir: {folder}: not allowed to make files there")
 
 
 def check_host_memory(host_bytes: int) -> None:

@@ -6,8 +6,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 _FRAMES = "|/-\\"
@@ -34,6 +34,16 @@ def own_stdout() -> Iterator[TextIO]:
         os.close(descriptor)
 
 
+def say(text: str, stream: TextIO) -> None:
+    """Write and flush. A terminal, or a reader, that is gone is no reason to end a cluster: then it goes nowhere."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())  # also what is buffered, when the interpreter ends
+
+
 class Steps:
     """One line per step, with a spinner while it lasts when the stream is a terminal."""
 
@@ -41,10 +51,13 @@ class Steps:
         self._stream = stream if stream is not None else sys.stderr
         self._quiet = quiet
         self._lock = threading.Lock()
+        self.before_step: Callable[[], None] = lambda: None
+        """Called before each step; may raise."""
 
     @contextmanager
     def step(self, what: str) -> Iterator[None]:
         """Show a step while the block runs."""
+        self.before_step()
         began = time.monotonic()
         done = threading.Event()
         spinner = threading.Thread(target=self._spin, args=(what, began, done), daemon=True)
@@ -71,13 +84,11 @@ class Steps:
     def _line(self, text: str) -> None:
         if not self._quiet:
             with self._lock:
-                self._stream.write(("\r\x1b[K" if self._animates else "") + text + "\n")
-                self._stream.flush()
+                say(("\r\x1b[K" if self._animates else "") + text + "\n", self._stream)
 
     def _spin(self, what: str, began: float, done: threading.Event) -> None:
         frame = 0
         while not done.wait(_FRAME_S):
             frame += 1
             with self._lock:
-                self._stream.write(f"\r\x1b[K{_FRAMES[frame % len(_FRAMES)]} {what} {time.monotonic() - began:.0f} s")
-                self._stream.flush()
+                say(f"\r\x1b[K{_FRAMES[frame % len(_FRAMES)]} {what} {time.monotonic() - began:.0f} s", self._stream)

@@ -6,18 +6,15 @@ Brings torch in only when it is made, so that drivers and replicas can name the 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import os
-import socket
-import struct
 
+import psutil
 import ray
 
 from deploy.kv_nodes import KVNodeSettings, describe, kv_node_on
 from deploy.preflight import free_port
+from kvstore.addresses import join_host_port
 from workers.config import WorkerSpec, resolve_model
-
-_SIOCGIFADDR = 0x8915
 
 
 class RankActor:
@@ -45,7 +42,7 @@ class RankActor:
     def rendezvous(self) -> str:
         """Where the ranks meet: on rank 0's host."""
         host = ray.util.get_node_ip_address()
-        return f"tcp://{host}:{free_port(host)}"
+        return f"tcp://{join_host_port(host, free_port(host))}"
 
     def connect(self, init_method: str) -> None:
         """Join the other ranks and load the shard."""
@@ -78,16 +75,11 @@ class RankActor:
 
 
 def interface_of(ip: str) -> str:
-    """Name of this host's network interface with an IPv4 address; "" when none has it.
+    """Name of this host's network interface with an address; "" when none has it.
 
     gloo asks for a name, and takes what the host's name resolves to when it gets none: often 127.0.0.1.
     """
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            try:
-                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-            except OSError:
-                continue
-            if socket.inet_ntoa(answer[20:24]) == ip:
-                return name
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address.partition("%")[0] == ip.partition("%")[0] for address in addresses):
+            return str(name)
     return ""

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import signal
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from deploy.config import RayConfig, prepare_ray_environment
 from deploy.errors import StartError, one_line
 from deploy.preflight import free_port
+from kvstore.addresses import join_host_port
 
 _FIRST_DASHBOARD_PORT = 8265
 _FIRST_METRICS_PORT = 9101
@@ -42,8 +44,12 @@ class RayRuntime:
     """Whether we started it, and so stop it."""
 
 
-def open_ray(config: RayConfig, num_cpus: int, temp_dir: Path) -> RayRuntime:
-    """Join the cluster that the config names, or start one here. Raises StartError."""
+def open_ray(config: RayConfig, num_cpus: int, temp_dir: Path, reserved: Collection[int] = ()) -> RayRuntime:
+    """Join the cluster that the config names, or start one here. Raises StartError.
+
+    reserved: ports that Ray is not to take. Call it in a folder without modules: Ray adds the current one to its
+    workers' import path.
+    """
     prepare_ray_environment()
     import ray
 
@@ -53,23 +59,25 @@ def open_ray(config: RayConfig, num_cpus: int, temp_dir: Path) -> RayRuntime:
         except Exception as error:
             raise StartError(f"cannot join the Ray cluster at {config.address}: {one_line(error)}") from error
     else:
-        _start_here(config, num_cpus, temp_dir)
+        _start_here(_local_options(config, num_cpus, temp_dir, reserved))
     return _describe(config)
 
 
-def _start_here(config: RayConfig, num_cpus: int, temp_dir: Path) -> None:
+def _start_here(options: dict[str, Any]) -> None:
     """Start Ray. Its node gives up when one of its processes takes 15 s to start, as on a busy machine: try again."""
     import ray
 
     for attempt in range(1, _ATTEMPTS + 1):
         before = _children()
         try:
-            ray.init(**_local_options(config, num_cpus, temp_dir))
+            ray.init(**options)
             return
-        except Exception as error:
+        except BaseException as error:
             for pid in _children() - before:  # what it had started already
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+            if not isinstance(error, Exception):  # interrupted
+                raise
             if attempt == _ATTEMPTS:
                 raise StartError(f"Ray did not start: {one_line(error)}") from error
 
@@ -80,7 +88,7 @@ def _children() -> set[int]:
     return {int(pid) for each in lists for pid in each.read_text().split()}
 
 
-def _local_options(config: RayConfig, num_cpus: int, temp_dir: Path) -> dict[str, Any]:
+def _local_options(config: RayConfig, num_cpus: int, temp_dir: Path, reserved: Collection[int]) -> dict[str, Any]:
     options: dict[str, Any] = {
         "address": "local",
         "num_cpus": config.num_cpus or max(num_cpus, os.cpu_count() or 1),
@@ -90,10 +98,11 @@ def _local_options(config: RayConfig, num_cpus: int, temp_dir: Path) -> dict[str
         "logging_level": logging.ERROR,
         "log_to_driver": False,
         "_temp_dir": str(temp_dir),
-        "_metrics_export_port": config.metrics_export_port or free_port("0.0.0.0", _FIRST_METRICS_PORT),
+        "_metrics_export_port": config.metrics_export_port or free_port("0.0.0.0", _FIRST_METRICS_PORT, reserved),
     }
     if config.dashboard:
-        options["dashboard_port"] = config.dashboard_port or free_port(config.dashboard_host, _FIRST_DASHBOARD_PORT)
+        first_free = free_port(config.dashboard_host, _FIRST_DASHBOARD_PORT, reserved)
+        options["dashboard_port"] = config.dashboard_port or first_free
     if config.node_ip:
         options["_node_ip_address"] = config.node_ip
     return options
@@ -106,12 +115,13 @@ def _describe(config: RayConfig) -> RayRuntime:
     node_id = context.get_node_id()
     node = next(node for node in ray.nodes() if node["NodeID"] == node_id)
     dashboard = ray._private.worker.get_dashboard_url() if config.dashboard or config.address else ""
+    metrics = join_host_port(node["NodeManagerAddress"], node["MetricsExportPort"])
     return RayRuntime(
         address=context.gcs_address,
         node_id=node_id,
         node_ip=node["NodeManagerAddress"],
         dashboard=f"http://{dashboard}" if dashboard else "",
-        metrics=f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics",
+        metrics=f"http://{metrics}/metrics",
         num_gpus=float(ray.cluster_resources().get("GPU", 0)),
         was_started=not config.address,
     )

@@ -12,9 +12,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from deploy.config import EndpointsConfig, child_environment
 from deploy.supervise import Ready, SupervisedProcess
+from kvstore.addresses import join_host_port, reachable, split_host_port
 from router.config import RouterConfig, RouterSpec
 
 _READY_TIMEOUT_S = 60.0
@@ -32,27 +34,32 @@ class RouterEndpoint:
 
 def workers_seen(endpoint: RouterEndpoint) -> dict[str, int]:
     """How many workers of each pool a router has found; nothing while it does not answer."""
-    host, port = endpoint.http.rsplit(":", 1)
-    connection = http.client.HTTPConnection(reachable(host), int(port), timeout=_ANSWER_TIMEOUT_S)
+    return {name: pool["num_workers"] for name, pool in _readyz(endpoint).get("pools", {}).items()}
+
+
+def first_refusal(endpoint: RouterEndpoint) -> str:
+    """Why a router does not use a worker that it found; "" when it uses all."""
+    refused = _readyz(endpoint).get("workers_refused", ())
+    return f"{refused[0]['worker_id']}: {refused[0]['reason']}" if refused else ""
+
+
+def _readyz(endpoint: RouterEndpoint) -> dict[str, Any]:
+    host, port = split_host_port(endpoint.http)
+    connection = http.client.HTTPConnection(reachable(host), port, timeout=_ANSWER_TIMEOUT_S)
     try:
         connection.request("GET", "/readyz")
-        pools = json.loads(connection.getresponse().read())["pools"]
-    except (OSError, http.client.HTTPException, ValueError, KeyError):
+        state = json.loads(connection.getresponse().read())
+    except (OSError, http.client.HTTPException, ValueError):
         return {}
     finally:
         connection.close()
-    return {name: pool["num_workers"] for name, pool in pools.items()}
+    return state if isinstance(state, dict) else {}
 
 
 def target_of(endpoint: RouterEndpoint) -> str:
     """Where a client of this machine dials a router."""
-    host, port = endpoint.grpc.rsplit(":", 1)
-    return f"{reachable(host)}:{port}"
-
-
-def reachable(host: str) -> str:
-    """An address to dial for one to listen on."""
-    return {"0.0.0.0": "127.0.0.1", "[::]": "::1", "::": "::1"}.get(host, host.strip("[]"))
+    host, port = split_host_port(endpoint.grpc)
+    return join_host_port(reachable(host), port)
 
 
 def router_specs(
@@ -107,9 +114,9 @@ def _process(spec: RouterSpec, run_dir: Path) -> SupervisedProcess:
         """Clients keep their address: the next router takes the ports of the one before."""
         current = spec
         if before is not None:
-            grpc_port, http_port = (int(before[key].rsplit(":", 1)[1]) for key in ("grpc_address", "http_address"))
+            grpc_port, http_port = (split_host_port(before[key])[1] for key in ("grpc_address", "http_address"))
             current = dataclasses.replace(spec, grpc_port=grpc_port, http_port=http_port)
         path.write_text(json.dumps(dataclasses.asdict(current)), encoding="utf-8")
-        return [sys.executable, "-m", "router", "--spec", str(path)]
+        return [sys.executable, "-P", "-m", "router", "--spec", str(path)]
 
     return SupervisedProcess(spec.router_id, command, child_environment(), run_dir / f"{spec.router_id}.log")

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from kvstore.addresses import listen
 from kvstore.arena import arena_path
 from kvstore.directory import MemoryDirectory
 from kvstore.host_tier import HostTier
@@ -183,10 +183,11 @@ with socket.create_connection((sys.argv[1], int(sys.argv[2]))) as receiver:
 def measure_tcp(shape: BenchShape, other: OtherHost = HERE) -> BandwidthRow:
     """A process there sends, on request, into a buffer that is mapped already here."""
     target = memoryview(bytearray(shape.num_bytes))
-    with socket.create_server((other.own_address, 0)) as server:
+    with listen(other.own_address, 0, backlog=1) as server:
         server.settimeout(_NODE_START_S)
         port = server.getsockname()[1]
-        command = [*other.enter, sys.executable, "-c", _SENDER, other.own_address, str(port), str(shape.num_bytes)]
+        command = [*other.enter, sys.executable, "-P", "-c", _SENDER]
+        command += [other.own_address, str(port), str(shape.num_bytes)]
         sender = subprocess.Popen(command)
         receiver, _ = server.accept()
 
@@ -381,7 +382,7 @@ def node_process(arena_dir: str, shape: BenchShape, other: OtherHost = HERE) -> 
     """A node process whose arena holds two batches, so that later runs evict, as in service; its host address."""
     node_id = f"bench-{os.getpid()}"
     with tempfile.TemporaryDirectory(prefix="kv-") as folder:
-        command = [*other.enter, sys.executable, "-m", "kvstore.node", "--node-id", node_id]
+        command = [*other.enter, sys.executable, "-P", "-m", "kvstore.node", "--node-id", node_id]
         command += ["--arena", str(arena_path(arena_dir, node_id)), "--host-address", f"unix:{folder}/host.sock"]
         command += ["--slot-bytes", str(shape.fragment_bytes), "--num-slots", str(2 * shape.num_fragments)]
         (Path(folder) / "secret").write_text(_SECRET)

@@ -1,21 +1,28 @@
-"""How clients of a node process dial and call it. Knows nothing of what is said over the channel."""
+"""Makes every gRPC channel of the cluster, and calls node processes. Knows nothing of what is said over a channel.
 
-from collections.abc import Callable
-from typing import Any
+Components reach each other directly: a channel never goes through the proxy that http_proxy and its like name. Such a
+proxy is for the way out of a network, and cannot reach 127.0.0.1 of this machine.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
 
 import grpc
 
+Options: TypeAlias = Iterable[tuple[str, int]]
+
 _TIMEOUT_S = 5.0  # a node answers in a millisecond; a starved machine is not a lost node
 
-_OPTIONS = (
+_DIRECT = (("grpc.enable_http_proxy", 0),)
+NODE_OPTIONS = (
     # A node process comes back within a second or two; gRPC's own back-off would wait for up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 500),
     ("grpc.min_reconnect_backoff_ms", 5000),  # despite its name: how long one attempt to connect may take
-    ("grpc.enable_http_proxy", 0),
     ("grpc.max_receive_message_length", 64 * 1024 * 1024),
     ("grpc.max_send_message_length", 64 * 1024 * 1024),
 )
+"""Of channels to node processes."""
 
 
 CLUSTER_METADATA = "switchyard-cluster"
@@ -30,9 +37,14 @@ NODE_ERRORS: tuple[type[Exception], ...] = (grpc.RpcError, ChannelClosed)
 """What call() and probe() raise."""
 
 
-def dial(address: str) -> grpc.Channel:
+def dial(address: str, options: Options = NODE_OPTIONS) -> grpc.Channel:
     """A channel to HOST:PORT or unix:PATH; it connects when it is used."""
-    return grpc.insecure_channel(address, options=_OPTIONS)
+    return grpc.insecure_channel(address, options=[*_DIRECT, *options])
+
+
+def dial_async(address: str, options: Options = NODE_OPTIONS) -> grpc.aio.Channel:
+    """As dial, for an event loop."""
+    return grpc.aio.insecure_channel(address, options=[*_DIRECT, *options])
 
 
 def call(method: Callable[..., Any], request: object, cluster: str = "") -> Any:

@@ -24,6 +24,7 @@ from pathlib import Path
 import grpc
 from switchyard.v1 import kvnode_pb2_grpc
 
+from kvstore.addresses import with_port
 from kvstore.arena import Arena, ArenaInUse, create_arena
 from kvstore.config import COMPRESSIONS
 from kvstore.directory import MemoryDirectory
@@ -167,7 +168,7 @@ def _serve_slots(spec: NodeSpec, slots: NodeSlots, peer_address: str) -> tuple[g
     _remove_dead_socket(spec.host_address)
     server, address = _bind(spec.host_address, spec.cluster)
     servicer = KVNodeServicer(slots, spec.node_id, peer_address)
-    call_address = address + _CALLS if address.startswith(UNIX) else f"{address.rpartition(':')[0]}:0"
+    call_address = address + _CALLS if address.startswith(UNIX) else with_port(address, 0)
     try:
         calls = serve_slot_calls(call_address, servicer)
     except OSError as error:
@@ -190,11 +191,9 @@ def _bind(address: str, cluster: str) -> tuple[grpc.Server, str]:
     server = grpc.server(threads, interceptors=[ClusterGuard(cluster)], options=_SERVER_OPTIONS)
     try:
         port = server.add_insecure_port(address)
-    except RuntimeError as error:
+        return server, address if address.startswith(UNIX) else with_port(address, port)
+    except (RuntimeError, ValueError) as error:
         raise StartError(f"cannot listen on {address}: in use or not an address of this host") from error
-    if address.startswith(UNIX):
-        return server, address
-    return server, f"{address.rpartition(':')[0]}:{port}"
 
 
 def _remove_dead_socket(address: str) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
+from kvstore.addresses import split_host_port
 from kvstore.authenticity import FragmentAuthenticator
 from kvstore.peer_wire import (
     CHECK,
@@ -141,8 +142,8 @@ def _in_requests(keys: Sequence[bytes]) -> Iterator[tuple[int, Sequence[bytes]]]
 
 
 def _connect(address: str) -> socket.socket:
-    host, _, port = address.rpartition(":")
     try:
-        return socket.create_connection((host, int(port)), _CONNECT_S)
-    except (ValueError, OverflowError) as error:  # the directory's word is not trusted either
+        host, port = split_host_port(address)
+        return socket.create_connection((host, port), _CONNECT_S)
+    except ValueError as error:  # the directory's word is not trusted either
         raise ProtocolError(f"not an address: {address[:100]!r}") from error

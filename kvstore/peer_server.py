@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 
 from kvstore.acceptor import Acceptor
+from kvstore.addresses import join_host_port, listen, split_host_port
 from kvstore.authenticity import TAG_BYTES, FragmentAuthenticator
 from kvstore.names import FRAGMENT_KEY_BYTES
 from kvstore.node_slots import NodeSlots
@@ -54,14 +55,12 @@ class PeerServer:
 
     def __init__(self, address: str, slots: NodeSlots, secret: str, memory: ReadableMemory | None = None) -> None:
         """memory: the arena of the slots, where callers may read from it by themselves."""
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdecimal():
-            raise ValueError(f"not HOST:PORT: {address}")
+        host, port = split_host_port(address)
         self._slots = slots
         self._memory = memory
         self._authenticator = FragmentAuthenticator(secret)
-        listener = socket.create_server((host, int(port)), backlog=64)
-        self.address = f"{host}:{listener.getsockname()[1]}"
+        listener = listen(host, port, backlog=64)
+        self.address = join_host_port(host, listener.getsockname()[1])
         """With the port that it really got."""
         self._acceptor = Acceptor(listener, self._serve, "kv-peer", _MAX_CONNECTIONS)
 

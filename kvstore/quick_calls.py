@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kvstore.acceptor import Acceptor
+from kvstore.addresses import connect, listen, split_host_port, with_port
 
 UNIX = "unix:"
 
@@ -134,7 +135,7 @@ class CallServer:
         self.address = address
         """With the port that it really got."""
         if not address.startswith(UNIX):
-            self.address = f"{address.rpartition(':')[0]}:{listener.getsockname()[1]}"
+            self.address = with_port(address, listener.getsockname()[1])
         self._acceptor = Acceptor(listener, self._serve, "kv-call", _MAX_CONNECTIONS)
 
     def close(self) -> None:
@@ -204,18 +205,14 @@ def _connect(address: str) -> socket.socket:
             connection.close()
             raise
         return connection
-    host, _, port = address.rpartition(":")
-    if not port.isdecimal():
-        raise OSError(f"not an address: {address!r}")
-    connection = socket.create_connection((host, int(port)), _CONNECT_S)
+    connection = connect(address, _CONNECT_S)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return connection
 
 
 def _listen(address: str) -> socket.socket:
     if not address.startswith(UNIX):
-        host, _, port = address.rpartition(":")
-        return socket.create_server((host, int(port)), backlog=64)
+        return listen(*split_host_port(address), backlog=64)
     path = address.removeprefix(UNIX)
     listener = socket.socket(socket.AF_UNIX)
     try:

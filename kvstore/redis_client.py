@@ -17,6 +17,7 @@ from redis.commands.core import Script
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 from redis.retry import Retry
 
+from kvstore.addresses import join_host_port
 from kvstore.config import check_redis_protocol
 
 RedisClient: TypeAlias = redis.Redis
@@ -162,4 +163,4 @@ def _host_port(host: str, port: str) -> str:
 def address_of(client: RedisClient) -> str:
     """Where the client connects, without the password."""
     settings = client.connection_pool.connection_kwargs
-    return str(settings.get("path") or f"{settings.get('host', 'localhost')}:{settings.get('port', 6379)}")
+    return str(settings.get("path") or join_host_port(settings.get("host", "localhost"), settings.get("port", 6379)))

@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from kvstore import redis_directory, redis_journal
+from kvstore.addresses import join_host_port
 from kvstore.availability import one_line
 from kvstore.config import is_redis_cluster, redis_cluster_nodes
 from kvstore.redis_client import REDIS_ERRORS, connect, is_misconfiguration, refused_commands, slot_owners
@@ -148,5 +149,4 @@ def _dial(url: str) -> socket.socket:
 
 def _address(url: str) -> str:
     parts = urlsplit(url)
-    host = parts.hostname or parts.path or "localhost"
-    return f"[{host}]:{parts.port or 6379}" if ":" in host else f"{host}:{parts.port or 6379}"
+    return join_host_port(parts.hostname or parts.path or "localhost", parts.port or 6379)

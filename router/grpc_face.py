@@ -16,6 +16,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from switchyard.v1 import generation_pb2, generation_pb2_grpc
 
+from kvstore.addresses import join_host_port
 from router import errors
 from router.errors import PortInUse, RouterError, is_counted
 from router.events import Event
@@ -73,14 +74,14 @@ class GrpcFace:
     async def start(self, host: str, port: int) -> str:
         """Listen; the address. Raises PortInUse."""
         try:
-            bound = self._server.add_insecure_port(f"{host}:{port}")
+            bound = self._server.add_insecure_port(join_host_port(host, port))
         except RuntimeError:
             bound = 0
         if bound == 0:
             raise PortInUse(f"gRPC port {port} on {host} is in use or cannot be bound")
         await self.set_serving(False)
         await self._server.start()
-        return f"{host}:{bound}"
+        return join_host_port(host, bound)
 
     async def set_serving(self, is_serving: bool) -> None:
         """What health checks are told."""

@@ -21,6 +21,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from kvstore.addresses import join_host_port, listen
 from router import errors
 from router.errors import InvalidRequest, PortInUse, RouterError, UnknownRoute, is_counted, mark_counted
 from router.events import Event, GenerationRequest, ResumeRequest
@@ -72,10 +73,10 @@ class HttpFace:
     def bind(self, host: str, port: int) -> str:
         """Take the port; the address. Raises PortInUse."""
         try:
-            self._socket = socket.create_server((host, port), backlog=1024)
+            self._socket = listen(host, port, backlog=1024)
         except OSError as error:
             raise PortInUse(f"HTTP port {port} on {host} is in use or cannot be bound ({error.strerror})") from None
-        return f"{host}:{self._socket.getsockname()[1]}"
+        return join_host_port(host, self._socket.getsockname()[1])
 
     async def serve(self, drain_s: float) -> None:
         """Answer until stop(); then running answers have drain_s to end."""

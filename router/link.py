@@ -19,6 +19,7 @@ import grpc
 from switchyard.v1 import worker_pb2, worker_pb2_grpc
 
 from checkpoint.identity import ServedModel
+from kvstore.channels import dial_async
 from kvstore.directory import LeasedWorker
 from router.block_watch import BlockEvents, watch_blocks
 from router.fleet import WorkerInfo
@@ -166,7 +167,7 @@ class WorkerLink:
             ("grpc.max_receive_message_length", self._options.max_message_bytes),
             ("grpc.max_send_message_length", self._options.max_message_bytes),
         ]
-        async with grpc.aio.insecure_channel(self.address, options=options) as channel:
+        async with dial_async(self.address, options) as channel:
             stub = worker_pb2_grpc.WorkerServiceStub(channel)
             call = stub.Connect()
             try:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from switchyard.v1.worker_pb2 import WorkerLoad
 
+from checkpoint.identity import ServedModel
 from router.dispatch import Dispatcher
 
 
@@ -61,6 +62,7 @@ class Readiness:
 
     is_ready: bool
     is_degraded: bool
+    cluster: str
     model: str
     pools: dict[str, PoolState]
     workers: tuple[WorkerState, ...]
@@ -71,7 +73,7 @@ class Readiness:
 
 
 def readiness(
-    model: str,
+    served: ServedModel,
     dispatcher: Dispatcher,
     control: ControlState,
     refusals: Sequence[tuple[str, str, str]],
@@ -92,7 +94,8 @@ def readiness(
     return Readiness(
         is_ready=dispatcher.fleet.can_serve and not is_stopping,
         is_degraded=bool(tiers_down or workers_refused) or not control.directory_is_up or control.journal_is_missing,
-        model=model,
+        cluster=served.cluster,
+        model=served.model,
         pools=pools,
         workers=tuple(
             WorkerState(info.worker_id, info.pool, info.role.value, dispatcher.links[info.worker_id].address)

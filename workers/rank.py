@@ -24,6 +24,7 @@ from checkpoint.errors import CheckpointError
 from checkpoint.identity import ServedModel, tokenizer_digest
 from checkpoint.tensors import weights_digest
 from costs.transfer import ALWAYS_FETCH, NEVER_FETCH, TransferCost
+from kvstore.addresses import join_host_port
 from kvstore.block_pool import BlockPool
 from kvstore.connect import open_directory, open_tiers, place_of, reaches
 from kvstore.directory import Directory, DirectoryUnavailable, WorkerRecord
@@ -282,10 +283,10 @@ class Rank:
             ]
         )
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server)
-        port = server.add_insecure_port(f"{self.spec.listen_host}:0")
+        port = server.add_insecure_port(join_host_port(self.spec.listen_host, 0))
         await server.start()
         loop.start()
-        started.set_result(f"{self.spec.listen_host}:{port}")
+        started.set_result(join_host_port(self.spec.listen_host, port))
         pulse = asyncio.create_task(self._pulse(), name="pulse")
         await self._closed.wait()
         pulse.cancel()

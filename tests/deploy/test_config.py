@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 
@@ -208,3 +209,49 @@ def test_what_the_user_set_for_ray_stays(monkeypatch: pytest.MonkeyPatch) -> Non
     assert os.environ["RAY_AUTH_MODE"] == "token"
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
     assert os.environ["PYTHONPATH"].split(":") == [str(config.ROOT), str(config.ROOT / "proto" / "gen"), "/elsewhere"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["ray.dashboard_port=8001", "endpoints.routers=2"],
+            "ray.dashboard_port: port 8001 is one of endpoints.http_port",
+        ),
+        (["ray.metrics_export_port=50051"], "ray.metrics_export_port: port 50051 is one of endpoints.grpc_port too"),
+        (
+            ["ray.dashboard_port=9200", "ray.metrics_export_port=9200"],
+            "ray.metrics_export_port: port 9200 is one of ray.dash",
+        ),
+        (["endpoints.http_host=::", "endpoints.http_port=50051"], "overlaps the gRPC ports"),
+    ],
+)
+def test_ports_that_equal_each_other(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        config.load(None, overrides)
+
+
+def test_equal_ports_that_are_not_in_each_others_way() -> None:
+    config.load(None, ["ray.dashboard_port=8000", "ray.dashboard=false"])
+    config.load(None, ["ray.dashboard_port=8000", "ray.address=h:1"])
+    config.load(None, ["ray.dashboard_port=8000", "endpoints.http_host=10.0.0.1"])
+
+
+def test_an_ipv6_address_can_be_set_as_it_is() -> None:
+    for host in ("::", "::1", "[::1]"):
+        assert config.load(None, [f"endpoints.http_host={host}"]).endpoints.http_host == host
+
+
+def test_children_find_modules_where_we_say_and_never_in_the_current_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", "lib", "", "/abs"]))
+    monkeypatch.setenv("HF_HOME", "cache")
+    environment = config.child_environment()
+    assert environment["PYTHONSAFEPATH"] == "1"
+    paths = environment["PYTHONPATH"].split(os.pathsep)
+    assert paths[-2:] == [str(tmp_path / "lib"), "/abs"]
+    assert all(Path(path).is_absolute() for path in paths)
+    assert str(tmp_path) not in paths
+    assert environment["HF_HOME"] == str(tmp_path / "cache")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from deploy import config
 from deploy.config import EndpointsConfig, RayConfig
 from deploy.errors import ConfigError, StartError
 from deploy.preflight import (
+    check_arena_dir,
     check_control,
     check_disk,
     check_host_memory,
@@ -22,6 +24,7 @@ from deploy.preflight import (
     tier_secret,
     tier_warning,
 )
+from kvstore.addresses import listen
 from tests.processes import RedisServer
 
 
@@ -221,3 +224,26 @@ def test_mistakes_with_tiers_end_the_start(redis_server: RedisServer, tmp_path: 
     kvstore = config.load(None, ["kvstore.disk_bytes=33554432", f"kvstore.disk_dir={tmp_path}/file"]).kvstore
     with pytest.raises(ConfigError, match=r"^kvstore\.disk_dir: .*/file: file exists"):
         check_disk(kvstore)
+
+
+def test_a_folder_for_the_arena_that_is_not_there(tmp_path: Path) -> None:
+    check_arena_dir(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"^kvstore\.arena_dir: /no/such: no such folder$"):
+        check_arena_dir("/no/such")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"^kvstore\.arena_dir: .*/file: not a folder$"):
+        check_arena_dir(str(tmp_path / "file"))
+    (tmp_path / "closed").mkdir(mode=0o555)
+    if os.geteuid():
+        with pytest.raises(ConfigError, match=r"^kvstore\.arena_dir: .*/closed: not allowed to make files there$"):
+            check_arena_dir(str(tmp_path / "closed"))
+
+
+def test_ports_on_ipv6() -> None:
+    with listen("::1", 0, backlog=1) as taken:
+        port = taken.getsockname()[1]
+        for host in ("::1", "[::1]"):
+            with pytest.raises(ConfigError, match=rf"endpoints\.http_port: port {port} on \S*::1\S* is in use"):
+                check_ports(EndpointsConfig(grpc_port=0, http_host=host, http_port=port), RayConfig())
+    assert free_port("::1") > 0
+    assert free_port("[::]", 20_000, reserved=range(20_000, 20_005)) >= 20_005

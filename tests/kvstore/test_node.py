@@ -53,11 +53,13 @@ def test_a_killed_node_is_replaced_in_place(kv_node: KVNode) -> None:
     assert not kv_node.arena.exists()
 
 
-def test_port_0_is_replaced_by_the_port_it_got(kv_node: KVNode) -> None:
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+def test_port_0_is_replaced_by_the_port_it_got(kv_node: KVNode, host: str) -> None:
     kv_node.kill()
-    kv_node.control_address = "127.0.0.1:0"
+    kv_node.control_address = f"{host}:0"
     kv_node.start()
     address = str(kv_node.ready["control_address"])
+    assert address.startswith(f"{host}:")
     assert int(address.rpartition(":")[2]) > 0
     directory = open_directory(f"memory://{address}")
     assert directory.workers() == []

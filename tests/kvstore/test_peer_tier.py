@@ -233,8 +233,9 @@ def test_nobody_listens(peer: PeerTier, directory: MemoryDirectory, host: HostTi
     assert peer.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]
 
 
-def test_a_peer_that_was_replaced_is_dialled_anew(peer: PeerTier, directory: MemoryDirectory) -> None:
-    options = ["--peer-address", f"127.0.0.1:{free_port()}"]
+@pytest.mark.parametrize("address", ["127.0.0.1", "[::1]"])
+def test_a_peer_that_was_replaced_is_dialled_anew(peer: PeerTier, directory: MemoryDirectory, address: str) -> None:
+    options = ["--peer-address", f"{address}:{free_port()}"]
     node = KVNode(f"test-{uuid.uuid4().hex[:12]}", options=options, secret=SECRET)
     host = HostTier(node.host_address)
     fragments = make_fragments(3)

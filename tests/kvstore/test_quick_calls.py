@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from switchyard.v1 import kvnode_pb2
 
-from kvstore.quick_calls import CallRefused, CallServer, QuickCalls
+from kvstore.quick_calls import CallRefused, CallServer, QuickCalls, _connect
 
 ECHO, FAIL, SLOW = 1, 2, 3
 TIMEOUT_S = 5.0
@@ -30,9 +30,9 @@ def sleep(message: bytes) -> kvnode_pb2.LookupRequest:
     return echo(message)
 
 
-@pytest.fixture(params=["unix", "tcp"])
+@pytest.fixture(params=["unix:{folder}/calls", "127.0.0.1:0", "[::1]:0"])
 def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[CallServer]:
-    address = f"unix:{tmp_path}/calls" if request.param == "unix" else "127.0.0.1:0"
+    address = request.param.format(folder=tmp_path)
     server = CallServer(address, {ECHO: echo, FAIL: refuse, SLOW: sleep})
     yield server
     server.close()
@@ -92,9 +92,7 @@ def test_a_server_that_came_back_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("noise", [b"", b"\1", struct.pack("<BI", 1, 2**31), struct.pack("<BI", 1, 5) + b"ab"])
 def test_what_is_no_request_ends_its_own_connection_only(server: CallServer, noise: bytes) -> None:
-    address = server.address.removeprefix("unix:")
-    with socket.socket(socket.AF_UNIX) if address != server.address else socket.socket() as stranger:
-        stranger.connect(address if address != server.address else ("127.0.0.1", int(address.rpartition(":")[2])))
+    with _connect(server.address) as stranger:
         stranger.sendall(noise)
         stranger.shutdown(socket.SHUT_WR)
         stranger.settimeout(TIMEOUT_S)

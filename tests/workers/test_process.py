@@ -24,3 +24,22 @@ def test_the_rank_that_refuses_is_heard_not_the_one_that_dies_of_it(tmp_path):
     assert ended.stdout == ""
     assert "switchyard worker: " in ended.stderr
     assert "no tensor model.layers.2.mlp.up_proj.weight" in ended.stderr
+
+
+def test_a_worker_on_ipv6_in_a_folder_with_foreign_modules(tmp_path):
+    """Neither the process nor its spawned ranks import what lies in the folder in which they are started."""
+    directory = make_checkpoint("gqa", tmp_path)
+    for name in ("workers", "kvstore", "redis", "grpc", "torch", "json", "multiprocessing", "numpy"):
+        code = f"open({str(tmp_path / 'executed')!r}, 'a').write('{name} ')\nraise RuntimeError('the wrong {name}')\n"
+        (tmp_path / f"{name}.py").write_text(code)
+    engine = EngineConfig(str(directory), runner="fake", num_blocks=8, device="cpu")
+    spec = WorkerSpec("w", "mixed", "mixed", engine, listen_host="::1")
+    (tmp_path / "spec.json").write_text(json.dumps(asdict(spec)))
+    command = [sys.executable, "-P", "-m", "workers", "--spec", str(tmp_path / "spec.json")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert not (tmp_path / "executed").exists(), (tmp_path / "executed").read_text()
+    assert json.loads(line or "{}").get("address", said).startswith("[::1]:"), said

@@ -1,0 +1,147 @@
+"""Run folders: who holds one, and the end of those whose holders were killed, with their arenas and node processes.
+
+    TEMP_DIR/sy-CLUSTER/lock          shared lock of everybody who needs the folder; the driver's process id
+    TEMP_DIR/sy-CLUSTER/NODE.arena    path of the arena of this host's KV node
+
+The kernel lets go of a lock when its holder ends, however it ends. A folder without a lock file is just being made, or
+another version's, and is left alone. Knows nothing of Ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import stat
+import time
+from pathlib import Path
+
+import psutil
+
+from kvstore.arena import ARENA_PREFIX, arena_holder
+
+FOLDER_PREFIX = "sy-"
+
+_LOCK = "lock"
+_RECORD = ".arena"
+_PREDECESSOR_S = 10.0  # for a node that has lost its actor to write what is due to its disk, and end
+_DYING_S = 5.0  # for a killed driver's processes to end
+_LOOK_S = 0.1
+
+_LOG = logging.getLogger(__name__)
+
+
+def hold_folder(folder: Path, is_driver: bool = False) -> int:
+    """Make the folder unless it is there, and keep others from removing it until the file descriptor is closed.
+
+    Raises OSError.
+    """
+    while True:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_uid != os.geteuid():
+            raise PermissionError(f"{folder} belongs to somebody else")
+        with contextlib.suppress(FileNotFoundError):  # removed in this moment: make it again
+            descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
+            if _is_same_file(descriptor, folder / _LOCK):
+                if is_driver:
+                    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+                return descriptor
+            os.close(descriptor)
+
+
+def record_arena(folder: Path, node_id: str, arena: Path) -> None:
+    """Note that this arena goes when the folder does."""
+    (folder / f"{node_id}{_RECORD}").write_text(str(arena))
+
+
+def leave_folder(folder: Path, node_id: str) -> None:
+    """The node has ended and its arena is gone: remove the folder too, when nobody else has anything in it."""
+    (folder / f"{node_id}{_RECORD}").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        if os.listdir(folder) == [_LOCK]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftovers(temp_dir: Path) -> None:
+    """Remove every run folder of this user that nobody holds."""
+    for folder in sorted(temp_dir.glob(f"{FOLDER_PREFIX}*")):
+        with contextlib.suppress(OSError):
+            status = folder.lstat()
+            if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
+                _remove_unless_held(folder)
+
+
+def _remove_unless_held(folder: Path) -> None:
+    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        if _is_left(descriptor):
+            _LOG.warning("removing %s, which a cluster that is gone has left", folder)
+            remove_folder(folder)
+    finally:
+        os.close(descriptor)
+
+
+def _is_left(descriptor: int) -> bool:
+    """Whether nobody holds the lock; what a killed driver had started has a moment to end."""
+    driver = os.pread(descriptor, 20, 0)
+    deadline_s = time.monotonic() + (_DYING_S if driver.isdigit() and not psutil.pid_exists(int(driver)) else 0.0)
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline_s:
+                return False
+            time.sleep(_LOOK_S)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a run folder with its arenas, and end the node processes that still hold them. The lock file goes last: a
+    removal that is cut short is found again."""
+    for record in folder.glob(f"*{_RECORD}"):
+        arena = Path(record.read_text())
+        if arena.name.startswith(f"{ARENA_PREFIX}{folder.name.removeprefix(FOLDER_PREFIX)}-"):
+            end_predecessor(arena)
+    for entry in folder.glob("*"):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.name != _LOCK:
+            entry.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_same_file(descriptor: int, path: Path) -> bool:
+    return os.path.samestat(os.fstat(descriptor), path.stat())
+
+
+# ---- arenas
+
+
+def end_predecessor(arena: Path) -> None:
+    """Ends the node process that holds this arena, and removes what is left of it; whoever reads there keeps a mapping.
+
+    A node ends with its actor. One that did not, as when the kernel was out of memory, would keep the host without a
+    node for good: workers cannot use a node that nobody watches over.
+    """
+    if pid := arena_holder(arena):
+        with contextlib.suppress(psutil.Error):  # it ended by itself, or hangs in the kernel
+            _end_node(psutil.Process(pid), arena)
+    if not arena_holder(arena):
+        with contextlib.suppress(OSError):  # somebody else's: the node will say so
+            arena.unlink(missing_ok=True)
+
+
+def _end_node(node: psutil.Process, arena: Path) -> None:
+    if node.uids().real != os.getuid() or str(arena) not in node.cmdline():
+        return  # whoever can write to the folder can write any number into a file there
+    _LOG.warning("ending the node process %d, which has lost its actor and holds %s", node.pid, arena)
+    node.terminate()
+    try:
+        node.wait(_PREDECESSOR_S)
+    except psutil.TimeoutExpired:
+        node.kill()
+        node.wait(_PREDECESSOR_S)

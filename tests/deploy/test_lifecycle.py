@@ -1,0 +1,193 @@
+"""Whole clusters in an unfriendly place, and their ends: nothing is executed that is not ours, and nothing is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from deploy.preflight import free_port
+from tests.deploy.serving import LOOPBACK, PROMPT, SWITCHYARD, Place, Serving, Stream
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+# Names that our processes and Ray's import, early and late.
+FOREIGN = (
+    *(
+        "router",
+        "workers",
+        "kvstore",
+        "deploy",
+        "costs",
+        "planner",
+        "switchyard",
+        "redis",
+        "grpc",
+        "torch",
+        "ray",
+        "yaml",
+    ),
+    *("json", "numpy", "psutil", "click", "uvicorn", "starlette", "pydantic", "tokenizers", "logging", "asyncio"),
+    *("socket", "typing", "uuid", "runpy", "multiprocessing", "aiohttp", "xxhash"),
+)
+SLOW = "engine.fake_step_s=0.1"
+
+
+@pytest.fixture
+def place(tiny_model: Path) -> Iterator[Place]:
+    folder = Path(tempfile.mkdtemp(prefix="syl-", dir="/tmp"))  # a short path: Ray makes sockets far below it
+    yield Place(folder, tiny_model)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def serve(place: Place, tmp_path: Path) -> Iterator[Callable[..., Serving]]:
+    made: list[Serving] = []
+
+    def start(*settings: str, **options: object) -> Serving:
+        made.append(Serving(place.command(settings=settings), **{"cwd": tmp_path, **options}))
+        return made[-1]
+
+    yield start
+    for serving in made:
+        serving.close()
+
+
+def foreign_folder(folder: Path) -> Path:
+    """A folder with modules of other people, each of which says so when it is executed."""
+    for name in FOREIGN:
+        said = f"open({str(folder / 'executed')!r}, 'a').write({name!r} + '\\n')"
+        (folder / f"{name}.py").write_text(f"{said}\nraise RuntimeError('the wrong {name}')\n")
+    return folder
+
+
+def dead_proxies() -> dict[str, str]:
+    proxy = f"http://127.0.0.1:{free_port('127.0.0.1')}"
+    names = [name for each in ("http", "https", "all", "grpc") for name in (f"{each}_proxy", f"{each}_proxy".upper())]
+    return {**dict.fromkeys(names, proxy), "no_proxy": "", "NO_PROXY": ""}
+
+
+def test_a_cluster_among_foreign_modules_and_dead_proxies_on_ipv6(
+    place: Place, serve: Callable[..., Serving], tmp_path: Path
+) -> None:
+    """And a SIGTERM to its process group, which ends a running stream in order."""
+    cwd = foreign_folder(tmp_path)
+    environment = dead_proxies()
+    serving = serve(
+        "ray.node_ip=::1",
+        "endpoints.grpc_host=::1",
+        "endpoints.http_host=[::1]",
+        SLOW,
+        cwd=cwd,
+        environment=environment,
+    )
+    assert serving.router["grpc"].startswith("[::1]:")
+    assert serving.router["http"].startswith("[::1]:")
+    asked = subprocess.run(
+        [SWITCHYARD, "generate", "--target", serving.router["grpc"], "--prompt", PROMPT, "--max-tokens", "3", "--json"],
+        capture_output=True,
+        cwd=cwd,
+        env={**os.environ, **environment},
+        timeout=60,
+        check=False,
+    )
+    assert asked.returncode == 0, asked.stderr.decode()
+    assert json.loads(asked.stdout)["num_output_tokens"] == 3
+    assert not (cwd / "executed").exists(), (cwd / "executed").read_text()
+
+    deadline_s = time.monotonic() + 30
+    while b"ray_switchyard_tokens_total" not in LOOPBACK.open(serving.said["endpoints"]["metrics"]).read():
+        assert time.monotonic() < deadline_s, "Ray's processes send no metrics"
+        time.sleep(0.5)
+
+    stream = Stream(serving.router, num_tokens=30)
+    below = serving.below()
+    serving.signal_group(signal.SIGTERM)
+    assert serving.process.wait(60) == 0, serving.stderr
+    stream.join(10)
+    assert stream.error is None
+    assert [line for line in stream.lines if line][-1] == "data: [DONE]"
+    assert sum('"text"' in line for line in stream.lines) >= 30
+    assert psutil.wait_procs(below, timeout=10)[1] == []
+    assert place.left() == []
+    assert not (cwd / "executed").exists(), (cwd / "executed").read_text()
+
+
+def test_a_closed_terminal_ends_a_cluster_in_order(place: Place, serve: Callable[..., Serving]) -> None:
+    serving = serve(SLOW, on_terminal=True)
+    below = serving.below()
+    stream = Stream(serving.router, num_tokens=20)
+    serving.close_terminal()
+    time.sleep(0.2)
+    serving.signal_group(signal.SIGHUP)  # the shell and the kernel each send one
+    assert serving.process.wait(60) == 0, serving.stderr
+    stream.join(10)
+    assert stream.error is None
+    assert [line for line in stream.lines if line][-1] == "data: [DONE]"
+    assert psutil.wait_procs(below, timeout=10)[1] == []
+    assert place.left() == []
+
+
+def test_a_second_sigterm_ends_at_once_and_leaves_nothing(place: Place, serve: Callable[..., Serving]) -> None:
+    serving = serve(SLOW, "router.drain_s=60")
+    below = serving.below()
+    stream = Stream(serving.router, num_tokens=300)
+    began_s = time.monotonic()
+    serving.process.send_signal(signal.SIGTERM)
+    time.sleep(1.5)
+    assert serving.process.poll() is None
+    serving.process.send_signal(signal.SIGTERM)
+    assert serving.process.wait(30) == 1
+    assert time.monotonic() - began_s < 15
+    stream.join(10)
+    assert psutil.wait_procs(below, timeout=10)[1] == []
+    assert place.left() == []
+
+
+def test_what_was_killed_or_has_failed_goes_at_the_next_start(
+    place: Place, serve: Callable[..., Serving], tmp_path: Path
+) -> None:
+    killed = serve()
+    below = killed.below()
+    killed.kill()
+    assert psutil.wait_procs(below, timeout=20)[1] == []
+    run_dir, arena = place.left()
+
+    # A start that fails keeps its folder, and has removed the other.
+    (tmp_path / "tokenizers.py").write_text("raise ImportError('only the routers want this')")
+    failing = serve(environment={"PYTHONPATH": str(tmp_path)}, is_ready=False)
+    assert failing.process.wait(60) == 1
+    (kept,) = place.left()
+    assert kept not in (run_dir, arena)
+    assert f"(logs in {place.temp_dir / kept})" in failing.stderr
+
+    front_killed = serve()
+    (held, held_arena) = place.left()
+    assert kept not in (held, held_arena)
+    below = front_killed.below()
+    front_killed.process.kill()  # the front alone: the rest ends in order
+    assert psutil.wait_procs(below, timeout=30)[1] == []
+    assert place.left() == []
+
+
+@pytest.mark.parametrize("after_s", [0.3, 1.5, 3.0, 5.0])
+def test_a_start_that_is_interrupted_leaves_nothing(
+    place: Place, serve: Callable[..., Serving], after_s: float
+) -> None:
+    starting = serve(is_ready=False)
+    time.sleep(after_s)
+    below = starting.below()
+    starting.signal_group(signal.SIGTERM)
+    code = starting.process.wait(30)
+    assert code in (1, 128 + signal.SIGTERM)  # the latter: before there was anything to be ended
+    assert psutil.wait_procs(below, timeout=10)[1] == []
+    assert place.left() == []
