@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Any
 from deploy.config import ClusterConfig
 from deploy.descendants import Descendants
 from deploy.errors import ConfigError, StartError, one_line
-from deploy.leftovers import FOLDER_PREFIX, hold_folder, remove_folder, remove_leftovers
+from deploy.leftovers import (
+    FOLDER_PREFIX,
+    abandoned,
+    hold_as_driver,
+    hold_folder,
+    remove_folder,
+    remove_leftovers,
+)
 from deploy.plan import ClusterPlan, cluster_name, layers_per_fragment, make_plan, num_cpus_needed
 from deploy.ports import wanted_ports
 from deploy.preflight import (
@@ -75,7 +82,7 @@ class Cluster:
         self._weights = ""
         self._started = Descendants()
         self._is_hurried = False
-        self._holds_run_dir = -1
+        self._held: list[int] = []
         self.id = secrets.token_hex(4)
         self.run_dir = Path(config.ray.temp_dir) / f"{FOLDER_PREFIX}{self.id}"
 
@@ -142,7 +149,8 @@ class Cluster:
         remove_leftovers(temp_dir)
         self._undo.append(self._remove_run_dir)
         try:
-            self._holds_run_dir = hold_folder(self.run_dir, is_driver=True)
+            self._held.append(hold_folder(self.run_dir))
+            self._held.append(hold_as_driver(self.run_dir, self._config.pools))
             (self.run_dir / _EMPTY).mkdir()
         except OSError as error:
             raise ConfigError(f"ray.temp_dir: {temp_dir}: {error.strerror or error}") from None
@@ -155,9 +163,8 @@ class Cluster:
             if not self.run_dir.exists():
                 break
             time.sleep(_LOOK_S)
-        if self._holds_run_dir >= 0:
-            os.close(self._holds_run_dir)
-            self._holds_run_dir = -1
+        while self._held:
+            os.close(self._held.pop())
 
     def _ray_step(self) -> str:
         return f"Joining Ray at {self._config.ray.address}" if self._config.ray.address else "Starting Ray"
@@ -167,6 +174,8 @@ class Cluster:
         from deploy.kv_nodes import KVNodeSettings, describe, kv_node_on, stop_kv_nodes
         from deploy.pools import check_capacity, close_serve, deploy_pools, open_serve, wait_running
 
+        if not ray.was_started:
+            self._end_abandoned()
         control, control_address = self._control(ray)
         plan = make_plan(
             self._config, model.config, model.reference, ray.num_gpus, control, self._tier_secret, self._name(model)
@@ -193,7 +202,7 @@ class Cluster:
         )
         names, deployed = [pool.name for pool in plan.pools], list[str]()
         with self._steps.step("Starting the KV node, routers and pools"):
-            self._undo.append(lambda: stop_kv_nodes(settings, self._keep_logs))
+            self._undo.append(lambda: stop_kv_nodes(self.id, self._keep_logs))
             described = describe(kv_node_on(ray.node_id, settings))
             serve_was_started = open_serve()
             if not ray.was_started:  # otherwise all ends with Ray
@@ -208,6 +217,19 @@ class Cluster:
             wait_running(names, _WORKERS_TIMEOUT_S, self._steps.note)
             self._wait_seen(plan, endpoints)
         return Endpoints(tuple(endpoints), ray.address, ray.dashboard, ray.metrics)
+
+    def _end_abandoned(self) -> None:
+        """Take clusters out of this Ray whose drivers on this host were killed: nobody else ends their parts."""
+        from deploy.kv_nodes import has_kv_nodes, stop_kv_nodes
+        from deploy.pools import close_serve
+
+        temp_dir = Path(self._config.ray.temp_dir)
+        for left in abandoned(temp_dir):
+            if has_kv_nodes(left.cluster_id):
+                self._steps.note(f"ending cluster {left.cluster_id}, whose driver was killed")
+                close_serve(left.pools, False)
+                stop_kv_nodes(left.cluster_id, keep_logs=False)
+        remove_leftovers(temp_dir)
 
     def _control(self, ray: RayRuntime) -> tuple[str, str]:
         """URL of the control service, and the address that our KV node is to serve it on ("": it is elsewhere)."""

@@ -61,7 +61,7 @@ class KVNodeSettings:
     @property
     def namespace(self) -> str:
         """Ray namespace of the actors."""
-        return f"switchyard-{self.cluster_id}"
+        return _namespace(self.cluster_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +76,10 @@ class KVNode:
     """Its process now."""
     num_slots: int
     """Slots of its arena: fewer than wanted where the arena's folder has no room for more."""
+
+
+def _namespace(cluster_id: str) -> str:
+    return f"switchyard-{cluster_id}"
 
 
 def short_node_id(ray_node_id: str) -> str:
@@ -179,11 +183,18 @@ def describe(actor: Any) -> Any:
     return actor.describe.options(max_task_retries=-1).remote()
 
 
-def stop_kv_nodes(settings: KVNodeSettings, keep_logs: bool) -> None:
-    """End the KV nodes of all hosts of this cluster."""
+def has_kv_nodes(cluster_id: str) -> bool:
+    """Whether this Ray runs KV nodes of a cluster."""
     listed = ray.util.list_named_actors(all_namespaces=True)
-    names = [entry["name"] for entry in listed if entry["namespace"] == settings.namespace]
-    actors = [ray.get_actor(name, namespace=settings.namespace) for name in names]
+    return any(entry["namespace"] == _namespace(cluster_id) for entry in listed)
+
+
+def stop_kv_nodes(cluster_id: str, keep_logs: bool) -> None:
+    """End the KV nodes of all hosts of a cluster."""
+    namespace = _namespace(cluster_id)
+    listed = ray.util.list_named_actors(all_namespaces=True)
+    names = [entry["name"] for entry in listed if entry["namespace"] == namespace]
+    actors = [ray.get_actor(name, namespace=namespace) for name in names]
     if actors:
         ray.wait([actor.stop.remote(keep_logs) for actor in actors], num_returns=len(actors), timeout=_STOP_TIMEOUT_S)
     for actor in actors:

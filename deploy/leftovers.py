@@ -1,6 +1,8 @@
 """Run folders: who holds one, and the end of those whose holders were killed, with their arenas and node processes.
 
-    TEMP_DIR/sy-CLUSTER/lock          shared lock of everybody who needs the folder; the driver's process id
+    TEMP_DIR/sy-CLUSTER/lock          shared lock of everybody who needs the folder
+    TEMP_DIR/sy-CLUSTER/driver        lock of the driver: of `switchyard serve`
+    TEMP_DIR/sy-CLUSTER/pools         names of the cluster's pools, for somebody else's Ray, in which they may run on
     TEMP_DIR/sy-CLUSTER/NODE.arena    path of the arena of this host's KV node
 
 The kernel lets go of a lock when its holder ends, however it ends. A folder without a lock file is just being made, or
@@ -16,6 +18,8 @@ import os
 import shutil
 import stat
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -24,7 +28,7 @@ from kvstore.arena import ARENA_PREFIX, arena_holder
 
 FOLDER_PREFIX = "sy-"
 
-_LOCK = "lock"
+_LOCK, _DRIVER, _POOLS = "lock", "driver", "pools"
 _RECORD = ".arena"
 _PREDECESSOR_S = 10.0  # for a node that has lost its actor to write what is due to its disk, and end
 _DYING_S = 5.0  # for a killed driver's processes to end
@@ -33,7 +37,7 @@ _LOOK_S = 0.1
 _LOG = logging.getLogger(__name__)
 
 
-def hold_folder(folder: Path, is_driver: bool = False) -> int:
+def hold_folder(folder: Path) -> int:
     """Make the folder unless it is there, and keep others from removing it until the file descriptor is closed.
 
     Raises OSError.
@@ -43,14 +47,26 @@ def hold_folder(folder: Path, is_driver: bool = False) -> int:
         if folder.stat().st_uid != os.geteuid():
             raise PermissionError(f"{folder} belongs to somebody else")
         with contextlib.suppress(FileNotFoundError):  # removed in this moment: make it again
-            descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(descriptor, fcntl.LOCK_SH)
+            descriptor = _lock(folder / _LOCK)
             if _is_same_file(descriptor, folder / _LOCK):
-                if is_driver:
-                    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
                 return descriptor
             os.close(descriptor)
+
+
+def hold_as_driver(folder: Path, pools: Iterable[str]) -> int:
+    """Say that the driver of the cluster in a held folder lives, until the file descriptor is closed. Raises OSError.
+
+    pools: names that the cluster's pools will have in Ray.
+    """
+    (folder / _POOLS).write_text("\n".join(pools))
+    return _lock(folder / _DRIVER)
+
+
+def _lock(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+    return descriptor
 
 
 def record_arena(folder: Path, node_id: str, arena: Path) -> None:
@@ -66,37 +82,78 @@ def leave_folder(folder: Path, node_id: str) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+@dataclass(frozen=True, slots=True)
+class Abandoned:
+    """A cluster whose driver was killed, while parts of it run on in somebody else's Ray."""
+
+    cluster_id: str
+    pools: tuple[str, ...]
+
+
+def abandoned(temp_dir: Path) -> list[Abandoned]:
+    """Those that had their drivers on this host."""
+    found = []
+    for folder in _own_folders(temp_dir):
+        with contextlib.suppress(OSError):
+            pools = tuple((folder / _POOLS).read_text().split())
+            if _is_free(folder / _DRIVER) and not _is_free(folder / _LOCK):
+                found.append(Abandoned(folder.name.removeprefix(FOLDER_PREFIX), pools))
+    return found
+
+
 def remove_leftovers(temp_dir: Path) -> None:
     """Remove every run folder of this user that nobody holds."""
+    for folder in _own_folders(temp_dir):
+        with contextlib.suppress(OSError):
+            _remove_unless_held(folder)
+
+
+def _own_folders(temp_dir: Path) -> list[Path]:
+    found = []
     for folder in sorted(temp_dir.glob(f"{FOLDER_PREFIX}*")):
         with contextlib.suppress(OSError):
             status = folder.lstat()
             if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
-                _remove_unless_held(folder)
+                found.append(folder)
+    return found
 
 
 def _remove_unless_held(folder: Path) -> None:
     descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        if _is_left(descriptor):
+        if _is_left(descriptor, folder):
             _LOG.warning("removing %s, which a cluster that is gone has left", folder)
             remove_folder(folder)
     finally:
         os.close(descriptor)
 
 
-def _is_left(descriptor: int) -> bool:
+def _is_left(descriptor: int, folder: Path) -> bool:
     """Whether nobody holds the lock; what a killed driver had started has a moment to end."""
-    driver = os.pread(descriptor, 20, 0)
-    deadline_s = time.monotonic() + (_DYING_S if driver.isdigit() and not psutil.pid_exists(int(driver)) else 0.0)
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() >= deadline_s:
-                return False
-            time.sleep(_LOOK_S)
+    is_dying = (folder / _DRIVER).exists() and _is_free(folder / _DRIVER)
+    deadline_s = time.monotonic() + (_DYING_S if is_dying else 0.0)
+    while not _take(descriptor):
+        if time.monotonic() >= deadline_s:
+            return False
+        time.sleep(_LOOK_S)
+    return True
+
+
+def _is_free(path: Path) -> bool:
+    """Whether nobody has a lock on the file. Raises OSError."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        return _take(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _take(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def remove_folder(folder: Path) -> None:

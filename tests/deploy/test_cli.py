@@ -74,6 +74,12 @@ def test_a_port_in_use(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert f"endpoints.grpc_port: port {port} on 127.0.0.1 is in use" in line
 
 
+def test_a_folder_for_the_arena_that_is_not_there(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ports = ["--grpc-port", "0", "--http-port", "0"]
+    code, line = refusal(capsys, "serve", "--model", str(tiny_model), *ports, "--set", "kvstore.arena_dir=/no/such")
+    assert (code, line) == (2, "switchyard: kvstore.arena_dir: /no/such: no such folder\n")
+
+
 def test_a_control_redis_that_is_away(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     control = f"kvstore.control=redis://127.0.0.1:{free_port('127.0.0.1')}/0"
     ports = ["--grpc-port", "0", "--http-port", "0"]

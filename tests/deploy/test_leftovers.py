@@ -13,15 +13,25 @@ from pathlib import Path
 import pytest
 
 from deploy import leftovers
-from deploy.leftovers import hold_folder, leave_folder, record_arena, remove_folder, remove_leftovers
+from deploy.leftovers import (
+    Abandoned,
+    abandoned,
+    hold_folder,
+    leave_folder,
+    record_arena,
+    remove_folder,
+    remove_leftovers,
+)
 from kvstore.arena import arena_holder, create_arena
 from tests.processes import KVNode, python_environment
 
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from deploy.leftovers import hold_folder
-hold_folder(Path(sys.argv[1]), is_driver=True)
+from deploy.leftovers import hold_as_driver, hold_folder
+held = [hold_folder(Path(sys.argv[1]))]
+if sys.argv[2:]:
+    held.append(hold_as_driver(Path(sys.argv[1]), sys.argv[2:]))
 print("held", flush=True)
 time.sleep(600)
 """
@@ -33,9 +43,9 @@ def temp_dir() -> Iterator[Path]:
         yield Path(folder)
 
 
-def holder(folder: Path) -> subprocess.Popen[str]:
-    """A process that holds the folder as a driver does."""
-    command = [sys.executable, "-c", HOLDER, str(folder)]
+def holder(folder: Path, *pools: str) -> subprocess.Popen[str]:
+    """A process that holds the folder, as a driver does if pools are given."""
+    command = [sys.executable, "-c", HOLDER, str(folder), *pools]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=python_environment())
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
@@ -44,7 +54,7 @@ def holder(folder: Path) -> subprocess.Popen[str]:
 
 def test_what_a_killed_holder_leaves_is_removed_with_its_arena(temp_dir: Path) -> None:
     folder, arena = temp_dir / "sy-0123abcd", temp_dir / "switchyard-0123abcd-node"
-    process = holder(folder)
+    process = holder(folder, "prefill")
     (folder / "ray" / "logs").mkdir(parents=True)
     (folder / "ray" / "logs" / "raylet.out").write_text("said")
     (folder / "loop").symlink_to(temp_dir)
@@ -61,19 +71,21 @@ def test_what_a_killed_holder_leaves_is_removed_with_its_arena(temp_dir: Path) -
 
 def test_a_driver_that_is_just_dying_is_waited_for(temp_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = temp_dir / "sy-0123abcd"
-    driver, other = holder(folder), holder(folder)
+    driver, other = holder(folder, "prefill", "decode"), holder(folder)
+    assert abandoned(temp_dir) == []
     driver.kill()
     driver.communicate()
-    (folder / "lock").write_text(str(driver.pid))
     monkeypatch.setattr(leftovers, "_DYING_S", 0.5)
     remove_leftovers(temp_dir)
     assert folder.exists()  # somebody still needs it
+    assert abandoned(temp_dir) == [Abandoned("0123abcd", ("prefill", "decode"))]
     monkeypatch.setattr(leftovers, "_DYING_S", 30.0)
     ending = subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {other.pid}"])
     remove_leftovers(temp_dir)
     assert not folder.exists()
     ending.wait(10)
     other.communicate()
+    assert abandoned(temp_dir) == []
 
 
 def test_what_is_not_known_to_be_left_is_left_alone(temp_dir: Path) -> None:
@@ -145,7 +157,7 @@ def test_a_node_that_ends_takes_a_folder_that_only_it_had(temp_dir: Path) -> Non
 
 
 def test_cleaning_does_not_wait_for_clusters_that_run(temp_dir: Path) -> None:
-    process = holder(temp_dir / "sy-0123abcd")
+    process = holder(temp_dir / "sy-0123abcd", "prefill")
     began_s = time.monotonic()
     remove_leftovers(temp_dir)
     assert time.monotonic() - began_s < 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import pytest
 
 from deploy.preflight import free_port
 from tests.deploy.serving import LOOPBACK, PROMPT, SWITCHYARD, Place, Serving, Stream
+from tests.processes import wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -190,4 +192,44 @@ def test_a_start_that_is_interrupted_leaves_nothing(
     code = starting.process.wait(30)
     assert code in (1, 128 + signal.SIGTERM)  # the latter: before there was anything to be ended
     assert psutil.wait_procs(below, timeout=10)[1] == []
+    assert place.left() == []
+
+
+@pytest.fixture
+def own_ray(tmp_path: Path) -> Iterator[str]:
+    """Address of a Ray cluster that somebody else has started."""
+    folder, address = Path(tempfile.mkdtemp(prefix="syr-", dir="/tmp")), f"127.0.0.1:{free_port('127.0.0.1')}"
+    command = [str(Path(SWITCHYARD).with_name("ray")), "start", "--head", "--block", "--node-ip-address", "127.0.0.1"]
+    command += ["--port", address.rpartition(":")[2], "--include-dashboard", "false", "--temp-dir", str(folder)]
+    command += ["--num-cpus", "4", "--object-store-memory", str(100 * 2**20), "--disable-usage-stats"]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "ray.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    wait_until(lambda: "Ray runtime started" in (tmp_path / "ray.log").read_text(), "Ray runs")
+    yield address
+    for below in (*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)):
+        with contextlib.suppress(psutil.Error):
+            below.kill()
+    process.wait(30)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_what_a_killed_driver_left_in_somebody_elses_ray(
+    own_ray: str, place: Place, serve: Callable[..., Serving]
+) -> None:
+    """And a second SIGTERM to a cluster there, whose workers are not below us."""
+    killed = serve(f"ray.address={own_ray}")
+    killed.kill()
+    run_dir, arena = place.left()
+    running = serve(f"ray.address={own_ray}", SLOW, "router.drain_s=60")
+    assert f"ending cluster {run_dir.removeprefix('sy-')}" in running.stderr
+    assert run_dir not in place.left()
+    assert arena not in place.left()
+    stream = Stream(running.router, num_tokens=300)
+    running.process.send_signal(signal.SIGTERM)
+    time.sleep(1.5)
+    assert running.process.poll() is None
+    running.process.send_signal(signal.SIGTERM)
+    assert running.process.wait(30) == 0, running.stderr
+    stream.join(10)
     assert place.left() == []
