@@ -36,6 +36,7 @@ from deploy.preflight import (
     check_disk,
     check_host_memory,
     check_model,
+    check_peer_transport,
     check_ports,
     check_ray,
     free_port,
@@ -93,6 +94,7 @@ class Cluster:
         check_ports(self._config.endpoints, self._config.ray)
         check_control(self._config.kvstore.control, self._name(model))
         check_disk(self._config.kvstore)
+        check_peer_transport(self._config.kvstore)
         secret = tier_secret(self._config.kvstore.tier_secret_file)
         self._tier_secret = cluster_secret(secret, self._name(model))
         if self._config.ray.address:

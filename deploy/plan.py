@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from deploy.config import ClusterConfig, PoolConfig
 from deploy.errors import ConfigError
 from kvstore.arena import num_slots_for
+from kvstore.disk import least_disk_bytes
 from workers.config import EngineConfig, ModelConfig, WorkerSpec, kv_row_bytes
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -124,6 +125,12 @@ def make_plan(
     row_bytes = kv_row_bytes(config.kvstore.kv_encoding, model.head_dim, DTYPE_BYTES[dtype])
     slot_bytes = layers * 2 * block_size * row_bytes
     num_slots = num_slots_for(config.kvstore.host_bytes, slot_bytes)
+    least_bytes = least_disk_bytes(slot_bytes)
+    if 0 < config.kvstore.disk_bytes < least_bytes:
+        raise ConfigError(
+            f"kvstore.disk_bytes: must be at least {least_bytes} for fragments of {slot_bytes} bytes, "
+            f"not {config.kvstore.disk_bytes}"
+        )
     return ClusterPlan(cluster, name, tuple(pools), ArenaPlan(config.kvstore.arena_dir, slot_bytes, num_slots))
 
 

@@ -11,6 +11,7 @@ import secrets
 import socket
 from collections.abc import Collection
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -186,6 +187,12 @@ def tier_warning(url: str) -> str:
     except Misconfigured as error:
         raise ConfigError(f"kvstore.tier: {error}") from None
     return f"kvstore.tier: {problem}; serving without this tier until it answers" if problem else ""
+
+
+def check_peer_transport(kvstore: KVStoreConfig) -> None:
+    """See that the package of the peers' transport is installed. Raises ConfigError."""
+    if kvstore.peers and kvstore.peer_transport == "nixl" and find_spec("nixl") is None:
+        raise ConfigError("kvstore.peer_transport: nixl is not installed (pip install 'switchyard[nixl]')")
 
 
 def check_disk(kvstore: KVStoreConfig) -> None:

@@ -77,6 +77,15 @@ class _Open:
     end: int = PAGE_BYTES
 
 
+def least_disk_bytes(max_payload_bytes: int) -> int:
+    """Below this bound a disk tier cannot hold fragments of this size."""
+    return _LEAST_SEGMENTS * (PAGE_BYTES + _page_bytes(max_payload_bytes))
+
+
+def _page_bytes(payload_bytes: int) -> int:
+    return whole_pages(HEADER_BYTES + payload_bytes + TAG_BYTES)
+
+
 class DiskTier:
     """Thread-safe. `folder` is this tier's own: files in it that look like segments and are none of ours go."""
 
@@ -97,8 +106,8 @@ class DiskTier:
         self._segment_bytes = min(segment_bytes, disk_bytes // _LEAST_SEGMENTS) // PAGE_BYTES * PAGE_BYTES
         self._max_payload_bytes = max_payload_bytes
         self._compresses = check_compression(compression)
-        self._max_page_bytes = whole_pages(HEADER_BYTES + max_payload_bytes + TAG_BYTES)
-        least_bytes = _LEAST_SEGMENTS * (PAGE_BYTES + self._max_page_bytes)
+        self._max_page_bytes = _page_bytes(max_payload_bytes)
+        least_bytes = least_disk_bytes(max_payload_bytes)
         if disk_bytes < least_bytes or self._max_page_bytes > segment_bytes - PAGE_BYTES:
             raise ValueError(f"disk_bytes: must be at least {least_bytes} for fragments of {max_payload_bytes} bytes")
         self._batch_bytes = max(_BATCH_BYTES, self._max_page_bytes)

@@ -46,8 +46,6 @@ class Router:
 
     def __init__(self, spec: RouterSpec, journal: StreamJournal | None = None) -> None:
         config = spec.config
-        if config.policy not in POLICIES:
-            raise ConfigError(f"router.policy: {config.policy!r} is not one of {', '.join(POLICIES)}")
         self._spec = spec
         files = ModelFiles.load(spec.model_dir, spec.model_name, spec.generation_config, spec.ignore_keys)
         self._metrics = Metrics()

@@ -14,6 +14,7 @@ from typing import Any
 
 from router.errors import ConfigError
 from router.model_files import GENERATION_CONFIG
+from router.policy import POLICIES
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
 
@@ -44,6 +45,8 @@ class RouterConfig:
     cors_origins: tuple[str, ...] = ()  # web pages of these origins may call the HTTP API; "*" means all
 
     def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ConfigError(f"router.policy: must be one of {', '.join(POLICIES)}, not {self.policy!r}")
         for name in ("window_tokens", "max_inflight_requests", "max_prompt_bytes", "max_message_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"router.{name}: must be at least 1")

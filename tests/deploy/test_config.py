@@ -93,6 +93,7 @@ def test_the_laptop_example_says_what_the_defaults_are() -> None:
         ),
         ("kvstore: {tier_compression: lz4}", "kvstore.tier_compression: must be one of none, zstd, not 'lz4'"),
         ("router: {window_tokens: 0}", "router.window_tokens: must be at least 1"),
+        ("router: {policy: best}", "router.policy: must be one of cheapest, least_loaded, not 'best'"),
         ("endpoints: {grpc_port: 70000}", "endpoints.grpc_port: must be 0 or a port number"),
         ("endpoints: {grpc_port: 7999, routers: 2}", "endpoints.http_port: overlaps the gRPC ports"),
         ("ray: {metrics_export_port: 12000}", "ray.metrics_export_port: must lie outside 10002-19999"),

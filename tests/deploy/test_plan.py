@@ -7,7 +7,7 @@ import pytest
 
 from deploy import config
 from deploy.errors import ConfigError
-from deploy.plan import ClusterPlan, layers_per_fragment, make_plan, num_cpus_needed, stage_boundaries
+from deploy.plan import ClusterPlan, cluster_name, layers_per_fragment, make_plan, num_cpus_needed, stage_boundaries
 from kvstore.arena import arena_bytes
 from workers.config import ModelConfig
 from workers.parallel import stage_layers
@@ -130,3 +130,29 @@ def test_a_configured_group_of_layers_is_checked() -> None:
 
 def test_a_hub_id_is_the_models_name(tiny_model: Path) -> None:
     assert make_plan(config.load(None), ModelConfig.load(tiny_model), "org/name", 0, "").model_name == "org/name"
+
+
+def test_a_disk_that_holds_no_fragments_is_refused_by_name(tiny_model: Path) -> None:
+    """It was found by the KV node, when everything else had been started."""
+    sizes = ["kvstore.disk_bytes=16777216", "kvstore.disk_dir=/disk", "kvstore.block_size=16384"]
+    with pytest.raises(ConfigError, match=r"^kvstore\.disk_bytes: must be at least \d+ for fragments of 8388608 bytes"):
+        plan(tiny_model, *sizes)
+
+
+def test_a_clusters_name_is_its_own_and_stays(tiny_model: Path) -> None:
+    def name(*overrides: str, host: str = "host", start: str = "1") -> str:
+        return cluster_name(config.load(None, overrides), str(tiny_model), host, start)
+
+    assert name() == name(start="2")
+    others = [name(host="other"), name("endpoints.grpc_port=50052"), name("model.name=other"), name("name=given")]
+    assert len({name(), *others}) == 5
+    assert others[-1] == "given"
+    assert name("endpoints.grpc_port=0") != name("endpoints.grpc_port=0", start="2")  # any port: nothing stays
+    assert (
+        make_plan(config.load(None), ModelConfig.load(tiny_model), str(tiny_model), 0, "", cluster="c")
+        .pools[0]
+        .spec.cluster
+        == "c"
+    )
+    with pytest.raises(ConfigError, match=r"^name: at most 63 letters, digits, dots, - and _, not 'a b'"):
+        config.load(None, ["name=a b"])
