@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import socket
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from deploy import cli
 from deploy.errors import StartError
 from deploy.preflight import free_port
 from router.events import SamplingOptions
+from tests.processes import RedisServer
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -86,6 +89,28 @@ def test_a_control_redis_that_is_away(tiny_model: Path, capsys: pytest.CaptureFi
     code, line = refusal(capsys, "serve", "--model", str(tiny_model), *ports, "--set", control)
     assert code == 1
     assert "kvstore.control" in line
+
+
+def test_a_model_that_says_more_than_is_understood_does_not_start(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    raw = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**raw, "sliding_window": 16}))
+    code, line = refusal(capsys, "serve", "--model", str(model), "--grpc-port", "0", "--http-port", "0")
+    assert code == 2
+    assert f"{model}/config.json: sliding_window=16 is not supported: attention sees the whole context" in line
+
+
+def test_a_tier_with_the_wrong_password_ends_the_start(
+    tiny_model: Path, redis_server: RedisServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = redis_server.url.replace("redis://", "redis://somebody:wrong@")
+    ports = ["--grpc-port", "0", "--http-port", "0"]
+    code, line = refusal(capsys, "serve", "--model", str(tiny_model), *ports, "--set", f"kvstore.tier={wrong}")
+    assert code == 2
+    assert line.startswith("switchyard: kvstore.tier: Redis at 127.0.0.1:")
+    assert "wrong@" not in line
 
 
 def test_nobody_to_generate(capsys: pytest.CaptureFixture[str]) -> None:
