@@ -130,8 +130,10 @@ class Cluster:
         self._keep_logs = keep_logs
         undo, self._undo = self._undo, []
         for action in reversed(undo):
-            with contextlib.suppress(Exception):
+            try:
                 action()
+            except Exception as error:
+                self._steps.note(f"warning: a part of the cluster did not end as it should: {one_line(error)}")
 
     def end_at_once(self) -> bool:
         """Kill what was started and remove its files, whatever `start` or `stop` are doing in another thread.

@@ -21,6 +21,8 @@ from deploy.errors import StartError, one_line
 _GUARD = str(Path(__file__).with_name("guard.py"))
 _FIRST_DELAY_S = 0.2
 _LONGEST_DELAY_S = 10.0
+_LAST_WORDS_BYTES = 16 * 1024  # of a child's log, in which its error is looked for
+_MOST_LOG_BYTES = 64 * 1024 * 1024  # a longer log is kept once, as LOG.1, when the next child starts
 _STEADY_S = 30.0  # a child that ran for so long starts again without delay
 
 Ready = Mapping[str, Any]
@@ -117,6 +119,8 @@ class SupervisedProcess:
     def _run_child(self) -> str:
         """Run one child to its end; says how it ended."""
         argv = [sys.executable, "-I", "-S", _GUARD, str(os.getpid()), *self._command(self._ready)]
+        if self._log.exists() and self._log.stat().st_size > _MOST_LOG_BYTES:
+            self._log.replace(self._log.with_name(f"{self._log.name}.1"))
         with self._log.open("ab") as log:
             begin = log.tell()
             try:
@@ -138,7 +142,9 @@ class SupervisedProcess:
             for line in output:
                 self._heard(line)
         code = process.wait()
-        said = self._log.read_bytes()[begin:].decode("utf-8", "replace")
+        with self._log.open("rb") as log:
+            log.seek(max(begin, self._log.stat().st_size - _LAST_WORDS_BYTES))
+            said = log.read(_LAST_WORDS_BYTES).decode("utf-8", "replace")
         return one_line(said) if said.strip() else f"ended with exit code {code}"
 
     def _heard(self, line: bytes) -> None:

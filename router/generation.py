@@ -256,11 +256,7 @@ class Generation:
         if isinstance(request.prompt, str):
             num_tokens = max(1, self._codec.min_tokens(len(request.prompt.encode())))
             check_prompt(num_tokens, context_tokens, is_bound=True)
-            token_ids, names = await self._encode(
-                request.prompt, request.add_special_tokens, layouts, request.tenant_salt
-            )
-        else:
-            token_ids, names = request.prompt, name_blocks(layouts, request.prompt, request.tenant_salt)
+        token_ids, names = await self._encode(request.prompt, request.add_special_tokens, layouts, request.tenant_salt)
         check_prompt(len(token_ids), context_tokens)
         check_token_ids("prompt", token_ids, self.files.vocab_size)
         room = context_tokens - len(token_ids)
@@ -281,13 +277,15 @@ class Generation:
         return now_s + min(set_limits) if set_limits else None
 
     async def _encode(
-        self, text: str, add_special_tokens: bool, layouts: frozenset[KvLayout], tenant_salt: bytes
+        self, prompt: str | tuple[int, ...], add_special_tokens: bool, layouts: frozenset[KvLayout], tenant_salt: bytes
     ) -> tuple[Sequence[int], BlockNames]:
+        """Ids and block names of a prompt; those of a long one in a thread, so that other streams get their tokens."""
+
         def encode() -> tuple[Sequence[int], BlockNames]:
-            ids = self._codec.encode(text, add_special_tokens)
+            ids = self._codec.encode(prompt, add_special_tokens) if isinstance(prompt, str) else prompt
             return ids, name_blocks(layouts, ids, tenant_salt)
 
-        if len(text) < _INLINE_BYTES // 4:
+        if len(prompt) < _INLINE_BYTES // 4:
             return encode()
         return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
 

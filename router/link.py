@@ -7,7 +7,6 @@ placement, of clients, or of what a stream does with what it hears.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections import deque
@@ -299,7 +298,8 @@ class WorkerLink:
 
 
 async def end_task(task: asyncio.Task[None]) -> None:
-    """Cancel a task and wait until it is gone."""
+    """Cancel a task and wait until it is gone. What it raised is logged; a cancellation of the caller is its own."""
     task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+    await asyncio.wait([task])
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("%s ended with an error", task.get_name(), exc_info=error)

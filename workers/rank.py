@@ -70,7 +70,7 @@ def model_weights(engine: EngineConfig) -> str:
         raise ModelError(str(error)) from None
 
 
-def kv_fingerprint(engine: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> bytes:
+def kv_fingerprint(engine: EngineConfig, model: ModelConfig, dtype: torch.dtype, weights: str) -> bytes:
     """Names what the bytes of a KV block mean: the weights, and everything that shapes or rotates keys and values.
 
     In batch-invariant mode also how they were summed: a block from a worker that sums otherwise has other bits. And
@@ -81,7 +81,7 @@ def kv_fingerprint(engine: EngineConfig, model: ModelConfig, dtype: torch.dtype)
         {
             **summed,
             **({} if engine.kv_encoding == "none" else {"kv_encoding": engine.kv_encoding}),
-            "weights": model_weights(engine),
+            "weights": weights,
             "dtype": str(dtype),
             "layers": model.num_hidden_layers,
             "kv_heads": model.num_key_value_heads,
@@ -101,10 +101,14 @@ def make_engine(
     model: ModelConfig,
     runner: LoadedRunner,
     groups: ParallelGroups,
+    kv_names: bytes,
     clock: Callable[[], float] = time.monotonic,
     transfer_cost: TransferCost | None = None,
 ) -> Engine:
-    """An engine over a loaded runner; on rank 0 only. transfer_cost: of its KV tiers, where there are any."""
+    """An engine over a loaded runner; on rank 0 only.
+
+    kv_names: from kv_fingerprint. transfer_cost: of its KV tiers, where there are any.
+    """
     context_tokens = min(
         config.max_model_len or model.max_position_embeddings,
         model.max_position_embeddings,
@@ -119,7 +123,7 @@ def make_engine(
             transfer_cost=transfer_cost or ALWAYS_FETCH,
         ),
         BlockPool(runner.num_blocks, config.block_size, config.enable_prefix_caching),
-        kv_fingerprint(config, model, pick_dtype(config, runner.cache.device)),
+        kv_names,
         frozenset(model.eos_token_ids),
     )
     is_async = schedules_async(config, runner.cache.device)
@@ -171,6 +175,8 @@ class Rank:
         self._runner = load_runner(engine, self._model, self._groups, device)
         if self._identify() != self._served:
             raise ModelError(f"{engine.model_dir}: changed while it was loaded")
+        dtype = pick_dtype(engine, self._runner.cache.device)
+        self._kv_names = kv_fingerprint(engine, self._model, dtype, self._served.weights)
         peers_control = spec.control if spec.peers else ""
         self._tiers = open_tiers(
             spec.host_address,
@@ -207,9 +213,8 @@ class Rank:
         if self.spec.prefix_fetch == "never":
             return NEVER_FETCH
         engine = self.spec.engine
-        names = kv_fingerprint(engine, self._model, pick_dtype(engine, self._runner.cache.device))
         measured = calibrate(
-            self._runner, names, engine.block_size, self._runner.num_blocks, engine.max_num_batched_tokens
+            self._runner, self._kv_names, engine.block_size, self._runner.num_blocks, engine.max_num_batched_tokens
         )
         return measured or ALWAYS_FETCH  # no tier answers yet: whatever one has later is worth a try
 
@@ -221,7 +226,7 @@ class Rank:
         if self.spec.control:
             self._directory = open_directory(self.spec.control, self.spec.cluster)
         engine = make_engine(
-            self.spec.engine, self._model, self._runner, self._groups, transfer_cost=self._transfer_cost
+            self.spec.engine, self._model, self._runner, self._groups, self._kv_names, transfer_cost=self._transfer_cost
         )
         started: Future[str] = Future()
         threading.Thread(target=self._serve_asyncio, args=(engine, started), name="grpc", daemon=True).start()
@@ -325,7 +330,7 @@ class Rank:
             ),
             num_blocks=self._runner.num_blocks,
             block_size=spec.engine.block_size,
-            kv_fingerprint=kv_fingerprint(spec.engine, self._model, pick_dtype(spec.engine, self._runner.cache.device)),
+            kv_fingerprint=self._kv_names,
             tensor_parallel_size=spec.engine.tp,
             pipeline_parallel_size=spec.engine.pp,
             served=self._served.message(),

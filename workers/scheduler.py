@@ -17,7 +17,7 @@ from itertools import islice
 
 from costs.transfer import ALWAYS_FETCH, TransferCost
 from kvstore.block_pool import BlockPool
-from kvstore.names import block_name, root_name
+from kvstore.names import block_name, block_names, root_name
 from workers.request import FinishReason, Request, RequestRole, RequestStatus, TokenOutput
 from workers.step import BlockTransfer, ModelRunnerOutput, SampleSpec, ScheduledRequest, SchedulerOutput
 
@@ -385,10 +385,12 @@ class Scheduler:
 
     # --------------------------------------------------------------------------------------------------------- blocks
     def _extend_names(self, request: Request) -> None:
+        """Names of the blocks that are full now; all new ones in one pass, since a prompt may have thousands."""
         size, names = self.pool.block_size, request.block_names
-        while (len(names) + 1) * size <= request.num_tokens:
-            parent = names[-1] if names else root_name(self._fingerprint, request.tenant_salt)
-            names.append(block_name(parent, request.token_ids[len(names) * size : (len(names) + 1) * size]))
+        if request.num_tokens < (len(names) + 1) * size:
+            return
+        parent = names[-1] if names else root_name(self._fingerprint, request.tenant_salt)
+        names += block_names(parent, request.token_ids[len(names) * size :], size, with_tail=False)
 
     def _prompt_names(self, request: Request) -> list[bytes]:
         """Names of the blocks that prefill publishes: full ones, and the tail named by exactly its tokens."""

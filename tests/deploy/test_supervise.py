@@ -120,3 +120,17 @@ time.sleep(600)
         parent.kill()
         parent.wait()
     wait_until(lambda: not is_alive(child))
+
+
+def test_the_error_is_found_at_the_end_of_a_long_log(
+    supervise: Callable[..., SupervisedProcess], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole log was read, however long, by whoever kept the child running."""
+    monkeypatch.setattr("deploy.supervise._MOST_LOG_BYTES", 1 << 20)
+    code = "import sys; sys.stderr.write('x' * 79 + '\\n' + 30000 * ('y' * 79 + '\\n')); sys.exit('the reason')"
+    with pytest.raises(StartError, match=r"^child: the reason$"):
+        supervise(code).wait_ready(20)
+    assert (tmp_path / "log").stat().st_size > 1 << 20
+    with pytest.raises(StartError, match=r"^child: the reason$"):
+        supervise(code).wait_ready(20)
+    assert (tmp_path / "log.1").stat().st_size == (tmp_path / "log").stat().st_size  # kept once

@@ -77,7 +77,7 @@ def run_job(
     if groups.shard.rank != 0:
         follow(runner, groups)
         return None
-    engine = make_engine(config, model, runner, groups, clock=lambda: 0.0)
+    engine = make_engine(config, model, runner, groups, b"names", clock=lambda: 0.0)
     requests = [Request(f"r{i}", list(p), len(p), sampling, arrival_time_s=float(i)) for i, p in enumerate(prompts)]
     tokens = run_to_end(engine, requests)
     engine.close()

@@ -19,7 +19,7 @@ from workers.fake_model import fake_completion
 from workers.fake_runner import FakeModelRunner
 from workers.kv_transfer import KVTransfer
 from workers.parallel import ParallelGroups, Shard
-from workers.rank import kv_fingerprint, load_runner, make_engine
+from workers.rank import load_runner, make_engine, model_weights
 from workers.request import Request, RequestRole, SamplingParams
 from workers.step import BlockTransfer, SampleSpec, ScheduledRequest, SchedulerOutput
 
@@ -56,7 +56,7 @@ def make(config: EngineConfig) -> tuple[Engine, FakeModelRunner]:
     model, groups = ModelConfig.load(config.model_dir), ParallelGroups(Shard(), CPU)
     runner = load_runner(config, model, groups, CPU)
     assert isinstance(runner, FakeModelRunner)
-    return make_engine(config, model, runner, groups, clock=lambda: 0.0), runner
+    return make_engine(config, model, runner, groups, b"names", clock=lambda: 0.0), runner
 
 
 def greedy(max_tokens: int) -> SamplingParams:
@@ -201,9 +201,8 @@ def test_unverified_bytes_would_show(model_dir: Path) -> None:
 
 def test_its_blocks_are_nobody_elses(model_dir: Path) -> None:
     demo = Path(__file__).parents[2] / "models" / "demo"
-    model = ModelConfig.load(demo)
     fake, real = EngineConfig(str(demo), runner="fake"), EngineConfig(str(demo))
-    assert kv_fingerprint(fake, model, torch.float32) != kv_fingerprint(real, model, torch.float32)
+    assert model_weights(fake) != model_weights(real)
 
 
 def test_what_it_cannot_do_is_one_line(model_dir: Path) -> None:

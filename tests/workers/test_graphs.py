@@ -115,7 +115,7 @@ def run_counting(runner: TorchModelRunner, config: EngineConfig, monkeypatch) ->
         patch.setattr(GraphedStage, "run", lambda *a: (replays.append(a[1].batch), run(*a))[1])
         patch.setattr(LlamaStage, "forward", lambda *a: (forwards.append(a[1]), forward(*a))[1])
         model = ModelConfig.load(config.model_dir)
-        engine = make_engine(config, model, runner, ParallelGroups(Shard(), CPU), clock=lambda: 0.0)
+        engine = make_engine(config, model, runner, ParallelGroups(Shard(), CPU), b"names", clock=lambda: 0.0)
         requests = [Request(f"r{i}", list(p), len(p), GREEDY) for i, p in enumerate(many_prompts())]
         tokens = run_to_end(engine, requests)
     return tokens, engine.counters.num_steps, replays, forwards

@@ -83,7 +83,7 @@ def test_the_fingerprint_says_what_is_lost(tmp_path: Path) -> None:
     checkpoint = make_checkpoint("gqa", tmp_path)
     model = ModelConfig.load(checkpoint)
     engines = [EngineConfig(str(checkpoint), kv_encoding=encoding) for encoding in KV_ENCODINGS]
-    assert len({kv_fingerprint(engine, model, torch.float32) for engine in engines}) == 3
+    assert len({kv_fingerprint(engine, model, torch.float32, "weights") for engine in engines}) == 3
 
 
 @pytest.mark.parametrize("other", [{"batch_invariant": True}, {"runner": "fake"}], ids=str)
