@@ -12,6 +12,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from kvstore.directory import Directory, DirectoryUnavailable
 from workers.engine import Clock, Engine, StepEvents
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 _IDLE_WAIT_S = 0.05  # how long an idle engine sleeps before it looks at deadlines again
 _WATCH_S = 0.005  # how often the directory is asked while blocks are awaited
 _MAX_WATCHED = 64  # blocks of a request at a time: more do not come between two looks
+_MAX_NAMES_ASKED = 4096  # blocks in one look-up, unless one request has more
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,14 +310,23 @@ class EngineLoop:
     def _look_up(self) -> None:
         """Answer each look-up, if only with "nothing": its request is held back until then.
 
-        One call of a millisecond; a directory that is away answers at once, one that hangs is found out once.
+        What has queued up meanwhile is one call, so that many new requests do not wait for each other. A directory that
+        is away answers at once, one that hangs is found out once.
         """
-        while (asked := self._lookups.get()) is not None:
-            request_id, num_held, names = asked
-            num_located = 0
-            with _directory_may_fail("asked for a prefix"):
-                num_located = self._num_located(names)
-            self.post(KVAvailable(request_id, num_held + num_located if num_located else 0))
+        is_over = False
+        while not is_over and (first := self._lookups.get()) is not None:
+            asked = [first]
+            with contextlib.suppress(queue.Empty):
+                while not is_over and sum(len(names) for _, _, names in asked) < _MAX_NAMES_ASKED:
+                    if (entry := self._lookups.get_nowait()) is None:
+                        is_over = True
+                    else:
+                        asked.append(entry)
+            located = [0] * len(asked)
+            with _directory_may_fail("asked for prefixes"):
+                located = self._num_located([names for _, _, names in asked])
+            for (request_id, num_held, _), num_located in zip(asked, located, strict=True):
+                self.post(KVAvailable(request_id, num_held + num_located if num_located else 0))
 
     def _watch(self) -> None:
         if self._directory is None:
@@ -330,23 +341,25 @@ class EngineLoop:
                 continue
             self._pulls_changed.set()  # look again after a pause, until nothing is wanted
             with _directory_may_fail("asked for blocks"):
-                for request_id, num_ready, names in pulls:
-                    available = num_ready + self._num_located(names[:_MAX_WATCHED])
+                located = self._num_located([names[:_MAX_WATCHED] for _, _, names in pulls])
+                for (request_id, num_ready, _), num_located in zip(pulls, located, strict=True):
+                    available = num_ready + num_located
                     if available > max(num_ready, told.get(request_id, 0)):
                         told[request_id] = available
                         self.post(KVAvailable(request_id, available))
             self._stopped.wait(_WATCH_S)
 
-    def _num_located(self, names: list[bytes]) -> int:
-        """How many of the names, from the first on, are at a place that this worker can pull from."""
-        if not names or self._directory is None:
-            return 0
-        count = 0
-        for places in self._directory.locate(names):
-            if not self._reaches(places):
-                break
-            count += 1
-        return count
+    def _num_located(self, asked: Sequence[Sequence[bytes]]) -> list[int]:
+        """How many names of each list, from its first on, are at a place that this worker can pull from. One call."""
+        flat = [name for names in asked for name in names]
+        if not flat or self._directory is None:
+            return [0] * len(asked)
+        is_there = map(self._reaches, self._directory.locate(flat))
+        counts = []
+        for names in asked:
+            found = list(islice(is_there, len(names)))
+            counts.append(found.index(False) if False in found else len(found))
+        return counts
 
 
 @contextlib.contextmanager
