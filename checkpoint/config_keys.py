@@ -15,7 +15,7 @@ _SIZES = "shape of the weights"
 _TRAINING = "used in training only"
 _OUTPUTS = "asks transformers for more outputs, not for others"
 _NOTE = "a note of the tool that wrote the file"
-_ELSEWHERE = "a sampling option of old files; it belongs into generation_config.json"
+_ELSEWHERE = "a sampling option of old files; move it to generation_config.json"
 
 _COMMON: dict[str, Key] = {
     # -- used
@@ -39,6 +39,7 @@ _COMMON: dict[str, Key] = {
     # -- not supported
     "quantization_config": refused("no quantized format is served yet"),
     "compression_config": refused("no quantized format is served yet"),
+    "qkv_bias": refused("projections have no bias", False),
     "attention_bias": refused("projections have no bias", False),
     "mlp_bias": refused("projections have no bias", False),
     "layer_types": understood("full_attention for every layer; others are refused"),
@@ -49,7 +50,9 @@ _COMMON: dict[str, Key] = {
     "final_logit_softcapping": refused("logits are not capped"),
     "logits_soft_cap": refused("logits are not capped"),
     "logit_scale": refused("logits are not scaled", 1),
-    "auto_map": refused("code that comes with a checkpoint is never run", {}),
+    "auto_map": harmless(
+        "code that comes with a checkpoint is never run; the architecture's own is, as in transformers"
+    ),
     "is_encoder_decoder": refused("decoders only", False),
     "add_cross_attention": refused("decoders only", False),
     "cross_attention_hidden_size": refused("decoders only"),
@@ -58,8 +61,8 @@ _COMMON: dict[str, Key] = {
     # -- changes nothing
     "bos_token_id": harmless("tokenizer.json says what is put before a prompt"),
     "pad_token_id": harmless("nothing is padded"),
-    "sep_token_id": harmless("of encoder-decoders"),
-    "decoder_start_token_id": harmless("of encoder-decoders"),
+    "sep_token_id": harmless("used by encoder-decoders only"),
+    "decoder_start_token_id": harmless("used by encoder-decoders only"),
     "is_decoder": harmless("decoders only"),
     "dtype": harmless("model.dtype decides what is computed in; the tensors say what they are stored in"),
     "torch_dtype": harmless("model.dtype decides what is computed in; the tensors say what they are stored in"),
@@ -83,13 +86,16 @@ _COMMON: dict[str, Key] = {
     "output_hidden_states": harmless(_OUTPUTS),
     "return_dict": harmless(_OUTPUTS),
     "torchscript": harmless(_OUTPUTS),
-    "id2label": harmless("of classifiers"),
-    "label2id": harmless("of classifiers"),
-    "num_labels": harmless("of classifiers"),
-    "problem_type": harmless("of classifiers"),
+    "is_llama_config": harmless(_NOTE),
+    "transformers.js_config": harmless("for a runtime in web pages"),
+    "max_sequence_length": harmless("max_position_embeddings says how long a context is"),
+    "id2label": harmless("used by classifiers only"),
+    "label2id": harmless("used by classifiers only"),
+    "num_labels": harmless("used by classifiers only"),
+    "problem_type": harmless("used by classifiers only"),
     "finetuning_task": harmless(_NOTE),
-    "task_specific_params": harmless("of pipelines"),
-    "prefix": harmless("of pipelines"),
+    "task_specific_params": harmless("used by pipelines only"),
+    "prefix": harmless("used by pipelines only"),
     "tokenizer_class": harmless("tokenizer.json is read as it is"),
     "transformers_version": harmless(_NOTE),
     "_name_or_path": harmless(_NOTE),
@@ -104,8 +110,8 @@ _COMMON: dict[str, Key] = {
     "max_length": harmless("a limit of transformers' generate(); here max_model_len and the request say it"),
     "min_length": refused(_ELSEWHERE, 0),
     "do_sample": harmless("temperature 0 is how greedy sampling is asked for"),
-    "early_stopping": harmless("of beam search"),
-    "length_penalty": harmless("of beam search"),
+    "early_stopping": harmless("used by beam search only"),
+    "length_penalty": harmless("used by beam search only"),
     "num_beams": refused(_ELSEWHERE, 1),
     "num_beam_groups": refused(_ELSEWHERE, 1),
     "num_return_sequences": refused(_ELSEWHERE, 1),
@@ -117,6 +123,7 @@ _COMMON: dict[str, Key] = {
     "repetition_penalty": refused(_ELSEWHERE, 1),
     "encoder_no_repeat_ngram_size": refused(_ELSEWHERE, 0),
     "no_repeat_ngram_size": refused(_ELSEWHERE, 0),
+    "encoder_repetition_penalty": refused(_ELSEWHERE, 1),
     "bad_words_ids": refused(_ELSEWHERE, []),
     "forced_bos_token_id": refused(_ELSEWHERE),
     "forced_eos_token_id": refused(_ELSEWHERE),
@@ -133,6 +140,7 @@ _WINDOWS: dict[str, Key] = {
     "sliding_window": harmless("without use_sliding_window it has no effect"),
     "max_window_layers": harmless("without use_sliding_window it has no effect"),
 }
+_QK_NORM = {"use_qk_norm": refused("queries and keys are normed", True)}
 _NO_WINDOW = {"sliding_window": refused("attention sees the whole context")}
 
 _EXPERTS: dict[str, Key] = {
@@ -150,10 +158,17 @@ _EXPERTS: dict[str, Key] = {
     "router_jitter_noise": harmless(_TRAINING),
 }
 
+DEFAULTS: dict[str, dict[str, int]] = {
+    "LlamaForCausalLM": {"max_position_embeddings": 2048},
+    "Qwen3ForCausalLM": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+    "Qwen3MoeForCausalLM": {"max_position_embeddings": 32768, "num_key_value_heads": 4},
+}
+"""What transformers takes for a key that config.json lacks. One that is null is derived from the others."""
+
 CONFIG_KEYS: dict[str, KeyTable] = {
     "LlamaForCausalLM": {**_COMMON, **_NO_WINDOW},
-    "Qwen3ForCausalLM": {**_COMMON, **_WINDOWS},
-    "Qwen3MoeForCausalLM": {**_COMMON, **_WINDOWS, **_EXPERTS},
+    "Qwen3ForCausalLM": {**_COMMON, **_WINDOWS, **_QK_NORM},
+    "Qwen3MoeForCausalLM": {**_COMMON, **_WINDOWS, **_QK_NORM, **_EXPERTS},
 }
 """The table of each supported architecture."""
 

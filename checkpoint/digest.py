@@ -20,17 +20,18 @@ import xxhash
 
 from checkpoint.errors import CheckpointError
 
-_READ_BYTES = 8 << 20
-_READERS = 4  # files read at once: one thread does not keep a fast disk busy
+_PART_BYTES = 256 << 20
+_READ_BYTES = 4 << 20
+_READERS = 4
+_read_here: dict[tuple[Path, str], str] = {}  # digests of this process's own, by path and state
 _SETTLED_S = 2.0  # a file changed less than this ago may change again without its times showing it
 
 
 def files_digest(paths: Sequence[Path]) -> str:
     """Hex digest of the names and all bytes of these files, in their order. Raises CheckpointError."""
     whole = xxhash.xxh3_128()
-    with ThreadPoolExecutor(_READERS, thread_name_prefix="digest") as readers:
-        for path, digest in zip(paths, readers.map(file_digest, paths), strict=True):
-            whole.update(f"{path.name}:{digest};".encode())
+    for path in paths:
+        whole.update(f"{path.name}:{file_digest(path)};".encode())
     return whole.hexdigest()
 
 
@@ -40,13 +41,15 @@ def file_digest(path: Path) -> str:
         path = path.resolve(strict=True)
         with _remembered(path) as memory:
             state = _state(path)
-            if (known := memory.get(state)) is not None:
+            known = memory.get(state) or _read_here.get((path, state))
+            if known is not None:
                 return known
             digest = _read(path)
             if _state(path) != state:
                 raise CheckpointError(f"{path}: changed while it was read")
             if time.time() - max(path.stat().st_mtime, path.stat().st_ctime) > _SETTLED_S:
                 memory.put(state, digest)
+                _read_here[path, state] = digest
             return digest
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
@@ -59,11 +62,20 @@ def _state(path: Path) -> str:
 
 
 def _read(path: Path) -> str:
-    digest, buffer = xxhash.xxh3_128(), bytearray(_READ_BYTES)
-    view = memoryview(buffer)
-    with path.open("rb", buffering=0) as file:
-        while num_bytes := file.readinto(buffer):
-            digest.update(view[:num_bytes])
+    """The digest of the digests of the file's parts, each read by a thread: one thread is slower than a fast disk."""
+    parts = range(0, max(1, path.stat().st_size), _PART_BYTES)
+    with path.open("rb") as file, ThreadPoolExecutor(_READERS, thread_name_prefix="digest") as readers:
+        digests = readers.map(lambda begin: _read_part(file.fileno(), begin), parts)
+        return xxhash.xxh3_128_hexdigest("".join(digests))
+
+
+def _read_part(file: int, begin: int) -> str:
+    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(_READ_BYTES))
+    for offset in range(begin, begin + _PART_BYTES, _READ_BYTES):
+        num_bytes = os.preadv(file, [buffer], offset)
+        digest.update(buffer[:num_bytes])
+        if num_bytes < _READ_BYTES:
+            break  # the end of the file, or a file that has become shorter, which its state shows
     return digest.hexdigest()
 
 
@@ -95,16 +107,31 @@ class _Memory:
 @contextlib.contextmanager
 def _remembered(path: Path) -> Iterator[_Memory]:
     """The memory of one file, for one process at a time: the ranks of a host start together and read it once."""
+    file = None
     try:
-        folder = platformdirs.user_cache_path("switchyard", appauthor=False) / "digests"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        name = xxhash.xxh3_128_hexdigest(os.fsencode(path))
-        file = os.open(folder / f"{name}.json", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError:  # no home, or a read-only one, as in some containers
-        yield _Memory(None)
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        file = _open_memory(path)
         yield _Memory(file)
     finally:
+        if file is not None:
+            os.close(file)
+
+
+def _open_memory(path: Path) -> int | None:
+    """A locked file of this user's own; None where there is no home, a read-only one, or one without locks, as in some
+    containers."""
+    folder = platformdirs.user_cache_path("switchyard", appauthor=False) / "digests"
+    if not folder.is_absolute():  # a user without a home
+        return None
+    file = None
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        name = xxhash.xxh3_128_hexdigest(os.fsencode(path))
+        file = os.open(folder / f"{name}.json", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        if os.fstat(file).st_uid == os.geteuid():
+            fcntl.flock(file, fcntl.LOCK_EX)
+            return file
+    except OSError:
+        pass
+    if file is not None:
         os.close(file)
+    return None

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from checkpoint.errors import CheckpointError
 
 
-def read_json(path: Path, is_required: bool = False) -> dict[str, Any]:
-    """The object in the file; {} when the file is missing and not required. Raises CheckpointError."""
+def read_json(path: Path, is_required: bool = False, ignored: Collection[str] = ()) -> dict[str, Any]:
+    """The object in the file; {} when the file is missing and not required. Raises CheckpointError.
+
+    ignored: keys that the operator answers for (`model.ignore_keys`): the file is read as if it did not have them.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -21,4 +25,4 @@ def read_json(path: Path, is_required: bool = False) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a JSON object")
-    return content
+    return {key: value for key, value in content.items() if key not in ignored}

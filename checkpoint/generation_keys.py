@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from checkpoint.keys import KeyTable, harmless, refused, understood
 
-_BEAMS = "of beam search, which is not served"
+_BEAMS = "beam search is not served"
 _ASSISTED = "how transformers speculates; the tokens are the same"
 _OUTPUTS = "asks transformers for more outputs, not for others"
 _INNER = "how transformers computes, not what"
 _BANS = "no token is banned or forced"
 _SHAPES = "the distribution is not shaped this way"
+
+_EXACT_CACHES = ("dynamic", "dynamic_full", "static", "hybrid", "offloaded", "offloaded_static")
 
 GENERATION_KEYS: KeyTable = {
     "eos_token_id": understood("ends a stream, together with those of the other files"),
@@ -20,9 +22,9 @@ GENERATION_KEYS: KeyTable = {
     "do_sample": harmless("temperature 0 is how greedy sampling is asked for"),
     "bos_token_id": harmless("tokenizer.json says what is put before a prompt"),
     "pad_token_id": harmless("nothing is padded"),
-    "decoder_start_token_id": harmless("of encoder-decoders"),
-    "encoder_repetition_penalty": harmless("of encoder-decoders"),
-    "encoder_no_repeat_ngram_size": harmless("of encoder-decoders"),
+    "decoder_start_token_id": harmless("used by encoder-decoders only"),
+    "encoder_repetition_penalty": refused("tokens are not penalised", 1),
+    "encoder_no_repeat_ngram_size": refused("tokens are not penalised", 0),
     "max_length": harmless("a limit of transformers' generate(); here max_model_len and the request say it"),
     "max_time": refused("a stream's time is bounded by the request's deadline"),
     "min_length": refused("a stream may end at any length", 0),
@@ -58,8 +60,10 @@ GENERATION_KEYS: KeyTable = {
     "renormalize_logits": harmless("a softmax follows"),
     "remove_invalid_values": harmless("logits are finite"),
     "use_cache": harmless("there is always a KV cache"),
-    "cache_implementation": harmless(_INNER),
-    "cache_config": harmless(_INNER),
+    "cache_implementation": refused(
+        "the KV cache keeps every bit unless kvstore.kv_encoding says otherwise", *_EXACT_CACHES
+    ),
+    "cache_config": refused("the KV cache keeps every bit unless kvstore.kv_encoding says otherwise", {}),
     "max_cache_len": harmless(_INNER),
     "compile_config": harmless(_INNER),
     "disable_compile": harmless(_INNER),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -44,26 +44,26 @@ def refused(why: str, *neutral: object) -> Key:
     return Key("refused", why, neutral)
 
 
-def check_keys(raw: Mapping[str, object], table: KeyTable, path: Path, ignored: Collection[str] = ()) -> None:
+def check_keys(raw: Mapping[str, object], table: KeyTable, where: str | Path, way_out: str = "") -> None:
     """Raise CheckpointError for the first key whose value could change answers and is not used.
 
-    ignored: keys that the operator answers for (`model.ignore_keys`).
+    where: what the error begins with. way_out: what else can be done about a key that is not supported.
     """
     for name, value in raw.items():
-        if value is None or name in ignored:
+        if value is None:
             continue
         key = table.get(name)
         if key is None:
             raise CheckpointError(
-                f"{path}: {name}: unknown key, so what it changes is unknown too; "
+                f"{where}: {name}: unknown key, so what it changes is unknown too; "
                 "name it in model.ignore_keys if it changes nothing"
             )
-        if key.treatment == "refused" and not _is_one_of(value, key.neutral):
-            raise CheckpointError(f"{path}: {name}={_shown(value)} is not supported: {key.why}")
+        if key.treatment == "refused" and not is_neutral(value, key.neutral):
+            raise CheckpointError(f"{where}: {name}={_shown(value)} is not supported: {key.why}{way_out}")
 
 
-def _is_one_of(value: object, neutral: tuple[object, ...]) -> bool:
-    """Equal as JSON is: 1 equals 1.0, but not true."""
+def is_neutral(value: object, neutral: tuple[object, ...]) -> bool:
+    """Whether a value is one of these, as JSON compares: 1 equals 1.0, but not true."""
     return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral)
 
 

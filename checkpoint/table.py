@@ -18,7 +18,7 @@ Made by `python -m checkpoint.table` from the declarations in `checkpoint/`; a t
 - **harmless**: the value changes no answer, for the reason given.
 - **refused**: the model does not start, and the error names the key, unless the value is null or one of those given.
 
-A key that is not listed is refused like the last ones. `model.ignore_keys` names those to pass over all the same.
+A key that is not listed is refused, too. A file is read as if the keys in `model.ignore_keys` were not in it.
 """
 
 
@@ -33,7 +33,7 @@ def render() -> str:
     parts = [_HEAD, _section("config.json, all architectures", common)]
     for architecture in architectures:
         own = {name: key for name, key in CONFIG_KEYS[architecture].items() if name not in common}
-        parts.append(_section(f"config.json, {architecture} besides", own))
+        parts.append(_section(f"config.json, {architecture} only", own))
     parts += [_section(f"rope_scaling and rope_parameters, rope_type {kind}", t) for kind, t in ROPE_KEYS.items()]
     parts += [
         _section("generation_config.json", GENERATION_KEYS),
@@ -52,7 +52,7 @@ def _section(title: str, table: KeyTable) -> str:
 def _reason(key: Key) -> str:
     if not key.neutral:
         return key.why
-    return f"{key.why} (but for {', '.join(f'`{json.dumps(value)}`' for value in key.neutral)})"
+    return f"{key.why} (accepted: {', '.join(f'`{json.dumps(value)}`' for value in key.neutral)})"
 
 
 if __name__ == "__main__":

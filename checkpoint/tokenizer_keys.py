@@ -14,8 +14,8 @@ from checkpoint.files import read_json
 from checkpoint.keys import KeyTable, check_keys, harmless, refused, understood
 
 _CLASS = "for transformers' tokenizer classes; tokenizer.json is read as it is"
-_REPEATED = "what tokenizer.json says of it counts, in transformers too"
-_BATCHES = "of batches that are padded or cut"
+_REPEATED = "tokenizer.json says it"
+_BATCHES = "used for batches that are padded or cut"
 _SPECIAL = "a name for a chat template"
 _NOTE = "a note of the tool that wrote the file"
 
@@ -28,14 +28,14 @@ TOKENIZER_CONFIG_KEYS: KeyTable = {
     "fix_mistral_regex": refused("tokenizer.json is read as it is", False),
     "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": refused("text is not cleaned up", False),
     "clean_up_tokenization_spaces": harmless("transformers ignores it for BPE, and text is shown as it was generated"),
-    "additional_special_tokens": harmless(_REPEATED),
-    "extra_special_tokens": harmless(_REPEATED),
+    "additional_special_tokens": understood("must be special tokens of tokenizer.json"),
+    "extra_special_tokens": understood("must be special tokens of tokenizer.json"),
     "model_specific_special_tokens": harmless(_REPEATED),
     "add_bos_token": harmless(_REPEATED),
     "add_eos_token": harmless(_REPEATED),
     "add_prefix_space": harmless(_REPEATED),
     "do_lower_case": harmless(_REPEATED),
-    "trim_offsets": harmless("of offsets, which nobody asks for"),
+    "trim_offsets": harmless("used for offsets, which nobody asks for"),
     "tokenizer_class": harmless(_CLASS),
     "tokenizer_type": harmless(_CLASS),
     "tokenizer_file": harmless(_CLASS),
@@ -48,8 +48,9 @@ TOKENIZER_CONFIG_KEYS: KeyTable = {
     "legacy_behaviour": harmless(_CLASS),
     "sp_model_kwargs": harmless(_CLASS),
     "errors": harmless("bytes that are no text show as U+FFFD"),
-    "spaces_between_special_tokens": harmless("of tokenizers without a tokenizer.json"),
+    "spaces_between_special_tokens": harmless("used by tokenizers without a tokenizer.json"),
     "use_default_system_prompt": harmless("only the chat template adds to a conversation"),
+    "vocab_size": harmless("config.json says how many ids there are"),
     "model_max_length": harmless("config.json says how long a context is"),
     "max_length": harmless(_BATCHES),
     "max_len": harmless(_BATCHES),
@@ -63,10 +64,10 @@ TOKENIZER_CONFIG_KEYS: KeyTable = {
     "model_input_names": harmless(_BATCHES),
     "return_token_type_ids": harmless(_BATCHES),
     "pad_token_type_id": harmless(_BATCHES),
-    "processor_class": harmless("of models that see or hear"),
-    "response_schema": harmless("of a client that parses answers"),
-    "response_template": harmless("of a client that parses answers"),
-    "chat_control_tokens": harmless("of a client that cleans up messages"),
+    "processor_class": harmless("used by models that see or hear"),
+    "response_schema": harmless("used by clients that parse answers"),
+    "response_template": harmless("used by clients that parse answers"),
+    "chat_control_tokens": harmless("used by clients that clean up messages"),
     "name_or_path": harmless(_NOTE),
     "special_tokens_map_file": harmless(_NOTE),
     "files_loaded": harmless(_NOTE),
@@ -92,25 +93,27 @@ TOKENIZER_KEYS: KeyTable = {
     "padding": harmless("switched off: nothing is padded"),
 }
 
-_TOKEN_FLAGS = ("special", "lstrip", "rstrip", "single_word")
+_NOT_THE_SAME = "not the same in tokenizer.json (which counts with added_tokens_decoder in model.ignore_keys)"
+_TOKEN_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 
 
 def check_tokenizer_files(directory: Path, ignored: Collection[str] = ()) -> None:
-    """Raise CheckpointError unless all that the tokenizer's files say is known, and none contradicts another."""
-    tokenizer = read_json(directory / "tokenizer.json", is_required=True)
-    check_keys(tokenizer, TOKENIZER_KEYS, directory / "tokenizer.json", ignored)
-    path = directory / "tokenizer_config.json"
-    config = read_json(path)
-    check_keys(_without_names(config), TOKENIZER_CONFIG_KEYS, path, ignored)
-    names = directory / "special_tokens_map.json"
-    check_keys(_without_names(read_json(names)), TOKENIZER_CONFIG_KEYS, names, ignored)
-    if "added_tokens_decoder" not in ignored:
-        _check_added_tokens(config.get("added_tokens_decoder"), tokenizer, path)
+    """Raise CheckpointError unless all that the tokenizer's files say is known, and none contradicts tokenizer.json."""
+    path = directory / "tokenizer.json"
+    tokenizer = read_json(path, is_required=True)
+    check_keys({key: value for key, value in tokenizer.items() if key not in ignored}, TOKENIZER_KEYS, path)
     known = _known_tokens(tokenizer)
-    for name in ("bos_token", "eos_token"):
-        token = token_text(config.get(name))
-        if token and token not in known and name not in ignored:
-            raise CheckpointError(f"{path}: {name}: {token!r} is not in tokenizer.json")
+    special = {token["content"] for token in _added_tokens(tokenizer) if token.get("special")}
+    for path in (directory / "tokenizer_config.json", directory / "special_tokens_map.json"):
+        config = read_json(path, ignored=ignored)
+        check_keys(_without_names(config), TOKENIZER_CONFIG_KEYS, path)
+        _check_added_tokens(config.get("added_tokens_decoder"), tokenizer, path)
+        for name in ("bos_token", "eos_token"):
+            _check_token(config.get(name), known, f"{path}: {name}", "is not in tokenizer.json")
+        for name in ("additional_special_tokens", "extra_special_tokens"):
+            listed = config.get(name) or []
+            for token in listed.values() if isinstance(listed, dict) else listed:
+                _check_token(token, special, f"{path}: {name}", "is no special token of tokenizer.json")
 
 
 def token_text(value: object) -> str:
@@ -124,13 +127,23 @@ def _without_names(raw: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in raw.items() if not (key.endswith("_token") and token_text(value))}
 
 
-def _known_tokens(tokenizer: dict[str, Any]) -> set[str]:
+def _check_token(value: object, known: set[str], where: str, complaint: str) -> None:
+    token = token_text(value)
+    if token and token not in known:
+        raise CheckpointError(f"{where}: {token!r} {complaint}")
+
+
+def _added_tokens(tokenizer: dict[str, Any]) -> list[dict[str, Any]]:
     added = tokenizer.get("added_tokens") or []
+    return [token for token in added if isinstance(token, dict) and isinstance(token.get("content"), str)]
+
+
+def _known_tokens(tokenizer: dict[str, Any]) -> set[str]:
     model = tokenizer.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     # Unigram's is a list of [token, score].
     listed = [entry[0] for entry in vocab if entry] if isinstance(vocab, list) else list(vocab or ())
-    return {str(token.get("content")) for token in added if isinstance(token, dict)} | set(listed)
+    return {token["content"] for token in _added_tokens(tokenizer)} | set(listed)
 
 
 def _check_added_tokens(decoder: object, tokenizer: dict[str, Any], path: Path) -> None:
@@ -139,11 +152,11 @@ def _check_added_tokens(decoder: object, tokenizer: dict[str, Any], path: Path) 
         return
     if not isinstance(decoder, dict):
         raise CheckpointError(f"{path}: added_tokens_decoder: must be an object")
-    added = {str(token.get("id")): token for token in tokenizer.get("added_tokens") or [] if isinstance(token, dict)}
+    added = {str(token.get("id")): token for token in _added_tokens(tokenizer)}
     for token_id, token in decoder.items():
         known = added.get(token_id)
         if not isinstance(token, dict) or known is None or known.get("content") != token.get("content"):
-            raise CheckpointError(f"{path}: added_tokens_decoder.{token_id}: not the same in tokenizer.json")
+            raise CheckpointError(f"{path}: added_tokens_decoder.{token_id}: {_NOT_THE_SAME}")
         for flag in _TOKEN_FLAGS:
             if bool(token.get(flag)) != bool(known.get(flag)):
-                raise CheckpointError(f"{path}: added_tokens_decoder.{token_id}.{flag}: not the same in tokenizer.json")
+                raise CheckpointError(f"{path}: added_tokens_decoder.{token_id}.{flag}: {_NOT_THE_SAME}")

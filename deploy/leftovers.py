@@ -1,21 +1,24 @@
 """Run folders: who holds one, and the end of those whose holders were killed, with their arenas and node processes.
 
-    TEMP_DIR/sy-CLUSTER/lock          shared lock of everybody who needs the folder
+    TEMP_DIR/sy-CLUSTER/lock          shared lock of everybody who needs the folder; says on which host it was made
     TEMP_DIR/sy-CLUSTER/driver        lock of the driver: of `switchyard serve`
     TEMP_DIR/sy-CLUSTER/pools         names of the cluster's pools, for somebody else's Ray, in which they may run on
     TEMP_DIR/sy-CLUSTER/NODE.arena    path of the arena of this host's KV node
 
-The kernel lets go of a lock when its holder ends, however it ends. A folder without a lock file is just being made, or
-another version's, and is left alone. Knows nothing of Ray.
+The kernel lets go of a lock when its holder ends, however it ends. Only a folder whose lock file was written by this
+module, on this host, is ever removed: a lock says nothing to other hosts of a shared file system. Knows nothing of Ray.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
+import re
 import shutil
+import socket
 import stat
 import time
 from collections.abc import Iterable
@@ -28,6 +31,8 @@ from kvstore.arena import ARENA_PREFIX, arena_holder
 
 FOLDER_PREFIX = "sy-"
 
+_NAME = re.compile(rf"{FOLDER_PREFIX}[0-9a-f]{{8}}")
+_MARK = f"switchyard run folder of {socket.gethostname()}\n".encode()
 _LOCK, _DRIVER, _POOLS = "lock", "driver", "pools"
 _RECORD = ".arena"
 _PREDECESSOR_S = 10.0  # for a node that has lost its actor to write what is due to its disk, and end
@@ -44,11 +49,12 @@ def hold_folder(folder: Path) -> int:
     """
     while True:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if folder.stat().st_uid != os.geteuid():
-            raise PermissionError(f"{folder} belongs to somebody else")
+        if not _is_own_folder(folder):
+            raise PermissionError(errno.EPERM, f"{folder} is not a folder of this user")
         with contextlib.suppress(FileNotFoundError):  # removed in this moment: make it again
             descriptor = _lock(folder / _LOCK)
             if _is_same_file(descriptor, folder / _LOCK):
+                os.pwrite(descriptor, _MARK, 0)
                 return descriptor
             os.close(descriptor)
 
@@ -109,13 +115,18 @@ def remove_leftovers(temp_dir: Path) -> None:
 
 
 def _own_folders(temp_dir: Path) -> list[Path]:
+    """Run folders of this user that were made on this host."""
     found = []
     for folder in sorted(temp_dir.glob(f"{FOLDER_PREFIX}*")):
         with contextlib.suppress(OSError):
-            status = folder.lstat()
-            if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
+            if _NAME.fullmatch(folder.name) and _is_own_folder(folder) and (folder / _LOCK).read_bytes() == _MARK:
                 found.append(folder)
     return found
+
+
+def _is_own_folder(folder: Path) -> bool:
+    status = folder.lstat()  # a link may lead anywhere
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
 
 
 def _remove_unless_held(folder: Path) -> None:

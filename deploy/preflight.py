@@ -16,21 +16,20 @@ from pathlib import Path
 
 import psutil
 
-from checkpoint.errors import CheckpointError
-from checkpoint.tensors import weights_digest
 from deploy.config import DEMO_MODEL, ClusterConfig, EndpointsConfig, RayConfig
 from deploy.errors import ConfigError, StartError
 from deploy.ports import wanted_ports
 from kvstore.addresses import bare_host, join_host_port, listen, split_host_port
-from kvstore.config import KVStoreConfig
+from kvstore.config import KVStoreConfig, is_redis
 from kvstore.trial import Misconfigured, try_control, try_disk, try_tier
 from router.chat import ChatTemplate
 from router.errors import ModelFilesError
 from router.model_files import ModelFiles
 from router.text import TextCodec
-from workers.config import FAKE_WEIGHTS, ModelConfig, resolve_model
+from workers.config import ModelConfig, resolve_model
 from workers.errors import ModelError
 from workers.tensor_layout import check_checkpoint
+from workers.weights import weights_identity
 
 _REACH_TIMEOUT_S = 2.0
 _LEAST_SECRET_CHARACTERS = 16
@@ -70,10 +69,10 @@ def check_model(config: ClusterConfig) -> FoundModel:
 
 
 def read_weights(config: ClusterConfig, model: FoundModel) -> str:
-    """Digest of the model's weights: every byte is read, unless that was done before. Raises ConfigError."""
+    """What tells the model from others: every byte of its weights is read, unless it was before. Raises ConfigError."""
     try:
-        return FAKE_WEIGHTS if config.engine.runner == "fake" else weights_digest(model.directory)
-    except CheckpointError as error:
+        return weights_identity(model.directory, model.config, config.engine.runner)
+    except ModelError as error:
         raise ConfigError(str(error)) from None
 
 
@@ -126,7 +125,7 @@ def free_port(host: str, first: int = 0, reserved: Collection[int] = ()) -> int:
 
 def check_control(url: str, cluster: str) -> None:
     """See that a Redis that is to hold leases, the directory and the journal does that. Raises DeployError."""
-    if not url.startswith(("redis://", "rediss://")):
+    if not is_redis(url):
         return
     try:
         problem = try_control(url, cluster)

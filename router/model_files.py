@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoint.config_keys import DEFAULTS
 from checkpoint.end_tokens import end_token_ids
 from checkpoint.errors import CheckpointError
 from checkpoint.files import read_json
@@ -17,6 +18,7 @@ from checkpoint.tokenizer_keys import check_tokenizer_files
 from router.checks import LARGEST_FLOAT32
 from router.errors import ModelFilesError
 
+_NO_DEFAULTS = " (model.generation_config=none starts the model without the file's sampling options)"
 GENERATION_CONFIG = ("auto", "none")  # whether generation_config.json gives requests their defaults
 
 
@@ -57,21 +59,21 @@ class ModelFiles:
         if not directory.is_dir():
             raise ModelFilesError(f"{directory}: no such model directory")
         try:
-            config = read_json(directory / "config.json", is_required=True)
-            generation = read_json(directory / "generation_config.json")
-            tokenizer_config = read_json(directory / "tokenizer_config.json")
+            config = read_json(directory / "config.json", is_required=True, ignored=ignore_keys)
+            generation = read_json(directory / "generation_config.json", ignored=ignore_keys)
+            tokenizer_config = read_json(directory / "tokenizer_config.json", ignored=ignore_keys)
             names = tokenizer_config
             if "added_tokens_decoder" not in tokenizer_config:  # as transformers decides
-                names = {**tokenizer_config, **read_json(directory / "special_tokens_map.json")}
+                names = {**tokenizer_config, **read_json(directory / "special_tokens_map.json", ignored=ignore_keys)}
             check_tokenizer_files(directory, ignore_keys)
             if generation_config != "none":
-                check_keys(generation, GENERATION_KEYS, directory / "generation_config.json", ignore_keys)
+                check_keys(generation, GENERATION_KEYS, directory / "generation_config.json", _NO_DEFAULTS)
             end_ids, tokenizer = end_token_ids(config, generation, directory), tokenizer_digest(directory)
         except CheckpointError as error:
             raise ModelFilesError(str(error)) from None
         return cls(
             name=name,
-            context_tokens=_positive(config, "max_position_embeddings", directory),
+            context_tokens=_positive(_with_defaults(config), "max_position_embeddings", directory),
             vocab_size=_positive(config, "vocab_size", directory),
             tokenizer_json=directory / "tokenizer.json",
             chat_template=_chat_template(directory, tokenizer_config),
@@ -84,6 +86,12 @@ class ModelFiles:
         )
 
 
+def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    architectures = config.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else None
+    return {**DEFAULTS.get(str(first), {}), **config}
+
+
 def _positive(config: dict[str, Any], field: str, directory: Path) -> int:
     value = config.get(field)
     if not isinstance(value, int) or value < 1:
@@ -93,8 +101,11 @@ def _positive(config: dict[str, Any], field: str, directory: Path) -> int:
 
 def _chat_template(directory: Path, tokenizer_config: dict[str, Any]) -> str | None:
     file = directory / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
+    try:
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelFilesError(f"{file}: not readable as text ({error})") from None
     template = tokenizer_config.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}

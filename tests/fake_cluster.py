@@ -22,7 +22,6 @@ from typing import Any
 import grpc
 from switchyard.v1 import worker_pb2, worker_pb2_grpc
 
-from checkpoint.tensors import weights_digest
 from kvstore.connect import open_directory
 from kvstore.directory import DirectoryUnavailable
 from router.client import GenerationClient
@@ -30,8 +29,9 @@ from router.config import RouterConfig, RouterSpec
 from router.events import Finished, GenerationRequest, SamplingOptions, Started, Tokens
 from tests.forked import SECRET, ForkedNode, Prefork, Server
 from tests.processes import DEADLINE_S, REPOSITORY, free_port, wait_until
-from workers.config import FAKE_WEIGHTS, EngineConfig, ModelConfig, WorkerSpec
+from workers.config import EngineConfig, ModelConfig, WorkerSpec
 from workers.fake_model import fake_completion
+from workers.weights import weights_identity
 
 DEMO = REPOSITORY / "models" / "demo"
 MODEL_NAME = "fake"
@@ -192,8 +192,10 @@ class FakeCluster:
             raise
 
     @property
-    def _is_fake(self) -> bool:
-        return self.shape.engine.get("runner", "fake") == "fake"
+    def weights(self) -> str:
+        """What tells the model of this cluster from others."""
+        runner = str(self.shape.engine.get("runner", "fake"))
+        return weights_identity(self.model_dir, ModelConfig.load(self.model_dir), runner)
 
     def _node_options(self, number: int) -> list[str]:
         options = ["--peer-transport", self.shape.peer_transport, "--cluster", self.shape.cluster]
@@ -249,7 +251,7 @@ class FakeCluster:
             http_port=http_port,
             config=dataclasses.replace(QUICK, **self.shape.router),
             cluster=self.shape.cluster,
-            weights=FAKE_WEIGHTS if self._is_fake else weights_digest(self.model_dir),
+            weights=self.weights,
         )
         self._start(self.routers[name], dataclasses.asdict(spec), waits)
 

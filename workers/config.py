@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoint.config_keys import CONFIG_KEYS, MODEL_TYPES, ROPE_KEYS
+from checkpoint.config_keys import CONFIG_KEYS, DEFAULTS, MODEL_TYPES, ROPE_KEYS
 from checkpoint.end_tokens import end_token_ids
 from checkpoint.errors import CheckpointError
 from checkpoint.files import read_json
@@ -24,14 +24,6 @@ ROLES = ("prefill", "decode", "mixed")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 RUNNERS = ("torch", "fake")
 KV_SCALE_BYTES = 4  # fp32, one for each row that is kept in 8 bits
-FAKE_WEIGHTS = "hashes of the history, 1"  # in place of a digest of weights: changes with workers.fake_model
-
-# What transformers takes for a key that config.json lacks. One that is null is derived from the others.
-_DEFAULTS: dict[str, dict[str, int]] = {
-    "LlamaForCausalLM": {"max_position_embeddings": 2048},
-    "Qwen3ForCausalLM": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
-    "Qwen3MoeForCausalLM": {"max_position_embeddings": 32768, "num_key_value_heads": 4},
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +71,15 @@ class ModelConfig:
             raise ModelError(f"{directory}: no such model directory")
         path = directory / "config.json"
         try:
-            raw = read_json(path, is_required=True)
-            generation = read_json(directory / "generation_config.json")
+            raw = read_json(path, is_required=True, ignored=ignore_keys)
+            generation = read_json(directory / "generation_config.json", ignored=ignore_keys)
             architectures = raw.get("architectures")
             architecture = architectures[0] if isinstance(architectures, list) and architectures else "(none named)"
             if architecture not in CONFIG_KEYS:
                 supported = ", ".join(CONFIG_KEYS)
                 raise ModelError(f"{path}: architecture {architecture} is not supported (supported: {supported})")
-            check_keys(raw, CONFIG_KEYS[architecture], path, ignore_keys)
-            return _parse({k: v for k, v in raw.items() if k not in ignore_keys}, generation, path)
+            check_keys(raw, CONFIG_KEYS[architecture], path)
+            return _parse(raw, generation, path)
         except CheckpointError as error:
             raise ModelError(str(error)) from None
 
@@ -111,7 +103,7 @@ class _Fields:
 
     def size(self, name: str, default: int | None = None) -> int:
         """A positive integer. default: for null; for a key that is not there, where transformers has none."""
-        value = self.raw.get(name, _DEFAULTS[self.architecture].get(name))
+        value = self.raw.get(name, DEFAULTS[self.architecture].get(name))
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise self.wrong(name, "a positive integer", value)
@@ -180,7 +172,10 @@ def _experts(fields: _Fields) -> dict[str, Any]:
     if fields.architecture != "Qwen3MoeForCausalLM":
         return {}
     experts: dict[str, Any] = {name: fields.size(name) for name in ("num_experts_per_tok", "moe_intermediate_size")}
-    experts["num_experts"] = fields.size("num_experts", fields.raw.get("num_local_experts"))  # as some writers call it
+    others = fields.raw.get("num_local_experts")  # as some writers call it
+    experts["num_experts"] = fields.size("num_experts", others)
+    if others not in (None, experts["num_experts"]):
+        raise ModelError(f"{fields.path}: num_local_experts={others!r} and num_experts={experts['num_experts']} differ")
     experts["norm_topk_prob"] = fields.flag("norm_topk_prob")
     if experts["num_experts_per_tok"] > experts["num_experts"]:
         raise ModelError(f"{fields.path}: num_experts_per_tok is more than num_experts={experts['num_experts']}")
@@ -188,19 +183,23 @@ def _experts(fields: _Fields) -> dict[str, Any]:
 
 
 def _rope(fields: _Fields) -> tuple[dict[str, Any], RopeScaling | None]:
-    """What rope_scaling and rope_parameters say, and Llama 3's scaling where they ask for it."""
+    """What rope_scaling or rope_parameters says, and Llama 3's scaling where it asks for it."""
     rope: dict[str, Any] = {}
+    kind = "default"
     for name in ("rope_scaling", "rope_parameters"):
         part = fields.raw.get(name)
         if not isinstance(part, dict | None):
             raise fields.wrong(name, "an object", part)
-        rope |= part or {}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ROPE_KEYS:
-        raise ModelError(
-            f"{fields.path}: rope scaling {kind!r} is not supported (supported: {', '.join(sorted(ROPE_KEYS))})"
-        )
-    check_keys(rope, ROPE_KEYS[kind], Path(f"{fields.path}: rope_parameters"))
+        if not part:
+            continue
+        said = part.get("rope_type") or part.get("type") or "default"
+        if said not in ROPE_KEYS:
+            known = ", ".join(sorted(ROPE_KEYS))
+            raise ModelError(f"{fields.path}: {name}: rope scaling {said!r} is not supported (supported: {known})")
+        check_keys(part, ROPE_KEYS[said], f"{fields.path}: {name}")
+        if any(rope.get(key, value) != value for key, value in part.items()):
+            raise ModelError(f"{fields.path}: rope_scaling and rope_parameters contradict each other")
+        rope, kind = {**rope, **part}, said
     if kind == "default":
         return rope, None
     for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):

@@ -22,7 +22,6 @@ from switchyard.v1 import generation_pb2, worker_pb2, worker_pb2_grpc
 
 from checkpoint.errors import CheckpointError
 from checkpoint.identity import ServedModel, tokenizer_digest
-from checkpoint.tensors import weights_digest
 from costs.transfer import ALWAYS_FETCH, NEVER_FETCH, TransferCost
 from kvstore.addresses import join_host_port
 from kvstore.block_pool import BlockPool
@@ -34,7 +33,7 @@ from kvstore.prefetch import Prefetcher, PrefetchStats
 from kvstore.store import FragmentStore
 from kvstore.tiers import Tier
 from workers.calibration import calibrate
-from workers.config import FAKE_WEIGHTS, EngineConfig, ModelConfig, WorkerSpec
+from workers.config import EngineConfig, ModelConfig, WorkerSpec
 from workers.engine import Engine
 from workers.errors import ModelError
 from workers.executor import GroupExecutor, follow
@@ -47,6 +46,7 @@ from workers.prefetch import QueuePrefetch
 from workers.runner import TorchModelRunner, pick_device, pick_dtype, schedules_async
 from workers.scheduler import Scheduler, SchedulerConfig
 from workers.server import MAX_MESSAGE_BYTES, WorkerServicer
+from workers.weights import weights_identity
 
 log = logging.getLogger(__name__)
 
@@ -60,14 +60,6 @@ _WIRE_ROLES = {
 }
 
 LoadedRunner = TorchModelRunner | FakeModelRunner
-
-
-def model_weights(engine: EngineConfig) -> str:
-    """Digest of the weights that the engine computes with. Raises ModelError."""
-    try:
-        return FAKE_WEIGHTS if engine.runner == "fake" else weights_digest(Path(engine.model_dir))
-    except CheckpointError as error:
-        raise ModelError(str(error)) from None
 
 
 def kv_fingerprint(engine: EngineConfig, model: ModelConfig, dtype: torch.dtype, weights: str) -> bytes:
@@ -200,12 +192,13 @@ class Rank:
 
     def _identify(self) -> ServedModel:
         """What the files say now."""
-        spec = self.spec
+        spec, directory = self.spec, Path(self.spec.engine.model_dir)
+        weights = weights_identity(directory, self._model, spec.engine.runner)
         try:
-            tokenizer = tokenizer_digest(Path(spec.engine.model_dir))
+            tokenizer = tokenizer_digest(directory)
         except CheckpointError as error:
             raise ModelError(str(error)) from None
-        return ServedModel(spec.cluster, spec.model_name, model_weights(spec.engine), tokenizer)
+        return ServedModel(spec.cluster, spec.model_name, weights, tokenizer)
 
     def _measure_transfer_cost(self) -> TransferCost:
         if self.spec.prefix_fetch == "always":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -99,6 +100,7 @@ def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where digests are remembered in this test; files are settled at once."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(digest, "_SETTLED_S", -1.0)
+    monkeypatch.setattr(digest, "_read_here", {})
     return tmp_path / "cache" / "switchyard" / "digests"
 
 
@@ -175,15 +177,74 @@ def test_a_broken_memory_is_no_memory(tmp_path: Path, memory: Path, broken: str)
     assert file_digest(path) == first
 
 
-def test_without_a_folder_to_remember_in_it_is_read_each_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: list[Path]
+@pytest.mark.parametrize("home", ["file", "no locks", "relative"])
+def test_without_a_folder_to_remember_in_each_process_reads_once(
+    home: str, tmp_path: Path, memory: Path, monkeypatch: pytest.MonkeyPatch, reads: list[Path]
 ) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    if home == "file":
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    elif home == "no locks":
+
+        def refuse(file: int, operation: int) -> None:
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr("checkpoint.digest.fcntl.flock", refuse)
+    else:  # a user without a home: what would be one is a folder of that name here
+        monkeypatch.setattr("checkpoint.digest.platformdirs.user_cache_path", lambda *_, **__: Path("~/.cache"))
+        monkeypatch.chdir(tmp_path)
     path = tmp_path / "w"
     path.write_bytes(b"weights")
     assert file_digest(path) == file_digest(path)
-    assert len(reads) == 2
+    assert len(reads) == 1
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "w"
+    path.write_bytes(b"weights")
+    read = digest._read
+    monkeypatch.setattr(digest, "_read", lambda path: (read(path), path.write_bytes(b"others"))[0])
+    with pytest.raises(CheckpointError, match=r"w: changed while it was read"):
+        file_digest(path)
+
+
+def test_parts_of_a_large_file_all_count(tmp_path: Path, memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digest, "_PART_BYTES", 1 << 16)
+    monkeypatch.setattr(digest, "_READ_BYTES", 1 << 12)
+    seen = set()
+    for place in range(0, 200_000, 6151):
+        content = bytearray(200_000)
+        content[place] = 1
+        (tmp_path / "w").write_bytes(content)
+        seen.add(file_digest(tmp_path / "w"))
+    assert len(seen) == len(range(0, 200_000, 6151))
+
+
+def test_processes_that_start_together_read_a_file_once(tmp_path: Path, memory: Path) -> None:
+    path = tmp_path / "w"
+    path.write_bytes(b"weights")
+    code = f"""
+import time
+from pathlib import Path
+from checkpoint import digest
+digest._SETTLED_S = -1.0
+read = digest._read
+def slow(path):
+    print("read", flush=True)
+    time.sleep(1)
+    return read(path)
+digest._read = slow
+print(digest.file_digest(Path({str(path)!r})))
+"""
+    environment = {**python_environment(), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", code]
+    processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [process.communicate(timeout=60)[0].split() for process in processes]
+    assert sum(words.count("read") for words in said) == 1
+    assert len({words[-1] for words in said}) == 1
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path, memory: Path) -> None:

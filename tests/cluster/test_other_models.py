@@ -19,7 +19,6 @@ from kvstore.remote_directory import RemoteDirectory
 from tests.deploy.conftest import write_tiny_model
 from tests.fake_cluster import _OPENER, FakeCluster
 from tests.processes import RedisServer, wait_until
-from workers.config import FAKE_WEIGHTS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.redis, pytest.mark.timeout(300)]
 
@@ -197,7 +196,7 @@ def test_a_node_of_another_cluster_refuses_workers_and_routers(fake_cluster: Mak
     with pytest.raises(DirectoryUnavailable, match=why):
         directory.workers()
     directory.close()
-    served = ServedModel("two", cluster.shape.model_name, FAKE_WEIGHTS, tokenizer_digest(cluster.model_dir))
+    served = ServedModel("two", cluster.shape.model_name, cluster.weights, tokenizer_digest(cluster.model_dir))
     hello = worker_pb2.RouterHello(router_id="stranger", epoch=1, served=served.message())
     with grpc.insecure_channel(cluster.workers["mixed-0"].ready["address"]) as channel:
         answers = worker_pb2_grpc.WorkerServiceStub(channel).Connect(iter([worker_pb2.ConnectRequest(hello=hello)]))

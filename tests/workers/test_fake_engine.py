@@ -19,9 +19,10 @@ from workers.fake_model import fake_completion
 from workers.fake_runner import FakeModelRunner
 from workers.kv_transfer import KVTransfer
 from workers.parallel import ParallelGroups, Shard
-from workers.rank import load_runner, make_engine, model_weights
+from workers.rank import load_runner, make_engine
 from workers.request import Request, RequestRole, SamplingParams
 from workers.step import BlockTransfer, SampleSpec, ScheduledRequest, SchedulerOutput
+from workers.weights import weights_identity
 
 VOCAB_SIZE, BLOCK_SIZE = 997, 4
 SIZES = {
@@ -201,8 +202,8 @@ def test_unverified_bytes_would_show(model_dir: Path) -> None:
 
 def test_its_blocks_are_nobody_elses(model_dir: Path) -> None:
     demo = Path(__file__).parents[2] / "models" / "demo"
-    fake, real = EngineConfig(str(demo), runner="fake"), EngineConfig(str(demo))
-    assert model_weights(fake) != model_weights(real)
+    model = ModelConfig.load(demo)
+    assert weights_identity(demo, model, "fake") != weights_identity(demo, model, "torch")
 
 
 def test_what_it_cannot_do_is_one_line(model_dir: Path) -> None:
