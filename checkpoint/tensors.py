@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import mmap
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,11 +67,11 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
 
 
 def check_tensors(
-    stored: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int, ...]], harmless: Mapping[str, str]
+    stored: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int, ...]], harmless: tuple[str, ...]
 ) -> None:
     """Raise CheckpointError unless every wanted tensor is there in its shape and a float, and every other is harmless.
 
-    harmless: why a tensor that is not wanted changes nothing, by the end of its name.
+    harmless: ends of the names of tensors that change nothing.
     """
     for name, shape in wanted.items():
         tensor = stored.get(name)
@@ -84,8 +86,26 @@ def check_tensors(
         if tensor.shape != shape:
             raise CheckpointError(f"{tensor.path}: {name} is {list(tensor.shape)}, config.json says {list(shape)}")
     for name, tensor in stored.items():
-        if name not in wanted and not name.endswith(tuple(harmless)):
+        if name not in wanted and not name.endswith(harmless):
             raise CheckpointError(f"{tensor.path}: {name}: nothing uses this tensor, so the model is another one")
+
+
+def have_same_bytes(one: StoredTensor, other: StoredTensor, names: tuple[str, str]) -> bool:
+    """Whether two tensors, of these names in their files, are the same in dtype, shape and every byte."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with _mapped(one.path, names[0]) as first, _mapped(other.path, names[1]) as second:
+        return first == second
+
+
+@contextlib.contextmanager
+def _mapped(path: Path, name: str) -> Iterator[memoryview]:
+    """The bytes of a tensor. Its file is a header's length (8 bytes, little-endian), the header, then the tensors."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+        header_bytes = int.from_bytes(whole[:8], "little")
+        begin, end = json.loads(whole[8 : 8 + header_bytes])[name]["data_offsets"]
+        with memoryview(whole) as view, view[8 + header_bytes + begin : 8 + header_bytes + end] as tensor:
+            yield tensor
 
 
 def weights_digest(directory: Path) -> str:

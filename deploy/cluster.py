@@ -33,12 +33,12 @@ from deploy.preflight import (
     FoundModel,
     check_arena_dir,
     check_control,
-    check_disk,
     check_host_memory,
     check_model,
     check_peer_transport,
     check_ports,
     check_ray,
+    disk_warning,
     free_port,
     read_weights,
     tier_secret,
@@ -93,7 +93,6 @@ class Cluster:
         layers_per_fragment(self._config, model.config.num_hidden_layers)
         check_ports(self._config.endpoints, self._config.ray)
         check_control(self._config.kvstore.control, self._name(model))
-        check_disk(self._config.kvstore)
         check_peer_transport(self._config.kvstore)
         secret = tier_secret(self._config.kvstore.tier_secret_file)
         self._tier_secret = cluster_secret(secret, self._name(model))
@@ -105,14 +104,14 @@ class Cluster:
         return model
 
     def _name(self, model: FoundModel) -> str:
-        host = f"{socket.gethostname()}/{uuid.getnode():x}"
+        host = f"{socket.gethostname()}/{uuid.getnode():x}/{_machine_id()}"
         return cluster_name(self._config, model.reference, host, self.id)
 
     def start(self) -> Endpoints:
         """Bring everything up; returns when all workers can be reached through all routers."""
+        remove_leftovers(Path(self._config.ray.temp_dir))  # they may hold what is checked now
         model = self.check()
-        warning = tier_warning(self._config.kvstore.tier)
-        if warning:
+        for warning in filter(None, (tier_warning(self._config.kvstore.tier), disk_warning(self._config.kvstore))):
             self._steps.note(f"warning: {warning}")
         with self._steps.step("Reading the weights"):  # a digest is remembered: quick from the second start on
             self._weights = read_weights(self._config, model)
@@ -149,15 +148,13 @@ class Cluster:
         return True
 
     def _make_run_dir(self) -> None:
-        temp_dir = Path(self._config.ray.temp_dir)
-        remove_leftovers(temp_dir)
         self._undo.append(self._remove_run_dir)
         try:
             self._held.append(hold_folder(self.run_dir))
             self._held.append(hold_as_driver(self.run_dir, self._config.pools))
             (self.run_dir / _EMPTY).mkdir()
         except OSError as error:
-            raise ConfigError(f"ray.temp_dir: {temp_dir}: {error.strerror or error}") from None
+            raise ConfigError(f"ray.temp_dir: {self._config.ray.temp_dir}: {error.strerror or error}") from None
 
     def _remove_run_dir(self) -> None:
         """Some of Ray's processes still write while they end. Kept for its logs, it goes at the next start."""
@@ -286,3 +283,11 @@ class Cluster:
                     why = f": {refusal}" if (refusal := first_refusal(endpoint)) else ""
                     raise StartError(f"the workers serve, but the router at {endpoint.http} does not see them all{why}")
                 time.sleep(_LOOK_S)
+
+
+def _machine_id() -> str:
+    """systemd's name of this machine; "" where it has none."""
+    try:
+        return Path("/etc/machine-id").read_text().strip()
+    except OSError:
+        return ""

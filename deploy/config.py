@@ -212,7 +212,7 @@ class ClusterConfig:
     name: str = ""
     """Name of the cluster. What it keeps in a shared Redis lies under it, and processes of clusters with other names
     refuse each other. Empty means derived from this machine, the served model and the gRPC port: the same at the next
-    start, and no other cluster's."""
+    start on this machine. In containers, which are new machines each time, set it."""
     model: ModelSource = field(default_factory=ModelSource)
     engine: EngineSettings = field(default_factory=EngineSettings)
     endpoints: EndpointsConfig = field(default_factory=EndpointsConfig)

@@ -34,7 +34,7 @@ def is_ignored(number: int) -> bool:
 
 
 class Asked:
-    """Tells somebody who asks again from a signal that comes twice."""
+    """Distinguishes a second request to stop from a duplicate of the first signal."""
 
     def __init__(self, same_s: float) -> None:
         """same_s: what comes so soon after the first one belongs to it."""

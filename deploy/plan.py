@@ -141,9 +141,10 @@ def model_name(config: ClusterConfig, model_dir: str) -> str:
 
 
 def cluster_name(config: ClusterConfig, model_dir: str, host: str, start_id: str) -> str:
-    """The configured name, or one that is the same at the next start of the same cluster and never another's.
+    """The configured name, or one derived from where the cluster runs: the same at its next start there.
 
-    host: what tells this machine from others. start_id: of this start; counts where any free port is taken.
+    host: what tells this machine from others, and differs in each new container. start_id: of this start; counts where
+    any free port is taken.
     """
     if config.name:
         return config.name

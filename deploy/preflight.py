@@ -21,7 +21,7 @@ from deploy.errors import ConfigError, StartError
 from deploy.ports import wanted_ports
 from kvstore.addresses import bare_host, join_host_port, listen, split_host_port
 from kvstore.config import KVStoreConfig, is_redis
-from kvstore.trial import Misconfigured, try_control, try_disk, try_tier
+from kvstore.trial import TierMisconfigured, try_control, try_disk, try_tier
 from router.chat import ChatTemplate
 from router.errors import ModelFilesError
 from router.model_files import ModelFiles
@@ -129,7 +129,7 @@ def check_control(url: str, cluster: str) -> None:
         return
     try:
         problem = try_control(url, cluster)
-    except Misconfigured as error:
+    except TierMisconfigured as error:
         raise ConfigError(f"kvstore.control: {error}") from None
     if problem:
         raise StartError(f"kvstore.control: {problem}")
@@ -183,7 +183,7 @@ def tier_warning(url: str) -> str:
     and finds it later. Raises ConfigError where that would never happen."""
     try:
         problem = try_tier(url) if url else ""
-    except Misconfigured as error:
+    except TierMisconfigured as error:
         raise ConfigError(f"kvstore.tier: {error}") from None
     return f"kvstore.tier: {problem}; serving without this tier until it answers" if problem else ""
 
@@ -194,13 +194,14 @@ def check_peer_transport(kvstore: KVStoreConfig) -> None:
         raise ConfigError("kvstore.peer_transport: nixl is not installed (pip install 'switchyard[nixl]')")
 
 
-def check_disk(kvstore: KVStoreConfig) -> None:
-    """See that this host's disk tier can be kept where it should be. Raises ConfigError."""
+def disk_warning(kvstore: KVStoreConfig) -> str:
+    """One line when this host's disk tier cannot be kept where it should be now, else "". Raises ConfigError where it
+    never could."""
     try:
-        if kvstore.disk_bytes:
-            try_disk(Path(kvstore.disk_dir))
-    except Misconfigured as error:
+        problem = try_disk(Path(kvstore.disk_dir)) if kvstore.disk_bytes else ""
+    except TierMisconfigured as error:
         raise ConfigError(f"kvstore.disk_dir: {error}") from None
+    return f"kvstore.disk_dir: {problem}; serving without this tier until it is free" if problem else ""
 
 
 def _dial_problem(host: str, port: int) -> str:

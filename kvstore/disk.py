@@ -24,6 +24,7 @@ from kvstore.compression import check_compression, compress, decompress, is_comp
 from kvstore.disk_index import DiskIndex
 from kvstore.sealing import HEADER_BYTES, key_of, reseal
 from kvstore.segments import (
+    LOCK_NAME,
     PAGE_BYTES,
     SUFFIX,
     SegmentHeader,
@@ -46,7 +47,6 @@ _LOG = logging.getLogger(__name__)
 SEGMENT_BYTES = 64 * 1024 * 1024
 _BATCH_BYTES = 4 * 1024 * 1024  # written at once
 _REFUSAL_S = 1.0  # how long nothing is written after the disk was full
-_LOCK_NAME = "lock"
 _LEAST_SEGMENTS = 4  # a small tier has smaller segments: what goes at once is a part of it
 
 
@@ -341,7 +341,7 @@ class DiskTier:
 
     def _look(self) -> None:
         """Makes sure that the folder is there and ours, and reads the index anew where it was not."""
-        path = self._folder / _LOCK_NAME
+        path = self._folder / LOCK_NAME
         if self._lock_file is not None:
             try:
                 if os.path.samestat(os.stat(path), os.fstat(self._lock_file)):

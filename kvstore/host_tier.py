@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -93,14 +93,9 @@ class HostTier:
         return self._availability.problem
 
     @property
-    def has_disk(self) -> bool:
-        """Whether the node has a disk tier behind its arena."""
-        return self._has_disk
-
-    @property
-    def disk_problem(self) -> str:
-        """Why that disk tier keeps nothing, as the node said it last."""
-        return self.problem or self._disk_problem if self._has_disk else ""
+    def problems_behind(self) -> Mapping[str, str]:
+        """As in NearTier: of the disk behind the node's arena, as the node said it last."""
+        return {"disk": self.problem or self._disk_problem} if self._has_disk else {}
 
     @property
     def node_id(self) -> str:

@@ -1,6 +1,6 @@
 """The two gRPC services of a node process: slots of its arena, and the directory of a cluster without Redis.
 
-Knows nothing of processes, sockets or of who calls.
+Knows nothing of processes and sockets. `ClusterGuard` refuses the callers of other clusters.
 """
 
 from collections.abc import Callable, Sequence

@@ -32,7 +32,7 @@ NUM_HASH_SLOTS: int = REDIS_CLUSTER_HASH_SLOTS
 _CONNECT_TIMEOUT_S = 1.0
 _CALL_TIMEOUT_S = 2.0
 _CHECK_TTL_MS = 1000
-_PASSING = ("OOM", "command not allowed when used memory", "TRYAGAIN", "MASTERDOWN", "NOREPLICAS", "MISCONF")
+_PASSING = ("BUSY", "OOM", "command not allowed when used memory", "TRYAGAIN", "MASTERDOWN", "NOREPLICAS", "MISCONF")
 _READ_BYTES = 1024 * 1024
 _HOST_NAME = re.compile(r"[\w.-]+", re.ASCII)
 
@@ -100,7 +100,8 @@ def is_misconfiguration(error: Exception) -> bool:
     if isinstance(error, redis.ResponseError):
         return not isinstance(error, passing) and not str(error).startswith(_PASSING)
     links = [error, error.__cause__, error.__context__]
-    return any(isinstance(link, ssl.SSLError) for link in links)
+    dropped = (ssl.SSLEOFError, ssl.SSLZeroReturnError)  # by a server that goes down
+    return any(isinstance(link, ssl.SSLError) and not isinstance(link, dropped) for link in links)
 
 
 def hash_slot(key: bytes) -> int:

@@ -261,7 +261,7 @@ class RedisTier:
                 with self._redirections_lock:
                     self._redirections[redirected.slot] = redirected.address
             return
-        self._refusal = f"takes no fragments: {one_line(reply)}"
+        self._refusal = f"refuses fragments: {one_line(reply)}"
         if not self._has_warned_of_refusal:
             self._has_warned_of_refusal = True
             _LOG.warning("redis tier at %s refuses fragments: %s", address_of(self._client), reply)

@@ -23,6 +23,7 @@ from kvstore.sealing import HEADER_BYTES, key_of
 
 PAGE_BYTES = ALIGNMENT_BYTES
 SUFFIX = ".segment"
+LOCK_NAME = "lock"  # of the file in a tier's folder that its process has locked
 
 _MAGIC = b"SYdisk2\0"
 _HEADER = struct.Struct("<8sQ8sQ")
@@ -84,6 +85,19 @@ def lock_file(path: Path) -> int:
         os.close(file_descriptor)
         raise OSError(errno.EBUSY, "another process holds it") from error
     return file_descriptor
+
+
+def is_locked(path: Path) -> bool:
+    """Whether another process has such a lock now. Raises OSError."""
+    if not path.exists():
+        return False
+    try:
+        os.close(lock_file(path))
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return True
+    return False
 
 
 def open_file(path: Path, flags: int) -> int:

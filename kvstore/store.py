@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 
 from kvstore.copying import Bytes, copy
-from kvstore.host_tier import HostTier
 from kvstore.tiers import Fragment, NearTier, Rejected, Tier
 
 
@@ -92,10 +91,9 @@ class FragmentStore:
         """The counters now."""
         tier_is_up = {tier.name: tier.is_up for tier in self._tiers}
         problems = {tier.name: tier.problem for tier in self._tiers}
-        for tier in self._tiers:
-            if isinstance(tier, HostTier) and tier.has_disk:  # behind the node's arena, and no tier of its own here
-                problems["disk"] = tier.disk_problem
-                tier_is_up["disk"] = not tier.disk_problem
+        for near in self._near_tiers:
+            problems |= near.problems_behind
+            tier_is_up |= {name: not problem for name, problem in near.problems_behind.items()}
         with self._lock:
             return StoreStats(
                 pulled_bytes=dict(self._pulled_bytes),

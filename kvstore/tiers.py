@@ -6,7 +6,7 @@ raises because its other end is away. Knows nothing of blocks, models or of whic
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -70,6 +70,11 @@ class Tier(Protocol):
 @runtime_checkable
 class NearTier(Tier, Protocol):
     """A tier whose fragments lie in this host's memory: they are verified on the way to where they are wanted."""
+
+    @property
+    def problems_behind(self) -> Mapping[str, str]:
+        """Of tiers that this one brings fragments from, by name: why each does less than it should; empty: it does
+        not."""
 
     def prepare(self, keys: Sequence[bytes]) -> None:
         """A put of these fragments, in this order, will follow: has done meanwhile what it would wait for."""

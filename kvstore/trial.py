@@ -1,13 +1,11 @@
 """Tries the shared Redis and the disk with what they will be asked to do, before anything is started.
 
-Tells a mistake, which stays until somebody changes the configuration, from a server that is away or busy for now.
+A wrong password, right or protocol is a mistake of the configuration; a server that is away or full is not.
 Nothing is left behind. Knows nothing of who starts what.
 """
 
 import contextlib
-import os
 import secrets
-import shutil
 import socket
 import ssl
 from collections.abc import Callable
@@ -21,14 +19,14 @@ from kvstore.availability import one_line
 from kvstore.config import is_redis_cluster, redis_cluster_nodes
 from kvstore.redis_client import REDIS_ERRORS, connect, is_misconfiguration, refused_commands, slot_owners
 from kvstore.redis_tier import KEY_PREFIX
-from kvstore.segments import lock_file
+from kvstore.segments import LOCK_NAME, is_locked
 
 _DIAL_S = 1.0
 _CONTROL_TRIAL = """
 local key = KEYS[1]
+redis.call('SET', key, '1', 'PX', 1000)
 redis.call('TIME')
 redis.call('INCR', key)
-redis.call('SET', key, 'x')
 redis.call('APPEND', key, 'x')
 redis.call('STRLEN', key)
 redis.call('GET', key)
@@ -51,12 +49,12 @@ redis.call('DEL', key)
 """
 
 
-class Misconfigured(Exception):
+class TierMisconfigured(Exception):
     """It will not work until the configuration is another one; the message is one line without the key."""
 
 
 def try_tier(url: str) -> str:
-    """Why the shared tier does not do what it will be asked to do now; "" when it does. Raises Misconfigured."""
+    """Why the shared tier does not do what it will be asked to do now; "" when it does. Raises TierMisconfigured."""
     if not is_redis_cluster(url):
         return _try_redis(url, partial(_raise_refusal, url))
     addresses, url_of = redis_cluster_nodes(url)
@@ -71,20 +69,27 @@ def try_control(url: str, cluster: str) -> str:
     return _try_redis(url, partial(_run_control_script, url, cluster))
 
 
-def try_disk(folder: Path) -> None:
-    """Raises Misconfigured unless files can be made in the folder of a disk tier and no other cluster holds it."""
-    is_new = not folder.exists()
+def try_disk(folder: Path) -> str:
+    """Why a disk tier cannot be kept in the folder now; "" when it can. Raises TierMisconfigured.
+
+    A folder that another process holds may be that of this cluster's last node, which is about to end: the tier waits.
+    """
+    made: list[Path] = []
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.close(lock_file(folder / "lock"))
+        for parent in reversed((folder, *folder.parents)):
+            if not parent.exists():
+                parent.mkdir(mode=0o700)
+                made.append(parent)
         probe = folder / f"trial-{secrets.token_hex(4)}"
         probe.write_bytes(b"x")
         probe.unlink()
+        return f"{folder}: another process holds it" if is_locked(folder / LOCK_NAME) else ""
     except OSError as error:
-        raise Misconfigured(f"{folder}: {error.strerror.lower() if error.strerror else error}") from None
+        raise TierMisconfigured(f"{folder}: {error.strerror.lower() if error.strerror else error}") from None
     finally:
-        if is_new:
-            shutil.rmtree(folder, ignore_errors=True)
+        for parent in reversed(made):
+            with contextlib.suppress(OSError):  # somebody has begun to use it
+                parent.rmdir()
 
 
 def _try_redis(url: str, trial: Callable[[], None]) -> str:
@@ -93,11 +98,11 @@ def _try_redis(url: str, trial: Callable[[], None]) -> str:
         trial()
     except REDIS_ERRORS as error:
         if is_misconfiguration(error):
-            raise Misconfigured(f"Redis at {where}: {one_line(error)}") from None
+            raise TierMisconfigured(f"Redis at {where}: {one_line(error)}") from None
         if url.startswith("redis://") and _speaks_tls(url):
-            raise Misconfigured(f"Redis at {where}: speaks TLS: its URL begins with rediss://") from None
+            raise TierMisconfigured(f"Redis at {where}: speaks TLS: its URL begins with rediss://") from None
         if url.startswith("rediss://") and _speaks_plainly(url):
-            raise Misconfigured(f"Redis at {where}: does not speak TLS: its URL begins with redis://") from None
+            raise TierMisconfigured(f"Redis at {where}: does not speak TLS: its URL begins with redis://") from None
         return f"Redis at {where}: {one_line(error)}"
     return ""
 

@@ -29,7 +29,7 @@ class ChatTemplate:
         try:
             self._template = chat_environment().from_string(source)
         except jinja2.TemplateError as error:
-            raise ModelFilesError(f"chat template: {error}") from None
+            raise ModelFilesError(f"chat template, line {getattr(error, 'lineno', '?')}: {error}") from None
         self._conventions = ChatConventions.of(self._try_render)
 
     def render(self, messages: Sequence[Mapping[str, object]], options: Mapping[str, object] | None = None) -> str:

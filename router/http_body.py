@@ -64,13 +64,20 @@ def _decompressed(data: bytes, content_encoding: str, max_bytes: int) -> bytes:
         known = ", ".join(_WINDOW_BITS)
         raise UnsupportedEncoding(f"Content-Encoding: {content_encoding!r} is not supported (supported: {known})")
     for window_bits in _WINDOW_BITS[encodings[0]]:
-        inflater = zlib.decompressobj(window_bits)
+        plain, rest = b"", data
         try:
-            plain = inflater.decompress(data, max_bytes + 1)
+            while rest:  # a gzip file may be several, one behind the other (RFC 1952)
+                inflater = zlib.decompressobj(window_bits)
+                plain += inflater.decompress(rest, max_bytes + 1 - len(plain))
+                if len(plain) > max_bytes:
+                    raise PromptTooLarge(
+                        f"request body: decompressed, more than {max_bytes} bytes, the most accepted here"
+                    )
+                if not inflater.eof:
+                    break
+                rest = inflater.unused_data
         except zlib.error:
             continue
-        if len(plain) > max_bytes:
-            raise PromptTooLarge(f"request body: decompressed, more than the {max_bytes} bytes this router accepts")
-        if inflater.eof and not inflater.unused_data:
+        if data and not rest:
             return plain
     raise InvalidRequest(f"request body: not one complete {encodings[0]} stream")

@@ -194,10 +194,17 @@ def _families(rows: list[tuple[tuple[str, ...], WorkerLoad]]) -> Iterable[Metric
                 counter.add_metric((*labels, key), value)
         yield counter
     tiers = GaugeMetricFamily("switchyard_worker_tier_up", "Whether a tier answers.", labels=(*_LABELS, "tier"))
+    works = GaugeMetricFamily(
+        "switchyard_worker_tier_ok",
+        "Whether a tier does all that it should; /readyz says why not.",
+        labels=(*_LABELS, "tier"),
+    )
     for labels, load in rows:
         for tier, is_up in load.tier_is_up.items():
             tiers.add_metric((*labels, tier), float(is_up))
+            works.add_metric((*labels, tier), float(is_up and tier not in load.tier_problems))
     yield tiers
+    yield works
 
 
 def _short(field: str) -> str:

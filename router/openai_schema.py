@@ -54,7 +54,7 @@ class _Request(BaseModel):
     # Extensions.
     top_k: Integer | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[Integer] | None = None
     return_token_ids: bool | None = None
     # Accepted: cannot change the completion.
     user: Any = None

@@ -8,15 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from checkpoint.errors import CheckpointError
-from checkpoint.tensors import check_tensors, stored_tensors
+from checkpoint.tensors import check_tensors, have_same_bytes, stored_tensors
 from workers.config import ModelConfig
 from workers.errors import ModelError
 
 Shapes = dict[str, tuple[int, ...]]
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_HARMLESS = {"rotary_emb.inv_freq": "computed from config.json; old checkpoints store it"}
-_TIED = {_HEAD: "the embedding, which tie_word_embeddings makes the head"}
+_HARMLESS = ("rotary_emb.inv_freq",)  # computed from config.json; old checkpoints store it
 
 
 def tensor_shapes(config: ModelConfig) -> Shapes:
@@ -33,9 +32,15 @@ def tensor_shapes(config: ModelConfig) -> Shapes:
 
 def check_checkpoint(directory: Path, config: ModelConfig) -> None:
     """Raise ModelError unless each tensor of the directory's weight files is used as it is, and none is missing."""
-    harmless = {**_HARMLESS, **(_TIED if config.tie_word_embeddings else {})}
     try:
-        check_tensors(stored_tensors(directory), tensor_shapes(config), harmless)
+        stored = stored_tensors(directory)
+        head = stored.pop(_HEAD, None) if config.tie_word_embeddings else None
+        check_tensors(stored, tensor_shapes(config), _HARMLESS)
+        # transformers ties only what is the same, and else takes the stored head.
+        if head is not None and not have_same_bytes(head, stored[_EMBEDDING], (_HEAD, _EMBEDDING)):
+            raise CheckpointError(
+                f"{head.path}: {_HEAD} is not {_EMBEDDING}, though config.json says tie_word_embeddings"
+            )
     except CheckpointError as error:
         raise ModelError(str(error)) from None
 

@@ -152,6 +152,13 @@ def change_between_samples(path: Path) -> None:
     raise AssertionError("each v_proj was sampled: choose another size")
 
 
+def tier_metric(url: str, name: str, tier: str) -> float:
+    with _OPENER.open(f"{url}/metrics", timeout=5) as metrics:
+        rows = metrics.read().decode().splitlines()
+    (row,) = [r for r in rows if r.startswith(f"switchyard_worker_tier_{name}{{") and f'tier="{tier}"' in r]
+    return float(row.rpartition(" ")[2])
+
+
 def test_a_disk_that_cannot_be_kept_is_said(fake_cluster: Make, tmp_path: Path) -> None:
     """It served without the disk, and nobody was told: no warning, not degraded, no metric."""
     (tmp_path / "file").write_text("")
@@ -164,9 +171,7 @@ def test_a_disk_that_cannot_be_kept_is_said(fake_cluster: Make, tmp_path: Path) 
     assert down["tier"] == "disk"
     assert down["reason"].startswith(f"{tmp_path}/file/disk: ")
     assert cluster.readyz(url)["is_degraded"]
-    with _OPENER.open(f"{url}/metrics", timeout=5) as metrics:
-        rows = [row for row in metrics.read().decode().splitlines() if 'tier="disk"' in row]
-    assert [row.rpartition(" ")[2] for row in rows if row.startswith("switchyard_worker_tier_up")] == ["0.0"]
+    assert tier_metric(url, "up", "disk") == tier_metric(url, "ok", "disk") == 0
     (tmp_path / "file").unlink()
     wait_until(lambda: not cluster.readyz(url)["is_degraded"], "the disk is there")
 
@@ -180,6 +185,7 @@ def test_a_redis_that_takes_nothing_is_said(fake_cluster: Make, redis_server: Re
         wait_until(lambda: bool(cluster.readyz(url)["tiers_down"]), "Redis refuses fragments")
         (down,) = cluster.readyz(url)["tiers_down"]
         assert (down["tier"], "permissions" in down["reason"]) == ("redis", True)
+        assert (tier_metric(url, "up", "redis"), tier_metric(url, "ok", "redis")) == (1, 0)
         client.execute_command("ACL", "SETUSER", "reader", "+@all")
         wait_until(lambda: not cluster.readyz(url)["is_degraded"], "it has the right")
         client.execute_command("ACL", "DELUSER", "reader")

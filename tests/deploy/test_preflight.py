@@ -15,16 +15,17 @@ from deploy.errors import ConfigError, StartError
 from deploy.preflight import (
     check_arena_dir,
     check_control,
-    check_disk,
     check_host_memory,
     check_model,
     check_ports,
     check_ray,
+    disk_warning,
     free_port,
     tier_secret,
     tier_warning,
 )
 from kvstore.addresses import listen
+from kvstore.segments import LOCK_NAME, lock_file
 from tests.processes import RedisServer
 
 
@@ -177,7 +178,7 @@ def test_whatever_is_wrong_with_the_models_files_is_found_before_anything_starts
     assert refusal(path).startswith(f"{model}/tokenizer.json: not a tokenizer")
     (model / "tokenizer.json").write_text(tokenizer)
     edit(model / "tokenizer_config.json", chat_template="{% for %}")
-    assert refusal(path).startswith("chat template: ")
+    assert refusal(path).startswith("chat template, line 1: ")
     edit(model / "tokenizer_config.json", chat_template=None, a_new_key=1)
     assert refusal(path).startswith(f"{model}/tokenizer_config.json: a_new_key: unknown key")
     assert check_model(config.load(None, [path, "model.ignore_keys=[a_new_key]"])).directory == model
@@ -222,8 +223,8 @@ def test_mistakes_with_tiers_end_the_start(redis_server: RedisServer, tmp_path: 
             client.execute_command("CONFIG", "SET", "requirepass", "")
     (tmp_path / "file").write_text("")
     kvstore = config.load(None, ["kvstore.disk_bytes=33554432", f"kvstore.disk_dir={tmp_path}/file"]).kvstore
-    with pytest.raises(ConfigError, match=r"^kvstore\.disk_dir: .*/file: file exists"):
-        check_disk(kvstore)
+    with pytest.raises(ConfigError, match=r"^kvstore\.disk_dir: .*/file: not a directory"):
+        disk_warning(kvstore)
 
 
 def test_a_folder_for_the_arena_that_is_not_there(tmp_path: Path) -> None:
@@ -247,3 +248,13 @@ def test_ports_on_ipv6() -> None:
                 check_ports(EndpointsConfig(grpc_port=0, http_host=host, http_port=port), RayConfig())
     assert free_port("::1") > 0
     assert free_port("[::]", 20_000, reserved=range(20_000, 20_005)) >= 20_005
+
+
+def test_a_disk_that_another_cluster_holds_is_a_warning(tmp_path: Path) -> None:
+    kvstore = config.load(None, ["kvstore.disk_bytes=33554432", f"kvstore.disk_dir={tmp_path}"]).kvstore
+    assert disk_warning(kvstore) == ""
+    holder = lock_file(tmp_path / LOCK_NAME)
+    warning = f"kvstore.disk_dir: {tmp_path}: another process holds it; serving without this tier until it is free"
+    assert disk_warning(kvstore) == warning
+    os.close(holder)
+    assert disk_warning(kvstore) == ""

@@ -56,6 +56,10 @@ class NearMemory(NamedTier):
         super().__init__("near")
         self.prepared: list[Sequence[bytes]] = []
 
+    @property
+    def problems_behind(self) -> dict[str, str]:
+        return {"behind": "it is away"}
+
     def prepare(self, keys: Sequence[bytes]) -> None:
         self.prepared.append(keys)
 
@@ -73,6 +77,9 @@ def test_a_near_tier_fills_the_rooms_and_is_told_what_comes(far: NamedTier) -> N
     store = FragmentStore([near, far])
     store.prepare(keys_of(fragments))
     assert near.prepared == [keys_of(fragments)]
+    stats = store.stats()
+    assert stats.tier_is_up == {"near": True, "far": True, "behind": False}
+    assert stats.tier_problems == {"behind": "it is away"}
     far.put(fragments)
     near.put(fragments[:2])
     near.stored[fragments[1].key][100] ^= 1
