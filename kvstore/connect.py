@@ -27,7 +27,7 @@ _MEMORY = "memory://"
 _FILE = "file://"
 
 
-def open_directory(url: str, cluster: str = "") -> Directory:
+def open_directory(url: str, cluster: str) -> Directory:
     """memory://HOST:PORT (or memory://unix:PATH) is a node process's directory, redis://... one in a Redis.
 
     cluster: whose leases and blocks; those of others are not seen.
@@ -42,7 +42,7 @@ def open_directory(url: str, cluster: str = "") -> Directory:
     raise ValueError(f"control: must be memory://HOST:PORT or a redis:// URL, not {url!r}")
 
 
-def open_journal(url: str, cluster: str = "") -> StreamJournal:
+def open_journal(url: str, cluster: str) -> StreamJournal:
     """file:///PATH is a file that the routers of one machine share, redis://... one in a Redis, apart for each cluster.
 
     Raises JournalUnavailable when the file cannot be opened.

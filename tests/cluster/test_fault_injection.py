@@ -211,7 +211,7 @@ class PeerWay(Way):
     def wait_stored(self, keys: Sequence[bytes]) -> None:
         """Announced."""
         names = [key[:NAME_BYTES] for key in keys]
-        directory = open_directory(self.cluster.control_url)
+        directory = open_directory(self.cluster.control_url, "")
         wait_until(lambda: all(directory.locate(names)), "the directory knows the blocks")
         directory.close()
 
@@ -229,7 +229,7 @@ class WireWay(PeerWay):
 
     def wait_stored(self, keys: Sequence[bytes]) -> None:
         """Announced, as if it was at the proxy."""
-        directory = open_directory(self.cluster.control_url)
+        directory = open_directory(self.cluster.control_url, "")
         names = dict.fromkeys(key[:NAME_BYTES] for key in keys)
         directory.publish(list(names), f"{PEER_PLACE}127.0.0.1:{self.injector.port}")
         directory.close()

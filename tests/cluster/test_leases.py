@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 def epochs(cluster: FakeCluster) -> dict[str, int]:
     """Of the leases that are alive, by worker id."""
-    with contextlib.closing(open_directory(cluster.control_url)) as directory:
+    with contextlib.closing(open_directory(cluster.control_url, "")) as directory:
         try:
             return {worker.record.worker_id: worker.epoch for worker in directory.workers()}
         except DirectoryUnavailable:

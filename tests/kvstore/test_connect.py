@@ -13,7 +13,7 @@ from tests.processes import REPOSITORY, KVNode, RedisServer, free_port, python_e
 
 def test_directories_by_url() -> None:
     port = free_port()
-    remote, in_redis = open_directory(f"memory://127.0.0.1:{port}"), open_directory(f"redis://127.0.0.1:{port}")
+    remote, in_redis = open_directory(f"memory://127.0.0.1:{port}", ""), open_directory(f"redis://127.0.0.1:{port}", "")
     assert isinstance(remote, RemoteDirectory)
     assert isinstance(in_redis, RedisDirectory)
     remote.close()
@@ -23,7 +23,7 @@ def test_directories_by_url() -> None:
 @pytest.mark.parametrize("url", ["", "memory://", "http://host:1", "127.0.0.1:5"])
 def test_other_control_urls_are_refused(url: str) -> None:
     with pytest.raises(ValueError, match=r"^control: "):
-        open_directory(url)
+        open_directory(url, "")
 
 
 @pytest.mark.redis
@@ -50,7 +50,7 @@ def test_a_process_that_closes_nothing_still_ends() -> None:
 from kvstore.connect import open_directory, open_tiers
 port = {free_port()}
 tiers = open_tiers(f"127.0.0.1:{{port}}", f"redis://127.0.0.1:{{port}}", "secret", 60.0)
-directory = open_directory(f"memory://127.0.0.1:{{port}}")
+directory = open_directory(f"memory://127.0.0.1:{{port}}", "")
 print([tier.is_up for tier in tiers])
 """
     command = [sys.executable, "-c", program]

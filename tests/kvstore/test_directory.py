@@ -31,9 +31,9 @@ def directory(request: pytest.FixtureRequest) -> Iterator[Directory]:
     if request.param == "memory":
         made = MemoryDirectory(time.monotonic)
     elif request.param == "remote":
-        made = open_directory(request.getfixturevalue("shared_kv_node").control_url)
+        made = open_directory(request.getfixturevalue("shared_kv_node").control_url, "")
     else:
-        made = open_directory(request.getfixturevalue("redis_server").url)
+        made = open_directory(request.getfixturevalue("redis_server").url, "")
     yield made
     for worker in made.workers():
         made.withdraw(worker.record.worker_id)
@@ -276,7 +276,7 @@ def test_redis_lost_and_back(redis_server: RedisServer) -> None:
 
 
 def test_remote_lost_and_back(kv_node: KVNode) -> None:
-    directory = open_directory(kv_node.control_url)
+    directory = open_directory(kv_node.control_url, "")
     names = block_names(1)
     before = directory.keep_alive(RECORD, 60)
     kv_node.kill()
@@ -304,7 +304,7 @@ def test_remote_lost_and_back(kv_node: KVNode) -> None:
 
 
 def test_a_closed_remote_directory_is_unavailable(shared_kv_node: KVNode) -> None:
-    directory = open_directory(shared_kv_node.control_url)
+    directory = open_directory(shared_kv_node.control_url, "")
     directory.close()
     with pytest.raises(DirectoryUnavailable, match="does not answer"):
         directory.workers()
@@ -312,7 +312,7 @@ def test_a_closed_remote_directory_is_unavailable(shared_kv_node: KVNode) -> Non
 
 @pytest.mark.parametrize("url", ["memory://127.0.0.1:{port}", "redis://127.0.0.1:{port}/0"])
 def test_nobody_listens(url: str) -> None:
-    directory = open_directory(url.format(port=free_port()))
+    directory = open_directory(url.format(port=free_port()), "")
     with pytest.raises(DirectoryUnavailable):
         directory.workers()
     directory.close()

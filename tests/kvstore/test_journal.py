@@ -29,7 +29,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def journal(url: str) -> Iterator[StreamJournal]:
-    made = open_journal(url)
+    made = open_journal(url, "")
     yield made
     made.close()
 
@@ -46,7 +46,7 @@ def change(stream_id: str, position: int, *ids: int, epoch: int = 1, ending: str
 def test_what_was_committed_is_found_by_who_claims_it(journal: StreamJournal, url: str, stream_id: str) -> None:
     assert journal.commit([change(stream_id, 0, 5, 2**32 - 1, is_new=True)]) == [Verdict.COMMITTED]
     assert journal.commit([change(stream_id, 2, 7), change(stream_id, 3, ending="stop")]) == [Verdict.COMMITTED] * 2
-    other = open_journal(url)
+    other = open_journal(url, "")
     assert other.claim(stream_id) == JournalEntry(2, HEADER, (5, 2**32 - 1, 7), "stop")
     other.close()
 
@@ -127,7 +127,7 @@ def test_a_file_outlives_the_process_that_is_killed_right_after_a_commit(tmp_pat
 import sys
 from kvstore.connect import open_journal
 from kvstore.journal import Change
-journal = open_journal(sys.argv[1])
+journal = open_journal(sys.argv[1], "")
 journal.commit([Change("s", 1, 0, (1, 2, 3), b"header")])
 print("committed", flush=True)
 sys.stdin.read()
@@ -140,7 +140,7 @@ sys.stdin.read()
         assert child.stdout is not None
         assert child.stdout.readline() == "committed\n"
         child.send_signal(signal.SIGKILL)
-    journal = open_journal(url)
+    journal = open_journal(url, "")
     assert journal.claim("s") == JournalEntry(2, b"header", (1, 2, 3), "")
     journal.close()
 
@@ -156,8 +156,8 @@ def test_routers_that_start_together_open_one_file(tmp_path: Path) -> None:
 def test_a_journal_that_is_away_says_so(tmp_path: Path) -> None:
     (tmp_path / "not-a-database").write_bytes(b"x" * 4096)
     with pytest.raises(JournalUnavailable):
-        open_journal(f"file://{tmp_path}/not-a-database")
-    away = open_journal(f"redis://127.0.0.1:{free_port()}/0")
+        open_journal(f"file://{tmp_path}/not-a-database", "")
+    away = open_journal(f"redis://127.0.0.1:{free_port()}/0", "")
     with pytest.raises(JournalUnavailable):
         away.commit([change("s", 0, 1, is_new=True)])
     with pytest.raises(JournalUnavailable):
@@ -168,4 +168,4 @@ def test_a_journal_that_is_away_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize("url", ["", "memory://", "file://relative/path"])
 def test_an_address_that_is_none_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match=r"^journal: "):
-        open_journal(url)
+        open_journal(url, "")

@@ -61,7 +61,7 @@ def test_port_0_is_replaced_by_the_port_it_got(kv_node: KVNode, host: str) -> No
     address = str(kv_node.ready["control_address"])
     assert address.startswith(f"{host}:")
     assert int(address.rpartition(":")[2]) > 0
-    directory = open_directory(f"memory://{address}")
+    directory = open_directory(f"memory://{address}", "")
     assert directory.workers() == []
     directory.close()
 

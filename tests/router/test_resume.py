@@ -38,8 +38,8 @@ async def two_routers(
     """Two clusters that share a journal; a worker of the second one is the twin of one of the first."""
     twins = [FakeWorker(f"{worker.worker_id}-twin", worker.role) for worker in workers]
     async with (
-        running_cluster(model_dir, *workers, journal=open_journal(journal_url)) as first,
-        running_cluster(model_dir, *twins, journal=open_journal(journal_url)) as second,
+        running_cluster(model_dir, *workers, journal=open_journal(journal_url, "")) as first,
+        running_cluster(model_dir, *twins, journal=open_journal(journal_url, "")) as second,
     ):
         yield first, second
 
@@ -106,7 +106,9 @@ async def test_another_router_goes_on_after_any_token(model_dir: Path, journal_u
 
 
 async def test_a_resumed_stream_can_be_resumed_again_and_by_the_same_router(model_dir: Path, journal_url: str) -> None:
-    async with running_cluster(model_dir, FakeWorker("mixed-0", "mixed"), journal=open_journal(journal_url)) as cluster:
+    async with running_cluster(
+        model_dir, FakeWorker("mixed-0", "mixed"), journal=open_journal(journal_url, "")
+    ) as cluster:
         cluster.workers[0].step_s = 0.02
         reader = Reader()
         stub = cluster.stub()
@@ -197,7 +199,9 @@ async def test_whoever_had_the_stream_before_stops(model_dir: Path, journal_url:
 async def test_what_cannot_be_resumed_is_refused_by_name(
     model_dir: Path, journal_url: str, changes: dict[str, object], status: str, words: str
 ) -> None:
-    async with running_cluster(model_dir, FakeWorker("mixed-0", "mixed"), journal=open_journal(journal_url)) as cluster:
+    async with running_cluster(
+        model_dir, FakeWorker("mixed-0", "mixed"), journal=open_journal(journal_url, "")
+    ) as cluster:
         reader = Reader()
         stub = cluster.stub()
         await reader.read(stub.Generate(message()))
@@ -211,7 +215,7 @@ async def test_what_cannot_be_resumed_is_refused_by_name(
 async def test_a_refused_resumption_takes_the_stream_from_nobody(model_dir: Path, journal_url: str) -> None:
     worker = FakeWorker("mixed-0", "mixed")
     worker.step_s = 0.02
-    async with running_cluster(model_dir, worker, journal=open_journal(journal_url)) as cluster:
+    async with running_cluster(model_dir, worker, journal=open_journal(journal_url, "")) as cluster:
         reader, stub = Reader(), cluster.stub()
         reading = asyncio.create_task(reader.read(stub.Generate(message(max_tokens=60))))
         await until(lambda: len(reader.ids) >= 3, "it streams")
@@ -239,7 +243,7 @@ async def test_streams_run_on_while_the_journal_is_away_and_are_written_down_whe
 ) -> None:
     worker = FakeWorker("mixed-0", "mixed")
     worker.step_s = 0.005
-    journal = open_journal(redis_server.url)
+    journal = open_journal(redis_server.url, "")
     async with running_cluster(model_dir, worker, journal=journal) as cluster:
         reader = Reader()
         reading = asyncio.create_task(reader.read(cluster.stub().Generate(message(max_tokens=1500))))
@@ -397,10 +401,10 @@ async def test_the_router_may_die_at_any_token(tmp_path: Path, model_dir: Path, 
 async def test_a_router_that_goes_down_hands_its_streams_on(model_dir: Path, journal_url: str) -> None:
     worker = FakeWorker("mixed-0", "mixed")
     worker.step_s = 0.02
-    journal = open_journal(journal_url)
+    journal = open_journal(journal_url, "")
     async with (
         running_cluster(model_dir, worker, config=config_with(drain_s=0.1), journal=journal) as first,
-        running_cluster(model_dir, FakeWorker("mixed-1", "mixed"), journal=open_journal(journal_url)) as second,
+        running_cluster(model_dir, FakeWorker("mixed-1", "mixed"), journal=open_journal(journal_url, "")) as second,
     ):
         answer = asyncio.create_task(collect((first.grpc_address, second.grpc_address), request(max_tokens=100)))
         await until(lambda: worker.num_sent >= 5, "it streams")

@@ -119,7 +119,7 @@ def test_what_decode_computed_is_found_by_the_next_turn_and_by_a_failover(checkp
     expected = generate_with_transformers(checkpoint, history, 8)
     with worker(spec_for(checkpoint, "mixed", shared_kv_node, prefix_fetch="always")) as other:
         names = block_names(root_name(other.kv_fingerprint(), b""), history[:80], BLOCK_SIZE, with_tail=False)
-        directory = open_directory(shared_kv_node.control_url)
+        directory = open_directory(shared_kv_node.control_url, "")
         wait_until(lambda: all(directory.locate(names)))  # they are written back beside the steps
         directory.close()
         other.submit("next", history, worker_pb2.REQUEST_ROLE_MIXED)

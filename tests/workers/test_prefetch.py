@@ -187,7 +187,7 @@ def write_back(single_rank: Start, spec: WorkerSpec, token_ids: list[int]) -> No
         client.submit("first", token_ids, MIXED, max_tokens=2)
         client.wait_finished("first")
         names = block_names(root_name(client.kv_fingerprint(), b""), token_ids, BLOCK_SIZE, with_tail=False)
-        directory = open_directory(spec.control)
+        directory = open_directory(spec.control, "")
         wait_until(lambda: all(directory.locate(names)))
         directory.close()
 
