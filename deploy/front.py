@@ -15,8 +15,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
-from types import FrameType
+from collections.abc import Callable
 from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -64,7 +63,11 @@ def run_behind_front(command: Callable[[], int]) -> int:
     sys.stderr.flush()
     front = os.getpid()
     # Until the child has left the group, what the group is sent reaches both: the child drops it, we pass ours on.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    signal.signal(
+        signal.SIGCHLD, signal.SIG_DFL
+    )  # whoever started us may have left it ignored: no child could be waited for
+    wanted = {number for number in SIGNALS if not is_ignored(number)} | {signal.SIGCHLD}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*SIGNALS, signal.SIGCHLD})
     is_apart, tell = os.pipe()
     child = os.fork()
     if child == 0:
@@ -76,7 +79,7 @@ def run_behind_front(command: Callable[[], int]) -> int:
     os.close(tell)
     os.read(is_apart, 1)
     os.close(is_apart)
-    return _relay_to(child, mask)
+    return _relay_to(child, wanted)
 
 
 def _move_apart(front: int) -> None:
@@ -99,20 +102,16 @@ def _end_with(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _relay_to(child: int, mask: Iterable[int]) -> int:
+def _relay_to(child: int, wanted: set[signal.Signals]) -> int:
+    """Wait for signals, which stay blocked: one that came just before a wait could be missed by a handler."""
     asked = Asked(_SAME_S)
-
-    def relay(number: int, frame: FrameType | None) -> None:
-        if asked.is_new(number):
-            os.kill(child, signal.SIGINT)
-
-    for number in SIGNALS:
-        if not is_ignored(number):
-            signal.signal(number, relay)
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    if sys.platform == "linux":
-        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # once it is reaped, its number may be another process's
-    _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
-    return code if code >= 0 else _KILLED - code
+    while True:
+        number = signal.sigwait(wanted)
+        if number != signal.SIGCHLD:
+            if asked.is_new(number):
+                os.kill(child, signal.SIGINT)
+            continue
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else _KILLED - code

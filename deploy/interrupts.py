@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import threading
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from types import FrameType
 
 from deploy.front import SIGNALS, Asked, is_ignored
 
+_NUDGE = signal.SIGURG  # ignored by default, and nobody else's
+_NUDGE_S = 0.1
 _SAME_S = 0.5  # less than in deploy.front, whose second signal is never one of two that mean one
 
 
@@ -33,6 +36,7 @@ class Interrupts:
         self._received, self._wakeup = os.pipe()
         os.set_blocking(self._wakeup, False)
         self._wakeup_before = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+        self._nudge_before = signal.signal(_NUDGE, lambda *_: None)
         threading.Thread(target=self._watch, name="interrupts", daemon=True).start()
         self.install()
 
@@ -56,6 +60,7 @@ class Interrupts:
         """Give them back."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.signal(_NUDGE, self._nudge_before)
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._wakeup)
 
@@ -65,14 +70,27 @@ class Interrupts:
             raise KeyboardInterrupt
 
     def _watch(self) -> None:
-        """The kernel's handler writes each signal's number, whatever Python's handlers do."""
+        """The kernel's handler writes each signal's number, whatever Python's handlers do.
+
+        Python's own runs when the main thread comes back from what it waits for. A signal that came just before the wait
+        does not end it: another one does.
+        """
+        main_thread = threading.main_thread().ident
+        assert main_thread is not None
         with contextlib.closing(os.fdopen(self._received, "rb", buffering=0)) as received:
-            while numbers := received.read(64):
+            while True:
+                is_pending = self._asked.was_asked and not (self._was_raised or self.is_stopping)
+                if not select.select([received], [], [], _NUDGE_S if is_pending else None)[0]:
+                    signal.pthread_kill(main_thread, _NUDGE)
+                    continue
+                numbers = received.read(64)
+                if not numbers:
+                    return
                 for number in numbers:
                     if number in self._before:
-                        self._heard(number)
+                        self._note(number)
 
-    def _heard(self, number: int) -> None:
+    def _note(self, number: int) -> None:
         is_first = not self._asked.was_asked
         if self._asked.is_new(number) and not is_first and self._end_at_once():
             os._exit(1)

@@ -29,7 +29,7 @@ SURVIVORS = ("prefill-0", "decode-0", "router-0")  # never killed: what they hol
 VICTIMS = ("prefill-1", "decode-1", "decode-2", "router-1", "node-0", "node-1")
 WARM_UP_S = 8.0
 DISK_BYTES = 32 << 20
-KEYS_WITHOUT_TTL = {b"switchyard:control1:epoch", b"switchyard:control1:workers", b"switchyard:control1:blocks"}
+KEYS_WITHOUT_TTL = {b"switchyard:control1::epoch", b"switchyard:control1::workers", b"switchyard:control1::blocks"}
 SLACK_BYTES, SLACK_FILES = 64 << 20, 16
 
 
@@ -130,7 +130,7 @@ def check_redis(server: RedisServer) -> None:
                 pipeline.ttl(key)
             eternal |= {key for key, ttl_s in zip(keys, pipeline.execute(), strict=True) if ttl_s == -1}
         assert eternal <= KEYS_WITHOUT_TTL, eternal - KEYS_WITHOUT_TTL
-        assert client.scard(b"switchyard:control1:workers") < 100
+        assert client.scard(b"switchyard:control1::workers") < 100
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ async def test_it_finds_its_workers_through_a_node_process_and_drains(
     worker = FakeWorker("mixed-0", "mixed")
     worker.step_s = 0.01
     await worker.start()
-    directory = await asyncio.to_thread(open_directory, kv_node.control_url)
+    directory = await asyncio.to_thread(open_directory, kv_node.control_url, "")
     record = WorkerRecord("mixed-0", worker.address, "mixed", "mixed", node_id="node-0")
     await asyncio.to_thread(directory.keep_alive, record, 60.0)
     config = dataclasses.asdict(RouterConfig(new_request_wait_s=30.0))

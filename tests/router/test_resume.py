@@ -351,7 +351,7 @@ async def killed_router(tmp_path: Path, model_dir: Path, kv_node: KVNode, kill_a
     """Streams through routers that are killed with SIGKILL after so many tokens, one after the other."""
     worker = FakeWorker("mixed-0", "mixed")
     await worker.start()
-    directory = await asyncio.to_thread(open_directory, kv_node.control_url)
+    directory = await asyncio.to_thread(open_directory, kv_node.control_url, "")
     await asyncio.to_thread(
         directory.keep_alive, WorkerRecord("mixed-0", worker.address, "mixed", "mixed", node_id="node-0"), 600.0
     )
