@@ -72,8 +72,8 @@ class Interrupts:
     def _watch(self) -> None:
         """The kernel's handler writes each signal's number, whatever Python's handlers do.
 
-        Python's own runs when the main thread comes back from what it waits for. A signal that came just before the wait
-        does not end it: another one does.
+        Python's own runs when the main thread comes back from what it waits for. A signal that came just before the
+        wait does not end it: another one does.
         """
         main_thread = threading.main_thread().ident
         assert main_thread is not None
