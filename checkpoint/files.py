@@ -9,10 +9,19 @@ from typing import Any
 from checkpoint.errors import CheckpointError
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys, none of which may come twice: readers do not agree on which of them counts."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)} is given twice")
+    return content
+
+
 def read_json(path: Path, is_required: bool = False) -> dict[str, Any]:
     """The object in the file; {} when the file is missing and not required. Raises CheckpointError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except FileNotFoundError:
         if is_required:
             raise CheckpointError(f"{path}: missing") from None
