@@ -100,7 +100,7 @@ def _remembered(path: Path) -> Iterator[_Memory]:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         name = xxhash.xxh3_128_hexdigest(os.fsencode(path))
         file = os.open(folder / f"{name}.json", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError:  # no home, or a read-only one, as in some containers
+    except (OSError, RuntimeError):  # a read-only home, or none, as in containers whose user has no name
         yield _Memory(None)
         return
     try:
