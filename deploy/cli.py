@@ -249,6 +249,9 @@ def _plain(value: Any) -> Any:
 
 def run(arguments: Sequence[str]) -> int:
     """Run a command line; returns its exit code."""
+    for argument in arguments:
+        if not _is_text(argument):  # Ray notes the command line, and its start would hang on one that is no text
+            return _fail(f"{argument!a}: not text in this locale's encoding, {sys.getfilesystemencoding()}", 2)
     try:
         return cli.main(list(arguments), prog_name="switchyard", standalone_mode=False) or 0
     except click.ClickException as error:
@@ -260,6 +263,14 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:  # a bug: say where, still in one line
         where = traceback.extract_tb(error.__traceback__)[-1]
         return _fail(f"{type(error).__name__}: {one_line(error)} ({where.filename}:{where.lineno})", 1)
+
+
+def _is_text(argument: str) -> bool:
+    try:
+        argument.encode()
+    except UnicodeEncodeError:  # bytes that could not be decoded stand in it as surrogates
+        return False
+    return True
 
 
 def _fail(message: str, code: int) -> int:

@@ -162,3 +162,10 @@ def test_a_current_folder_that_is_gone_is_refused(tmp_path: Path) -> None:
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
     assert "the current folder cannot be used: No such file or directory" in refused.stderr
+
+
+@pytest.mark.parametrize("environment", ["LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0", "LC_ALL=C.UTF-8"])
+def test_arguments_that_are_no_text_are_refused(environment: str) -> None:
+    refused = shell(f"{environment} \"$1\" -m deploy.cli serve --once $'x \\xff'")
+    assert refused.returncode == 2
+    assert "'x \\udcff': not text in this locale's encoding" in refused.stderr
