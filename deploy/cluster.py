@@ -39,6 +39,7 @@ from deploy.preflight import (
     check_peer_transport,
     check_ports,
     check_ray,
+    control_warning,
     free_port,
     read_weights,
     tier_secret,
@@ -111,9 +112,9 @@ class Cluster:
     def start(self) -> Endpoints:
         """Bring everything up; returns when all workers can be reached through all routers."""
         model = self.check()
-        warning = tier_warning(self._config.kvstore.tier)
-        if warning:
-            self._steps.note(f"warning: {warning}")
+        for warning in (tier_warning(self._config.kvstore.tier), control_warning(self._config.kvstore)):
+            if warning:
+                self._steps.note(f"warning: {warning}")
         with self._steps.step("Reading the weights"):  # a digest is remembered: quick from the second start on
             self._weights = read_weights(self._config, model)
         self._make_run_dir()
