@@ -17,6 +17,7 @@ from checkpoint import digest
 from checkpoint.digest import file_digest
 from checkpoint.errors import CheckpointError
 from checkpoint.tensors import stored_tensors, weights_digest
+from checkpoint.tokenizer_keys import check_tokenizer_files
 from tests.processes import python_environment
 from tests.workers.tiny_llama import SHAPES, make_checkpoint
 from workers.config import ModelConfig
@@ -101,6 +102,20 @@ def test_a_weight_that_is_no_finite_number_is_refused(
         return
     with pytest.raises(ModelError, match=rf"{Q_PROJ} holds values that are not finite numbers in {str(dtype)[6:]}"):
         weights.read(Q_PROJ, (32, 32))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_pointer_of_git_lfs_is_named_as_what_it_is(name: str, tmp_path: Path) -> None:
+    directory = make_checkpoint("gqa", tmp_path)
+    (directory / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 16060556\n")
+
+    def check() -> None:
+        if name == "tokenizer.json":
+            check_tokenizer_files(directory)
+        check_checkpoint(directory, ModelConfig.load(directory))
+
+    with pytest.raises((CheckpointError, ModelError), match=rf"{name}: is a pointer of Git LFS and not the file"):
+        check()
 
 
 def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
