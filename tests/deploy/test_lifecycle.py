@@ -165,7 +165,7 @@ def test_what_was_killed_or_has_failed_goes_at_the_next_start(
     run_dir, arena = place.left()
 
     # A start that fails keeps its folder, and has removed the other.
-    (tmp_path / "tokenizers.py").write_text("raise ImportError('only the routers want this')")
+    (tmp_path / "sqlite3.py").write_text("raise ImportError('only the routers want this')")
     failing = serve(environment={"PYTHONPATH": str(tmp_path)}, is_ready=False)
     assert failing.process.wait(60) == 1
     (kept,) = place.left()
