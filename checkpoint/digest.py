@@ -119,18 +119,18 @@ def _remembered(path: Path) -> Iterator[_Memory]:
 def _open_memory(path: Path) -> int | None:
     """A locked file of this user's own; None where there is no home, a read-only one, or one without locks, as in some
     containers."""
-    folder = platformdirs.user_cache_path("switchyard", appauthor=False) / "digests"
-    if not folder.is_absolute():  # a user without a home
-        return None
     file = None
     try:
+        folder = platformdirs.user_cache_path("switchyard", appauthor=False) / "digests"
+        if not folder.is_absolute():  # a user without a home
+            return None
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         name = xxhash.xxh3_128_hexdigest(os.fsencode(path))
         file = os.open(folder / f"{name}.json", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         if os.fstat(file).st_uid == os.geteuid():
             fcntl.flock(file, fcntl.LOCK_EX)
             return file
-    except OSError:
+    except (OSError, RuntimeError):  # the latter: a user without a home, and without a name
         pass
     if file is not None:
         os.close(file)

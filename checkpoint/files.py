@@ -9,6 +9,24 @@ from typing import Any
 
 from checkpoint.errors import CheckpointError
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise CheckpointError for a file of which only Git's pointer is there, as after a clone without Git LFS."""
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise CheckpointError(f"{path}: is a pointer of Git LFS and not the file itself (git lfs pull fetches it)")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys, none of which may come twice: readers do not agree on which of them counts."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)} is given twice")
+    return content
+
 
 def read_json(path: Path, is_required: bool = False, ignored: Collection[str] = ()) -> dict[str, Any]:
     """The object in the file; {} when the file is missing and not required. Raises CheckpointError.
@@ -16,7 +34,8 @@ def read_json(path: Path, is_required: bool = False, ignored: Collection[str] = 
     ignored: keys that the operator answers for (`model.ignore_keys`): the file is read as if it did not have them.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        refuse_pointer(path)
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except FileNotFoundError:
         if is_required:
             raise CheckpointError(f"{path}: missing") from None

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from checkpoint.digest import files_digest
 from checkpoint.errors import CheckpointError
+from checkpoint.files import refuse_pointer
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 """Of tensors that are numbers as they are, in safetensors' names."""
@@ -55,6 +56,7 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     found: dict[str, StoredTensor] = {}
     for path in weight_files(directory):
         try:
+            refuse_pointer(path)
             with safe_open(path, framework="np") as file:
                 for name in file.keys():  # noqa: SIM118  # not a mapping
                     view = file.get_slice(name)

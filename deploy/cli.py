@@ -6,12 +6,14 @@ Turns options into calls and results into text or JSON. Knows nothing of how clu
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import os
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
@@ -19,7 +21,7 @@ import click
 from deploy.errors import ConfigError, DeployError, StartError, one_line
 from deploy.front import run_behind_front
 from deploy.interrupts import Interrupts
-from deploy.progress import Steps, own_stdout, say
+from deploy.progress import Steps, deliver, open_closed_streams, own_stdout, say
 
 if TYPE_CHECKING:
     from deploy.cluster import Cluster
@@ -55,6 +57,7 @@ def serve(config_path: str | None, assignments: tuple[str, ...], once: str | Non
 
     if once is not None and not once:
         raise ConfigError("--once: the prompt must not be empty")
+    _check_current_folder()
     config = load_with_flags(config_path, ServeFlags(**flags), assignments)
     from deploy.cluster import Cluster
 
@@ -92,9 +95,10 @@ def generate(
     from router.events import SamplingOptions
 
     sampling = SamplingOptions(temperature=temperature, max_tokens=max_tokens, seed=seed)
-    completion = _complete(targets, prompt, sampling, None if as_json else sys.stdout)
+    write = functools.partial(deliver, stream=sys.stdout)
+    completion = _complete(targets, prompt, sampling, None if as_json else write)
     if as_json:
-        click.echo(json.dumps(_plain(completion)))
+        write(json.dumps(_plain(completion)) + "\n")
     else:
         click.echo("\n" + "\n".join(summary(completion)), err=True)
     return 0
@@ -149,9 +153,10 @@ def _run_cluster(cluster: Cluster, steps: Steps, once: str | None, as_json: bool
         interrupts.check()  # Ray has its own way with signals
         ready_s = time.monotonic() - began_s
         about = {"startup_s": ready_s, "endpoints": endpoints}
-        said = _sample([target_of(router) for router in endpoints.routers], once, about, as_json, out)
+        write = functools.partial(say if once is None else deliver, stream=out)
+        said = _sample([target_of(router) for router in endpoints.routers], once, about, as_json, write)
         is_up = once is None  # whoever reads the last line may ask for the end at once
-        say(said, out)
+        write(said)
         if once is None:
             _show_endpoints(endpoints, as_json, out)
             interrupts.check()
@@ -172,17 +177,24 @@ def _run_cluster(cluster: Cluster, steps: Steps, once: str | None, as_json: bool
         interrupts.restore()
 
 
+def _check_current_folder() -> None:
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigError(f"the current folder cannot be used: {error.strerror}; start from another one") from None
+
+
 # ---- what is shown
 
 
-def _complete(targets: Sequence[str], prompt: str, sampling: Any, out: TextIO | None) -> Any:
+def _complete(targets: Sequence[str], prompt: str, sampling: Any, write: Callable[[str], None] | None) -> Any:
     from deploy.completion import complete
     from router.client import GenerationError
     from router.events import GenerationRequest
 
     def on_text(text: str) -> None:
-        if out is not None:
-            say(text, out)
+        if write is not None:
+            write(text)
 
     try:
         return complete(targets, GenerationRequest(prompt, sampling), on_text)
@@ -191,16 +203,18 @@ def _complete(targets: Sequence[str], prompt: str, sampling: Any, out: TextIO | 
         raise kind(one_line(error)) from None
 
 
-def _sample(targets: Sequence[str], once: str | None, about: dict[str, Any], as_json: bool, out: TextIO) -> str:
+def _sample(
+    targets: Sequence[str], once: str | None, about: dict[str, Any], as_json: bool, write: Callable[[str], None]
+) -> str:
     """One completion: the answer of `--once`, or a sign of life. Shows it as it comes; returns what is left to say."""
     from deploy.completion import summary
     from router.events import SamplingOptions
 
     prompt = SAMPLE_PROMPT if once is None else once
     if not as_json:
-        say(f"\n{prompt}", out)
+        write(f"\n{prompt}")
     sampling = SamplingOptions(temperature=0.0, max_tokens=_SAMPLE_TOKENS)
-    completion = _complete(targets, prompt, sampling, None if as_json else out)
+    completion = _complete(targets, prompt, sampling, None if as_json else write)
     if as_json:
         return json.dumps({**_plain(completion), **_plain(about)}) + "\n"
     lines = [*summary(completion), f"ready after           {about['startup_s']:.1f} s"]
@@ -235,6 +249,9 @@ def _plain(value: Any) -> Any:
 
 def run(arguments: Sequence[str]) -> int:
     """Run a command line; returns its exit code."""
+    for argument in arguments:
+        if not _is_text(argument):  # Ray notes the command line, and its start would hang on one that is no text
+            return _fail(f"{argument!a}: not text in this locale's encoding, {sys.getfilesystemencoding()}", 2)
     try:
         return cli.main(list(arguments), prog_name="switchyard", standalone_mode=False) or 0
     except click.ClickException as error:
@@ -248,6 +265,14 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(f"{type(error).__name__}: {one_line(error)} ({where.filename}:{where.lineno})", 1)
 
 
+def _is_text(argument: str) -> bool:
+    try:
+        argument.encode()
+    except UnicodeEncodeError:  # bytes that could not be decoded stand in it as surrogates
+        return False
+    return True
+
+
 def _fail(message: str, code: int) -> int:
     say(f"switchyard: {' '.join(message.split())}\n", sys.stderr)
     return code
@@ -255,6 +280,7 @@ def _fail(message: str, code: int) -> int:
 
 def main() -> None:
     """The entry point. A cluster is run in a child, which no signal to our process group reaches."""
+    open_closed_streams()
     arguments = sys.argv[1:]
     is_serve = arguments[:1] == ["serve"]
     sys.exit(run_behind_front(lambda: run(arguments)) if is_serve else run(arguments))

@@ -38,6 +38,7 @@ from deploy.preflight import (
     check_peer_transport,
     check_ports,
     check_ray,
+    control_warning,
     disk_warning,
     free_port,
     read_weights,
@@ -111,8 +112,10 @@ class Cluster:
         """Bring everything up; returns when all workers can be reached through all routers."""
         remove_leftovers(Path(self._config.ray.temp_dir))  # they may hold what is checked now
         model = self.check()
-        for warning in filter(None, (tier_warning(self._config.kvstore.tier), disk_warning(self._config.kvstore))):
-            self._steps.note(f"warning: {warning}")
+        kvstore = self._config.kvstore
+        for warning in (tier_warning(kvstore.tier), disk_warning(kvstore), control_warning(kvstore)):
+            if warning:
+                self._steps.note(f"warning: {warning}")
         with self._steps.step("Reading the weights"):  # a digest is remembered: quick from the second start on
             self._weights = read_weights(self._config, model)
         self._make_run_dir()

@@ -21,7 +21,7 @@ from deploy.errors import ConfigError, StartError
 from deploy.ports import wanted_ports
 from kvstore.addresses import bare_host, join_host_port, listen, split_host_port
 from kvstore.config import KVStoreConfig, is_redis
-from kvstore.trial import TierMisconfigured, try_control, try_disk, try_tier
+from kvstore.trial import TierMisconfigured, memory_risk, try_control, try_disk, try_tier
 from router.chat import ChatTemplate
 from router.errors import ModelFilesError
 from router.model_files import ModelFiles
@@ -186,6 +186,14 @@ def tier_warning(url: str) -> str:
     except TierMisconfigured as error:
         raise ConfigError(f"kvstore.tier: {error}") from None
     return f"kvstore.tier: {problem}; serving without this tier until it answers" if problem else ""
+
+
+def control_warning(kvstore: KVStoreConfig) -> str:
+    """One line when a full Redis could take the leases, and with them all workers; else ""."""
+    if not kvstore.control.startswith(("redis://", "rediss://")):
+        return ""
+    risk = memory_risk(kvstore.control, kvstore.tier)
+    return f"kvstore.control: {risk}; give it a Redis of its own without a limit" if risk else ""
 
 
 def check_peer_transport(kvstore: KVStoreConfig) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
+from deploy.errors import DeployError
+
 _FRAMES = "|/-\\"
 _FRAME_S = 0.1
 
@@ -40,8 +42,34 @@ def say(text: str, stream: TextIO) -> None:
         stream.write(text)
         stream.flush()
     except (OSError, ValueError):
-        with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), stream.fileno())  # also what is buffered, when the interpreter ends
+        _send_nowhere(stream)
+
+
+def deliver(text: str, stream: TextIO) -> None:
+    """Write and flush a result. Raises DeployError when it is lost, as on a full disk; not when its reader is gone."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except (OSError, ValueError) as error:
+        _send_nowhere(stream)
+        if not isinstance(error, BrokenPipeError):
+            raise DeployError(f"cannot write the result: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _send_nowhere(stream: TextIO) -> None:
+    with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())  # also what is buffered, when the interpreter ends
+
+
+def open_closed_streams() -> None:
+    """Open what whoever started us has closed (`>&-`): Python has None for it, and the next file would be it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            if descriptor != number:
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8", closefd=False))
 
 
 class Steps:

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,18 +59,19 @@ def open_ray(config: RayConfig, num_cpus: int, temp_dir: Path, reserved: Collect
         except Exception as error:
             raise StartError(f"cannot join the Ray cluster at {config.address}: {one_line(error)}") from error
     else:
-        _start_here(_local_options(config, num_cpus, temp_dir, reserved))
+        _start_here(lambda: _local_options(config, num_cpus, temp_dir, reserved))
     return _describe(config)
 
 
-def _start_here(options: dict[str, Any]) -> None:
-    """Start Ray. Its node gives up when one of its processes takes 15 s to start, as on a busy machine: try again."""
+def _start_here(make_options: Callable[[], dict[str, Any]]) -> None:
+    """Start Ray. Its node gives up when one of its processes takes 15 s to start, as on a busy machine, or when a port
+    that was free is taken meanwhile, as by another cluster that starts: try again, with ports that are free then."""
     import ray
 
     for attempt in range(1, _ATTEMPTS + 1):
         before = _children()
         try:
-            ray.init(**options)
+            ray.init(**make_options())
             return
         except BaseException as error:
             for pid in _children() - before:  # what it had started already

@@ -51,12 +51,11 @@ class FileJournal:
         self._max_streams = max_streams
         self._next_sweep_s = 0.0
         self._lock = threading.Lock()
+        self._path = path
+        self._is_closed = False
         with _available():
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, timeout=_WAIT_FOR_OTHERS_S, isolation_level=None, check_same_thread=False)
-            self._switch_to_wal()
-            self._db.execute("pragma synchronous = off")
-            self._db.executescript(_SCHEMA)
+            self._connect()
 
     def commit(self, changes: Sequence[Change]) -> list[Verdict]:
         """As in StreamJournal."""
@@ -85,7 +84,24 @@ class FileJournal:
     def close(self) -> None:
         """As in StreamJournal."""
         with self._lock:
+            self._is_closed = True
             self._db.close()
+
+    def _connect(self) -> None:
+        self._db = sqlite3.connect(
+            self._path, timeout=_WAIT_FOR_OTHERS_S, isolation_level=None, check_same_thread=False
+        )
+        self._switch_to_wal()
+        self._db.execute("pragma synchronous = off")
+        self._db.executescript(_SCHEMA)
+        self._file = self._file_there()
+
+    def _file_there(self) -> tuple[int, int] | None:
+        try:
+            stat = self._path.stat()
+        except FileNotFoundError:
+            return None
+        return stat.st_dev, stat.st_ino
 
     def _switch_to_wal(self) -> None:
         # SQLite's own wait for a lock does not cover this switch, and routers of one machine start together.
@@ -158,6 +174,10 @@ class FileJournal:
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
         with self._lock, _available():
+            if not self._is_closed and self._file_there() != self._file:
+                # Removed, as a cleaner of /tmp does: SQLite would go on in a file that no other router finds.
+                self._db.close()
+                self._connect()
             self._db.execute("begin immediate")
             try:
                 yield

@@ -11,6 +11,7 @@ import ssl
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from kvstore import redis_directory, redis_journal
@@ -67,6 +68,26 @@ def try_tier(url: str) -> str:
 def try_control(url: str, cluster: str) -> str:
     """The same for leases, directory and stream journal."""
     return _try_redis(url, partial(_run_control_script, url, cluster))
+
+
+def memory_risk(control: str, tier: str) -> str:
+    """What a Redis for leases and journal does when its memory is full, where that may come; else "".
+
+    A server that does not tell how much it may take is taken to have no limit.
+    """
+    try:
+        with contextlib.closing(connect(control)) as client:
+            memory: Any = client.info("memory")
+    except REDIS_ERRORS:
+        return ""
+    policy, where = memory.get("maxmemory_policy", "noeviction"), _address(control)
+    if not memory.get("maxmemory"):
+        return ""
+    if policy != "noeviction":
+        return f"Redis at {where}: has a maxmemory and may drop leases when it is full (maxmemory-policy {policy})"
+    if tier and not is_redis_cluster(tier) and _address(tier) == where:
+        return f"Redis at {where}: has a maxmemory; once the tier has filled it no lease is kept and no worker found"
+    return ""
 
 
 def try_disk(folder: Path) -> str:

@@ -11,6 +11,7 @@ from router.events import ResumeRequest, SamplingOptions
 MAX_STOP_TEXTS = 16
 MAX_STOP_CHARACTERS = 1024
 LARGEST_FLOAT32 = 3.4028234663852886e38  # what the wire carries
+SMALLEST_FLOAT32 = 1.1754943508222875e-38  # smaller ones become 0 on the wire or on a GPU
 
 
 def check_sampling(sampling: SamplingOptions, vocab_size: int) -> None:

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from router.chat import ChatTemplate
+from router.checks import SMALLEST_FLOAT32
 from router.events import SamplingOptions
 from router.model_files import ModelFiles, SamplingDefaults
 from router.text import TextCodec
@@ -33,7 +34,7 @@ def settled(
     return dataclasses.replace(
         sampling,
         temperature=_first(sampling.temperature, defaults.temperature, 1.0),
-        top_p=_first(sampling.top_p, defaults.top_p, 1.0),
+        top_p=max(_first(sampling.top_p, defaults.top_p, 1.0), SMALLEST_FLOAT32),  # 0 would leave no candidate
         top_k=int(_first(sampling.top_k, defaults.top_k, 0)),
         stop_token_ids=tuple(dict.fromkeys(stop_ids)),
         seed=seed if sampling.seed is None else sampling.seed,

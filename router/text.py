@@ -49,6 +49,8 @@ class TextCodec:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         layout = json.loads(content)
+        if dropout := layout["model"].get("dropout"):  # for training; a text would have other ids each time
+            raise ModelFilesError(f"{tokenizer_json}: model.dropout must be null, not {dropout!r}")
         self._is_byte_level = _is_byte_level(layout.get("decoder"))
         added = layout.get("added_tokens") or []
         self._special_ids = frozenset(token["id"] for token in added if token.get("special"))

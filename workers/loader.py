@@ -57,4 +57,9 @@ class Checkpoint:
             tensor = view[:, columns]
         else:
             tensor = view[:]
-        return tensor.to(device=self._device, dtype=self._dtype).contiguous()
+        tensor = tensor.to(device=self._device, dtype=self._dtype).contiguous()
+        # With one such weight all logits become NaN, and the arg max of those is id 0: an answer like any other.
+        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            kind = str(self._dtype).removeprefix("torch.")
+            raise ModelError(f"{stored.path}: {name} holds values that are not finite numbers in {kind}")
+        return tensor

@@ -229,3 +229,10 @@ def test_the_tokenizers_files_must_agree(tmp_path: Path, config: dict[str, objec
     with pytest.raises(CheckpointError, match=complaint):
         check_tokenizer_files(tmp_path)
     check_tokenizer_files(tmp_path, ignored=list(config))
+
+
+def test_a_key_that_is_given_twice_is_refused(tmp_path: Path) -> None:
+    text = json.dumps(config_of("LlamaForCausalLM"))
+    (tmp_path / "config.json").write_text(text[:-1] + ', "rope_theta": 5e5, "rope_theta": 1e4}')
+    with pytest.raises(ModelError, match=r"config\.json: not readable as JSON \(rope_theta is given twice\)"):
+        ModelConfig.load(tmp_path)

@@ -18,6 +18,7 @@ from checkpoint import digest
 from checkpoint.digest import file_digest
 from checkpoint.errors import CheckpointError
 from checkpoint.tensors import stored_tensors, weights_digest
+from checkpoint.tokenizer_keys import check_tokenizer_files
 from tests.processes import python_environment
 from tests.workers.tiny_llama import SHAPES, make_checkpoint
 from workers.config import ModelConfig
@@ -80,6 +81,44 @@ def test_a_tensor_that_is_not_used_as_it_is_is_named(
         check_checkpoint(directory, model)
 
 
+@pytest.mark.parametrize(
+    ("value", "dtype", "is_refused"),
+    [
+        (float("nan"), torch.float32, True),
+        (float("-inf"), torch.bfloat16, True),
+        (1e5, torch.float16, True),
+        (1e5, torch.bfloat16, False),
+    ],
+)
+def test_a_weight_that_is_no_finite_number_is_refused(
+    value: float, dtype: torch.dtype, is_refused: bool, tmp_path: Path
+) -> None:
+    directory = make_checkpoint("gqa", tmp_path)
+    tensors = load_file(directory / "model.safetensors")
+    tensors[Q_PROJ][3, 5] = value
+    save_file(tensors, directory / "model.safetensors")
+    weights = Checkpoint(directory, dtype, CPU)
+    if not is_refused:
+        weights.read(Q_PROJ, (32, 32))
+        return
+    with pytest.raises(ModelError, match=rf"{Q_PROJ} holds values that are not finite numbers in {str(dtype)[6:]}"):
+        weights.read(Q_PROJ, (32, 32))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_pointer_of_git_lfs_is_named_as_what_it_is(name: str, tmp_path: Path) -> None:
+    directory = make_checkpoint("gqa", tmp_path)
+    (directory / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 16060556\n")
+
+    def check() -> None:
+        if name == "tokenizer.json":
+            check_tokenizer_files(directory)
+        check_checkpoint(directory, ModelConfig.load(directory))
+
+    with pytest.raises((CheckpointError, ModelError), match=rf"{name}: is a pointer of Git LFS and not the file"):
+        check()
+
+
 def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
     for name in ("a.safetensors", "b.safetensors"):
         save_file({"x": torch.ones(1)}, tmp_path / name)
@@ -126,6 +165,18 @@ def test_any_byte_changed_in_place_gives_another_digest(tmp_path: Path, memory: 
         changed = weights_digest(tmp_path)
         assert changed != before, offset
         before = changed
+
+
+def test_without_a_home_nothing_is_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: list[Path]
+) -> None:
+    monkeypatch.setattr("os.getuid", lambda: 54321)  # as a container gives it, without an entry in passwd
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    path = tmp_path / "w"
+    path.write_bytes(b"weights")
+    assert file_digest(path) == file_digest(path)
+    assert len(reads) == 2
 
 
 def test_a_file_is_read_once_until_it_changes(tmp_path: Path, memory: Path, reads: list[Path]) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from deploy import cli
+from deploy.config import ROOT
 from deploy.errors import StartError
 from deploy.preflight import free_port
 from router.events import SamplingOptions
@@ -142,3 +146,51 @@ def test_generate_leaves_the_temperature_to_the_model(
     monkeypatch.setattr(cli, "_complete", complete)
     assert cli.run(["generate", "--prompt", "x", *options]) != 0
     assert [one.temperature for one in asked] == [temperature]
+
+
+SHOW = """
+import sys
+from deploy import progress
+progress.open_closed_streams()
+with progress.own_stdout() as out:
+    progress.deliver("answer", out)
+    print("noise")
+"""
+
+
+def shell(line: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
+    arguments = ["bash", "-c", line, "bash", sys.executable, SHOW]
+    return subprocess.run(arguments, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_a_result_that_is_lost_is_a_failure() -> None:
+    assert shell('"$1" -c "$2"').stdout == "answer"
+    lost = shell('"$1" -c "$2" > /dev/full')
+    assert lost.returncode == 1
+    assert "DeployError: cannot write the result: No space left on device" in lost.stderr
+
+
+def test_a_reader_that_is_gone_is_none() -> None:
+    assert shell('{ "$1" -c "$2"; echo $? >&2; } | true').stderr.endswith("0\n")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed_at_the_start(closed: str) -> None:
+    assert shell(f'"$1" -c "$2" {closed}').returncode == 0
+
+
+def test_a_current_folder_that_is_gone_is_refused(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    refused = shell('rmdir "$PWD"; "$1" -m deploy.cli serve --once x', cwd=gone)
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert "the current folder cannot be used: No such file or directory" in refused.stderr
+
+
+@pytest.mark.parametrize("environment", ["LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0", "LC_ALL=C.UTF-8"])
+def test_arguments_that_are_no_text_are_refused(environment: str) -> None:
+    refused = shell(f"{environment} \"$1\" -m deploy.cli serve --once $'x \\xff'")
+    assert refused.returncode == 2
+    assert "'x \\udcff': not text in this locale's encoding" in refused.stderr

@@ -99,6 +99,8 @@ def test_the_laptop_example_says_what_the_defaults_are() -> None:
         ("ray: {metrics_export_port: 12000}", "ray.metrics_export_port: must lie outside 10002-19999"),
         ("[1]", "must hold keys and values, not a list"),
         ("a: b: c", "not YAML"),
+        ("router: {drain_s: 5}\nendpoints: {}\nrouter: {window_tokens: 9}", ":3: not YAML (router is given twice)"),
+        ("router:\n  drain_s: 5\n  drain_s: 7", ":3: not YAML (drain_s is given twice)"),
     ],
 )
 def test_a_wrong_file_is_refused_with_the_path_of_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:

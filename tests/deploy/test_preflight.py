@@ -19,6 +19,7 @@ from deploy.preflight import (
     check_model,
     check_ports,
     check_ray,
+    control_warning,
     disk_warning,
     free_port,
     tier_secret,
@@ -258,3 +259,25 @@ def test_a_disk_that_another_cluster_holds_is_a_warning(tmp_path: Path) -> None:
     assert disk_warning(kvstore) == warning
     os.close(holder)
     assert disk_warning(kvstore) == ""
+
+
+def test_a_redis_that_fills_up_takes_the_leases_with_it(redis_server: RedisServer) -> None:
+    """The tier filled a Redis that leases were kept in: they expired, and every request was refused."""
+
+    def warning(control: str, tier: str = "") -> str:
+        return control_warning(config.load(None, [f"kvstore.control={control}", f"kvstore.tier={tier!r}"]).kvstore)
+
+    url, other = redis_server.url, "redis://127.0.0.1:1/0"
+    with redis_server.client() as client:
+        try:
+            assert warning(url, url) == ""
+            client.config_set("maxmemory", "100mb")
+            assert warning(url, url).startswith(
+                f"kvstore.control: Redis at 127.0.0.1:{redis_server.port}: has a maxmemory"
+            )
+            assert warning(url, other) == warning(url) == warning(other, url) == ""
+            client.config_set("maxmemory-policy", "allkeys-lru")
+            assert "may drop leases when it is full (maxmemory-policy allkeys-lru)" in warning(url)
+        finally:
+            client.config_set("maxmemory", "0")
+            client.config_set("maxmemory-policy", "noeviction")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -63,3 +64,28 @@ def test_joining_starts_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     ray_runtime.open_ray(RayConfig(address="h:1"), num_cpus=1, temp_dir=tmp_path)
     assert [call["address"] for call in flaky.calls] == ["h:1"]
     assert "num_cpus" not in flaky.calls[0]
+
+
+class RobbedRay:
+    """Stands in for ray.init: at first somebody else takes the port for metrics while it starts."""
+
+    def __init__(self) -> None:
+        self.ports: list[int] = []
+        self.thief: socket.socket | None = None
+
+    def __call__(self, **options: Any) -> None:
+        self.ports.append(options["_metrics_export_port"])
+        if self.thief is None:
+            self.thief = socket.create_server(("0.0.0.0", self.ports[0]))
+            raise Exception("The current node timed out during startup.")
+
+
+@pytest.mark.usefixtures("described")
+def test_a_port_that_another_cluster_takes_during_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    robbed = RobbedRay()
+    monkeypatch.setattr(ray, "init", robbed)
+    assert ray_runtime.open_ray(RayConfig(), num_cpus=1, temp_dir=tmp_path) == "up"
+    assert robbed.thief is not None
+    robbed.thief.close()
+    former, latter = robbed.ports
+    assert former != latter

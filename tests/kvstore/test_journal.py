@@ -101,6 +101,33 @@ def test_a_stream_in_a_file_is_forgotten_in_time(tmp_path: Path) -> None:
     journal.close()
 
 
+def test_a_file_that_was_removed_is_made_again(tmp_path: Path) -> None:
+    """As by a cleaner of /tmp: what was written went to a file without a name, and no other router found it."""
+    path = tmp_path / "run" / "journal"
+    journals = [FileJournal(path, time.time) for _ in range(2)]
+    assert journals[0].commit([change("s", 0, 1, is_new=True)]) == [Verdict.COMMITTED]
+    for file in path.parent.iterdir():
+        file.unlink()
+    assert journals[0].commit([change("s", 1, 2)]) == [Verdict.MISSING]
+    assert journals[0].commit([change("s", 0, 1, 2, is_new=True)]) == [Verdict.COMMITTED]
+    assert journals[1].claim("s") == JournalEntry(2, HEADER, (1, 2), "")
+    for file in path.parent.iterdir():
+        file.unlink()
+    path.parent.rmdir()
+    for _ in range(2):
+        with pytest.raises(JournalUnavailable):
+            journals[0].commit([change("s", 0, 1, 2, is_new=True)])
+    assert not path.parent.exists()
+    path.parent.mkdir()
+    assert journals[0].commit([change("s", 0, 1, 2, is_new=True)]) == [Verdict.COMMITTED]
+    for journal in journals:
+        journal.close()
+    path.unlink()
+    with pytest.raises(JournalUnavailable):
+        journals[0].look_up("s")
+    assert not path.exists()
+
+
 def test_a_full_file_journal_forgets_the_oldest(tmp_path: Path) -> None:
     now_s = 1000.0
     journal = FileJournal(tmp_path / "journal", lambda: now_s, ttl_s=1e6, max_streams=2)

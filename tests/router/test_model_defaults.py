@@ -11,11 +11,14 @@ from typing import Any
 import grpc
 import httpx
 import pytest
+import torch
 from switchyard.v1 import generation_pb2
 
 from kvstore.file_journal import FileJournal
 from router.app import Router
+from router.checks import check_sampling
 from router.config import RouterSpec
+from router.defaults import settled
 from router.errors import ConfigError, ModelFilesError
 from router.events import SamplingOptions
 from router.model_files import ModelFiles, SamplingDefaults
@@ -26,6 +29,7 @@ from tests.router.conftest import DEMO, MODEL, running_cluster
 from tests.router.fake_worker import CONTEXT_TOKENS, VOCAB_SIZE, FakeWorker
 from tests.router.test_grpc_face import PROMPT
 from workers.config import ModelConfig
+from workers.sampler import mask_top_k_top_p
 
 GENERATION = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "max_new_tokens": 9, "do_sample": False}
 SETTLED = (pytest.approx(0.6), pytest.approx(0.95), 20)
@@ -176,3 +180,14 @@ async def test_grpc_calls_have_request_ids_and_refusals_are_counted(model_dir: P
             text = (await client.get("/metrics")).text
     for outcome in ("length", "model_not_found", "invalid_request", "stream_not_found", "unknown_route"):
         assert f'switchyard_requests_total{{outcome="{outcome}"}} 1.0\n' in text, outcome
+
+
+@pytest.mark.parametrize("top_p", [1e-300, 5e-46, 1e-40])
+def test_a_top_p_that_is_smaller_than_the_wire_can_say_keeps_the_best_candidate(top_p: float) -> None:
+    for asked, default in ((top_p, None), (None, top_p)):
+        settled_one = settled(SamplingOptions(top_p=asked), SamplingDefaults(top_p=default), (), seed=1, room=9)
+        carried = sampling_options(sampling_message(settled_one)).top_p
+        assert carried is not None
+        check_sampling(sampling_options(sampling_message(settled_one)), VOCAB_SIZE)
+        logits = torch.randn(50, generator=torch.Generator().manual_seed(3)).double()
+        assert mask_top_k_top_p(logits, 0, carried).isfinite().sum() == 1

@@ -112,6 +112,13 @@ def test_a_file_that_is_no_tokenizer_says_so(tmp_path: Path) -> None:
         TextCodec(tmp_path / "tokenizer.json")
 
 
+def test_a_tokenizer_that_draws_lots_is_refused(tmp_path: Path) -> None:
+    """BPE dropout, left over from training: the same text had other ids each time."""
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")], dropout=0.5))
+    with pytest.raises(ModelFilesError, match=r"tokenizer\.json: model\.dropout must be null, not 0\.5"):
+        saved(tokenizer, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("stops", "pieces", "text", "is_hit"),
     [
