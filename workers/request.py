@@ -31,6 +31,7 @@ class FinishReason(Enum):
     LENGTH = "length"
     CANCELLED = "cancelled"
     PREFILLED = "prefilled"
+    FAILED = "failed"  # its logits were no finite numbers
 
 
 @dataclass(frozen=True, slots=True)

@@ -266,7 +266,8 @@ class TorchModelRunner:
         """In place of -1 - i, the token that the last step chose in its row i; the host may not know it yet."""
         assert self._last_tokens is not None
         rows = (-1 - token_ids).clamp_(min=0)
-        token_ids.copy_(torch.where(token_ids < 0, self._last_tokens[rows], token_ids))
+        chosen = self._last_tokens[rows].clamp_(min=0)  # after NO_TOKEN nobody wants what is computed here
+        token_ids.copy_(torch.where(token_ids < 0, chosen, token_ids))
 
     def _choose(self, logits: Tensor, prepared: PreparedBatch) -> Tensor:
         return sample(logits, prepared.samples, self._groups, self._vocab_size)

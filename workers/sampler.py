@@ -15,7 +15,7 @@ from torch import Tensor
 import kernels
 from kernels.philox import gumbel, uniform_words
 from workers.parallel import ParallelGroups
-from workers.step import SampleSpec
+from workers.step import NO_TOKEN, SampleSpec
 
 
 def mask_top_k_top_p(logits: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -36,7 +36,8 @@ def sample(logits: Tensor, specs: Sequence[SampleSpec], groups: ParallelGroups, 
     """int64 [rows]: one token per row.
 
     logits: [rows, vocab / tp], this rank's share of the vocabulary, which starts at tp_rank * vocab / tp; ids from
-    vocab_size on are padding. Every rank of the stage gets the same answer. On a tie the smallest id wins.
+    vocab_size on are padding. Every rank of the stage gets the same answer. On a tie the smallest id wins. A row whose
+    best score is no finite number, as after an overflow in float16, gets NO_TOKEN.
     """
     logits = logits.float()
     first_id = groups.shard.tp_rank * logits.shape[1]
@@ -48,10 +49,11 @@ def sample(logits: Tensor, specs: Sequence[SampleSpec], groups: ParallelGroups, 
         logits = groups.all_gather(logits).transpose(0, 1).flatten(1)
         first_id = 0
     values, ids = _best(logits, specs, first_id)
-    if groups.shard.tp == 1 or needs_all:
-        return ids
-    all_values, all_ids = groups.all_gather(values), groups.all_gather(ids)
-    return all_ids.gather(0, all_values.argmax(dim=0, keepdim=True))[0]
+    if groups.shard.tp > 1 and not needs_all:
+        all_values, all_ids = groups.all_gather(values), groups.all_gather(ids)
+        values, rank = all_values.max(dim=0)
+        ids = all_ids.gather(0, rank[None])[0]
+    return torch.where(torch.isfinite(values), ids, NO_TOKEN)
 
 
 def _best(logits: Tensor, specs: Sequence[SampleSpec], first_id: int) -> tuple[Tensor, Tensor]:

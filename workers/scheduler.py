@@ -19,7 +19,7 @@ from costs.transfer import ALWAYS_FETCH, TransferCost
 from kvstore.block_pool import BlockPool
 from kvstore.names import block_name, block_names, root_name
 from workers.request import FinishReason, Request, RequestRole, RequestStatus, TokenOutput
-from workers.step import BlockTransfer, ModelRunnerOutput, SampleSpec, ScheduledRequest, SchedulerOutput
+from workers.step import NO_TOKEN, BlockTransfer, ModelRunnerOutput, SampleSpec, ScheduledRequest, SchedulerOutput
 
 MAX_LOAD_BLOCKS_PER_STEP = 64  # bounds how long a pull may hold up the running batch
 # A prefill request ends with a chunk of this size when its prompt is many times as long: what its decode worker still
@@ -363,6 +363,9 @@ class Scheduler:
 
     def _append_token(self, request: Request, token_id: int, result: UpdateResult) -> None:
         s = request.sampling
+        if token_id == NO_TOKEN:
+            result.finished.append((request, FinishReason.FAILED))
+            return
         if token_id in s.stop_token_ids or (token_id in self._eos and not s.ignore_eos):
             result.finished.append((request, FinishReason.STOP))
             return

@@ -38,7 +38,9 @@ _OUTCOMES = {
     FinishReason.LENGTH: pb.REQUEST_OUTCOME_LENGTH,
     FinishReason.CANCELLED: pb.REQUEST_OUTCOME_CANCELLED,
     FinishReason.PREFILLED: pb.REQUEST_OUTCOME_PREFILLED,
+    FinishReason.FAILED: pb.REQUEST_OUTCOME_FAILED,
 }
+_NOT_FINITE = "the model's logits are no finite numbers (an overflow, or a damaged weight or device)"
 _NO_LIMIT = 1 << 62
 _INT32_MAX = 2**31 - 1
 
@@ -265,6 +267,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             stream_id=stream_id,
             epoch=end.epoch,
             outcome=_OUTCOMES[end.reason],
+            error=_NOT_FINITE if end.reason is FinishReason.FAILED else "",
             num_cached_prompt_tokens=end.num_cached_prompt_tokens,
             num_computed_prompt_tokens=end.num_computed_prompt_tokens,
             num_transferred_blocks=end.num_transferred_blocks,

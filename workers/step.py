@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 NAME_WORDS = 4  # a block name is 16 bytes
+NO_TOKEN = -1
+"""Sampled where the logits were no finite numbers: the request cannot go on."""
 
 
 def pending_token(place: int) -> int:

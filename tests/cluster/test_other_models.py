@@ -10,12 +10,15 @@ from pathlib import Path
 
 import grpc
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from switchyard.v1 import generation_pb2, generation_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 from checkpoint.identity import ServedModel, tokenizer_digest
 from kvstore.directory import DirectoryUnavailable
 from kvstore.host_tier import HostTier
 from kvstore.remote_directory import RemoteDirectory
+from router.client import GenerationError
 from tests.deploy.conftest import write_tiny_model
 from tests.fake_cluster import _OPENER, FakeCluster
 from tests.processes import RedisServer, wait_until
@@ -211,3 +214,25 @@ def test_a_node_of_another_cluster_refuses_workers_and_routers(fake_cluster: Mak
             next(answers)
     assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert refused.value.details() == "router stranger serves something else: cluster: two there, one here"
+
+
+def test_an_overflow_is_an_error_and_not_an_empty_answer(fake_cluster: Make, tmp_path: Path) -> None:
+    """Finite weights whose logits are not, in float16: token 0 stands first among NaNs, and may be the end of text."""
+    directory = write_tiny_model(tmp_path / "model")
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], 6e4)
+    save_file(tensors, directory / "model.safetensors")
+    engine = {"runner": "torch", "dtype": "float16"}
+    cluster = fake_cluster(
+        prefill=0,
+        decode=0,
+        mixed=1,
+        routers=1,
+        model_dir=str(directory),
+        block_size=16,
+        engine=engine,
+        router={"max_replacements": 1, "replacement_wait_s": 1.0},
+    )
+    with pytest.raises(GenerationError, match="logits are no finite numbers"):
+        cluster.ask(cluster.client(), PROMPT, NUM_TOKENS)
+    cluster.wait_at_rest()

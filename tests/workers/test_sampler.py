@@ -6,7 +6,7 @@ import torch
 from kernels.philox import gumbel, philox4x32, uniform_words
 from workers.parallel import ParallelGroups, Shard
 from workers.sampler import mask_top_k_top_p, sample
-from workers.step import SampleSpec
+from workers.step import NO_TOKEN, SampleSpec
 
 # Known-answer vectors of Random123 (philox4x32, 10 rounds): counter, key, result.
 KNOWN_ANSWERS = [
@@ -89,3 +89,19 @@ def test_top_k_and_top_p_keep_the_right_tokens():
     assert torch.isfinite(mask_top_k_top_p(logits, 0, 0.6)).tolist() == [True, False, True, False]
     assert torch.isfinite(mask_top_k_top_p(logits, 0, 0.5)).tolist() == [True, False, False, False]
     assert torch.isfinite(mask_top_k_top_p(logits, 0, 1e-6)).tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_row_without_finite_logits_has_no_token_and_the_others_have_theirs(temperature, bad):
+    logits = torch.randn(3, 50)
+    expected = sample(logits, [spec(temperature, position=i) for i in range(3)], ALONE, 50)
+    logits[1] = bad
+    tokens = sample(logits, [spec(temperature, position=i) for i in range(3)], ALONE, 50)
+    assert tokens.tolist() == [int(expected[0]), NO_TOKEN, int(expected[2])]
+
+
+def test_one_nan_in_a_row_is_enough():
+    logits = torch.randn(2, 50)
+    logits[0, 7] = float("nan")
+    assert sample(logits, [spec(0.0), spec(0.0)], ALONE, 50).tolist() == [NO_TOKEN, int(logits[1].argmax())]

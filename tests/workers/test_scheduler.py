@@ -13,7 +13,7 @@ from workers.engine import Engine
 from workers.errors import InvalidRequest
 from workers.request import FinishReason, Request, RequestRole, RequestStatus, SamplingParams
 from workers.scheduler import Scheduler, SchedulerConfig
-from workers.step import ModelRunnerOutput, SchedulerOutput
+from workers.step import NO_TOKEN, ModelRunnerOutput, SchedulerOutput
 
 BLOCK_SIZE = 4
 VOCAB = 50
@@ -379,3 +379,12 @@ class EngineMachine(RuleBasedStateMachine):
 
 EngineMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestEngineMachine = EngineMachine.TestCase
+
+
+def test_a_request_whose_logits_are_no_numbers_fails():
+    """It ended well, and empty: token 0 stands first among NaNs, and was the end of text."""
+    engine, runner = make_engine()
+    runner.next_token = NO_TOKEN
+    engine.submit(make_request("a", 5))
+    assert finish_all(engine) == {"a": FinishReason.FAILED}
+    assert engine.scheduler.pool.num_referenced == 0
