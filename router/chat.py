@@ -25,6 +25,7 @@ class ChatTemplate:
     """One model's template, compiled and probed once."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        self.uses_clock = "strftime_now" in source
         self._special_tokens = dict(special_tokens)
         try:
             self._template = chat_environment().from_string(source)

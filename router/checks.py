@@ -68,6 +68,26 @@ def check_resumption(request: ResumeRequest, committed: Sequence[int], vocab_siz
         raise _invalid("num_tokens", f"{request.num_tokens} cannot be resumed without their token_ids: {known}")
 
 
+def check_repeated_prompt(token_ids: Sequence[int], begun: str | Sequence[int]) -> None:
+    """Raise InvalidRequest when a stream is resumed with another prompt than it was begun with."""
+    if list(token_ids) != list(begun):
+        raise _invalid("prompt", "is not the one that the stream was begun with")
+
+
+def check_repeated_sampling(asked: SamplingOptions, begun: SamplingOptions) -> None:
+    """The same for the options that the client names; `begun` has nothing left open."""
+    for name in ("temperature", "top_p", "top_k", "seed"):
+        value, before = getattr(asked, name), getattr(begun, name)
+        is_float = isinstance(before, float)  # of which the journal has 32 bits
+        if value is not None and not (math.isclose(value, before, rel_tol=1e-6) if is_float else value == before):
+            raise _invalid(name, f"is not the {before} that the stream was begun with")
+    if asked.stop != begun.stop or asked.ignore_eos != begun.ignore_eos:
+        name = "stop" if asked.stop != begun.stop else "ignore_eos"
+        raise _invalid(name, "is not what the stream was begun with")
+    if asked.max_tokens is not None and begun.max_tokens is not None and asked.max_tokens < begun.max_tokens:
+        raise _invalid("max_tokens", f"is less than the {begun.max_tokens} that the stream was begun with")
+
+
 def check_text(param: str, text: str) -> int:
     """The text's length in UTF-8 bytes. Raise InvalidRequest when it is empty or no Unicode text."""
     if not text:

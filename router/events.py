@@ -33,6 +33,7 @@ class GenerationRequest:
     add_special_tokens: bool = True  # a chat template writes its own
     deadline_s: float | None = None  # seconds from now
     tenant_salt: bytes = b""  # from the caller's credential: whose KV blocks it shares
+    is_prompt_of_its_time: bool = False  # a chat template wrote the time into it: sent again, it may differ
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ class ResumeRequest:
     token_ids: tuple[int, ...] = ()  # those tokens, if the client kept them
     has_rest: bool = False  # the client has the text that came without ids after the last token
     tenant_salt: bytes = b""  # from the caller's credential, which must be that of the stream
+    repeated: GenerationRequest | None = None  # the whole request, from a client that sends it again; must be the same
 
 
 class FinishReason(enum.Enum):

@@ -21,7 +21,15 @@ from checkpoint.identity import ServedModel
 from kvstore.journal import JournalEntry
 from router.admission import Admission
 from router.chat import ChatTemplate
-from router.checks import check_prompt, check_resumption, check_sampling, check_text, check_token_ids
+from router.checks import (
+    check_prompt,
+    check_repeated_prompt,
+    check_repeated_sampling,
+    check_resumption,
+    check_sampling,
+    check_text,
+    check_token_ids,
+)
 from router.config import RouterConfig
 from router.defaults import end_token_ids, settled
 from router.dispatch import Dispatcher, TokenRequest
@@ -109,6 +117,11 @@ class Generation:
         if name not in ("", self.files.name):
             raise UnknownModel(f"model: {name!r} is not served here; {self.files.name!r} is", param="model")
 
+    @property
+    def chat_uses_clock(self) -> bool:
+        """Whether the same messages may make another prompt later."""
+        return self._chat is not None and self._chat.uses_clock
+
     def render_chat(self, messages: Sequence[Mapping[str, object]], options: Mapping[str, object]) -> str:
         """The prompt that the model's chat template makes of these messages and options."""
         if self._chat is None:
@@ -143,7 +156,9 @@ class Generation:
         """The rest of a stream that this or another router began: Started again, then what the client lacks."""
         with self._accounted() as account, self._admitted(0):
             # First a look: a request that is refused takes the stream from nobody.
-            self._check_resumption(request, await self._journal.look_up(request.stream_id))
+            begun = self._check_resumption(request, await self._journal.look_up(request.stream_id))
+            if request.repeated is not None:
+                await self._check_repeated(request.repeated, journal_record(begun.header)[0])
             entry = self._check_resumption(request, await self._journal.claim(request.stream_id))
             self._observer.resumed()
             log = self._journal.adopt(request.stream_id, entry)
@@ -248,6 +263,13 @@ class Generation:
             raise UnknownStream(message, param="stream_id")
         check_resumption(request, entry.token_ids, self.files.vocab_size)
         return entry
+
+    async def _check_repeated(self, request: GenerationRequest, begun: GenerationRequest) -> None:
+        """Raise InvalidRequest when a client resumes one stream with the request of another."""
+        if not request.is_prompt_of_its_time:
+            token_ids, _ = await self._encode(request.prompt, request.add_special_tokens, frozenset(), b"")
+            check_repeated_prompt(token_ids, begun.prompt)
+        check_repeated_sampling(request.sampling, begun.sampling)
 
     async def _order(self, request: GenerationRequest) -> TokenRequest:
         arrived_s = self._dispatcher.clock()

@@ -149,11 +149,11 @@ class _Endpoints:
         body = parse(CompletionRequest, await read_json(request, self._parts.max_body_bytes))
         self._generation.check_model(body.model)
         style = self._style(body, is_chat=False)
-        if (known := _resumption(request, style)) is not None:
-            return OpenAiAnswer([self._resume(known)], style)
         sampling = body.sampling(DEFAULT_COMPLETION_TOKENS)
         salt = _tenant_salt(request)
         requests = [GenerationRequest(prompt, sampling, body.model, tenant_salt=salt) for prompt in body.prompts()]
+        if (known := _resumption(request, style)) is not None:
+            return OpenAiAnswer([self._resume(known, requests[0])], style)
         if len(requests) > 1:
             self._generation.check(requests)
         commits_first = style.is_stream and len(requests) == 1
@@ -163,18 +163,24 @@ class _Endpoints:
         body = parse(ChatRequest, await read_json(request, self._parts.max_body_bytes))
         self._generation.check_model(body.model)
         style = self._style(body, is_chat=True)
-        if (known := _resumption(request, style)) is not None:
-            return OpenAiAnswer([self._resume(known)], style)
         prompt = self._generation.render_chat(checked_messages(body.messages), body.template_options())
         sampling = body.sampling(self._generation.files.sampling_defaults.max_new_tokens)
         order = GenerationRequest(
-            prompt, sampling, body.model, add_special_tokens=False, tenant_salt=_tenant_salt(request)
+            prompt,
+            sampling,
+            body.model,
+            add_special_tokens=False,
+            tenant_salt=_tenant_salt(request),
+            is_prompt_of_its_time=self._generation.chat_uses_clock,
         )
+        if (known := _resumption(request, style)) is not None:
+            return OpenAiAnswer([self._resume(known, order)], style)
         return OpenAiAnswer([_refusing(self._generation.stream(order, style.is_stream), {"prompt": "messages"})], style)
 
-    def _resume(self, known: ResumeRequest) -> AsyncGenerator[Event, None]:
+    def _resume(self, known: ResumeRequest, repeated: GenerationRequest) -> AsyncGenerator[Event, None]:
         """As Generation.resume, whose fields are one header here."""
         fields = ("stream_id", "num_tokens", "token_ids")
+        known = dataclasses.replace(known, repeated=repeated)
         return _refusing(self._generation.resume(known, commits_first=True), dict.fromkeys(fields, LAST_EVENT_ID))
 
     def _style(self, body: CompletionRequest | ChatRequest, is_chat: bool) -> AnswerStyle:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from deploy import config
+from deploy.cluster import Cluster
 from deploy.config import EndpointsConfig, RayConfig
 from deploy.errors import ConfigError, StartError
 from deploy.preflight import (
@@ -25,7 +26,9 @@ from deploy.preflight import (
     tier_secret,
     tier_warning,
 )
+from deploy.progress import Steps
 from kvstore.addresses import listen
+from kvstore.redis_tier import key_prefix_of
 from kvstore.segments import LOCK_NAME, lock_file
 from tests.processes import RedisServer
 
@@ -281,3 +284,18 @@ def test_a_redis_that_fills_up_takes_the_leases_with_it(redis_server: RedisServe
         finally:
             client.config_set("maxmemory", "0")
             client.config_set("maxmemory-policy", "noeviction")
+
+
+def test_clusters_with_one_secret_file_tag_their_fragments_apart(tiny_model: Path, tmp_path: Path) -> None:
+    """Peers, Redis and disks of another cluster hold nothing that verifies here."""
+    (tmp_path / "secret").write_text("0123456789abcdef")
+
+    def prefix(name: str) -> bytes:
+        options = [f"model.path={tiny_model}", f"kvstore.tier_secret_file={tmp_path}/secret", f"name={name}"]
+        ports = ["endpoints.grpc_port=0", "endpoints.http_port=0"]
+        cluster = Cluster(config.load(None, [*options, *ports]), Steps())
+        cluster.check()
+        return key_prefix_of(cluster._tier_secret)
+
+    assert prefix("one") == prefix("one")
+    assert len({prefix("one"), prefix("two"), key_prefix_of("0123456789abcdef")}) == 3

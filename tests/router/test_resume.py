@@ -347,6 +347,38 @@ async def test_what_cannot_be_resumed_over_http_is_laid_to_the_header(
     assert said in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("changed", "field"),
+    [
+        ({"prompt": [*PROMPT, 1]}, "prompt"),
+        ({"prompt": "hello"}, "prompt"),
+        ({"temperature": 0.5}, "temperature"),
+        ({"seed": 8}, "seed"),
+        ({"stop": ["x"]}, "stop"),
+        ({"max_tokens": 3}, "max_tokens"),
+        ({}, None),
+    ],
+)
+async def test_a_stream_is_not_resumed_with_another_request(
+    model_dir: Path, journal_url: str, changed: dict[str, object], field: str | None
+) -> None:
+    """The header alone counted: whoever sent another prompt with it got the answer to the first one."""
+    body = {"model": MODEL, "prompt": list(PROMPT), "stream": True, "max_tokens": 4, "temperature": 0.7, "seed": 7}
+    async with (
+        two_routers(model_dir, journal_url, FakeWorker("mixed-0", "mixed")) as (first, second),
+        httpx.AsyncClient(timeout=30) as client,
+    ):
+        whole = await client.post(f"{first.http_url}/v1/completions", json=body)
+        (stream_id, _) = whole.text.split("id: ")[1].split("\n")[0].split("/")
+        url, headers = f"{second.http_url}/v1/completions", {"Last-Event-ID": f"{stream_id}/2"}
+        answer = await client.post(url, json={**body, **changed}, headers=headers)
+        again = await client.post(url, json=body, headers=headers)
+    assert answer.status_code == (200 if field is None else 400)
+    if field is not None:
+        assert answer.json()["error"]["param"] == field
+    assert again.status_code == 200
+
+
 async def killed_router(tmp_path: Path, model_dir: Path, kv_node: KVNode, kill_after: list[int]) -> None:
     """Streams through routers that are killed with SIGKILL after so many tokens, one after the other."""
     worker = FakeWorker("mixed-0", "mixed")
