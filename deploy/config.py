@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from deploy.errors import ConfigError
 from deploy.ports import clash, wanted_ports
-from kvstore.addresses import is_ipv6, overlap
+from kvstore.addresses import is_ipv6
 from kvstore.config import KVStoreConfig
 from router.config import RouterConfig
 from router.errors import ConfigError as RouterConfigError
@@ -89,9 +89,6 @@ class EndpointsConfig:
         for name in ("grpc_port", "http_port"):
             port = getattr(self, name)
             _require(0 <= port <= 65535 - self.routers, name, f"must be 0 or a port number, not {port}")
-        spans = [range(p, p + self.routers) for p in (self.grpc_port, self.http_port) if p]
-        is_shared = len(spans) == 2 and overlap(self.grpc_host, self.http_host) and set(spans[0]) & set(spans[1])
-        _require(not is_shared, "http_port", f"overlaps the gRPC ports from {self.grpc_port} up")
 
 
 @dataclass(frozen=True, slots=True)
