@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 _IDLE_WAIT_S = 0.05  # how long an idle engine sleeps before it looks at deadlines again
 _WATCH_S = 0.005  # how often the directory is asked while blocks are awaited
 _MAX_WATCHED = 64  # blocks of a request at a time: more do not come between two looks
+_MAX_ANNOUNCEMENTS = 4096  # steps
 _MAX_NAMES_ASKED = 4096  # blocks in one look-up, unless one request has more
 
 
@@ -147,7 +148,7 @@ class EngineLoop:
         self._pulls: list[tuple[str, int, list[bytes]]] = []  # (request, blocks it has, names it lacks)
         self._pulls_changed = threading.Event()
         self._stopped = threading.Event()
-        self._announcements: queue.SimpleQueue[list[bytes] | None] = queue.SimpleQueue()
+        self._announcements: queue.Queue[list[bytes] | None] = queue.Queue(_MAX_ANNOUNCEMENTS)
         self._lookups: queue.SimpleQueue[tuple[str, int, list[bytes]] | None] = queue.SimpleQueue()  # as in _pulls
         self._step_began_s: float | None = None
         self.load = LoadSnapshot()
@@ -169,14 +170,16 @@ class EngineLoop:
         self._inbox.put(command)
 
     def announce(self, block_names: list[bytes]) -> None:
-        """Blocks were published beside the steps; from any thread."""
-        self._announcements.put(block_names)
+        """Blocks were published; from any thread. Dropped while the directory is far behind: it is only a hint."""
+        with contextlib.suppress(queue.Full):
+            self._announcements.put_nowait(block_names)
 
     def stop(self) -> None:
         """Finish the step in progress and end."""
         self._stopped.set()
         self._pulls_changed.set()
-        self._announcements.put(None)
+        with contextlib.suppress(queue.Full):  # then its thread finds out after the next announcement
+            self._announcements.put_nowait(None)
         self._lookups.put(None)
         self._inbox.put(None)
         for thread in self._threads:
@@ -212,7 +215,7 @@ class EngineLoop:
                 self._note_pulls()
                 changes = self._engine.scheduler.pool.take_changes()
                 if events is not None and events.published_names:
-                    self._announcements.put(events.published_names)
+                    self.announce(events.published_names)
                 self._snapshot()
                 if events is not None or changes:  # a plan of nothing may have evicted, to make room for a pull
                     self._on_events(LoopEvents(events or StepEvents(), block_changes=changes))
@@ -301,7 +304,7 @@ class EngineLoop:
 
         Only a hint: without it decode workers still find the blocks when they are told to continue.
         """
-        while (names := self._announcements.get()) is not None:
+        while (names := self._announcements.get()) is not None and not self._stopped.is_set():
             if self._directory is not None:
                 with _directory_may_fail("told of blocks"):
                     for place in self._places():

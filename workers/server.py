@@ -20,6 +20,7 @@ from checkpoint.identity import ServedModel
 from workers.block_feed import BlockFeed
 from workers.engine import Clock
 from workers.loop import Cancel, Continue, Credit, EngineLoop, FollowBlocks, LoopEvents, Submit
+from workers.outbox import Outbox
 from workers.request import FinishReason, Request, RequestEnd, RequestRole, SamplingParams
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class Connection:
 
     router_id: str
     epoch: int
-    outbox: asyncio.Queue[pb.ConnectResponse | None] = field(default_factory=asyncio.Queue)
+    outbox: Outbox = field(default_factory=Outbox)
     request_ids: dict[str, str] = field(default_factory=dict)  # by stream id
 
 
@@ -78,7 +79,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         if is_new:
             for connection in list(self._connections.values()):
                 self._abandon(connection)
-                connection.outbox.put_nowait(None)
+                connection.outbox.close()
 
     def _post(self, command: Submit | Cancel | Continue | Credit | FollowBlocks) -> None:
         assert self._engine is not None
@@ -132,7 +133,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                     grpc.StatusCode.FAILED_PRECONDITION, f"epoch {hello.epoch} is not above {old.epoch}"
                 )
             self._abandon(old)
-            old.outbox.put_nowait(None)
+            old.outbox.close()
         connection = Connection(hello.router_id, hello.epoch)
         self._connections[hello.router_id] = connection
         return connection
@@ -144,7 +145,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         except (grpc.RpcError, asyncio.CancelledError):
             pass  # the stream broke, or Connect ended
         finally:
-            connection.outbox.put_nowait(None)
+            connection.outbox.close()
 
     def _handle(self, message: pb.ConnectRequest, connection: Connection) -> None:
         match message.WhichOneof("message"):
@@ -160,7 +161,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                 num_tokens = message.credit.num_tokens
                 self._with_request(connection, message.credit.stream_id, lambda r: Credit(r, num_tokens))
             case "ping":
-                connection.outbox.put_nowait(pb.ConnectResponse(pong=pb.Pong(nonce=message.ping.nonce)))
+                connection.outbox.put(pb.ConnectResponse(pong=pb.Pong(nonce=message.ping.nonce)))
 
     def _with_request(
         self, connection: Connection, stream_id: str, command: Callable[[str], Cancel | Continue | Credit]
@@ -208,7 +209,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         while True:
             load = self._load()
             if load != sent or age_s >= _LOAD_MAX_AGE_S:
-                connection.outbox.put_nowait(pb.ConnectResponse(load=load))
+                connection.outbox.put_load(load)
                 sent, age_s = load, 0.0
             await asyncio.sleep(_LOAD_PERIOD_S)
             age_s += _LOAD_PERIOD_S
@@ -230,7 +231,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
 
     def _dispatch(self, events: LoopEvents) -> None:
         for connection, batch in self._token_batches(events):
-            connection.outbox.put_nowait(pb.ConnectResponse(tokens=batch))
+            connection.outbox.put(pb.ConnectResponse(tokens=batch))
         for end in events.step.ended:
             self._finish(end)
         for refused in events.refused:
@@ -274,7 +275,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             num_published_blocks=end.num_published_blocks,
             times=self._times(end),
         )
-        connection.outbox.put_nowait(pb.ConnectResponse(finished=finished))
+        connection.outbox.put(pb.ConnectResponse(finished=finished))
 
     def _times(self, end: RequestEnd) -> pb.PartTimes:
         epoch_s = time.time() - self._clock()  # a router may compare them with those of another host
@@ -296,4 +297,4 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             error=error,
             is_invalid_request=True,
         )
-        connection.outbox.put_nowait(pb.ConnectResponse(finished=finished))
+        connection.outbox.put(pb.ConnectResponse(finished=finished))
