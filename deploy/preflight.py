@@ -190,7 +190,7 @@ def tier_warning(url: str) -> str:
 
 def control_warning(kvstore: KVStoreConfig) -> str:
     """One line when a full Redis could take the leases, and with them all workers; else ""."""
-    if not kvstore.control.startswith(("redis://", "rediss://")):
+    if not is_redis(kvstore.control):
         return ""
     risk = memory_risk(kvstore.control, kvstore.tier)
     return f"kvstore.control: {risk}; give it a Redis of its own without a limit" if risk else ""
