@@ -131,6 +131,7 @@ class Stream(threading.Thread):
         self.error: Exception | None = None
         self.has_begun = threading.Event()
         body = {"model": "tiny", "prompt": PROMPT, "max_tokens": num_tokens, "stream": True, "ignore_eos": True}
+        body["return_token_ids"] = True
         self._request = urllib.request.Request(
             f"http://{router['http']}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
@@ -147,3 +148,9 @@ class Stream(threading.Thread):
         except Exception as error:
             self.error = error
         self.has_begun.set()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that came; a chunk may have several, or a part of a character and no text."""
+        chunks = [json.loads(line.removeprefix("data: ")) for line in self.lines if line.startswith("data: {")]
+        return sum(len(choice.get("token_ids", ())) for chunk in chunks for choice in chunk["choices"])
