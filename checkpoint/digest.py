@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import platformdirs
 import xxhash
 
 from checkpoint.errors import CheckpointError
@@ -119,6 +118,8 @@ def _remembered(path: Path) -> Iterator[_Memory]:
 def _open_memory(path: Path) -> int | None:
     """A locked file of this user's own; None where there is no home, a read-only one, or one without locks, as in some
     containers."""
+    import platformdirs  # only here: an engine with weights of its own, as in benchmarks, reads no files
+
     file = None
     try:
         folder = platformdirs.user_cache_path("switchyard", appauthor=False) / "digests"

@@ -242,7 +242,7 @@ def test_without_a_folder_to_remember_in_each_process_reads_once(
 
         monkeypatch.setattr("checkpoint.digest.fcntl.flock", refuse)
     else:  # a user without a home: what would be one is a folder of that name here
-        monkeypatch.setattr("checkpoint.digest.platformdirs.user_cache_path", lambda *_, **__: Path("~/.cache"))
+        monkeypatch.setattr("platformdirs.user_cache_path", lambda *_, **__: Path("~/.cache"))
         monkeypatch.chdir(tmp_path)
     path = tmp_path / "w"
     path.write_bytes(b"weights")
