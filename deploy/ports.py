@@ -1,4 +1,4 @@
-"""Ports that a cluster is told to listen on, and whether they get in each other's way. Pure."""
+"""The ports that a configuration asks for, and whether two keys ask for the same one. Pure."""
 
 from __future__ import annotations
 

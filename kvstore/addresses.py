@@ -1,7 +1,7 @@
 """HOST:PORT addresses: joined, split, listened on and dialled, with IPv6 hosts in brackets.
 
-The only module that knows about brackets. Hosts are taken with and without them. Knows nothing of what is said over a
-connection.
+Hosts are taken with and without brackets. Redis URLs are parsed in kvstore.config and
+kvstore.redis_client. Knows nothing of what is said over a connection.
 """
 
 import ipaddress

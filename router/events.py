@@ -33,7 +33,7 @@ class GenerationRequest:
     add_special_tokens: bool = True  # a chat template writes its own
     deadline_s: float | None = None  # seconds from now
     tenant_salt: bytes = b""  # from the caller's credential: whose KV blocks it shares
-    is_prompt_of_its_time: bool = False  # a chat template wrote the time into it: sent again, it may differ
+    prompt_uses_clock: bool = False  # a chat template wrote the time into it: sent again, it may differ
 
 
 @dataclass(frozen=True, slots=True)

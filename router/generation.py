@@ -266,7 +266,7 @@ class Generation:
 
     async def _check_repeated(self, request: GenerationRequest, begun: GenerationRequest) -> None:
         """Raise InvalidRequest when a client resumes one stream with the request of another."""
-        if not request.is_prompt_of_its_time:
+        if not request.prompt_uses_clock:
             token_ids, _ = await self._encode(request.prompt, request.add_special_tokens, frozenset(), b"")
             check_repeated_prompt(token_ids, begun.prompt)
         check_repeated_sampling(request.sampling, begun.sampling)

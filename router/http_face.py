@@ -171,7 +171,7 @@ class _Endpoints:
             body.model,
             add_special_tokens=False,
             tenant_salt=_tenant_salt(request),
-            is_prompt_of_its_time=self._generation.chat_uses_clock,
+            prompt_uses_clock=self._generation.chat_uses_clock,
         )
         if (known := _resumption(request, style)) is not None:
             return OpenAiAnswer([self._resume(known, order)], style)

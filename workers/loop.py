@@ -178,7 +178,7 @@ class EngineLoop:
         """Finish the step in progress and end."""
         self._stopped.set()
         self._pulls_changed.set()
-        with contextlib.suppress(queue.Full):  # then its thread finds out after the next announcement
+        with contextlib.suppress(queue.Full):  # then its thread ends after the last announcement
             self._announcements.put_nowait(None)
         self._lookups.put(None)
         self._inbox.put(None)
@@ -304,11 +304,13 @@ class EngineLoop:
 
         Only a hint: without it decode workers still find the blocks when they are told to continue.
         """
-        while (names := self._announcements.get()) is not None and not self._stopped.is_set():
+        while (names := self._announcements.get()) is not None:
             if self._directory is not None:
                 with _directory_may_fail("told of blocks"):
                     for place in self._places():
                         self._directory.publish(names, place)
+            if self._stopped.is_set() and self._announcements.empty():
+                return  # the queue was full when the loop stopped
 
     def _look_up(self) -> None:
         """Answer each look-up, if only with "nothing": its request is held back until then.

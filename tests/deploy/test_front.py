@@ -82,7 +82,7 @@ def test_a_signal_asks_once(front: Callable[..., Front], number: signal.Signals,
 
 
 def test_two_signals_that_mean_one(front: Callable[..., Front]) -> None:
-    """`timeout` sends SIGTERM to its child and to its group; a closed terminal is told of by shell and kernel."""
+    """`timeout` signals its child and its group; shell and kernel both signal when a terminal is closed."""
     running = front(drain_s=2.5)
     running.process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
