@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from workers.models.llama import Batch
+from workers.model.batch import Batch, GroupInputs
 from workers.step import SampleSpec, ScheduledRequest, pending_place
 
 _NUM_HOST_BUFFERS = 2  # one is filled while the copy of the other may still be under way
@@ -208,14 +208,14 @@ class InputBuffers:
             words = self._words[spans[name]]
             return words.view(torch.int64) if name in _WIDE else words
 
+        block_table = field("block_table").view(layout.num_sequences, layout.table_width)
         return Batch(
             token_ids=field("token_ids"),
             positions=field("positions"),
-            slot_mapping=field("slot_mapping"),
+            groups=(GroupInputs(block_table, field("slot_mapping")),),
             num_decodes=num_decodes,
-            block_table=field("block_table").view(layout.num_sequences, layout.table_width),
             seq_lens=field("seq_lens"),
             query_start_loc=field("query_start_loc")[: layout.num_sequences - num_decodes + 1],
             max_query_len=max_query_len,
-            sample_rows=field("sample_rows"),
+            logit_rows=field("sample_rows"),
         )

@@ -19,7 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from workers.batching import InputBuffers, Padding, PreparedBatch
-from workers.models.llama import Batch, LlamaStage
+from workers.model.batch import Batch
+from workers.models.llama import LlamaStage
 from workers.step import SampleSpec, ScheduledRequest
 
 MAX_PIECEWISE_TOKENS = 512  # a larger batch keeps the GPU busy for longer than it takes to launch

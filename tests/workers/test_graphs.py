@@ -61,12 +61,12 @@ def test_a_batch_is_filled_up_with_what_changes_nothing():
     assert (batch.num_decodes, prepared.num_tokens, len(prepared.samples), prepared.order) == (4, 2, 1, [0])
     assert batch.token_ids.tolist() == [7, 8, 0, 0]
     assert batch.positions.tolist() == [9, 3, 0, 0]
-    assert batch.slot_mapping.tolist() == [5 * 4 + 1, -1, -1, -1]
+    assert batch.groups[0].slot_mapping.tolist() == [5 * 4 + 1, -1, -1, -1]
     assert batch.seq_lens.tolist() == [10, 4, 0, 0]
-    assert batch.sample_rows.tolist() == [0, 0, 0, 0]
+    assert batch.logit_rows.tolist() == [0, 0, 0, 0]
     assert batch.query_start_loc.tolist() == [0]
-    assert batch.block_table.shape == (4, 6)
-    assert batch.block_table[0, :3].tolist() == [2, 1, 5]
+    assert batch.groups[0].block_table.shape == (4, 6)
+    assert batch.groups[0].block_table[0, :3].tolist() == [2, 1, 5]
 
     batch = inputs.fill(decodes, 4, all_as_prefills=True, padding=Padding(4, 4, 6)).batch
     assert (batch.num_decodes, batch.max_query_len) == (0, 1)
@@ -77,10 +77,10 @@ def test_a_batch_is_filled_up_with_what_changes_nothing():
     batch = prepared.batch
     assert (batch.num_decodes, prepared.num_tokens, prepared.order) == (1, 4, [1, 0])
     assert batch.token_ids.tolist() == [7, 1, 2, 3, 0, 0, 0, 0]
-    assert batch.slot_mapping.tolist() == [21, 8, 9, 10, -1, -1, -1, -1]
+    assert batch.groups[0].slot_mapping.tolist() == [21, 8, 9, 10, -1, -1, -1, -1]
     assert batch.seq_lens.tolist() == [10, 7]
     assert batch.query_start_loc.tolist() == [0, 3]
-    assert batch.sample_rows.tolist() == [0, 3]
+    assert batch.logit_rows.tolist() == [0, 3]
 
 
 def test_inputs_of_a_rung_stay_where_they_are():
@@ -88,8 +88,10 @@ def test_inputs_of_a_rung_stay_where_they_are():
     one = ScheduledRequest("", [7], 9, 9, [2, 1, 5], None)
     before = inputs.fill([one], 4, padding=Padding(8, 8, 6)).batch
     after = inputs.fill([one] * 7, 4, padding=Padding(8, 8, 6)).batch
-    for name in ("token_ids", "positions", "slot_mapping", "block_table", "seq_lens", "sample_rows"):
+    for name in ("token_ids", "positions", "seq_lens", "logit_rows"):
         assert getattr(before, name).data_ptr() == getattr(after, name).data_ptr(), name
+    for name in ("slot_mapping", "block_table"):
+        assert getattr(before.groups[0], name).data_ptr() == getattr(after.groups[0], name).data_ptr(), name
 
 
 @pytest.mark.parametrize("split", [(1, 1), (2, 1), (1, 2)], ids=lambda s: f"tp{s[0]}pp{s[1]}")

@@ -8,7 +8,6 @@ tokens and says where their keys and values go.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,26 +17,8 @@ from workers.config import ModelConfig, RopeScaling
 from workers.errors import ModelError
 from workers.layers import Arithmetic, ColumnParallelLinear, RowParallelLinear, VocabParallel
 from workers.loader import Weights
+from workers.model.batch import Batch
 from workers.parallel import ParallelGroups, stage_layers
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """The rows of one forward pass: first the sequences with one token each, then those with several.
-
-    Decode attention makes its sums in another order than prefill attention: in batch-invariant mode all sequences count
-    as prefills, so that it does not matter which way a token comes.
-    """
-
-    token_ids: Tensor  # int64 [tokens]
-    positions: Tensor  # int64 [tokens]
-    slot_mapping: Tensor  # int64 [tokens]; -1: already in the cache
-    num_decodes: int  # the first rows, one token each
-    block_table: Tensor  # int32 [sequences, max_blocks]
-    seq_lens: Tensor  # int32 [sequences], this pass's tokens included
-    query_start_loc: Tensor  # int32 [prefills + 1], counted from the first prefill row
-    max_query_len: int  # of the prefills
-    sample_rows: Tensor  # int64: rows whose logits are wanted
 
 
 def rope_cos_sin(config: ModelConfig, num_positions: int, device: torch.device) -> Tensor:
@@ -140,7 +121,9 @@ class LlamaLayer:
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in parts)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self._norm_heads(q, self.q_norm), self._norm_heads(k, self.k_norm)
-        return kernels.rope_and_write_kv(q, k, v, cos_sin, batch.positions, kv_cache, batch.slot_mapping), residual
+        return kernels.rope_and_write_kv(
+            q, k, v, cos_sin, batch.positions, kv_cache, batch.groups[0].slot_mapping
+        ), residual
 
     def _norm_heads(self, x: Tensor, weight: Tensor) -> Tensor:
         return kernels.rms_norm(x.reshape(-1, self.head_dim), weight, self.eps).view(x.shape)
@@ -150,14 +133,16 @@ class LlamaLayer:
         n, outputs = batch.num_decodes, []
         if n:
             outputs.append(
-                kernels.decode_attention(q[:n], kv_cache, batch.block_table[:n], batch.seq_lens[:n], self.scale)
+                kernels.decode_attention(
+                    q[:n], kv_cache, batch.groups[0].block_table[:n], batch.seq_lens[:n], self.scale
+                )
             )
         if len(q) > n:
             outputs.append(
                 kernels.prefill_attention(
                     q[n:],
                     kv_cache,
-                    batch.block_table[n:],
+                    batch.groups[0].block_table[n:],
                     batch.query_start_loc,
                     batch.seq_lens[n:],
                     batch.max_query_len,
@@ -212,7 +197,7 @@ class LlamaStage:
         if not self.is_last:
             return torch.stack((hidden, residual))
         assert self.head is not None
-        rows = batch.sample_rows
+        rows = batch.logit_rows
         normed, _ = kernels.add_rms_norm(hidden[rows], residual[rows], self.norm, self.config.rms_norm_eps)
         return self.head.logits(normed)
 
