@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -254,8 +252,10 @@ class TorchModelRunner:
             if logits is not None and order:
                 tokens = self._choose(logits, prepared)
             tokens = self._groups.tokens_to_leader(tokens, len(order))
-            if tokens is not None and order:
-                self._remember(tokens, prepared)
+            if tokens is not None and prepared.last is not None and self._config.pp == 1:
+                # For the next plan, which may be made before anybody has read the tokens.
+                at, rows = prepared.last
+                self._last_tokens.index_copy_(0, rows, tokens if len(at) == len(tokens) else tokens[at])
         for store in plan.stores:
             self._connector.start_store(store)
         read = _read_later(tokens)
@@ -294,18 +294,6 @@ class TorchModelRunner:
 
     def _choose(self, logits: Tensor, prepared: PreparedBatch) -> Tensor:
         return sample(logits, prepared.sampling, prepared.positions, self._groups, self._vocab_size)
-
-    def _remember(self, tokens: Tensor, prepared: PreparedBatch) -> None:
-        """For the next plan, which may be made before anybody has read the tokens."""
-        if self._config.pp > 1:
-            return  # the first stage is sent every token
-        last = tokens if len(prepared.last_rows) == len(tokens) else tokens[_to(prepared.last_rows, tokens)]
-        self._last_tokens.index_copy_(0, _to(prepared.request_rows, tokens), last)
-
-
-def _to(indices: npt.NDArray[np.int64], like: Tensor) -> Tensor:
-    host = torch.from_numpy(indices)
-    return host.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else host
 
 
 def poll_transfers(plan: StepPlan, connector: KVConnector, groups: ParallelGroups) -> list[TransferDone]:

@@ -83,7 +83,7 @@ def test_a_batch_is_filled_up_with_what_changes_nothing():
     batch = prepared.batch
     assert (batch.num_decodes, prepared.num_tokens) == (1, 4)
     assert (prepared.order.tolist(), prepared.positions.tolist()) == ([2, 0, 1], [6, 6, 7])
-    assert (prepared.last_rows.tolist(), prepared.request_rows.tolist()) == ([0, 2], [1, 0])
+    assert [part.tolist() for part in prepared.last] == [[0, 2], [1, 0]]
     assert batch.token_ids.tolist() == [7, 1, 2, 3, 0, 0, 0, 0]
     assert batch.groups[0].slot_mapping.tolist() == [21, 8, 9, 10, -1, -1, -1, -1]
     assert batch.groups[0].block_table[:, :2].tolist() == [[2, 1], [0, 2]]
