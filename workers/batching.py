@@ -86,8 +86,12 @@ def _round_up(width: int) -> int:
 class InputBuffers:
     """The inputs of one step at a time, for steps up to a size."""
 
-    def __init__(self, max_num_tokens: int, max_num_seqs: int, max_blocks: int, device: torch.device) -> None:
+    def __init__(
+        self, max_num_tokens: int, max_num_seqs: int, max_blocks: int, device: torch.device, num_groups: int = 1
+    ) -> None:
+        """num_groups: cache groups of the model, whose layers all have the same block table."""
         self.max_blocks = _round_up(max_blocks)  # of a sequence
+        self._num_groups = num_groups
         self._is_cuda = device.type == "cuda"
         num_words = _Layout(max_num_tokens, max_num_seqs, max_num_seqs, self.max_blocks).num_words
         self._words = torch.zeros(num_words, dtype=torch.int32, device=device)
@@ -212,7 +216,7 @@ class InputBuffers:
         return Batch(
             token_ids=field("token_ids"),
             positions=field("positions"),
-            groups=(GroupInputs(block_table, field("slot_mapping")),),
+            groups=(GroupInputs(block_table, field("slot_mapping")),) * self._num_groups,
             num_decodes=num_decodes,
             seq_lens=field("seq_lens"),
             query_start_loc=field("query_start_loc")[: layout.num_sequences - num_decodes + 1],

@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from workers.config import EngineConfig, ModelConfig
+from workers.config import EngineConfig
 from workers.errors import ModelError
 from workers.fake_model import SlotCode, choose, position_weight, position_weights, token_hash
 from workers.kv_transfer import FragmentGrid, KVTransfer
+from workers.model.config import ModelConfig
 from workers.step import ModelRunnerOutput, SampleSpec, ScheduledRequest, SchedulerOutput, pending_place
 
 CACHE_BYTES = 64 << 20  # KV cache of one worker when the config does not say
@@ -29,10 +30,11 @@ class FakeModelRunner:
     def __init__(self, config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> None:
         if config.tp * config.pp != 1:
             raise ModelError(f"runner=fake takes tp=1 and pp=1, not tp={config.tp} and pp={config.pp}")
-        head_bytes = model.head_dim * dtype.itemsize
+        spec = model.cache_specs[0]
+        head_bytes = spec.head_dim * dtype.itemsize
         if head_bytes % _WORD_BYTES:
             raise ModelError(f"runner=fake takes heads of whole {_WORD_BYTES}-byte words, not of {head_bytes} bytes")
-        layers, heads, words = model.num_hidden_layers, model.num_key_value_heads, head_bytes // _WORD_BYTES
+        layers, heads, words = model.num_hidden_layers, spec.num_kv_heads, head_bytes // _WORD_BYTES
         block_bytes = layers * heads * 2 * config.block_size * head_bytes
         self._step_s, self._token_s = config.fake_step_s, config.fake_token_s
         self._block_size = config.block_size

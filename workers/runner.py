@@ -15,16 +15,18 @@ import torch
 from torch import Tensor
 
 from workers.batching import NO_PADDING, InputBuffers, PreparedBatch
-from workers.config import EngineConfig, ModelConfig
+from workers.config import EngineConfig
 from workers.errors import ModelError
 from workers.graphs import GraphedStage
 from workers.kv_transfer import FragmentGrid, KVTransfer
 from workers.loader import Checkpoint, Weights
-from workers.models.llama import LlamaStage, rope_cos_sin
+from workers.model.cache_spec import cache_groups
+from workers.model.config import ModelConfig
+from workers.model.stage import build_stage
+from workers.model.tensor_layout import check_checkpoint
 from workers.parallel import ParallelGroups
 from workers.sampler import sample
 from workers.step import BlockTransfer, ModelRunnerOutput, SampleSpec, ScheduledRequest, SchedulerOutput
-from workers.tensor_layout import check_checkpoint
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU_CACHE_BYTES = 256 << 20  # KV cache of one worker on a CPU when the config does not say
@@ -96,22 +98,23 @@ class TorchModelRunner:
         if weights is None:
             check_checkpoint(Path(config.model_dir), model)
             weights = Checkpoint(Path(config.model_dir), self._dtype, device)
-        self._stage = LlamaStage(model, weights, groups, config.batch_invariant)
-        self._cos_sin = rope_cos_sin(model, model.max_position_embeddings, device)
+        self._stage = build_stage(model, weights, groups, config.batch_invariant)
         self._context_tokens = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
         self._inputs = InputBuffers(
             max(config.max_num_batched_tokens, config.max_num_seqs, _WARM_UP_TOKENS),
             max(config.max_num_seqs, _WARM_UP_SEQS),
             -(-self._context_tokens // config.block_size),
             device,
+            len(cache_groups(model.cache_specs)),
         )
         self._graphs: GraphedStage | None = None
         self.replays = True  # graphs, where there are any; a benchmark compares
         self._transfer: KVTransfer | None = None
         self._last_tokens: Tensor | None = None  # of the last step, on the device
         self._last_order: Sequence[int] = ()  # place in the plan of each of them
-        self._kv_heads = model.num_key_value_heads // config.tp
-        self._head_dim = model.head_dim
+        spec = model.cache_specs[0]  # all layers' rows have the same shape
+        self._kv_heads = spec.num_kv_heads // config.tp
+        self._head_dim = spec.head_dim
         self.num_blocks = config.num_blocks or self._blocks_that_fit()
         (self.num_blocks,) = groups.min_over_ranks([self.num_blocks])
         self._make_cache(self.num_blocks)
@@ -171,7 +174,7 @@ class TorchModelRunner:
         self.execute(SchedulerOutput([chunk, decode]))
         config = self._config
         if self._uses_graphs:
-            graphs = GraphedStage(self._stage, self._layer_caches, self._cos_sin, self._inputs)
+            graphs = GraphedStage(self._stage, self._layer_caches, self._inputs)
             is_leader = self._groups.shard.rank == 0
             with torch.inference_mode(), self._on_device():
                 graphs.capture(config.max_num_seqs, config.max_num_batched_tokens, config.block_size, is_leader)
@@ -251,12 +254,12 @@ class TorchModelRunner:
         if prepared.has_pending_tokens:
             self._put_last_tokens(batch.token_ids)
         if not self._stage.is_first:
-            shape = (2, len(batch.token_ids), self._stage.config.hidden_size)
+            shape = (2, len(batch.token_ids), self._stage.hidden_size)
             received = self._groups.recv_from_previous_stage(shape, self._dtype)
         if graphs is not None and padding is not None:
             out = graphs.run(prepared, received)
         else:
-            out = self._stage.forward(batch, self._layer_caches, self._cos_sin, received)
+            out = self._stage.forward(batch, self._layer_caches, received)
         if not self._stage.is_last:
             self._groups.send_to_next_stage(out)
             return prepared, None

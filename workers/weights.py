@@ -8,8 +8,8 @@ from pathlib import Path
 
 from checkpoint.errors import CheckpointError
 from checkpoint.tensors import weights_digest
-from workers.config import ModelConfig
 from workers.errors import ModelError
+from workers.model.config import ModelConfig
 
 _FAKE_WEIGHTS = "hashes of the history, 1"  # of the fake engine: changes with workers.fake_model
 
