@@ -24,6 +24,7 @@ def test_the_laptops_plan(tiny_model: Path) -> None:
         ("prefill", "prefill", 1, 1),
         ("decode", "decode", 1, 1),
     ]
+    assert plan(tiny_model, "model.plugins=[a, b]").pools[1].spec.engine.plugins == ("a", "b")
     engine = made.pools[0].spec.engine
     assert (engine.device, engine.dtype, engine.block_size) == ("cpu", "float32", 16)
     assert made.pools[0].spec.control == "memory://h:1"

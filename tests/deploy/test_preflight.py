@@ -216,6 +216,21 @@ def test_a_quantized_checkpoint_is_refused_by_name(model: Path) -> None:
     )
 
 
+def test_a_family_of_a_plugin_is_found_before_anything_starts(model: Path) -> None:
+    path, architecture = f"model.path={model}", "WindowedLlamaForCausalLM"
+    own = {"model_type": "windowed_llama", "sliding_window": 8, "attn_logit_softcapping": 3.0}
+    edit(model / "config.json", architectures=[architecture], **own)
+    assert f"architecture {architecture} is not supported (supported: LlamaForCausalLM, " in refusal(path)
+    assert refusal(path, "model.plugins=[no_such_module]").startswith(
+        "model.plugins: no_such_module cannot be imported"
+    )
+    assert refusal(path, "model.plugins=[json]").startswith("model.plugins: json has neither FAMILIES nor ")
+    plugins = "model.plugins=[tests.plugins.windowed_llama]"
+    assert "no tensor model.layers.0.self_attn.q_proj.bias" in refusal(path, plugins)
+    found = check_model(config.load(None, [path, plugins, "engine.runner=fake"]))
+    assert [spec.window for spec in found.config.cache_specs] == [0, 8, 0, 8]
+
+
 def test_mistakes_with_tiers_end_the_start(redis_server: RedisServer, tmp_path: Path) -> None:
     wrong = redis_server.url.replace("redis://", "redis://default:wrong@")
     with redis_server.client() as client:

@@ -71,7 +71,7 @@ def run_job(
     config: EngineConfig, groups: ParallelGroups, prompts: list[list[int]], sampling: SamplingParams
 ) -> JobResult | None:
     """One rank's part of a job; the leader returns the result."""
-    model = load_config(config.model_dir)
+    model = load_config(config.model_dir, config.ignore_keys, config.plugins)
     runner = RecordingRunner(config, model, groups, torch.device("cpu"))
     runner.logits = {}
     runner.warm_up()

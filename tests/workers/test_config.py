@@ -124,7 +124,9 @@ def test_stages_cover_all_layers_once_and_evenly(layers, pp):
 def test_spec_survives_json():
     from dataclasses import asdict
 
-    spec = WorkerSpec("w", "pool", "decode", EngineConfig("dir", tp=2), tier="redis://x", tier_secret="s")
+    spec = WorkerSpec(
+        "w", "pool", "decode", EngineConfig("dir", tp=2, plugins=("a", "b")), tier="redis://x", tier_secret="s"
+    )
     assert WorkerSpec.from_json(json.dumps(asdict(spec))) == spec
 
 

@@ -73,8 +73,8 @@ class Registry:
 def load_registry(plugins: Sequence[str] = ()) -> Registry:
     """What is built in and what these modules bring. Raises ModelError naming model.plugins."""
     modules = [*_BUILT_IN, *map(_import_plugin, plugins)]
-    families = [(family.architecture, family, module) for module in modules for family in _of(module, "FAMILIES")]
-    methods = [(method.name, method, module) for module in modules for method in _of(module, "QUANT_METHODS")]
+    families = [(family.architecture, family, module) for module in modules for family in _families(module)]
+    methods = [(method.name, method, module) for module in modules for method in _quant_methods(module)]
     return Registry(_by_name("architecture", families), _by_name("quant_method", methods))
 
 
@@ -105,13 +105,18 @@ def _import_plugin(name: str) -> ModuleType:
     except Exception as error:  # whatever its code does wrong
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"model.plugins: {name} cannot be imported ({reason})") from None
-    if not (_of(module, "FAMILIES") or _of(module, "QUANT_METHODS")):
-        raise ModelError(f"model.plugins: {name} has neither FAMILIES nor QUANT_METHODS, so it adds nothing")
+    built_in = [family for other in _BUILT_IN for family in _families(other)]
+    if all(family in built_in for family in _families(module)) and not _quant_methods(module):
+        raise ModelError(f"model.plugins: {name} has neither FAMILIES nor QUANT_METHODS of its own, so it adds nothing")
     return module
 
 
-def _of(module: ModuleType, name: str) -> tuple[Any, ...]:
-    return tuple(getattr(module, name, ()))
+def _families(module: ModuleType) -> tuple[Family, ...]:
+    return tuple(getattr(module, "FAMILIES", ()))
+
+
+def _quant_methods(module: ModuleType) -> tuple[QuantMethod, ...]:
+    return tuple(getattr(module, "QUANT_METHODS", ()))
 
 
 def _by_name(kind: str, entries: Iterable[tuple[str, T, ModuleType]]) -> dict[str, T]:
