@@ -43,11 +43,8 @@ class Int8Rows:
     def linear(self, matrices: Matrices, weights: Weights, arithmetic: Arithmetic, bias: Tensor | None) -> Int8Linear:
         import torch
 
-        parts = matrices.parts(arithmetic.shard)
-        shares = [
-            _read(weights, name, size, matrices.inputs, part)
-            for name, size, part in zip(matrices.names, matrices.outputs, parts, strict=True)
-        ]
+        pieces = matrices.pieces(arithmetic.shard)
+        shares = [_read(weights, piece.name, piece.num_rows, matrices.inputs, piece.part) for piece in pieces]
         rows, scales = (torch.cat(tensors) for tensors in zip(*shares, strict=True))
         return Int8Linear(arithmetic, rows, scales, [len(share) for share, _ in shares], bias, self)
 

@@ -1,5 +1,6 @@
 """A family outside of the packages: a Llama in which every second layer sees a window of the tokens, through attention
-with sinks and capped scores, and whose projections around attention have biases."""
+with sinks and capped scores, and whose projections around attention have biases. What it does to embeddings, norms and
+logits is fixed."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def read(fields: ConfigFields) -> ModelConfig:
     windowed = replace(full, window=fields.size("sliding_window"), has_sinks=True, soft_cap=soft_cap)
     count = fields.size("num_hidden_layers")
     layers = tuple(LayerConfig(windowed if index % 2 else full, mlp) for index in range(count))
-    return fields.model(PreNormDecoder(layers))
+    model = fields.model(PreNormDecoder(layers))
+    return replace(model, embedding_scale=2.0, norm_offset=0.5, logit_scale=0.25, logit_soft_cap=5.0)
 
 
 FAMILIES = (Family(ARCHITECTURE, "windowed_llama", _KEYS, read),)

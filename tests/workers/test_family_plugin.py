@@ -1,4 +1,4 @@
-"""A family that a plugin brings, as one file: served with tp 2 and disaggregated, beside plain torch."""
+"""Families that plugins bring, each as one file: served with tp 2 and disaggregated, beside plain torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from workers.model.registry import load_config
 from workers.model.tensor_layout import check_checkpoint, tensor_layout
 from workers.request import SamplingParams
 
-PLUGINS = ("tests.plugins.windowed_llama",)
+PLUGINS = ("tests.plugins.windowed_llama", "tests.plugins.parallel_llama")
 CONFIG = {
     "architectures": ["WindowedLlamaForCausalLM"],
     "model_type": "windowed_llama",
@@ -42,11 +42,21 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 LENGTHS = (1, 5, 6, 7, 33, 50)
 
 
+PARALLEL = {
+    **{name: value for name, value in CONFIG.items() if name not in ("sliding_window", "attn_logit_softcapping")},
+    "architectures": ["ParallelLlamaForCausalLM"],
+    "model_type": "parallel_llama",
+}
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random, with weights so large that greedy choices are clear."""
-    path = tmp_path_factory.mktemp("windowed")
-    (path / "config.json").write_text(json.dumps(CONFIG))
+    return make_random(tmp_path_factory.mktemp("windowed"), CONFIG)
+
+
+def make_random(path: Path, config: dict[str, object]) -> Path:
+    """Weights so large that greedy choices are clear."""
+    (path / "config.json").write_text(json.dumps(config))
     (path / "tokenizer.json").write_text("{}")
     generator = torch.Generator().manual_seed(7)
     wanted = tensor_layout(load_config(path, plugins=PLUGINS)).wanted
@@ -69,12 +79,12 @@ def reference_tokens(path: Path, token_ids: list[int], max_tokens: int, window: 
     weights = load_file(path / "model.safetensors")
     tokens = list(token_ids)
     for _ in range(max_tokens):
-        tokens.append(int(_last_logits(weights, torch.tensor(tokens), window).argmax()))
+        tokens.append(int(last_logits(weights, torch.tensor(tokens), window).argmax()))
     return tokens[len(token_ids) :]
 
 
-def _last_logits(weights: dict[str, Tensor], token_ids: Tensor, window: int) -> Tensor:
-    x = weights["model.embed_tokens.weight"][token_ids]
+def last_logits(weights: dict[str, Tensor], token_ids: Tensor, window: int) -> Tensor:
+    x = weights["model.embed_tokens.weight"][token_ids] * 2
     for index in range(CONFIG["num_hidden_layers"]):
         layer = {n.split(f"layers.{index}.")[1]: w for n, w in weights.items() if f"layers.{index}." in n}
         is_windowed = index % 2 == 1
@@ -83,11 +93,12 @@ def _last_logits(weights: dict[str, Tensor], token_ids: Tensor, window: int) -> 
         normed = _norm(x, layer["post_attention_layernorm.weight"])
         gated = F.silu(normed @ layer["mlp.gate_proj.weight"].T) * (normed @ layer["mlp.up_proj.weight"].T)
         x = x + gated @ layer["mlp.down_proj.weight"].T
-    return _norm(x[-1], weights["model.norm.weight"]) @ weights["lm_head.weight"].T
+    logits = _norm(x[-1], weights["model.norm.weight"]) @ weights["lm_head.weight"].T / 4
+    return 5 * torch.tanh(logits / 5)
 
 
 def _norm(x: Tensor, weight: Tensor) -> Tensor:
-    return x * (x.pow(2).mean(-1, keepdim=True) + EPS).rsqrt() * weight
+    return x * (x.pow(2).mean(-1, keepdim=True) + EPS).rsqrt() * (weight + 0.5)
 
 
 def _attention(layer: dict[str, Tensor], x: Tensor, window: int, is_capped: bool) -> Tensor:
@@ -138,6 +149,9 @@ def test_tokens_are_those_of_plain_torch(split: tuple[int, int], checkpoint: Pat
         for options in ({}, {"cuda_graphs": True}, {"batch_invariant": True}):
             found = group.run(replace(config, **options), [prompt(n) for n in LENGTHS], GREEDY)
             assert found.completions == expected, options
+            for token_ids, logits in zip(map(prompt, LENGTHS), found.logits, strict=False):
+                first = last_logits(load_file(checkpoint / "model.safetensors"), torch.tensor(token_ids), window=6)
+                torch.testing.assert_close(logits[0], first[: logits.shape[1]], rtol=1e-4, atol=1e-4)
 
 
 def test_it_is_served_disaggregated_by_two_ranks_each(checkpoint: Path, shared_kv_node) -> None:
@@ -150,3 +164,31 @@ def test_it_is_served_disaggregated_by_two_ranks_each(checkpoint: Path, shared_k
             assert tokens == reference_tokens(checkpoint, prompt(length), 12, window=6)
             assert prefilled.num_computed_prompt_tokens == length
             assert decoded.num_computed_prompt_tokens == 0
+
+
+def test_layers_of_another_form_are_one_file_too(tmp_path: Path) -> None:
+    path = make_random(tmp_path, PARALLEL)
+    weights = load_file(path / "model.safetensors")
+    expected = []
+    for length in LENGTHS:
+        tokens = prompt(length)
+        for _ in range(12):
+            tokens.append(int(parallel_logits(weights, torch.tensor(tokens)).argmax()))
+        expected.append(tokens[length:])
+    config = EngineConfig(
+        str(path), "float32", "cpu", 2, block_size=4, num_blocks=96, max_num_seqs=4, plugins=PLUGINS
+    )  # fmt: skip
+    with EngineGroup(2, 1) as group:
+        for with_graphs in (False, True):
+            found = group.run(replace(config, cuda_graphs=with_graphs), [prompt(n) for n in LENGTHS], GREEDY)
+            assert found.completions == expected
+
+
+def parallel_logits(weights: dict[str, Tensor], token_ids: Tensor) -> Tensor:
+    x = weights["model.embed_tokens.weight"][token_ids]
+    for index in range(CONFIG["num_hidden_layers"]):
+        layer = {n.split(f"layers.{index}.")[1]: w for n, w in weights.items() if f"layers.{index}." in n}
+        normed = F.rms_norm(x, x.shape[-1:], layer["norm.weight"], EPS)
+        gated = F.silu(normed @ layer["mlp.gate_proj.weight"].T) * (normed @ layer["mlp.up_proj.weight"].T)
+        x = x + _attention(layer, normed, 0, is_capped=False) + gated @ layer["mlp.down_proj.weight"].T
+    return F.rms_norm(x[-1], x.shape[-1:], weights["model.norm.weight"], EPS) @ weights["lm_head.weight"].T

@@ -15,9 +15,12 @@ from tests.workers.tiny_llama import make_checkpoint
 from workers.config import EngineConfig
 from workers.errors import ModelError
 from workers.loader import Checkpoint
+from workers.model.arithmetic import Arithmetic
 from workers.model.decoder import PreNormDecoder
+from workers.model.formats.plain import PlainFormat
 from workers.model.registry import load_config, load_registry
 from workers.model.stage import build_stage
+from workers.model.weight_format import Matrices, Split
 from workers.parallel import ParallelGroups, Shard
 from workers.rank import kv_fingerprint
 
@@ -91,6 +94,36 @@ def test_every_field_of_a_family_names_other_kv_blocks(tmp_path: Path) -> None:
     models = [replace(model, decoder=decoder) for decoder in decoders]
     names = {kv_fingerprint(EngineConfig("dir"), changed, torch.float32, "weights") for changed in models}
     assert len(names) == 1 + len(others)
+
+
+class Tensors:
+    """Weights in memory."""
+
+    dtype = torch.float32
+
+    def __init__(self, **tensors: torch.Tensor) -> None:
+        self._tensors = tensors
+
+    def read(
+        self, name: str, shape: tuple[int, ...], part: tuple[slice, ...] = (), as_stored: bool = False
+    ) -> torch.Tensor:
+        assert self._tensors[name].shape == shape
+        return self._tensors[name][part]
+
+
+@pytest.mark.parametrize("split", Split)
+def test_one_tensor_may_hold_several_matrices(split: Split) -> None:
+    """As Phi 3's qkv_proj: the ranks' shares are those of the matrices apart."""
+    q, k = torch.randn(8, 6), torch.randn(4, 6)
+    apart, stacked = Matrices(("q", "k"), (8, 4), 6, split), Matrices(("qk",), (8, 4), 6, split)
+    assert (apart.tensors(), stacked.tensors()) == ([("q", 8), ("k", 4)], [("qk", 12)])
+    weights = Tensors(**{"q.weight": q, "k.weight": k, "qk.weight": torch.cat((q, k))})
+    for tp_rank in range(2):
+        arithmetic = Arithmetic(ParallelGroups(Shard(tp=2, tp_rank=tp_rank), CPU))
+        one, other = (PlainFormat().linear(m, weights, arithmetic, None) for m in (apart, stacked))
+        assert torch.equal(one.weight, other.weight)
+        assert one.output_sizes == other.output_sizes == ([4, 2] if split is Split.OUTPUTS else [8, 4])
+        assert one.weight.shape[1] == (3 if split is Split.INPUTS else 6)
 
 
 def test_layers_that_turn_alike_share_a_table(tmp_path: Path) -> None:

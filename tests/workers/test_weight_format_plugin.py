@@ -37,7 +37,7 @@ def quantise(path: Path, **options: object) -> tuple[Path, Path]:
     tensors = load_file(path / "model.safetensors")
     meant = {name: tensor.float() for name, tensor in tensors.items()}
     for matrices in tensor_layout(load_config(path)).matrices:
-        for name in matrices.names:
+        for name, _ in matrices.tensors():
             weight = tensors.pop(name + ".weight").float()
             scale = weight.abs().amax(1, keepdim=True) / 127
             rows = (weight / scale).round().to(torch.int8)

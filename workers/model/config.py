@@ -55,6 +55,10 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     decoder: Decoder
     weight_format: WeightFormat
+    embedding_scale: float = 1.0  # multiplies what is embedded
+    norm_offset: float = 0.0  # added to the weights of all norms
+    logit_scale: float = 1.0  # multiplies the logits
+    logit_soft_cap: float = 0.0  # logits become soft_cap * tanh(logit / soft_cap); 0 leaves them
 
     @property
     def cache_specs(self) -> tuple[CacheSpec, ...]:

@@ -101,6 +101,7 @@ class ExpertsConfig:
     num_experts_per_tok: int
     moe_intermediate_size: int
     norm_topk_prob: bool = False  # the chosen experts' weights add up to 1
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # of an expert's matrices
 
     def check_split(self, tp: int) -> None:
         """Each rank has its share of every expert's width."""
@@ -109,8 +110,7 @@ class ExpertsConfig:
     def matrices(self, prefix: str, hidden: int) -> ExpertMatrices:
         """Those of all experts."""
         gates, ups, downs = (
-            tuple(f"{prefix}experts.{expert}.{part}_proj" for expert in range(self.num_experts))
-            for part in ("gate", "up", "down")
+            tuple(f"{prefix}experts.{expert}.{name}" for expert in range(self.num_experts)) for name in self.names
         )
         return ExpertMatrices(gates, ups, downs, hidden, self.moe_intermediate_size)
 

@@ -63,6 +63,8 @@ class DecoderStage:
         self.layer_range = stage_layers(model.num_hidden_layers, shard.pp, shard.stage)
         self.hidden_size, self.dtype, self.device = model.hidden_size, dtype, arithmetic.groups.device
         self.batch_invariant = arithmetic.batch_invariant
+        self._embedding_scale = model.embedding_scale
+        self._logit_scale, self._logit_soft_cap = model.logit_scale, model.logit_soft_cap
         self._embedding = self._head = None
         if self.is_first or (self.is_last and model.tie_word_embeddings):
             self._embedding = VocabParallel(source, EMBEDDING + ".weight")
@@ -77,7 +79,8 @@ class DecoderStage:
         if received is not None:
             return received[0], received[1]
         assert self._embedding is not None
-        return self._embedding.embed(batch.token_ids), None
+        hidden = self._embedding.embed(batch.token_ids)
+        return hidden if self._embedding_scale == 1.0 else hidden * self._embedding_scale, None
 
     def leave(self, hidden: Tensor, residual: Tensor, batch: Batch) -> Tensor:
         """As in Stage."""
@@ -87,7 +90,10 @@ class DecoderStage:
         rows = batch.logit_rows
         normed, _ = self._norm.add(hidden[rows], residual[rows])
         assert isinstance(normed, Tensor)
-        return self._head.logits(normed)
+        logits = self._head.logits(normed)
+        if self._logit_scale != 1.0:
+            logits = logits * self._logit_scale
+        return torch.tanh(logits / self._logit_soft_cap) * self._logit_soft_cap if self._logit_soft_cap else logits
 
     def forward(self, batch: Batch, kv_caches: Sequence[Tensor], received: Tensor | None) -> Tensor:
         """As in Stage."""

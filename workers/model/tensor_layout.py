@@ -34,7 +34,7 @@ class TensorLayout:
     def linear(self, matrices: Matrices) -> None:
         """What stands for some matrices."""
         self.matrices.append(matrices)
-        for name, size in zip(matrices.names, matrices.outputs, strict=True):
+        for name, size in matrices.tensors():
             self.wanted.update(self._weight_format.tensors(name, size, matrices.inputs))
             if matrices.has_bias:
                 self.tensor(name + ".bias", (size,))

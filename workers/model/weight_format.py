@@ -33,21 +33,43 @@ class Split(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """A rank's share of one matrix."""
+
+    name: str
+    num_rows: int  # outputs of the whole tensor
+    part: Part  # of a tensor [outputs, inputs]; its first slice, if any, is that of a tensor [outputs]
+
+
+@dataclass(frozen=True, slots=True)
 class Matrices:
     """Matrices [outputs, inputs] that are multiplied by the same rows, in one product where the format allows it."""
 
-    names: tuple[str, ...]  # in the checkpoint, without the last part: model.layers.0.self_attn.q_proj
+    names: tuple[str, ...]
+    """In the checkpoint, without the last part: model.layers.0.self_attn.q_proj. One for each matrix; or a single one,
+    whose tensor has them all, one below the other."""
     outputs: tuple[int, ...]  # of each
     inputs: int
     split: Split = Split.NONE
     has_bias: bool = False  # NAME.bias [outputs] beside each
 
-    def parts(self, shard: Shard) -> list[Part]:
-        """The rank's part of each tensor whose dimensions are [outputs, inputs]."""
-        if self.split is Split.OUTPUTS:
-            return [(shard.slice_of(size),) for size in self.outputs]
-        part: Part = (slice(None), shard.slice_of(self.inputs)) if self.split is Split.INPUTS else ()
-        return [part for _ in self.names]
+    def tensors(self) -> list[tuple[str, int]]:
+        """Name and outputs of each tensor of the checkpoint."""
+        sizes = (sum(self.outputs),) if len(self.names) == 1 else self.outputs
+        return list(zip(self.names, sizes, strict=True))
+
+    def pieces(self, shard: Shard) -> list[Piece]:
+        """The rank's share of each matrix."""
+        inputs = (shard.slice_of(self.inputs),) if self.split is Split.INPUTS else ()
+        tensors, pieces, above = self.tensors(), [], 0
+        for index, size in enumerate(self.outputs):
+            name, num_rows = tensors[index if len(tensors) > 1 else 0]
+            first = above if num_rows != size else 0
+            above += size
+            mine = shard.slice_of(size) if self.split is Split.OUTPUTS else slice(0, size)
+            rows = slice(first + mine.start, first + mine.stop)
+            pieces.append(Piece(name, num_rows, (rows, *inputs)))
+        return pieces
 
 
 @dataclass(frozen=True, slots=True)

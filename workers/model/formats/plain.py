@@ -33,10 +33,9 @@ class PlainFormat:
         """As in WeightFormat."""
         import torch
 
-        sizes, parts = matrices.outputs, matrices.parts(arithmetic.shard)
         shares = [
-            weights.read(name + ".weight", (size, matrices.inputs), part)
-            for name, size, part in zip(matrices.names, sizes, parts, strict=True)
+            weights.read(piece.name + ".weight", (piece.num_rows, matrices.inputs), piece.part)
+            for piece in matrices.pieces(arithmetic.shard)
         ]
         weight = torch.cat(shares) if len(shares) > 1 else shares[0]
         return PlainLinear(arithmetic, weight, [len(share) for share in shares], bias)

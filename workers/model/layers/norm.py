@@ -10,11 +10,16 @@ from workers.model.layers.source import LayerSource
 from workers.model.weight_format import Quantised
 
 
+def _read(source: LayerSource, name: str, width: int) -> Tensor:
+    weight, offset = source.tensor(name, (width,)), source.model.norm_offset
+    return weight + offset if offset else weight
+
+
 class RmsNorm:
-    """x / rms(x) * weight over the hidden size."""
+    """x / rms(x) * (weight + norm_offset) over the hidden size."""
 
     def __init__(self, source: LayerSource, name: str) -> None:
-        self.weight = source.tensor(name, (source.model.hidden_size,))
+        self.weight = _read(source, name, source.model.hidden_size)
         self._eps = source.model.rms_norm_eps
 
     def add(
@@ -40,7 +45,7 @@ class HeadNorm:
     """The same over each head of queries or keys."""
 
     def __init__(self, source: LayerSource, name: str, head_dim: int) -> None:
-        self._weight = source.tensor(name, (head_dim,))
+        self._weight = _read(source, name, head_dim)
         self._eps = source.model.rms_norm_eps
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -42,12 +42,8 @@ class LayerSource:
         return SummedLinear(weight_format.linear(matrices, self._weights, self.arithmetic, None), self.arithmetic, bias)
 
     def _bias(self, matrices: Matrices) -> Tensor:
-        parts = matrices.parts(self.arithmetic.shard) if matrices.split is Split.OUTPUTS else [()] * len(matrices.names)
-        shares = [
-            self.tensor(name + ".bias", (size,), part)
-            for name, size, part in zip(matrices.names, matrices.outputs, parts, strict=True)
-        ]
-        return torch.cat(shares)
+        pieces = matrices.pieces(self.arithmetic.shard)
+        return torch.cat([self.tensor(piece.name + ".bias", (piece.num_rows,), piece.part[:1]) for piece in pieces])
 
     def experts(self, experts: ExpertMatrices) -> Experts:
         """The rank's share of all experts."""
