@@ -74,9 +74,7 @@ class ModelFiles:
             config = read_json(directory / "config.json", is_required=True, ignored=ignore_keys)
             generation = read_json(directory / "generation_config.json", ignored=ignore_keys)
             tokenizer_config = read_json(directory / "tokenizer_config.json", ignored=ignore_keys)
-            names = tokenizer_config
-            if "added_tokens_decoder" not in tokenizer_config:  # as transformers decides
-                names = {**tokenizer_config, **read_json(directory / "special_tokens_map.json", ignored=ignore_keys)}
+            names = _names(directory, tokenizer_config, ignore_keys)
             check_tokenizer_files(directory, ignore_keys)
             if generation_config != "none":
                 check_keys(generation, GENERATION_KEYS, directory / "generation_config.json", _NO_DEFAULTS)
@@ -96,6 +94,13 @@ class ModelFiles:
                 SamplingDefaults() if generation_config == "none" else _sampling_defaults(generation, directory)
             ),
         )
+
+
+def _names(directory: Path, tokenizer_config: dict[str, Any], ignore_keys: Collection[str]) -> dict[str, Any]:
+    """Where special tokens are named."""
+    if "added_tokens_decoder" in tokenizer_config:  # as transformers decides
+        return tokenizer_config
+    return {**tokenizer_config, **read_json(directory / "special_tokens_map.json", ignored=ignore_keys)}
 
 
 def _positive(config: dict[str, Any], field: str, directory: Path) -> int:

@@ -1,5 +1,5 @@
 """A family outside of the packages that brings layers of its own form: attention and MLP work on the same normed rows,
-x + attention(norm(x)) + mlp(norm(x)), as in GPT-J."""
+x + attention(norm(x)) + mlp(norm(x)), as in GPT-J. Positions count half."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from workers.model.cache_spec import CacheSpec
 from workers.model.config import ModelConfig
 from workers.model.config_fields import ConfigFields
 from workers.model.family import Family
-from workers.model.parts import AttentionConfig, MlpConfig, check_full_attention, read_attention, read_mlp
+from workers.model.parts import AttentionConfig, MlpConfig, RopeConfig, check_full_attention, read_attention, read_mlp
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,12 +49,22 @@ class ParallelDecoder:
         from workers.model.layers.mlp import SwiGlu
         from workers.model.layers.norm import RmsNorm
 
+        rope, head_dim = self.attention.rope, self.attention.head_dim
+        cos_sin = source.shared_table("half as far", lambda: _table(source, rope, head_dim))
         prefix = f"model.layers.{index}."
         return ParallelLayer(
             RmsNorm(source, prefix + "norm.weight"),
-            Attention(source, prefix + "self_attn.", self.attention, source.cache_group(index)),
+            Attention(source, prefix + "self_attn.", self.attention, source.cache_group(index), cos_sin),
             SwiGlu(source, prefix + "mlp.", self.mlp),
         )
+
+
+def _table(source: LayerSource, rope: RopeConfig, head_dim: int) -> Tensor:
+    import torch
+
+    turns = rope.rope_theta ** (-torch.arange(0, head_dim, 2).float() / head_dim)
+    angles = torch.arange(source.model.max_position_embeddings).float()[:, None] * turns / 2
+    return torch.cat((angles.cos(), angles.sin()), -1).to(source.arithmetic.groups.device)
 
 
 class ParallelLayer:

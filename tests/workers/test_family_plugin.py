@@ -101,12 +101,12 @@ def _norm(x: Tensor, weight: Tensor) -> Tensor:
     return x * (x.pow(2).mean(-1, keepdim=True) + EPS).rsqrt() * (weight + 0.5)
 
 
-def _attention(layer: dict[str, Tensor], x: Tensor, window: int, is_capped: bool) -> Tensor:
+def _attention(layer: dict[str, Tensor], x: Tensor, window: int, is_capped: bool, stretch: float = 1.0) -> Tensor:
     def project(part: str, heads: int) -> Tensor:
         rows = x @ layer[f"self_attn.{part}_proj.weight"].T + layer[f"self_attn.{part}_proj.bias"]
         return rows.view(len(x), heads, HEAD_DIM).transpose(0, 1)
 
-    q, k = _rotate(project("q", HEADS)), _rotate(project("k", KV_HEADS))
+    q, k = _rotate(project("q", HEADS), stretch), _rotate(project("k", KV_HEADS), stretch)
     k, v = (t.repeat_interleave(HEADS // KV_HEADS, 0) for t in (k, project("v", KV_HEADS)))
     scores = q @ k.transpose(1, 2) * HEAD_DIM**-0.5
     if is_capped:
@@ -122,10 +122,10 @@ def _attention(layer: dict[str, Tensor], x: Tensor, window: int, is_capped: bool
     return attended.transpose(0, 1).flatten(1) @ layer["self_attn.o_proj.weight"].T + layer["self_attn.o_proj.bias"]
 
 
-def _rotate(x: Tensor) -> Tensor:
+def _rotate(x: Tensor, stretch: float) -> Tensor:
     half = HEAD_DIM // 2
     turns = 10000.0 ** (-torch.arange(half).float() * 2 / HEAD_DIM)
-    angles = torch.arange(x.shape[1]).float()[:, None] * turns
+    angles = torch.arange(x.shape[1]).float()[:, None] * turns / stretch
     first, second = x[..., :half], x[..., half:]
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
@@ -190,5 +190,5 @@ def parallel_logits(weights: dict[str, Tensor], token_ids: Tensor) -> Tensor:
         layer = {n.split(f"layers.{index}.")[1]: w for n, w in weights.items() if f"layers.{index}." in n}
         normed = F.rms_norm(x, x.shape[-1:], layer["norm.weight"], EPS)
         gated = F.silu(normed @ layer["mlp.gate_proj.weight"].T) * (normed @ layer["mlp.up_proj.weight"].T)
-        x = x + _attention(layer, normed, 0, is_capped=False) + gated @ layer["mlp.down_proj.weight"].T
+        x = x + _attention(layer, normed, 0, is_capped=False, stretch=2.0) + gated @ layer["mlp.down_proj.weight"].T
     return F.rms_norm(x[-1], x.shape[-1:], weights["model.norm.weight"], EPS) @ weights["lm_head.weight"].T

@@ -16,8 +16,11 @@ from workers.model.weight_format import Quantised
 class Attention:
     """Projections, rotation, the cache, and the sums over it; see AttentionConfig."""
 
-    def __init__(self, source: LayerSource, prefix: str, config: AttentionConfig, group: int) -> None:
-        """group: which of the batch's groups it reads and writes."""
+    def __init__(
+        self, source: LayerSource, prefix: str, config: AttentionConfig, group: int, cos_sin: Tensor | None = None
+    ) -> None:
+        """group: which of the batch's groups it reads and writes. cos_sin: another rotation than config.rope's, in the
+        layout of workers.model.layers.rope."""
         self.qkv = source.linear(config.qkv(prefix, source.model.hidden_size))
         self.output = source.linear(config.output(prefix, source.model.hidden_size))
         self._q_norm = self._k_norm = None
@@ -29,7 +32,7 @@ class Attention:
         if config.has_sinks:
             mine = shard.slice_of(config.num_attention_heads)
             self._sinks = source.tensor(prefix + "sinks", (config.num_attention_heads,), (mine,)).float()
-        self._cos_sin = source.rope_table(config.rope, config.head_dim)
+        self._cos_sin = source.rope_table(config.rope, config.head_dim) if cos_sin is None else cos_sin
         self._group = group
         self._head_dim, self._scale = config.head_dim, config.scale or config.head_dim**-0.5
         self._window, self._soft_cap = config.window, config.soft_cap

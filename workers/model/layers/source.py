@@ -5,6 +5,8 @@ Knows nothing of any particular layer, family or weight format.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ class LayerSource:
         self.arithmetic = arithmetic
         self._weights = weights
         self._groups = group_of_layer(cache_groups(model.cache_specs))
-        self._rope_tables: dict[tuple[RopeConfig, int], Tensor] = {}
+        self._tables: dict[Hashable, Tensor] = {}
 
     def tensor(self, name: str, shape: tuple[int, ...], part: Part = ()) -> Tensor:
         """A tensor in the dtype that is computed in, or a part of it; `shape` is the whole tensor's."""
@@ -55,7 +57,11 @@ class LayerSource:
 
     def rope_table(self, rope: RopeConfig, head_dim: int) -> Tensor:
         """As in workers.model.layers.rope; layers that turn alike share one."""
-        if (rope, head_dim) not in self._rope_tables:
-            table = rope_table(rope, head_dim, self.model.max_position_embeddings, self.arithmetic.groups.device)
-            self._rope_tables[rope, head_dim] = table
-        return self._rope_tables[rope, head_dim]
+        positions, device = self.model.max_position_embeddings, self.arithmetic.groups.device
+        return self.shared_table((rope, head_dim), lambda: rope_table(rope, head_dim, positions, device))
+
+    def shared_table(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` returns, which is called once for each key."""
+        if key not in self._tables:
+            self._tables[key] = make()
+        return self._tables[key]
