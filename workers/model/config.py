@@ -66,6 +66,6 @@ class ModelConfig:
         return self.decoder.cache_specs
 
     def fingerprint_fields(self) -> dict[str, Any]:
-        """All fields, its family's and its weight format's too, as JSON can carry them: what a KV block depends on
-        beside the weights. No family can forget one."""
-        return asdict(self)
+        """All fields, its family's and its weight format's too, as JSON can carry them: what answers and KV blocks
+        depend on beside the weights. No family can forget one."""
+        return {**asdict(self), "kinds": [type(part).__name__ for part in (self.decoder, self.weight_format)]}

@@ -1,4 +1,5 @@
-"""A matrix over the vocabulary, split over the ranks: the embedding, the head, or both."""
+"""A matrix over the vocabulary, split over the ranks: the embedding, the head, or both. Knows nothing of
+sampling."""
 
 from __future__ import annotations
 

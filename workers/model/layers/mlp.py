@@ -1,4 +1,5 @@
-"""The gated MLP of a decoder layer, each rank with its share of the width."""
+"""The gated MLP of a decoder layer, each rank with its share of the width. Knows nothing of how its
+weights are stored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A mixture of experts in place of an MLP, each rank with its share of every expert's width."""
+"""A mixture of experts in place of an MLP, each rank with its share of every expert's width. Knows
+nothing of how the experts' weights are stored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The root-mean-square norm (arXiv:1910.07467), together with the residual sum before it and the rounding after it."""
+"""The root-mean-square norm (arXiv:1910.07467), together with the residual sum before it and the rounding after it.
+
+Knows nothing of what the normed rows are for.
+"""
 
 from __future__ import annotations
 

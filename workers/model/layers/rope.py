@@ -1,4 +1,7 @@
-"""The table of rotary embeddings (arXiv:2104.09864) in the Hugging Face layout: halves lie one behind the other."""
+"""The table of rotary embeddings (arXiv:2104.09864) in the Hugging Face layout: halves lie one behind the other.
+
+Knows nothing of layers: who turns alike shares a table (workers.model.layers.source).
+"""
 
 from __future__ import annotations
 
