@@ -15,7 +15,8 @@ from deploy.config import ClusterConfig, PoolConfig
 from deploy.errors import ConfigError
 from kvstore.arena import num_slots_for
 from kvstore.disk import least_disk_bytes
-from workers.config import EngineConfig, ModelConfig, WorkerSpec, kv_row_bytes
+from workers.config import EngineConfig, WorkerSpec, kv_row_bytes
+from workers.model.config import ModelConfig
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 REPLICA_CPUS = 0.1  # the replica only watches over its ranks
@@ -103,6 +104,7 @@ def make_plan(
             batch_invariant=config.model.batch_invariant,
             kv_encoding=config.kvstore.kv_encoding,
             ignore_keys=config.model.ignore_keys,
+            plugins=config.model.plugins,
         )
         spec = WorkerSpec(
             worker_id="",
@@ -122,7 +124,7 @@ def make_plan(
             cluster=cluster,
         )
         pools.append(_pool_plan(spec, pool))
-    row_bytes = kv_row_bytes(config.kvstore.kv_encoding, model.head_dim, DTYPE_BYTES[dtype])
+    row_bytes = kv_row_bytes(config.kvstore.kv_encoding, model.cache_specs[0].head_dim, DTYPE_BYTES[dtype])
     slot_bytes = layers * 2 * block_size * row_bytes
     num_slots = num_slots_for(config.kvstore.host_bytes, slot_bytes)
     least_bytes = least_disk_bytes(slot_bytes)

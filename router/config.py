@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from router.errors import ConfigError
-from router.model_files import GENERATION_CONFIG
+from router.model_files import GENERATION_CONFIG, ModelLimits
 from router.policy import POLICIES
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
@@ -87,6 +87,7 @@ class RouterSpec:
     cluster: str = ""  # its name: workers, KV nodes and streams of others are refused
     weights: str = ""  # digest of the weights that workers must have
     ignore_keys: tuple[str, ...] = ()  # keys of the model's files that are passed over though nothing is known of them
+    model_limits: ModelLimits = field(default_factory=ModelLimits)
 
     def __post_init__(self) -> None:
         for name in ("grpc_port", "http_port"):
