@@ -5,6 +5,8 @@
     handoff   GB/s of KV fragments through shared memory and through Redis, beside memcpy and loopback TCP
     overlap   how much of a 4k prompt is handed over before its prefill ends, and how soon decoding begins then
     failover  a stream with a 4k history on another worker: from the tiers, beside computed again
+    stalled_tier  the longest gap between two tokens while a tier that the streams do not need says nothing for 2 s
+    host_step     the leader's Python of a decode step: plan, encode, fill, update
 
 Rows are appended to bench/results/cpu.jsonl. Starts clusters as a user would, with the `switchyard` command.
 """
@@ -27,14 +29,18 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from kvstore import bench as handoff
 from kvstore.addresses import listen
 from planner import direct
+from planner.host_step import SIZES as HOST_STEP_SIZES
+from planner.host_step import measure as measure_host_step
 from planner.loadgen import play
 from planner.long_prompts import bench_failover, bench_overlap
 from planner.paged_handoff import measure_paged_hand_off
 from planner.rows import Measurement, append_rows
+from planner.stalled_tier import measure_stalled_tier
 from planner.trace import TraceRequest
 from router.client import GenerationClient
 from router.events import GenerationRequest, Tokens
@@ -196,12 +202,32 @@ def _redis() -> Iterator[str]:
         process.wait(timeout=20)
 
 
+def bench_stalled_tier() -> list[Measurement]:
+    """What a tier that says nothing costs streams that do not need it."""
+    with _redis() as url:
+        port = urlsplit(url).port
+        assert port is not None
+        return measure_stalled_tier(port)
+
+
+def bench_host_step() -> list[Measurement]:
+    """What the leader does in Python for a decode step."""
+    measurements = []
+    for size in HOST_STEP_SIZES:
+        rows = [measure_host_step(*size) for _ in range(RUNS)]
+        setting = {"streams": size[0], "context_tokens": size[1], "block_size": size[2]}
+        measurements.append(Measurement("host_step", "ms", [row.total_ms for row in rows], dict(setting)))
+    return measurements
+
+
 SECTIONS = {
     "serve": bench_serve,
     "router": bench_router,
     "handoff": bench_handoff,
     "overlap": bench_overlap,
     "failover": bench_failover,
+    "stalled_tier": bench_stalled_tier,
+    "host_step": bench_host_step,
 }
 
 

@@ -78,6 +78,10 @@ class DirectWorker:
         message = worker_pb2.Continue(stream_id=name, token_ids=token_ids)
         self._outbox.put(worker_pb2.ConnectRequest(**{"continue": message}))
 
+    def cancel(self, name: str) -> None:
+        """End a request."""
+        self._outbox.put(worker_pb2.ConnectRequest(cancel=worker_pb2.Cancel(stream_id=name)))
+
     def next_token(self, name: str) -> TimedToken:
         """The request's next token. Raises RuntimeError when it ends without one."""
         tokens = self._tokens[name]
