@@ -6,9 +6,11 @@ Whoever needs the node of its host asks for it here; the first one to ask makes 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,17 +18,22 @@ from typing import Any
 import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from switchyard.v1 import kvnode_pb2, kvnode_pb2_grpc
 
 from deploy.config import child_environment
 from deploy.leftovers import end_predecessor, hold_folder, leave_folder, record_arena, remove_leftovers
+from deploy.metrics import RayMetrics
 from deploy.plan import ArenaPlan
 from deploy.preflight import check_arena_dir
 from deploy.supervise import Ready, SupervisedProcess
 from kvstore.addresses import join_host_port
 from kvstore.arena import num_slots_for
+from kvstore.channels import NODE_ERRORS, call, dial
+from telemetry import node as declared
 
 _READY_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 15.0
+_REPORT_S = 0.5
 _FOLDER_SHARE = 0.8  # of what is free in the arena's folder
 _MEMORY_SHARE = 0.5  # of the memory that can be had: the folder counts as its own what the workers need
 _FIRST_ATTEMPTS = 6  # the port for control was free when it was chosen; somebody else may hold it for a moment
@@ -139,19 +146,38 @@ class KVNodeActor:
         attempts = sys.maxsize if is_restarted else _FIRST_ATTEMPTS
         self._process = SupervisedProcess("KV node", next_command, child_environment(), self._log, attempts)
         self._process.start()
+        self._stopping = threading.Event()
+        threading.Thread(target=self._report, args=(settings.cluster,), name="report", daemon=True).start()
 
     def describe(self) -> KVNode:
         """The node, once it is ready. Raises StartError."""
         self._process.wait_ready(_READY_TIMEOUT_S)
         return KVNode(self._node_id, self._host_address, self._process.pid or 0, self._num_slots)
 
+    def _report(self, cluster: str) -> None:
+        labels = dict(zip(declared.LABELS, (self._node_id,), strict=True))
+        arena, disk = RayMetrics(declared.ARENA, labels), RayMetrics(declared.DISK, labels)
+        with dial(self._host_address) as channel:
+            get_stats = kvnode_pb2_grpc.KVNodeServiceStub(channel).GetStats
+            while not self._stopping.wait(_REPORT_S):
+                with contextlib.suppress(*NODE_ERRORS):  # it is starting, or was lost: its process is watched elsewhere
+                    show_stats(arena, disk, call(get_stats, kvnode_pb2.GetStatsRequest(), cluster))
+
     def stop(self, keep_logs: bool) -> None:
         """End the process; it removes its files, and this the folder when nothing else is in it."""
+        self._stopping.set()
         self._process.stop()
         self._secret_file.unlink(missing_ok=True)
         if not keep_logs:
             self._log.unlink(missing_ok=True)
             leave_folder(self._log.parent, self._node_id)
+
+
+def show_stats(metrics: RayMetrics, disk_metrics: RayMetrics, stats: kvnode_pb2.GetStatsResponse) -> None:
+    """Export a node's counters; those of a disk tier where it has one."""
+    metrics.report(stats)
+    if stats.HasField("disk"):
+        disk_metrics.report(stats.disk)
 
 
 def _write_secret(path: Path, secret: str) -> None:
