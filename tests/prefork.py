@@ -25,6 +25,7 @@ import router.app  # noqa: F401
 import workers.rank  # noqa: F401
 from kvstore.node import main as node_main
 from router.__main__ import main as router_main
+from settings.loading import load
 from workers.config import WorkerSpec
 from workers.process import run_rank
 
@@ -34,7 +35,7 @@ _PR_SET_PDEATHSIG = 1
 def _run_worker(spec: str) -> int:
     """A worker as `python -m workers` runs it, but rank 0 in this very process and the others forked from it."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    told = WorkerSpec.from_json(Path(spec).read_text())
+    told = load(WorkerSpec, spec)
     meeting = f"file://{spec}.{os.getpid()}.meeting"
     for rank in range(1, told.engine.tp * told.engine.pp):
         if os.fork() == 0:

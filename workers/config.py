@@ -6,7 +6,6 @@ Reads config.json and generation_config.json. Knows nothing of tensors, routers 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -316,10 +315,3 @@ class WorkerSpec:
             raise ValueError(f"prefix_fetch must be one of {', '.join(PREFIX_FETCH)}, not {self.prefix_fetch}")
         if (self.tier or self.peers) and not self.tier_secret:
             raise ValueError("tier_secret must be set where there is a tier outside the host")
-
-    @classmethod
-    def from_json(cls, text: str) -> WorkerSpec:
-        """The inverse of json.dumps(dataclasses.asdict(spec))."""
-        raw = json.loads(text)
-        engine = {**raw["engine"], "ignore_keys": tuple(raw["engine"].get("ignore_keys", ()))}
-        return cls(**{**raw, "engine": EngineConfig(**engine)})

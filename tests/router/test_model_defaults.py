@@ -19,7 +19,7 @@ from router.app import Router
 from router.checks import check_sampling
 from router.config import RouterSpec
 from router.defaults import settled
-from router.errors import ConfigError, ModelFilesError
+from router.errors import ModelFilesError
 from router.events import SamplingOptions
 from router.model_files import ModelFiles, SamplingDefaults
 from router.wire import generation_request, journal_record, sampling_message, sampling_options
@@ -76,7 +76,7 @@ def test_sampling_defaults_are_read_and_can_be_turned_off(tmp_path: Path) -> Non
         with pytest.raises(ModelFilesError, match=rf"generation_config\.json: {field} must be"):
             ModelFiles.load(directory, "m")
         ModelFiles.load(directory, "m", "none")
-    with pytest.raises(ConfigError, match="generation_config: must be one of auto, none, not 'vllm'"):
+    with pytest.raises(ValueError, match="generation_config: must be one of auto, none, not 'vllm'"):
         RouterSpec("r", str(tmp_path), "m", "memory://", generation_config="vllm")
 
 

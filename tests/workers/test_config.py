@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoint.tensors import weights_digest
+from settings.loading import load, write
 from tests.workers.tiny_llama import make_checkpoint
 from workers.config import EngineConfig, ModelConfig, WorkerSpec, resolve_model
 from workers.errors import ModelError
@@ -119,11 +120,11 @@ def test_stages_cover_all_layers_once_and_evenly(layers, pp):
     assert max(map(len, stages)) - min(map(len, stages)) <= 1
 
 
-def test_spec_survives_json():
-    from dataclasses import asdict
-
+def test_spec_survives_json(tmp_path):
     spec = WorkerSpec("w", "pool", "decode", EngineConfig("dir", tp=2), tier="redis://x", tier_secret="s")
-    assert WorkerSpec.from_json(json.dumps(asdict(spec))) == spec
+    write(tmp_path / "spec.json", spec)
+    assert (tmp_path / "spec.json").stat().st_mode & 0o777 == 0o600
+    assert load(WorkerSpec, tmp_path / "spec.json") == spec
 
 
 def test_engine_config_refuses_nonsense():
