@@ -7,7 +7,7 @@ Whoever needs the node of its host asks for it here; the first one to ask makes 
 from __future__ import annotations
 
 import contextlib
-import os
+import dataclasses
 import shutil
 import sys
 import threading
@@ -29,6 +29,8 @@ from deploy.supervise import Ready, SupervisedProcess
 from kvstore.addresses import join_host_port
 from kvstore.arena import num_slots_for
 from kvstore.channels import NODE_ERRORS, call, dial
+from kvstore.config import KVStoreConfig, NodeSpec
+from settings.loading import write
 from telemetry import node as declared
 
 _READY_TIMEOUT_S = 60.0
@@ -54,14 +56,8 @@ class KVNodeSettings:
     """Ray node whose KV node holds leases and directory; "" when Redis does."""
     control_address: str
     """HOST:PORT for them; fixed beforehand so that a restarted process is found again."""
-    disk_dir: str = ""
-    disk_bytes: int = 0
-    """0: no disk tier."""
-    disk_write: str = "back"
-    disk_compression: str = "none"
-    peers: bool = False
-    """Whether other hosts pull from the nodes."""
-    peer_transport: str = "tcp"
+    kvstore: KVStoreConfig
+    """The branch of the configuration."""
     secret: str = field(default="", repr=False)
     """Of what leaves a host's memory."""
 
@@ -111,35 +107,23 @@ class KVNodeActor:
         run_dir = Path(settings.run_dir)
         remove_leftovers(run_dir.parent)
         hold_folder(run_dir)  # for as long as this process lives
-        self._host_address = f"unix:{run_dir}/kv-{self._node_id}.sock"
         arena = Path(settings.arena.folder) / f"switchyard-{settings.cluster_id}-{self._node_id}"
         check_arena_dir(settings.arena.folder)
         record_arena(run_dir, self._node_id, arena)
         end_predecessor(arena)  # before looking what there is room for
         self._num_slots = min(settings.arena.num_slots, slots_that_fit(settings.arena))
-        command = [
-            *(sys.executable, "-P", "-m", "kvstore.node"),
-            *("--node-id", self._node_id, "--arena", str(arena), "--host-address", self._host_address),
-            *("--slot-bytes", str(settings.arena.slot_bytes), "--num-slots", str(self._num_slots)),
-            *("--cluster", settings.cluster),
-        ]
+        spec = node_spec(settings, self._node_id, arena, self._num_slots)
         if ray_node_id == settings.control_node_id:
-            command += ["--control-address", settings.control_address]
-
-        self._secret_file = run_dir / f"kv-{self._node_id}.secret"
-        if settings.disk_bytes or settings.peers:
-            command += ["--secret-file", str(self._secret_file)]
-            _write_secret(self._secret_file, settings.secret)
-        if settings.disk_bytes:
-            command += ["--disk-dir", settings.disk_dir, "--disk-bytes", str(settings.disk_bytes)]
-            command += ["--disk-write", settings.disk_write, "--disk-compression", settings.disk_compression]
-        if settings.peers:
-            command += ["--peer-address", join_host_port(ray.util.get_node_ip_address(), 0)]
-            command += ["--peer-transport", settings.peer_transport]
+            spec = dataclasses.replace(spec, control_address=settings.control_address)
+        if settings.kvstore.peers:
+            spec = dataclasses.replace(spec, peer_address=join_host_port(ray.util.get_node_ip_address(), 0))
+        self._spec_file = run_dir / f"kv-{self._node_id}.json"
+        write(self._spec_file, spec)
 
         def next_command(_: Ready | None) -> list[str]:
-            return command
+            return [sys.executable, "-P", "-m", "kvstore.node", "--spec", str(self._spec_file)]
 
+        self._host_address = spec.host_address
         self._log = run_dir / f"kv-{self._node_id}.log"
         # Whoever starts a cluster is told that it cannot start; a running cluster is not given up.
         is_restarted = ray.get_runtime_context().was_current_actor_reconstructed
@@ -167,7 +151,7 @@ class KVNodeActor:
         """End the process; it removes its files, and this the folder when nothing else is in it."""
         self._stopping.set()
         self._process.stop()
-        self._secret_file.unlink(missing_ok=True)
+        self._spec_file.unlink(missing_ok=True)
         if not keep_logs:
             self._log.unlink(missing_ok=True)
             leave_folder(self._log.parent, self._node_id)
@@ -180,10 +164,18 @@ def show_stats(metrics: RayMetrics, disk_metrics: RayMetrics, stats: kvnode_pb2.
         disk_metrics.report(stats.disk)
 
 
-def _write_secret(path: Path, secret: str) -> None:
-    """A command line can be read by everybody on the host, this file by nobody else."""
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(secret)
+def node_spec(settings: KVNodeSettings, node_id: str, arena: Path, num_slots: int) -> NodeSpec:
+    """What a host's node process is told, without directory and peers. It has the secret only if it needs it."""
+    return NodeSpec(
+        node_id,
+        arena,
+        settings.arena.slot_bytes,
+        num_slots,
+        host_address=f"unix:{settings.run_dir}/kv-{node_id}.sock",
+        kvstore=settings.kvstore,
+        secret=settings.secret if settings.kvstore.disk_bytes or settings.kvstore.peers else "",
+        cluster=settings.cluster,
+    )
 
 
 def kv_node_on(ray_node_id: str, settings: KVNodeSettings) -> Any:

@@ -197,13 +197,14 @@ class FakeCluster:
         runner = str(self.shape.engine.get("runner", "fake"))
         return weights_identity(self.model_dir, ModelConfig.load(self.model_dir), runner)
 
-    def _node_options(self, number: int) -> list[str]:
-        options = ["--peer-transport", self.shape.peer_transport, "--cluster", self.shape.cluster]
-        options += ["--peer-address", f"127.0.0.1:{free_port()}"] if self.shape.peers else []
+    def _node_options(self, number: int) -> dict[str, object]:
+        """Of a NodeSpec."""
+        store: dict[str, object] = {"peer_transport": self.shape.peer_transport}
         if self.shape.disk_bytes:
             folder = self.shape.disk_dir or f"{self.folder}/disk-{number}"
-            options += ["--disk-dir", folder, "--disk-bytes", str(self.shape.disk_bytes), "--disk-write", "through"]
-        return options
+            store |= {"disk_dir": folder, "disk_bytes": self.shape.disk_bytes, "disk_write": "through"}
+        peer_address = f"127.0.0.1:{free_port()}" if self.shape.peers else ""
+        return {"cluster": self.shape.cluster, "peer_address": peer_address, "kvstore": store}
 
     # ------------------------------------------------------------------------------------------------------ processes
     def node_of(self, name: str) -> ForkedNode:

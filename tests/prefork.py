@@ -1,7 +1,7 @@
 """Starts servers for tests in no time: imports what they need once, then forks for each: `python -m tests.prefork`.
 
 Reads one JSON object a line, {"program": "worker" | "router" | "node", "spec": FILE, "output": FILE, "errors": FILE},
-and answers with {"pid": PID}. A node's spec is the list of its arguments. Each child is a session of its own and does
+and answers with {"pid": PID}. Each child is a session of its own and does
 what its real `main` does; when this process ends, so do they all.
 """
 
@@ -16,7 +16,6 @@ import signal
 import sys
 import threading
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import grpc.aio  # noqa: F401  # imported here so that no child has to
 
@@ -71,7 +70,7 @@ def _become(order: dict[str, str]) -> None:
         if order["program"] == "worker":
             code = _run_worker(order["spec"])
         elif order["program"] == "node":
-            code = node_main(json.loads(Path(order["spec"]).read_text()))
+            code = node_main(["--spec", order["spec"]])
         else:
             code = router_main(["--spec", order["spec"]])
     except BaseException:

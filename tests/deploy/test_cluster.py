@@ -21,8 +21,10 @@ import pytest
 
 from deploy.completion import Completion, complete
 from deploy.metrics import exported_names
+from kvstore.config import NodeSpec
 from router.client import GenerationError
 from router.events import GenerationRequest, SamplingOptions
+from settings.loading import load
 from telemetry import node, worker
 from telemetry.metric import Kind
 from tests import greedy
@@ -269,8 +271,11 @@ def test_ctrl_c_ends_all_that_was_started(cluster: Running) -> None:
     """Last: the cluster is gone after it."""
     children = psutil.Process(cluster.process.pid).children(recursive=True)
     (node,) = cluster.processes(r"-m kvstore\.node ")
-    arena = Path(node.cmdline()[node.cmdline().index("--arena") + 1])
-    sockets = Path(node.cmdline()[node.cmdline().index("--host-address") + 1].removeprefix("unix:"))
+    spec = load(NodeSpec, node.cmdline()[-1])
+    arena, sockets = spec.arena, Path(spec.host_address.removeprefix("unix:"))
+    assert spec.secret  # of the disk tier
+    assert cluster.processes(re.escape(spec.secret)) == []  # in nobody's command line
+    assert Path(node.cmdline()[-1]).stat().st_mode & 0o777 == 0o600
     assert arena.exists()
     cluster.process.send_signal(signal.SIGINT)
     assert cluster.process.wait(60) == 0

@@ -52,17 +52,33 @@ def test_yaml_and_json_say_the_same(tmp_path: Path) -> None:
         ("a.json", "{", ":1: not JSON (Expecting property name enclosed in double quotes)"),
         ("a.json", '{"name": "a", "name": "b"}', ": name is given twice"),
         ("a.json", "[]", ": must hold keys and values, not a list"),
-        ("a.json", '{"name": "a", "branch": {"num_step": 1}}', ": branch.num_step: unknown key (did you mean num_steps?)"),
-        ("a.json", '{"name": "a", "branches": {"b": {"num_steps": 0}}}', ": branches.b.num_steps: must be at least 1, not 0"),
-        ("a.json", '{"name": "a", "branch": {"num_steps": "2"}}', ": branch.num_steps: must be a valid integer, not the text '2'"),
-        ("a.json", '{"name": "a", "branch": {"num_steps": true}}', ": branch.num_steps: must be a valid integer, not true"),
+        (
+            "a.json",
+            '{"name": "a", "branch": {"num_step": 1}}',
+            ": branch.num_step: unknown key (did you mean num_steps?)",
+        ),
+        (
+            "a.json",
+            '{"name": "a", "branches": {"b": {"num_steps": 0}}}',
+            ": branches.b.num_steps: must be at least 1, not 0",
+        ),
+        (
+            "a.json",
+            '{"name": "a", "branch": {"num_steps": "2"}}',
+            ": branch.num_steps: must be a valid integer, not the text '2'",
+        ),
+        (
+            "a.json",
+            '{"name": "a", "branch": {"num_steps": true}}',
+            ": branch.num_steps: must be a valid integer, not true",
+        ),
         ("a.json", "{}", ": name: missing"),
         ("a.json", '{"name": "a", "names": ["x", 1]}', ": names.1: must be a valid string, not 1"),
         ("a.json", '{"name": "a", "secret": 12345678}', ": secret: must be a valid string"),
         ("a.yaml", "name: a\nname: b", ":2: not YAML (name is given twice)"),
         ("a.yaml", "\xff", ": not UTF-8 text"),
     ],
-)  # fmt: skip
+)
 def test_one_line_says_what_is_wrong(tmp_path: Path, name: str, text: str, message: str) -> None:
     path = tmp_path / name
     path.write_bytes(text.encode("latin-1"))
