@@ -23,7 +23,7 @@ from router.config import RouterConfig
 from router.model_files import GENERATION_CONFIG
 from settings import loading
 from settings.loading import SettingsError
-from workers.config import DTYPES, ROLES, RUNNERS
+from workers.config import DTYPES, ROLES, RUNNERS, EngineOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_MODEL = ROOT / "models" / "demo"
@@ -88,33 +88,15 @@ class EndpointsConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class PoolConfig:
+class PoolConfig(EngineOptions):
     """Workers of one kind: one Ray Serve deployment, each replica a worker of tp x pp ranks."""
 
     role: str
     """prefill, decode or mixed: what its workers take at first."""
     replicas: int = 1
     """Workers."""
-    tp: int = 1
-    """Tensor-parallel ranks of a pipeline stage; they share one host."""
-    pp: int = 1
-    """Pipeline stages."""
     device: str = "auto"
     """cpu or cuda; auto means cuda where the Ray cluster has GPUs."""
-    num_blocks: int = 0
-    """Device KV blocks of a worker; 0 means from the free memory."""
-    max_num_seqs: int = 32
-    """Most requests in a running batch."""
-    max_num_batched_tokens: int = 512
-    """Most tokens of one engine step."""
-    enable_prefix_caching: bool = True
-    """Whether finished blocks stay as cache."""
-    num_threads: int = 1
-    """CPU threads of a rank."""
-    cuda_graphs: bool | None = None
-    """Whether steps run from captured graphs; null means on cuda."""
-    async_scheduling: bool | None = None
-    """Whether a step is planned while the one before it runs; null means on cuda, where pp is 1."""
     cpus_per_rank: float = 1.0
     """CPUs that Ray reserves for a rank."""
     gpus_per_rank: float = 1.0
@@ -127,13 +109,11 @@ class PoolConfig:
     """A worker with requests but no engine step for so long is replaced."""
 
     def __post_init__(self) -> None:
+        EngineOptions.__post_init__(self)
         _require(self.role in ROLES, "role", f"must be one of {', '.join(ROLES)}, not {self.role!r}")
         _require(self.device in DEVICES, "device", f"must be one of {', '.join(DEVICES)}, not {self.device!r}")
-        for name in ("replicas", "tp", "pp", "max_num_seqs", "max_num_batched_tokens", "num_threads"):
-            _require(getattr(self, name) >= 1, name, f"must be at least 1, not {getattr(self, name)}")
-        _require(not self.async_scheduling or self.pp == 1, "async_scheduling", "needs pp=1")
-        for name in ("num_blocks", "cpus_per_rank"):
-            _require(getattr(self, name) >= 0, name, f"must be >= 0, not {getattr(self, name)}")
+        _require(self.replicas >= 1, "replicas", f"must be at least 1, not {self.replicas}")
+        _require(self.cpus_per_rank >= 0, "cpus_per_rank", f"must be >= 0, not {self.cpus_per_rank}")
         for name in ("gpus_per_rank", "drain_timeout_s", "progress_timeout_s"):
             _require(0 < getattr(self, name) < float("inf"), name, f"must be > 0, not {getattr(self, name)}")
         for resource, amount in self.resources.items():

@@ -93,30 +93,26 @@ def make_plan(
     name = model_name(config, model_dir)
     pools = []
     for pool_name, pool in config.pools.items():
-        common = EngineConfig(
+        engine = EngineConfig(
             model_dir,
             dtype,
             devices[pool_name],
             block_size=block_size,
             max_model_len=config.model.max_model_len,
-            **dataclasses.asdict(config.engine),
             batch_invariant=config.model.batch_invariant,
             kv_encoding=config.kvstore.kv_encoding,
             ignore_keys=config.model.ignore_keys,
+            **dataclasses.asdict(config.engine),
+            **pool.options(),
         )
         spec = WorkerSpec(
             worker_id="",
             pool=pool_name,
             role=pool.role,
-            engine=_engine(common, pool),
+            engine=engine,
             model_name=name,
-            tier=config.kvstore.tier,
-            peers=config.kvstore.peers,
-            peer_transport=config.kvstore.peer_transport,
+            kvstore=config.kvstore,
             tier_secret=tier_secret,
-            tier_ttl_s=config.kvstore.tier_ttl_s,
-            tier_compression=config.kvstore.tier_compression,
-            prefix_fetch=config.kvstore.prefix_fetch,
             control=control,
             layers_per_fragment=layers,
             cluster=cluster,
@@ -151,21 +147,6 @@ def cluster_name(config: ClusterConfig, model_dir: str, host: str, start_id: str
     port = config.endpoints.grpc_port
     where = f"{host}\0{config.endpoints.grpc_host}:{port or start_id}\0{model_name(config, model_dir)}"
     return "sy-" + hashlib.blake2b(where.encode(), digest_size=8).hexdigest()
-
-
-def _engine(common: EngineConfig, pool: PoolConfig) -> EngineConfig:
-    return dataclasses.replace(
-        common,
-        tp=pool.tp,
-        pp=pool.pp,
-        num_blocks=pool.num_blocks,
-        max_num_seqs=pool.max_num_seqs,
-        max_num_batched_tokens=pool.max_num_batched_tokens,
-        enable_prefix_caching=pool.enable_prefix_caching,
-        num_threads=pool.num_threads,
-        cuda_graphs=pool.cuda_graphs,
-        async_scheduling=pool.async_scheduling,
-    )
 
 
 def _pool_plan(spec: WorkerSpec, pool: PoolConfig) -> PoolPlan:

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kvstore.arena import arena_path
-from kvstore.config import NodeSpec
+from kvstore.config import KVStoreConfig, NodeSpec
 from planner import direct
 from planner.direct import DirectWorker, Part
 from planner.rows import Measurement
@@ -176,7 +176,7 @@ def _spec(model: Path, node: _Node, role: str, name: str = "", prefix_fetch: str
         node_id="bench",
         host_address=node.host_address,
         control=node.control_url,
-        prefix_fetch=prefix_fetch,
+        kvstore=KVStoreConfig(prefix_fetch=prefix_fetch),
     )
     return json.dumps(asdict(spec))
 

@@ -22,6 +22,7 @@ from typing import Any
 import grpc
 from switchyard.v1 import worker_pb2, worker_pb2_grpc
 
+from kvstore.config import KVStoreConfig
 from kvstore.connect import open_directory
 from kvstore.directory import DirectoryUnavailable
 from router.client import GenerationClient
@@ -142,10 +143,12 @@ class Shape:
             engine=EngineConfig(str(model_dir), **settings),
             model_name=self.model_name,
             cluster=self.cluster,
-            tier=self.tier,
-            peers=self.peers,
-            peer_transport=self.peer_transport,
-            prefix_fetch="always",  # no probe at the start, and whatever may be pulled is pulled
+            kvstore=KVStoreConfig(
+                tier=self.tier,
+                peers=self.peers,
+                peer_transport=self.peer_transport,
+                prefix_fetch="always",  # no probe at the start, and whatever may be pulled is pulled
+            ),
             tier_secret=self.secret if self.tier or self.peers else "",
             layers_per_fragment=1,
         )

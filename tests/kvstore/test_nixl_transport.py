@@ -154,7 +154,7 @@ def test_many_groups_over_several_connections(
 
 
 def test_the_tiers_of_a_worker_read_by_it(nixl_node: KVNode, host: HostTier) -> None:
-    tier = open_tiers("", "", SECRET, 60.0, nixl_node.control_url, "nixl")[0]
+    tier = open_tiers("", KVStoreConfig(peers=True, peer_transport="nixl"), SECRET, nixl_node.control_url)[0]
     fragments = make_fragments(3)
     host.put(fragments)
     tier._directory.publish([fragments[0].key[:16]], f"peer:{host.peer_address}")  # type: ignore[attr-defined]
