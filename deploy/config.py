@@ -187,12 +187,19 @@ class ClusterConfig:
     refuse each other. Empty means derived from this machine, the served model and the gRPC port: the same at the next
     start on this machine. In containers, which are new machines each time, set it."""
     model: ModelSource = field(default_factory=ModelSource)
+    """The served model."""
     engine: EngineSettings = field(default_factory=EngineSettings)
+    """What computes the tokens."""
     endpoints: EndpointsConfig = field(default_factory=EndpointsConfig)
+    """Routers, and where they listen."""
     router: RouterConfig = field(default_factory=RouterConfig)
+    """How routers place and serve requests."""
     pools: dict[str, PoolConfig] = field(default_factory=_default_pools)
+    """Workers, by the names of their pools. By default one prefill and one decode worker."""
     kvstore: KVStoreConfig = field(default_factory=KVStoreConfig)
+    """KV blocks and their tiers."""
     ray: RayConfig = field(default_factory=RayConfig)
+    """The Ray cluster below."""
 
     def __post_init__(self) -> None:
         named = re.fullmatch(r"[A-Za-z0-9._-]{0,63}", self.name)

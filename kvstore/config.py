@@ -48,7 +48,7 @@ class KVStoreConfig:
     peers: bool = False
     """Whether hosts pull fragments from each other. Bytes are tagged and verified, but not encrypted."""
     peer_transport: str = "tcp"
-    """By what they do: tcp, or nixl (the nixl package reads from other hosts' memory, over RDMA where there is such a
+    """How peers pull: tcp, or nixl (the nixl package reads from other hosts' memory, over RDMA where there is such a
     network). With nixl, whoever reaches a host's memory by it can also write there: its network must be private."""
     tier: str = ""
     """redis:// or rediss:// URL of the tier that hosts share, or redis+cluster://HOST:PORT,HOST:PORT (rediss+cluster)

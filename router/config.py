@@ -35,7 +35,7 @@ class RouterConfig:
     first_token_wait_s: float = 300.0
     """A placement that brings no token for so long, though its worker lives, is given up."""
     next_token_wait_s: float = 60.0
-    """And so is one whose next token takes so long."""
+    """A placement whose next token takes so long is given up, too."""
     request_timeout_s: float = 1800.0
     """Deadline of a request whose client set none; 0 means none."""
     directory_poll_s: float = 0.25
@@ -45,11 +45,11 @@ class RouterConfig:
     drain_s: float = 10.0
     """How long running streams may go on after SIGTERM."""
     prefill_ms_per_token: float = 0.2
-    """First guess of the cost model, as the next two; each pool's own speed replaces the first two."""
+    """First guess of the cost model; each pool's measured speed replaces it."""
     decode_ms_per_step: float = 10.0
-    """As above, of one step."""
+    """First guess of the cost model; each pool's measured speed replaces it."""
     transfer_ms_per_block: float = 0.5
-    """As above, of one KV block."""
+    """What the cost model takes for moving one KV block."""
     cors_origins: tuple[str, ...] = ()
     """Origins whose web pages may call the HTTP API; "*" means all."""
 
