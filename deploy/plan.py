@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from deploy.config import ClusterConfig, PoolConfig
 from deploy.errors import ConfigError
 from kvstore.arena import num_slots_for
+from kvstore.config import KVStoreConfig
 from kvstore.disk import least_disk_bytes
 from workers.config import EngineConfig, ModelConfig, WorkerSpec, kv_row_bytes
 
@@ -93,23 +94,11 @@ def make_plan(
     name = model_name(config, model_dir)
     pools = []
     for pool_name, pool in config.pools.items():
-        engine = EngineConfig(
-            model_dir,
-            dtype,
-            devices[pool_name],
-            block_size=block_size,
-            max_model_len=config.model.max_model_len,
-            batch_invariant=config.model.batch_invariant,
-            kv_encoding=config.kvstore.kv_encoding,
-            ignore_keys=config.model.ignore_keys,
-            **dataclasses.asdict(config.engine),
-            **pool.options(),
-        )
         spec = WorkerSpec(
             worker_id="",
             pool=pool_name,
             role=pool.role,
-            engine=engine,
+            engine=_engine(config, pool, model_dir, devices[pool_name], dtype, block_size),
             model_name=name,
             kvstore=config.kvstore,
             tier_secret=tier_secret,
@@ -119,15 +108,18 @@ def make_plan(
         )
         pools.append(_pool_plan(spec, pool))
     row_bytes = kv_row_bytes(config.kvstore.kv_encoding, model.head_dim, DTYPE_BYTES[dtype])
-    slot_bytes = layers * 2 * block_size * row_bytes
-    num_slots = num_slots_for(config.kvstore.host_bytes, slot_bytes)
+    arena = _arena(config.kvstore, slot_bytes=layers * 2 * block_size * row_bytes)
+    return ClusterPlan(cluster, name, tuple(pools), arena)
+
+
+def _arena(store: KVStoreConfig, slot_bytes: int) -> ArenaPlan:
     least_bytes = least_disk_bytes(slot_bytes)
-    if 0 < config.kvstore.disk_bytes < least_bytes:
+    if 0 < store.disk_bytes < least_bytes:
         raise ConfigError(
             f"kvstore.disk_bytes: must be at least {least_bytes} for fragments of {slot_bytes} bytes, "
-            f"not {config.kvstore.disk_bytes}"
+            f"not {store.disk_bytes}"
         )
-    return ClusterPlan(cluster, name, tuple(pools), ArenaPlan(config.kvstore.arena_dir, slot_bytes, num_slots))
+    return ArenaPlan(store.arena_dir, slot_bytes, num_slots_for(store.host_bytes, slot_bytes))
 
 
 def model_name(config: ClusterConfig, model_dir: str) -> str:
@@ -147,6 +139,23 @@ def cluster_name(config: ClusterConfig, model_dir: str, host: str, start_id: str
     port = config.endpoints.grpc_port
     where = f"{host}\0{config.endpoints.grpc_host}:{port or start_id}\0{model_name(config, model_dir)}"
     return "sy-" + hashlib.blake2b(where.encode(), digest_size=8).hexdigest()
+
+
+def _engine(
+    config: ClusterConfig, pool: PoolConfig, model_dir: str, device: str, dtype: str, block_size: int
+) -> EngineConfig:
+    return EngineConfig(
+        model_dir,
+        dtype,
+        device,
+        block_size=block_size,
+        max_model_len=config.model.max_model_len,
+        batch_invariant=config.model.batch_invariant,
+        kv_encoding=config.kvstore.kv_encoding,
+        ignore_keys=config.model.ignore_keys,
+        **dataclasses.asdict(config.engine),
+        **pool.options(),
+    )
 
 
 def _pool_plan(spec: WorkerSpec, pool: PoolConfig) -> PoolPlan:
