@@ -11,6 +11,7 @@ import itertools
 import multiprocessing
 import os
 import statistics
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -26,8 +27,10 @@ from kvstore.copying import is_compiled
 from kvstore.host_tier import HostTier
 from kvstore.store import FragmentStore
 from planner.rows import Measurement
-from workers.kv_transfer import FragmentGrid, KVTransfer
-from workers.step import BlockTransfer
+from workers.kv.connector import KVConnector
+from workers.kv.grid import FragmentGrid
+from workers.kv_blocks import HostBlocks
+from workers.step import BlockTransfer, TransferDone
 
 _STEP_S = 0.01  # less than any step of a prefill
 
@@ -69,19 +72,53 @@ class CacheShape:
         names = [run + i.to_bytes(4, "big") for i in range(self.num_blocks)]
         lasts = list(itertools.accumulate(self.chunk_blocks))
         return [
-            BlockTransfer("", names[last - count : last], range(last - count, last), [self.block_size] * count)
-            for last, count in zip(lasts, self.chunk_blocks, strict=True)
+            BlockTransfer(i, 0, names[last - count : last], range(last - count, last), [self.block_size] * count)
+            for i, (last, count) in enumerate(zip(lasts, self.chunk_blocks, strict=True))
         ]
 
     @contextmanager
-    def transfer(self, cache: Tensor, host_address: str) -> Iterator[KVTransfer]:
+    def mover(self, cache: Tensor, host_address: str) -> Iterator[BlockMover]:
         """A rank's, over the host tier alone."""
-        grid = FragmentGrid(0, self.num_layers, self.num_layers, 0, self.num_kv_heads)
+        grid = FragmentGrid(range(self.num_layers), self.num_layers, 0, self.num_kv_heads)
         with (
             closing(FragmentStore([HostTier(host_address)])) as store,
-            closing(KVTransfer(cache, grid, store)) as moved,
+            closing(BlockMover(KVConnector([HostBlocks(cache, self.num_layers)], [grid], store))) as mover,
         ):
-            yield moved
+            yield mover
+
+
+class BlockMover:
+    """A connector whose transfers are waited for, one after the other."""
+
+    def __init__(self, connector: KVConnector) -> None:
+        self._connector = connector
+        self._ended = threading.Event()
+        connector.on_ended = self._ended.set
+
+    def close(self) -> None:
+        """Close the connector."""
+        self._connector.close()
+
+    def prepare(self, chunk: BlockTransfer) -> None:
+        """As KVConnector.prepare."""
+        self._connector.prepare(chunk)
+
+    def store(self, chunk: BlockTransfer) -> int:
+        """Publish blocks; how many are stored."""
+        self._connector.start_store(chunk)
+        return self._wait(chunk)
+
+    def load(self, chunk: BlockTransfer) -> int:
+        """Pull blocks; how many came."""
+        self._connector.start_load(chunk)
+        return self._wait(chunk)
+
+    def _wait(self, chunk: BlockTransfer) -> int:
+        self._ended.wait()
+        self._ended.clear()
+        count = self._connector.poll(chunk.transfer_id)
+        self._connector.finish(TransferDone(chunk.transfer_id, count))
+        return count
 
 
 class HandOffFailed(Exception):
@@ -99,7 +136,7 @@ def measure_paged_hand_off(arena_dir: str, shape: CacheShape | None = None) -> l
     with (
         node_process(arena_dir, bandwidth) as host_address,
         _receiver(shape, host_address) as receiver,
-        shape.transfer(cache, host_address) as sender,
+        shape.mover(cache, host_address) as sender,
     ):
         for _ in range(shape.num_runs + 1):  # the first warms up
             memcpy.append(measure_memcpy(bandwidth).median_gb_per_s)
@@ -126,7 +163,7 @@ def measure_paged_hand_off(arena_dir: str, shape: CacheShape | None = None) -> l
     return rows
 
 
-def _hand_off(shape: CacheShape, sender: KVTransfer, receiver: Connection, at_once: bool) -> float:
+def _hand_off(shape: CacheShape, sender: BlockMover, receiver: Connection, at_once: bool) -> float:
     """Seconds from the first publish until the last block is in the other cache; room for what is published next is
     being made meanwhile, and for the first chunk before, as when each is computed in between."""
     chunks = shape.chunks(os.urandom(12))
@@ -136,7 +173,7 @@ def _hand_off(shape: CacheShape, sender: KVTransfer, receiver: Connection, at_on
     for chunk, following in itertools.zip_longest(chunks, chunks[1:]):
         if following is not None:
             sender.prepare(following)
-        if sender.save(chunk) != len(chunk.block_ids):
+        if sender.store(chunk) != len(chunk.block_ids):
             raise HandOffFailed("not all blocks were published")
         if at_once:
             receiver.send(chunk)
@@ -169,14 +206,14 @@ def _receiver(shape: CacheShape, host_address: str) -> Iterator[Connection]:
 def _receive(pipe: Connection, shape: CacheShape, host_address: str) -> None:
     torch.set_num_threads(1)
     cache = shape.empty()
-    with shape.transfer(cache, host_address) as transfer:
+    with shape.mover(cache, host_address) as mover:
         pipe.send(None)
         with suppress(EOFError):  # the measurement is over
             while True:
                 if (chunk := pipe.recv()) is None:
                     pipe.send(_digest(cache))
                 else:
-                    is_whole = transfer.load(chunk) == len(chunk.block_ids)
+                    is_whole = mover.load(chunk) == len(chunk.block_ids)
                     pipe.send((time.perf_counter(), is_whole))  # one clock for all processes of a machine
 
 

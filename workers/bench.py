@@ -28,13 +28,15 @@ from torch import Tensor
 from costs.model import DecoderSizes, model_step
 from kernels.harness.timing import Ceilings, measure_ceilings
 from kvstore.block_pool import BlockPool
+from kvstore.block_pools import BlockPools
 from workers.config import EngineConfig, ModelConfig
 from workers.engine import Engine
 from workers.errors import ModelError
 from workers.executor import GroupExecutor
 from workers.parallel import ParallelGroups, Shard
-from workers.request import Request, SamplingParams
+from workers.request import Request
 from workers.runner import TorchModelRunner, pick_device, pick_dtype, schedules_async
+from workers.sampling.params import SamplingParams
 from workers.scheduler import Scheduler, SchedulerConfig
 
 _DECODE_STEPS = 32
@@ -196,7 +198,7 @@ class Bench:
     def _engine(self, max_num_seqs: int) -> Engine:
         scheduler = Scheduler(
             SchedulerConfig(max_num_seqs, self._config.max_num_batched_tokens, self._model.max_position_embeddings),
-            BlockPool(self._runner.num_blocks, self._config.block_size, enable_prefix_caching=False),
+            BlockPools([BlockPool(self._runner.cache.num_blocks[0], self._config.block_size, False)]),
             b"bench",
             frozenset(),
         )

@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from workers.errors import InvalidRequest
-from workers.request import FinishReason, Request, RequestEnd, TokenOutput
-from workers.run_ahead import StepInFlight, as_if_done, owners_of
+from workers.request import FinishReason, Request, RequestEnd, TokenOutputs
 from workers.scheduler import Scheduler
 from workers.step import Executor, ModelRunnerOutput, SchedulerOutput
 
@@ -22,7 +21,7 @@ Clock = Callable[[], float]
 class StepEvents:
     """What one step has to tell."""
 
-    tokens: list[TokenOutput] = field(default_factory=list)
+    tokens: TokenOutputs = field(default_factory=TokenOutputs)
     ended: list[RequestEnd] = field(default_factory=list)
     published_names: list[bytes] = field(default_factory=list)
 
@@ -51,7 +50,7 @@ class Engine:
         self._vocab_size = vocab_size
         self._clock = clock
         self._async_scheduling = async_scheduling
-        self._in_flight: StepInFlight | None = None
+        self._in_flight: tuple[SchedulerOutput, Callable[[], ModelRunnerOutput]] | None = None
 
     def submit(self, request: Request) -> None:
         """Take a request in. Raises InvalidRequest when it can never be served here."""
@@ -96,60 +95,67 @@ class Engine:
             yield self._end(request, FinishReason.CANCELLED)
 
     def step(self) -> StepEvents | None:
-        """One step; None when there was nothing to do."""
-        if self._async_scheduling:
-            return self._step_ahead()
-        plan = self.scheduler.schedule()
-        if plan.is_empty:
-            return StepEvents() if plan.preempted_ids else None  # who was preempted may come back at once
-        self._note_start(plan)
-        return self._take(plan, self._executor.execute(plan))
+        """One step; None when there is nothing to do before a command comes or a transfer ends.
 
-    def _step_ahead(self) -> StepEvents | None:
-        """Start the next step, then take what the one before it has done."""
+        With async scheduling a step is started, and what is returned is of the one before it.
+        """
         before, self._in_flight = self._in_flight, None
-        if before is not None and before.moves_blocks:
-            return self._take(*before.outcome(self.scheduler.requests))
-        if before is None:
-            plan = self.scheduler.schedule()
-        else:
-            with as_if_done(before, self.scheduler.config.max_model_len):
-                plan = self.scheduler.schedule()
-        if not plan.is_empty:
-            owners = owners_of(plan, self.scheduler.requests)
+        plan = self.scheduler.schedule()
+        is_due = not plan.is_empty or (before is None and self._executor.has_ended_transfers)
+        if is_due:
             self._note_start(plan)
-            self._in_flight = StepInFlight(plan, owners, self._executor.start(plan))
+            self._in_flight = plan, self._executor.start(plan)
+        if before is None and not self._async_scheduling:
+            before, self._in_flight = self._in_flight, None
         if before is not None:
-            return self._take(*before.outcome(self.scheduler.requests))
-        return None if plan.is_empty and not plan.preempted_ids else StepEvents()
+            return self._take(*before)
+        # Who was preempted may come back at once.
+        return StepEvents() if self._in_flight is not None or plan.preempted_ids else None
+
+    @property
+    def awaits_transfers(self) -> bool:
+        """Blocks are on their way to or from the tiers."""
+        return bool(self.scheduler.transfers)
+
+    @property
+    def awaits_ranks(self) -> bool:
+        """A transfer has ended here, but not yet on every rank: only a step tells."""
+        return self._executor.has_ended_transfers
+
+    def resend_state(self) -> None:
+        """A rank joined, or fell behind: what is scheduled next is sent to the ranks whole. No step may be running."""
+        assert self._in_flight is None, "a rank that does not know a step's rows cannot take part in it"
+        self.scheduler.rows.resend()
+        self._executor.resend()
 
     def _note_start(self, plan: SchedulerOutput) -> None:
         now = self._clock()
-        for chunk in plan.requests:
-            request = self.scheduler.requests[chunk.request_id]
+        for request in plan.requests:
             if request.first_step_time_s is None:
                 request.first_step_time_s = now
 
-    def _take(self, plan: SchedulerOutput, output: ModelRunnerOutput) -> StepEvents:
+    def _take(self, plan: SchedulerOutput, result: Callable[[], ModelRunnerOutput]) -> StepEvents | None:
         """What a step that is through means for the requests."""
+        output = result()
         now = self._clock()
-        result = self.scheduler.update(plan, output)
-        for token in result.tokens:
-            request = self.scheduler.requests[token.request_id]
+        update = self.scheduler.update(plan, output)
+        for request in update.tokens.requests:
             if request.first_token_time_s is None:
                 request.first_token_time_s = now
-        self.counters.num_steps += 1
-        self.counters.num_generated_tokens += len(result.tokens)
-        self.counters.num_published_blocks += len(result.published_names)
-        self.counters.num_transferred_blocks += sum(output.num_loaded_blocks)
-        ended = [self._end(request, reason) for request, reason in result.finished]
-        return StepEvents(result.tokens, ended, result.published_names)
+        self.counters.num_steps += not plan.is_empty
+        self.counters.num_generated_tokens += len(update.tokens)
+        self.counters.num_published_blocks += len(update.published_names)
+        self.counters.num_transferred_blocks += update.num_transferred_blocks
+        ended = [self._end(request, reason) for request, reason in update.finished]
+        if plan.is_empty and not output.transfers:
+            return None  # it asked for transfers that have not ended everywhere
+        return StepEvents(update.tokens, ended, update.published_names)
 
     def close(self) -> None:
         """Let the other ranks go; no step may follow."""
         try:
             if self._in_flight is not None:
-                self._in_flight.result()
+                self._in_flight[1]()
         finally:
             self._executor.stop()
 

@@ -13,10 +13,12 @@ import numpy as np
 import torch
 
 from workers.parallel import ParallelGroups
-from workers.step import ModelRunner, ModelRunnerOutput, SchedulerOutput, decode_plan, encode_plan
+from workers.plan_wire import decode_plan, encode_plan
+from workers.step import ModelRunner, ModelRunnerOutput, SchedulerOutput, StepPlan
 
 FIXED_WORDS = 4096  # most decode steps fit; a longer plan takes a second message
-_STOP = -1  # in place of the number of requests
+_STOP = -1  # in place of a plan's sequence number
+_MAX_SEQUENCE = (1 << 31) - 1
 
 
 class GroupExecutor:
@@ -29,6 +31,8 @@ class GroupExecutor:
     def __init__(self, runner: ModelRunner, groups: ParallelGroups, in_thread: bool = False) -> None:
         self._runner = runner
         self._groups = groups
+        self._sequence = 0
+        self._is_full = True  # no rank has seen a plan of this executor
         self._thread: ThreadPoolExecutor | None = None
         if in_thread:
             # How many threads torch computes with is a setting of the thread that calls it.
@@ -40,15 +44,25 @@ class GroupExecutor:
 
     def start(self, plan: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
         """As execute; what is returned waits for the end of our share."""
+        self._sequence = self._sequence % _MAX_SEQUENCE + 1
+        words = encode_plan(plan, self._sequence, self._is_full, self._runner.ended_transfers())
+        self._is_full = False
         if self._thread is None:
-            return self._start(plan)
-        started = self._thread.submit(self._start, plan)
+            return self._start(torch.from_numpy(words))
+        started = self._thread.submit(self._start, torch.from_numpy(words))
         return lambda: started.result()()
 
-    def _start(self, plan: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
-        if self._groups.world_size > 1:
-            self._groups.broadcast_words(torch.from_numpy(encode_plan(plan)), FIXED_WORDS)
-        return self._runner.start(plan)
+    def _start(self, words: torch.Tensor) -> Callable[[], ModelRunnerOutput]:
+        return self._runner.start(_plan_of(self._groups.broadcast_words(words, FIXED_WORDS)))
+
+    @property
+    def has_ended_transfers(self) -> bool:
+        """As in Executor."""
+        return bool(self._runner.ended_transfers())
+
+    def resend(self) -> None:
+        """A rank has lost its rows: the next plan is full. The scheduler must resend its rows too."""
+        self._is_full = True
 
     def stop(self) -> None:
         """End the followers' loops."""
@@ -61,7 +75,11 @@ class GroupExecutor:
 def follow(runner: ModelRunner, groups: ParallelGroups) -> None:
     """The other ranks' side: carry out plans until the leader says stop; RuntimeError when the leader is lost."""
     while True:
-        words = groups.broadcast_words(None, FIXED_WORDS).numpy()
+        words = groups.broadcast_words(None, FIXED_WORDS)
         if words[0] == _STOP:
             return
-        runner.start(decode_plan(np.ascontiguousarray(words)))
+        runner.start(_plan_of(words))
+
+
+def _plan_of(words: torch.Tensor) -> StepPlan:
+    return decode_plan(np.ascontiguousarray(words.numpy()))

@@ -13,11 +13,18 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from kvstore.store import FragmentStore
 from workers.config import EngineConfig, ModelConfig
+from workers.direct_plan import DirectChunk, direct_plan
 from workers.errors import ModelError
 from workers.fake_model import SlotCode, choose, position_weight, position_weights, token_hash
-from workers.kv_transfer import FragmentGrid, KVTransfer
-from workers.step import ModelRunnerOutput, SampleSpec, ScheduledRequest, SchedulerOutput, pending_place
+from workers.kv.connector import KVConnector
+from workers.kv.paged_cache import CacheLayout, PagedCache
+from workers.model.cache_spec import CacheSpec, cache_groups
+from workers.parallel import ParallelGroups, Shard
+from workers.rank_state import RankState
+from workers.runner import poll_transfers
+from workers.step import Ints, ModelRunnerOutput, StepPlan
 
 CACHE_BYTES = 64 << 20  # KV cache of one worker when the config does not say
 _WORD_BYTES = 4
@@ -33,93 +40,101 @@ class FakeModelRunner:
         if head_bytes % _WORD_BYTES:
             raise ModelError(f"runner=fake takes heads of whole {_WORD_BYTES}-byte words, not of {head_bytes} bytes")
         layers, heads, words = model.num_hidden_layers, model.num_key_value_heads, head_bytes // _WORD_BYTES
-        block_bytes = layers * heads * 2 * config.block_size * head_bytes
         self._step_s, self._token_s = config.fake_step_s, config.fake_token_s
         self._block_size = config.block_size
         self._vocab_size = model.vocab_size
-        self.num_blocks = config.num_blocks or max(1, CACHE_BYTES // block_bytes)
-        shape = (layers, self.num_blocks, heads, 2, config.block_size, words)
-        self.cache = torch.zeros(shape, dtype=torch.int32)
-        self._words = self.cache.numpy().view(np.uint32)
+        groups = cache_groups([CacheSpec(heads, words)] * layers)
+        layout = CacheLayout(groups, range(layers), Shard(), config.block_size, torch.int32)
+        num_blocks = config.num_blocks or max(1, CACHE_BYTES // layout.block_bytes(groups[0]))
+        self.cache = PagedCache(layout, [num_blocks], torch.device("cpu"))
+        self._words = self.cache.tensors[0].numpy().view(np.uint32)
         self._code = SlotCode(layers * heads * 2 * words)
         self._weights = self._code.weights.reshape(layers, heads, 2, words)
-        self._transfer: KVTransfer | None = None
-        self._last_sampled: Sequence[int] = ()  # in the last step, in its plan's order
+        context_tokens = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
+        self._state = RankState(config.max_num_seqs, -(-context_tokens // config.block_size))
+        self._last_tokens = np.zeros(config.max_num_seqs, np.int64)  # of each row of the state
+        self._alone = ParallelGroups(Shard(), torch.device("cpu"))
+        self.attach(KVConnector(self.cache.memories(0, "none"), self.cache.grids(0), FragmentStore(())))
 
-    def attach(self, transfer: KVTransfer) -> None:
-        """Give the runner its way to the KV tiers; without one, plans must not load or store."""
-        self._transfer = transfer
+    def attach(self, connector: KVConnector) -> None:
+        """Give the runner its way to the KV tiers; at first it has none, and transfers end with no blocks."""
+        self._connector = connector
 
-    def grid(self, layers_per_fragment: int) -> FragmentGrid:
-        """All of the model's KV."""
-        layers, heads = self.cache.shape[0], self.cache.shape[2]
-        group = layers_per_fragment or layers
-        if layers % group:
-            raise ModelError(f"layers_per_fragment={group} does not fit the stage's layers 0..{layers - 1}")
-        return FragmentGrid(0, layers, group, 0, heads)
+    def ended_transfers(self) -> Sequence[int]:
+        """As in ModelRunner."""
+        return self._connector.ended()
 
     def warm_up(self) -> None:
         """One small step, as a real runner does; it writes into block 0, which no request owns yet."""
-        self.execute(SchedulerOutput([ScheduledRequest("", [0], 0, 0, [0], SampleSpec(0.0, 1.0, 0, 0, 0))]))
+        self.execute(direct_plan([DirectChunk([0], 0, 0, [[0]], 1)]))
 
     # ------------------------------------------------------------------------------------------------------- one step
-    def start(self, plan: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
+    def start(self, plan: StepPlan) -> Callable[[], ModelRunnerOutput]:
         """As ModelRunner.start; all of the step is done when it returns."""
         output = self.execute(plan)
         return lambda: output
 
-    def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
-        """Loads, hashes instead of a forward pass, stores, write-backs."""
+    def execute(self, plan: StepPlan) -> ModelRunnerOutput:
+        """Hashes instead of a forward pass; transfers go on beside it."""
         started = time.perf_counter()
-        loaded = [0 if self._transfer is None else self._transfer.load(load) for load in plan.loads]
-        if self._transfer is not None:
-            for store in plan.stores:
-                self._transfer.prepare(store)
-        sampled = [token_id for r in plan.requests if (token_id := self._compute(r)) is not None]
-        self._last_sampled = sampled
-        if plan.requests:
-            num_prefill_tokens = sum(r.num_scheduled_tokens for r in plan.requests if r.num_scheduled_tokens > 1)
+        self._state.apply(plan)
+        ended = poll_transfers(plan, self._connector, self._alone)
+        for load in plan.loads:
+            self._connector.start_load(load)
+        for store in plan.stores:
+            self._connector.prepare(store)
+        sampled: list[int] = []
+        known = np.cumsum(plan.num_known) - plan.num_known
+        for i in range(plan.num_requests):
+            sampled += self._compute(plan, i, plan.token_ids[known[i] : known[i] + plan.num_known[i]])
+        if plan.num_requests:
+            num_prefill_tokens = int(plan.num_tokens[plan.num_tokens > 1].sum())
             time.sleep(self._step_s + self._token_s * num_prefill_tokens)
-        stored = [0 if self._transfer is None else self._transfer.save(store) for store in plan.stores]
-        if self._transfer is not None:
-            for write_back in plan.write_backs:
-                self._transfer.write_back(write_back)
-        return ModelRunnerOutput(sampled, loaded, stored, time.perf_counter() - started)
+        for store in plan.stores:
+            self._connector.start_store(store)
+        return ModelRunnerOutput(sampled, ended, time.perf_counter() - started)
 
-    def _compute(self, request: ScheduledRequest) -> int | None:
-        """Write the slots of the scheduled tokens; the next token, when one is due."""
-        start, end = request.start_position, request.start_position + request.num_scheduled_tokens
-        before = summed = self._sum(request.block_table, 0, start)
+    def _compute(self, plan: StepPlan, index: int, known_ids: Ints) -> list[int]:
+        """Write the slots of a request's scheduled tokens; the choices at its wanted positions."""
+        row, start, count = (int(column[index]) for column in (plan.rows, plan.start_positions, plan.num_tokens))
+        block_table, end = self._state.block_tables[0][row], start + count
+        token_ids = known_ids.tolist()
+        if len(token_ids) < count:  # planned before the last step was through
+            token_ids.append(int(self._last_tokens[row]))
+        before = summed = self._sum(block_table, 0, start)
         hashes: list[int] = []
-        for position, known_id in enumerate(request.token_ids, start):
-            place = pending_place(known_id)  # planned before the last step was through
-            token_id = known_id if place is None else self._last_sampled[place]
+        for position, token_id in enumerate(token_ids, start):
             hashes.append(token_hash(summed, position, token_id))
             summed += position_weight(position) * hashes[-1]
-        first = max(start, request.write_from)
+        first = max(start, int(plan.write_from[index]))
         if first < end:
-            self._write(request.block_table, first, hashes[first - start :])
-        if request.sample is None:
-            return None
-        # Not from the sum at hand: what counts is what lies in the cache.
-        summed = before + self._sum(request.block_table, start, end)
-        sample = request.sample
-        return choose(summed, sample.temperature, sample.seed, sample.position, self._vocab_size)
+            self._write(block_table, first, hashes[first - start :])
+        wanted = int(plan.num_logits[index])
+        choices: list[int] = []
+        for position in range(end - wanted, end):
+            # Not from the sum at hand: what counts is what lies in the cache.
+            summed = before + self._sum(block_table, start, position + 1)
+            temperature, seed = float(self._state.sampling.temperature[row]), int(self._state.sampling.seed[row])
+            counter = position + 1 - int(self._state.num_prompt_tokens[row])
+            choices.append(choose(summed, temperature, seed, counter, self._vocab_size))
+        if wanted:
+            self._last_tokens[row] = choices[-1]
+        return choices
 
-    def _write(self, block_table: Sequence[int], first: int, hashes: Sequence[int]) -> None:
+    def _write(self, block_table: Ints, first: int, hashes: Sequence[int]) -> None:
         positions = np.arange(first, first + len(hashes))
-        blocks = np.array(block_table)[positions // self._block_size]
+        blocks = block_table[positions // self._block_size]
         layers, _, heads, _, _, words = self._words.shape
         encoded = self._code.encode(hashes).reshape(len(hashes), layers, heads, 2, words)
         self._words[:, blocks, :, :, positions % self._block_size] = encoded
 
-    def _sum(self, block_table: Sequence[int], first: int, last: int) -> int:
+    def _sum(self, block_table: Ints, first: int, last: int) -> int:
         """Over the slots of positions first .. last - 1, read through the block table."""
         if first >= last:
             return 0
         size = self._block_size
         first_block = first // size
-        blocks = self._words[:, list(block_table[first_block : -(-last // size)])]
+        blocks = self._words[:, block_table[first_block : -(-last // size)]]
         weighted = np.einsum("lbhksw,lhkw->bs", blocks, self._weights).reshape(-1)
         hashes = self._code.decode(weighted[first - first_block * size : last - first_block * size])
         return int((hashes * position_weights(first, last)).sum(dtype=np.uint32))

@@ -19,16 +19,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from workers.batching import InputBuffers, Padding, PreparedBatch
+from workers.direct_plan import DirectChunk, direct_plan
 from workers.model.batch import Batch
 from workers.models.llama import LlamaStage
-from workers.step import SampleSpec, ScheduledRequest
+from workers.step import StepPlan
 
 MAX_PIECEWISE_TOKENS = 512  # a larger batch keeps the GPU busy for longer than it takes to launch
 _SMALLEST_PIECEWISE = 8
-_GREEDY = SampleSpec(0.0, 1.0, 0, 0, 0)
-# Neither writes anything: their tokens count as cached.
-_IDLE_DECODE = ScheduledRequest("", [0], 0, 1, [0], _GREEDY)
-_IDLE_CHUNK = ScheduledRequest("", [0, 0], 0, 2, [0], None)
+_IDLE_CHUNK_TOKENS = 2
 
 Call = Callable[[], tuple[Tensor, ...]]
 
@@ -105,7 +103,7 @@ class GraphedStage:
     def capture(self, max_num_seqs: int, max_num_tokens: int, block_size: int, show_progress: bool) -> None:
         """Record all rungs, the largest first: the smaller ones fit into its memory."""
         self._decode_rungs = decode_rungs(max_num_seqs)
-        self._token_rungs = [r for r in token_rungs(max_num_tokens) if r >= _IDLE_CHUNK.num_scheduled_tokens]
+        self._token_rungs = [r for r in token_rungs(max_num_tokens) if r >= _IDLE_CHUNK_TOKENS]
         layer = self._stage.layers[0]
         device, dtype = self._cos_sin.device, layer.input_norm.dtype
         record = CudaCapture() if device.type == "cuda" else repeat_on_cpu
@@ -115,13 +113,19 @@ class GraphedStage:
         rungs = [(True, r) for r in reversed(self._decode_rungs)] + [(False, r) for r in reversed(self._token_rungs)]
         bar = tqdm(rungs, desc="capturing graphs", unit="graph", disable=None if show_progress else True)
         for is_decode, rung in bar:
-            requests = [_IDLE_DECODE] if is_decode else [_IDLE_CHUNK]
             padding = self._decode_padding(rung) if is_decode else Padding(num_tokens=rung)
-            batch = self._inputs.fill(requests, block_size, self._stage.batch_invariant, padding).batch
+            plan = self._idle_plan(1 if is_decode else _IDLE_CHUNK_TOKENS)
+            self._inputs.apply(plan)
+            batch = self._inputs.fill(plan, block_size, self._stage.batch_invariant, padding).batch
             if is_decode:
                 self._decodes[rung] = record(self._whole(batch, rung))
             else:
                 self._pieces[rung] = list(self._record_pieces(record, batch, rung))
+
+    def _idle_plan(self, num_tokens: int) -> StepPlan:
+        """A run of tokens that count as cached, so that nothing is written."""
+        tables = [[0] for _ in self._inputs.state.block_tables]
+        return direct_plan([DirectChunk([0] * num_tokens, 0, num_tokens, tables, int(num_tokens == 1))])
 
     def _whole(self, batch: Batch, rung: int) -> Call:
         return lambda: (self._stage.forward(batch, self._kv_caches, self._cos_sin, self._received_rows(rung)),)
@@ -150,10 +154,10 @@ class GraphedStage:
         yield record(lambda: stage.layers[-1].after_attention(attended, residual))
 
     # ------------------------------------------------------------------------------------------------------- one step
-    def padding_for(self, requests: Sequence[ScheduledRequest]) -> Padding | None:
+    def padding_for(self, plan: StepPlan) -> Padding | None:
         """What to fill a step's batch up to; None: it is too large for a graph."""
-        num_tokens = sum(r.num_scheduled_tokens for r in requests)
-        if num_tokens == len(requests):
+        num_tokens = int(plan.num_tokens.sum())
+        if num_tokens == plan.num_requests:
             rung = _next_rung(self._decode_rungs, num_tokens)
             return None if rung is None else self._decode_padding(rung)
         rung = _next_rung(self._token_rungs, num_tokens)

@@ -38,18 +38,18 @@ class Filling:
 class BlockMemory(Protocol):
     """Fragments of blocks, block by block, in a block by group of layers, then by head."""
 
-    def fragments(self, transfer: BlockTransfer) -> list[FragmentBytes]:
-        """To be read before the cache changes."""
+    def gather(self, transfer: BlockTransfer) -> Callable[[], list[FragmentBytes]]:
+        """The blocks as they are now; the call may come from another thread, and waits until they can be read.
 
-    def copies(self, transfer: BlockTransfer) -> Callable[[], list[FragmentBytes]]:
-        """Copied as the cache is now; the call waits until they are, and may come from another thread."""
+        In host memory it is the cache itself that is read: the blocks must not change meanwhile.
+        """
 
     def fill(self, transfer: BlockTransfer) -> Filling:
         """Room for fragments; until finish() the blocks may hold anything."""
 
 
 def block_memory(cache: Tensor, layers_per_fragment: int, encoding: str) -> BlockMemory:
-    """cache: [layers, blocks, kv_heads, 2, block_size, head_dim]. encoding: as in workers.kv_codec."""
+    """cache: of a cache group, [layers, blocks, kv_heads, 2, block_size, head_dim]. encoding: of workers.kv_codec."""
     if cache.device.type == "cpu" and encoding == "none":
         return HostBlocks(cache, layers_per_fragment)
     return StagedBlocks(cache, layers_per_fragment, encoding)
@@ -62,8 +62,7 @@ class HostBlocks:
         self._bytes: FragmentBytes = cache.view(torch.uint8).numpy()
         self._groups = [slice(i, i + layers_per_fragment) for i in range(0, len(cache), layers_per_fragment)]
 
-    def fragments(self, transfer: BlockTransfer) -> list[FragmentBytes]:
-        """As in BlockMemory."""
+    def _fragments(self, transfer: BlockTransfer) -> list[FragmentBytes]:
         return [
             self._bytes[layers, block_id, head, :, :num_tokens]
             for block_id, num_tokens in zip(transfer.block_ids, transfer.num_tokens, strict=True)
@@ -71,14 +70,13 @@ class HostBlocks:
             for head in range(self._bytes.shape[2])
         ]
 
-    def copies(self, transfer: BlockTransfer) -> Callable[[], list[FragmentBytes]]:
+    def gather(self, transfer: BlockTransfer) -> Callable[[], list[FragmentBytes]]:
         """As in BlockMemory."""
-        copied = [fragment.copy() for fragment in self.fragments(transfer)]
-        return lambda: copied
+        return lambda: self._fragments(transfer)
 
     def fill(self, transfer: BlockTransfer) -> Filling:
         """As in BlockMemory."""
-        return Filling(self.fragments(transfer), lambda num_blocks: None)
+        return Filling(self._fragments(transfer), lambda num_blocks: None)
 
 
 class StagedBlocks:
@@ -90,11 +88,7 @@ class StagedBlocks:
         self._encoding = encoding
         self._is_cuda = cache.is_cuda
 
-    def fragments(self, transfer: BlockTransfer) -> list[FragmentBytes]:
-        """As in BlockMemory."""
-        return self.copies(transfer)()
-
-    def copies(self, transfer: BlockTransfer) -> Callable[[], list[FragmentBytes]]:
+    def gather(self, transfer: BlockTransfer) -> Callable[[], list[FragmentBytes]]:
         """As in BlockMemory."""
         staged: list[Tensor] = []
         for block_ids, num_tokens in _runs(transfer):

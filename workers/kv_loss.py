@@ -25,11 +25,12 @@ from kvstore.memory_tier import MemoryTier
 from kvstore.names import block_names, root_name
 from kvstore.store import FragmentStore
 from workers.config import EngineConfig, ModelConfig
+from workers.direct_plan import DirectChunk, direct_plan, run_transfers
+from workers.kv.connector import KVConnector
 from workers.kv_codec import RowErrors, row_errors
-from workers.kv_transfer import KVTransfer
 from workers.parallel import ParallelGroups, Shard
 from workers.runner import TorchModelRunner, pick_device
-from workers.step import BlockTransfer, SampleSpec, ScheduledRequest, SchedulerOutput
+from workers.step import BlockTransfer
 
 _BLOCK_SIZE = 16
 
@@ -89,7 +90,7 @@ class LossMeter:
             same += len(changed) - sum(changed)
             num_same_streams += not any(changed)
             whole = len(prompt) // _BLOCK_SIZE
-            rows = self._runner.cache[:, :whole]  # [layers, blocks, heads, K and V, slots, head_dim]
+            rows = self._runner.cache.tensors[0][:, :whole]  # [layers, blocks, heads, K and V, slots, head_dim]
             keys.append(row_errors(rows[:, :, :, 0], encoding))
             values.append(row_errors(rows[:, :, :, 1], encoding))
         num_compared = len(prompts) * (self._new_tokens - 1)
@@ -110,9 +111,8 @@ class LossMeter:
 
     def _step(self, token_ids: Sequence[int], start: int, blocks: Sequence[int]) -> int:
         """The greedy token after these."""
-        sample = SampleSpec(0.0, 1.0, 0, 0, 0)
-        plan = SchedulerOutput([ScheduledRequest("", token_ids, start, start, blocks, sample)])
-        return self._runner.execute(plan).sampled_token_ids[0]
+        chunk = DirectChunk(token_ids, start, start, [blocks], num_logits=1)
+        return self._runner.execute(direct_plan([chunk])).sampled_token_ids[0]
 
     def _move(self, prompt: Sequence[int], encoding: str) -> list[memoryview]:
         """The prompt's blocks from where they were computed to the tier, and from there to their other place.
@@ -122,15 +122,14 @@ class LossMeter:
         names = block_names(root_name(b"", b""), prompt, _BLOCK_SIZE, with_tail=True)
         num_tokens = [min(_BLOCK_SIZE, len(prompt) - i * _BLOCK_SIZE) for i in range(len(names))]
         tier = MemoryTier()
-        transfer = KVTransfer(self._runner.cache, self._runner.grid(0), FragmentStore([tier]), encoding)
-        self._runner.attach(transfer)
-        saved = BlockTransfer("", names, self._computed[: len(names)], num_tokens)
-        loaded = BlockTransfer("", names, self._pulled[: len(names)], num_tokens)
-        counts = self._runner.execute(SchedulerOutput(stores=[saved])).num_stored_blocks
-        assert list(counts) == [len(names)]
-        counts = self._runner.execute(SchedulerOutput(loads=[loaded])).num_loaded_blocks
-        assert list(counts) == [len(names)]
-        transfer.close()
+        cache = self._runner.cache
+        connector = KVConnector(cache.memories(0, encoding), cache.grids(0), FragmentStore([tier]))
+        self._runner.attach(connector)
+        stored = BlockTransfer(1, 0, names, self._computed[: len(names)], num_tokens)
+        loaded = BlockTransfer(2, 0, names, self._pulled[: len(names)], num_tokens)
+        assert run_transfers(self._runner, stores=[stored]) == [len(names)]
+        assert run_transfers(self._runner, loads=[loaded]) == [len(names)]
+        connector.close()
         return [memoryview(sealed) for sealed in tier.stored.values()]
 
 

@@ -23,6 +23,7 @@ from workers.request import Request, RequestEnd
 log = logging.getLogger(__name__)
 
 _IDLE_WAIT_S = 0.05  # how long an idle engine sleeps before it looks at deadlines again
+_RANKS_WAIT_S = 0.001  # and before it asks the other ranks again for the end of a transfer
 _WATCH_S = 0.005  # how often the directory is asked while blocks are awaited
 _MAX_WATCHED = 64  # blocks of a request at a time: more do not come between two looks
 _MAX_ANNOUNCEMENTS = 4096  # steps
@@ -68,13 +69,18 @@ class KVAvailable:
 
 
 @dataclass(frozen=True, slots=True)
+class TransfersEnded:
+    """Blocks have come from the tiers or gone to them: an idle engine has something to do."""
+
+
+@dataclass(frozen=True, slots=True)
 class FollowBlocks:
     """From now on tell which blocks come and go, beginning with those that are here; or cease to."""
 
     is_on: bool
 
 
-Command = Submit | Cancel | Continue | Credit | KVAvailable | FollowBlocks
+Command = Submit | Cancel | Continue | Credit | KVAvailable | TransfersEnded | FollowBlocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,11 +205,11 @@ class EngineLoop:
     # ---------------------------------------------------------------------------------------------- the engine's thread
     def _run(self) -> None:
         try:
-            busy = False
+            wait_s = _IDLE_WAIT_S
             while not self._stopped.is_set():
                 refused: list[Refused] = []
                 ended: list[RequestEnd] = []
-                for command in self._drain(wait=not busy):
+                for command in self._drain(wait_s):
                     self._apply(command, refused, ended)
                 ended += self._engine.expire()
                 if refused or ended:
@@ -211,7 +217,7 @@ class EngineLoop:
                 self._step_began_s = self._clock()
                 events = self._engine.step()
                 self._step_began_s = None
-                busy = events is not None
+                wait_s = 0.0 if events is not None else _RANKS_WAIT_S if self._engine.awaits_ranks else _IDLE_WAIT_S
                 self._note_pulls()
                 changes = self._engine.scheduler.pool.take_changes()
                 if events is not None and events.published_names:
@@ -222,11 +228,11 @@ class EngineLoop:
         except BaseException as error:
             self._on_failure(error)
 
-    def _drain(self, wait: bool) -> list[Command]:
+    def _drain(self, wait_s: float) -> list[Command]:
         commands: list[Command] = []
         with contextlib.suppress(queue.Empty):
-            if wait:
-                first = self._inbox.get(timeout=_IDLE_WAIT_S)
+            if wait_s:
+                first = self._inbox.get(timeout=wait_s)
                 if first is not None:
                     commands.append(first)
             while True:
@@ -253,6 +259,8 @@ class EngineLoop:
                 self._engine.credit(request_id, num_tokens)
             case KVAvailable(request_id, num_blocks):
                 self._engine.scheduler.kv_available(request_id, num_blocks)
+            case TransfersEnded():
+                pass  # the step that follows asks which
             case FollowBlocks(is_on):
                 held = self._engine.scheduler.pool.record_changes(is_on)
                 if is_on:
@@ -264,7 +272,7 @@ class EngineLoop:
         scheduler = self._engine.scheduler
         if self._directory is not None and scheduler.wants_lookup(request):
             request.awaits_lookup = True
-            num_held = len(scheduler.pool.match_prefix(request.block_names))
+            num_held = scheduler.pool.num_matched(request.block_names)
             self._lookups.put((request.request_id, num_held, request.block_names[num_held:]))
 
     def _note_pulls(self) -> None:

@@ -25,6 +25,7 @@ from checkpoint.identity import ServedModel, tokenizer_digest
 from costs.transfer import ALWAYS_FETCH, NEVER_FETCH, TransferCost
 from kvstore.addresses import join_host_port
 from kvstore.block_pool import BlockPool
+from kvstore.block_pools import BlockPools
 from kvstore.connect import open_directory, open_tiers, place_of, reaches
 from kvstore.directory import Directory, DirectoryUnavailable, WorkerRecord
 from kvstore.host_tier import HostTier
@@ -38,14 +39,16 @@ from workers.engine import Engine
 from workers.errors import ModelError
 from workers.executor import GroupExecutor, follow
 from workers.fake_runner import FakeModelRunner
-from workers.kv_transfer import FragmentGrid, KVTransfer
+from workers.kv.connector import KVConnector
+from workers.kv.grid import FragmentGrid
 from workers.lease import Lease
-from workers.loop import EngineLoop, LoopEvents
+from workers.loop import EngineLoop, LoopEvents, TransfersEnded
 from workers.parallel import ParallelGroups, Shard
 from workers.prefetch import QueuePrefetch
 from workers.runner import TorchModelRunner, pick_device, pick_dtype, schedules_async
 from workers.scheduler import Scheduler, SchedulerConfig
 from workers.server import MAX_MESSAGE_BYTES, WorkerServicer
+from workers.step import Executor
 from workers.weights import weights_identity
 
 log = logging.getLogger(__name__)
@@ -92,7 +95,7 @@ def make_engine(
     config: EngineConfig,
     model: ModelConfig,
     runner: LoadedRunner,
-    groups: ParallelGroups,
+    executor: Executor,
     kv_names: bytes,
     clock: Callable[[], float] = time.monotonic,
     transfer_cost: TransferCost | None = None,
@@ -101,11 +104,12 @@ def make_engine(
 
     kv_names: from kv_fingerprint. transfer_cost: of its KV tiers, where there are any.
     """
-    context_tokens = min(
-        config.max_model_len or model.max_position_embeddings,
-        model.max_position_embeddings,
-        runner.num_blocks * config.block_size,
-    )
+    context_tokens = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
+    windows = [group.spec.window for group in runner.cache.layout.groups]
+    for num_blocks, window in zip(runner.cache.num_blocks, windows, strict=True):
+        if not window:
+            context_tokens = min(context_tokens, num_blocks * config.block_size)
+    pools = [BlockPool(count, config.block_size, config.enable_prefix_caching) for count in runner.cache.num_blocks]
     scheduler = Scheduler(
         SchedulerConfig(
             config.max_num_seqs,
@@ -114,13 +118,17 @@ def make_engine(
             writes_back=transfer_cost is not None,
             transfer_cost=transfer_cost or ALWAYS_FETCH,
         ),
-        BlockPool(runner.num_blocks, config.block_size, config.enable_prefix_caching),
+        BlockPools(pools, windows),
         kv_names,
         frozenset(model.eos_token_ids),
     )
-    is_async = schedules_async(config, runner.cache.device)
-    executor = GroupExecutor(runner, groups, in_thread=is_async and not runner.cache.is_cuda)
-    return Engine(scheduler, executor, model.vocab_size, clock, is_async)
+    return Engine(scheduler, executor, model.vocab_size, clock, schedules_async(config, runner.cache.device))
+
+
+def make_executor(config: EngineConfig, runner: LoadedRunner, groups: ParallelGroups) -> GroupExecutor:
+    """What brings an engine's plans to all ranks."""
+    device = runner.cache.device
+    return GroupExecutor(runner, groups, in_thread=schedules_async(config, device) and device.type == "cpu")
 
 
 def load_runner(config: EngineConfig, model: ModelConfig, groups: ParallelGroups, device: torch.device) -> LoadedRunner:
@@ -150,7 +158,7 @@ class Rank:
         self._directory: Directory | None = None
         self._tiers: list[Tier] = []
         self._store = FragmentStore(())
-        self._transfer: KVTransfer | None = None
+        self._connector: KVConnector | None = None
         self._prefetcher: Prefetcher | None = None
 
     # ---------------------------------------------------------------------------------------------------------- start
@@ -171,9 +179,10 @@ class Rank:
         self._kv_names = kv_fingerprint(engine, self._model, dtype, self._served.weights)
         self._tiers = open_tiers(spec.host_address, spec.kvstore, spec.tier_secret, spec.control, spec.cluster)
         self._store = FragmentStore(self._tiers)
-        grid = self._runner.grid(self.spec.layers_per_fragment)
-        self._transfer = KVTransfer(self._runner.cache, grid, self._store, engine.kv_encoding)
-        self._runner.attach(self._transfer)
+        cache, per_fragment = self._runner.cache, self.spec.layers_per_fragment
+        memories = cache.memories(per_fragment, engine.kv_encoding)
+        self._connector = KVConnector(memories, cache.grids(per_fragment), self._store)
+        self._runner.attach(self._connector)
         self._runner.warm_up()
         self._transfer_cost: TransferCost | None = None
         if self._tiers:
@@ -197,7 +206,11 @@ class Rank:
             return NEVER_FETCH
         engine = self.spec.engine
         measured = calibrate(
-            self._runner, self._kv_names, engine.block_size, self._runner.num_blocks, engine.max_num_batched_tokens
+            self._runner,
+            self._kv_names,
+            engine.block_size,
+            self._runner.cache.num_blocks,
+            engine.max_num_batched_tokens,
         )
         return measured or ALWAYS_FETCH  # no tier answers yet: whatever one has later is worth a try
 
@@ -209,7 +222,12 @@ class Rank:
         if self.spec.control:
             self._directory = open_directory(self.spec.control, self.spec.cluster)
         engine = make_engine(
-            self.spec.engine, self._model, self._runner, self._groups, self._kv_names, transfer_cost=self._transfer_cost
+            self.spec.engine,
+            self._model,
+            self._runner,
+            make_executor(self.spec.engine, self._runner, self._groups),
+            self._kv_names,
+            transfer_cost=self._transfer_cost,
         )
         started: Future[str] = Future()
         threading.Thread(target=self._serve_asyncio, args=(engine, started), name="grpc", daemon=True).start()
@@ -257,8 +275,8 @@ class Rank:
         servicer.attach(loop)
         self._servicer = servicer
         self._loop = loop
-        assert self._transfer is not None, "connect() comes first"
-        self._transfer.on_written_back = loop.announce
+        assert self._connector is not None, "connect() comes first"
+        self._connector.on_ended = lambda: loop.post(TransfersEnded())
         server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -288,11 +306,18 @@ class Rank:
         host = next((tier for tier in self._tiers if isinstance(tier, HostTier)), None)
         if host is None:
             return None
-        own, model = self._runner.grid(self.spec.layers_per_fragment), self._model
-        whole = FragmentGrid(0, model.num_hidden_layers, own.layers_per_fragment, 0, model.num_key_value_heads)
         slower = [tier for tier in self._tiers if tier is not host]
-        self._prefetcher = Prefetcher(host, slower, whole.keys)
+        self._prefetcher = Prefetcher(host, slower, self._all_keys)
         return QueuePrefetch(self._prefetcher)
+
+    def _all_keys(self, block_name: bytes) -> list[bytes]:
+        """Keys of a block's fragments on all ranks of the worker."""
+        cache = self._runner.cache
+        keys: list[bytes] = []
+        for group, own in zip(cache.layout.groups, cache.grids(self.spec.layers_per_fragment), strict=True):
+            whole = FragmentGrid(group.layers, own.layers_per_fragment, 0, group.spec.num_kv_heads)
+            keys += whole.keys(block_name)
+        return keys
 
     def _deliver_to(self, servicer: WorkerServicer) -> Callable[[LoopEvents], None]:
         def deliver(events: LoopEvents) -> None:
@@ -311,7 +336,7 @@ class Rank:
                 context_tokens=scheduler.config.max_model_len,
                 vocab_size=self._model.vocab_size,
             ),
-            num_blocks=self._runner.num_blocks,
+            num_blocks=self._runner.cache.num_blocks[0],
             block_size=spec.engine.block_size,
             kv_fingerprint=self._kv_names,
             tensor_parallel_size=spec.engine.tp,
@@ -402,8 +427,8 @@ class Rank:
         if self._loop is not None:
             self._loop.stop()
             self._loop.close()
-        if self._transfer is not None:
-            self._transfer.close()
+        if self._connector is not None:
+            self._connector.close()
         if self._prefetcher is not None:
             self._prefetcher.close()
         self._store.close()

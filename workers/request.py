@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+
+from kvstore.block_pools import BlockTable
+from workers.sampling.params import SamplingParams
 
 
 class RequestRole(Enum):
@@ -20,6 +24,7 @@ class RequestStatus(Enum):
     WAITING = "waiting"
     WAITING_FOR_KV = "waiting_for_kv"  # holds blocks, which fill from the tiers
     RUNNING = "running"
+    STORING = "storing"  # all is computed; its token is sent when the tiers have its blocks (PREFILL)
     PREEMPTED = "preempted"  # lost its blocks; waits again
     FINISHED = "finished"
 
@@ -32,19 +37,6 @@ class FinishReason(Enum):
     CANCELLED = "cancelled"
     PREFILLED = "prefilled"
     FAILED = "failed"  # its logits were no finite numbers
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How tokens are chosen. `max_tokens` counts from the end of the client's prompt."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0  # 0: no limit
-    max_tokens: int = 16
-    stop_token_ids: frozenset[int] = frozenset()
-    ignore_eos: bool = False
-    seed: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -63,23 +55,33 @@ class Request:
     window_tokens: int = 1 << 62  # how many more tokens may be sent before credit comes
 
     status: RequestStatus = RequestStatus.WAITING
-    block_table: list[int] = field(default_factory=list)
+    row: int = -1  # of the ranks' state; -1: none
+    block_tables: list[BlockTable] = field(default_factory=list)  # per cache group; empty: holds no blocks
     block_names: list[bytes] = field(default_factory=list)  # of the full blocks of token_ids known so far
-    num_computed_tokens: int = 0
-    num_kv_tokens: int = 0  # tokens whose KV is in the block table; > num_computed_tokens after a full prefix hit
+    draft_token_ids: list[int] = field(default_factory=list)  # proposed to follow; scheduled, and kept if chosen
+    num_computed_tokens: int = 0  # once all steps that are planned are through
+    num_pending_tokens: int = 0  # being chosen by a step that is not through
+    num_kv_tokens: int = 0  # tokens whose KV is in the block tables then; > num_computed_tokens after a full prefix hit
+    drafts_in_flight: list[int] = field(default_factory=list)  # scheduled, not judged yet
+    max_num_tokens: int = 0  # the request ends when it has so many
+    stop_ids: frozenset[int] = frozenset()  # end the request and are not sent
     num_registered_blocks: int = 0
     num_given_tokens: int = 0  # length of token_ids at submit: the prompt, and what was emitted elsewhere
     num_stored_blocks: int = 0  # handed to the tiers, or found there; the next one to publish
-    num_published_blocks: int = 0  # how many a tier took while the step waited for it (PREFILL)
+    num_published_blocks: int = 0  # how many a tier took before the token was sent (PREFILL)
+    num_stores_in_flight: int = 0  # that its token waits for (PREFILL)
     num_available_blocks: int = 0  # announced in the directory, from the first on
-    num_ready_blocks: int = 0  # in the block table: cached on the device or pulled
+    num_ready_blocks: int = 0  # in the block tables: cached on the device or pulled
+    max_pulled_blocks: int = 1 << 62  # what comes after them did not verify, and is not tried again
+    num_loads_in_flight: int = 0
+    has_window_blocks: bool = False  # pulled, where cache groups with windows need some
     is_continued: bool = False  # the prefill side is through (DECODE)
     awaits_lookup: bool = False  # the directory is being asked for its prefix; nothing is scheduled before it answered
     num_preemptions: int = 0
     num_cached_prompt_tokens: int = 0
     num_computed_prompt_tokens: int = 0
     num_transferred_blocks: int = 0
-    continued_time_s: float | None = None  # when the engine heard that the prefill side is through (DECODE)
+    continued_time_s: float | None = None  # when the prefill side was reported to be through (DECODE)
     first_step_time_s: float | None = None  # when the first step that computes tokens of it began
     first_token_time_s: float | None = None  # when the step that chose its first token here ended
 
@@ -87,14 +89,24 @@ class Request:
         self.num_given_tokens = len(self.token_ids)
 
     @property
+    def order(self) -> tuple[float, str]:
+        """Earlier requests go first."""
+        return self.arrival_time_s, self.request_id
+
+    @property
     def num_tokens(self) -> int:
         """Tokens known."""
         return len(self.token_ids)
 
     @property
+    def has_load_in_flight(self) -> bool:
+        """Blocks are being pulled into its block tables."""
+        return self.num_loads_in_flight > 0
+
+    @property
     def is_stalled(self) -> bool:
         """Its client has not taken what was sent; nothing is computed until credit comes."""
-        return self.window_tokens <= 0
+        return self.window_tokens <= 0 and not self.num_pending_tokens
 
     @property
     def is_announced(self) -> bool:
@@ -115,6 +127,28 @@ class TokenOutput:
     epoch: int
     position: int  # in the completion
     token_id: int
+
+
+@dataclass(slots=True)
+class TokenOutputs:
+    """The tokens of one step as columns, in the order in which they were chosen."""
+
+    requests: list[Request] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)  # in the completion
+    token_ids: list[int] = field(default_factory=list)
+
+    def append(self, request: Request, position: int, token_id: int) -> None:
+        """Add one."""
+        self.requests.append(request)
+        self.positions.append(position)
+        self.token_ids.append(token_id)
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def __iter__(self) -> Iterator[TokenOutput]:
+        for request, position, token_id in zip(self.requests, self.positions, self.token_ids, strict=True):
+            yield TokenOutput(request.request_id, request.epoch, position, token_id)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Carries out the plan of a step on one rank: pulls blocks, runs the forward pass, chooses tokens, publishes blocks.
+"""Carries out the plan of a step on one rank: starts transfers, runs the forward pass, chooses tokens.
 
 The only file between the scheduler and the tensors. Knows nothing of requests beyond the plan.
 """
@@ -11,19 +11,26 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kvstore.store import FragmentStore
 from workers.batching import NO_PADDING, InputBuffers, PreparedBatch
 from workers.config import EngineConfig, ModelConfig
+from workers.direct_plan import DirectChunk, direct_plan
 from workers.errors import ModelError
 from workers.graphs import GraphedStage
-from workers.kv_transfer import FragmentGrid, KVTransfer
+from workers.kv.connector import PENDING, KVConnector
+from workers.kv.paged_cache import CacheLayout, PagedCache
 from workers.loader import Checkpoint, Weights
+from workers.model.cache_spec import CacheSpec, cache_groups
 from workers.models.llama import LlamaStage, rope_cos_sin
 from workers.parallel import ParallelGroups
-from workers.sampler import sample
-from workers.step import BlockTransfer, ModelRunnerOutput, SampleSpec, ScheduledRequest, SchedulerOutput
+from workers.sampling.params import GREEDY, SamplingParams
+from workers.sampling.sampler import sample
+from workers.step import ModelRunnerOutput, StepPlan, TransferDone
 from workers.tensor_layout import check_checkpoint
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -99,76 +106,86 @@ class TorchModelRunner:
         self._stage = LlamaStage(model, weights, groups, config.batch_invariant)
         self._cos_sin = rope_cos_sin(model, model.max_position_embeddings, device)
         self._context_tokens = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
+        specs = [CacheSpec(model.num_key_value_heads, model.head_dim)] * model.num_hidden_layers
+        cached = cache_groups(specs)
+        self._layout = CacheLayout(cached, self._stage.layer_range, groups.shard, config.block_size, self._dtype)
+        max_num_seqs = max(config.max_num_seqs, _WARM_UP_SEQS)
         self._inputs = InputBuffers(
-            max(config.max_num_batched_tokens, config.max_num_seqs, _WARM_UP_TOKENS),
-            max(config.max_num_seqs, _WARM_UP_SEQS),
+            max(config.max_num_batched_tokens, max_num_seqs, _WARM_UP_TOKENS),
+            max_num_seqs,
             -(-self._context_tokens // config.block_size),
             device,
+            len(cached),
         )
+        # Of the token that each row of the ranks' state got last; a plan may leave it out.
+        self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self._graphs: GraphedStage | None = None
         self.replays = True  # graphs, where there are any; a benchmark compares
-        self._transfer: KVTransfer | None = None
-        self._last_tokens: Tensor | None = None  # of the last step, on the device
-        self._last_order: Sequence[int] = ()  # place in the plan of each of them
-        self._kv_heads = model.num_key_value_heads // config.tp
-        self._head_dim = model.head_dim
-        self.num_blocks = config.num_blocks or self._blocks_that_fit()
-        (self.num_blocks,) = groups.min_over_ranks([self.num_blocks])
-        self._make_cache(self.num_blocks)
+        self.cache = self._make_cache(groups.min_over_ranks(self._pick_num_blocks()))
+        self.attach(KVConnector(self.cache.memories(0, "none"), self.cache.grids(0), FragmentStore(())))
 
-    def _make_cache(self, num_blocks: int) -> None:
-        # Zeros, not empty: attention multiplies masked slots by 0, and 0 x NaN is NaN.
-        shape = (len(self._stage.layers), num_blocks, self._kv_heads, 2, self._config.block_size, self._head_dim)
-        self.cache = torch.zeros(shape, dtype=self._dtype, device=self._device)
-        self._layer_caches = list(self.cache.unbind(0))
+    def _make_cache(self, num_blocks: Sequence[int]) -> PagedCache:
+        cache = PagedCache(self._layout, num_blocks, self._device)
+        self._layer_caches = cache.of_layers()
+        return cache
 
-    def _blocks_that_fit(self) -> int:
-        slot_bytes = len(self._stage.layers) * self._kv_heads * 2 * self._head_dim * self._dtype.itemsize
-        block_bytes = slot_bytes * self._config.block_size
-        if self._device.type == "cuda":
-            free_bytes = int(self._free_bytes_beside_steps() * CUDA_CACHE_SHARE)
+    def _pick_num_blocks(self) -> list[int]:
+        """Blocks of each cache group. Raises ModelError when they do not suffice for one request."""
+        config, groups = self._config, self._layout.groups
+        needs = [self._blocks_of_a_window(group.spec.window) for group in groups]
+        if config.num_blocks:
+            counts = [config.num_blocks] * len(groups)
         else:
-            free_bytes = CPU_CACHE_BYTES // self._groups.world_size
-        if free_bytes < block_bytes:
-            raise ModelError(f"no memory for one KV block of {block_bytes} bytes ({free_bytes} bytes are free)")
-        return free_bytes // block_bytes
+            most = [2 * need * config.max_num_seqs if need else 1 << 31 for need in needs]
+            counts = self._layout.blocks_that_fit(self._free_bytes(), most)
+        for group, need, count in zip(groups, needs, counts, strict=True):
+            if count < need:
+                raise ModelError(
+                    f"num_blocks={count}: a window of {group.spec.window} tokens beside a step of"
+                    f" {config.max_num_batched_tokens} takes {need} blocks"
+                )
+        return counts
+
+    def _blocks_of_a_window(self, window: int) -> int:
+        """What one request may hold in a group with this window, while its longest chunk is computed. 0: no window."""
+        if not window:
+            return 0
+        num_tokens = min(window + self._config.max_num_batched_tokens, self._context_tokens)
+        return -(-num_tokens // self._config.block_size) + 2
+
+    def _free_bytes(self) -> int:
+        if self._device.type == "cuda":
+            return int(self._free_bytes_beside_steps() * CUDA_CACHE_SHARE)
+        return CPU_CACHE_BYTES // self._groups.world_size
 
     def _free_bytes_beside_steps(self) -> int:
         """What is free on the device when the largest steps have what they need: tried out, on a cache of one block."""
         before, _ = torch.cuda.mem_get_info(self._device)
-        self._make_cache(1)
+        self.cache = self._make_cache([1] * len(self._layout.groups))
+        self.attach(KVConnector(self.cache.memories(0, "none"), self.cache.grids(0), FragmentStore(())))
         self.warm_up()
         torch.cuda.synchronize(self._device)
         needed = before - torch.cuda.mem_get_info(self._device)[0]
         self._graphs = None  # they know the addresses of the small cache
-        self._layer_caches, self.cache = [], torch.empty(0)
+        del self._layer_caches, self.cache, self._connector
         gc.collect()
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self._device)[0] - needed
 
-    def attach(self, transfer: KVTransfer) -> None:
-        """Give the rank its way to the KV tiers; without one, plans must not load or store."""
-        self._transfer = transfer
+    def attach(self, connector: KVConnector) -> None:
+        """Give the rank its way to the KV tiers; at first it has none, and transfers end with no blocks."""
+        self._connector = connector
 
-    def grid(self, layers_per_fragment: int) -> FragmentGrid:
-        """What this rank owns of the model's KV."""
-        held = self._stage.layer_range
-        group = layers_per_fragment or len(held)
-        if held.start % group or len(held) % group:
-            raise ModelError(
-                f"layers_per_fragment={group} does not fit the stage's layers {held.start}..{held.stop - 1}"
-            )
-        heads = self.cache.shape[2]
-        return FragmentGrid(held.start, len(held), group, self._groups.shard.tp_rank * heads, heads)
+    def ended_transfers(self) -> Sequence[int]:
+        """As in ModelRunner."""
+        return self._connector.ended()
 
     def warm_up(self) -> None:
         """Set up what the first steps would pay for, and record the graphs. On all ranks at once.
 
         Its first step writes into block 0, which no request owns yet.
         """
-        chunk = ScheduledRequest("", [0, 0], 0, 0, [0, 0], None)
-        decode = ScheduledRequest("", [0], 0, 0, [0], SampleSpec(0.0, 1.0, 0, 0, 0))
-        self.execute(SchedulerOutput([chunk, decode]))
+        self.execute(self._direct(DirectChunk([0, 0], 0, 0, self._zeros(2)), self._sampled_token(0, GREEDY)))
         config = self._config
         if self._uses_graphs:
             graphs = GraphedStage(self._stage, self._layer_caches, self._cos_sin, self._inputs)
@@ -180,15 +197,27 @@ class TorchModelRunner:
             self._run_largest_steps()
 
     def _run_largest_steps(self) -> None:
-        """Settles how much memory steps take, and compiles attention for all its tiles. Behind the graphs, for to
-        record one gives back what is not in use."""
+        """Settles how much memory steps take, and compiles attention for all its tiles.
+
+        Runs after capture: capturing frees unused memory.
+        """
         config = self._config
         most = min(config.max_num_batched_tokens, self._context_tokens)
         for num_tokens in [n for n in _CHUNKS_OF_OTHER_TILES if n < most] + [most]:
-            blocks = [0] * -(-num_tokens // config.block_size)
-            self.execute(SchedulerOutput([ScheduledRequest("", [0] * num_tokens, 0, num_tokens, blocks, None)]))
-        sampled = ScheduledRequest("", [0], 0, 1, [0], SampleSpec(1.0, 0.9, 0, 0, 0))
-        self.execute(SchedulerOutput([sampled] * min(config.max_num_seqs, config.max_num_batched_tokens)))
+            blocks = self._zeros(-(-num_tokens // config.block_size))
+            self.execute(self._direct(DirectChunk([0] * num_tokens, 0, num_tokens, blocks)))
+        sampled = self._sampled_token(1, SamplingParams(temperature=1.0, top_p=0.9))
+        self.execute(self._direct(*[sampled] * min(config.max_num_seqs, config.max_num_batched_tokens)))
+
+    def _zeros(self, num_blocks: int) -> list[list[int]]:
+        return [[0] * num_blocks for _ in self._layout.groups]
+
+    def _sampled_token(self, write_from: int, sampling: SamplingParams) -> DirectChunk:
+        return DirectChunk([0], 0, write_from, self._zeros(1), 1, sampling)
+
+    @staticmethod
+    def _direct(*chunks: DirectChunk) -> StepPlan:
+        return direct_plan(chunks)
 
     def _on_device(self) -> AbstractContextManager[object]:
         """The current device is a setting of the thread, and this may be any."""
@@ -200,33 +229,35 @@ class TorchModelRunner:
         return self._device.type == "cuda" if wanted is None else wanted
 
     # ------------------------------------------------------------------------------------------------------- one step
-    def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
-        """Loads, forward pass, stores, write-backs."""
+    def execute(self, plan: StepPlan) -> ModelRunnerOutput:
+        """One step, to its end; transfers go on beside it."""
         return self.start(plan)()
 
-    def start(self, plan: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
+    def start(self, plan: StepPlan) -> Callable[[], ModelRunnerOutput]:
         """As execute, but on CUDA the forward pass may still run; what is returned waits for its tokens."""
         with torch.inference_mode(), self._on_device():
             return self._start(plan)
 
-    def _start(self, plan: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
+    def _start(self, plan: StepPlan) -> Callable[[], ModelRunnerOutput]:
         started = time.perf_counter()
-        loaded = [self._load(load) for load in plan.loads]
-        self._prepare(plan.stores)
+        self._inputs.apply(plan)
+        ended = poll_transfers(plan, self._connector, self._groups)
+        for load in plan.loads:
+            self._connector.start_load(load)
+        for store in plan.stores:
+            self._connector.prepare(store)
         tokens: Tensor | None = None
         order: list[int] = []
-        if plan.requests:
-            prepared, logits = self._forward(plan.requests)
-            order = prepared.order
+        if plan.num_requests:
+            prepared, logits = self._forward(plan)
+            order = prepared.order.tolist()
             if logits is not None and order:
                 tokens = self._choose(logits, prepared)
             tokens = self._groups.tokens_to_leader(tokens, len(order))
-            self._last_tokens, self._last_order = tokens, order
-        stored = [self._save(store) for store in plan.stores]
-        if self._transfer is not None:
-            for write_back in plan.write_backs:
-                self._transfer.write_back(write_back)
-        counts = self._groups.min_over_ranks([*loaded, *stored])
+            if tokens is not None and order:
+                self._remember(tokens, prepared)
+        for store in plan.stores:
+            self._connector.start_store(store)
         read = _read_later(tokens)
 
         def wait() -> ModelRunnerOutput:
@@ -234,22 +265,21 @@ class TorchModelRunner:
             sampled = [0] * len(token_ids)
             for place, token_id in zip(order if token_ids else (), token_ids, strict=True):
                 sampled[place] = token_id
-            duration_s = time.perf_counter() - started
-            return ModelRunnerOutput(sampled, counts[: len(loaded)], counts[len(loaded) :], duration_s)
+            return ModelRunnerOutput(sampled, ended, time.perf_counter() - started)
 
         return wait
 
-    def _forward(self, requests: Sequence[ScheduledRequest]) -> tuple[PreparedBatch, Tensor | None]:
-        """The batch, and on the last stage the logits of its sampled rows."""
+    def _forward(self, plan: StepPlan) -> tuple[PreparedBatch, Tensor | None]:
+        """The batch, and on the last stage the logits of its wanted rows."""
         graphs = self._graphs if self.replays else None
-        padding = None if graphs is None else graphs.padding_for(requests)
+        padding = None if graphs is None else graphs.padding_for(plan)
         config = self._config
-        prepared = self._inputs.fill(
-            requests, config.block_size, config.batch_invariant, padding or NO_PADDING, self._last_order
-        )
+        prepared = self._inputs.fill(plan, config.block_size, config.batch_invariant, padding or NO_PADDING)
         batch, received = prepared.batch, None
-        if prepared.has_pending_tokens:
-            self._put_last_tokens(batch.token_ids)
+        if prepared.pending is not None:
+            where, rows = prepared.pending
+            # After NO_TOKEN nobody wants what is computed here.
+            batch.token_ids.index_copy_(0, where, self._last_tokens[rows].clamp(min=0))
         if not self._stage.is_first:
             shape = (2, len(batch.token_ids), self._stage.config.hidden_size)
             received = self._groups.recv_from_previous_stage(shape, self._dtype)
@@ -260,25 +290,32 @@ class TorchModelRunner:
         if not self._stage.is_last:
             self._groups.send_to_next_stage(out)
             return prepared, None
-        return prepared, out[: len(prepared.samples)]
-
-    def _put_last_tokens(self, token_ids: Tensor) -> None:
-        """In place of -1 - i, the token that the last step chose in its row i; the host may not know it yet."""
-        assert self._last_tokens is not None
-        rows = (-1 - token_ids).clamp_(min=0)
-        chosen = self._last_tokens[rows].clamp_(min=0)  # after NO_TOKEN nobody wants what is computed here
-        token_ids.copy_(torch.where(token_ids < 0, chosen, token_ids))
+        return prepared, out[: len(prepared.positions)]
 
     def _choose(self, logits: Tensor, prepared: PreparedBatch) -> Tensor:
-        return sample(logits, prepared.samples, self._groups, self._vocab_size)
+        return sample(logits, prepared.sampling, prepared.positions, self._groups, self._vocab_size)
 
-    def _load(self, load: BlockTransfer) -> int:
-        return 0 if self._transfer is None else self._transfer.load(load)
+    def _remember(self, tokens: Tensor, prepared: PreparedBatch) -> None:
+        """For the next plan, which may be made before anybody has read the tokens."""
+        if self._config.pp > 1:
+            return  # the first stage is sent every token
+        last = tokens if len(prepared.last_rows) == len(tokens) else tokens[_to(prepared.last_rows, tokens)]
+        self._last_tokens.index_copy_(0, _to(prepared.request_rows, tokens), last)
 
-    def _prepare(self, stores: Sequence[BlockTransfer]) -> None:
-        if self._transfer is not None:
-            for store in stores:
-                self._transfer.prepare(store)
 
-    def _save(self, store: BlockTransfer) -> int:
-        return 0 if self._transfer is None else self._transfer.save(store)
+def _to(indices: npt.NDArray[np.int64], like: Tensor) -> Tensor:
+    host = torch.from_numpy(indices)
+    return host.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else host
+
+
+def poll_transfers(plan: StepPlan, connector: KVConnector, groups: ParallelGroups) -> list[TransferDone]:
+    """Those of the plan's polled transfers that have ended on every rank; their blocks are in the cache then."""
+    counts = groups.min_over_ranks([connector.poll(transfer_id) for transfer_id in plan.polls])
+    ended = [
+        TransferDone(transfer_id, count)
+        for transfer_id, count in zip(plan.polls, counts, strict=True)
+        if count != PENDING
+    ]
+    for done in ended:
+        connector.finish(done)
+    return ended

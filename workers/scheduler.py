@@ -1,31 +1,36 @@
 """Continuous batching by iteration, as pure decisions.
 
 There is no prefill phase and no decode phase: there are requests whose `num_computed_tokens` catch up with their
-tokens under a token budget. Chunked prefill, prefix hits and recompute after preemption are all that one rule. A
-request whose blocks are elsewhere - because a prefill worker computes them, or because an earlier turn or an earlier
-life of the stream left them in the tiers - first holds blocks that fill from there (WAITING_FOR_KV).
+tokens under a token budget. Chunked prefill, prefix hits, draft tokens and recompute after preemption are all that one
+rule. A request whose blocks are elsewhere - because a prefill worker computes them, or because an earlier turn or an
+earlier life of the stream left them in the tiers - first holds blocks that fill from there (WAITING_FOR_KV).
 
-`schedule` returns a plan, `update` takes what became of it. Knows nothing of tensors, tiers, sockets or clocks.
+`schedule` returns a plan, and counts as computed what the plan will compute: so the next plan can be made before the
+step is through. `update` takes what became of a plan. Knows nothing of tensors, tiers, sockets or clocks.
 """
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 
 from costs.transfer import ALWAYS_FETCH, TransferCost
-from kvstore.block_pool import BlockPool
-from kvstore.names import block_name, block_names, root_name
-from workers.request import FinishReason, Request, RequestRole, RequestStatus, TokenOutput
-from workers.step import NO_TOKEN, BlockTransfer, ModelRunnerOutput, SampleSpec, ScheduledRequest, SchedulerOutput
+from kvstore.block_pools import BlockPools
+from workers.naming import RequestNames
+from workers.pulls import Pulls
+from workers.request import FinishReason, Request, RequestRole, RequestStatus, TokenOutputs
+from workers.rows import BatchRows
+from workers.step import NO_TOKEN, ModelRunnerOutput, RowState, SchedulerOutput
+from workers.transfers import Transfer, TransferKind, Transfers
 
-MAX_LOAD_BLOCKS_PER_STEP = 64  # bounds how long a pull may hold up the running batch
 # A prefill request ends with a chunk of this size when its prompt is many times as long: what its decode worker still
 # has to pull after the last chunk is then a few blocks, and all else has travelled while the prompt was computed.
 LAST_CHUNK_TOKENS = 64
 MIN_CHUNKS_FOR_A_SHORT_LAST_ONE = 16
+MAX_WRITTEN_BACK_SHARE = 4  # one block in so many may be on its way to the tiers for a later turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,44 +44,56 @@ class SchedulerConfig:
     transfer_cost: TransferCost = ALWAYS_FETCH
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class UpdateResult:
     """What a finished step means for requests."""
 
-    tokens: list[TokenOutput]
-    finished: list[tuple[Request, FinishReason]]
-    published_names: list[bytes]
+    tokens: TokenOutputs = field(default_factory=TokenOutputs)
+    finished: list[tuple[Request, FinishReason]] = field(default_factory=list)
+    published_names: list[bytes] = field(default_factory=list)
+    num_transferred_blocks: int = 0
 
 
 def _order(request: Request) -> tuple[float, str]:
-    return request.arrival_time_s, request.request_id
+    return request.order
 
 
 class Scheduler:
     """Owns the requests of one engine and their blocks."""
 
     def __init__(
-        self, config: SchedulerConfig, pool: BlockPool, kv_fingerprint: bytes, eos_token_ids: frozenset[int]
+        self, config: SchedulerConfig, pool: BlockPools, kv_fingerprint: bytes, eos_token_ids: frozenset[int]
     ) -> None:
         self.config = config
         self.pool = pool
-        self._fingerprint = kv_fingerprint
+        self.rows = BatchRows(config.max_num_seqs)
+        self.transfers = Transfers(pool)
+        self._names = RequestNames(kv_fingerprint, pool.block_size)
         self._eos = eos_token_ids
         self.requests: dict[str, Request] = {}
         self.waiting: deque[Request] = deque()
         self.waiting_for_kv: list[Request] = []
-        self.running: list[Request] = []
+        self.running: list[Request] = []  # the earliest first
+        self.storing: list[Request] = []
+        self._all_groups = range(pool.num_groups)
+        self._pulls = Pulls(pool, self.transfers, self._names)
         self.num_recomputed_prompt_tokens = 0
         self.num_preemptions = 0
         self.num_prefixes_fetched = 0  # of the prefixes that only the tiers had: cheaper to pull
         self.num_prefixes_recomputed = 0  # cheaper to compute again
+        self.num_dropped_write_backs = 0  # blocks: the tiers are slower than decoding
 
     # ------------------------------------------------------------------------------------------------------ requests
     def add(self, request: Request) -> None:
         """Queue a request; its id must be new."""
         assert request.request_id not in self.requests
+        s = request.sampling
         self.requests[request.request_id] = request
-        self._extend_names(request)
+        request.stop_ids = s.stop_token_ids if s.ignore_eos else s.stop_token_ids | self._eos
+        request.max_num_tokens = min(request.num_prompt_tokens + s.max_tokens, self.config.max_model_len)
+        if request.role is RequestRole.PREFILL:
+            request.max_num_tokens = request.num_given_tokens + 1
+        self._names.extend(request)
         self.waiting.append(request)
 
     def kv_available(self, request_id: str, num_blocks: int) -> None:
@@ -87,15 +104,15 @@ class Scheduler:
         request.awaits_lookup = False
         if request.role is RequestRole.DECODE or request.status is not RequestStatus.WAITING_FOR_KV:
             request.num_available_blocks = max(request.num_available_blocks, num_blocks)
-        # else it holds room for what it was admitted with, and computes the rest
+        # else it holds blocks for what it was admitted with, and computes the rest
 
     def wants_lookup(self, request: Request) -> bool:
         """Whether the tiers may have a part of a new request's prompt that this device has not.
 
         Decode requests are watched over as long as they wait; see pending_pulls.
         """
-        hit = self.pool.match_prefix(request.block_names)
-        return request.role is not RequestRole.DECODE and len(hit) < len(request.block_names)
+        num_hit = self.pool.num_matched(request.block_names)
+        return request.role is not RequestRole.DECODE and num_hit < len(request.block_names)
 
     def continue_request(self, request_id: str, token_ids: list[int]) -> None:
         """The prefill side is through: what can be pulled is there, and these tokens were chosen there."""
@@ -103,7 +120,13 @@ class Scheduler:
         if request is not None and not request.is_continued:
             request.is_continued = True
             request.token_ids.extend(token_ids)
-            self._extend_names(request)
+            self._names.extend(request)
+
+    def propose(self, request_id: str, draft_token_ids: list[int]) -> None:
+        """Tokens that may follow: each is kept if it is what the model chooses there (speculation by equality)."""
+        request = self.requests.get(request_id)
+        if request is not None:
+            request.draft_token_ids = draft_token_ids
 
     def finish(self, request: Request) -> None:
         """Take a request out; its blocks are only cache from then on."""
@@ -113,14 +136,14 @@ class Scheduler:
         del self.requests[request.request_id]
 
     def has_work(self) -> bool:
-        """A step might do something."""
-        return bool(self.waiting or self.running or self.waiting_for_kv)
+        """A step might do something, now or when blocks have come or gone."""
+        return bool(self.waiting or self.running or self.waiting_for_kv or self.storing or self.transfers)
 
     def pending_pulls(self) -> Iterator[tuple[str, list[bytes]]]:
         """Requests that wait for blocks, and the names that they still lack, for whoever watches the directory."""
         for request in self.waiting_for_kv:
             if not request.is_announced:
-                yield request.request_id, self._prompt_names(request)[request.num_ready_blocks :]
+                yield request.request_id, self._names.of_prompt(request)[request.num_ready_blocks :]
 
     def queued_pulls(self, max_requests: int, known: Collection[str]) -> Iterator[tuple[str, list[bytes]]]:
         """Of the first queued requests those whose pulls are certain, but for the known ones.
@@ -131,9 +154,9 @@ class Scheduler:
             if request.request_id in known or request.awaits_lookup or not request.is_announced:
                 continue
             is_decode = request.role is RequestRole.DECODE
-            all_names = self._prompt_names(request) if is_decode else request.block_names
-            names = all_names[: self._num_awaited_blocks(request)]
-            names = names[len(self.pool.match_prefix(names)) :]
+            all_names = self._names.of_prompt(request) if is_decode else request.block_names
+            names = all_names[: self._pulls.num_awaited(request)]
+            names = names[self.pool.num_matched(names) :]
             pays = is_decode or self.config.transfer_cost.fetch_pays(len(names), self.pool.block_size)
             yield request.request_id, names if pays else []
 
@@ -143,50 +166,101 @@ class Scheduler:
         return sum(
             max(0, r.num_given_tokens - r.num_computed_tokens)
             for r in (*self.waiting, *self.running)
-            if r.role is not RequestRole.DECODE
+            if r.num_computed_tokens < r.num_given_tokens and r.role is not RequestRole.DECODE
         )
 
     # ------------------------------------------------------------------------------------------------------ schedule
     def schedule(self) -> SchedulerOutput:
         """Decide the next step."""
-        budget = self.config.max_num_batched_tokens
-        preempted: list[str] = []
-        scheduled: list[ScheduledRequest] = []
-        stores: list[BlockTransfer] = []
-        write_backs: list[BlockTransfer] = []
-        self._start_what_is_ready()
-        for request in sorted(self.running, key=_order):  # victims are the latest, so none of them is planned already
-            if request.status is not RequestStatus.RUNNING or request.is_stalled:
-                continue  # preempted by an earlier one in this loop, or its client is slow
-            if len(scheduled) == self.config.max_num_seqs:
-                break  # more than that when stalled ones come back to life
-            count = self._chunk_tokens(request, request.num_computed_tokens, budget)
-            if count > 0 and self._make_room(request, request.num_computed_tokens + count, preempted):
-                budget -= count
-                self._plan_chunk(request, count, scheduled, stores, write_backs)
+        plan, budget = SchedulerOutput(), self.config.max_num_batched_tokens
+        for request in self._pulls.ready(self.waiting_for_kv):
+            self._start_with_what_came(request)
+        budget = self._schedule_running(plan, budget)
         for request in [r for r in self.waiting if not (r.is_stalled or r.awaits_lookup)]:
-            if preempted or self._num_active() >= self.config.max_num_seqs:
+            if plan.preempted_ids or max(self._num_active(), len(plan.requests)) >= self.config.max_num_seqs:
                 break
             if (budget <= 0 and request.role is not RequestRole.DECODE) or not self._admit(request, budget):
                 break
             self.waiting.remove(request)
-            count = self._chunk_tokens(request, request.num_computed_tokens, budget)
-            if request.status is RequestStatus.RUNNING and count > 0:
-                budget -= count
-                self._plan_chunk(request, count, scheduled, stores, write_backs)
-        return SchedulerOutput(scheduled, self._schedule_loads(), stores, write_backs, preempted)
+            if request.status is RequestStatus.RUNNING and budget > 0:
+                budget -= self._plan_chunk(plan, request, self._num_left(request), budget)
+        plan.loads += self._pulls.start(self.waiting_for_kv)
+        return plan
 
-    def _chunk_tokens(self, request: Request, num_computed_tokens: int, budget: int) -> int:
+    def _schedule_running(self, plan: SchedulerOutput, budget: int) -> int:
+        """Chunks of requests that run already, in their order; returns what is left of the budget.
+
+        Hundreds of requests come by here in each step, most of them for one token that fits into their last block.
+        """
+        max_num_seqs, scheduled = self.config.max_num_seqs, plan.requests
+        for request in tuple(self.running):  # victims are the latest, so none of them is planned already
+            left = len(request.token_ids) + request.num_pending_tokens - request.num_computed_tokens
+            if left <= 0 or budget <= 0 or request.window_tokens <= 0:
+                continue  # nothing to compute until its drafts are judged, no room, or a client that does not read
+            if request.status is not RequestStatus.RUNNING:
+                continue  # preempted by an earlier one in this loop
+            if request.num_pending_tokens and (request.row < 0 or request.draft_token_ids):
+                continue  # only the ranks will know its token before the step is through, and drafts follow known ones
+            if len(scheduled) == max_num_seqs:
+                break  # more than that when stalled ones come back to life
+            budget -= self._plan_chunk(plan, request, left, budget)
+        return budget
+
+    def _num_left(self, request: Request) -> int:
+        return len(request.token_ids) + request.num_pending_tokens - request.num_computed_tokens
+
+    def _plan_chunk(self, plan: SchedulerOutput, request: Request, left: int, budget: int) -> int:
+        """Compute the next tokens of a request; how many. 0: it is over with the token that is being chosen, or it was
+        preempted to make room."""
+        start, known, num_pending = request.num_computed_tokens, request.token_ids, request.num_pending_tokens
+        if len(known) + num_pending >= request.max_num_tokens:
+            return 0
+        count = left if left == 1 else self._chunk_tokens(request, start, left, budget)
+        end, is_last = start + count, count == left
+        drafts = self._take_drafts(request, budget - count) if is_last and request.draft_token_ids else ()
+        end += len(drafts)
+        size = self.pool.block_size
+        if end > len(request.block_tables[0].block_ids) * size and not self._make_room(plan, request, end):
+            return 0
+        if self.rows.take(request, plan.rows):
+            tables = [table.block_ids for table in request.block_tables]
+            plan.new_rows.append(RowState(request.row, request.num_prompt_tokens, request.sampling, tables))
+        num_known = count - num_pending if is_last else count
+        if num_known == 1:
+            plan.token_ids.append(known[start])
+        else:
+            plan.token_ids += known[start : start + num_known]
+        plan.token_ids += drafts
+        plan.append(request, start, end - start, num_known + len(drafts), is_last + len(drafts))
+        request.num_computed_tokens = end
+        if end > request.num_kv_tokens:
+            request.num_kv_tokens = end
+        if is_last:
+            request.num_pending_tokens = num_pending + 1
+            request.window_tokens -= 1
+        if end // size > request.num_stored_blocks or (is_last and request.role is RequestRole.PREFILL):
+            self._plan_stores(plan, request, end, is_last)
+        return end - start
+
+    def _chunk_tokens(self, request: Request, computed: int, left: int, budget: int) -> int:
         """How many tokens of a request to compute next."""
-        left = request.num_tokens - num_computed_tokens
         count = min(left, budget)
-        hands_off = request.role is RequestRole.PREFILL
-        if hands_off and request.num_tokens >= MIN_CHUNKS_FOR_A_SHORT_LAST_ONE * LAST_CHUNK_TOKENS:
+        num_tokens = request.num_tokens
+        if request.role is RequestRole.PREFILL and num_tokens >= MIN_CHUNKS_FOR_A_SHORT_LAST_ONE * LAST_CHUNK_TOKENS:
             # On a block's border, so that everything before the last chunk is published before it.
-            before_last = (request.num_tokens - LAST_CHUNK_TOKENS) // self.pool.block_size * self.pool.block_size
-            if num_computed_tokens < before_last:
-                count = min(count, before_last - num_computed_tokens)
+            before_last = (num_tokens - LAST_CHUNK_TOKENS) // self.pool.block_size * self.pool.block_size
+            if computed < before_last:
+                count = min(count, before_last - computed)
         return count
+
+    def _take_drafts(self, request: Request, budget: int) -> Sequence[int]:
+        """As many of the proposed tokens as may be sent and fit, while none of its own is being chosen."""
+        if request.num_pending_tokens or request.role is RequestRole.PREFILL:
+            return ()
+        room = min(budget, request.window_tokens - 1, request.max_num_tokens - 1 - request.num_tokens)
+        drafts, request.draft_token_ids = request.draft_token_ids[: max(0, room)], []
+        request.drafts_in_flight = drafts
+        return drafts
 
     def _num_active(self) -> int:
         """Requests that take part in the batch, or will; those whose client does not read stop nobody else."""
@@ -195,24 +269,28 @@ class Scheduler:
     def _admit(self, request: Request, budget: int) -> bool:
         """Give a waiting request its first blocks; False when there are too few."""
         pool, size = self.pool, self.pool.block_size
-        hit = pool.match_prefix(request.block_names[: request.num_tokens // size])
-        request.num_ready_blocks = len(hit)
-        num_elsewhere = self._num_awaited_blocks(request) - len(hit)
+        num_hit = pool.num_matched(request.block_names[: request.num_tokens // size])
+        request.num_ready_blocks = num_hit
+        num_elsewhere = self._pulls.num_awaited(request) - num_hit
         fetches = num_elsewhere > 0 and self.config.transfer_cost.fetch_pays(num_elsewhere, size)
-        waits_for_kv = not self._is_ready(request) if request.role is RequestRole.DECODE else fetches
-        hit_tokens = len(hit) * size
-        computed = min(hit_tokens, request.num_tokens - 1)
-        target = computed + self._chunk_tokens(request, computed, budget)
+        waits_for_kv = not self._pulls.is_ready(request) if request.role is RequestRole.DECODE else fetches
+        computed = min(num_hit * size, request.num_tokens - 1)
+        tables = pool.take_prefix(request.block_names[:num_hit])
         if waits_for_kv:
-            target = min(request.num_given_tokens, self._num_awaited_blocks(request) * size)
-        needed = max(0, -(-target // size) - len(hit))
-        pool.acquire(hit)
-        if not pool.can_allocate(needed):
-            pool.release(hit)
+            groups: Sequence[int] = self._pulls.whole_groups
+            num_blocks = -(-min(request.num_given_tokens, self._pulls.num_awaited(request) * size) // size)
+        else:
+            groups = self._all_groups
+            chunk = self._chunk_tokens(request, computed, request.num_tokens - computed, budget)
+            num_blocks = -(-(computed + chunk) // size)
+        if not pool.can_extend(tables, num_blocks, groups):
+            pool.release(tables)
             return False
-        request.block_table = [*hit, *pool.allocate(needed)]
-        request.num_registered_blocks = len(hit)
-        request.num_kv_tokens = hit_tokens
+        pool.extend(tables, num_blocks, groups)
+        request.block_tables = tables
+        request.num_registered_blocks = num_hit
+        request.num_kv_tokens = num_hit * size
+        request.has_window_blocks = num_elsewhere <= 0
         if request.role is not RequestRole.DECODE and num_elsewhere > 0:
             self.num_prefixes_fetched += fetches
             self.num_prefixes_recomputed += not fetches
@@ -230,210 +308,182 @@ class Scheduler:
         if request.role is not RequestRole.PREFILL:  # which publishes its prefix hits too: a tier may have lost them
             request.num_stored_blocks = max(request.num_stored_blocks, request.num_kv_tokens // self.pool.block_size)
         request.status = RequestStatus.RUNNING
-        self.running.append(request)
+        insort(self.running, request, key=_order)
 
-    def _make_room(self, request: Request, num_tokens: int, preempted: list[str]) -> bool:
+    def _start_with_what_came(self, request: Request) -> None:
+        """Nothing more will come: compute the rest."""
+        self.waiting_for_kv.remove(request)
+        if self.pool.has_windows and not request.has_window_blocks and request.num_kv_tokens:
+            self._release_blocks(request)  # without what the windows see, nothing can go on from what came
+            request.max_pulled_blocks = 0
+            request.status = RequestStatus.WAITING
+            self.waiting.appendleft(request)
+            return
+        self._start_running(request, min(request.num_kv_tokens, request.num_tokens - 1))
+
+    def _make_room(self, plan: SchedulerOutput, request: Request, num_tokens: int) -> bool:
         """Blocks for `num_tokens` tokens of a running request, preempting the latest; False when it went itself."""
-        needed = -(-num_tokens // self.pool.block_size) - len(request.block_table)
-        while needed > 0 and not self.pool.can_allocate(needed):
-            victim = max((*self.running, *self.waiting_for_kv), key=lambda r: (r.is_stalled, *_order(r)))
+        num_blocks = -(-num_tokens // self.pool.block_size)
+        while not self.pool.can_extend(request.block_tables, num_blocks, self._all_groups):
+            others = [r for r in self.waiting_for_kv if not r.has_load_in_flight]  # whose blocks would not be free yet
+            victim = max((*self.running, *others), key=lambda r: (r.is_stalled, r.order))
             self._preempt(victim)
-            preempted.append(victim.request_id)
+            plan.preempted_ids.append(victim.request_id)
             if victim is request:
                 return False
-        if needed > 0:
-            request.block_table.extend(self.pool.allocate(needed))
+        before = [len(table.block_ids) for table in request.block_tables]
+        self.pool.extend(request.block_tables, num_blocks, self._all_groups)
+        if request.row >= 0:
+            for group, (table, first) in enumerate(zip(request.block_tables, before, strict=True)):
+                for index in range(first, num_blocks):
+                    plan.new_blocks += (group, request.row, index, table.block_ids[index])
         return True
 
     def _preempt(self, request: Request) -> None:
         self._remove_from_queues(request)
         self._release_blocks(request)
+        request.window_tokens += request.num_pending_tokens  # what is being chosen is chosen again
+        request.num_pending_tokens, request.drafts_in_flight = 0, []
         request.status = RequestStatus.PREEMPTED
         request.num_preemptions += 1
         self.num_preemptions += 1
         self.waiting.appendleft(request)
 
-    def _plan_chunk(
-        self,
-        request: Request,
-        count: int,
-        scheduled: list[ScheduledRequest],
-        stores: list[BlockTransfer],
-        write_backs: list[BlockTransfer],
-    ) -> None:
-        start, end = request.num_computed_tokens, request.num_computed_tokens + count
-        s = request.sampling
-        is_last = end == request.num_tokens
-        sample = SampleSpec(s.temperature, s.top_p, s.top_k, s.seed, request.num_output_tokens) if is_last else None
-        scheduled.append(
-            ScheduledRequest(
-                request.request_id,
-                request.token_ids[start:end],
-                start,
-                request.num_kv_tokens,
-                request.block_table[: -(-end // self.pool.block_size)],
-                sample,
-            )
-        )
+    def _plan_stores(self, plan: SchedulerOutput, request: Request, end: int, is_last: bool) -> None:
+        """Publish the blocks that are full when the step is through."""
         first, last = request.num_stored_blocks, end // self.pool.block_size
+        if self.pool.has_windows:  # a block is published with all groups, or not at all
+            first = max(first, *(table.num_released for table in request.block_tables))
         if request.role is RequestRole.PREFILL:
-            names = self._prompt_names(request)
+            kind, num_named_tokens = TransferKind.STORE, request.num_given_tokens
+            names = self._names.of_prompt(request)
             last = len(names) if is_last else last
-            if last > first:
-                stores.append(self._transfer(request, names, first, last, request.num_given_tokens))
-        elif self.config.writes_back and (last := min(last, len(request.block_names))) > first:
-            # A block has no name while a token in it is still being chosen: then it goes with a later step.
-            write_backs.append(self._transfer(request, request.block_names, first, last, end))
-            request.num_stored_blocks = last
-
-    # ------------------------------------------------------------------------------------------- blocks from elsewhere
-    def _num_awaited_blocks(self, request: Request) -> int:
-        """How many blocks, from the first on, are or will be in the tiers."""
-        if request.role is RequestRole.DECODE:
-            return len(self._prompt_names(request))
-        return min(request.num_available_blocks, request.num_given_tokens // self.pool.block_size)
-
-    def _is_ready(self, request: Request) -> bool:
-        """Nothing more will be announced, and what was is in the block table."""
-        return request.is_announced and request.num_ready_blocks >= self._num_awaited_blocks(request)
-
-    def _start_what_is_ready(self) -> None:
-        for request in [r for r in self.waiting_for_kv if self._is_ready(r)]:
-            self._start_with_what_came(request)
-
-    def _start_with_what_came(self, request: Request) -> None:
-        """Nothing more will come: compute the rest."""
-        self.waiting_for_kv.remove(request)
-        self._start_running(request, min(request.num_kv_tokens, request.num_tokens - 1))
-
-    def _schedule_loads(self) -> list[BlockTransfer]:
-        """Pull what is announced; when nothing more will be, try whatever is missing once, then run with what came."""
-        loads, room = [], MAX_LOAD_BLOCKS_PER_STEP
-        for request in self.waiting_for_kv:
-            names = self._prompt_names(request)
-            wanted = self._num_awaited_blocks(request) if request.is_announced else request.num_available_blocks
-            first, last = request.num_ready_blocks, min(len(names), wanted, request.num_ready_blocks + room)
-            if last > first:
-                loads.append(self._transfer(request, names, first, last, request.num_given_tokens))
-                room -= last - first
-        return loads
-
-    def _update_loads(self, plan: SchedulerOutput, output: ModelRunnerOutput) -> None:
-        for load, count in zip(plan.loads, output.num_loaded_blocks, strict=True):
-            request = self.requests.get(load.request_id)
-            if request is None or request.status is not RequestStatus.WAITING_FOR_KV:
-                continue
-            request.num_ready_blocks += count
-            request.num_transferred_blocks += count
-            request.num_kv_tokens = max(
-                request.num_kv_tokens, min(request.num_ready_blocks * self.pool.block_size, request.num_given_tokens)
-            )
-            self._register_blocks(request)
-            if count == len(load.block_ids):
-                continue
-            if request.is_announced:
-                self._start_with_what_came(request)
-            else:
-                request.num_available_blocks = request.num_ready_blocks  # announced and gone: ask again
+        else:
+            kind, num_named_tokens = TransferKind.WRITE_BACK, end
+            names = request.block_names
+            last = min(last, len(names))  # a block has no name while a token in it is still being chosen
+        if last <= first:
+            return
+        request.num_stored_blocks = last
+        if kind is TransferKind.STORE:
+            request.num_stores_in_flight += 1
+        elif not self.config.writes_back:
+            return
+        elif self.transfers.num_written_back_blocks * MAX_WRITTEN_BACK_SHARE > self.pool.num_blocks:
+            self.num_dropped_write_backs += last - first
+            return
+        plan.stores += self.transfers.start(kind, request, names[first:last], first, self._all_groups, num_named_tokens)
 
     # -------------------------------------------------------------------------------------------------------- update
     def update(self, plan: SchedulerOutput, output: ModelRunnerOutput) -> UpdateResult:
-        """Take a step's outcome into the books."""
-        result = UpdateResult([], [], [])
-        self._update_loads(plan, output)
-        for store, count in zip(plan.stores, output.num_stored_blocks, strict=True):
-            result.published_names.extend(store.block_names[:count])
-            request = self.requests.get(store.request_id)
-            if request is not None:
-                request.num_published_blocks += count
-                request.num_stored_blocks += len(store.block_names)
-        sampled = iter(output.sampled_token_ids)
-        for chunk in plan.requests:
-            token_id = next(sampled) if chunk.sample is not None else None
-            request = self.requests.get(chunk.request_id)
-            if request is None or request.status is not RequestStatus.RUNNING:
+        """Take a step's outcome into the books. A plan's requests may be gone, or preempted, meanwhile."""
+        result = UpdateResult()
+        for done in output.transfers:
+            if (transfer := self.transfers.end(done)) is not None:
+                self._end_transfer(transfer, result)
+        size, running, at = self.pool.block_size, RequestStatus.RUNNING, 0
+        columns = zip(
+            plan.requests, plan.generations, plan.start_positions, plan.num_tokens, plan.num_logits, strict=True
+        )
+        for request, generation, start, count, num_logits in columns:
+            choices = output.sampled_token_ids[at : at + num_logits]
+            at += num_logits
+            if request.num_preemptions != generation or request.status is not running:
                 continue
-            self._count_computed(request, chunk)
-            request.num_computed_tokens += chunk.num_scheduled_tokens
-            request.num_kv_tokens = max(request.num_kv_tokens, request.num_computed_tokens)
-            self._register_blocks(request)
-            if token_id is not None:
-                self._append_token(request, token_id, result)
+            end = start + count
+            if start < request.num_given_tokens:
+                self._count_computed(request, start, end)
+            if num_logits:
+                request.num_pending_tokens -= 1
+                if request.drafts_in_flight:
+                    choices = self._judge_drafts(request, choices)
+                    end = request.num_computed_tokens
+                self._append_tokens(request, choices, result)
+            if end >= (request.num_registered_blocks + 1) * size:
+                self._note_full_blocks(request, end)
         return result
 
-    def _append_token(self, request: Request, token_id: int, result: UpdateResult) -> None:
-        s = request.sampling
-        if token_id == NO_TOKEN:
-            result.finished.append((request, FinishReason.FAILED))
-            return
-        if token_id in s.stop_token_ids or (token_id in self._eos and not s.ignore_eos):
-            result.finished.append((request, FinishReason.STOP))
-            return
-        result.tokens.append(TokenOutput(request.request_id, request.epoch, request.num_output_tokens, token_id))
-        request.token_ids.append(token_id)
-        request.window_tokens -= 1
-        self._extend_names(request)
-        if request.num_output_tokens >= s.max_tokens or request.num_tokens >= self.config.max_model_len:
-            result.finished.append((request, FinishReason.LENGTH))
-        elif request.role is RequestRole.PREFILL:
-            result.finished.append((request, FinishReason.PREFILLED))
+    def _judge_drafts(self, request: Request, choices: Sequence[int]) -> Sequence[int]:
+        """The choices after the last known token and after each draft that the model had chosen too."""
+        drafts, request.drafts_in_flight = request.drafts_in_flight, []
+        num_right = 0
+        while num_right < len(drafts) and choices[num_right] == drafts[num_right]:
+            num_right += 1
+        request.num_computed_tokens -= len(drafts) - num_right
+        request.num_kv_tokens = min(request.num_kv_tokens, request.num_computed_tokens)
+        request.window_tokens -= num_right
+        return choices[: num_right + 1]
 
-    def _count_computed(self, request: Request, chunk: ScheduledRequest) -> None:
-        prompt_tokens = max(
-            0, min(chunk.start_position + chunk.num_scheduled_tokens, request.num_given_tokens) - chunk.start_position
+    def _append_tokens(self, request: Request, token_ids: Sequence[int], result: UpdateResult) -> None:
+        """Tokens that were chosen, up to one that ends the request."""
+        known = request.token_ids
+        for token_id in token_ids:
+            if token_id == NO_TOKEN or token_id in request.stop_ids:
+                reason = FinishReason.FAILED if token_id == NO_TOKEN else FinishReason.STOP
+                result.finished.append((request, reason))
+                return
+            known.append(token_id)
+            if len(known) >= request.max_num_tokens:
+                if request.num_stores_in_flight:
+                    self.running.remove(request)
+                    self.storing.append(request)
+                    request.status = RequestStatus.STORING
+                else:
+                    self._send_last(request, result)
+                return
+            result.tokens.append(request, len(known) - 1 - request.num_prompt_tokens, token_id)
+        if len(known) >= (len(request.block_names) + 1) * self.pool.block_size:
+            self._names.extend(request)
+
+    def _send_last(self, request: Request, result: UpdateResult) -> None:
+        """The request has all its tokens; the last is sent now."""
+        result.tokens.append(request, request.num_output_tokens - 1, request.token_ids[-1])
+        is_prefilled = (
+            request.role is RequestRole.PREFILL
+            and request.num_output_tokens < request.sampling.max_tokens
+            and request.num_tokens < self.config.max_model_len
         )
+        result.finished.append((request, FinishReason.PREFILLED if is_prefilled else FinishReason.LENGTH))
+
+    def _end_transfer(self, transfer: Transfer, result: UpdateResult) -> None:
+        request = transfer.request
+        if transfer.kind is TransferKind.LOAD:
+            result.num_transferred_blocks += self._pulls.end(transfer)
+            return
+        result.published_names.extend(transfer.block_names[: transfer.num_blocks])
+        if transfer.kind is TransferKind.STORE:
+            request.num_published_blocks += transfer.num_blocks
+            request.num_stores_in_flight -= 1
+            if request.status is RequestStatus.STORING and not request.num_stores_in_flight:
+                self._send_last(request, result)
+
+    def _count_computed(self, request: Request, start: int, end: int) -> None:
+        prompt_tokens = min(end, request.num_given_tokens) - start
         request.num_computed_prompt_tokens += prompt_tokens
         if request.role is RequestRole.DECODE:
             self.num_recomputed_prompt_tokens += prompt_tokens
 
     # --------------------------------------------------------------------------------------------------------- blocks
-    def _extend_names(self, request: Request) -> None:
-        """Names of the blocks that are full now; all new ones in one pass, since a prompt may have thousands."""
-        size, names = self.pool.block_size, request.block_names
-        if request.num_tokens < (len(names) + 1) * size:
-            return
-        parent = names[-1] if names else root_name(self._fingerprint, request.tenant_salt)
-        names += block_names(parent, request.token_ids[len(names) * size :], size, with_tail=False)
-
-    def _prompt_names(self, request: Request) -> list[bytes]:
-        """Names of the blocks that prefill publishes: full ones, and the tail named by exactly its tokens."""
-        size = self.pool.block_size
-        full, rest = divmod(request.num_given_tokens, size)
-        names = request.block_names[:full]
-        if rest:
-            parent = names[-1] if names else root_name(self._fingerprint, request.tenant_salt)
-            names.append(block_name(parent, request.token_ids[full * size : request.num_given_tokens]))
-        return names
-
-    def _transfer(
-        self, request: Request, names: list[bytes], first: int, last: int, num_named_tokens: int
-    ) -> BlockTransfer:
-        """Blocks first .. last - 1; the last of `names` may be a short one, which ends with num_named_tokens."""
-        size = self.pool.block_size
-        return BlockTransfer(
-            request.request_id,
-            names[first:last],
-            request.block_table[first:last],
-            [min(size, num_named_tokens - i * size) for i in range(first, last)],
-        )
-
-    def _register_blocks(self, request: Request) -> None:
-        """Name the blocks that are full now, so that other requests find them."""
-        full = request.num_kv_tokens // self.pool.block_size
-        for i in range(request.num_registered_blocks, min(full, len(request.block_names))):
-            self.pool.register(request.block_table[i], request.block_names[i])
-            request.num_registered_blocks = i + 1
+    def _note_full_blocks(self, request: Request, num_computed_tokens: int) -> None:
+        """Name the blocks that are full now, so that other requests find them; give back what left the windows."""
+        full = min(num_computed_tokens // self.pool.block_size, len(request.block_names))
+        for index in range(request.num_registered_blocks, full):
+            self.pool.register(request.block_tables, index, request.block_names[index])
+            request.num_registered_blocks = index + 1
+        if self.pool.has_windows:
+            self.pool.release_behind_windows(request.block_tables, num_computed_tokens)
 
     def _release_blocks(self, request: Request) -> None:
-        self.pool.release(request.block_table)
-        request.block_table = []
+        if request.block_tables:
+            self.pool.release(request.block_tables)
+        self.rows.give_back(request)
+        request.block_tables = []
         request.num_computed_tokens = request.num_kv_tokens = 0
         request.num_registered_blocks = request.num_ready_blocks = 0
+        request.num_loads_in_flight, request.has_window_blocks = 0, False
 
     def _remove_from_queues(self, request: Request) -> None:
-        if request in self.running:
-            self.running.remove(request)
-        elif request in self.waiting_for_kv:
-            self.waiting_for_kv.remove(request)
-        elif request in self.waiting:
-            self.waiting.remove(request)
+        for queue in (self.running, self.waiting_for_kv, self.storing, self.waiting):
+            if request in queue:
+                queue.remove(request)
+                return

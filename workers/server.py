@@ -21,7 +21,8 @@ from workers.block_feed import BlockFeed
 from workers.engine import Clock
 from workers.loop import Cancel, Continue, Credit, EngineLoop, FollowBlocks, LoopEvents, Submit
 from workers.outbox import Outbox
-from workers.request import FinishReason, Request, RequestEnd, RequestRole, SamplingParams
+from workers.request import FinishReason, Request, RequestEnd, RequestRole
+from workers.sampling.params import SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -243,8 +244,9 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
 
     def _token_batches(self, events: LoopEvents) -> list[tuple[Connection, pb.TokenBatch]]:
         batches: dict[Connection, tuple[pb.TokenBatch, dict[str, int]]] = {}
-        for token in events.step.tokens:
-            owner = self._owners.get(token.request_id)
+        tokens = events.step.tokens
+        for request, position, token_id in zip(tokens.requests, tokens.positions, tokens.token_ids, strict=True):
+            owner = self._owners.get(request.request_id)
             if owner is None:
                 continue
             connection, stream_id = owner
@@ -252,10 +254,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             if stream_id not in index:
                 index[stream_id] = len(index)
                 batch.stream_ids.append(stream_id)
-                batch.epochs.append(token.epoch)
+                batch.epochs.append(request.epoch)
             batch.stream_index.append(index[stream_id])
-            batch.positions.append(token.position)
-            batch.token_ids.append(token.token_id)
+            batch.positions.append(position)
+            batch.token_ids.append(token_id)
         return [(connection, batch) for connection, (batch, _) in batches.items()]
 
     def _finish(self, end: RequestEnd) -> None:

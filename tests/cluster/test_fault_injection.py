@@ -39,13 +39,13 @@ from tests.workers.test_disaggregation import spec_for
 from tests.workers.test_disaggregation import worker as real_worker
 from tests.workers.tiny_llama import generate_with_transformers, make_checkpoint
 from tests.workers.worker_client import WorkerClient
-from workers.kv_transfer import FragmentGrid
+from workers.kv.grid import FragmentGrid
 
 pytestmark = [pytest.mark.cluster]
 
 MakeCluster = Callable[..., FakeCluster]
 LAYERS, HEADS, BLOCK_SIZE = 8, 4, 4
-GRID = FragmentGrid(0, LAYERS, 1, 0, HEADS)
+GRID = FragmentGrid(range(LAYERS), 1, 0, HEADS)
 SIZES = {"num_hidden_layers": LAYERS, "num_key_value_heads": HEADS, "num_attention_heads": HEADS}
 NUM_TOKENS = 3
 NUM_BLOCKS = 64  # the last one short; as many as one step pulls
@@ -393,7 +393,7 @@ def test_the_real_engine_takes_no_damaged_fragment_either(tmp_path: Path, shared
     """Prefill on one rank, decode on two; a rank counts what it refused itself, so rank 0 has half of it."""
     num_blocks, num_layers, num_prompts = 6, 3, 8
     checkpoint = make_checkpoint("gqa", tmp_path)
-    grid, mine = FragmentGrid(0, num_layers, 1, 0, 2), FragmentGrid(0, num_layers, 1, 0, 1)
+    grid, mine = FragmentGrid(range(num_layers), 1, 0, 2), FragmentGrid(range(num_layers), 1, 0, 1)
     pick = random.Random(2)
     prompts = [[pick.randrange(97) for _ in range(16 * num_blocks - 1)] for _ in range(num_prompts)]
     specs = [spec_for(checkpoint, "prefill", shared_kv_node), spec_for(checkpoint, "decode", shared_kv_node, tp=2)]

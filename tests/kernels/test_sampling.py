@@ -12,9 +12,8 @@ import torch
 
 from kernels.harness import OPS
 from kernels.philox import uniform_words, uniform_words_at
-from workers import sampler
+from tests.workers.sampling import Choice, choose
 from workers.parallel import ParallelGroups, Shard
-from workers.step import SampleSpec
 
 ROOT = Path(__file__).parents[2]
 OPERATIONS = {op.name: op for op in OPS}
@@ -59,7 +58,7 @@ def test_words_are_those_of_the_generator():
 def test_the_choice_is_that_of_the_workers_sampler(run, scale):
     generator = torch.Generator().manual_seed(int(10 * scale))
     specs = [
-        SampleSpec(temperature, top_p, top_k, seed, position)
+        Choice(temperature, top_p, top_k, seed, position)
         for position, (temperature, top_k, top_p, seed) in enumerate(
             [(0.0, 0, 1.0, 1), (1.0, 0, 1.0, 2**64 - 1), (0.7, 50, 1.0, 3), (1.0, 0, 0.9, 2**63), (0.6, 40, 0.95, 5),
              (1.5, 1, 1.0, 6), (2.0, 1500, 1.0, 7), (1.0, 2000, 0.99, 8), (1e-40, 0, 1.0, 9), (1e-40, 3, 0.5, 9)]
@@ -67,13 +66,13 @@ def test_the_choice_is_that_of_the_workers_sampler(run, scale):
     ]  # fmt: skip
     logits = scale * torch.randn(len(specs), 5000, generator=generator)
     _, ids = getattr(SAMPLE, run)(*arguments(logits, specs))
-    assert ids.tolist() == sampler.sample(logits, specs, ALONE, 5000).tolist()
+    assert ids.tolist() == choose(logits, specs, ALONE, 5000).tolist()
 
 
 def test_shards_of_the_vocabulary_reduce_to_the_whole():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(4, 1003, generator=generator).mul_(3).to(torch.bfloat16)
-    specs = [SampleSpec(1.0 * (i > 0), 1.0, 0, i, i) for i in range(4)]
+    specs = [Choice(1.0 * (i > 0), 1.0, 0, i, i) for i in range(4)]
     for op, extra in ((ARGMAX, lambda first: (first,)), (SAMPLE, lambda first: arguments(logits, specs, first)[1:])):
         _, whole = op(logits, *extra(0))
         cuts = [(0, 251), (251, 502), (502, 1003)]
@@ -85,7 +84,7 @@ def test_shards_of_the_vocabulary_reduce_to_the_whole():
 def test_the_smallest_id_of_a_tie_is_chosen():
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0]])
     assert ARGMAX(logits, 8)[1].tolist() == [9]
-    assert SAMPLE(*arguments(logits, [SampleSpec(0.0, 1.0, 0, 0, 0)], 8))[1].tolist() == [9]
+    assert SAMPLE(*arguments(logits, [Choice(0.0, 1.0, 0, 0, 0)], 8))[1].tolist() == [9]
 
 
 @pytest.mark.parametrize(
@@ -171,7 +170,7 @@ def test_triton_draws_the_same_bits_and_nearly_the_same_noise(tmp_path):
 
 def test_samples_follow_the_softmax():
     logits = torch.tensor([[1.0, 0.0, -1.0, 2.0, -math.inf]]).expand(2000, 5)
-    specs = [SampleSpec(2.0, 1.0, 0, 5, i) for i in range(2000)]
+    specs = [Choice(2.0, 1.0, 0, 5, i) for i in range(2000)]
     _, ids = SAMPLE(*arguments(logits, specs))
     shares = torch.bincount(ids, minlength=5) / 2000
     assert torch.allclose(shares, torch.softmax(logits[0] / 2.0, -1), atol=0.03)

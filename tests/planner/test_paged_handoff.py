@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from planner.paged_handoff import CacheShape, HandOffFailed, measure_paged_hand_off
+from planner.paged_handoff import BlockMover, CacheShape, HandOffFailed, measure_paged_hand_off
 from tests.processes import REPOSITORY, python_environment
-from workers.kv_transfer import KVTransfer
 
 SHAPE = CacheShape(num_layers=2, num_kv_heads=2, head_dim=16, block_size=4, chunk_blocks=(4, 2), num_runs=3)
 
@@ -32,7 +31,7 @@ def test_rows_and_nothing_left_behind(tmp_path: Path) -> None:
 
 
 def test_a_hand_off_that_loses_blocks_gives_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save = KVTransfer.save
-    monkeypatch.setattr(KVTransfer, "save", lambda self, chunk: save(self, chunk) - 1)
+    store = BlockMover.store
+    monkeypatch.setattr(BlockMover, "store", lambda self, chunk: store(self, chunk) - 1)
     with pytest.raises(HandOffFailed, match="not all blocks were published"):
         measure_paged_hand_off(str(tmp_path), SHAPE)

@@ -14,12 +14,13 @@ from torch import Tensor
 from workers.batching import PreparedBatch
 from workers.config import EngineConfig, ModelConfig
 from workers.engine import Engine
-from workers.executor import follow
+from workers.executor import GroupExecutor, follow
 from workers.parallel import ParallelGroups, Shard
 from workers.rank import make_engine
-from workers.request import Request, SamplingParams
+from workers.request import Request
 from workers.runner import TorchModelRunner
-from workers.step import ModelRunnerOutput, SchedulerOutput
+from workers.sampling.params import SamplingParams
+from workers.step import ModelRunnerOutput, SchedulerOutput, StepPlan
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,31 @@ class JobResult:
 
 
 class RecordingRunner(TorchModelRunner):
-    """Keeps the logits that each token was chosen from."""
+    """Keeps the logits that each token was chosen from, in the order in which they were wanted."""
 
-    logits: dict[str, list[Tensor]]
+    logits: list[list[Tensor]]  # of each step
 
-    def start(self, plan: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
-        self._sampling_ids = [r.request_id for r in plan.requests if r.sample is not None]
+    def start(self, plan: StepPlan) -> Callable[[], ModelRunnerOutput]:
+        self.logits.append([])
         return super().start(plan)
 
     def _choose(self, logits: Tensor, prepared: PreparedBatch) -> Tensor:
-        for row, place in zip(logits, prepared.order, strict=True):
-            self.logits.setdefault(self._sampling_ids[place], []).append(row.clone())
+        by_place = {place: row.clone() for row, place in zip(logits, prepared.order.tolist(), strict=True)}
+        self.logits[-1] = [by_place[place] for place in sorted(by_place)]
         return super()._choose(logits, prepared)
+
+
+class RecordingExecutor(GroupExecutor):
+    """Remembers whose logits each step wants."""
+
+    def __init__(self, runner: TorchModelRunner, groups: ParallelGroups, in_thread: bool) -> None:
+        super().__init__(runner, groups, in_thread)
+        self.wanted: list[list[str]] = []  # of each step: request ids
+
+    def start(self, plan: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
+        wanted = zip(plan.requests, plan.num_logits, strict=True)
+        self.wanted.append([request.request_id for request, count in wanted for _ in range(count)])
+        return super().start(plan)
 
 
 def run_to_end(engine: Engine, requests: Sequence[Request]) -> dict[str, list[int]]:
@@ -55,9 +69,9 @@ def run_to_end(engine: Engine, requests: Sequence[Request]) -> dict[str, list[in
         engine.submit(request)
     for _ in range(10_000):
         events = engine.step()
-        if events is None:
+        if events is None and not engine.awaits_transfers:
             break
-        for token in events.tokens:
+        for token in events.tokens if events is not None else ():
             assert token.position == len(tokens[token.request_id]), "positions follow each other without gaps"
             tokens[token.request_id].append(token.token_id)
     assert not engine.scheduler.has_work()
@@ -72,21 +86,27 @@ def run_job(
     """One rank's part of a job; the leader returns the result."""
     model = ModelConfig.load(config.model_dir)
     runner = RecordingRunner(config, model, groups, torch.device("cpu"))
-    runner.logits = {}
+    runner.logits = []
     runner.warm_up()
+    runner.logits.clear()
     if groups.shard.rank != 0:
         follow(runner, groups)
         return None
-    engine = make_engine(config, model, runner, groups, b"names", clock=lambda: 0.0)
+    executor = RecordingExecutor(runner, groups, in_thread=bool(config.async_scheduling))
+    engine = make_engine(config, model, runner, executor, b"names", clock=lambda: 0.0)
     requests = [Request(f"r{i}", list(p), len(p), sampling, arrival_time_s=float(i)) for i, p in enumerate(prompts)]
     tokens = run_to_end(engine, requests)
     engine.close()
+    logits: dict[str, list[Tensor]] = {r.request_id: [] for r in requests}
+    for wanted, rows in zip(executor.wanted, runner.logits, strict=True):
+        for request_id, row in zip(wanted, rows, strict=False):  # none where another stage has them
+            logits[request_id].append(row)
     return JobResult(
         [tokens[f"r{i}"] for i in range(len(prompts))],
         engine.scheduler.num_preemptions,
         engine.counters.num_cached_prompt_tokens,
         engine.counters.num_computed_prompt_tokens,
-        [torch.stack(runner.logits[f"r{i}"]) for i in range(len(prompts))] if groups.shard.pp == 1 else [],
+        [torch.stack(logits[f"r{i}"]) for i in range(len(prompts))] if groups.shard.pp == 1 else [],
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from tests.workers.engine_group import EngineGroup, JobResult
 from tests.workers.tiny_llama import make_checkpoint, prompts
 from workers.config import EngineConfig
-from workers.request import SamplingParams
+from workers.sampling.params import SamplingParams
 
 MAX_TOKENS = 10
 CASES = [("gqa", "float32"), ("head_dim", "bfloat16")]

@@ -8,7 +8,7 @@ import pytest
 from tests.workers.engine_group import EngineGroup
 from tests.workers.tiny_llama import SHAPES, generate_with_transformers, make_checkpoint, prompts
 from workers.config import EngineConfig
-from workers.request import SamplingParams
+from workers.sampling.params import SamplingParams
 
 MAX_TOKENS = 12
 DEMO = Path(__file__).parents[2] / "models" / "demo"

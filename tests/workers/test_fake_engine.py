@@ -13,15 +13,17 @@ from kvstore.host_tier import HostTier
 from kvstore.store import FragmentStore
 from tests.workers.engine_group import run_to_end
 from workers.config import EngineConfig, ModelConfig
+from workers.direct_plan import DirectChunk, direct_plan, run_transfers
 from workers.engine import Engine
 from workers.errors import ModelError
 from workers.fake_model import fake_completion
 from workers.fake_runner import FakeModelRunner
-from workers.kv_transfer import KVTransfer
+from workers.kv.connector import KVConnector
 from workers.parallel import ParallelGroups, Shard
-from workers.rank import load_runner, make_engine
-from workers.request import Request, RequestRole, SamplingParams
-from workers.step import BlockTransfer, SampleSpec, ScheduledRequest, SchedulerOutput
+from workers.rank import load_runner, make_engine, make_executor
+from workers.request import Request, RequestRole
+from workers.sampling.params import SamplingParams
+from workers.step import BlockTransfer
 from workers.weights import weights_identity
 
 VOCAB_SIZE, BLOCK_SIZE = 997, 4
@@ -57,7 +59,8 @@ def make(config: EngineConfig) -> tuple[Engine, FakeModelRunner]:
     model, groups = ModelConfig.load(config.model_dir), ParallelGroups(Shard(), CPU)
     runner = load_runner(config, model, groups, CPU)
     assert isinstance(runner, FakeModelRunner)
-    return make_engine(config, model, runner, groups, b"names", clock=lambda: 0.0), runner
+    executor = make_executor(config, runner, groups)
+    return make_engine(config, model, runner, executor, b"names", clock=lambda: 0.0), runner
 
 
 def greedy(max_tokens: int) -> SamplingParams:
@@ -108,13 +111,13 @@ def filled_runner(model_dir: Path) -> tuple[FakeModelRunner, list[int]]:
     """A runner that holds the KV of a prompt of ten tokens, and its block table."""
     _, runner = make(config_for(model_dir))
     table = [5, 2, 9]
-    runner.execute(SchedulerOutput([ScheduledRequest("r", PROMPTS[2][:9], 0, 0, table, None)]))
+    runner.execute(direct_plan([DirectChunk(PROMPTS[2][:9], 0, 0, [table])]))
     return runner, table
 
 
 def next_token(runner: FakeModelRunner, table: list[int]) -> int:
-    last = ScheduledRequest("r", PROMPTS[2][9:10], 9, 0, table, SampleSpec(0.0, 1.0, 0, 0, 0))
-    return runner.execute(SchedulerOutput([last])).sampled_token_ids[0]
+    last = DirectChunk(PROMPTS[2][9:10], 9, 0, [table], num_logits=1)
+    return runner.execute(direct_plan([last])).sampled_token_ids[0]
 
 
 def test_any_wrong_word_of_the_cache_changes_the_tokens(model_dir: Path) -> None:
@@ -123,7 +126,7 @@ def test_any_wrong_word_of_the_cache_changes_the_tokens(model_dir: Path) -> None
     assert next_token(runner, table) == right
     num_same = num_tried = 0
     for position in range(9):
-        slots = runner.cache[:, table[position // BLOCK_SIZE], :, :, position % BLOCK_SIZE]
+        slots = runner.cache.tensors[0][:, table[position // BLOCK_SIZE], :, :, position % BLOCK_SIZE]
         for word in itertools.product(*map(range, slots.shape)):
             slots[word] ^= 1 << (num_tried % 31)
             num_same += next_token(runner, table) == right
@@ -146,13 +149,22 @@ def test_words_in_the_wrong_place_change_the_tokens(model_dir: Path) -> None:
     }
     for name, places in swaps.items():
         runner, table = filled_runner(model_dir)
-        one, other = places(runner.cache)
+        one, other = places(runner.cache.tensors[0])
         kept = one.clone()
         one.copy_(other)
         other.copy_(kept)
         assert next_token(runner, table) != right, name
     runner, table = filled_runner(model_dir)
     assert next_token(runner, [table[1], table[0], table[2]]) != right
+
+
+def tokens_of(engine: Engine) -> list[int]:
+    """All of them, in the order of the steps."""
+    tokens: list[int] = []
+    while engine.scheduler.has_work():
+        events = engine.step()
+        tokens += [token.token_id for token in events.tokens] if events is not None else []
+    return tokens
 
 
 def test_what_one_publishes_another_reads(model_dir: Path, shared_kv_node) -> None:
@@ -162,21 +174,21 @@ def test_what_one_publishes_another_reads(model_dir: Path, shared_kv_node) -> No
     for _ in range(2):
         engine, runner = make(config_for(model_dir, max_num_batched_tokens=16))
         store = FragmentStore([HostTier(shared_kv_node.host_address)])
-        transfer = KVTransfer(runner.cache, runner.grid(1), store)
-        runner.attach(transfer)
-        sides.append((engine, transfer, store))
+        connector = KVConnector(runner.cache.memories(1, "none"), runner.cache.grids(1), store)
+        runner.attach(connector)
+        sides.append((engine, connector, store))
     (prefill, _, published), (decode, _, pulled) = sides
     prefill.submit(Request("r", list(prompt), len(prompt), greedy(9), RequestRole.PREFILL))
-    tokens = [token.token_id for events in iter(prefill.step, None) for token in events.tokens]
+    tokens = tokens_of(prefill)
     decode.submit(Request("r", list(prompt), len(prompt), greedy(9), RequestRole.DECODE))
     decode.continue_request("r", list(tokens))
-    tokens += [token.token_id for events in iter(decode.step, None) for token in events.tokens]
+    tokens += tokens_of(decode)
     assert tokens == fake_completion(prompt, 9, VOCAB_SIZE)
     assert decode.counters.num_transferred_blocks == 10
     assert decode.counters.num_computed_prompt_tokens == 0
     assert pulled.stats().pulled_bytes == published.stats().published_bytes
-    for _, transfer, store in sides:
-        transfer.close()
+    for _, connector, store in sides:
+        connector.close()
         store.close()
 
 
@@ -190,13 +202,13 @@ def test_unverified_bytes_would_show(model_dir: Path) -> None:
             return [True] * len(keys)
 
     _, runner = make(config_for(model_dir))
-    transfer = KVTransfer(runner.cache, runner.grid(1), Careless([]))
-    runner.attach(transfer)
-    load = BlockTransfer("r", [b"n" * 16, b"m" * 16], [5, 2], [4, 4])
-    step = ScheduledRequest("r", PROMPTS[2][8:10], 8, 0, [5, 2, 9], SampleSpec(0.0, 1.0, 0, 0, 0))
-    output = runner.execute(SchedulerOutput([step], [load]))
-    transfer.close()
-    assert output.num_loaded_blocks == [2]
+    connector = KVConnector(runner.cache.memories(1, "none"), runner.cache.grids(1), Careless([]))
+    runner.attach(connector)
+    load = BlockTransfer(1, 0, [b"n" * 16, b"m" * 16], [5, 2], [4, 4])
+    assert run_transfers(runner, loads=[load]) == [2]
+    step = DirectChunk(PROMPTS[2][8:10], 8, 0, [[5, 2, 9]], num_logits=1)
+    output = runner.execute(direct_plan([step]))
+    connector.close()
     assert list(output.sampled_token_ids) != fake_completion(PROMPTS[2][:10], 1, VOCAB_SIZE)
 
 

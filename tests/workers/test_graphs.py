@@ -10,15 +10,16 @@ import torch
 
 from tests.workers.engine_group import EngineGroup, run_to_end
 from tests.workers.tiny_llama import make_checkpoint, prompts
-from workers.batching import InputBuffers, Padding
+from workers.batching import NO_PADDING, InputBuffers, Padding, PreparedBatch
 from workers.config import EngineConfig, ModelConfig
+from workers.direct_plan import DirectChunk, direct_plan
 from workers.graphs import GraphedStage, decode_rungs, token_rungs
 from workers.models.llama import LlamaStage
 from workers.parallel import ParallelGroups, Shard
-from workers.rank import make_engine
-from workers.request import Request, SamplingParams
+from workers.rank import make_engine, make_executor
+from workers.request import Request
 from workers.runner import TorchModelRunner
-from workers.step import SampleSpec, ScheduledRequest
+from workers.sampling.params import SamplingParams
 
 CPU = torch.device("cpu")
 GREEDY = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
@@ -47,47 +48,55 @@ def test_ladder_of_tokens(most, rungs):
     assert token_rungs(most) == (rungs or [8, 16, 32, 64, 128, 256, 512])
 
 
+def filled(
+    inputs: InputBuffers, chunks: list[DirectChunk], all_as_prefills: bool = False, padding: Padding = NO_PADDING
+) -> PreparedBatch:
+    plan = direct_plan(chunks)
+    inputs.apply(plan)
+    return inputs.fill(plan, 4, all_as_prefills, padding)
+
+
 def test_a_batch_is_filled_up_with_what_changes_nothing():
     inputs = InputBuffers(64, 8, 6, CPU)
-    spec = SampleSpec(0.0, 1.0, 0, 0, 0)
-    busy = ScheduledRequest("", list(range(20, 30)), 0, 0, [5, 4, 3], None)
-    inputs.fill([busy], 4)  # leaves its traces in the buffer
-    decodes = [
-        ScheduledRequest("", [7], 9, 9, [2, 1, 5], spec),
-        ScheduledRequest("", [8], 3, 4, [4], None),  # cached already, and no token is chosen after it
-    ]
-    prepared = inputs.fill(decodes, 4, padding=Padding(4, 4, 6))
+    filled(inputs, [DirectChunk(list(range(20, 30)), 0, 0, [[5, 4, 3]])])  # leaves its traces in the buffer
+    first = DirectChunk([7], 9, 9, [[2, 1, 5]], 1, SamplingParams(seed=3), num_prompt_tokens=4)
+    cached = DirectChunk([8], 3, 4, [[4]])  # cached already, and no token is chosen after it
+    prepared = filled(inputs, [first, cached], padding=Padding(4, 4, 16))
     batch = prepared.batch
-    assert (batch.num_decodes, prepared.num_tokens, len(prepared.samples), prepared.order) == (4, 2, 1, [0])
+    assert (batch.num_decodes, prepared.num_tokens, prepared.positions.tolist()) == (4, 2, [6])
+    assert (prepared.order.tolist(), prepared.sampling.seed.tolist()) == ([0], [3])
     assert batch.token_ids.tolist() == [7, 8, 0, 0]
     assert batch.positions.tolist() == [9, 3, 0, 0]
     assert batch.groups[0].slot_mapping.tolist() == [5 * 4 + 1, -1, -1, -1]
     assert batch.seq_lens.tolist() == [10, 4, 0, 0]
     assert batch.logit_rows.tolist() == [0, 0, 0, 0]
     assert batch.query_start_loc.tolist() == [0]
-    assert batch.groups[0].block_table.shape == (4, 6)
+    assert batch.groups[0].block_table.shape == (4, 16)
     assert batch.groups[0].block_table[0, :3].tolist() == [2, 1, 5]
 
-    batch = inputs.fill(decodes, 4, all_as_prefills=True, padding=Padding(4, 4, 6)).batch
+    batch = filled(inputs, [first, cached], all_as_prefills=True, padding=Padding(4, 4, 16)).batch
     assert (batch.num_decodes, batch.max_query_len) == (0, 1)
     assert batch.query_start_loc.tolist() == [0, 1, 2, 2, 2]  # what fills it up asks nothing
 
-    chunk = ScheduledRequest("", [1, 2, 3], 4, 4, [0, 2], spec)
-    prepared = inputs.fill([chunk, decodes[0]], 4, padding=Padding(num_tokens=8))
+    chunk = DirectChunk([1, 2, 3], 4, 4, [[0, 2]], 2)  # its last two tokens' logits are wanted
+    prepared = filled(inputs, [chunk, first], padding=Padding(num_tokens=8))
     batch = prepared.batch
-    assert (batch.num_decodes, prepared.num_tokens, prepared.order) == (1, 4, [1, 0])
+    assert (batch.num_decodes, prepared.num_tokens) == (1, 4)
+    assert (prepared.order.tolist(), prepared.positions.tolist()) == ([2, 0, 1], [6, 6, 7])
+    assert (prepared.last_rows.tolist(), prepared.request_rows.tolist()) == ([0, 2], [1, 0])
     assert batch.token_ids.tolist() == [7, 1, 2, 3, 0, 0, 0, 0]
     assert batch.groups[0].slot_mapping.tolist() == [21, 8, 9, 10, -1, -1, -1, -1]
+    assert batch.groups[0].block_table[:, :2].tolist() == [[2, 1], [0, 2]]
     assert batch.seq_lens.tolist() == [10, 7]
     assert batch.query_start_loc.tolist() == [0, 3]
-    assert batch.logit_rows.tolist() == [0, 3]
+    assert batch.logit_rows.tolist() == [0, 2, 3]
 
 
 def test_inputs_of_a_rung_stay_where_they_are():
     inputs = InputBuffers(64, 8, 6, CPU)
-    one = ScheduledRequest("", [7], 9, 9, [2, 1, 5], None)
-    before = inputs.fill([one], 4, padding=Padding(8, 8, 6)).batch
-    after = inputs.fill([one] * 7, 4, padding=Padding(8, 8, 6)).batch
+    one = DirectChunk([7], 9, 9, [[2, 1, 5]])
+    before = filled(inputs, [one], padding=Padding(8, 8, 16)).batch
+    after = filled(inputs, [one] * 7, padding=Padding(8, 8, 16)).batch
     for name in ("token_ids", "positions", "seq_lens", "logit_rows"):
         assert getattr(before, name).data_ptr() == getattr(after, name).data_ptr(), name
     for name in ("slot_mapping", "block_table"):
@@ -117,7 +126,8 @@ def run_counting(runner: TorchModelRunner, config: EngineConfig, monkeypatch) ->
         patch.setattr(GraphedStage, "run", lambda *a: (replays.append(a[1].batch), run(*a))[1])
         patch.setattr(LlamaStage, "forward", lambda *a: (forwards.append(a[1]), forward(*a))[1])
         model = ModelConfig.load(config.model_dir)
-        engine = make_engine(config, model, runner, ParallelGroups(Shard(), CPU), b"names", clock=lambda: 0.0)
+        executor = make_executor(config, runner, ParallelGroups(Shard(), CPU))
+        engine = make_engine(config, model, runner, executor, b"names", clock=lambda: 0.0)
         requests = [Request(f"r{i}", list(p), len(p), GREEDY) for i, p in enumerate(many_prompts())]
         tokens = run_to_end(engine, requests)
     return tokens, engine.counters.num_steps, replays, forwards
@@ -134,7 +144,7 @@ def test_every_small_step_is_a_replay_and_reads_no_foreign_slot(checkpoint, monk
         options = replace(config, cuda_graphs=with_graphs)
         runner = TorchModelRunner(options, ModelConfig.load(checkpoint), ParallelGroups(Shard(), CPU), CPU)
         runner.warm_up()
-        runner.cache.fill_(float("nan"))  # as if other requests had left that
+        runner.cache.tensors[0].fill_(float("nan"))  # as if other requests had left that
         tokens, num_steps, replays, forwards = run_counting(runner, options, monkeypatch)
         completions.append(tokens)
         if with_graphs:
@@ -156,7 +166,8 @@ def test_the_largest_steps_of_a_warm_up_fit_and_write_nothing(checkpoint, with_g
     )  # fmt: skip
     runner = TorchModelRunner(config, ModelConfig.load(checkpoint), ParallelGroups(Shard(), CPU), CPU)
     runner.warm_up()
-    before = runner.cache.clone()
+    (cache,) = runner.cache.tensors
+    before = cache.clone()
     runner._run_largest_steps()
-    assert torch.equal(runner.cache, before)
-    assert not runner.cache[:, 1:].any()
+    assert torch.equal(cache, before)
+    assert not cache[:, 1:].any()

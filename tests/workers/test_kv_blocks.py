@@ -8,7 +8,7 @@ from workers.kv_blocks import HostBlocks, StagedBlocks
 from workers.step import BlockTransfer
 
 LAYERS, BLOCKS, HEADS, BLOCK_SIZE, HEAD_DIM, GROUP = 6, 9, 2, 4, 8, 3
-TRANSFER = BlockTransfer("r", [b""] * 3, [7, 2, 5], [BLOCK_SIZE, BLOCK_SIZE, 3])
+TRANSFER = BlockTransfer(1, 0, [b""] * 3, [7, 2, 5], [BLOCK_SIZE, BLOCK_SIZE, 3])
 MEMORIES = pytest.mark.parametrize("memory", [HostBlocks, StagedBlocks])
 
 
@@ -33,18 +33,23 @@ def expected(cache: torch.Tensor) -> list[torch.Tensor]:
 def test_a_fragment_is_a_group_of_layers_of_one_head_of_a_block(memory: type, dtype: torch.dtype) -> None:
     cache = a_cache(dtype)
     blocks = memory(cache, GROUP)
-    for fragments in (blocks.fragments(TRANSFER), blocks.copies(TRANSFER)()):
-        for fragment, right in zip(fragments, expected(cache), strict=True):
-            assert fragment.tobytes() == right.view(torch.uint8).numpy().tobytes()
+    for fragment, right in zip(blocks.gather(TRANSFER)(), expected(cache), strict=True):
+        assert fragment.tobytes() == right.view(torch.uint8).numpy().tobytes()
 
 
-@MEMORIES
-def test_copies_stay_when_the_cache_changes(memory: type) -> None:
+def test_what_is_gathered_from_a_device_stays_when_the_cache_changes() -> None:
     cache = a_cache(torch.float32)
     right = [fragment.clone() for fragment in expected(cache)]
-    copied = memory(cache, GROUP).copies(TRANSFER)
+    gathered = StagedBlocks(cache, GROUP).gather(TRANSFER)
     cache.zero_()
-    assert all(a.tobytes() == b.numpy().tobytes() for a, b in zip(copied(), right, strict=True))
+    assert all(a.tobytes() == b.numpy().tobytes() for a, b in zip(gathered(), right, strict=True))
+
+
+def test_in_host_memory_nothing_is_copied() -> None:
+    cache = a_cache(torch.float32)
+    fragments = HostBlocks(cache, GROUP).gather(TRANSFER)()
+    cache.zero_()
+    assert not any(fragment.any() for fragment in fragments)
 
 
 @MEMORIES
@@ -53,7 +58,7 @@ def test_whole_blocks_are_in_the_cache_after_the_finish_and_others_are_untouched
     source, target = a_cache(torch.bfloat16), a_cache(torch.bfloat16, fill="constant")
     filling = memory(target, GROUP).fill(TRANSFER)
     per_block = len(filling.fragments) // 3
-    for room, fragment in list(zip(filling.fragments, HostBlocks(source, GROUP).fragments(TRANSFER), strict=True))[
+    for room, fragment in list(zip(filling.fragments, HostBlocks(source, GROUP).gather(TRANSFER)(), strict=True))[
         : num_whole * per_block
     ]:
         np.copyto(room, fragment.reshape(room.shape))
@@ -67,7 +72,7 @@ def test_whole_blocks_are_in_the_cache_after_the_finish_and_others_are_untouched
 @pytest.mark.parametrize("encoding", ["int8", "fp8"])
 def test_in_eight_bits_blocks_are_nearly_what_they_were_and_others_untouched(encoding: str) -> None:
     source, target = a_cache(torch.float32), a_cache(torch.float32, fill="constant")
-    fragments = StagedBlocks(source, GROUP, encoding).fragments(TRANSFER)
+    fragments = StagedBlocks(source, GROUP, encoding).gather(TRANSFER)()
     filling = StagedBlocks(target, GROUP, encoding).fill(TRANSFER)
     for room, fragment in zip(filling.fragments, fragments, strict=True):
         assert fragment.nbytes == room.nbytes

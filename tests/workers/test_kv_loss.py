@@ -13,14 +13,17 @@ from deploy.config import DEMO_MODEL, ROOT
 from kvstore.config import KV_ENCODINGS
 from kvstore.memory_tier import MemoryTier
 from kvstore.store import FragmentStore
+from planner.paged_handoff import BlockMover
 from tests.processes import KVNode
 from tests.workers.test_disaggregation import ALWAYS, prompt, spec_for
 from tests.workers.test_disaggregation import worker as real_worker
 from tests.workers.tiny_llama import make_checkpoint
 from tests.workers.worker_client import WorkerClient, disaggregate
 from workers.config import EngineConfig, ModelConfig
+from workers.kv.connector import KVConnector
+from workers.kv.grid import FragmentGrid
+from workers.kv_blocks import block_memory
 from workers.kv_loss import LossMeter, prompts_of
-from workers.kv_transfer import FragmentGrid, KVTransfer
 from workers.rank import kv_fingerprint
 from workers.step import BlockTransfer
 
@@ -39,6 +42,10 @@ def test_what_the_demo_model_loses() -> None:
     assert exact.zstd_fragment_bytes < 0.9 * exact.fragment_bytes
 
 
+def mover(cache: torch.Tensor, grid: FragmentGrid, store: FragmentStore, encoding: str) -> BlockMover:
+    return BlockMover(KVConnector([block_memory(cache, grid.layers_per_fragment, encoding)], [grid], store))
+
+
 CACHE = (4, 6, 4, 2, 8, 16)  # layers, blocks, heads, K and V, slots, head_dim
 
 
@@ -48,15 +55,15 @@ def test_blocks_pass_between_ranks_that_own_other_heads_and_layers(encoding: str
     tier = MemoryTier()
     names, lengths = [bytes([i]) * 16 for i in range(3)], [8, 8, 5]
     source = torch.randn(CACHE)
-    writer = KVTransfer(source, FragmentGrid(0, 4, 2, 0, 4), FragmentStore([tier]), encoding)
-    assert writer.save(BlockTransfer("", names, [4, 0, 2], lengths)) == 3
+    writer = mover(source, FragmentGrid(range(4), 2, 0, 4), FragmentStore([tier]), encoding)
+    assert writer.store(BlockTransfer(1, 0, names, [4, 0, 2], lengths)) == 3
     writer.close()
     for layer in (0, 2):
         for head in (0, 2):
             cache = torch.zeros(2, 6, 2, *CACHE[3:])
-            grid = FragmentGrid(layer, 2, 2, head, 2)
-            reader = KVTransfer(cache, grid, FragmentStore([tier]), encoding)
-            assert reader.load(BlockTransfer("", names, [1, 3, 5], lengths)) == 3
+            grid = FragmentGrid(range(layer, layer + 2), 2, head, 2)
+            reader = mover(cache, grid, FragmentStore([tier]), encoding)
+            assert reader.load(BlockTransfer(1, 0, names, [1, 3, 5], lengths)) == 3
             reader.close()
             for to, of, length in zip((1, 3, 5), (4, 0, 2), lengths, strict=True):
                 rows = source[layer : layer + 2, of, head : head + 2, :, :length]
@@ -67,12 +74,12 @@ def test_blocks_pass_between_ranks_that_own_other_heads_and_layers(encoding: str
 def test_a_block_in_other_numbers_is_refused_and_counted() -> None:
     """Names keep them apart; should they ever meet, the size does."""
     tier = MemoryTier()
-    cache, transfer = torch.randn(CACHE), BlockTransfer("", [bytes(16)], [0], [8])
-    grid = FragmentGrid(0, 4, 4, 0, 4)
-    writer = KVTransfer(cache, grid, FragmentStore([tier]), "int8")
-    assert writer.save(transfer) == 1
+    cache, transfer = torch.randn(CACHE), BlockTransfer(1, 0, [bytes(16)], [0], [8])
+    grid = FragmentGrid(range(4), 4, 0, 4)
+    writer = mover(cache, grid, FragmentStore([tier]), "int8")
+    assert writer.store(transfer) == 1
     store = FragmentStore([tier])
-    reader = KVTransfer(cache, grid, store, "none")
+    reader = mover(cache, grid, store, "none")
     assert reader.load(transfer) == 0
     assert store.stats().rejected == {"layout": 4}  # fragments
     writer.close()

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from kernels.philox import gumbel, philox4x32, uniform_words
+from tests.workers.sampling import Choice, choose
 from workers.parallel import ParallelGroups, Shard
-from workers.sampler import mask_top_k_top_p, sample
-from workers.step import NO_TOKEN, SampleSpec
+from workers.sampling.sampler import mask_top_k_top_p
+from workers.step import NO_TOKEN
 
 # Known-answer vectors of Random123 (philox4x32, 10 rounds): counter, key, result.
 KNOWN_ANSWERS = [
@@ -21,8 +22,8 @@ KNOWN_ANSWERS = [
 ALONE = ParallelGroups(Shard(), torch.device("cpu"))
 
 
-def spec(temperature=1.0, top_p=1.0, top_k=0, seed=7, position=0) -> SampleSpec:
-    return SampleSpec(temperature, top_p, top_k, seed, position)
+def spec(temperature=1.0, top_p=1.0, top_k=0, seed=7, position=0) -> Choice:
+    return Choice(temperature, top_p, top_k, seed, position)
 
 
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
@@ -50,27 +51,27 @@ def test_noise_differs_by_seed_and_position():
 
 def test_greedy_takes_the_smallest_id_of_a_tie():
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0]])
-    assert sample(logits, [spec(temperature=0)], ALONE, 4).tolist() == [1]
+    assert choose(logits, [spec(temperature=0)], ALONE, 4).tolist() == [1]
 
 
 def test_padding_of_the_vocabulary_is_never_chosen():
     logits = torch.tensor([[-5.0, -6.0, 0.0, 0.0]])
-    assert sample(logits, [spec(temperature=0)], ALONE, 2).tolist() == [0]
-    assert all(sample(logits, [spec(position=i)], ALONE, 2).item() < 2 for i in range(50))
+    assert choose(logits, [spec(temperature=0)], ALONE, 2).tolist() == [0]
+    assert all(choose(logits, [spec(position=i)], ALONE, 2).item() < 2 for i in range(50))
 
 
 def test_same_seed_gives_the_same_token_alone_and_in_a_batch():
     torch.manual_seed(0)
     logits = torch.randn(5, 50)
     specs = [spec(seed=3, position=i, top_k=10 * (i % 2), temperature=0.5 + i) for i in range(5)]
-    together = sample(logits, specs, ALONE, 50).tolist()
-    alone = [sample(logits[i : i + 1], [specs[i]], ALONE, 50).item() for i in range(5)]
+    together = choose(logits, specs, ALONE, 50).tolist()
+    alone = [choose(logits[i : i + 1], [specs[i]], ALONE, 50).item() for i in range(5)]
     assert together == alone
 
 
 def test_frequencies_follow_the_softmax():
     logits = torch.tensor([[1.0, 0.0, -1.0, 2.0]]).expand(4000, 4)
-    chosen = sample(logits, [spec(temperature=2.0, position=i) for i in range(4000)], ALONE, 4)
+    chosen = choose(logits, [spec(temperature=2.0, position=i) for i in range(4000)], ALONE, 4)
     found = torch.bincount(chosen, minlength=4) / 4000
     assert torch.allclose(found, torch.softmax(logits[0] / 2.0, -1), atol=0.03)
 
@@ -80,7 +81,7 @@ def test_frequencies_follow_the_softmax():
 def test_hardly_any_temperature_is_greedy(temperature, top_k, top_p):
     logits = torch.tensor([[-30.0, 12.0, 40.0, 39.0]])
     specs = [spec(temperature, top_p, top_k, position=i) for i in range(20)]
-    assert sample(logits.expand(20, 4), specs, ALONE, 4).tolist() == [2] * 20
+    assert choose(logits.expand(20, 4), specs, ALONE, 4).tolist() == [2] * 20
 
 
 def test_top_k_and_top_p_keep_the_right_tokens():
@@ -95,13 +96,13 @@ def test_top_k_and_top_p_keep_the_right_tokens():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_a_row_without_finite_logits_has_no_token_and_the_others_have_theirs(temperature, bad):
     logits = torch.randn(3, 50)
-    expected = sample(logits, [spec(temperature, position=i) for i in range(3)], ALONE, 50)
+    expected = choose(logits, [spec(temperature, position=i) for i in range(3)], ALONE, 50)
     logits[1] = bad
-    tokens = sample(logits, [spec(temperature, position=i) for i in range(3)], ALONE, 50)
+    tokens = choose(logits, [spec(temperature, position=i) for i in range(3)], ALONE, 50)
     assert tokens.tolist() == [int(expected[0]), NO_TOKEN, int(expected[2])]
 
 
 def test_one_nan_in_a_row_is_enough():
     logits = torch.randn(2, 50)
     logits[0, 7] = float("nan")
-    assert sample(logits, [spec(0.0), spec(0.0)], ALONE, 50).tolist() == [NO_TOKEN, int(logits[1].argmax())]
+    assert choose(logits, [spec(0.0), spec(0.0)], ALONE, 50).tolist() == [NO_TOKEN, int(logits[1].argmax())]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -9,11 +11,13 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
 from costs.transfer import TransferCost
 from kvstore.block_pool import BlockPool
+from kvstore.block_pools import BlockPools
 from workers.engine import Engine
 from workers.errors import InvalidRequest
-from workers.request import FinishReason, Request, RequestRole, RequestStatus, SamplingParams
+from workers.request import FinishReason, Request, RequestRole, RequestStatus
+from workers.sampling.params import SamplingParams
 from workers.scheduler import Scheduler, SchedulerConfig
-from workers.step import NO_TOKEN, ModelRunnerOutput, SchedulerOutput
+from workers.step import NO_TOKEN, BlockTransfer, ModelRunnerOutput, SchedulerOutput, TransferDone
 
 BLOCK_SIZE = 4
 VOCAB = 50
@@ -21,20 +25,35 @@ EOS = 49
 
 
 class FakeRunner:
-    """Tokens are a function of position; loads and stores succeed as far as told."""
+    """Every token is the same; transfers end with the step that begins them, unless they are held back."""
 
     def __init__(self) -> None:
         self.plans: list[SchedulerOutput] = []
         self.load_limit = 1 << 30  # blocks that verify, per load
         self.next_token = 7
+        self.holds_back = False
+        self.begun: list[BlockTransfer] = []
+
+    def start(self, plan: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
+        self.plans.append(plan)
+        self.begun += [*plan.loads, *plan.stores]
+        ended = [] if self.holds_back else [self.end(transfer) for transfer in list(self.begun)]
+        output = ModelRunnerOutput([self.next_token] * sum(plan.num_logits), ended)
+        return lambda: output
+
+    def end(self, transfer: BlockTransfer) -> TransferDone:
+        self.begun.remove(transfer)
+        is_load = any(transfer in plan.loads for plan in self.plans)
+        return TransferDone(transfer.transfer_id, min(self.load_limit if is_load else 1 << 30, len(transfer.block_ids)))
 
     def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
-        self.plans.append(plan)
-        return ModelRunnerOutput(
-            [self.next_token for r in plan.requests if r.sample],
-            [min(self.load_limit, len(load.block_ids)) for load in plan.loads],
-            [len(store.block_ids) for store in plan.stores],
-        )
+        return self.start(plan)()
+
+    @property
+    def has_ended_transfers(self) -> bool:
+        return bool(self.begun) and not self.holds_back
+
+    def resend(self) -> None: ...
 
     def stop(self) -> None:
         self.plans.append(SchedulerOutput())
@@ -43,7 +62,8 @@ class FakeRunner:
 def make_engine(num_blocks=16, max_num_seqs=4, budget=8, context=48, **options) -> tuple[Engine, FakeRunner]:
     runner = FakeRunner()
     config = SchedulerConfig(max_num_seqs, budget, context, **options)
-    scheduler = Scheduler(config, BlockPool(num_blocks, BLOCK_SIZE), b"f" * 16, frozenset({EOS}))
+    pools = BlockPools([BlockPool(num_blocks, BLOCK_SIZE)])
+    scheduler = Scheduler(config, pools, b"f" * 16, frozenset({EOS}))
     return Engine(scheduler, runner, VOCAB, clock=lambda: 0.0), runner
 
 
@@ -71,7 +91,7 @@ def test_long_prompts_are_computed_in_chunks_beside_decodes():
     engine.step()
     engine.submit(make_request("long", 20, arrival=1.0))
     finish_all(engine)
-    sizes = [[r.num_scheduled_tokens for r in plan.requests] for plan in runner.plans]
+    sizes = [plan.num_tokens for plan in runner.plans]
     assert sizes[:5] == [[3], [1, 7], [1, 7], [1, 6], [1, 1]]
 
 
@@ -93,7 +113,7 @@ def test_a_fully_cached_prompt_writes_nothing_into_the_shared_block():
     engine.submit(make_request("b", 8))
     runner.plans.clear()
     engine.step()
-    (chunk,) = runner.plans[0].requests
+    (chunk,) = runner.plans[0].chunks()
     assert (chunk.start_position, chunk.write_from, chunk.num_scheduled_tokens) == (7, 8, 1)
 
 
@@ -136,7 +156,7 @@ def test_a_long_prefill_ends_with_a_short_chunk_that_begins_with_a_block():
     engine, runner = make_engine(num_blocks=300, budget=500, context=1200)
     engine.submit(make_request("p", 1027, role=RequestRole.PREFILL))
     finish_all(engine)
-    assert [r.num_scheduled_tokens for plan in runner.plans for r in plan.requests] == [500, 460, 67]
+    assert [count for plan in runner.plans for count in plan.num_tokens] == [500, 460, 67]
     stored = [sum(s.num_tokens) for plan in runner.plans for s in plan.stores]
     assert stored == [500, 460, 67]
 
@@ -156,7 +176,7 @@ def test_decode_waits_pulls_and_continues():
     assert finish_all(engine) == {"d": FinishReason.LENGTH}
     assert request.num_transferred_blocks == 3
     assert engine.scheduler.num_recomputed_prompt_tokens == 0
-    assert [r.start_position for plan in runner.plans for r in plan.requests] == [10, 11, 12]
+    assert [start for plan in runner.plans for start in plan.start_positions] == [10, 11, 12]
 
 
 @pytest.mark.parametrize("role", [RequestRole.MIXED, RequestRole.PREFILL])
@@ -170,7 +190,7 @@ def test_a_prefix_that_the_tiers_have_is_pulled_and_the_rest_computed(role):
     engine.scheduler.kv_available("r", 2)
     finish_all(engine)
     assert [len(load.block_ids) for plan in runner.plans for load in plan.loads] == [2]
-    first = next(r for plan in runner.plans for r in plan.requests)
+    first = next(chunk for plan in runner.plans for chunk in plan.chunks())
     assert (first.start_position, first.num_scheduled_tokens) == (8, 6)
     assert (request.num_cached_prompt_tokens, request.num_computed_prompt_tokens) == (8, 6)
     assert (engine.scheduler.num_prefixes_fetched, engine.scheduler.num_prefixes_recomputed) == (1, 0)
@@ -179,11 +199,14 @@ def test_a_prefix_that_the_tiers_have_is_pulled_and_the_rest_computed(role):
 def test_a_prefix_that_is_cheaper_to_compute_is_not_pulled():
     cost = TransferCost(compute_s_per_token=1.0, fetch_s=9.0, fetch_s_per_block=0.0)
     engine, runner = make_engine(budget=100, transfer_cost=cost)
+    loaded = []
     for name, length, num_blocks in (("short", 10, 2), ("long", 14, 3)):
         engine.submit(make_request(name, length, start=length))
         engine.scheduler.kv_available(name, num_blocks)
+        runner.plans.clear()
         finish_all(engine)
-    assert [load.request_id for plan in runner.plans for load in plan.loads] == ["long"]
+        loaded += [name for plan in runner.plans for _ in plan.loads]
+    assert loaded == ["long"]
     assert (engine.scheduler.num_prefixes_fetched, engine.scheduler.num_prefixes_recomputed) == (1, 1)
 
 
@@ -212,14 +235,14 @@ def test_whoever_computes_a_full_block_writes_it_back_once():
     engine, runner = make_engine(budget=100, writes_back=True)
     engine.submit(make_request("m", 10, max_tokens=8))
     finish_all(engine)
-    written = [list(w.num_tokens) for plan in runner.plans for w in plan.write_backs]
+    written = [list(w.num_tokens) for plan in runner.plans for w in plan.stores]
     assert written == [[4, 4], [4], [4]]
     runner.plans.clear()
     decode = make_request("d", 6, max_tokens=8, role=RequestRole.DECODE, start=20)
     engine.submit(decode)
     engine.continue_request("d", [7])
     finish_all(engine)
-    written = [w for plan in runner.plans for w in plan.write_backs]
+    written = [w for plan in runner.plans for w in plan.stores]
     assert [list(w.num_tokens) for w in written] == [[4], [4]]  # not the prompt's, which prefill published
     assert written[0].block_names == decode.block_names[1:2]
 
@@ -253,7 +276,7 @@ def test_a_ready_decode_waits_for_a_step_with_room():
     engine.continue_request("d", [7])
     runner.plans.clear()
     finish_all(engine)
-    sizes = [[r.num_scheduled_tokens for r in plan.requests] for plan in runner.plans]
+    sizes = [plan.num_tokens for plan in runner.plans]
     assert sizes[:2] == [[8], [8]]
     assert all(size > 0 for plan in sizes for size in plan)
 
@@ -342,16 +365,17 @@ class EngineMachine(RuleBasedStateMachine):
         if request is not None:
             self.engine.scheduler.kv_available(name, min(count, -(-request.num_given_tokens // BLOCK_SIZE)))
 
-    @rule(limit=st.integers(0, 3), token=st.sampled_from([7, EOS]))
-    def step(self, limit, token):
-        self.runner.load_limit, self.runner.next_token = limit, token
+    @rule(limit=st.integers(0, 3), token=st.sampled_from([7, EOS]), holds_back=st.booleans())
+    def step(self, limit, token, holds_back):
+        self.runner.load_limit, self.runner.next_token, self.runner.holds_back = limit, token, holds_back
         events = self.engine.step()
         if events is None:
             return
         plan = self.runner.plans[-1]
         assert plan.total_num_scheduled_tokens <= 6
         assert len(plan.requests) <= 3
-        assert all(r.num_scheduled_tokens > 0 for r in plan.requests)
+        assert len(set(plan.rows)) == len(plan.rows)
+        assert all(count > 0 for count in plan.num_tokens)
         for end in events.ended:
             self.live.remove(end.request_id)
 
@@ -360,13 +384,14 @@ class EngineMachine(RuleBasedStateMachine):
         scheduler = self.engine.scheduler
         scheduler.pool.check()
         assert set(scheduler.requests) == self.live
-        queued = [*scheduler.waiting, *scheduler.waiting_for_kv, *scheduler.running]
+        queued = [*scheduler.waiting, *scheduler.waiting_for_kv, *scheduler.running, *scheduler.storing]
         assert len(queued) == len(set(map(id, queued))) == len(self.live)
-        owned = [b for r in queued for b in r.block_table]
+        owned = [b for r in queued for table in r.block_tables for b in table.held]
+        owned += [b for transfer in self.runner.begun for b in transfer.block_ids]
         assert scheduler.pool.num_referenced == len(set(owned))
 
     def teardown(self):
-        self.runner.load_limit, self.runner.next_token = 1 << 30, 7
+        self.runner.load_limit, self.runner.next_token, self.runner.holds_back = 1 << 30, 7, False
         for name in sorted(self.live):
             request = self.engine.scheduler.requests[name]
             self.engine.credit(name, 1 << 40)

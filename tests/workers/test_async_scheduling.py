@@ -13,13 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.block_pool import BlockPool
+from kvstore.block_pools import BlockPools
 from tests.workers.engine_group import EngineGroup
 from tests.workers.tiny_llama import make_checkpoint, prompts
 from workers.config import EngineConfig
 from workers.engine import Engine
-from workers.request import FinishReason, Request, RequestRole, SamplingParams
+from workers.plan_wire import decode_plan, encode_plan
+from workers.rank_state import RankState
+from workers.request import FinishReason, Request, RequestRole
+from workers.sampling.params import SamplingParams
 from workers.scheduler import Scheduler, SchedulerConfig
-from workers.step import ModelRunnerOutput, SchedulerOutput, pending_place
+from workers.step import BlockTransfer, ModelRunnerOutput, SchedulerOutput, StepPlan, TransferDone
 
 BLOCK_SIZE, VOCAB, EOS = 4, 23, 22
 
@@ -27,53 +31,74 @@ BLOCK_SIZE, VOCAB, EOS = 4, 23, 22
 class PagedRunner:
     """Runs steps late and in order, on a paged cache of tokens. The next token is a digest of all that it reads there.
 
-    A wrong place, a stray write or a block that is reused too early changes it.
+    A wrong row, a stray write or a block that is reused too early changes it. What a plan knows reaches it over the
+    wire form. Transfers end one step after they began.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, max_num_seqs: int) -> None:
         self.cache = [-1] * (num_blocks * BLOCK_SIZE)
-        self.queue: list[tuple[SchedulerOutput, list[int]]] = []
-        self.last: list[int] = []
+        self.queue: list[tuple[StepPlan, list[int], list[TransferDone]]] = []
+        self.state = RankState(max_num_seqs, num_blocks)
+        self.last = [0] * max_num_seqs
+        self.sequence = 0
+        self.resends = True
         self.most_in_flight = 0
+        self.begun: list[BlockTransfer] = []
 
     def start(self, plan: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
+        self.sequence += 1
+        sent = decode_plan(encode_plan(plan, self.sequence, self.resends))
+        self.resends = False
         sampled: list[int] = []
-        self.queue.append((plan, sampled))
+        ended = [TransferDone(transfer.transfer_id, len(transfer.block_ids)) for transfer in self.begun]
+        self.begun = [*plan.loads, *plan.stores]
+        self.queue.append((sent, sampled, ended))
         self.most_in_flight = max(self.most_in_flight, len(self.queue))
 
         def wait() -> ModelRunnerOutput:
-            while any(s is sampled for _, s in self.queue):
-                self._run(*self.queue.pop(0))
-            return ModelRunnerOutput(
-                sampled, [len(t.block_ids) for t in plan.loads], [len(t.block_ids) for t in plan.stores]
-            )
+            while any(s is sampled for _, s, _ in self.queue):
+                done, into, _ = self.queue.pop(0)
+                self._run(done, into)
+            return ModelRunnerOutput(sampled, ended)
 
         return wait
 
     def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
         return self.start(plan)()
 
+    @property
+    def has_ended_transfers(self) -> bool:
+        return bool(self.begun)
+
+    def resend(self) -> None:
+        self.resends = True
+
     def stop(self) -> None:
         assert not self.queue
 
-    def _run(self, plan: SchedulerOutput, sampled: list[int]) -> None:
-        for r in plan.requests:
-            slots = [block * BLOCK_SIZE + i for block in r.block_table for i in range(BLOCK_SIZE)]
-            for i, token in enumerate(r.token_ids, r.start_position):
-                place = pending_place(token)
-                if i >= r.write_from:
-                    self.cache[slots[i]] = token if place is None else self.last[place]
-            context = [self.cache[slot] for slot in slots[: r.start_position + len(r.token_ids)]]
-            assert -1 not in context, "reads only what was written"
-            if r.sample is not None:
-                sampled.append(zlib.crc32(bytes([*context, r.sample.position])) % VOCAB)
-        self.last = list(sampled)
+    def _run(self, plan: StepPlan, sampled: list[int]) -> None:
+        self.state.apply(plan)
+        known = iter(plan.token_ids.tolist())
+        for i, row in enumerate(plan.rows.tolist()):
+            table = self.state.block_tables[0][row].tolist()
+            start, count = int(plan.start_positions[i]), int(plan.num_tokens[i])
+            for position in range(start, start + count):
+                is_known = position - start < plan.num_known[i]
+                token = next(known) if is_known else self.last[row]
+                if position >= plan.write_from[i]:
+                    self.cache[table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE] = token
+            for end in range(start + count - int(plan.num_logits[i]) + 1, start + count + 1):
+                context = [self.cache[table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE] for p in range(end)]
+                assert -1 not in context, "reads only what was written"
+                counter = end - int(self.state.num_prompt_tokens[row])
+                sampled.append(zlib.crc32(bytes([*context, counter % 256])) % VOCAB)
+                self.last[row] = sampled[-1]
 
 
 def make(num_blocks: int, budget: int, is_async: bool, max_num_seqs: int = 3) -> tuple[Engine, PagedRunner]:
-    runner = PagedRunner(num_blocks)
+    runner = PagedRunner(num_blocks, max_num_seqs)
     config = SchedulerConfig(max_num_seqs, budget, num_blocks * BLOCK_SIZE)
-    scheduler = Scheduler(config, BlockPool(num_blocks, BLOCK_SIZE), b"f" * 16, frozenset({EOS}))
+    scheduler = Scheduler(config, BlockPools([BlockPool(num_blocks, BLOCK_SIZE)]), b"f" * 16, frozenset({EOS}))
     return Engine(scheduler, runner, VOCAB, lambda: 0.0, is_async), runner
 
 
@@ -92,7 +117,7 @@ def run(engine: Engine, requests: list[Request], per_step: int) -> tuple[dict, d
             engine.submit(new)
         del coming[:per_step]
         events = engine.step()
-        if events is None and not coming:
+        if events is None and not coming and not engine.scheduler.has_work():
             break
         for token in events.tokens if events else ():
             assert token.position == len(tokens[token.request_id])
@@ -130,13 +155,14 @@ def test_tokens_and_ends_are_those_of_waiting(shapes, num_blocks, budget, per_st
 def test_the_next_step_is_started_before_the_last_is_through():
     engine, runner = make(16, 8, is_async=True)
     engine.submit(request("a", 3, 8, ignore_eos=True))
-    assert engine.step().tokens == []  # started
+    assert len(engine.step().tokens) == 0  # started
     assert len(runner.queue) == 1
     first = engine.step()
     assert [t.position for t in first.tokens] == [0]
     assert len(runner.queue) == 1  # the second is in flight already
-    (chunk,) = runner.queue[0][0].requests
-    assert (list(chunk.token_ids), chunk.start_position, chunk.sample.position) == ([-1], 3, 1)
+    plan, _, _ = runner.queue[0]
+    assert (plan.rows.tolist(), plan.start_positions.tolist(), plan.num_logits.tolist()) == ([0], [3], [1])
+    assert plan.num_known.tolist() == [0]  # only the device knows the token
 
 
 def test_what_stops_is_computed_once_in_vain_and_says_nothing_more():
@@ -188,23 +214,91 @@ def test_a_slow_client_stops_its_request_in_time():
 
 
 @pytest.mark.parametrize("role", [RequestRole.PREFILL, RequestRole.DECODE])
-def test_a_step_that_moves_blocks_is_waited_for(role):
-    engine, runner = make(16, 8, is_async=True)
+def test_steps_go_on_while_blocks_move(role):
+    """Steps that moved blocks were waited for, and nothing was planned beside them."""
+    engine, runner = make(40, 8, is_async=True)
+    engine.submit(request("other", 3, 40, start=5, ignore_eos=True))
     mine = request("a", 9, 4, ignore_eos=True)
     mine.role = role
     engine.submit(mine)
     if role is RequestRole.DECODE:
         engine.scheduler.kv_available("a", 3)
         engine.continue_request("a", [7])
-        runner.cache[:12] = range(12)  # the tiers' blocks
-    reasons = []
+    reasons: list[FinishReason] = []
+    num_beside = 0
     for _ in range(30):
-        moving = [plan for plan, _ in runner.queue if plan.loads or plan.stores]
+        moving = bool(runner.begun)
+        if runner.begun and role is RequestRole.DECODE:  # the tiers' blocks
+            for load in runner.begun:
+                for i, block_id in enumerate(load.block_ids):
+                    runner.cache[block_id * BLOCK_SIZE : (block_id + 1) * BLOCK_SIZE] = [
+                        (4 * i + j) % 20 for j in range(4)
+                    ]
         events = engine.step()
-        if moving:
-            assert not runner.queue, "nothing is started beside it"
-        reasons += [end.reason for end in events.ended] if events else []
+        num_beside += moving and bool(runner.queue)
+        reasons += [end.reason for end in events.ended if end.request_id == "a"] if events else []
+        if reasons:
+            break
+    assert num_beside > 0
     assert reasons == [FinishReason.PREFILLED if role is RequestRole.PREFILL else FinishReason.LENGTH]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@settings(max_examples=100, deadline=None)
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 14), st.integers(0, 2)), min_size=1, max_size=4),
+    num_blocks=st.integers(7, 16),
+    budget=st.integers(2, 12),
+    drafts=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 22)), max_size=40),
+    resends=st.lists(st.booleans(), max_size=20),
+)
+def test_drafts_and_ranks_that_join_change_no_token(is_async, shapes, num_blocks, budget, drafts, resends):
+    """Speculation by equality: right drafts, wrong ones and none give the same tokens; so do full plans and changes."""
+
+    def requests() -> list[Request]:
+        return [request(f"r{i}", n, m, 3 * start, ignore_eos=True) for i, (n, m, start) in enumerate(shapes)]
+
+    plain, _ = make(num_blocks, 12, is_async=False)
+    expected, _ = run(plain, requests(), 3)
+    engine, runner = make(num_blocks, budget, is_async)
+    for new in requests():
+        engine.submit(new)
+    tokens: dict[str, list[int]] = {name: [] for name in expected}
+    num_right = 0
+    for step in range(3000):
+        for name, (num_tokens, wrong) in zip(sorted(engine.scheduler.requests), drafts[step : step + 4], strict=False):
+            coming = expected[name][len(tokens[name]) :][:num_tokens]
+            engine.scheduler.propose(name, [*coming[:-1], wrong] if wrong % 2 else coming)
+        if step < len(resends) and resends[step] and engine._in_flight is None:
+            engine.resend_state()
+            runner.state = RankState(3, num_blocks)  # it joins, and knows nothing
+        events = engine.step()
+        if events is None and not engine.scheduler.has_work():
+            break
+        for token in events.tokens if events else ():
+            assert token.position == len(tokens[token.request_id])
+            tokens[token.request_id].append(token.token_id)
+            num_right += 1
+    assert tokens == expected
+    assert engine.scheduler.pool.num_referenced == 0
+    engine.scheduler.pool.check()
+
+
+def test_right_drafts_take_fewer_steps():
+    plain, _ = make(16, 12, is_async=False)
+    expected, _ = run(plain, [request("a", 3, 13, ignore_eos=True)], 1)
+    for is_async in (False, True):
+        engine, _ = make(16, 12, is_async)
+        engine.submit(request("a", 3, 13, ignore_eos=True))
+        tokens: list[int] = []
+        for _ in range(100):
+            engine.scheduler.propose("a", expected["a"][len(tokens) :][:3])
+            events = engine.step()
+            if events is None:
+                break
+            tokens += [token.token_id for token in events.tokens]
+        assert tokens == expected["a"]
+        assert engine.counters.num_steps < 6, is_async
 
 
 @pytest.mark.parametrize("tp", [1, 2])

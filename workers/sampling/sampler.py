@@ -7,15 +7,16 @@ a kernel does all rows at once; here is the same in fp64, row by row. Knows noth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 import kernels
 from kernels.philox import gumbel, uniform_words
 from workers.parallel import ParallelGroups
-from workers.step import NO_TOKEN, SampleSpec
+from workers.sampling.params import SamplingRows
+from workers.step import NO_TOKEN
 
 
 def mask_top_k_top_p(logits: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -32,23 +33,30 @@ def mask_top_k_top_p(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits
 
 
-def sample(logits: Tensor, specs: Sequence[SampleSpec], groups: ParallelGroups, vocab_size: int) -> Tensor:
+Positions = npt.NDArray[np.int64]
+
+
+def sample(
+    logits: Tensor, sampling: SamplingRows, positions: Positions, groups: ParallelGroups, vocab_size: int
+) -> Tensor:
     """int64 [rows]: one token per row.
 
     logits: [rows, vocab / tp], this rank's share of the vocabulary, which starts at tp_rank * vocab / tp; ids from
-    vocab_size on are padding. Every rank of the stage gets the same answer. On a tie the smallest id wins. A row whose
-    best score is no finite number, as after an overflow in float16, gets NO_TOKEN.
+    vocab_size on are padding. positions: of the tokens in their completions, the counters of the generator. Every rank
+    of the stage gets the same answer. On a tie the smallest id wins. A row whose best score is no finite number, as
+    after an overflow in float16, gets NO_TOKEN.
     """
     logits = logits.float()
     first_id = groups.shard.tp_rank * logits.shape[1]
     if first_id + logits.shape[1] > vocab_size:
         logits = logits.clone()
         logits[:, max(0, vocab_size - first_id) :] = float("-inf")
-    needs_all = any(s.temperature > 0 and (s.top_k > 0 or s.top_p < 1.0) for s in specs)
+    is_cut = (sampling.temperature > 0) & ((sampling.top_k > 0) | (sampling.top_p < 1.0))
+    needs_all = bool(is_cut.any())
     if needs_all and groups.shard.tp > 1:
         logits = groups.all_gather(logits).transpose(0, 1).flatten(1)
         first_id = 0
-    values, ids = _best(logits, specs, first_id)
+    values, ids = _best(logits, sampling, positions, first_id)
     if groups.shard.tp > 1 and not needs_all:
         all_values, all_ids = groups.all_gather(values), groups.all_gather(ids)
         values, rank = all_values.max(dim=0)
@@ -56,39 +64,39 @@ def sample(logits: Tensor, specs: Sequence[SampleSpec], groups: ParallelGroups, 
     return torch.where(torch.isfinite(values), ids, NO_TOKEN)
 
 
-def _best(logits: Tensor, specs: Sequence[SampleSpec], first_id: int) -> tuple[Tensor, Tensor]:
+def _best(logits: Tensor, sampling: SamplingRows, positions: Positions, first_id: int) -> tuple[Tensor, Tensor]:
     """fp64 [rows] and int64 [rows]: the best score of each row and its vocabulary id."""
-    if all(s.temperature == 0 for s in specs):
+    if not sampling.temperature.any():
         values, ids = logits.max(dim=-1)
         return values.double(), ids + first_id
     if logits.is_cuda:
-        return _best_on_cuda(logits, specs, first_id)
+        return _best_on_cuda(logits, sampling, positions, first_id)
     scores = []
-    for row, spec in zip(logits, specs, strict=True):
-        if spec.temperature == 0:
+    for i, row in enumerate(logits):
+        temperature = float(sampling.temperature[i])
+        if temperature == 0:
             scores.append(row.double())
             continue
         # In fp64: a temperature of 1e-40 is allowed, and means nearly greedy, not infinite.
-        scaled = mask_top_k_top_p(row.double() / spec.temperature, spec.top_k, spec.top_p)
-        scores.append(scaled + gumbel(uniform_words(spec.seed, spec.position, first_id, len(row), row.device)))
+        scaled = mask_top_k_top_p(row.double() / temperature, int(sampling.top_k[i]), float(sampling.top_p[i]))
+        noise = gumbel(uniform_words(int(sampling.seed[i]), int(positions[i]), first_id, len(row), row.device))
+        scores.append(scaled + noise)
     values, ids = torch.stack(scores).max(dim=-1)
     return values, ids + first_id
 
 
-def _best_on_cuda(logits: Tensor, specs: Sequence[SampleSpec], first_id: int) -> tuple[Tensor, Tensor]:
-    def column(values: Sequence[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).pin_memory().to(logits.device, non_blocking=True)
+def _best_on_cuda(logits: Tensor, sampling: SamplingRows, positions: Positions, first_id: int) -> tuple[Tensor, Tensor]:
+    def column(values: npt.NDArray[np.generic], dtype: torch.dtype) -> Tensor:
+        return torch.from_numpy(values).to(dtype).pin_memory().to(logits.device, non_blocking=True)
 
-    # A seed is any 64-bit number; the device holds it as the signed one of the same bits.
-    seeds = [s.seed - (1 << 64) if s.seed >> 63 else s.seed for s in specs]
     values, ids = kernels.sample(
         logits,
-        column([s.temperature for s in specs], torch.float32),
-        column([s.top_k for s in specs], torch.int64),
-        column([s.top_p for s in specs], torch.float32),
-        torch.zeros(len(specs), device=logits.device),
-        column(seeds, torch.int64),
-        column([s.position for s in specs], torch.int64),
+        column(sampling.temperature, torch.float32),
+        column(sampling.top_k, torch.int64),
+        column(sampling.top_p, torch.float32),
+        torch.zeros(len(positions), device=logits.device),
+        column(sampling.seed.view(np.int64), torch.int64),  # the device holds a seed as the signed number of its bits
+        column(positions, torch.int64),
         first_id,
     )
     return values.double(), ids

@@ -1,0 +1,32 @@
+"""The sampler, row by row: how each token of a test is to be chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from workers.parallel import ParallelGroups
+from workers.sampling.params import SamplingParams, SamplingRows
+from workers.sampling.sampler import sample
+
+
+class Choice(NamedTuple):
+    """One row of logits."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    position: int
+
+
+def choose(logits: Tensor, choices: Sequence[Choice], groups: ParallelGroups, vocab_size: int) -> Tensor:
+    """As workers.sampling.sampler.sample."""
+    rows = SamplingRows.greedy(len(choices))
+    for i, c in enumerate(choices):
+        rows.put(i, SamplingParams(temperature=c.temperature, top_p=c.top_p, top_k=c.top_k, seed=c.seed))
+    positions = np.array([c.position for c in choices], np.int64)
+    return sample(logits, rows, positions, groups, vocab_size)

@@ -1,0 +1,1 @@
+"""KV blocks between a rank's paged cache and the tiers."""

@@ -1,0 +1,115 @@
+"""Moves KV blocks between a rank's paged cache and its fragment store, beside the engine's steps.
+
+A step only starts transfers and asks which have ended. Threads of the connector talk to the tiers, so that a slow tier
+holds up nobody but those who wait for it. On a device a store is gathered, and a load scattered, on the stream that
+computes, in the step's own order; in host memory the tiers read and write the cache itself. The blocks of a transfer
+belong to nobody else until it has ended on every rank. Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from kvstore.store import FragmentStore
+from kvstore.tiers import Fragment
+from workers.kv.grid import FragmentGrid
+from workers.kv_blocks import BlockMemory, FragmentBytes
+from workers.step import BlockTransfer, TransferDone
+
+log = logging.getLogger(__name__)
+
+LOAD_THREADS = 4  # pulls of different requests; most of their time they wait for a tier
+STORE_THREADS = 2
+PENDING = -1
+"""In place of a number of blocks: the transfer has not ended on this rank."""
+
+
+class KVConnector:
+    """One memory and one grid per cache group. start_*, finish: on the thread that runs steps."""
+
+    def __init__(self, memories: Sequence[BlockMemory], grids: Sequence[FragmentGrid], store: FragmentStore) -> None:
+        self._memories = tuple(memories)
+        self._grids = tuple(grids)
+        self._store = store
+        self._lock = threading.Lock()
+        self._ended: dict[int, int] = {}  # by transfer: blocks that are whole, counted from the first
+        self._finishers: dict[int, Callable[[int], None]] = {}
+        self._prepared: dict[int, Future[None]] = {}
+        self._loaders = ThreadPoolExecutor(LOAD_THREADS, "kv-load")
+        self._storers = ThreadPoolExecutor(STORE_THREADS, "kv-store")
+        self.on_ended: Callable[[], None] = lambda: None
+        """Called on a thread of the connector whenever a transfer has ended here."""
+
+    def prepare(self, transfer: BlockTransfer) -> None:
+        """A store of these blocks will be started when they are computed."""
+        self._prepared[transfer.transfer_id] = self._storers.submit(self._store.prepare, self._keys(transfer))
+
+    def start_load(self, transfer: BlockTransfer) -> None:
+        """Pull blocks into the cache."""
+        filling = self._memories[transfer.group].fill(transfer)
+        self._finishers[transfer.transfer_id] = filling.finish
+        self._loaders.submit(self._run, transfer, lambda: self._store.pull(self._keys(transfer), filling.fragments))
+
+    def start_store(self, transfer: BlockTransfer) -> None:
+        """Publish blocks as they are in the cache now."""
+        gathered = self._memories[transfer.group].gather(transfer)
+        prepared = self._prepared.pop(transfer.transfer_id, None)
+
+        def put() -> Sequence[bool]:
+            if prepared is not None:
+                prepared.result()  # its slots are not free for anybody else, nor for this put, before it is through
+            return self._put(transfer, gathered())
+
+        self._storers.submit(self._run, transfer, put)
+
+    def ended(self) -> list[int]:
+        """Transfers that have ended on this rank and were not finished."""
+        with self._lock:
+            return list(self._ended)
+
+    def poll(self, transfer_id: int) -> int:
+        """How many blocks of a transfer are whole, counted from the first; PENDING while it has not ended here."""
+        with self._lock:
+            return self._ended.get(transfer_id, PENDING)
+
+    def finish(self, done: TransferDone) -> None:
+        """The transfer has ended on every rank: brings its blocks into the cache."""
+        with self._lock:
+            del self._ended[done.transfer_id]
+        finisher = self._finishers.pop(done.transfer_id, None)
+        if finisher is not None:
+            finisher(done.num_blocks)
+
+    def close(self) -> None:
+        """End the transfers that have begun, and let the threads go."""
+        self._loaders.shutdown()
+        self._storers.shutdown()
+
+    def _run(self, transfer: BlockTransfer, move: Callable[[], Sequence[bool]]) -> None:
+        num_blocks = 0
+        try:
+            num_blocks = _num_whole(move(), len(transfer.block_names))
+        except Exception:  # a tier does not raise; if one does, the transfer must end all the same
+            log.exception("blocks were not moved")
+        with self._lock:
+            self._ended[transfer.transfer_id] = num_blocks
+        self.on_ended()
+
+    def _put(self, transfer: BlockTransfer, fragments: Sequence[FragmentBytes]) -> Sequence[bool]:
+        keyed = [Fragment(key, payload) for key, payload in zip(self._keys(transfer), fragments, strict=True)]
+        return self._store.put(keyed)
+
+    def _keys(self, transfer: BlockTransfer) -> list[bytes]:
+        grid = self._grids[transfer.group]
+        return [key for name in transfer.block_names for key in grid.keys(name)]
+
+
+def _num_whole(is_there: Sequence[bool], num_blocks: int) -> int:
+    """How many blocks have all their fragments, counted from the first. A rank without fragments lacks none."""
+    if not is_there:
+        return num_blocks
+    first_missing = is_there.index(False) if False in is_there else len(is_there)
+    return first_missing * num_blocks // len(is_there)

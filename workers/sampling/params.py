@@ -1,0 +1,49 @@
+"""Sampling parameters of one request, from the worker's admission to the sampler. Without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen. `max_tokens` counts from the end of the client's prompt."""
+
+    temperature: float = 0.0  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: no limit
+    max_tokens: int = 16
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    seed: int = 0  # 64 bits, unsigned
+
+
+GREEDY = SamplingParams()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SamplingRows:
+    """Sampling parameters as columns, one entry per row; or, cut to some rows, per token to choose."""
+
+    temperature: npt.NDArray[np.float64]
+    top_p: npt.NDArray[np.float64]
+    top_k: npt.NDArray[np.int64]
+    seed: npt.NDArray[np.uint64]
+
+    @staticmethod
+    def greedy(num_rows: int) -> SamplingRows:
+        """Rows that choose the most likely token."""
+        zeros = np.zeros(num_rows, np.int64)
+        return SamplingRows(np.zeros(num_rows), np.ones(num_rows), zeros, zeros.astype(np.uint64))
+
+    def put(self, row: int, params: SamplingParams) -> None:
+        """A request takes the row."""
+        self.temperature[row], self.top_p[row] = params.temperature, params.top_p
+        self.top_k[row], self.seed[row] = params.top_k, params.seed
+
+    def of(self, rows: npt.NDArray[np.integer]) -> SamplingRows:
+        """The entries of some rows, in their order; a row may come several times."""
+        return SamplingRows(self.temperature[rows], self.top_p[rows], self.top_k[rows], self.seed[rows])
