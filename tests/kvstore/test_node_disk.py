@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from switchyard.v1 import kvnode_pb2, kvnode_pb2_grpc
 
-from kvstore.channels import dial
+from kvstore.channels import NODE_OPTIONS, dial
 from kvstore.host_tier import HostTier
 from kvstore.tiers import Fragment
 from tests.kvstore.fragments import SECRET, damage_segments, keys_of, make_compressible, make_fragments
@@ -39,7 +39,8 @@ def start_node(folder: Path) -> Iterator[Callable[..., KVNode]]:
 
 
 def stats_of(node: KVNode) -> Any:
-    with dial(node.host_address) as channel:
+    own_connection = ("grpc.use_local_subchannel_pool", 1)  # others' may lead to the node before this one
+    with dial(node.host_address, [*NODE_OPTIONS, own_connection]) as channel:
         stub = kvnode_pb2_grpc.KVNodeServiceStub(channel)
         return stub.GetStats(kvnode_pb2.GetStatsRequest(), wait_for_ready=True)
 
