@@ -1,4 +1,4 @@
-"""The keys of config.json, for each supported architecture.
+"""The keys of config.json that all architectures share; a family (workers.model.families) adds its own.
 
 The names are those of the configuration classes of transformers 4 and 5, and those that its older versions and common
 tools have written beside them.
@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from checkpoint.keys import Key, KeyTable, harmless, refused, understood
 
-MODEL_TYPES = {"LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3", "Qwen3MoeForCausalLM": "qwen3_moe"}
-"""Supported architectures, and the model_type that belongs to each."""
-
 _SIZES = "shape of the weights"
 _TRAINING = "used in training only"
 _OUTPUTS = "asks transformers for more outputs, not for others"
 _NOTE = "a note of the tool that wrote the file"
 _ELSEWHERE = "a sampling option of old files; move it to generation_config.json"
 
-_COMMON: dict[str, Key] = {
+COMMON_KEYS: dict[str, Key] = {
     # -- used
     "architectures": understood("chooses the model's code"),
     "model_type": understood("must belong to the architecture"),
@@ -36,9 +33,9 @@ _COMMON: dict[str, Key] = {
     "tie_word_embeddings": understood("whether the head is the embedding"),
     "eos_token_id": understood("ends a stream, together with those of the other files"),
     "hidden_act": understood("silu; others are refused"),
+    "quantization_config": understood("how the weights are stored; an unknown quant_method is refused"),
     # -- not supported
-    "quantization_config": refused("no quantized format is served yet"),
-    "compression_config": refused("no quantized format is served yet"),
+    "compression_config": refused("quantization_config says how weights are stored"),
     "qkv_bias": refused("projections have no bias", False),
     "attention_bias": refused("projections have no bias", False),
     "mlp_bias": refused("projections have no bias", False),
@@ -134,43 +131,6 @@ _COMMON: dict[str, Key] = {
     "output_scores": harmless(_OUTPUTS),
     "return_dict_in_generate": harmless(_OUTPUTS),
 }
-
-_WINDOWS: dict[str, Key] = {
-    "use_sliding_window": refused("attention sees the whole context", False),
-    "sliding_window": harmless("without use_sliding_window it has no effect"),
-    "max_window_layers": harmless("without use_sliding_window it has no effect"),
-}
-_QK_NORM = {"use_qk_norm": refused("queries and keys are normed", True)}
-_NO_WINDOW = {"sliding_window": refused("attention sees the whole context")}
-
-_EXPERTS: dict[str, Key] = {
-    "num_experts": understood(_SIZES),
-    "num_local_experts": understood("another name of num_experts"),
-    "num_experts_per_tok": understood("experts of each token"),
-    "moe_intermediate_size": understood(_SIZES),
-    "norm_topk_prob": understood("whether the chosen experts' weights add up to 1"),
-    "decoder_sparse_step": refused("every layer has experts", 1),
-    "mlp_only_layers": refused("every layer has experts", []),
-    "shared_expert_intermediate_size": refused("there are no shared experts", 0),
-    "num_shared_experts": refused("there are no shared experts", 0),
-    "output_router_logits": harmless(_OUTPUTS),
-    "router_aux_loss_coef": harmless(_TRAINING),
-    "router_jitter_noise": harmless(_TRAINING),
-}
-
-DEFAULTS: dict[str, dict[str, int]] = {
-    "LlamaForCausalLM": {"max_position_embeddings": 2048},
-    "Qwen3ForCausalLM": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
-    "Qwen3MoeForCausalLM": {"max_position_embeddings": 32768, "num_key_value_heads": 4},
-}
-"""What transformers takes for a key that config.json lacks. One that is null is derived from the others."""
-
-CONFIG_KEYS: dict[str, KeyTable] = {
-    "LlamaForCausalLM": {**_COMMON, **_NO_WINDOW},
-    "Qwen3ForCausalLM": {**_COMMON, **_WINDOWS, **_QK_NORM},
-    "Qwen3MoeForCausalLM": {**_COMMON, **_WINDOWS, **_QK_NORM, **_EXPERTS},
-}
-"""The table of each supported architecture."""
 
 ROPE_KEYS: dict[str, KeyTable] = {
     kind: {

@@ -29,6 +29,15 @@ class StoredTensor:
     shape: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class WantedTensor:
+    """A tensor that a model reads."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...] = FLOAT_DTYPES
+    """Those that it may be stored in, in safetensors' names."""
+
+
 def weight_files(directory: Path) -> list[Path]:
     """model.safetensors, or the files that model.safetensors.index.json lists. Raises CheckpointError."""
     index = directory / "model.safetensors.index.json"
@@ -69,24 +78,23 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
 
 
 def check_tensors(
-    stored: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int, ...]], harmless: tuple[str, ...]
+    stored: Mapping[str, StoredTensor], wanted: Mapping[str, WantedTensor], harmless: tuple[str, ...]
 ) -> None:
-    """Raise CheckpointError unless every wanted tensor is there in its shape and a float, and every other is harmless.
+    """Raise CheckpointError unless every wanted tensor is there in its shape and dtype, and every other is harmless.
 
     harmless: ends of the names of tensors that change nothing.
     """
-    for name, shape in wanted.items():
+    for name, want in wanted.items():
         tensor = stored.get(name)
         if tensor is None:
             directory = next(iter(stored.values())).path.parent if stored else Path()
             raise CheckpointError(f"{directory}: no tensor {name}")
-        if tensor.dtype not in FLOAT_DTYPES:
+        if tensor.dtype not in want.dtypes:
             raise CheckpointError(
-                f"{tensor.path}: {name} is {tensor.dtype}; quantized checkpoints are not supported "
-                f"(supported: {', '.join(FLOAT_DTYPES)})"
+                f"{tensor.path}: {name} is {tensor.dtype}; by config.json it must be {' or '.join(want.dtypes)}"
             )
-        if tensor.shape != shape:
-            raise CheckpointError(f"{tensor.path}: {name} is {list(tensor.shape)}, config.json says {list(shape)}")
+        if tensor.shape != want.shape:
+            raise CheckpointError(f"{tensor.path}: {name} is {list(tensor.shape)}, config.json says {list(want.shape)}")
     for name, tensor in stored.items():
         if name not in wanted and not name.endswith(harmless):
             raise CheckpointError(f"{tensor.path}: {name}: nothing uses this tensor, so the model is another one")

@@ -51,6 +51,7 @@ from deploy.routers import RouterEndpoint, Routers, first_refusal, router_specs,
 from kvstore.addresses import join_host_port
 from kvstore.authenticity import cluster_secret
 from router.config import RouterSpec
+from router.model_files import ModelLimits
 
 if TYPE_CHECKING:  # brings ray, which must find the environment that open_ray prepares
     from deploy.kv_nodes import KVNodeSettings
@@ -251,6 +252,7 @@ class Cluster:
             cluster=plan.cluster,
             weights=self._weights,
             ignore_keys=self._config.model.ignore_keys,
+            model_limits=ModelLimits(model.config.max_position_embeddings, model.config.vocab_size),
             generation_config=self._config.model.generation_config,
         )
         specs = router_specs(template, self._config.endpoints, self._config.router, self.id)

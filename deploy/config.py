@@ -53,6 +53,9 @@ class ModelSource:
     ignore_keys: tuple[str, ...] = ()
     """Keys of config.json, generation_config.json and tokenizer_config.json to pass over: unknown ones, which are
     refused otherwise, of which you know that they change nothing."""
+    plugins: tuple[str, ...] = ()
+    """Python modules that bring further model families or weight formats. Every process of the cluster imports them, so
+    they must be installed wherever one runs."""
     generation_config: str = "auto"
     """Whether the model's generation_config.json gives requests their defaults: temperature, top_p, top_k, and
     max_new_tokens for chats that name no limit. auto means where it has them, none means never."""

@@ -16,7 +16,8 @@ from deploy.errors import ConfigError
 from kvstore.arena import num_slots_for
 from kvstore.config import KVStoreConfig
 from kvstore.disk import least_disk_bytes
-from workers.config import EngineConfig, ModelConfig, WorkerSpec, kv_row_bytes
+from workers.config import EngineConfig, WorkerSpec, kv_row_bytes
+from workers.model.config import ModelConfig
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 REPLICA_CPUS = 0.1  # the replica only watches over its ranks
@@ -107,7 +108,7 @@ def make_plan(
             cluster=cluster,
         )
         pools.append(_pool_plan(spec, pool))
-    row_bytes = kv_row_bytes(config.kvstore.kv_encoding, model.head_dim, DTYPE_BYTES[dtype])
+    row_bytes = kv_row_bytes(config.kvstore.kv_encoding, model.cache_specs[0].head_dim, DTYPE_BYTES[dtype])
     arena = _arena(config.kvstore, slot_bytes=layers * 2 * block_size * row_bytes)
     return ClusterPlan(cluster, name, tuple(pools), arena)
 
@@ -153,6 +154,7 @@ def _engine(
         batch_invariant=config.model.batch_invariant,
         kv_encoding=config.kvstore.kv_encoding,
         ignore_keys=config.model.ignore_keys,
+        plugins=config.model.plugins,
         **dataclasses.asdict(config.engine),
         **pool.options(),
     )

@@ -24,11 +24,13 @@ from kvstore.config import KVStoreConfig, is_redis
 from kvstore.trial import TierMisconfigured, memory_risk, try_control, try_disk, try_tier
 from router.chat import ChatTemplate
 from router.errors import ModelFilesError
-from router.model_files import ModelFiles
+from router.model_files import ModelFiles, ModelLimits
 from router.text import TextCodec
-from workers.config import ModelConfig, resolve_model
+from workers.config import resolve_model
 from workers.errors import ModelError
-from workers.tensor_layout import check_checkpoint
+from workers.model.config import ModelConfig
+from workers.model.registry import load_config
+from workers.model.tensor_layout import check_checkpoint, check_split
 from workers.weights import weights_identity
 
 _REACH_TIMEOUT_S = 2.0
@@ -53,15 +55,15 @@ def check_model(config: ClusterConfig) -> FoundModel:
     wanted = config.model.path or str(DEMO_MODEL)
     try:
         directory = resolve_model(wanted).resolve()
-        model = ModelConfig.load(directory, config.model.ignore_keys)
-        _check_texts(directory, config)
+        model = load_config(directory, config.model.ignore_keys, config.model.plugins)
+        _check_texts(directory, config, ModelLimits(model.max_position_embeddings, model.vocab_size))
         if config.engine.runner != "fake":
             check_checkpoint(directory, model)
     except (ModelError, ModelFilesError) as error:
         raise ConfigError(str(error)) from None
     for name, pool in config.pools.items():
         try:
-            model.check_split(pool.tp, pool.pp)
+            check_split(model, pool.tp, pool.pp)
         except ModelError as error:
             raise ConfigError(f"pools.{name}: {error}") from None
     is_directory = Path(wanted).expanduser().is_dir()
@@ -76,9 +78,9 @@ def read_weights(config: ClusterConfig, model: FoundModel) -> str:
         raise ConfigError(str(error)) from None
 
 
-def _check_texts(directory: Path, config: ClusterConfig) -> None:
+def _check_texts(directory: Path, config: ClusterConfig, limits: ModelLimits) -> None:
     """Whatever a router reads of the model: tokenizer, chat template, defaults. Raises ModelFilesError."""
-    files = ModelFiles.load(directory, directory.name, config.model.generation_config, config.model.ignore_keys)
+    files = ModelFiles.load(directory, directory.name, config.model.generation_config, config.model.ignore_keys, limits)
     TextCodec(files.tokenizer_json)
     if files.chat_template:
         ChatTemplate(files.chat_template, files.special_tokens)

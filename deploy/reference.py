@@ -9,6 +9,7 @@ import typing
 from deploy.config import ClusterConfig
 from kvstore.config import NodeSpec
 from router.config import RouterSpec
+from router.model_files import ModelLimits
 from settings.docs import table
 from workers.config import EngineConfig, WorkerSpec
 
@@ -41,6 +42,7 @@ def render() -> str:
     parts += [
         _SPECS,
         _section("A router", RouterSpec),
+        _section("`model_limits` of a router", ModelLimits),
         _section("A worker", WorkerSpec),
         _section("`engine` of a worker", EngineConfig),
         _section("A KV node", NodeSpec),

@@ -1,6 +1,6 @@
 """A Llama for training: whole sequences, no cache, Hugging Face parameter names.
 
-The serving model is `workers/models/llama.py`; this one exists because training wants gradients and full sequences and
+The serving model is in `workers/model/`; this one exists because training wants gradients and full sequences and
 serving wants neither. Knows nothing of data or optimisers.
 """
 

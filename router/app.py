@@ -47,7 +47,9 @@ class Router:
     def __init__(self, spec: RouterSpec, journal: StreamJournal | None = None) -> None:
         config = spec.config
         self._spec = spec
-        files = ModelFiles.load(spec.model_dir, spec.model_name, spec.generation_config, spec.ignore_keys)
+        files = ModelFiles.load(
+            spec.model_dir, spec.model_name, spec.generation_config, spec.ignore_keys, spec.model_limits
+        )
         self._metrics = Metrics()
         rates = Rates(config.prefill_ms_per_token, config.decode_ms_per_step, config.transfer_ms_per_block)
         fleet = Fleet(POLICIES[config.policy], rates)

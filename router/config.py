@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass, field
 
-from router.model_files import GENERATION_CONFIG
+from router.model_files import GENERATION_CONFIG, ModelLimits
 from router.policy import POLICIES
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
@@ -108,6 +108,8 @@ class RouterSpec:
     """Digest of the weights that workers must have."""
     ignore_keys: tuple[str, ...] = ()
     """As model.ignore_keys."""
+    model_limits: ModelLimits = field(default_factory=ModelLimits)
+    """What the model's family reads of config.json."""
 
     def __post_init__(self) -> None:
         for name in ("grpc_port", "http_port"):

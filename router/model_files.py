@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoint.config_keys import DEFAULTS
 from checkpoint.end_tokens import end_token_ids
 from checkpoint.errors import CheckpointError
 from checkpoint.files import read_json
@@ -33,6 +32,16 @@ class SamplingDefaults:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """What the model's family reads of config.json."""
+
+    context_tokens: int = 0
+    """Most tokens of prompt and completion; 0 means max_position_embeddings, which must be in the file."""
+    vocab_size: int = 0
+    """Its size; 0 means vocab_size, which must be in the file."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelFiles:
     """The model as its clients see it."""
 
@@ -48,7 +57,12 @@ class ModelFiles:
 
     @classmethod
     def load(
-        cls, directory: str | Path, name: str, generation_config: str = "auto", ignore_keys: Collection[str] = ()
+        cls,
+        directory: str | Path,
+        name: str,
+        generation_config: str = "auto",
+        ignore_keys: Collection[str] = (),
+        limits: ModelLimits = ModelLimits(),  # frozen
     ) -> ModelFiles:
         """Read a Hugging Face model directory. Raises ModelFilesError naming the file or the field.
 
@@ -62,9 +76,7 @@ class ModelFiles:
             config = read_json(directory / "config.json", is_required=True, ignored=ignore_keys)
             generation = read_json(directory / "generation_config.json", ignored=ignore_keys)
             tokenizer_config = read_json(directory / "tokenizer_config.json", ignored=ignore_keys)
-            names = tokenizer_config
-            if "added_tokens_decoder" not in tokenizer_config:  # as transformers decides
-                names = {**tokenizer_config, **read_json(directory / "special_tokens_map.json", ignored=ignore_keys)}
+            names = _names(directory, tokenizer_config, ignore_keys)
             check_tokenizer_files(directory, ignore_keys)
             if generation_config != "none":
                 check_keys(generation, GENERATION_KEYS, directory / "generation_config.json", _NO_DEFAULTS)
@@ -73,8 +85,8 @@ class ModelFiles:
             raise ModelFilesError(str(error)) from None
         return cls(
             name=name,
-            context_tokens=_positive(_with_defaults(config), "max_position_embeddings", directory),
-            vocab_size=_positive(config, "vocab_size", directory),
+            context_tokens=limits.context_tokens or _positive(config, "max_position_embeddings", directory),
+            vocab_size=limits.vocab_size or _positive(config, "vocab_size", directory),
             tokenizer_json=directory / "tokenizer.json",
             chat_template=_chat_template(directory, tokenizer_config),
             special_tokens=_special_tokens(names),
@@ -86,10 +98,11 @@ class ModelFiles:
         )
 
 
-def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
-    architectures = config.get("architectures")
-    first = architectures[0] if isinstance(architectures, list) and architectures else None
-    return {**DEFAULTS.get(str(first), {}), **config}
+def _names(directory: Path, tokenizer_config: dict[str, Any], ignore_keys: Collection[str]) -> dict[str, Any]:
+    """Where special tokens are named."""
+    if "added_tokens_decoder" in tokenizer_config:  # as transformers decides
+        return tokenizer_config
+    return {**tokenizer_config, **read_json(directory / "special_tokens_map.json", ignored=ignore_keys)}
 
 
 def _positive(config: dict[str, Any], field: str, directory: Path) -> int:

@@ -30,8 +30,9 @@ from router.config import RouterConfig, RouterSpec
 from router.events import Finished, GenerationRequest, SamplingOptions, Started, Tokens
 from tests.forked import SECRET, ForkedNode, Prefork, Server
 from tests.processes import DEADLINE_S, REPOSITORY, free_port, wait_until
-from workers.config import EngineConfig, ModelConfig, WorkerSpec
+from workers.config import EngineConfig, WorkerSpec
 from workers.fake_model import fake_completion
+from workers.model.registry import load_config
 from workers.weights import weights_identity
 
 DEMO = REPOSITORY / "models" / "demo"
@@ -164,7 +165,7 @@ class FakeCluster:
             self.model_dir = Path(self.shape.model_dir)
         else:
             self.model_dir = write_fake_model(self.folder / "model", **self.shape.sizes)
-        head_dim = ModelConfig.load(self.model_dir).head_dim
+        head_dim = load_config(self.model_dir).cache_specs[0].head_dim
         fragment_bytes = 2 * self.shape.block_size * head_dim * 4
         self.nodes = [
             ForkedNode(prefork, self.folder, fragment_bytes, self.shape.num_slots, f"node-{i}", self._node_options(i))
@@ -198,7 +199,7 @@ class FakeCluster:
     def weights(self) -> str:
         """What tells the model of this cluster from others."""
         runner = str(self.shape.engine.get("runner", "fake"))
-        return weights_identity(self.model_dir, ModelConfig.load(self.model_dir), runner)
+        return weights_identity(self.model_dir, load_config(self.model_dir), runner)
 
     def _node_options(self, number: int) -> dict[str, object]:
         """Of a NodeSpec."""

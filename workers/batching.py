@@ -38,9 +38,8 @@ class PreparedBatch:
     sampling: SamplingRows  # one entry per wanted row of logits; the batch may have more logit_rows
     positions: Longs  # of the tokens that the rows choose, counted from the first of the completion
     order: Longs  # place of each row among the plan's wanted logits
-    last_rows: Longs  # of the batch's wanted rows, those that choose the token behind a request's last known one
-    request_rows: Longs  # the requests' rows in the rank's state, one for each of last_rows
-    pending: tuple[Tensor, Tensor] | None  # token_ids that are chosen by the step before: where, and of which row
+    last: tuple[Tensor, Tensor] | None  # of the wanted rows those that choose a request's next token, and their rows
+    pending: tuple[Tensor, Tensor] | None  # token_ids that the step before chooses: where, and of which row
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +62,16 @@ class _Shape:
     num_sequences: int
     num_logits: int
     num_pending: int
+    num_last: int
     num_groups: int
 
     @property
     def num_words(self) -> int:
         """Of the buffer, 4 bytes each."""
-        return int(_spans(self)["pending_rows"].stop)
+        return int(_spans(self)["last_rows"].stop)
 
 
-_WIDE = frozenset(("token_ids", "positions", "logit_rows", "state_rows", "pending_at", "pending_rows"))  # int64
+_NARROW = frozenset(("seq_lens", "query_start_loc", "alignment"))  # int32; the others are int64
 
 
 @lru_cache(maxsize=_MAX_SHAPES)
@@ -88,13 +88,15 @@ def _spans(shape: _Shape) -> dict[str, slice]:
         "alignment": 1,  # to 8 bytes: the two before it have an odd number of words
         "pending_at": 2 * shape.num_pending,
         "pending_rows": 2 * shape.num_pending,
+        "last_at": 2 * shape.num_last,
+        "last_rows": 2 * shape.num_last,
     }
     ends = list(accumulate(sizes.values()))
     return {name: slice(end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)}
 
 
 def _is_wide(name: str) -> bool:
-    return name in _WIDE or name.startswith("slot_mapping")
+    return name not in _NARROW
 
 
 def round_up_width(num_blocks: int) -> int:
@@ -114,7 +116,9 @@ class InputBuffers:
         self._num_groups = num_groups
         self._device = device
         self._is_cuda = device.type == "cuda"
-        num_words = _Shape(max_num_tokens, max_num_seqs, max_num_tokens, max_num_seqs, num_groups).num_words
+        num_words = _Shape(
+            max_num_tokens, max_num_seqs, max_num_tokens, max_num_seqs, max_num_seqs, num_groups
+        ).num_words
         self._words = torch.zeros(num_words, dtype=torch.int32, device=device)
         self._hosts = [
             torch.zeros(num_words, dtype=torch.int32, pin_memory=self._is_cuda) for _ in range(_NUM_HOST_BUFFERS)
@@ -163,6 +167,7 @@ class InputBuffers:
             num_sequences=padding.num_sequences or plan.num_requests,
             num_logits=padding.num_sequences or int(columns.num_logits.sum()),
             num_pending=int(has_pending.sum()),
+            num_last=int((columns.num_logits > 0).sum()),
             num_groups=self._num_groups,
         )
         num_decodes = 0 if all_as_prefills else int((columns.num_tokens == 1).sum())
@@ -170,18 +175,16 @@ class InputBuffers:
             num_decodes = shape.num_sequences  # decodes are padded with decodes
         host = self._next_host(shape)
         logits = self._write(host, plan, columns, has_pending, num_decodes, block_size)
-        batch, pending = self._send(shape, columns, num_decodes, padding.table_width, block_size)
-        request_rows = columns.rows[logits.requests].astype(np.int64)
-        is_last = logits.behind == 0
+        batch = self._send(shape, columns, num_decodes, padding.table_width, block_size)
+        rows, field = columns.rows[logits.requests], self._views(shape)
         return PreparedBatch(
             batch,
             num_tokens,
-            self.state.sampling.of(request_rows),
-            logits.token_positions - self.state.num_prompt_tokens[request_rows],
+            self.state.sampling.of(rows),
+            logits.token_positions - self.state.num_prompt_tokens[rows],
             logits.order(plan, order),
-            np.flatnonzero(is_last),
-            request_rows[is_last],
-            pending,
+            (field["last_at"], field["last_rows"]) if shape.num_last else None,
+            (field["pending_at"], field["pending_rows"]) if shape.num_pending else None,
         )
 
     def _next_host(self, shape: _Shape) -> dict[str, npt.NDArray[np.integer]]:
@@ -235,11 +238,11 @@ class InputBuffers:
         starts[num_prefills + 1 :] = starts[num_prefills]  # sequences that ask nothing
         logits = _Logits.of(columns, ends)
         _put(host["logit_rows"], logits.batch_rows, 0)
+        host["last_at"][:] = np.flatnonzero(logits.behind == 0)
+        host["last_rows"][:] = columns.rows[columns.num_logits > 0]
         return logits
 
-    def _send(
-        self, shape: _Shape, columns: _Columns, num_decodes: int, table_width: int, block_size: int
-    ) -> tuple[Batch, tuple[Tensor, Tensor] | None]:
+    def _send(self, shape: _Shape, columns: _Columns, num_decodes: int, table_width: int, block_size: int) -> Batch:
         num_words, host = shape.num_words, self._hosts[self._turn]
         self._words[:num_words].copy_(host[:num_words], non_blocking=True)
         if self._is_cuda:
@@ -250,7 +253,7 @@ class InputBuffers:
         longest = int((columns.start_positions + columns.num_tokens).max())
         width = table_width or round_up_width(-(-longest // block_size))
         tables = self._block_tables(columns.rows, field["state_rows"], shape.num_sequences, width, bool(table_width))
-        batch = Batch(
+        return Batch(
             token_ids=field["token_ids"],
             positions=field["positions"],
             groups=tuple(GroupInputs(t, field[f"slot_mapping.{group}"]) for group, t in enumerate(tables)),
@@ -260,7 +263,6 @@ class InputBuffers:
             max_query_len=int(columns.num_tokens.max()),
             logit_rows=field["logit_rows"],
         )
-        return batch, (field["pending_at"], field["pending_rows"]) if shape.num_pending else None
 
     def _views(self, shape: _Shape) -> dict[str, Tensor]:
         """The device's tensors of a step's inputs; the same ones for the same shape."""

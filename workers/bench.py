@@ -29,10 +29,14 @@ from costs.model import DecoderSizes, model_step
 from kernels.harness.timing import Ceilings, measure_ceilings
 from kvstore.block_pool import BlockPool
 from kvstore.block_pools import BlockPools
-from workers.config import EngineConfig, ModelConfig
+from workers.config import EngineConfig
 from workers.engine import Engine
 from workers.errors import ModelError
 from workers.executor import GroupExecutor
+from workers.model.config import ModelConfig
+from workers.model.decoder import LayerConfig, PreNormDecoder
+from workers.model.formats.plain import PlainFormat
+from workers.model.parts import AttentionConfig, ExpertsConfig, MlpConfig, RopeConfig
 from workers.parallel import ParallelGroups, Shard
 from workers.request import Request
 from workers.runner import TorchModelRunner, pick_device, pick_dtype, schedules_async
@@ -44,64 +48,66 @@ _RUNS = 3
 _COMPARED_PROMPTS, _COMPARED_TOKENS = (1, 7, 33, 60), 24
 
 
-def _llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, context: int) -> ModelConfig:
-    return ModelConfig(
-        architecture="LlamaForCausalLM",
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=hidden // heads,
-        vocab_size=vocab,
-        max_position_embeddings=context,
-        rms_norm_eps=1e-5,
-        rope_theta=500000.0,
-        rope_scaling=None,
-        tie_word_embeddings=False,
-        eos_token_ids=(),
-    )
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Of a model whose layers are all equal; with experts, the MLP is theirs alone."""
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    context: int
+    head_dim: int = 0  # 0: hidden / heads
+    experts: ExpertsConfig | None = None
+
+    def decoder_sizes(self) -> DecoderSizes:
+        """For the roofline."""
+        experts = self.experts or ExpertsConfig(0, 0, 0)
+        return DecoderSizes(
+            hidden_size=self.hidden,
+            intermediate_size=self.inner,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim or self.hidden // self.heads,
+            vocab_size=self.vocab,
+            num_experts=experts.num_experts,
+            num_experts_per_tok=experts.num_experts_per_tok,
+            moe_intermediate_size=experts.moe_intermediate_size,
+        )
+
+    def model(self) -> ModelConfig:
+        """A Llama; with experts a Qwen 3."""
+        attention = AttentionConfig(
+            self.heads,
+            self.kv_heads,
+            self.head_dim or self.hidden // self.heads,
+            RopeConfig(1000000.0 if self.experts else 500000.0),
+            has_qk_norm=self.experts is not None,
+        )
+        layer = LayerConfig(attention, self.experts or MlpConfig(self.inner))
+        return ModelConfig(
+            architecture="Qwen3MoeForCausalLM" if self.experts else "LlamaForCausalLM",
+            hidden_size=self.hidden,
+            num_hidden_layers=self.layers,
+            vocab_size=self.vocab,
+            max_position_embeddings=self.context,
+            rms_norm_eps=1e-6 if self.experts else 1e-5,
+            tie_word_embeddings=False,
+            eos_token_ids=(),
+            decoder=PreNormDecoder((layer,) * self.layers),
+            weight_format=PlainFormat(),
+        )
 
 
-_QWEN3_30B_A3B = ModelConfig(
-    architecture="Qwen3MoeForCausalLM",
-    hidden_size=2048,
-    intermediate_size=6144,
-    num_hidden_layers=48,
-    num_attention_heads=32,
-    num_key_value_heads=4,
-    head_dim=128,
-    vocab_size=151936,
-    max_position_embeddings=16384,
-    rms_norm_eps=1e-6,
-    rope_theta=1000000.0,
-    rope_scaling=None,
-    tie_word_embeddings=False,
-    eos_token_ids=(),
-    has_qk_norm=True,
-    num_experts=128,
-    num_experts_per_tok=8,
-    moe_intermediate_size=768,
-    norm_topk_prob=True,
-)
 SHAPES = {
-    "tiny": _llama(256, 512, 4, 4, 2, 4096, 2048),
-    "tiny-experts": replace(
-        _QWEN3_30B_A3B,
-        hidden_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        vocab_size=4096,
-        max_position_embeddings=2048,
-        num_experts=8,
-        num_experts_per_tok=2,
-        moe_intermediate_size=128,
-    ),
-    "llama-3.2-1b": _llama(2048, 8192, 16, 32, 8, 128256, 16384),
-    "llama-3.1-8b": _llama(4096, 14336, 32, 32, 8, 128256, 16384),
-    "qwen3-30b-a3b": _QWEN3_30B_A3B,
+    "tiny": Sizes(256, 512, 4, 4, 2, 4096, 2048),
+    "tiny-experts": Sizes(256, 512, 2, 4, 2, 4096, 2048, 64, ExpertsConfig(8, 2, 128, True)),
+    "llama-3.2-1b": Sizes(2048, 8192, 16, 32, 8, 128256, 16384),
+    "llama-3.1-8b": Sizes(4096, 14336, 32, 32, 8, 128256, 16384),
+    "qwen3-30b-a3b": Sizes(2048, 6144, 48, 32, 4, 151936, 16384, 128, ExpertsConfig(128, 8, 768, True)),
 }
 
 
@@ -112,30 +118,27 @@ class RandomWeights:
     dtype: torch.dtype
     device: torch.device
 
-    def read(
-        self, name: str, shape: tuple[int, ...], rows: slice | None = None, columns: slice | None = None
-    ) -> Tensor:
+    def read(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...] = (), as_stored: bool = False) -> Tensor:
         """As in Weights."""
         if len(shape) == 1:
             return torch.ones(shape, dtype=self.dtype, device=self.device)
-        height = len(range(shape[0])[rows]) if rows is not None else shape[0]
-        width = len(range(shape[1])[columns]) if columns is not None else shape[1]
-        return torch.empty(height, width, dtype=self.dtype, device=self.device).normal_(std=0.02)
+        cut = [len(range(size)[which]) for size, which in zip(shape, part, strict=False)]
+        return torch.empty(*cut, *shape[len(cut) :], dtype=self.dtype, device=self.device).normal_(std=0.02)
 
 
 class Bench:
     """One loaded engine beside the ceilings of its device."""
 
-    def __init__(self, model: ModelConfig, config: EngineConfig, ceilings: Ceilings) -> None:
+    def __init__(self, sizes: Sizes, config: EngineConfig, ceilings: Ceilings) -> None:
         self.device = pick_device(config, 0)
         self.dtype = pick_dtype(config, self.device)
         self.ceilings = ceilings
         self._config = config
-        self._model = model
-        self._sizes = DecoderSizes(**{name: getattr(model, name) for name in DecoderSizes.__slots__})
+        self._model = sizes.model()
+        self._sizes = sizes.decoder_sizes()
         self._groups = ParallelGroups(Shard(), self.device)
         weights = RandomWeights(self.dtype, self.device)
-        self._runner = TorchModelRunner(config, model, self._groups, self.device, weights)
+        self._runner = TorchModelRunner(config, self._model, self._groups, self.device, weights)
         self._runner.warm_up()
 
     def same_tokens(self) -> bool | None:
@@ -253,7 +256,7 @@ class Bench:
 
 
 def measure(
-    model: ModelConfig,
+    sizes: Sizes,
     config: EngineConfig,
     ceilings: Ceilings,
     batch_sizes: Sequence[int],
@@ -261,7 +264,7 @@ def measure(
     prompt: int,
 ) -> list[dict[str, object]]:
     """A row per batch size and one for prefill, of one engine."""
-    bench = Bench(model, config, ceilings)
+    bench = Bench(sizes, config, ceilings)
     same = bench.same_tokens()
     rows = [bench.decode(batch_size, context) for batch_size in batch_sizes]
     rows.append(bench.prefill(prompt))
@@ -304,15 +307,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="folder; rows are appended to engine.jsonl there")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model = SHAPES[options.shape]
+    sizes = SHAPES[options.shape]
     try:
         device = pick_device(EngineConfig("", device=options.device), 0)
     except ModelError as error:
         parser.error(str(error))
-    largest, prompt = max(options.batch_sizes), min(options.prompt, model.max_position_embeddings - 1)
+    largest, prompt = max(options.batch_sizes), min(options.prompt, sizes.context - 1)
     # A sequence decodes while the others of its batch begin, then for the steps that are timed.
-    if options.context + largest + _DECODE_STEPS >= model.max_position_embeddings:
-        parser.error(f"--context: {options.context} and the steps do not fit {model.max_position_embeddings} positions")
+    if options.context + largest + _DECODE_STEPS >= sizes.context:
+        parser.error(f"--context: {options.context} and the steps do not fit {sizes.context} positions")
     if options.out is not None and options.out.exists() and not options.out.is_dir():
         parser.error(f"--out: {options.out} is not a folder")
     block_size = 64 if device.type == "cuda" else 16
@@ -329,12 +332,12 @@ def main() -> None:
     )
     ceilings = measure_ceilings(device.type)
     print(f"{options.shape}, {ceilings.device}", flush=True)
-    modes = options.modes or ["plain", *(() if model.num_experts else ("batch-invariant",))]
+    modes = options.modes or ["plain", *(() if sizes.experts else ("batch-invariant",))]
     has_failed = False
     for mode in modes:
         config = replace(plain, batch_invariant=mode == "batch-invariant")
         with torch.inference_mode():
-            rows = measure(model, config, ceilings, options.batch_sizes, options.context, prompt)
+            rows = measure(sizes, config, ceilings, options.batch_sizes, options.context, prompt)
         gc.collect()  # the next engine wants the memory
         for row in rows:
             print(describe(row), flush=True)

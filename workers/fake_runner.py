@@ -14,13 +14,14 @@ import numpy as np
 import torch
 
 from kvstore.store import FragmentStore
-from workers.config import EngineConfig, ModelConfig
+from workers.config import EngineConfig
 from workers.direct_plan import DirectChunk, direct_plan
 from workers.errors import ModelError
 from workers.fake_model import SlotCode, choose, position_weight, position_weights, token_hash
 from workers.kv.connector import KVConnector
 from workers.kv.paged_cache import CacheLayout, PagedCache
 from workers.model.cache_spec import CacheSpec, cache_groups
+from workers.model.config import ModelConfig
 from workers.parallel import ParallelGroups, Shard
 from workers.rank_state import RankState
 from workers.runner import poll_transfers
@@ -36,10 +37,11 @@ class FakeModelRunner:
     def __init__(self, config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> None:
         if config.tp * config.pp != 1:
             raise ModelError(f"runner=fake takes tp=1 and pp=1, not tp={config.tp} and pp={config.pp}")
-        head_bytes = model.head_dim * dtype.itemsize
+        spec = model.cache_specs[0]
+        head_bytes = spec.head_dim * dtype.itemsize
         if head_bytes % _WORD_BYTES:
             raise ModelError(f"runner=fake takes heads of whole {_WORD_BYTES}-byte words, not of {head_bytes} bytes")
-        layers, heads, words = model.num_hidden_layers, model.num_key_value_heads, head_bytes // _WORD_BYTES
+        layers, heads, words = model.num_hidden_layers, spec.num_kv_heads, head_bytes // _WORD_BYTES
         self._step_s, self._token_s = config.fake_step_s, config.fake_token_s
         self._block_size = config.block_size
         self._vocab_size = model.vocab_size

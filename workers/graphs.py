@@ -21,7 +21,7 @@ from tqdm import tqdm
 from workers.batching import InputBuffers, Padding, PreparedBatch
 from workers.direct_plan import DirectChunk, direct_plan
 from workers.model.batch import Batch
-from workers.models.llama import LlamaStage
+from workers.model.stage import Stage
 from workers.step import StepPlan
 
 MAX_PIECEWISE_TOKENS = 512  # a larger batch keeps the GPU busy for longer than it takes to launch
@@ -88,10 +88,9 @@ def repeat_on_cpu(call: Call) -> Captured:
 class GraphedStage:
     """A stage's graphs. `capture` on all ranks at once, before anything runs."""
 
-    def __init__(self, stage: LlamaStage, kv_caches: list[Tensor], cos_sin: Tensor, inputs: InputBuffers) -> None:
+    def __init__(self, stage: Stage, kv_caches: list[Tensor], inputs: InputBuffers) -> None:
         self._stage = stage
         self._kv_caches = kv_caches
-        self._cos_sin = cos_sin
         self._inputs = inputs
         self._decode_rungs: list[int] = []
         self._token_rungs: list[int] = []
@@ -105,11 +104,11 @@ class GraphedStage:
         self._decode_rungs = decode_rungs(max_num_seqs)
         self._token_rungs = [r for r in token_rungs(max_num_tokens) if r >= _IDLE_CHUNK_TOKENS]
         layer = self._stage.layers[0]
-        device, dtype = self._cos_sin.device, layer.input_norm.dtype
+        device, dtype = self._stage.device, self._stage.dtype
         record = CudaCapture() if device.type == "cuda" else repeat_on_cpu
         most = max(self._decode_rungs[-1], *self._token_rungs, 1)
-        self._attended = torch.zeros(most, layer.num_heads * layer.head_dim, dtype=dtype, device=device)
-        self._received = torch.zeros(2 * most * self._stage.config.hidden_size, dtype=dtype, device=device)
+        self._attended = torch.zeros(most, layer.attended_width, dtype=dtype, device=device)
+        self._received = torch.zeros(2 * most * self._stage.hidden_size, dtype=dtype, device=device)
         rungs = [(True, r) for r in reversed(self._decode_rungs)] + [(False, r) for r in reversed(self._token_rungs)]
         bar = tqdm(rungs, desc="capturing graphs", unit="graph", disable=None if show_progress else True)
         for is_decode, rung in bar:
@@ -128,7 +127,7 @@ class GraphedStage:
         return direct_plan([DirectChunk([0] * num_tokens, 0, num_tokens, tables, int(num_tokens == 1))])
 
     def _whole(self, batch: Batch, rung: int) -> Call:
-        return lambda: (self._stage.forward(batch, self._kv_caches, self._cos_sin, self._received_rows(rung)),)
+        return lambda: (self._stage.forward(batch, self._kv_caches, self._received_rows(rung)),)
 
     def _record_pieces(self, record: Callable[[Call], Captured], batch: Batch, rung: int) -> Iterator[Captured]:
         """From one attention to the next; each piece reads what the one before it left."""
@@ -136,12 +135,12 @@ class GraphedStage:
 
         def first() -> tuple[Tensor, ...]:
             hidden, residual = stage.enter(batch, self._received_rows(rung))
-            return stage.layers[0].before_attention(hidden, residual, batch, self._kv_caches[0], self._cos_sin)
+            return stage.layers[0].before_attention(hidden, residual, batch, self._kv_caches[0])
 
         def between(index: int, residual: Tensor) -> Call:
             def call() -> tuple[Tensor, ...]:
                 hidden, after = stage.layers[index - 1].after_attention(attended, residual)
-                return stage.layers[index].before_attention(hidden, after, batch, self._kv_caches[index], self._cos_sin)
+                return stage.layers[index].before_attention(hidden, after, batch, self._kv_caches[index])
 
             return call
 
@@ -164,7 +163,7 @@ class GraphedStage:
         return None if rung is None else Padding(num_tokens=rung)
 
     def run(self, prepared: PreparedBatch, received: Tensor | None) -> Tensor:
-        """As LlamaStage.forward, on a batch that was filled up as padding_for said."""
+        """As Stage.forward, on a batch that was filled up as padding_for said."""
         batch = prepared.batch
         rung = len(batch.token_ids)
         rows = self._received_rows(rung)
@@ -190,7 +189,7 @@ class GraphedStage:
         """Where a stage behind the first finds its input."""
         if self._stage.is_first:
             return None
-        hidden = self._stage.config.hidden_size
+        hidden = self._stage.hidden_size
         return self._received[: 2 * rung * hidden].view(2, rung, hidden)
 
 

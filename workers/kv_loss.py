@@ -24,10 +24,11 @@ from kvstore.config import KV_ENCODINGS
 from kvstore.memory_tier import MemoryTier
 from kvstore.names import block_names, root_name
 from kvstore.store import FragmentStore
-from workers.config import EngineConfig, ModelConfig
+from workers.config import EngineConfig
 from workers.direct_plan import DirectChunk, direct_plan, run_transfers
 from workers.kv.connector import KVConnector
 from workers.kv_codec import RowErrors, row_errors
+from workers.model.registry import load_config
 from workers.parallel import ParallelGroups, Shard
 from workers.runner import TorchModelRunner, pick_device
 from workers.step import BlockTransfer
@@ -67,7 +68,7 @@ class LossMeter:
         )
         device = pick_device(config, 0)
         groups = ParallelGroups.connect(Shard.of_rank(0, 1, 1), device, "", "")
-        self._runner = TorchModelRunner(config, ModelConfig.load(Path(model_dir)), groups, device)
+        self._runner = TorchModelRunner(config, load_config(model_dir), groups, device)
         self._computed = range(self._num_blocks)
         self._pulled = range(self._num_blocks, 2 * self._num_blocks)
         self._prompt_tokens, self._new_tokens = prompt_tokens, new_tokens

@@ -17,17 +17,22 @@ from workers.errors import ModelError
 class Weights(Protocol):
     """Where a shard's weights come from."""
 
-    def read(
-        self, name: str, shape: tuple[int, ...], rows: slice | None = None, columns: slice | None = None
-    ) -> Tensor:
-        """A tensor, or this shard's rows or columns of it; `shape` is the whole tensor's."""
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in."""
+
+    def read(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...] = (), as_stored: bool = False) -> Tensor:
+        """A tensor, or a part of it along its leading dimensions; `shape` is the whole tensor's.
+
+        as_stored: in the dtype of the file, whatever it is; else it must be floating-point, and comes as `dtype`.
+        """
 
 
 class Checkpoint:
     """Tensors of model.safetensors, or of the files that model.safetensors.index.json lists."""
 
     def __init__(self, directory: Path, dtype: torch.dtype, device: torch.device) -> None:
-        self._dtype = dtype
+        self.dtype = dtype
         self._device = device
         self._directory = directory
         self._files: dict[Path, safe_open] = {}
@@ -38,28 +43,26 @@ class Checkpoint:
         except (CheckpointError, SafetensorError, OSError) as error:
             raise ModelError(str(error)) from None
 
-    def read(
-        self, name: str, shape: tuple[int, ...], rows: slice | None = None, columns: slice | None = None
-    ) -> Tensor:
-        """A tensor, or this shard's rows or columns of it; `shape` is the whole tensor's and is checked."""
+    def read(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...] = (), as_stored: bool = False) -> Tensor:
+        """As in Weights; the shape is checked."""
         stored = self._stored.get(name)
         if stored is None:
             raise ModelError(f"{self._directory}: no tensor {name}")
         if stored.shape != shape:
             raise ModelError(f"{stored.path}: {name} is {list(stored.shape)}, config.json says {list(shape)}")
-        if stored.dtype not in FLOAT_DTYPES:
-            raise ModelError(f"{stored.path}: {name} is {stored.dtype}; quantized checkpoints are not supported")
-        view = self._files[stored.path].get_slice(name)
-        tensor: Tensor
-        if rows is not None:
-            tensor = view[rows]
-        elif columns is not None:
-            tensor = view[:, columns]
-        else:
-            tensor = view[:]
-        tensor = tensor.to(device=self._device, dtype=self._dtype).contiguous()
+        if not as_stored and stored.dtype not in FLOAT_DTYPES:
+            raise ModelError(f"{stored.path}: {name} is {stored.dtype}, where a floating-point tensor is wanted")
+        tensor: Tensor = self._files[stored.path].get_slice(name)[part or slice(None)]
+        tensor = tensor.to(device=self._device, dtype=tensor.dtype if as_stored else self.dtype).contiguous()
         # With one such weight all logits become NaN, and the arg max of those is id 0: an answer like any other.
-        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
-            kind = str(self._dtype).removeprefix("torch.")
+        if not _is_finite(tensor):
+            kind = str(tensor.dtype).removeprefix("torch.")
             raise ModelError(f"{stored.path}: {name} holds values that are not finite numbers in {kind}")
         return tensor
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # 8-bit floats have neither order nor isfinite
+    return bool(torch.stack(wide.aminmax()).isfinite().all())

@@ -68,7 +68,7 @@ class ParallelGroups:
 
     def __init__(self, shard: Shard, device: torch.device) -> None:
         self.shard = shard
-        self._device = device
+        self.device = device
         self._tp: dist.ProcessGroup | None = None
         self._control: dist.ProcessGroup | None = None
 
@@ -137,7 +137,7 @@ class ParallelGroups:
 
     def recv_from_previous_stage(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Take activations from the same column of the stage before."""
-        x = torch.empty(shape, dtype=dtype, device=self._device)
+        x = torch.empty(shape, dtype=dtype, device=self.device)
         dist.recv(x, src=self.shard.rank - self.shard.tp)
         return x
 

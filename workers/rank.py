@@ -34,7 +34,7 @@ from kvstore.prefetch import Prefetcher, PrefetchStats
 from kvstore.store import FragmentStore
 from kvstore.tiers import Tier
 from workers.calibration import calibrate
-from workers.config import EngineConfig, ModelConfig, WorkerSpec
+from workers.config import EngineConfig, WorkerSpec
 from workers.engine import Engine
 from workers.errors import ModelError
 from workers.executor import GroupExecutor, follow
@@ -43,6 +43,9 @@ from workers.kv.connector import KVConnector
 from workers.kv.grid import FragmentGrid
 from workers.lease import Lease
 from workers.loop import EngineLoop, LoopEvents, TransfersEnded
+from workers.model.config import ModelConfig
+from workers.model.registry import load_config
+from workers.model.tensor_layout import check_split
 from workers.parallel import ParallelGroups, Shard
 from workers.prefetch import QueuePrefetch
 from workers.runner import TorchModelRunner, pick_device, pick_dtype, schedules_async
@@ -66,7 +69,7 @@ LoadedRunner = TorchModelRunner | FakeModelRunner
 
 
 def kv_fingerprint(engine: EngineConfig, model: ModelConfig, dtype: torch.dtype, weights: str) -> bytes:
-    """Names what the bytes of a KV block mean: the weights, and everything that shapes or rotates keys and values.
+    """Names what the bytes of a KV block mean: the weights, and everything that the model's files say of their use.
 
     In batch-invariant mode also how they were summed: a block from a worker that sums otherwise has other bits. And
     what they lose on their way: a block that travelled in 8 bits is another block.
@@ -78,15 +81,8 @@ def kv_fingerprint(engine: EngineConfig, model: ModelConfig, dtype: torch.dtype,
             **({} if engine.kv_encoding == "none" else {"kv_encoding": engine.kv_encoding}),
             "weights": weights,
             "dtype": str(dtype),
-            "layers": model.num_hidden_layers,
-            "kv_heads": model.num_key_value_heads,
-            "head_dim": model.head_dim,
             "block_size": engine.block_size,
-            "rms_norm_eps": model.rms_norm_eps,
-            "has_qk_norm": model.has_qk_norm,
-            "experts": (model.num_experts_per_tok, model.norm_topk_prob),
-            "rope_theta": model.rope_theta,
-            "rope_scaling": None if model.rope_scaling is None else asdict(model.rope_scaling),
+            "model": model.fingerprint_fields(),
         }
     )
 
@@ -145,8 +141,8 @@ class Rank:
         self.spec = spec
         self.shard = Shard.of_rank(rank, spec.engine.tp, spec.engine.pp)
         self.failure: Future[BaseException] = Future()  # set when the shard can no longer serve
-        self._model = ModelConfig.load(spec.engine.model_dir, spec.engine.ignore_keys)
-        self._model.check_split(spec.engine.tp, spec.engine.pp)
+        self._model = load_config(spec.engine.model_dir, spec.engine.ignore_keys, spec.engine.plugins)
+        check_split(self._model, spec.engine.tp, spec.engine.pp)
         self._ttft_s: deque[float] = deque(maxlen=4096)  # filled by the engine, drained by metrics
         self._stopping = threading.Event()
         self._retired = threading.Event()

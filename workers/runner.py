@@ -11,27 +11,26 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from kvstore.store import FragmentStore
 from workers.batching import NO_PADDING, InputBuffers, PreparedBatch
-from workers.config import EngineConfig, ModelConfig
+from workers.config import EngineConfig
 from workers.direct_plan import DirectChunk, direct_plan
 from workers.errors import ModelError
 from workers.graphs import GraphedStage
 from workers.kv.connector import PENDING, KVConnector
 from workers.kv.paged_cache import CacheLayout, PagedCache
 from workers.loader import Checkpoint, Weights
-from workers.model.cache_spec import CacheSpec, cache_groups
-from workers.models.llama import LlamaStage, rope_cos_sin
+from workers.model.cache_spec import cache_groups
+from workers.model.config import ModelConfig
+from workers.model.stage import build_stage
+from workers.model.tensor_layout import check_checkpoint
 from workers.parallel import ParallelGroups
 from workers.sampling.params import GREEDY, SamplingParams
 from workers.sampling.sampler import sample
 from workers.step import ModelRunnerOutput, StepPlan, TransferDone
-from workers.tensor_layout import check_checkpoint
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU_CACHE_BYTES = 256 << 20  # KV cache of one worker on a CPU when the config does not say
@@ -103,11 +102,9 @@ class TorchModelRunner:
         if weights is None:
             check_checkpoint(Path(config.model_dir), model)
             weights = Checkpoint(Path(config.model_dir), self._dtype, device)
-        self._stage = LlamaStage(model, weights, groups, config.batch_invariant)
-        self._cos_sin = rope_cos_sin(model, model.max_position_embeddings, device)
+        self._stage = build_stage(model, weights, groups, config.batch_invariant)
         self._context_tokens = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
-        specs = [CacheSpec(model.num_key_value_heads, model.head_dim)] * model.num_hidden_layers
-        cached = cache_groups(specs)
+        cached = cache_groups(model.cache_specs)
         self._layout = CacheLayout(cached, self._stage.layer_range, groups.shard, config.block_size, self._dtype)
         max_num_seqs = max(config.max_num_seqs, _WARM_UP_SEQS)
         self._inputs = InputBuffers(
@@ -188,7 +185,7 @@ class TorchModelRunner:
         self.execute(self._direct(DirectChunk([0, 0], 0, 0, self._zeros(2)), self._sampled_token(0, GREEDY)))
         config = self._config
         if self._uses_graphs:
-            graphs = GraphedStage(self._stage, self._layer_caches, self._cos_sin, self._inputs)
+            graphs = GraphedStage(self._stage, self._layer_caches, self._inputs)
             is_leader = self._groups.shard.rank == 0
             with torch.inference_mode(), self._on_device():
                 graphs.capture(config.max_num_seqs, config.max_num_batched_tokens, config.block_size, is_leader)
@@ -254,8 +251,10 @@ class TorchModelRunner:
             if logits is not None and order:
                 tokens = self._choose(logits, prepared)
             tokens = self._groups.tokens_to_leader(tokens, len(order))
-            if tokens is not None and order:
-                self._remember(tokens, prepared)
+            if tokens is not None and prepared.last is not None and self._config.pp == 1:
+                # For the next plan, which may be made before anybody has read the tokens.
+                at, rows = prepared.last
+                self._last_tokens.index_copy_(0, rows, tokens if len(at) == len(tokens) else tokens[at])
         for store in plan.stores:
             self._connector.start_store(store)
         read = _read_later(tokens)
@@ -281,12 +280,12 @@ class TorchModelRunner:
             # After NO_TOKEN nobody wants what is computed here.
             batch.token_ids.index_copy_(0, where, self._last_tokens[rows].clamp(min=0))
         if not self._stage.is_first:
-            shape = (2, len(batch.token_ids), self._stage.config.hidden_size)
+            shape = (2, len(batch.token_ids), self._stage.hidden_size)
             received = self._groups.recv_from_previous_stage(shape, self._dtype)
         if graphs is not None and padding is not None:
             out = graphs.run(prepared, received)
         else:
-            out = self._stage.forward(batch, self._layer_caches, self._cos_sin, received)
+            out = self._stage.forward(batch, self._layer_caches, received)
         if not self._stage.is_last:
             self._groups.send_to_next_stage(out)
             return prepared, None
@@ -294,18 +293,6 @@ class TorchModelRunner:
 
     def _choose(self, logits: Tensor, prepared: PreparedBatch) -> Tensor:
         return sample(logits, prepared.sampling, prepared.positions, self._groups, self._vocab_size)
-
-    def _remember(self, tokens: Tensor, prepared: PreparedBatch) -> None:
-        """For the next plan, which may be made before anybody has read the tokens."""
-        if self._config.pp > 1:
-            return  # the first stage is sent every token
-        last = tokens if len(prepared.last_rows) == len(tokens) else tokens[_to(prepared.last_rows, tokens)]
-        self._last_tokens.index_copy_(0, _to(prepared.request_rows, tokens), last)
-
-
-def _to(indices: npt.NDArray[np.int64], like: Tensor) -> Tensor:
-    host = torch.from_numpy(indices)
-    return host.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else host
 
 
 def poll_transfers(plan: StepPlan, connector: KVConnector, groups: ParallelGroups) -> list[TransferDone]:

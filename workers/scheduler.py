@@ -219,12 +219,13 @@ class Scheduler:
         end, is_last = start + count, count == left
         drafts = self._take_drafts(request, budget - count) if is_last and request.draft_token_ids else ()
         end += len(drafts)
-        size = self.pool.block_size
-        if end > len(request.block_tables[0].block_ids) * size and not self._make_room(plan, request, end):
+        size, tables = self.pool.block_size, request.block_tables
+        shortest = tables[0] if not self.pool.has_windows else min(tables, key=lambda table: len(table.block_ids))
+        if end > len(shortest.block_ids) * size and not self._make_room(plan, request, end):
             return 0
         if self.rows.take(request, plan.rows):
-            tables = [table.block_ids for table in request.block_tables]
-            plan.new_rows.append(RowState(request.row, request.num_prompt_tokens, request.sampling, tables))
+            block_ids = [table.block_ids for table in tables]
+            plan.new_rows.append(RowState(request.row, request.num_prompt_tokens, request.sampling, block_ids))
         num_known = count - num_pending if is_last else count
         if num_known == 1:
             plan.token_ids.append(known[start])

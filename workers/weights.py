@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict
 from pathlib import Path
 
 from checkpoint.errors import CheckpointError
 from checkpoint.tensors import weights_digest
-from workers.config import ModelConfig
 from workers.errors import ModelError
+from workers.model.config import ModelConfig
 
 _FAKE_WEIGHTS = "hashes of the history, 1"  # of the fake engine: changes with workers.fake_model
 
@@ -23,4 +22,4 @@ def weights_identity(directory: Path, model: ModelConfig, runner: str) -> str:
         weights = _FAKE_WEIGHTS if runner == "fake" else weights_digest(directory)
     except CheckpointError as error:
         raise ModelError(str(error)) from None
-    return hashlib.blake2b(f"{weights}\0{asdict(model)}".encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(f"{weights}\0{model.fingerprint_fields()}".encode(), digest_size=16).hexdigest()

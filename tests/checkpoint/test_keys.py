@@ -14,15 +14,19 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, LlamaConfig, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from checkpoint import table
-from checkpoint.config_keys import CONFIG_KEYS, MODEL_TYPES, ROPE_KEYS
+from checkpoint.config_keys import ROPE_KEYS
 from checkpoint.errors import CheckpointError
 from checkpoint.generation_keys import GENERATION_KEYS
 from checkpoint.keys import Key, KeyTable, check_keys
 from checkpoint.tokenizer_keys import TOKENIZER_CONFIG_KEYS, check_tokenizer_files
-from workers.config import ModelConfig
 from workers.errors import ModelError
+from workers.model import key_tables
+from workers.model.config import ModelConfig
+from workers.model.decoder import PreNormDecoder
+from workers.model.registry import load_config, load_registry
 
+FAMILIES = load_registry().families
+CONFIG_KEYS = {architecture: family.keys for architecture, family in FAMILIES.items()}
 CLASSES: dict[str, type[PretrainedConfig]] = {
     "LlamaForCausalLM": LlamaConfig,
     "Qwen3ForCausalLM": Qwen3Config,
@@ -56,12 +60,12 @@ ALL_TABLES: dict[str, KeyTable] = {
 
 def config_of(architecture: str) -> dict[str, Any]:
     own = EXPERTS if architecture == "Qwen3MoeForCausalLM" else {}
-    return {"architectures": [architecture], "model_type": MODEL_TYPES[architecture], **SIZES, **own}
+    return {"architectures": [architecture], "model_type": FAMILIES[architecture].model_type, **SIZES, **own}
 
 
 def parse(tmp_path: Path, raw: dict[str, Any]) -> ModelConfig:
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    return ModelConfig.load(tmp_path)
+    return load_config(tmp_path)
 
 
 def parse_or_refuse(tmp_path: Path, raw: dict[str, Any], name: str) -> ModelConfig | None:
@@ -96,7 +100,7 @@ def test_every_key_that_transformers_tokenizers_take_is_in_the_table() -> None:
 
 def test_the_document_is_fresh() -> None:
     path = Path(__file__).resolve().parents[2] / "docs" / "checkpoint-keys.md"
-    assert path.read_text() == table.render(), "python -m checkpoint.table > docs/checkpoint-keys.md"
+    assert path.read_text() == key_tables.render(), "python -m workers.model.key_tables > docs/checkpoint-keys.md"
 
 
 def _not_neutral(key: Key) -> st.SearchStrategy[Any]:
@@ -142,6 +146,7 @@ OTHER_VALUES: dict[str, object] = {
     "norm_topk_prob": False,
     "num_experts_per_tok": 3,
     "max_position_embeddings": 11,
+    "quantization_config": {"quant_method": "foo"},
     "num_local_experts": 7,  # another name of num_experts, which is 6
 }
 
@@ -166,11 +171,14 @@ def test_a_key_that_is_not_there_means_what_it_means_to_transformers(architectur
         if ours is None:
             continue
         theirs = CLASSES[architecture](**{key: value for key, value in rest.items() if key != "architectures"})
-        for field in ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"):
+        for field in ("max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"):
             assert getattr(ours, field) == getattr(theirs, field), (name, field)
+        assert isinstance(ours.decoder, PreNormDecoder)
+        attention = ours.decoder.layers[0].attention
+        assert attention.num_key_value_heads == theirs.num_key_value_heads, name
         derived = theirs.hidden_size // theirs.num_attention_heads
-        assert ours.head_dim == (getattr(theirs, "head_dim", None) or derived), name
-        assert ours.rope_theta == theirs.rope_parameters["rope_theta"], name
+        assert attention.head_dim == (getattr(theirs, "head_dim", None) or derived), name
+        assert attention.rope.rope_theta == theirs.rope_parameters["rope_theta"], name
 
 
 @pytest.mark.parametrize(
@@ -178,7 +186,11 @@ def test_a_key_that_is_not_there_means_what_it_means_to_transformers(architectur
     [
         ("sliding_window", 16, None),
         ("use_sliding_window", True, "use_sliding_window=true is not supported: attention sees the whole context"),
-        ("quantization_config", {"quant_method": "fp8"}, r"quantization_config=.*fp8.* is not supported"),
+        (
+            "quantization_config",
+            {"quant_method": "fp8"},
+            r"quantization_config\.quant_method='fp8' is not served",
+        ),
         ("rope_scaling", {"rope_type": "llama3", "factor": 2}, "rope scaling llama3 lacks low_freq_factor"),
         ("rope_scaling", {"rope_type": "default", "mrope_section": [1]}, "rope_scaling: mrope_section: unknown key"),
         ("tie_word_embeddings", "false", "tie_word_embeddings must be true or false, not 'false'"),
@@ -235,4 +247,4 @@ def test_a_key_that_is_given_twice_is_refused(tmp_path: Path) -> None:
     text = json.dumps(config_of("LlamaForCausalLM"))
     (tmp_path / "config.json").write_text(text[:-1] + ', "rope_theta": 5e5, "rope_theta": 1e4}')
     with pytest.raises(ModelError, match=r"config\.json: not readable as JSON \(rope_theta is given twice\)"):
-        ModelConfig.load(tmp_path)
+        load_config(tmp_path)

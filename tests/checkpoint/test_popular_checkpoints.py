@@ -10,7 +10,7 @@ import pytest
 
 from checkpoint.generation_keys import GENERATION_KEYS
 from checkpoint.keys import check_keys
-from workers.config import ModelConfig
+from workers.model.registry import load_config
 
 _LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -211,7 +211,7 @@ def test_it_is_understood(name: str, tmp_path: Path) -> None:
     config, generation, head_dim, ends = POPULAR[name]
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    model = ModelConfig.load(tmp_path)
-    assert model.head_dim == head_dim
+    model = load_config(tmp_path)
+    assert model.cache_specs[0].head_dim == head_dim
     assert set(model.eos_token_ids) == ends
     check_keys(generation, GENERATION_KEYS, "generation_config.json")

@@ -25,7 +25,7 @@ from tests.cluster.test_kill_at_every_token import NUM_TOKENS, prompt
 from tests.fake_cluster import MODEL_NAME, QUICK, Shape, expected, write_fake_model
 from tests.forked import ForkedNode, Prefork, Server
 from tests.processes import redis_executable, wait_until
-from workers.config import ModelConfig
+from workers.model.registry import load_config
 from workers.weights import weights_identity
 
 pytestmark = [pytest.mark.cluster, pytest.mark.netns, pytest.mark.redis, pytest.mark.timeout(300)]
@@ -135,7 +135,7 @@ def start_host(host: Host, address: str, folder: Path, model_dir: Path, stack: E
             http_host=HEAD,
             http_port=HTTP_PORT,
             config=QUICK,
-            weights=weights_identity(model_dir, ModelConfig.load(model_dir), "fake"),
+            weights=weights_identity(model_dir, load_config(model_dir), "fake"),
         )
         servers.append(Server(prefork, "router", "router", folder))
         servers[-1].start(dataclasses.asdict(router))

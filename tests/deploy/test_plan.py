@@ -22,13 +22,14 @@ from deploy.plan import (
 from kvstore.arena import arena_bytes
 from kvstore.config import KVStoreConfig, NodeSpec
 from router.config import RouterConfig, RouterSpec
-from workers.config import EngineConfig, EngineOptions, ModelConfig, WorkerSpec
+from workers.config import EngineConfig, EngineOptions, WorkerSpec
+from workers.model.registry import load_config
 from workers.parallel import stage_layers
 
 
 def plan(tiny_model: Path, *overrides: str, num_gpus: float = 0) -> ClusterPlan:
     made = config.load(None, overrides)
-    return make_plan(made, ModelConfig.load(tiny_model), str(tiny_model), num_gpus, "memory://h:1")
+    return make_plan(made, load_config(tiny_model), str(tiny_model), num_gpus, "memory://h:1")
 
 
 def test_the_laptops_plan(tiny_model: Path) -> None:
@@ -37,6 +38,7 @@ def test_the_laptops_plan(tiny_model: Path) -> None:
         ("prefill", "prefill", 1, 1),
         ("decode", "decode", 1, 1),
     ]
+    assert plan(tiny_model, "model.plugins=[a, b]").pools[1].spec.engine.plugins == ("a", "b")
     engine = made.pools[0].spec.engine
     assert (engine.device, engine.dtype, engine.block_size) == ("cpu", "float32", 16)
     assert made.pools[0].spec.control == "memory://h:1"
@@ -142,7 +144,7 @@ def test_a_configured_group_of_layers_is_checked() -> None:
 
 
 def test_a_hub_id_is_the_models_name(tiny_model: Path) -> None:
-    assert make_plan(config.load(None), ModelConfig.load(tiny_model), "org/name", 0, "").model_name == "org/name"
+    assert make_plan(config.load(None), load_config(tiny_model), "org/name", 0, "").model_name == "org/name"
 
 
 def test_a_disk_that_holds_no_fragments_is_refused_by_name(tiny_model: Path) -> None:
@@ -162,9 +164,7 @@ def test_a_clusters_name_is_its_own_and_stays(tiny_model: Path) -> None:
     assert others[-1] == "given"
     assert name("endpoints.grpc_port=0") != name("endpoints.grpc_port=0", start="2")  # any port: nothing stays
     assert (
-        make_plan(config.load(None), ModelConfig.load(tiny_model), str(tiny_model), 0, "", cluster="c")
-        .pools[0]
-        .spec.cluster
+        make_plan(config.load(None), load_config(tiny_model), str(tiny_model), 0, "", cluster="c").pools[0].spec.cluster
         == "c"
     )
     with pytest.raises(ConfigError, match=r"^name: at most 63 letters, digits, dots, - and _, not 'a b'"):

@@ -50,7 +50,7 @@ def test_a_good_model_is_found(tiny_model: Path) -> None:
     found = check_model(config.load(None, [f"model.path={tiny_model}", "pools.decode.tp=2"]))
     assert found.directory == tiny_model
     assert found.reference == str(tiny_model)
-    assert found.config.num_key_value_heads == 2
+    assert found.config.cache_specs[0].num_kv_heads == 2
 
 
 def test_the_fake_engine_needs_no_weights(model: Path) -> None:
@@ -208,9 +208,27 @@ def test_a_quantized_checkpoint_is_refused_by_name(model: Path) -> None:
     weights[f"{name}_scale_inv"] = torch.ones(1, 1)
     save_file(weights, model / "model.safetensors")
     said = refusal(f"model.path={model}")
-    assert said.startswith(f"{model}/model.safetensors: {name} is F8_E4M3; quantized checkpoints are not supported")
+    assert said.startswith(f"{model}/model.safetensors: {name} is F8_E4M3; by config.json it must be F64 or F32 or")
     edit(model / "config.json", quantization_config={"quant_method": "fp8"})
-    assert "quantization_config" in refusal(f"model.path={model}")
+    said = refusal(f"model.path={model}")
+    assert said == (
+        f"{model}/config.json: quantization_config.quant_method='fp8' is not served (served: none but plain weights)"
+    )
+
+
+def test_a_family_of_a_plugin_is_found_before_anything_starts(model: Path) -> None:
+    path, architecture = f"model.path={model}", "WindowedLlamaForCausalLM"
+    own = {"model_type": "windowed_llama", "sliding_window": 8, "attn_logit_softcapping": 3.0}
+    edit(model / "config.json", architectures=[architecture], **own)
+    assert f"architecture {architecture} is not supported (supported: LlamaForCausalLM, " in refusal(path)
+    assert refusal(path, "model.plugins=[no_such_module]").startswith(
+        "model.plugins: no_such_module cannot be imported"
+    )
+    assert refusal(path, "model.plugins=[json]").startswith("model.plugins: json has neither FAMILIES nor ")
+    plugins = "model.plugins=[tests.plugins.windowed_llama]"
+    assert "no tensor model.layers.0.self_attn.q_proj.bias" in refusal(path, plugins)
+    found = check_model(config.load(None, [path, plugins, "engine.runner=fake"]))
+    assert [spec.window for spec in found.config.cache_specs] == [0, 8, 0, 8]
 
 
 def test_mistakes_with_tiers_end_the_start(redis_server: RedisServer, tmp_path: Path) -> None:

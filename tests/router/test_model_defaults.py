@@ -28,7 +28,7 @@ from tests.router.chat_templates import QWEN3
 from tests.router.conftest import DEMO, MODEL, running_cluster
 from tests.router.fake_worker import CONTEXT_TOKENS, VOCAB_SIZE, FakeWorker
 from tests.router.test_grpc_face import PROMPT
-from workers.config import ModelConfig
+from workers.model.registry import load_config
 from workers.sampling.sampler import mask_top_k_top_p
 
 GENERATION = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "max_new_tokens": 9, "do_sample": False}
@@ -62,7 +62,7 @@ def test_end_tokens_of_both_files_unite(tmp_path: Path, config: Any, generation:
     path = tmp_path / "worker" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": None, **config}))
     (path.parent / "generation_config.json").write_text(json.dumps(generation))
-    assert ModelConfig.load(path.parent).eos_token_ids == ids
+    assert load_config(path.parent).eos_token_ids == ids
 
 
 def test_sampling_defaults_are_read_and_can_be_turned_off(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from workers.batching import PreparedBatch
-from workers.config import EngineConfig, ModelConfig
+from workers.config import EngineConfig
 from workers.engine import Engine
 from workers.executor import GroupExecutor, follow
+from workers.model.registry import load_config
 from workers.parallel import ParallelGroups, Shard
 from workers.rank import make_engine
 from workers.request import Request
@@ -84,7 +85,7 @@ def run_job(
     config: EngineConfig, groups: ParallelGroups, prompts: list[list[int]], sampling: SamplingParams
 ) -> JobResult | None:
     """One rank's part of a job; the leader returns the result."""
-    model = ModelConfig.load(config.model_dir)
+    model = load_config(config.model_dir, config.ignore_keys, config.plugins)
     runner = RecordingRunner(config, model, groups, torch.device("cpu"))
     runner.logits = []
     runner.warm_up()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,94 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.block_pool import BlockPool
-from kvstore.block_pools import BlockPools
 from tests.workers.engine_group import EngineGroup
+from tests.workers.paged_runner import BLOCK_SIZE, VOCAB, make
 from tests.workers.tiny_llama import make_checkpoint, prompts
 from workers.config import EngineConfig
 from workers.engine import Engine
-from workers.plan_wire import decode_plan, encode_plan
 from workers.rank_state import RankState
 from workers.request import FinishReason, Request, RequestRole
 from workers.sampling.params import SamplingParams
-from workers.scheduler import Scheduler, SchedulerConfig
-from workers.step import BlockTransfer, ModelRunnerOutput, SchedulerOutput, StepPlan, TransferDone
-
-BLOCK_SIZE, VOCAB, EOS = 4, 23, 22
-
-
-class PagedRunner:
-    """Runs steps late and in order, on a paged cache of tokens. The next token is a digest of all that it reads there.
-
-    A wrong row, a stray write or a block that is reused too early changes it. What a plan knows reaches it over the
-    wire form. Transfers end one step after they began.
-    """
-
-    def __init__(self, num_blocks: int, max_num_seqs: int) -> None:
-        self.cache = [-1] * (num_blocks * BLOCK_SIZE)
-        self.queue: list[tuple[StepPlan, list[int], list[TransferDone]]] = []
-        self.state = RankState(max_num_seqs, num_blocks)
-        self.last = [0] * max_num_seqs
-        self.sequence = 0
-        self.resends = True
-        self.most_in_flight = 0
-        self.begun: list[BlockTransfer] = []
-
-    def start(self, plan: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
-        self.sequence += 1
-        sent = decode_plan(encode_plan(plan, self.sequence, self.resends))
-        self.resends = False
-        sampled: list[int] = []
-        ended = [TransferDone(transfer.transfer_id, len(transfer.block_ids)) for transfer in self.begun]
-        self.begun = [*plan.loads, *plan.stores]
-        self.queue.append((sent, sampled, ended))
-        self.most_in_flight = max(self.most_in_flight, len(self.queue))
-
-        def wait() -> ModelRunnerOutput:
-            while any(s is sampled for _, s, _ in self.queue):
-                done, into, _ = self.queue.pop(0)
-                self._run(done, into)
-            return ModelRunnerOutput(sampled, ended)
-
-        return wait
-
-    def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
-        return self.start(plan)()
-
-    @property
-    def has_ended_transfers(self) -> bool:
-        return bool(self.begun)
-
-    def resend(self) -> None:
-        self.resends = True
-
-    def stop(self) -> None:
-        assert not self.queue
-
-    def _run(self, plan: StepPlan, sampled: list[int]) -> None:
-        self.state.apply(plan)
-        known = iter(plan.token_ids.tolist())
-        for i, row in enumerate(plan.rows.tolist()):
-            table = self.state.block_tables[0][row].tolist()
-            start, count = int(plan.start_positions[i]), int(plan.num_tokens[i])
-            for position in range(start, start + count):
-                is_known = position - start < plan.num_known[i]
-                token = next(known) if is_known else self.last[row]
-                if position >= plan.write_from[i]:
-                    self.cache[table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE] = token
-            for end in range(start + count - int(plan.num_logits[i]) + 1, start + count + 1):
-                context = [self.cache[table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE] for p in range(end)]
-                assert -1 not in context, "reads only what was written"
-                counter = end - int(self.state.num_prompt_tokens[row])
-                sampled.append(zlib.crc32(bytes([*context, counter % 256])) % VOCAB)
-                self.last[row] = sampled[-1]
-
-
-def make(num_blocks: int, budget: int, is_async: bool, max_num_seqs: int = 3) -> tuple[Engine, PagedRunner]:
-    runner = PagedRunner(num_blocks, max_num_seqs)
-    config = SchedulerConfig(max_num_seqs, budget, num_blocks * BLOCK_SIZE)
-    scheduler = Scheduler(config, BlockPools([BlockPool(num_blocks, BLOCK_SIZE)]), b"f" * 16, frozenset({EOS}))
-    return Engine(scheduler, runner, VOCAB, lambda: 0.0, is_async), runner
+from workers.step import SchedulerOutput
 
 
 def request(name: str, length: int, max_tokens: int, start: int = 0, **options) -> Request:
@@ -160,7 +79,7 @@ def test_the_next_step_is_started_before_the_last_is_through():
     first = engine.step()
     assert [t.position for t in first.tokens] == [0]
     assert len(runner.queue) == 1  # the second is in flight already
-    plan, _, _ = runner.queue[0]
+    plan, _ = runner.queue[0]
     assert (plan.rows.tolist(), plan.start_positions.tolist(), plan.num_logits.tolist()) == ([0], [3], [1])
     assert plan.num_known.tolist() == [0]  # only the device knows the token
 
@@ -222,18 +141,15 @@ def test_steps_go_on_while_blocks_move(role):
     mine.role = role
     engine.submit(mine)
     if role is RequestRole.DECODE:
+        names = engine.scheduler._names.of_prompt(mine)
+        ids = mine.token_ids
+        runner.tier = {(0, name): ids[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE] for i, name in enumerate(names)}
         engine.scheduler.kv_available("a", 3)
         engine.continue_request("a", [7])
     reasons: list[FinishReason] = []
     num_beside = 0
     for _ in range(30):
         moving = bool(runner.begun)
-        if runner.begun and role is RequestRole.DECODE:  # the tiers' blocks
-            for load in runner.begun:
-                for i, block_id in enumerate(load.block_ids):
-                    runner.cache[block_id * BLOCK_SIZE : (block_id + 1) * BLOCK_SIZE] = [
-                        (4 * i + j) % 20 for j in range(4)
-                    ]
         events = engine.step()
         num_beside += moving and bool(runner.queue)
         reasons += [end.reason for end in events.ended if end.request_id == "a"] if events else []

@@ -57,6 +57,6 @@ def test_a_shape_with_experts_is_timed_without_the_mode_that_it_does_not_have(tm
 def test_random_weights_have_the_shards_shape():
     weights = RandomWeights(torch.float32, torch.device("cpu"))
     assert weights.read("norm", (8,)).tolist() == [1.0] * 8
-    assert weights.read("w", (8, 6), rows=slice(2, 5)).shape == (3, 6)
-    assert weights.read("w", (8, 6), columns=slice(0, 3)).shape == (8, 3)
+    assert weights.read("w", (8, 6), (slice(2, 5),)).shape == (3, 6)
+    assert weights.read("w", (8, 6), (slice(None), slice(0, 3))).shape == (8, 3)
     assert 0.01 < float(weights.read("w", (100, 100)).std()) < 0.03

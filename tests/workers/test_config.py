@@ -11,9 +11,11 @@ from checkpoint.tensors import weights_digest
 from kvstore.config import KVStoreConfig
 from settings.loading import load, write
 from tests.workers.tiny_llama import make_checkpoint
-from workers.config import EngineConfig, ModelConfig, WorkerSpec, resolve_model
+from workers.config import EngineConfig, WorkerSpec, resolve_model
 from workers.errors import ModelError
 from workers.loader import Checkpoint
+from workers.model.registry import load_config
+from workers.model.tensor_layout import check_split
 from workers.parallel import ParallelGroups, Shard, stage_layers
 from workers.runner import TorchModelRunner
 
@@ -33,12 +35,12 @@ def edit(directory: Path, **changes) -> Path:
 
 def load_runner(directory: Path) -> TorchModelRunner:
     config = EngineConfig(str(directory), num_blocks=4, device="cpu")
-    return TorchModelRunner(config, ModelConfig.load(directory), ParallelGroups(Shard(), CPU), CPU)
+    return TorchModelRunner(config, load_config(directory), ParallelGroups(Shard(), CPU), CPU)
 
 
 def test_directory_without_config(tmp_path):
     with pytest.raises(ModelError, match=r"config\.json: missing"):
-        ModelConfig.load(tmp_path)
+        load_config(tmp_path)
 
 
 def test_no_directory():
@@ -48,24 +50,24 @@ def test_no_directory():
 
 def test_unsupported_architecture_names_what_is_supported(directory):
     with pytest.raises(ModelError, match=r"architecture GPT2LMHeadModel is not supported.*LlamaForCausalLM"):
-        ModelConfig.load(edit(directory, architectures=["GPT2LMHeadModel"]))
+        load_config(edit(directory, architectures=["GPT2LMHeadModel"]))
 
 
 @pytest.mark.parametrize("value", [None, "32", 0, -4, True, 1.5])
 def test_bad_size_names_the_field(directory, value):
     with pytest.raises(ModelError, match="hidden_size must be a positive integer"):
-        ModelConfig.load(edit(directory, hidden_size=value))
+        load_config(edit(directory, hidden_size=value))
 
 
 def test_unsupported_rope_scaling(directory):
     with pytest.raises(ModelError, match="rope scaling 'yarn' is not supported"):
-        ModelConfig.load(edit(directory, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}))
+        load_config(edit(directory, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}))
 
 
 def test_config_that_is_not_json(directory):
     (directory / "config.json").write_text("{")
     with pytest.raises(ModelError, match="not readable as JSON"):
-        ModelConfig.load(directory)
+        load_config(directory)
 
 
 def test_truncated_safetensors(directory):
@@ -106,12 +108,12 @@ def test_digest_tells_checkpoints_apart(directory):
 @pytest.mark.parametrize(("tp", "field"), [(3, "num_attention_heads"), (4, "num_key_value_heads")])
 def test_tp_must_divide_the_heads(directory, tp, field):
     with pytest.raises(ModelError, match=f"tp={tp} does not divide {field}"):
-        ModelConfig.load(directory).check_split(tp, 1)
+        check_split(load_config(directory), tp, 1)
 
 
 def test_pp_must_not_exceed_the_layers(directory):
     with pytest.raises(ModelError, match="pp=4"):
-        ModelConfig.load(directory).check_split(1, 4)
+        check_split(load_config(directory), 1, 4)
 
 
 @pytest.mark.parametrize(("layers", "pp"), [(6, 1), (6, 4), (3, 2), (32, 5)])
@@ -122,9 +124,8 @@ def test_stages_cover_all_layers_once_and_evenly(layers, pp):
 
 
 def test_spec_survives_json(tmp_path):
-    spec = WorkerSpec(
-        "w", "pool", "decode", EngineConfig("dir", tp=2), kvstore=KVStoreConfig(tier="redis://x"), tier_secret="s"
-    )
+    engine = EngineConfig("dir", tp=2, plugins=("a", "b"))
+    spec = WorkerSpec("w", "pool", "decode", engine, kvstore=KVStoreConfig(tier="redis://x"), tier_secret="s")
     write(tmp_path / "spec.json", spec)
     assert (tmp_path / "spec.json").stat().st_mode & 0o777 == 0o600
     assert load(WorkerSpec, tmp_path / "spec.json") == spec

@@ -12,13 +12,14 @@ import torch
 from kvstore.host_tier import HostTier
 from kvstore.store import FragmentStore
 from tests.workers.engine_group import run_to_end
-from workers.config import EngineConfig, ModelConfig
+from workers.config import EngineConfig
 from workers.direct_plan import DirectChunk, direct_plan, run_transfers
 from workers.engine import Engine
 from workers.errors import ModelError
 from workers.fake_model import fake_completion
 from workers.fake_runner import FakeModelRunner
 from workers.kv.connector import KVConnector
+from workers.model.registry import load_config
 from workers.parallel import ParallelGroups, Shard
 from workers.rank import load_runner, make_engine, make_executor
 from workers.request import Request, RequestRole
@@ -56,7 +57,7 @@ def config_for(model_dir: Path, **options: object) -> EngineConfig:
 
 
 def make(config: EngineConfig) -> tuple[Engine, FakeModelRunner]:
-    model, groups = ModelConfig.load(config.model_dir), ParallelGroups(Shard(), CPU)
+    model, groups = load_config(config.model_dir), ParallelGroups(Shard(), CPU)
     runner = load_runner(config, model, groups, CPU)
     assert isinstance(runner, FakeModelRunner)
     executor = make_executor(config, runner, groups)
@@ -214,12 +215,12 @@ def test_unverified_bytes_would_show(model_dir: Path) -> None:
 
 def test_its_blocks_are_nobody_elses(model_dir: Path) -> None:
     demo = Path(__file__).parents[2] / "models" / "demo"
-    model = ModelConfig.load(demo)
+    model = load_config(demo)
     assert weights_identity(demo, model, "fake") != weights_identity(demo, model, "torch")
 
 
 def test_what_it_cannot_do_is_one_line(model_dir: Path) -> None:
-    model, groups = ModelConfig.load(model_dir), ParallelGroups(Shard(), CPU)
+    model, groups = load_config(model_dir), ParallelGroups(Shard(), CPU)
     with pytest.raises(ModelError, match="runner=fake takes tp=1 and pp=1, not tp=2 and pp=1"):
         load_runner(config_for(model_dir, tp=2), model, groups, CPU)
     with pytest.raises(ValueError, match=r"^runner: must be one of torch, fake, not 'vapour'"):

@@ -11,10 +11,11 @@ import torch
 from tests.workers.engine_group import EngineGroup, run_to_end
 from tests.workers.tiny_llama import make_checkpoint, prompts
 from workers.batching import NO_PADDING, InputBuffers, Padding, PreparedBatch
-from workers.config import EngineConfig, ModelConfig
+from workers.config import EngineConfig
 from workers.direct_plan import DirectChunk, direct_plan
 from workers.graphs import GraphedStage, decode_rungs, token_rungs
-from workers.models.llama import LlamaStage
+from workers.model.registry import load_config
+from workers.model.stage import DecoderStage
 from workers.parallel import ParallelGroups, Shard
 from workers.rank import make_engine, make_executor
 from workers.request import Request
@@ -83,7 +84,7 @@ def test_a_batch_is_filled_up_with_what_changes_nothing():
     batch = prepared.batch
     assert (batch.num_decodes, prepared.num_tokens) == (1, 4)
     assert (prepared.order.tolist(), prepared.positions.tolist()) == ([2, 0, 1], [6, 6, 7])
-    assert (prepared.last_rows.tolist(), prepared.request_rows.tolist()) == ([0, 2], [1, 0])
+    assert [part.tolist() for part in prepared.last] == [[0, 2], [1, 0]]
     assert batch.token_ids.tolist() == [7, 1, 2, 3, 0, 0, 0, 0]
     assert batch.groups[0].slot_mapping.tolist() == [21, 8, 9, 10, -1, -1, -1, -1]
     assert batch.groups[0].block_table[:, :2].tolist() == [[2, 1], [0, 2]]
@@ -121,11 +122,11 @@ def test_tokens_are_those_of_eager_steps(split, checkpoint):
 def run_counting(runner: TorchModelRunner, config: EngineConfig, monkeypatch) -> tuple[dict, int, list, list]:
     """Tokens, number of steps, the batches that were replayed, and those of whole forward passes."""
     replays, forwards = [], []
-    run, forward = GraphedStage.run, LlamaStage.forward
+    run, forward = GraphedStage.run, DecoderStage.forward
     with monkeypatch.context() as patch:
         patch.setattr(GraphedStage, "run", lambda *a: (replays.append(a[1].batch), run(*a))[1])
-        patch.setattr(LlamaStage, "forward", lambda *a: (forwards.append(a[1]), forward(*a))[1])
-        model = ModelConfig.load(config.model_dir)
+        patch.setattr(DecoderStage, "forward", lambda *a: (forwards.append(a[1]), forward(*a))[1])
+        model = load_config(config.model_dir)
         executor = make_executor(config, runner, ParallelGroups(Shard(), CPU))
         engine = make_engine(config, model, runner, executor, b"names", clock=lambda: 0.0)
         requests = [Request(f"r{i}", list(p), len(p), GREEDY) for i, p in enumerate(many_prompts())]
@@ -142,7 +143,7 @@ def test_every_small_step_is_a_replay_and_reads_no_foreign_slot(checkpoint, monk
     completions = []
     for with_graphs in (False, True):
         options = replace(config, cuda_graphs=with_graphs)
-        runner = TorchModelRunner(options, ModelConfig.load(checkpoint), ParallelGroups(Shard(), CPU), CPU)
+        runner = TorchModelRunner(options, load_config(checkpoint), ParallelGroups(Shard(), CPU), CPU)
         runner.warm_up()
         runner.cache.tensors[0].fill_(float("nan"))  # as if other requests had left that
         tokens, num_steps, replays, forwards = run_counting(runner, options, monkeypatch)
@@ -164,7 +165,7 @@ def test_the_largest_steps_of_a_warm_up_fit_and_write_nothing(checkpoint, with_g
         str(checkpoint), "float32", "cpu", block_size=4, num_blocks=3, max_num_batched_tokens=300, max_num_seqs=9,
         max_model_len=100, cuda_graphs=with_graphs,
     )  # fmt: skip
-    runner = TorchModelRunner(config, ModelConfig.load(checkpoint), ParallelGroups(Shard(), CPU), CPU)
+    runner = TorchModelRunner(config, load_config(checkpoint), ParallelGroups(Shard(), CPU), CPU)
     runner.warm_up()
     (cache,) = runner.cache.tensors
     before = cache.clone()

@@ -19,11 +19,12 @@ from tests.workers.test_disaggregation import ALWAYS, prompt, spec_for
 from tests.workers.test_disaggregation import worker as real_worker
 from tests.workers.tiny_llama import make_checkpoint
 from tests.workers.worker_client import WorkerClient, disaggregate
-from workers.config import EngineConfig, ModelConfig
+from workers.config import EngineConfig
 from workers.kv.connector import KVConnector
 from workers.kv.grid import FragmentGrid
 from workers.kv_blocks import block_memory
 from workers.kv_loss import LossMeter, prompts_of
+from workers.model.registry import load_config
 from workers.rank import kv_fingerprint
 from workers.step import BlockTransfer
 
@@ -88,7 +89,7 @@ def test_a_block_in_other_numbers_is_refused_and_counted() -> None:
 
 def test_the_fingerprint_says_what_is_lost(tmp_path: Path) -> None:
     checkpoint = make_checkpoint("gqa", tmp_path)
-    model = ModelConfig.load(checkpoint)
+    model = load_config(checkpoint)
     engines = [EngineConfig(str(checkpoint), kv_encoding=encoding) for encoding in KV_ENCODINGS]
     assert len({kv_fingerprint(engine, model, torch.float32, "weights") for engine in engines}) == 3
 
@@ -112,7 +113,7 @@ def test_workers_hand_over_in_8_bits_and_an_exact_one_takes_none_of_it(tmp_path:
         _, _, decoded = disaggregate(prefill, decode, token_ids)
         assert (decoded.num_transferred_blocks, decoded.num_computed_prompt_tokens) == (5, 0)
         rows = 3 * 2 * 77 * 2  # layers, K and V, tokens, heads
-        head_dim = ModelConfig.load(checkpoint).head_dim
+        head_dim = load_config(checkpoint).cache_specs[0].head_dim
         assert decode.load().pulled_bytes["host"] >= rows * (head_dim + 4)
         _, _, decoded = disaggregate(prefill, other, token_ids)
         assert (decoded.num_transferred_blocks, decoded.num_computed_prompt_tokens) == (0, 77)

@@ -24,7 +24,8 @@ from tests.workers.test_disaggregation import BLOCK_SIZE, prompt, spec_for, work
 from tests.workers.test_scheduler import make_engine, make_request
 from tests.workers.tiny_llama import generate_with_transformers, make_checkpoint
 from tests.workers.worker_client import WorkerClient, wait_until
-from workers.config import EngineConfig, ModelConfig, WorkerSpec
+from workers.config import EngineConfig, WorkerSpec
+from workers.model.registry import load_config
 from workers.prefetch import QueuePrefetch
 from workers.request import RequestRole
 from workers.scheduler import Scheduler
@@ -209,7 +210,7 @@ def test_a_queued_request_finds_its_blocks_in_the_host_tier(
     )  # fmt: skip
     token_ids = prompt(NUM_BLOCKS * BLOCK_SIZE + 5, seed=9)
     write_back(single_rank, spec, token_ids)
-    num_fragments = NUM_BLOCKS * ModelConfig.load(str(model_dir)).num_key_value_heads
+    num_fragments = NUM_BLOCKS * load_config(model_dir).cache_specs[0].num_kv_heads
     with single_rank(spec) as client:
         with queued_behind(client, 2, 5, 400):
             client.submit("queued", token_ids, MIXED)
@@ -235,8 +236,8 @@ def test_what_one_rank_prefetched_serves_the_others(
     spec = dataclasses.replace(spec, engine=dataclasses.replace(spec.engine, max_num_seqs=1))
     token_ids = prompt(NUM_BLOCKS * BLOCK_SIZE + 5, seed=10)
     write_back(single_rank, spec, token_ids)
-    model = ModelConfig.load(str(checkpoint))
-    num_fragments = NUM_BLOCKS * model.num_key_value_heads * model.num_hidden_layers
+    specs = load_config(checkpoint).cache_specs
+    num_fragments = NUM_BLOCKS * sum(spec.num_kv_heads for spec in specs)
     with worker(spec) as client:
         with queued_behind(client, 6, 5, 200):
             client.submit("queued", token_ids, MIXED)

@@ -1,18 +1,20 @@
-"""The tables of all keys as a document: `python -m checkpoint.table > docs/checkpoint-keys.md`."""
+"""The tables of all keys as a document: `python -m workers.model.key_tables > docs/checkpoint-keys.md`."""
 
 from __future__ import annotations
 
 import json
 import sys
 
-from checkpoint.config_keys import CONFIG_KEYS, ROPE_KEYS
+from checkpoint.config_keys import ROPE_KEYS
 from checkpoint.generation_keys import GENERATION_KEYS
 from checkpoint.keys import Key, KeyTable
 from checkpoint.tokenizer_keys import TOKENIZER_CONFIG_KEYS, TOKENIZER_KEYS
+from workers.model.registry import load_registry
 
 _HEAD = """# What becomes of each key of a checkpoint
 
-Made by `python -m checkpoint.table` from the declarations in `checkpoint/`; a test keeps it fresh.
+Made by `python -m workers.model.key_tables` from the declarations in `checkpoint/` and
+`workers/model/families/`; a test keeps it fresh.
 
 - **understood**: the value is used, or refused where it is out of range.
 - **harmless**: the value changes no answer, for the reason given.
@@ -24,15 +26,12 @@ A key that is not listed is refused, too. A file is read as if the keys in `mode
 
 def render() -> str:
     """The document in Markdown."""
-    architectures = list(CONFIG_KEYS)
-    common = {
-        name: key
-        for name, key in CONFIG_KEYS[architectures[0]].items()
-        if all(CONFIG_KEYS[other].get(name) == key for other in architectures)
-    }
+    tables = {architecture: family.keys for architecture, family in load_registry().families.items()}
+    first = next(iter(tables.values()))
+    common = {name: key for name, key in first.items() if all(table.get(name) == key for table in tables.values())}
     parts = [_HEAD, _section("config.json, all architectures", common)]
-    for architecture in architectures:
-        own = {name: key for name, key in CONFIG_KEYS[architecture].items() if name not in common}
+    for architecture, table in tables.items():
+        own = {name: key for name, key in table.items() if name not in common}
         parts.append(_section(f"config.json, {architecture} only", own))
     parts += [_section(f"rope_scaling and rope_parameters, rope_type {kind}", t) for kind, t in ROPE_KEYS.items()]
     parts += [

@@ -1,0 +1,1 @@
+"""The layers of models on one rank, each small; a family composes them."""

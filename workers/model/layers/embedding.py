@@ -1,0 +1,37 @@
+"""A matrix over the vocabulary, split over the ranks: the embedding, the head, or both. Knows nothing of
+sampling."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from workers.model.layers.source import LayerSource
+
+
+class VocabParallel:
+    """A [vocab, hidden] matrix split by rows, padded to a multiple of tp; serves as embedding and as head."""
+
+    def __init__(self, source: LayerSource, name: str) -> None:
+        vocab_size, hidden = source.model.vocab_size, source.model.hidden_size
+        self._arithmetic = source.arithmetic
+        shard = source.arithmetic.shard
+        share = -(-vocab_size // shard.tp)
+        self.first_id = shard.tp_rank * share
+        held = slice(min(self.first_id, vocab_size), min(self.first_id + share, vocab_size))
+        weight = source.tensor(name, (vocab_size, hidden), (held,))
+        self.weight = F.pad(weight, (0, 0, 0, share - weight.shape[0]))
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[tokens] -> [tokens, hidden]."""
+        if self._arithmetic.shard.tp == 1:
+            return F.embedding(token_ids, self.weight)
+        local = token_ids - self.first_id
+        mine = (local >= 0) & (local < self.weight.shape[0])
+        x = F.embedding(torch.where(mine, local, 0), self.weight) * mine[:, None]
+        return self._arithmetic.groups.all_reduce(x)  # one rank's row and zeros: exact in any order
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[rows, hidden] -> [rows, vocab / tp], this rank's share; padded ids come out as 0."""
+        return self._arithmetic.linear(x, self.weight)

@@ -1,0 +1,67 @@
+"""What the layers of one rank are made from: weights, arithmetic, and what several layers share.
+
+Knows nothing of any particular layer, family or weight format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+from workers.loader import Weights
+from workers.model.arithmetic import Arithmetic
+from workers.model.cache_spec import cache_groups, group_of_layer
+from workers.model.config import ModelConfig
+from workers.model.layers.linear import SummedLinear
+from workers.model.layers.rope import rope_table
+from workers.model.parts import RopeConfig
+from workers.model.weight_format import ExpertMatrices, Experts, Linear, Matrices, Part, Split
+
+
+class LayerSource:
+    """One rank's checkpoint, as its layers ask for it."""
+
+    def __init__(self, model: ModelConfig, weights: Weights, arithmetic: Arithmetic) -> None:
+        self.model = model
+        self.arithmetic = arithmetic
+        self._weights = weights
+        self._groups = group_of_layer(cache_groups(model.cache_specs))
+        self._tables: dict[Hashable, Tensor] = {}
+
+    def tensor(self, name: str, shape: tuple[int, ...], part: Part = ()) -> Tensor:
+        """A tensor in the dtype that is computed in, or a part of it; `shape` is the whole tensor's."""
+        return self._weights.read(name, shape, part)
+
+    def linear(self, matrices: Matrices) -> Linear:
+        """The product with some matrices, of which the rank has its share. Where the inputs are split, the sum over the
+        ranks is made."""
+        weight_format = self.model.weight_format
+        bias = self._bias(matrices) if matrices.has_bias else None
+        if matrices.split is not Split.INPUTS:
+            return weight_format.linear(matrices, self._weights, self.arithmetic, bias)
+        return SummedLinear(weight_format.linear(matrices, self._weights, self.arithmetic, None), self.arithmetic, bias)
+
+    def _bias(self, matrices: Matrices) -> Tensor:
+        pieces = matrices.pieces(self.arithmetic.shard)
+        return torch.cat([self.tensor(piece.name + ".bias", (piece.num_rows,), piece.part[:1]) for piece in pieces])
+
+    def experts(self, experts: ExpertMatrices) -> Experts:
+        """The rank's share of all experts."""
+        return self.model.weight_format.experts(experts, self._weights, self.arithmetic)
+
+    def cache_group(self, index: int) -> int:
+        """Which of the batch's groups a layer reads and writes."""
+        return self._groups[index][0]
+
+    def rope_table(self, rope: RopeConfig, head_dim: int) -> Tensor:
+        """As in workers.model.layers.rope; layers that turn alike share one."""
+        positions, device = self.model.max_position_embeddings, self.arithmetic.groups.device
+        return self.shared_table((rope, head_dim), lambda: rope_table(rope, head_dim, positions, device))
+
+    def shared_table(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` returns, which is called once for each key."""
+        if key not in self._tables:
+            self._tables[key] = make()
+        return self._tables[key]

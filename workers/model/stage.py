@@ -1,0 +1,110 @@
+"""One pipeline stage of a model on one rank: embedding, layers, final norm and head, and the hand-over between stages.
+
+Knows nothing of families, which bring the layers, nor of requests: it sees rows of tokens and says where their keys and
+values go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from workers.loader import Weights
+from workers.model.arithmetic import Arithmetic
+from workers.model.batch import Batch
+from workers.model.config import ModelConfig
+from workers.model.layers.decoder import Layer
+from workers.model.layers.embedding import VocabParallel
+from workers.model.layers.norm import RmsNorm
+from workers.model.layers.source import LayerSource
+from workers.model.tensor_layout import EMBEDDING, FINAL_NORM, HEAD
+from workers.parallel import ParallelGroups, stage_layers
+
+
+class Stage(Protocol):
+    """What runs a batch through the layers of a rank."""
+
+    is_first: bool
+    is_last: bool
+    layer_range: range  # of the model's layers
+    hidden_size: int
+    dtype: torch.dtype  # of weights and activations
+    device: torch.device
+    batch_invariant: bool
+
+    @property
+    def layers(self) -> Sequence[Layer]:
+        """Those of layer_range."""
+
+    def enter(self, batch: Batch, received: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """hidden, and the residual stream where there is one already. received: see forward."""
+
+    def leave(self, hidden: Tensor, residual: Tensor, batch: Batch) -> Tensor:
+        """What forward returns."""
+
+    def forward(self, batch: Batch, kv_caches: Sequence[Tensor], received: Tensor | None) -> Tensor:
+        """Run the stage. kv_caches: each layer's, as its CacheSpec describes it.
+
+        received: [2, tokens, hidden_size] from the stage before; None on the first. Returns the same for the stage
+        behind, or the wanted rows' logits [rows, vocab / tp] on the last.
+        """
+
+
+class DecoderStage:
+    """The layers of one pipeline stage; the first also embeds, the last also has the head."""
+
+    def __init__(self, source: LayerSource, dtype: torch.dtype) -> None:
+        model, arithmetic = source.model, source.arithmetic
+        shard = arithmetic.shard
+        self.is_first, self.is_last = shard.is_first_stage, shard.is_last_stage
+        self.layer_range = stage_layers(model.num_hidden_layers, shard.pp, shard.stage)
+        self.hidden_size, self.dtype, self.device = model.hidden_size, dtype, arithmetic.groups.device
+        self.batch_invariant = arithmetic.batch_invariant
+        self._embedding_scale = model.embedding_scale
+        self._logit_scale, self._logit_soft_cap = model.logit_scale, model.logit_soft_cap
+        self._embedding = self._head = None
+        if self.is_first or (self.is_last and model.tie_word_embeddings):
+            self._embedding = VocabParallel(source, EMBEDDING + ".weight")
+        if self.is_last:
+            is_tied = model.tie_word_embeddings
+            self._head = self._embedding if is_tied else VocabParallel(source, HEAD + ".weight")
+            self._norm = RmsNorm(source, FINAL_NORM + ".weight")
+        self.layers = [model.decoder.layer(source, index) for index in self.layer_range]
+
+    def enter(self, batch: Batch, received: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """As in Stage."""
+        if received is not None:
+            return received[0], received[1]
+        assert self._embedding is not None
+        hidden = self._embedding.embed(batch.token_ids)
+        return hidden if self._embedding_scale == 1.0 else hidden * self._embedding_scale, None
+
+    def leave(self, hidden: Tensor, residual: Tensor, batch: Batch) -> Tensor:
+        """As in Stage."""
+        if not self.is_last:
+            return torch.stack((hidden, residual))
+        assert self._head is not None
+        rows = batch.logit_rows
+        normed, _ = self._norm.add(hidden[rows], residual[rows])
+        assert isinstance(normed, Tensor)
+        logits = self._head.logits(normed)
+        if self._logit_scale != 1.0:
+            logits = logits * self._logit_scale
+        return torch.tanh(logits / self._logit_soft_cap) * self._logit_soft_cap if self._logit_soft_cap else logits
+
+    def forward(self, batch: Batch, kv_caches: Sequence[Tensor], received: Tensor | None) -> Tensor:
+        """As in Stage."""
+        hidden, residual = self.enter(batch, received)
+        for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
+            q, residual = layer.before_attention(hidden, residual, batch, kv_cache)
+            hidden, residual = layer.after_attention(layer.attention(q, batch, kv_cache), residual)
+        assert residual is not None  # every stage has a layer
+        return self.leave(hidden, residual, batch)
+
+
+def build_stage(model: ModelConfig, weights: Weights, groups: ParallelGroups, batch_invariant: bool = False) -> Stage:
+    """This rank's stage, its weights read. Raises ModelError."""
+    return DecoderStage(LayerSource(model, weights, Arithmetic(groups, batch_invariant)), weights.dtype)
