@@ -102,9 +102,9 @@ def generate(
 ) -> int:
     """Stream one completion from a running cluster."""
     from deploy.completion import summary
-    from router.events import SamplingOptions
+    from router.sampling import SamplingParams
 
-    sampling = SamplingOptions(temperature=temperature, max_tokens=max_tokens, seed=seed)
+    sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
     write = functools.partial(deliver, stream=sys.stdout)
     completion = _complete(targets, prompt, sampling, None if as_json else write)
     if as_json:
@@ -218,12 +218,12 @@ def _sample(
 ) -> str:
     """One completion: the answer of `--once`, or a sign of life. Shows it as it comes; returns what is left to say."""
     from deploy.completion import summary
-    from router.events import SamplingOptions
+    from router.sampling import SamplingParams
 
     prompt = SAMPLE_PROMPT if once is None else once
     if not as_json:
         write(f"\n{prompt}")
-    sampling = SamplingOptions(temperature=0.0, max_tokens=_SAMPLE_TOKENS)
+    sampling = SamplingParams(temperature=0.0, max_tokens=_SAMPLE_TOKENS)
     completion = _complete(targets, prompt, sampling, None if as_json else write)
     if as_json:
         return json.dumps({**_plain(completion), **_plain(about)}) + "\n"

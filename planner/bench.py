@@ -37,7 +37,8 @@ from planner.paged_handoff import measure_paged_hand_off
 from planner.rows import Measurement, append_rows
 from planner.trace import TraceRequest
 from router.client import GenerationClient
-from router.events import GenerationRequest, SamplingOptions, Tokens
+from router.events import GenerationRequest, Tokens
+from router.sampling import SamplingParams
 
 STREAMS = (1, 8, 32)
 PROMPT_TOKENS, OUTPUT_TOKENS = 256, 64
@@ -134,7 +135,7 @@ def _ids(rng: random.Random, vocab_size: int) -> tuple[int, ...]:
 
 
 def _ttft_through(client: GenerationClient, ids: tuple[int, ...]) -> float:
-    options = SamplingOptions(temperature=0.0, max_tokens=1, ignore_eos=True)
+    options = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
     sent_s, first_s = time.perf_counter(), 0.0
     for event in client.generate(GenerationRequest(ids, options)):
         if isinstance(event, Tokens):

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from planner.trace import TraceRequest
 from router.client import GenerationClient, GenerationError
-from router.events import Finished, GenerationRequest, SamplingOptions, Tokens
+from router.events import Finished, GenerationRequest, Tokens
+from router.sampling import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,7 @@ async def play(target: str, trace: Sequence[TraceRequest], concurrency: int, see
 
 
 async def _measure(client: GenerationClient, ids: tuple[int, ...], num_output_tokens: int) -> RequestResult:
-    options = SamplingOptions(temperature=0.0, max_tokens=num_output_tokens, ignore_eos=True)
+    options = SamplingParams(temperature=0.0, max_tokens=num_output_tokens, ignore_eos=True)
     sent_s = time.perf_counter()
     first_s = last_s = sent_s
     count = 0

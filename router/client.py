@@ -18,7 +18,8 @@ from switchyard.v1 import generation_pb2, generation_pb2_grpc
 
 from kvstore.channels import dial, dial_async
 from router.events import Event, Finished, GenerationRequest, Started, Tokens
-from router.wire import event_of, sampling_message
+from router.sampling import sampling_message
+from router.wire import event_of
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", 64 * 2**20),

@@ -9,9 +9,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from router.chat import ChatTemplate
-from router.checks import SMALLEST_FLOAT32
-from router.events import SamplingOptions
 from router.model_files import ModelFiles, SamplingDefaults
+from router.sampling import SMALLEST_FLOAT32, SamplingParams
 from router.text import TextCodec
 
 
@@ -27,8 +26,8 @@ def end_token_ids(files: ModelFiles, codec: TextCodec, template: ChatTemplate | 
 
 
 def settled(
-    sampling: SamplingOptions, defaults: SamplingDefaults, end_ids: Sequence[int], seed: int, room: int
-) -> SamplingOptions:
+    sampling: SamplingParams, defaults: SamplingDefaults, end_ids: Sequence[int], seed: int, room: int
+) -> SamplingParams:
     """The options with nothing left open. room: tokens that the context has left. Settling twice changes nothing."""
     stop_ids = sampling.stop_token_ids if sampling.ignore_eos else (*sampling.stop_token_ids, *end_ids)
     return dataclasses.replace(

@@ -17,10 +17,11 @@ from switchyard.v1 import worker_pb2
 from router.affinity import BlockNews, SnapshotPart
 from router.config import RouterConfig
 from router.errors import Cancelled, DeadlineExceeded, InvalidRequest, NoWorker, RouterError, WorkersLost
-from router.events import FinishReason, RequestStats, SamplingOptions
+from router.events import FinishReason, RequestStats
 from router.fleet import BlockNames, Fleet, WorkerInfo, extend_names
 from router.link import CLOSED, WorkerLink
 from router.policy import Placement, Reject, RejectReason, RouteRequest
+from router.sampling import SamplingParams
 from router.streams import Action, CancelPart, ContinuePart, HandOff, PartReport, Phase, Stream, SubmitPart
 from router.wire import PartOrder, load_report
 
@@ -36,7 +37,7 @@ class TokenRequest:
 
     stream_id: str
     token_ids: Sequence[int]
-    sampling: SamplingOptions  # settled: nothing is left open
+    sampling: SamplingParams  # settled: nothing is left open
     names: BlockNames
     arrived_s: float  # on the dispatcher's clock
     deadline_s: float | None  # on the dispatcher's clock

@@ -8,19 +8,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-
-@dataclass(frozen=True, slots=True)
-class SamplingOptions:
-    """How tokens are chosen and when the stream ends; None means that the client left it open."""
-
-    temperature: float | None = None  # 0 is greedy
-    top_p: float | None = None
-    top_k: int | None = None  # 0 means no limit
-    max_tokens: int | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
+from router.sampling import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +16,7 @@ class GenerationRequest:
     """One prompt and how to continue it, not yet checked."""
 
     prompt: str | tuple[int, ...]
-    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     model: str = ""  # empty means the only model served
     add_special_tokens: bool = True  # a chat template writes its own
     deadline_s: float | None = None  # seconds from now

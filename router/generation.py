@@ -24,11 +24,7 @@ from router.chat import ChatTemplate
 from router.checks import (
     check_prompt,
     check_repeated_prompt,
-    check_repeated_sampling,
     check_resumption,
-    check_sampling,
-    check_text,
-    check_token_ids,
 )
 from router.config import RouterConfig
 from router.defaults import end_token_ids, settled
@@ -47,6 +43,7 @@ from router.events import Event, Finished, FinishReason, GenerationRequest, Requ
 from router.fleet import BlockNames, KvLayout, name_blocks
 from router.journal import JournalWriter, StreamLog
 from router.model_files import ModelFiles
+from router.sampling import check_repeated_sampling, check_sampling, check_text, check_token_ids
 from router.text import Detokenizer, StopTexts, TextCodec
 from router.wire import journal_header, journal_record
 

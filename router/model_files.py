@@ -14,8 +14,8 @@ from checkpoint.generation_keys import GENERATION_KEYS
 from checkpoint.identity import tokenizer_digest
 from checkpoint.keys import check_keys
 from checkpoint.tokenizer_keys import check_tokenizer_files
-from router.checks import LARGEST_FLOAT32
 from router.errors import ModelFilesError
+from router.sampling import LARGEST_FLOAT32
 
 _NO_DEFAULTS = " (model.generation_config=none starts the model without the file's sampling options)"
 GENERATION_CONFIG = ("auto", "none")  # whether generation_config.json gives requests their defaults

@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from router.errors import InvalidRequest
-from router.events import SamplingOptions
+from router.sampling import SamplingParams
 
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's; a chat goes on to the end of the context
 MAX_PROMPTS = 64
@@ -69,12 +69,12 @@ class _Request(BaseModel):
     presence_penalty: Any = None
     frequency_penalty: Any = None
 
-    def sampling(self, default_max_tokens: int | None) -> SamplingOptions:
+    def sampling(self, default_max_tokens: int | None) -> SamplingParams:
         """The options that this request asks for; what it leaves open stays open, but for the limit."""
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         # OpenAI's seed is a signed number; ours is the same 64 bits.
         seed = self.seed % 2**64 if self.seed is not None and -(2**63) <= self.seed < 0 else self.seed
-        return SamplingOptions(
+        return SamplingParams(
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=0 if self.top_k == -1 else self.top_k,  # vLLM's "no limit"

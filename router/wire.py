@@ -18,12 +18,12 @@ from router.events import (
     GenerationRequest,
     RequestStats,
     ResumeRequest,
-    SamplingOptions,
     Started,
     Tokens,
 )
 from router.fleet import KvLayout, LoadReport, WorkerInfo
 from router.policy import Role
+from router.sampling import SamplingParams, sampling_message, sampling_params
 from router.streams import Outcome, Part, PartReport, PartTimes
 
 _ROLES = {
@@ -59,7 +59,7 @@ class PartOrder:
     part: Part
     token_ids: Sequence[int]  # prompt, then what was emitted
     num_prompt_tokens: int  # of token_ids, the client's
-    sampling: SamplingOptions  # settled: nothing is left open
+    sampling: SamplingParams  # settled: nothing is left open
     window_tokens: int
     deadline_s: float  # seconds from now; 0 means none
     tenant_salt: bytes
@@ -81,34 +81,6 @@ def submit_message(order: PartOrder) -> worker.ConnectRequest:
     return worker.ConnectRequest(submit=submit)
 
 
-def sampling_message(sampling: SamplingOptions) -> generation.SamplingParams:
-    """SamplingParams; stop texts are left to whoever decodes text, but travel along for a router."""
-    return generation.SamplingParams(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        max_tokens=sampling.max_tokens,
-        seed=sampling.seed,
-        stop=sampling.stop,
-        stop_token_ids=sampling.stop_token_ids,
-        ignore_eos=sampling.ignore_eos,
-    )
-
-
-def sampling_options(message: generation.SamplingParams) -> SamplingOptions:
-    """The options of a client's SamplingParams; an absent field is left open."""
-    return SamplingOptions(
-        temperature=message.temperature if message.HasField("temperature") else None,
-        top_p=message.top_p if message.HasField("top_p") else None,
-        top_k=message.top_k if message.HasField("top_k") else None,
-        max_tokens=message.max_tokens if message.HasField("max_tokens") else None,
-        seed=message.seed if message.HasField("seed") else None,
-        stop=tuple(message.stop),
-        stop_token_ids=tuple(message.stop_token_ids),
-        ignore_eos=message.ignore_eos,
-    )
-
-
 def generation_request(
     message: generation.GenerateRequest, deadline_s: float | None, tenant_salt: bytes
 ) -> GenerationRequest:
@@ -116,7 +88,7 @@ def generation_request(
     is_ids = message.WhichOneof("prompt") == "token_ids"
     return GenerationRequest(
         prompt=tuple(message.token_ids.ids) if is_ids else message.text,
-        sampling=sampling_options(message.sampling),
+        sampling=sampling_params(message.sampling),
         model=message.model,
         deadline_s=deadline_s,
         tenant_salt=tenant_salt,

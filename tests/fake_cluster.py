@@ -27,7 +27,8 @@ from kvstore.connect import open_directory
 from kvstore.directory import DirectoryUnavailable
 from router.client import GenerationClient
 from router.config import RouterConfig, RouterSpec
-from router.events import Finished, GenerationRequest, SamplingOptions, Started, Tokens
+from router.events import Finished, GenerationRequest, Started, Tokens
+from router.sampling import SamplingParams
 from tests.forked import SECRET, ForkedNode, Prefork, Server
 from tests.processes import DEADLINE_S, REPOSITORY, free_port, wait_until
 from workers.config import EngineConfig, WorkerSpec
@@ -348,7 +349,7 @@ class FakeCluster:
     ) -> Answer:
         """One stream to its end."""
         answer = Answer(prompt)
-        sampling = SamplingOptions(temperature=temperature, max_tokens=num_tokens, ignore_eos=True, seed=seed)
+        sampling = SamplingParams(temperature=temperature, max_tokens=num_tokens, ignore_eos=True, seed=seed)
         for event in client.generate(GenerationRequest(tuple(prompt), sampling)):
             if isinstance(event, Started):
                 answer.times_s.append(time.monotonic())

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from router.client import GenerationClient
-from router.events import Finished, GenerationRequest, SamplingOptions, Tokens
+from router.events import Finished, GenerationRequest, Tokens
+from router.sampling import SamplingParams
 from tests.workers.tiny_llama import generate_with_transformers
 
 LENGTHS = (5, 40, 100, 150, 64, 33)
@@ -37,7 +38,7 @@ def ask_all_at_once(target: str) -> list[tuple[list[int], Finished]]:
 
 async def _complete(client: GenerationClient, token_ids: list[int]) -> tuple[list[int], Finished]:
     tokens: list[int] = []
-    sampling = SamplingOptions(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True)
+    sampling = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True)
     async for event in client.generate_async(GenerationRequest(tuple(token_ids), sampling)):
         if isinstance(event, Tokens):
             assert event.first_position == len(tokens)

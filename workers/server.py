@@ -44,7 +44,6 @@ _OUTCOMES = {
 }
 _NOT_FINITE = "the model's logits are no finite numbers (an overflow, or a damaged weight or device)"
 _NO_LIMIT = 1 << 62
-_INT32_MAX = 2**31 - 1
 
 
 @dataclass(eq=False, slots=True)
@@ -183,20 +182,11 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         request_id = f"{connection.router_id}/{connection.epoch}/{submit.stream_id}/{submit.epoch}"
         connection.request_ids[submit.stream_id] = request_id
         self._owners[request_id] = (connection, submit.stream_id)
-        s = submit.sampling
         request = Request(
             request_id,
             list(submit.token_ids),
             submit.num_prompt_tokens,
-            SamplingParams(
-                temperature=s.temperature if s.HasField("temperature") else 1.0,
-                top_p=s.top_p if s.HasField("top_p") else 1.0,
-                top_k=min(s.top_k, _INT32_MAX),  # a plan holds int32; no vocabulary is larger
-                max_tokens=s.max_tokens if s.HasField("max_tokens") else _NO_LIMIT,
-                stop_token_ids=frozenset(s.stop_token_ids),
-                ignore_eos=s.ignore_eos,
-                seed=s.seed,
-            ),
+            SamplingParams.of(submit.sampling),
             role=role,
             tenant_salt=submit.tenant_salt,
             epoch=submit.epoch,

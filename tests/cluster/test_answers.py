@@ -16,7 +16,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from router.events import GenerationRequest, SamplingOptions, Tokens
+from router.events import GenerationRequest, Tokens
+from router.sampling import SamplingParams
 from router.text import TextCodec
 from tests.cluster.test_kill_at_every_token import Once
 from tests.fake_cluster import MODEL_NAME, SIZES, FakeCluster, Shape
@@ -208,13 +209,13 @@ def test_grpc_has_the_same_ends_and_defaults(
     )
     grpc = cluster.client()
 
-    def ask(sampling: SamplingOptions) -> list[int]:
+    def ask(sampling: SamplingParams) -> list[int]:
         events = list(grpc.generate(GenerationRequest(tuple(prompt), sampling)))
         return [token_id for event in events if isinstance(event, Tokens) for token_id in event.ids]
 
     assert end == "</s>"
-    assert ask(SamplingOptions()) == ids
-    assert ask(SamplingOptions(ignore_eos=True, max_tokens=300)) == tokens_after(oracle, prompt, 300)
-    sampled = ask(SamplingOptions(temperature=1.0, seed=7, max_tokens=20, ignore_eos=True))
+    assert ask(SamplingParams()) == ids
+    assert ask(SamplingParams(ignore_eos=True, max_tokens=300)) == tokens_after(oracle, prompt, 300)
+    sampled = ask(SamplingParams(temperature=1.0, seed=7, max_tokens=20, ignore_eos=True))
     assert sampled == tokens_after(oracle, prompt, 20, temperature=1.0, seed=7)
     assert TextCodec(model_dir / "tokenizer.json").decode(ids) == oracle.decode(ids, skip_special_tokens=True)

@@ -16,7 +16,7 @@ from deploy import cli
 from deploy.config import ROOT
 from deploy.errors import StartError
 from deploy.preflight import free_port
-from router.events import SamplingOptions
+from router.sampling import SamplingParams
 from tests.processes import RedisServer
 
 
@@ -139,7 +139,7 @@ def test_generate_leaves_the_temperature_to_the_model(
 ) -> None:
     asked = []
 
-    def complete(targets: object, prompt: str, sampling: SamplingOptions, out: object) -> object:
+    def complete(targets: object, prompt: str, sampling: SamplingParams, out: object) -> object:
         asked.append(sampling)
         raise StartError("seen")
 

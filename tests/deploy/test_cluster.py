@@ -23,7 +23,8 @@ from deploy.completion import Completion, complete
 from deploy.metrics import exported_names
 from kvstore.config import NodeSpec
 from router.client import GenerationError
-from router.events import GenerationRequest, SamplingOptions
+from router.events import GenerationRequest
+from router.sampling import SamplingParams
 from settings.loading import load
 from telemetry import node, worker
 from telemetry.metric import Kind
@@ -48,7 +49,7 @@ class Running:
         return self.said["endpoints"]["routers"][0]
 
     def generate(self, prompt: str = PROMPT, max_tokens: int = 12, on_text: Callable[[str], None] = str) -> Completion:
-        sampling = SamplingOptions(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+        sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
         request = GenerationRequest(prompt, sampling, deadline_s=240.0)
         return complete(self.router["grpc"], request, on_text)
 

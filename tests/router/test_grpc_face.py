@@ -14,8 +14,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from switchyard.v1 import generation_pb2, worker_pb2
 
 from router.client import GenerationClient, GenerationError, Target
-from router.events import Finished, FinishReason, GenerationRequest, SamplingOptions, Started, Tokens
+from router.events import Finished, FinishReason, GenerationRequest, Started, Tokens
 from router.model_files import ModelFiles
+from router.sampling import SamplingParams
 from router.text import TextCodec
 from tests.router.conftest import MODEL, config_with, pair, running_cluster, until
 from tests.router.fake_worker import CONTEXT_TOKENS, VOCAB_SIZE, FakeWorker, expected_tokens
@@ -25,7 +26,7 @@ PROMPT = tuple(range(1, 40))
 
 def request(prompt: object = PROMPT, **sampling: object) -> GenerationRequest:
     options = {"max_tokens": 20, "temperature": 0.0, **sampling}
-    return GenerationRequest(prompt, SamplingOptions(**options))
+    return GenerationRequest(prompt, SamplingParams(**options))
 
 
 async def collect(
@@ -170,7 +171,7 @@ async def test_a_deadline_ends_the_stream_everywhere(model_dir: Path) -> None:
     worker = FakeWorker("mixed-0", "mixed")
     worker.step_s = 0.01
     async with running_cluster(model_dir, worker) as cluster:
-        order = GenerationRequest(PROMPT, SamplingOptions(max_tokens=2000), deadline_s=0.2)
+        order = GenerationRequest(PROMPT, SamplingParams(max_tokens=2000), deadline_s=0.2)
         with pytest.raises(GenerationError, match="DEADLINE_EXCEEDED"):
             await collect(cluster.grpc_address, order)
         await until(lambda: worker.num_live == 0, "the worker was told")

@@ -16,13 +16,12 @@ from switchyard.v1 import generation_pb2
 
 from kvstore.file_journal import FileJournal
 from router.app import Router
-from router.checks import check_sampling
 from router.config import RouterSpec
 from router.defaults import settled
 from router.errors import ModelFilesError
-from router.events import SamplingOptions
 from router.model_files import ModelFiles, SamplingDefaults
-from router.wire import generation_request, journal_record, sampling_message, sampling_options
+from router.sampling import SamplingParams, check_sampling, sampling_message, sampling_params
+from router.wire import generation_request, journal_record
 from tests.fake_cluster import write_fake_model
 from tests.router.chat_templates import QWEN3
 from tests.router.conftest import DEMO, MODEL, running_cluster
@@ -149,10 +148,10 @@ async def test_the_templates_end_is_a_stop_token(tmp_path: Path) -> None:
 
 
 def test_an_absent_field_is_not_a_zero_on_the_wire() -> None:
-    assert sampling_options(sampling_message(SamplingOptions())) == SamplingOptions()
-    zero = SamplingOptions(temperature=0.0, top_p=1.0, top_k=0)
-    assert sampling_options(sampling_message(zero)) == zero
-    assert generation_request(generation_pb2.GenerateRequest(text="x"), None, b"").sampling == SamplingOptions()
+    assert sampling_params(sampling_message(SamplingParams())) == SamplingParams()
+    zero = SamplingParams(temperature=0.0, top_p=1.0, top_k=0)
+    assert sampling_params(sampling_message(zero)) == zero
+    assert generation_request(generation_pb2.GenerateRequest(text="x"), None, b"").sampling == SamplingParams()
 
 
 async def test_grpc_calls_have_request_ids_and_refusals_are_counted(model_dir: Path) -> None:
@@ -185,9 +184,9 @@ async def test_grpc_calls_have_request_ids_and_refusals_are_counted(model_dir: P
 @pytest.mark.parametrize("top_p", [1e-300, 5e-46, 1e-40])
 def test_a_top_p_that_is_smaller_than_the_wire_can_say_keeps_the_best_candidate(top_p: float) -> None:
     for asked, default in ((top_p, None), (None, top_p)):
-        settled_one = settled(SamplingOptions(top_p=asked), SamplingDefaults(top_p=default), (), seed=1, room=9)
-        carried = sampling_options(sampling_message(settled_one)).top_p
+        settled_one = settled(SamplingParams(top_p=asked), SamplingDefaults(top_p=default), (), seed=1, room=9)
+        carried = sampling_params(sampling_message(settled_one)).top_p
         assert carried is not None
-        check_sampling(sampling_options(sampling_message(settled_one)), VOCAB_SIZE)
+        check_sampling(sampling_params(sampling_message(settled_one)), VOCAB_SIZE)
         logits = torch.randn(50, generator=torch.Generator().manual_seed(3)).double()
         assert mask_top_k_top_p(logits, 0, carried).isfinite().sum() == 1

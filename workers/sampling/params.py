@@ -1,11 +1,20 @@
-"""Sampling parameters of one request, from the worker's admission to the sampler. Without torch."""
+"""Sampling parameters of one request, from the worker's admission to the sampler. Without torch.
+
+A new option is a field of the message SamplingParams, a field of the class here under the same name, and what the
+sampler, or the scheduler, does with it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from switchyard.v1 import generation_pb2
+
+_INT32_MAX = 2**31 - 1
+_WHERE_LEFT_OPEN: dict[str, Any] = {"temperature": 1.0, "max_tokens": 1 << 62}
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +28,19 @@ class SamplingParams:
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     seed: int = 0  # 64 bits, unsigned
+
+    @classmethod
+    def of(cls, message: generation_pb2.SamplingParams) -> SamplingParams:
+        """What a router sends; it leaves nothing open, another client may."""
+        values = {**_WHERE_LEFT_OPEN}
+        for field in fields(cls):
+            value = getattr(message, field.name)
+            if message.DESCRIPTOR.fields_by_name[field.name].is_repeated:
+                values[field.name] = frozenset(value)
+            elif not message.DESCRIPTOR.fields_by_name[field.name].has_presence or message.HasField(field.name):
+                values[field.name] = value
+        values["top_k"] = min(values.get("top_k", 0), _INT32_MAX)  # a plan holds int32; no vocabulary is larger
+        return cls(**values)
 
 
 GREEDY = SamplingParams()
