@@ -68,6 +68,16 @@ def serve(config_path: str | None, assignments: tuple[str, ...], once: str | Non
 
 
 @cli.command()
+def schema() -> int:
+    """Print the JSON schema of the configuration."""
+    from deploy.config import ClusterConfig
+    from settings.docs import json_schema
+
+    deliver(json.dumps(json_schema(ClusterConfig), indent=2) + "\n", stream=sys.stdout)
+    return 0
+
+
+@cli.command()
 @click.option(
     "--target",
     "targets",

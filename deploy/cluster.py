@@ -197,12 +197,7 @@ class Cluster:
             arena=plan.arena,
             control_node_id=ray.node_id if control_address else "",
             control_address=control_address,
-            disk_dir=self._config.kvstore.disk_dir,
-            disk_bytes=self._config.kvstore.disk_bytes,
-            disk_write=self._config.kvstore.disk_write,
-            disk_compression=self._config.kvstore.disk_compression,
-            peers=self._config.kvstore.peers,
-            peer_transport=self._config.kvstore.peer_transport,
+            kvstore=self._config.kvstore,
             secret=self._tier_secret,
         )
         names, deployed = [pool.name for pool in plan.pools], list[str]()

@@ -6,28 +6,24 @@ model can be cut as a pool asks is checked in `preflight`, and derived numbers a
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import json
 import os
 import re
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
 from deploy.errors import ConfigError
 from deploy.ports import clash, wanted_ports
 from kvstore.addresses import is_ipv6
 from kvstore.config import KVStoreConfig
 from router.config import RouterConfig
-from router.errors import ConfigError as RouterConfigError
 from router.model_files import GENERATION_CONFIG
-from workers.config import DTYPES, ROLES, RUNNERS
+from settings import loading
+from settings.loading import SettingsError
+from workers.config import DTYPES, ROLES, RUNNERS, EngineOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_MODEL = ROOT / "models" / "demo"
@@ -95,33 +91,15 @@ class EndpointsConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class PoolConfig:
+class PoolConfig(EngineOptions):
     """Workers of one kind: one Ray Serve deployment, each replica a worker of tp x pp ranks."""
 
     role: str
     """prefill, decode or mixed: what its workers take at first."""
     replicas: int = 1
     """Workers."""
-    tp: int = 1
-    """Tensor-parallel ranks of a pipeline stage; they share one host."""
-    pp: int = 1
-    """Pipeline stages."""
     device: str = "auto"
     """cpu or cuda; auto means cuda where the Ray cluster has GPUs."""
-    num_blocks: int = 0
-    """Device KV blocks of a worker; 0 means from the free memory."""
-    max_num_seqs: int = 32
-    """Most requests in a running batch."""
-    max_num_batched_tokens: int = 512
-    """Most tokens of one engine step."""
-    enable_prefix_caching: bool = True
-    """Whether finished blocks stay as cache."""
-    num_threads: int = 1
-    """CPU threads of a rank."""
-    cuda_graphs: bool | None = None
-    """Whether steps run from captured graphs; null means on cuda."""
-    async_scheduling: bool | None = None
-    """Whether a step is planned while the one before it runs; null means on cuda, where pp is 1."""
     cpus_per_rank: float = 1.0
     """CPUs that Ray reserves for a rank."""
     gpus_per_rank: float = 1.0
@@ -134,13 +112,11 @@ class PoolConfig:
     """A worker with requests but no engine step for so long is replaced."""
 
     def __post_init__(self) -> None:
+        EngineOptions.__post_init__(self)
         _require(self.role in ROLES, "role", f"must be one of {', '.join(ROLES)}, not {self.role!r}")
         _require(self.device in DEVICES, "device", f"must be one of {', '.join(DEVICES)}, not {self.device!r}")
-        for name in ("replicas", "tp", "pp", "max_num_seqs", "max_num_batched_tokens", "num_threads"):
-            _require(getattr(self, name) >= 1, name, f"must be at least 1, not {getattr(self, name)}")
-        _require(not self.async_scheduling or self.pp == 1, "async_scheduling", "needs pp=1")
-        for name in ("num_blocks", "cpus_per_rank"):
-            _require(getattr(self, name) >= 0, name, f"must be >= 0, not {getattr(self, name)}")
+        _require(self.replicas >= 1, "replicas", f"must be at least 1, not {self.replicas}")
+        _require(self.cpus_per_rank >= 0, "cpus_per_rank", f"must be >= 0, not {self.cpus_per_rank}")
         for name in ("gpus_per_rank", "drain_timeout_s", "progress_timeout_s"):
             _require(0 < getattr(self, name) < float("inf"), name, f"must be > 0, not {getattr(self, name)}")
         for resource, amount in self.resources.items():
@@ -214,12 +190,19 @@ class ClusterConfig:
     refuse each other. Empty means derived from this machine, the served model and the gRPC port: the same at the next
     start on this machine. In containers, which are new machines each time, set it."""
     model: ModelSource = field(default_factory=ModelSource)
+    """The served model."""
     engine: EngineSettings = field(default_factory=EngineSettings)
+    """What computes the tokens."""
     endpoints: EndpointsConfig = field(default_factory=EndpointsConfig)
+    """Routers, and where they listen."""
     router: RouterConfig = field(default_factory=RouterConfig)
+    """How routers place and serve requests."""
     pools: dict[str, PoolConfig] = field(default_factory=_default_pools)
+    """Workers, by the names of their pools. By default one prefill and one decode worker."""
     kvstore: KVStoreConfig = field(default_factory=KVStoreConfig)
+    """KV blocks and their tiers."""
     ray: RayConfig = field(default_factory=RayConfig)
+    """The Ray cluster below."""
 
     def __post_init__(self) -> None:
         named = re.fullmatch(r"[A-Za-z0-9._-]{0,63}", self.name)
@@ -250,36 +233,12 @@ class ClusterConfig:
 # ---- reading
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would keep the last one without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As in YAML; `<<` comes first and may be overridden."""
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The content of a configuration file, not yet checked. Raises ConfigError."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        content = yaml.load(text, _StrictLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{where}: not YAML ({getattr(error, 'problem', None) or 'unreadable'})") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: must hold keys and values, not {_kind(content)}")
-    return content
+        return loading.read(path)
+    except SettingsError as error:
+        raise ConfigError(str(error)) from None
 
 
 def set_key(raw: dict[str, Any], assignment: str) -> None:
@@ -310,18 +269,10 @@ def default_pools() -> dict[str, Any]:
 
 def parse(raw: Mapping[str, Any], source: str = "") -> ClusterConfig:
     """Check a raw configuration. Raises ConfigError with the path of the first key that is wrong."""
-    prefix = f"{source}: " if source else ""
-    problem = _unknown_key(raw, ClusterConfig, "")
-    if problem:
-        raise ConfigError(prefix + problem)
     try:
-        # JSON's strict mode takes mappings for dataclasses, yet neither "2" for 2 nor 1 for true.
-        text = json.dumps(raw, default=str)
-        return TypeAdapter(ClusterConfig).validate_json(text, strict=True)
-    except ValidationError as error:
-        raise ConfigError(prefix + _first_problem(error)) from None
-    except (TypeError, ValueError, RouterConfigError) as error:  # the router's names its path by itself
-        raise ConfigError(f"{prefix}{error}") from None
+        return loading.build(ClusterConfig, raw, source)
+    except SettingsError as error:
+        raise ConfigError(str(error)) from None
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> ClusterConfig:
@@ -331,52 +282,6 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> ClusterConfi
     for assignment in overrides:
         set_key(raw, assignment)
     return parse(raw, str(path) if path is not None else "")
-
-
-def _unknown_key(value: object, expected: object, path: str) -> str | None:
-    """What is wrong with the first unknown key below `path`, or None. Types are checked elsewhere."""
-    if not isinstance(value, Mapping):
-        return None
-    if typing.get_origin(expected) is dict:
-        below = typing.get_args(expected)[1]
-        found = (_unknown_key(item, below, f"{path}.{key}") for key, item in value.items())
-        return next((problem for problem in found if problem), None)
-    if not (isinstance(expected, type) and dataclasses.is_dataclass(expected)):
-        return None
-    hints = typing.get_type_hints(expected)
-    for key, item in value.items():
-        where = f"{path}.{key}" if path else str(key)
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1)
-            return f"{where}: unknown key" + (f" (did you mean {near[0]}?)" if near else "")
-        problem = _unknown_key(item, hints[key], where)
-        if problem:
-            return problem
-    return None
-
-
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors(include_url=False)[0]
-    path = ".".join(str(part) for part in problem["loc"])
-    cause = problem.get("ctx", {}).get("error")
-    if isinstance(cause, ValueError):  # from a __post_init__; ours begin with "key: "
-        key, separator, message = str(cause).partition(": ")
-        if separator and " " not in key:
-            return f"{path}.{key}: {message}" if path else str(cause)
-        return f"{path}: {cause}"
-    if problem["type"] == "missing":
-        return f"{path}: missing"
-    message = problem["msg"][0].lower() + problem["msg"][1:]
-    message = message.replace("input should be", "must be").replace("an object", "keys and values")
-    return f"{path}: {message}, not {_kind(problem.get('input'))}"
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, str):
-        return f"the text {value!r}" if len(value) <= 40 else "a text"
-    if isinstance(value, dict):
-        return "keys and values"
-    return "a list" if isinstance(value, list) else "nothing" if value is None else json.dumps(value, default=str)
 
 
 # ---- the environment

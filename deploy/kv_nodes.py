@@ -6,9 +6,11 @@ Whoever needs the node of its host asks for it here; the first one to ask makes 
 
 from __future__ import annotations
 
-import os
+import contextlib
+import dataclasses
 import shutil
 import sys
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,17 +18,24 @@ from typing import Any
 import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from switchyard.v1 import kvnode_pb2, kvnode_pb2_grpc
 
 from deploy.config import child_environment
 from deploy.leftovers import end_predecessor, hold_folder, leave_folder, record_arena, remove_leftovers
+from deploy.metrics import RayMetrics
 from deploy.plan import ArenaPlan
 from deploy.preflight import check_arena_dir
 from deploy.supervise import Ready, SupervisedProcess
 from kvstore.addresses import join_host_port
 from kvstore.arena import num_slots_for
+from kvstore.channels import NODE_ERRORS, call, dial
+from kvstore.config import KVStoreConfig, NodeSpec
+from settings.loading import write
+from telemetry import node as declared
 
 _READY_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 15.0
+_REPORT_S = 0.5
 _FOLDER_SHARE = 0.8  # of what is free in the arena's folder
 _MEMORY_SHARE = 0.5  # of the memory that can be had: the folder counts as its own what the workers need
 _FIRST_ATTEMPTS = 6  # the port for control was free when it was chosen; somebody else may hold it for a moment
@@ -47,14 +56,8 @@ class KVNodeSettings:
     """Ray node whose KV node holds leases and directory; "" when Redis does."""
     control_address: str
     """HOST:PORT for them; fixed beforehand so that a restarted process is found again."""
-    disk_dir: str = ""
-    disk_bytes: int = 0
-    """0: no disk tier."""
-    disk_write: str = "back"
-    disk_compression: str = "none"
-    peers: bool = False
-    """Whether other hosts pull from the nodes."""
-    peer_transport: str = "tcp"
+    kvstore: KVStoreConfig
+    """The branch of the configuration."""
     secret: str = field(default="", repr=False)
     """Of what leaves a host's memory."""
 
@@ -104,60 +107,75 @@ class KVNodeActor:
         run_dir = Path(settings.run_dir)
         remove_leftovers(run_dir.parent)
         hold_folder(run_dir)  # for as long as this process lives
-        self._host_address = f"unix:{run_dir}/kv-{self._node_id}.sock"
         arena = Path(settings.arena.folder) / f"switchyard-{settings.cluster_id}-{self._node_id}"
         check_arena_dir(settings.arena.folder)
         record_arena(run_dir, self._node_id, arena)
         end_predecessor(arena)  # before looking what there is room for
         self._num_slots = min(settings.arena.num_slots, slots_that_fit(settings.arena))
-        command = [
-            *(sys.executable, "-P", "-m", "kvstore.node"),
-            *("--node-id", self._node_id, "--arena", str(arena), "--host-address", self._host_address),
-            *("--slot-bytes", str(settings.arena.slot_bytes), "--num-slots", str(self._num_slots)),
-            *("--cluster", settings.cluster),
-        ]
+        spec = node_spec(settings, self._node_id, arena, self._num_slots)
         if ray_node_id == settings.control_node_id:
-            command += ["--control-address", settings.control_address]
-
-        self._secret_file = run_dir / f"kv-{self._node_id}.secret"
-        if settings.disk_bytes or settings.peers:
-            command += ["--secret-file", str(self._secret_file)]
-            _write_secret(self._secret_file, settings.secret)
-        if settings.disk_bytes:
-            command += ["--disk-dir", settings.disk_dir, "--disk-bytes", str(settings.disk_bytes)]
-            command += ["--disk-write", settings.disk_write, "--disk-compression", settings.disk_compression]
-        if settings.peers:
-            command += ["--peer-address", join_host_port(ray.util.get_node_ip_address(), 0)]
-            command += ["--peer-transport", settings.peer_transport]
+            spec = dataclasses.replace(spec, control_address=settings.control_address)
+        if settings.kvstore.peers:
+            spec = dataclasses.replace(spec, peer_address=join_host_port(ray.util.get_node_ip_address(), 0))
+        self._spec_file = run_dir / f"kv-{self._node_id}.json"
+        write(self._spec_file, spec)
 
         def next_command(_: Ready | None) -> list[str]:
-            return command
+            return [sys.executable, "-P", "-m", "kvstore.node", "--spec", str(self._spec_file)]
 
+        self._host_address = spec.host_address
         self._log = run_dir / f"kv-{self._node_id}.log"
         # Whoever starts a cluster is told that it cannot start; a running cluster is not given up.
         is_restarted = ray.get_runtime_context().was_current_actor_reconstructed
         attempts = sys.maxsize if is_restarted else _FIRST_ATTEMPTS
         self._process = SupervisedProcess("KV node", next_command, child_environment(), self._log, attempts)
         self._process.start()
+        self._stopping = threading.Event()
+        threading.Thread(target=self._report, args=(settings.cluster,), name="report", daemon=True).start()
 
     def describe(self) -> KVNode:
         """The node, once it is ready. Raises StartError."""
         self._process.wait_ready(_READY_TIMEOUT_S)
         return KVNode(self._node_id, self._host_address, self._process.pid or 0, self._num_slots)
 
+    def _report(self, cluster: str) -> None:
+        labels = dict(zip(declared.LABELS, (self._node_id,), strict=True))
+        arena, disk = RayMetrics(declared.ARENA, labels), RayMetrics(declared.DISK, labels)
+        with dial(self._host_address) as channel:
+            get_stats = kvnode_pb2_grpc.KVNodeServiceStub(channel).GetStats
+            while not self._stopping.wait(_REPORT_S):
+                with contextlib.suppress(*NODE_ERRORS):  # it is starting, or was lost: its process is watched elsewhere
+                    show_stats(arena, disk, call(get_stats, kvnode_pb2.GetStatsRequest(), cluster))
+
     def stop(self, keep_logs: bool) -> None:
         """End the process; it removes its files, and this the folder when nothing else is in it."""
+        self._stopping.set()
         self._process.stop()
-        self._secret_file.unlink(missing_ok=True)
+        self._spec_file.unlink(missing_ok=True)
         if not keep_logs:
             self._log.unlink(missing_ok=True)
             leave_folder(self._log.parent, self._node_id)
 
 
-def _write_secret(path: Path, secret: str) -> None:
-    """A command line can be read by everybody on the host, this file by nobody else."""
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(secret)
+def show_stats(metrics: RayMetrics, disk_metrics: RayMetrics, stats: kvnode_pb2.GetStatsResponse) -> None:
+    """Export a node's counters; those of a disk tier where it has one."""
+    metrics.report(stats)
+    if stats.HasField("disk"):
+        disk_metrics.report(stats.disk)
+
+
+def node_spec(settings: KVNodeSettings, node_id: str, arena: Path, num_slots: int) -> NodeSpec:
+    """What a host's node process is told, without directory and peers. It has the secret only if it needs it."""
+    return NodeSpec(
+        node_id,
+        arena,
+        settings.arena.slot_bytes,
+        num_slots,
+        host_address=f"unix:{settings.run_dir}/kv-{node_id}.sock",
+        kvstore=settings.kvstore,
+        secret=settings.secret if settings.kvstore.disk_bytes or settings.kvstore.peers else "",
+        cluster=settings.cluster,
+    )
 
 
 def kv_node_on(ray_node_id: str, settings: KVNodeSettings) -> Any:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from deploy.config import ClusterConfig, PoolConfig
 from deploy.errors import ConfigError
 from kvstore.arena import num_slots_for
+from kvstore.config import KVStoreConfig
 from kvstore.disk import least_disk_bytes
 from workers.config import EngineConfig, WorkerSpec, kv_row_bytes
 from workers.model.config import ModelConfig
@@ -94,46 +95,32 @@ def make_plan(
     name = model_name(config, model_dir)
     pools = []
     for pool_name, pool in config.pools.items():
-        common = EngineConfig(
-            model_dir,
-            dtype,
-            devices[pool_name],
-            block_size=block_size,
-            max_model_len=config.model.max_model_len,
-            **dataclasses.asdict(config.engine),
-            batch_invariant=config.model.batch_invariant,
-            kv_encoding=config.kvstore.kv_encoding,
-            ignore_keys=config.model.ignore_keys,
-            plugins=config.model.plugins,
-        )
         spec = WorkerSpec(
             worker_id="",
             pool=pool_name,
             role=pool.role,
-            engine=_engine(common, pool),
+            engine=_engine(config, pool, model_dir, devices[pool_name], dtype, block_size),
             model_name=name,
-            tier=config.kvstore.tier,
-            peers=config.kvstore.peers,
-            peer_transport=config.kvstore.peer_transport,
+            kvstore=config.kvstore,
             tier_secret=tier_secret,
-            tier_ttl_s=config.kvstore.tier_ttl_s,
-            tier_compression=config.kvstore.tier_compression,
-            prefix_fetch=config.kvstore.prefix_fetch,
             control=control,
             layers_per_fragment=layers,
             cluster=cluster,
         )
         pools.append(_pool_plan(spec, pool))
     row_bytes = kv_row_bytes(config.kvstore.kv_encoding, model.cache_specs[0].head_dim, DTYPE_BYTES[dtype])
-    slot_bytes = layers * 2 * block_size * row_bytes
-    num_slots = num_slots_for(config.kvstore.host_bytes, slot_bytes)
+    arena = _arena(config.kvstore, slot_bytes=layers * 2 * block_size * row_bytes)
+    return ClusterPlan(cluster, name, tuple(pools), arena)
+
+
+def _arena(store: KVStoreConfig, slot_bytes: int) -> ArenaPlan:
     least_bytes = least_disk_bytes(slot_bytes)
-    if 0 < config.kvstore.disk_bytes < least_bytes:
+    if 0 < store.disk_bytes < least_bytes:
         raise ConfigError(
             f"kvstore.disk_bytes: must be at least {least_bytes} for fragments of {slot_bytes} bytes, "
-            f"not {config.kvstore.disk_bytes}"
+            f"not {store.disk_bytes}"
         )
-    return ClusterPlan(cluster, name, tuple(pools), ArenaPlan(config.kvstore.arena_dir, slot_bytes, num_slots))
+    return ArenaPlan(store.arena_dir, slot_bytes, num_slots_for(store.host_bytes, slot_bytes))
 
 
 def model_name(config: ClusterConfig, model_dir: str) -> str:
@@ -155,18 +142,21 @@ def cluster_name(config: ClusterConfig, model_dir: str, host: str, start_id: str
     return "sy-" + hashlib.blake2b(where.encode(), digest_size=8).hexdigest()
 
 
-def _engine(common: EngineConfig, pool: PoolConfig) -> EngineConfig:
-    return dataclasses.replace(
-        common,
-        tp=pool.tp,
-        pp=pool.pp,
-        num_blocks=pool.num_blocks,
-        max_num_seqs=pool.max_num_seqs,
-        max_num_batched_tokens=pool.max_num_batched_tokens,
-        enable_prefix_caching=pool.enable_prefix_caching,
-        num_threads=pool.num_threads,
-        cuda_graphs=pool.cuda_graphs,
-        async_scheduling=pool.async_scheduling,
+def _engine(
+    config: ClusterConfig, pool: PoolConfig, model_dir: str, device: str, dtype: str, block_size: int
+) -> EngineConfig:
+    return EngineConfig(
+        model_dir,
+        dtype,
+        device,
+        block_size=block_size,
+        max_model_len=config.model.max_model_len,
+        batch_invariant=config.model.batch_invariant,
+        kv_encoding=config.kvstore.kv_encoding,
+        ignore_keys=config.model.ignore_keys,
+        plugins=config.model.plugins,
+        **dataclasses.asdict(config.engine),
+        **pool.options(),
     )
 
 

@@ -20,9 +20,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from deploy.health import Progress
 from deploy.kv_nodes import KVNodeSettings
-from deploy.metrics import Report, WorkerMetrics
+from deploy.metrics import RayMetrics, Report
 from deploy.plan import PoolPlan
 from deploy.rank_actor import RankActor
+from telemetry import worker
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,8 @@ class WorkerReplica:
         self._address, *_ = await asyncio.gather(*[rank.serve.remote() for rank in self._ranks])
         self._pids = await asyncio.gather(*[rank.pid.remote() for rank in self._ranks])
         self._progress = Progress(plan.progress_timeout_s, time.monotonic())
-        self._metrics = WorkerMetrics(plan.name, plan.spec.role, self._worker_id)
+        labels = dict(zip(worker.LABELS, (self._worker_id, plan.name, plan.spec.role), strict=True))
+        self._metrics = RayMetrics(worker.RAY_METRICS, labels)
         self._tasks = [asyncio.create_task(self._watch(rank)) for rank in self._ranks]
         self._tasks.append(asyncio.create_task(self._report()))
 

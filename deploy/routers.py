@@ -18,6 +18,7 @@ from deploy.config import EndpointsConfig, child_environment
 from deploy.supervise import Ready, SupervisedProcess
 from kvstore.addresses import join_host_port, reachable, split_host_port
 from router.config import RouterConfig, RouterSpec
+from settings.loading import write
 
 _READY_TIMEOUT_S = 60.0
 _ANSWER_TIMEOUT_S = 5.0
@@ -116,7 +117,7 @@ def _process(spec: RouterSpec, run_dir: Path) -> SupervisedProcess:
         if before is not None:
             grpc_port, http_port = (split_host_port(before[key])[1] for key in ("grpc_address", "http_address"))
             current = dataclasses.replace(spec, grpc_port=grpc_port, http_port=http_port)
-        path.write_text(json.dumps(dataclasses.asdict(current)), encoding="utf-8")
+        write(path, current)
         return [sys.executable, "-P", "-m", "router", "--spec", str(path)]
 
     return SupervisedProcess(spec.router_id, command, child_environment(), run_dir / f"{spec.router_id}.log")

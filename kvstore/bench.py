@@ -16,13 +16,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from kvstore.addresses import listen
 from kvstore.arena import arena_path
+from kvstore.config import NodeSpec
 from kvstore.directory import MemoryDirectory
 from kvstore.host_tier import HostTier
 from kvstore.names import NAME_BYTES, fragment_key
@@ -30,6 +30,7 @@ from kvstore.peer_tier import PEER_PLACE, PeerTier
 from kvstore.redis_client import connect
 from kvstore.redis_tier import RedisTier
 from kvstore.tiers import Fragment, Tier
+from settings.loading import write
 
 _REDIS_TTL_S = 60.0  # what a benchmark leaves in a Redis is gone a minute later
 _SECRET = "a benchmark's"
@@ -382,11 +383,11 @@ def node_process(arena_dir: str, shape: BenchShape, other: OtherHost = HERE) -> 
     """A node process whose arena holds two batches, so that later runs evict, as in service; its host address."""
     node_id = f"bench-{os.getpid()}"
     with tempfile.TemporaryDirectory(prefix="kv-") as folder:
-        command = [*other.enter, sys.executable, "-P", "-m", "kvstore.node", "--node-id", node_id]
-        command += ["--arena", str(arena_path(arena_dir, node_id)), "--host-address", f"unix:{folder}/host.sock"]
-        command += ["--slot-bytes", str(shape.fragment_bytes), "--num-slots", str(2 * shape.num_fragments)]
-        (Path(folder) / "secret").write_text(_SECRET)
-        command += ["--peer-address", f"{other.address}:0", "--secret-file", f"{folder}/secret"]
+        sizes = (shape.fragment_bytes, 2 * shape.num_fragments)
+        spec = NodeSpec(node_id, arena_path(arena_dir, node_id), *sizes, f"unix:{folder}/host.sock", secret=_SECRET)
+        spec = replace(spec, peer_address=f"{other.address}:0")
+        write(f"{folder}/spec.json", spec)
+        command = [*other.enter, sys.executable, "-P", "-m", "kvstore.node", "--spec", f"{folder}/spec.json"]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         try:
             assert process.stdout is not None

@@ -1,19 +1,24 @@
-"""The `kvstore` branch of the cluster's configuration.
+"""The `kvstore` branch of the cluster's configuration, and what a KV node process is told at its start.
 
 Knows nothing of how the other branches are read; numbers that are derived from it are computed by those who need them.
 """
 
 import math
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
+from kvstore.quick_calls import UNIX
 from kvstore.transport import check_peer_transport
 
 PREFIX_FETCH = ("cheapest", "always", "never")
 KV_ENCODINGS = ("none", "int8", "fp8")  # of keys and values, with loss
 COMPRESSIONS = ("none", "zstd")  # of the bytes of a fragment, without
+CALLS_SUFFIX = ".calls"  # behind the path of a node's host address: the socket for slot calls
 _LEAST_DISK_BYTES = 16 * 1024 * 1024
+_LONGEST_SOCKET_PATH = 107  # bytes; the kernel's limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +48,7 @@ class KVStoreConfig:
     peers: bool = False
     """Whether hosts pull fragments from each other. Bytes are tagged and verified, but not encrypted."""
     peer_transport: str = "tcp"
-    """By what they do: tcp, or nixl (the nixl package reads from other hosts' memory, over RDMA where there is such a
+    """How peers pull: tcp, or nixl (the nixl package reads from other hosts' memory, over RDMA where there is such a
     network). With nixl, whoever reaches a host's memory by it can also write there: its network must be private."""
     tier: str = ""
     """redis:// or rediss:// URL of the tier that hosts share, or redis+cluster://HOST:PORT,HOST:PORT (rediss+cluster)
@@ -102,6 +107,44 @@ class KVStoreConfig:
             raise ValueError(f"prefix_fetch: must be one of {', '.join(PREFIX_FETCH)}, not {self.prefix_fetch!r}")
         if not (math.isfinite(self.tier_ttl_s) and self.tier_ttl_s >= 1):
             raise ValueError(f"tier_ttl_s: must be at least 1 second, not {self.tier_ttl_s}")
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSpec:
+    """One KV node process: whose it is, its arena, where it listens, and the tiers behind it."""
+
+    node_id: str
+    """Name of the host in the directory."""
+    arena: Path
+    """File to make, in a folder that is kept in memory."""
+    slot_bytes: int
+    """Largest payload of a fragment."""
+    num_slots: int
+    """Fragments that fit into the arena."""
+    host_address: str
+    """unix:PATH (or HOST:PORT) for the workers of this host."""
+    control_address: str = ""
+    """HOST:PORT for the directory; port 0 picks one. Empty: no directory is served."""
+    peer_address: str = ""
+    """HOST:PORT that other hosts pull from; port 0 picks one. Empty: they pull nothing from here."""
+    kvstore: KVStoreConfig = field(default_factory=KVStoreConfig)
+    """The `kvstore` branch of the configuration: the disk tier, and by what peers may pull."""
+    secret: str = field(default="", repr=False)
+    """Of the tiers outside of the host's memory; needed where there is a disk tier, or peers."""
+    cluster: str = ""
+    """Name of the cluster: callers of others are refused."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", self.node_id):
+            raise ValueError(f"node_id: letters, digits, dot, dash and underscore, not {self.node_id!r}")
+        for name in ("slot_bytes", "num_slots"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: must be > 0, not {getattr(self, name)}")
+        if (self.kvstore.disk_bytes or self.peer_address) and not self.secret:
+            raise ValueError("secret: needed where there is a disk tier, or peers")
+        path = (self.host_address.removeprefix(UNIX) + CALLS_SUFFIX).encode()
+        if self.host_address.startswith(UNIX) and len(path) > _LONGEST_SOCKET_PATH:
+            raise ValueError(f"host_address: longer than {_LONGEST_SOCKET_PATH} bytes: {self.host_address}")
 
 
 def is_redis(url: str) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kvstore.authenticity import FragmentAuthenticator
-from kvstore.config import is_redis, is_redis_cluster
+from kvstore.config import KVStoreConfig, is_redis, is_redis_cluster
 from kvstore.directory import Directory
 from kvstore.file_journal import FileJournal
 from kvstore.host_tier import HostTier
@@ -58,34 +58,25 @@ def open_journal(url: str, cluster: str) -> StreamJournal:
 
 
 def open_tiers(
-    host_address: str,
-    tier_url: str,
-    tier_secret: str,
-    tier_ttl_s: float,
-    peers_control: str = "",
-    peer_transport: str = "tcp",
-    tier_compression: str = "none",
-    cluster: str = "",
+    host_address: str, store: KVStoreConfig, secret: str = "", control: str = "", cluster: str = ""
 ) -> list[Tier]:
-    """The tiers of a worker in the order in which they are asked; an empty address leaves that tier out.
+    """The tiers of a worker in the order in which they are asked; without host_address there is no host tier.
 
-    peers_control: URL of the directory in which peers are found. Raises ValueError for an address that is none, and for
-    a tier outside the host without a secret; ImportError or OSError when NIXL is asked for and does not work here.
+    secret: of tiers outside the host's memory. control: URL of the directory in which peers are found. Raises
+    ValueError for a tier outside the host without a secret; ImportError or OSError when NIXL is asked for and does not
+    work here.
     """
     tiers: list[Tier] = []
     host = HostTier(host_address, cluster) if host_address else None
     if host is not None:
         tiers.append(host)
-    if peers_control:
-        directory = open_directory(peers_control, cluster)
-        connect = _connect_by_nixl(tier_secret) if peer_transport == "nixl" else None
-        tiers.append(PeerTier(directory, tier_secret, lambda: host.peer_address if host is not None else "", connect))
-    if is_redis_cluster(tier_url):
-        tiers.append(RedisClusterTier(tier_url, tier_secret, tier_ttl_s, tier_compression))
-    elif tier_url:
-        if not is_redis(tier_url):
-            raise ValueError(f"tier: must be empty or a redis:// URL, not {tier_url!r}")
-        tiers.append(RedisTier(tier_url, tier_secret, tier_ttl_s, tier_compression))
+    if store.peers and control:
+        directory = open_directory(control, cluster)
+        connect = _connect_by_nixl(secret) if store.peer_transport == "nixl" else None
+        tiers.append(PeerTier(directory, secret, lambda: host.peer_address if host is not None else "", connect))
+    if store.tier:
+        make = RedisClusterTier if is_redis_cluster(store.tier) else RedisTier
+        tiers.append(make(store.tier, secret, store.tier_ttl_s, store.tier_compression))
     return tiers
 
 

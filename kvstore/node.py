@@ -1,7 +1,7 @@
-"""The KV node process of one host: `python -m kvstore.node --help`.
+"""The KV node process of one host: `python -m kvstore.node --spec FILE`. FILE is the JSON or YAML of config.NodeSpec.
 
 Owns the shared-memory arena and the disk tier behind it, and serves slots to the workers of this host; serves bytes to
-other hosts when --peer-address is given, and the cluster's directory when --control-address is. Prints one JSON line
+other hosts when it has a peer_address, and the cluster's directory when it has a control_address. Prints one JSON line
 when it is ready and stays up until SIGTERM, then removes its files, those on disk apart.
 Knows nothing of engines, routers or who started it.
 """
@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import signal
 import socket
 import sys
@@ -18,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -26,7 +24,7 @@ from switchyard.v1 import kvnode_pb2_grpc
 
 from kvstore.addresses import with_port
 from kvstore.arena import Arena, ArenaInUse, create_arena
-from kvstore.config import COMPRESSIONS
+from kvstore.config import CALLS_SUFFIX, NodeSpec
 from kvstore.directory import MemoryDirectory
 from kvstore.disk import DiskTier
 from kvstore.node_service import ClusterGuard, ControlServicer, KVNodeServicer
@@ -35,10 +33,9 @@ from kvstore.peer_server import PeerServer
 from kvstore.quick_calls import UNIX, CallServer
 from kvstore.slot_calls import serve_slot_calls
 from kvstore.slot_table import SlotTable
-from kvstore.transport import PEER_TRANSPORTS, ReadableMemory, check_peer_transport
+from kvstore.transport import ReadableMemory
+from settings.loading import SettingsError, load
 
-_LONGEST_SOCKET_PATH = 107  # bytes; the kernel's limit
-_CALLS = ".calls"  # behind the path of the host address: the socket for slot calls
 _NUM_THREADS = 8
 _SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),  # else a second process binds the same port, and calls go to either
@@ -49,47 +46,6 @@ _SERVER_OPTIONS = (
 
 class StartError(Exception):
     """The node cannot start; the message is one line for the operator."""
-
-
-@dataclass(frozen=True, slots=True)
-class NodeSpec:
-    """What one node process is to be."""
-
-    node_id: str
-    arena: Path
-    slot_bytes: int
-    num_slots: int
-    host_address: str
-    control_address: str
-    """Empty: no directory is served."""
-    peer_address: str = ""
-    """Empty: other hosts pull nothing from here."""
-    peer_transport: str = "tcp"
-    """nixl: other hosts may read from the arena by themselves, too."""
-    disk_dir: Path | None = None
-    """None: no disk tier."""
-    disk_bytes: int = 0
-    disk_write: str = "back"
-    disk_compression: str = "none"
-    secret: str = field(default="", repr=False)
-    """Of the tiers outside of the host's memory; needed where there is one."""
-    cluster: str = ""
-    """Whose node it is: callers of other clusters are refused."""
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", self.node_id):
-            raise ValueError(f"--node-id: letters, digits, dot, dash and underscore, not {self.node_id!r}")
-        if self.slot_bytes <= 0 or self.num_slots <= 0:
-            raise ValueError("--slot-bytes and --num-slots: must be > 0")
-        if (self.disk_dir is not None or self.peer_address) and not self.secret:
-            raise ValueError("--secret-file: needed where there is a disk tier, or peers")
-        try:
-            check_peer_transport(self.peer_transport)
-        except ValueError as error:
-            raise ValueError(f"--peer-transport: {error}") from None
-        path = self.host_address.removeprefix(UNIX)
-        if self.host_address.startswith(UNIX) and len((path + _CALLS).encode()) > _LONGEST_SOCKET_PATH:
-            raise ValueError(f"--host-address: longer than {_LONGEST_SOCKET_PATH} bytes: {path}")
 
 
 def run(spec: NodeSpec, stop: threading.Event, announce: Callable[[dict[str, object]], None]) -> None:
@@ -104,7 +60,7 @@ def run(spec: NodeSpec, stop: threading.Event, announce: Callable[[dict[str, obj
         ending.callback(slots.close)
         peer_address = ""
         if spec.peer_address:
-            memory = _register_arena(owned.arena) if spec.peer_transport == "nixl" else None
+            memory = _register_arena(owned.arena) if spec.kvstore.peer_transport == "nixl" else None
             if memory is not None:
                 ending.callback(memory.close)
             peers = _serve_peers(spec, slots, memory)
@@ -132,20 +88,20 @@ def run(spec: NodeSpec, stop: threading.Event, announce: Callable[[dict[str, obj
 
 def _open_slots(spec: NodeSpec, arena: Arena) -> NodeSlots:
     table = SlotTable(spec.num_slots, time.monotonic, first_generation=time.time_ns())
-    disk = None
-    if spec.disk_dir is not None:
+    store, disk = spec.kvstore, None
+    if store.disk_bytes:
         try:
             disk = DiskTier(
-                spec.disk_dir,
-                spec.disk_bytes,
+                Path(store.disk_dir),
+                store.disk_bytes,
                 spec.slot_bytes,
                 spec.secret,
                 time.monotonic,
-                compression=spec.disk_compression,
+                compression=store.disk_compression,
             )
         except ValueError as error:
             raise StartError(str(error)) from error
-    return NodeSlots(arena, table, disk, writes_through=spec.disk_write == "through")
+    return NodeSlots(arena, table, disk, writes_through=store.disk_write == "through")
 
 
 def _register_arena(arena: Arena) -> ReadableMemory:
@@ -154,7 +110,7 @@ def _register_arena(arena: Arena) -> ReadableMemory:
 
         return NixlMemory(arena)
     except (ImportError, OSError) as error:
-        raise StartError(f"--peer-transport nixl: {error}") from error
+        raise StartError(f"kvstore.peer_transport: nixl: {error}") from error
 
 
 def _serve_peers(spec: NodeSpec, slots: NodeSlots, memory: ReadableMemory | None) -> PeerServer:
@@ -168,7 +124,7 @@ def _serve_slots(spec: NodeSpec, slots: NodeSlots, peer_address: str) -> tuple[g
     _remove_dead_socket(spec.host_address)
     server, address = _bind(spec.host_address, spec.cluster)
     servicer = KVNodeServicer(slots, spec.node_id, peer_address)
-    call_address = address + _CALLS if address.startswith(UNIX) else with_port(address, 0)
+    call_address = address + CALLS_SUFFIX if address.startswith(UNIX) else with_port(address, 0)
     try:
         calls = serve_slot_calls(call_address, servicer)
     except OSError as error:
@@ -210,51 +166,15 @@ def _remove_dead_socket(address: str) -> None:
     raise StartError(f"another process listens on {path}")
 
 
-def _parse(arguments: Sequence[str]) -> NodeSpec:
-    parser = argparse.ArgumentParser(prog="python -m kvstore.node", description="The KV node process of one host.")
-    parser.add_argument("--node-id", required=True, help="name of the host in the directory")
-    parser.add_argument("--arena", required=True, type=Path, help="file to make, in a folder that is kept in memory")
-    parser.add_argument("--slot-bytes", required=True, type=int, help="largest payload of a fragment")
-    parser.add_argument("--num-slots", required=True, type=int, help="fragments that fit into the arena")
-    parser.add_argument("--host-address", required=True, help="unix:PATH (or HOST:PORT) for the workers of this host")
-    parser.add_argument("--control-address", default="", help="HOST:PORT for the directory; port 0 picks one")
-    parser.add_argument("--peer-address", default="", help="HOST:PORT that other hosts pull from; port 0 picks one")
-    parser.add_argument("--peer-transport", choices=PEER_TRANSPORTS, default="tcp", help="by what they may pull")
-    parser.add_argument("--disk-dir", type=Path, help="folder of the disk tier, its own; without it there is none")
-    parser.add_argument("--disk-bytes", type=int, default=0, help="bound of the disk tier")
-    parser.add_argument("--disk-write", choices=("back", "through"), default="back", help="what goes there, and when")
-    parser.add_argument("--disk-compression", choices=COMPRESSIONS, default="none", help="of what is written there")
-    parser.add_argument("--secret-file", type=Path, help="file with the secret of the tiers outside of memory")
-    parser.add_argument("--cluster", default="", help="name of the cluster; callers of others are refused")
-    values = parser.parse_args(arguments)
-    try:
-        secret = values.secret_file.read_text().strip() if values.secret_file else ""
-    except (OSError, UnicodeDecodeError) as error:
-        parser.error(f"--secret-file: {error}")
-    try:
-        return NodeSpec(
-            node_id=values.node_id,
-            arena=values.arena,
-            slot_bytes=values.slot_bytes,
-            num_slots=values.num_slots,
-            host_address=values.host_address,
-            control_address=values.control_address,
-            peer_address=values.peer_address,
-            peer_transport=values.peer_transport,
-            disk_dir=values.disk_dir,
-            disk_bytes=values.disk_bytes,
-            disk_write=values.disk_write,
-            disk_compression=values.disk_compression,
-            secret=secret,
-            cluster=values.cluster,
-        )
-    except ValueError as error:
-        parser.error(str(error))
-
-
 def main(arguments: Sequence[str]) -> int:
     """Exit codes: 0 stopped, 1 could not start, 2 bad usage."""
-    spec = _parse(arguments)
+    parser = argparse.ArgumentParser(prog="python -m kvstore.node", description="The KV node process of one host.")
+    parser.add_argument("--spec", required=True, help="JSON or YAML file of a NodeSpec")
+    try:
+        spec = load(NodeSpec, parser.parse_args(arguments).spec)
+    except SettingsError as error:
+        print(f"kvstore.node: {error}", file=sys.stderr)
+        return 2
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         # Not set() here: a handler runs between any two steps of this thread, which may hold the event's lock.

@@ -25,9 +25,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kvstore.arena import arena_path
+from kvstore.config import KVStoreConfig, NodeSpec
 from planner import direct
 from planner.direct import DirectWorker, Part
 from planner.rows import Measurement
+from settings.loading import write
 from workers.config import EngineConfig, WorkerSpec
 
 PROMPT_TOKENS = 4096
@@ -174,7 +176,7 @@ def _spec(model: Path, node: _Node, role: str, name: str = "", prefix_fetch: str
         node_id="bench",
         host_address=node.host_address,
         control=node.control_url,
-        prefix_fetch=prefix_fetch,
+        kvstore=KVStoreConfig(prefix_fetch=prefix_fetch),
     )
     return json.dumps(asdict(spec))
 
@@ -183,10 +185,10 @@ def _spec(model: Path, node: _Node, role: str, name: str = "", prefix_fetch: str
 def _kv_node(folder: Path) -> Iterator[_Node]:
     slot_bytes = 24 * 2 * BLOCK_SIZE * 64 * 4  # one block of one head, all layers, fp32
     arena = arena_path("/dev/shm", "bench")
-    command = [sys.executable, "-P", "-m", "kvstore.node", "--node-id", "bench", "--arena", str(arena)]
-    command += ["--slot-bytes", str(slot_bytes), "--num-slots", str(8 * 2 * PROMPT_TOKENS // BLOCK_SIZE)]
-    command += ["--host-address", f"unix:{folder}/node.sock", "--control-address", "127.0.0.1:0"]
-    with _process(command) as ready:
+    num_slots = 8 * 2 * PROMPT_TOKENS // BLOCK_SIZE
+    address = f"unix:{folder}/node.sock"
+    write(folder / "node.json", NodeSpec("bench", arena, slot_bytes, num_slots, address, "127.0.0.1:0"))
+    with _process([sys.executable, "-P", "-m", "kvstore.node", "--spec", str(folder / "node.json")]) as ready:
         yield _Node(str(ready["host_address"]), f"memory://{ready['control_address']}")
 
 

@@ -18,7 +18,7 @@ RouterError
  +- Cancelled               the client went away
  +- Superseded              another router carries the stream now
 StartupError                the process cannot start: exit code 2
- +- ConfigError             a bad spec or config; the message names the path of the key
+ +- ConfigError             an address in the spec that is none; the message names the key
  +- PortInUse               somebody else listens there
  +- ModelFilesError         the model directory lacks what a router needs
 """

@@ -1,6 +1,6 @@
 """What a router counts, and what its workers told it, for Prometheus. Its own registry: a process may hold several.
 
-Knows the names and units of metrics; knows nothing of how a stream runs.
+Names, units and buckets are declared in `telemetry`. Knows nothing of how a stream runs.
 """
 
 from __future__ import annotations
@@ -16,38 +16,10 @@ from router.dispatch import Dispatcher
 from router.generation import Account
 from router.policy import Placement
 from router.streams import HandOff
-
-_LATENCIES_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0)
-_LABELS = ("worker", "pool", "role")
-
-# Fields of WorkerLoad as they are, by kind.
-_GAUGES = {
-    "num_running": "Requests in the worker's running batch.",
-    "num_waiting": "Requests waiting for a place in the batch.",
-    "num_waiting_for_kv": "Decode requests waiting for KV blocks.",
-    "num_free_blocks": "KV blocks that can be allocated now.",
-    "num_queued_tokens": "Prompt tokens accepted and not yet computed.",
-}
-_COUNTERS = {
-    "num_steps": "Engine steps done.",
-    "num_computed_prompt_tokens": "Prompt tokens computed.",
-    "num_cached_prompt_tokens": "Prompt tokens taken from the device prefix cache, or from the tiers.",
-    "num_recomputed_prompt_tokens": "Prompt tokens computed by decode requests because blocks were missing or bad.",
-    "num_generated_tokens": "Tokens generated.",
-    "num_preemptions": "Requests preempted for want of blocks.",
-    "num_published_blocks": "KV blocks published.",
-    "num_transferred_blocks": "KV blocks pulled, verified and used.",
-    "num_prefixes_fetched": "Prefixes that only the tiers had and that were pulled, because that was cheaper.",
-    "num_prefixes_recomputed": "Prefixes that only the tiers had and that were computed again: that was cheaper.",
-    "num_useless_prefetched_fragments": "KV fragments prefetched for requests that did not use them.",
-}
-_LABELLED_COUNTERS = {
-    "num_rejected_fragments": ("reason", "KV fragments rejected."),
-    "pulled_bytes": ("tier", "Bytes of KV pulled."),
-    "published_bytes": ("tier", "Bytes of KV published."),
-    "num_prefetched_fragments": ("tier", "KV fragments brought to the host for queued requests."),
-    "prefetched_bytes": ("tier", "Bytes of them."),
-}
+from telemetry import router as declared
+from telemetry import worker
+from telemetry.metric import Kind, samples
+from telemetry.metric import Metric as Declared
 
 
 class Metrics:
@@ -55,26 +27,22 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._requests = self._counter("switchyard_requests", "Requests ended, by outcome.", ("outcome",))
-        self._placements = self._counter("switchyard_placements", "First placements, by kind.", ("kind",))
-        self._replacements = self._counter("switchyard_replacements", "Streams placed anew after losing a worker.")
-        self._dropped = self._counter("switchyard_dropped_frames", "Token frames dropped: old epoch, or doubled.")
-        self._snapshots = self._counter("switchyard_block_snapshots", "Times that a worker told all blocks it holds.")
-        self._gaps = self._counter("switchyard_block_gaps", "Times that news of a worker's blocks were missed.")
-        self._resumed = self._counter("switchyard_resumed_streams", "Streams that a client came back for.")
-        self._prompt_tokens = self._counter("switchyard_prompt_tokens", "Prompt tokens of requests ended.")
-        self._output_tokens = self._counter("switchyard_output_tokens", "Tokens given to clients.")
-        self._ttft = self._histogram("switchyard_ttft_seconds", "From arrival to the first token.")
-        self._predicted = self._histogram("switchyard_ttft_predicted_seconds", "What the placement predicted for it.")
-        self._tpot = self._histogram("switchyard_tpot_seconds", "Between tokens, the mean of each stream.")
-        self._queue = self._histogram("switchyard_queue_seconds", "From arrival to the first placement.")
-        self._hand_off = self._histogram(
-            "switchyard_handoff_seconds", "From the end of a prefill's last chunk to its decode worker's first step."
-        )
-        self._relay = self._histogram(
-            "switchyard_handoff_relay_seconds", "Of a hand-off: until the decode worker's engine was told to go on."
-        )
-        self._duration = self._histogram("switchyard_request_seconds", "From arrival to the end of served requests.")
+        self._requests = self._counter(declared.REQUESTS)
+        self._placements = self._counter(declared.PLACEMENTS)
+        self._replacements = self._counter(declared.REPLACEMENTS)
+        self._dropped = self._counter(declared.DROPPED_FRAMES)
+        self._snapshots = self._counter(declared.BLOCK_SNAPSHOTS)
+        self._gaps = self._counter(declared.BLOCK_GAPS)
+        self._resumed = self._counter(declared.RESUMED_STREAMS)
+        self._prompt_tokens = self._counter(declared.PROMPT_TOKENS)
+        self._output_tokens = self._counter(declared.OUTPUT_TOKENS)
+        self._ttft = self._histogram(declared.TIME_TO_FIRST)
+        self._predicted = self._histogram(declared.PREDICTED_TIME_TO_FIRST)
+        self._tpot = self._histogram(declared.TIME_PER_OUTPUT)
+        self._queue = self._histogram(declared.QUEUE)
+        self._hand_off = self._histogram(declared.HANDOFF)
+        self._relay = self._histogram(declared.HANDOFF_RELAY)
+        self._duration = self._histogram(declared.DURATION)
 
     def text(self) -> bytes:
         """All of it in Prometheus' text format."""
@@ -88,12 +56,9 @@ class Metrics:
         is_journal_up: Callable[[], bool],
     ) -> None:
         """Show what these say at the time of each scrape."""
-        inflight = Gauge("switchyard_inflight_requests", "Requests admitted and not ended.", registry=self.registry)
-        inflight.set_function(num_inflight)
-        directory = Gauge("switchyard_directory_up", "Whether the directory answers.", registry=self.registry)
-        directory.set_function(lambda: float(is_directory_up()))
-        journal = Gauge("switchyard_journal_up", "Whether streams can be resumed.", registry=self.registry)
-        journal.set_function(lambda: float(is_journal_up()))
+        self._gauge(declared.INFLIGHT_REQUESTS, num_inflight)
+        self._gauge(declared.DIRECTORY_UP, is_directory_up)
+        self._gauge(declared.JOURNAL_UP, is_journal_up)
         self.registry.register(_WorkerMetrics(dispatcher))
 
     # -- RequestObserver
@@ -142,11 +107,18 @@ class Metrics:
     def block_gap(self) -> None:
         self._gaps.inc()
 
-    def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
-        return Counter(name, text, labels, registry=self.registry)
+    def _counter(self, metric: Declared) -> Counter:
+        return Counter(metric.name, metric.meaning, metric.labels, registry=self.registry)
 
-    def _histogram(self, name: str, text: str) -> Histogram:
-        return Histogram(name, text, buckets=_LATENCIES_S, registry=self.registry)
+    def _gauge(self, metric: Declared, value: Callable[[], float]) -> None:
+        Gauge(metric.name, metric.meaning, registry=self.registry).set_function(lambda: float(value()))
+
+    def _histogram(self, metric: Declared) -> Histogram:
+        return Histogram(metric.name, metric.meaning, buckets=metric.buckets, registry=self.registry)
+
+
+Row = tuple[tuple[str, ...], WorkerLoad]
+"""A worker's values of worker.LABELS, and its last load report."""
 
 
 class _WorkerMetrics(Collector):
@@ -156,56 +128,29 @@ class _WorkerMetrics(Collector):
         self._dispatcher = dispatcher
 
     def collect(self) -> Iterable[Metric]:
-        infos = self._dispatcher.fleet.workers
-        rows = [
-            ((info.worker_id, info.pool, info.role.value), self._dispatcher.loads.get(info.worker_id)) for info in infos
-        ]
-        up = GaugeMetricFamily("switchyard_worker_up", "1 for each worker that takes requests.", labels=_LABELS)
-        for labels, _ in rows:
-            up.add_metric(labels, 1)
-        yield up
-        known = GaugeMetricFamily(
-            "switchyard_worker_known_blocks",
-            "KV blocks that the worker said it holds; absent while guessed.",
-            labels=_LABELS,
-        )
-        for labels, _ in rows:
-            if (num_told := self._dispatcher.fleet.num_told_blocks(labels[0])) is not None:
-                known.add_metric(labels, num_told)
-        yield known
-        yield from _families([(labels, load) for labels, load in rows if load is not None])
+        fleet, loads = self._dispatcher.fleet, self._dispatcher.loads
+        labels = [(info.worker_id, info.pool, info.role.value) for info in fleet.workers]
+        yield _family(worker.UP, [(row, 1) for row in labels])
+        known = [(row, fleet.num_told_blocks(row[0])) for row in labels]
+        yield _family(worker.KNOWN_BLOCKS, [(row, num_told) for row, num_told in known if num_told is not None])
+        rows = [(row, loads[row[0]]) for row in labels if row[0] in loads]
+        for metric in (*worker.ENGINE, *worker.STORE):
+            yield _family(
+                metric, [((*row, *more), value) for row, load in rows for more, value in samples(metric, load)]
+            )
+        yield _family(worker.TIER_OK, [sample for row in rows for sample in _tiers_ok(row)])
 
 
-def _families(rows: list[tuple[tuple[str, ...], WorkerLoad]]) -> Iterable[Metric]:
-    for field, text in _GAUGES.items():
-        gauge = GaugeMetricFamily(f"switchyard_worker_{_short(field)}", text, labels=_LABELS)
-        for labels, load in rows:
-            gauge.add_metric(labels, getattr(load, field))
-        yield gauge
-    for field, text in _COUNTERS.items():
-        counter = CounterMetricFamily(f"switchyard_worker_{_short(field)}", text, labels=_LABELS)
-        for labels, load in rows:
-            counter.add_metric(labels, getattr(load, field))
-        yield counter
-    for field, (label, text) in _LABELLED_COUNTERS.items():
-        counter = CounterMetricFamily(f"switchyard_worker_{_short(field)}", text, labels=(*_LABELS, label))
-        for labels, load in rows:
-            for key, value in getattr(load, field).items():
-                counter.add_metric((*labels, key), value)
-        yield counter
-    tiers = GaugeMetricFamily("switchyard_worker_tier_up", "Whether a tier answers.", labels=(*_LABELS, "tier"))
-    works = GaugeMetricFamily(
-        "switchyard_worker_tier_ok",
-        "Whether a tier does all that it should; /readyz says why not.",
-        labels=(*_LABELS, "tier"),
-    )
-    for labels, load in rows:
-        for tier, is_up in load.tier_is_up.items():
-            tiers.add_metric((*labels, tier), float(is_up))
-            works.add_metric((*labels, tier), float(is_up and tier not in load.tier_problems))
-    yield tiers
-    yield works
+def _family(metric: Declared, values: Iterable[tuple[tuple[str, ...], float]]) -> Metric:
+    kind = CounterMetricFamily if metric.kind is Kind.COUNTER else GaugeMetricFamily
+    family = kind(metric.name, metric.meaning, labels=metric.labels)
+    for labels, value in values:
+        family.add_metric(labels, value)
+    return family
 
 
-def _short(field: str) -> str:
-    return field.removeprefix("num_")
+def _tiers_ok(row: Row) -> list[tuple[tuple[str, ...], float]]:
+    labels, load = row
+    return [
+        ((*labels, tier), float(is_up and tier not in load.tier_problems)) for tier, is_up in load.tier_is_up.items()
+    ]

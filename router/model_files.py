@@ -33,10 +33,12 @@ class SamplingDefaults:
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """What the model's family reads of config.json. 0: under its usual name there, which must be in the file."""
+    """What the model's family reads of config.json."""
 
     context_tokens: int = 0
+    """Most tokens of prompt and completion; 0 means max_position_embeddings, which must be in the file."""
     vocab_size: int = 0
+    """Its size; 0 means vocab_size, which must be in the file."""
 
 
 @dataclass(frozen=True, slots=True)

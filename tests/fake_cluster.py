@@ -22,6 +22,7 @@ from typing import Any
 import grpc
 from switchyard.v1 import worker_pb2, worker_pb2_grpc
 
+from kvstore.config import KVStoreConfig
 from kvstore.connect import open_directory
 from kvstore.directory import DirectoryUnavailable
 from router.client import GenerationClient
@@ -144,10 +145,12 @@ class Shape:
             engine=EngineConfig(str(model_dir), **settings),
             model_name=self.model_name,
             cluster=self.cluster,
-            tier=self.tier,
-            peers=self.peers,
-            peer_transport=self.peer_transport,
-            prefix_fetch="always",  # no probe at the start, and whatever may be pulled is pulled
+            kvstore=KVStoreConfig(
+                tier=self.tier,
+                peers=self.peers,
+                peer_transport=self.peer_transport,
+                prefix_fetch="always",  # no probe at the start, and whatever may be pulled is pulled
+            ),
             tier_secret=self.secret if self.tier or self.peers else "",
             layers_per_fragment=1,
         )
@@ -199,13 +202,14 @@ class FakeCluster:
         runner = str(self.shape.engine.get("runner", "fake"))
         return weights_identity(self.model_dir, load_config(self.model_dir), runner)
 
-    def _node_options(self, number: int) -> list[str]:
-        options = ["--peer-transport", self.shape.peer_transport, "--cluster", self.shape.cluster]
-        options += ["--peer-address", f"127.0.0.1:{free_port()}"] if self.shape.peers else []
+    def _node_options(self, number: int) -> dict[str, object]:
+        """Of a NodeSpec."""
+        store: dict[str, object] = {"peer_transport": self.shape.peer_transport}
         if self.shape.disk_bytes:
             folder = self.shape.disk_dir or f"{self.folder}/disk-{number}"
-            options += ["--disk-dir", folder, "--disk-bytes", str(self.shape.disk_bytes), "--disk-write", "through"]
-        return options
+            store |= {"disk_dir": folder, "disk_bytes": self.shape.disk_bytes, "disk_write": "through"}
+        peer_address = f"127.0.0.1:{free_port()}" if self.shape.peers else ""
+        return {"cluster": self.shape.cluster, "peer_address": peer_address, "kvstore": store}
 
     # ------------------------------------------------------------------------------------------------------ processes
     def node_of(self, name: str) -> ForkedNode:

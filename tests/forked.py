@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.processes import DEADLINE_S, REPOSITORY, KVNode, python_environment, wait_until
@@ -130,7 +130,7 @@ class ForkedNode(KVNode):
         slot_bytes: int,
         num_slots: int,
         name: str = "node",
-        options: Sequence[str] = (),
+        options: Mapping[str, object] | None = None,
     ) -> None:
         self.server = Server(prefork, "node", name, folder)
         super().__init__(f"fake-{uuid.uuid4().hex[:12]}", slot_bytes, num_slots, options, secret=SECRET)
@@ -142,7 +142,7 @@ class ForkedNode(KVNode):
 
     def start(self) -> None:
         """Forks the process and waits for its ready line."""
-        self.server.start(self.command()[3:])  # without "python -m kvstore.node"
+        self.server.start(self.spec())
         self.ready = dict(self.server.wait_ready())
 
     def _end(self, number: signal.Signals) -> int:

@@ -1,7 +1,7 @@
 """Starts servers for tests in no time: imports what they need once, then forks for each: `python -m tests.prefork`.
 
 Reads one JSON object a line, {"program": "worker" | "router" | "node", "spec": FILE, "output": FILE, "errors": FILE},
-and answers with {"pid": PID}. A node's spec is the list of its arguments. Each child is a session of its own and does
+and answers with {"pid": PID}. Each child is a session of its own and does
 what its real `main` does; when this process ends, so do they all.
 """
 
@@ -16,7 +16,6 @@ import signal
 import sys
 import threading
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import grpc.aio  # noqa: F401  # imported here so that no child has to
 
@@ -25,6 +24,7 @@ import router.app  # noqa: F401
 import workers.rank  # noqa: F401
 from kvstore.node import main as node_main
 from router.__main__ import main as router_main
+from settings.loading import load
 from workers.config import WorkerSpec
 from workers.process import run_rank
 
@@ -34,7 +34,7 @@ _PR_SET_PDEATHSIG = 1
 def _run_worker(spec: str) -> int:
     """A worker as `python -m workers` runs it, but rank 0 in this very process and the others forked from it."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    told = WorkerSpec.from_json(Path(spec).read_text())
+    told = load(WorkerSpec, spec)
     meeting = f"file://{spec}.{os.getpid()}.meeting"
     for rank in range(1, told.engine.tp * told.engine.pp):
         if os.fork() == 0:
@@ -70,7 +70,7 @@ def _become(order: dict[str, str]) -> None:
         if order["program"] == "worker":
             code = _run_worker(order["spec"])
         elif order["program"] == "node":
-            code = node_main(json.loads(Path(order["spec"]).read_text()))
+            code = node_main(["--spec", order["spec"]])
         else:
             code = router_main(["--spec", order["spec"]])
     except BaseException:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import redis
@@ -108,18 +108,21 @@ class KVNode:
     """A node process with a small arena; its directory listens on a port that stays the same over restarts."""
 
     def __init__(
-        self, node_id: str, slot_bytes: int = 4096, num_slots: int = 64, options: Sequence[str] = (), secret: str = ""
+        self,
+        node_id: str,
+        slot_bytes: int = 4096,
+        num_slots: int = 64,
+        options: Mapping[str, object] | None = None,
+        secret: str = "",
     ) -> None:
+        """options: other fields of its NodeSpec."""
         shm = Path("/dev/shm")
         self._folder = Path(tempfile.mkdtemp(prefix="kv-"))  # a short path: sockets allow 107 bytes
         arena_dir = shm if shm.is_dir() and os.access(shm, os.W_OK) else self._folder
         self.node_id = node_id
         self.slot_bytes = slot_bytes
         self.num_slots = num_slots
-        self.options = list(options)
-        if secret:
-            (self._folder / "secret").write_text(secret)
-            self.options += ["--secret-file", str(self._folder / "secret")]
+        self.options = {**(options or {}), "secret": secret}
         self.arena = arena_dir / f"switchyard-{node_id}.arena"
         self.host_address = f"unix:{self._folder / 'host.sock'}"
         self.control_address = f"127.0.0.1:{free_port()}"
@@ -137,16 +140,25 @@ class KVNode:
         assert self._process is not None
         return self._process.pid
 
-    def command(self) -> list[str]:
-        """The command line that starts this node."""
-        command = [sys.executable, "-m", "kvstore.node", "--node-id", self.node_id, "--arena", str(self.arena)]
-        command += ["--slot-bytes", str(self.slot_bytes), "--num-slots", str(self.num_slots), *self.options]
-        return [*command, "--host-address", self.host_address, "--control-address", self.control_address]
+    def spec(self) -> dict[str, object]:
+        """What the process reads: a NodeSpec."""
+        return {
+            "node_id": self.node_id,
+            "arena": str(self.arena),
+            "slot_bytes": self.slot_bytes,
+            "num_slots": self.num_slots,
+            "host_address": self.host_address,
+            "control_address": self.control_address,
+            **self.options,
+        }
 
     def start(self) -> None:
         """Starts the process and waits for its ready line."""
+        path = self._folder / "spec.json"
+        path.write_text(json.dumps(self.spec()))
+        command = [sys.executable, "-m", "kvstore.node", "--spec", str(path)]
         self._process = subprocess.Popen(
-            self.command(), stdout=subprocess.PIPE, text=True, env=python_environment(), cwd=REPOSITORY
+            command, stdout=subprocess.PIPE, text=True, env=python_environment(), cwd=REPOSITORY
         )
         assert self._process.stdout is not None
         line = self._process.stdout.readline()

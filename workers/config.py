@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from kvstore.config import KV_ENCODINGS, PREFIX_FETCH
+from kvstore.config import KV_ENCODINGS, KVStoreConfig
 from workers.errors import ModelError
 
 ROLES = ("prefill", "decode", "mixed")
@@ -41,52 +42,90 @@ def kv_row_bytes(kv_encoding: str, head_dim: int, element_bytes: int) -> int:
     return head_dim * element_bytes if kv_encoding == "none" else head_dim + KV_SCALE_BYTES
 
 
+def _require(holds: bool, name: str, message: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}: {message}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """What an operator may choose for the engines of each pool. `pools.NAME` and an engine have these fields alike."""
+
+    tp: int = 1
+    """Tensor-parallel ranks of a pipeline stage; they share one host."""
+    pp: int = 1
+    """Pipeline stages."""
+    num_blocks: int = 0
+    """Device KV blocks of a worker; 0 means from the free memory."""
+    max_num_seqs: int = 32
+    """Most requests in a running batch."""
+    max_num_batched_tokens: int = 512
+    """Most tokens of one engine step."""
+    enable_prefix_caching: bool = True
+    """Whether finished blocks stay as cache."""
+    num_threads: int = 1
+    """CPU threads of a rank."""
+    cuda_graphs: bool | None = None
+    """Whether steps run from captured graphs; null means on cuda. On a CPU only their buffers are the same."""
+    async_scheduling: bool | None = None
+    """Whether a step is planned while the one before it runs; null means on cuda, where pp is 1. It needs pp=1: the
+    first stage has no tokens before the last is through."""
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp", "max_num_seqs", "max_num_batched_tokens", "num_threads"):
+            _require(getattr(self, name) >= 1, name, f"must be at least 1, not {getattr(self, name)}")
+        _require(self.num_blocks >= 0, "num_blocks", f"must be >= 0, not {self.num_blocks}")
+        _require(not self.async_scheduling or self.pp == 1, "async_scheduling", "needs pp=1")
+
+    def options(self) -> dict[str, Any]:
+        """These fields alone, by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(EngineOptions)}
+
+
 @dataclass(frozen=True, slots=True)
-class EngineConfig:
+class EngineConfig(EngineOptions):
     """One engine: what it computes with and how much at a time."""
 
     model_dir: str
-    dtype: str = "auto"  # auto: float32 on CPU, bfloat16 on CUDA
-    device: str = "auto"  # auto: cuda when there is one
-    tp: int = 1
-    pp: int = 1
-    block_size: int = 16  # tokens per KV block
-    num_blocks: int = 0  # device KV blocks; 0: from the free memory
-    max_num_seqs: int = 32
-    max_num_batched_tokens: int = 512
-    max_model_len: int = 0  # tokens; 0: what the model allows
-    enable_prefix_caching: bool = True
-    num_threads: int = 1  # CPU threads per rank
-    runner: str = "torch"  # fake: tokens are hashes of the history, and no weights are read
-    fake_step_s: float = 0.0  # how long each step of the fake runner takes
-    fake_token_s: float = 0.0  # and each token of a prompt beside it
-    cuda_graphs: bool | None = None  # replay captured graphs; None: on CUDA. On a CPU only the buffers are the same
-    async_scheduling: bool | None = None  # plan a step while the one before it runs; None: on CUDA, where pp is 1
-    batch_invariant: bool = False  # a request's logits have the same bits whatever is computed beside it; slower
-    kv_encoding: str = "none"  # one of KV_ENCODINGS: how keys and values travel to the tiers and back
-    ignore_keys: tuple[str, ...] = ()  # keys of the model's files that are passed over though nothing is known of them
-    plugins: tuple[str, ...] = ()  # modules with further families or weight formats, see workers.model.registry
+    """Directory of the model, or a Hub id."""
+    dtype: str = "auto"
+    """float32, bfloat16 or float16; auto means float32 on CPU and bfloat16 on CUDA."""
+    device: str = "auto"
+    """cpu or cuda; auto means cuda where there is one."""
+    block_size: int = 16
+    """Tokens of a KV block."""
+    max_model_len: int = 0
+    """Most tokens of prompt and completion together; 0 means what the model allows."""
+    runner: str = "torch"
+    """torch: the model. fake: tokens are hashes of the history, and no weights are read."""
+    fake_step_s: float = 0.0
+    """How long each step of the fake runner takes."""
+    fake_token_s: float = 0.0
+    """How much longer a step takes for each token of a prompt in it."""
+    batch_invariant: bool = False
+    """Whether a request's logits have the same bits whatever is computed beside it; slower."""
+    kv_encoding: str = "none"
+    """none, int8 or fp8: how keys and values travel to the tiers and back."""
+    ignore_keys: tuple[str, ...] = ()
+    """Keys of the model's files that are passed over though nothing is known of them."""
+    plugins: tuple[str, ...] = ()
+    """As model.plugins."""
 
     def __post_init__(self) -> None:
-        for field in ("tp", "pp", "block_size", "max_num_seqs", "max_num_batched_tokens", "num_threads"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
-        for field in ("num_blocks", "max_model_len"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"{field} must not be negative, not {getattr(self, field)}")
-        if self.async_scheduling and self.pp > 1:
-            raise ValueError("async_scheduling needs pp=1: the first stage has no tokens before the last is through")
-        if self.kv_encoding not in KV_ENCODINGS:
-            raise ValueError(f"kv_encoding must be one of {', '.join(KV_ENCODINGS)}, not {self.kv_encoding}")
-        if self.kv_encoding != "none" and (self.batch_invariant or self.runner == "fake"):
-            raise ValueError(f"kv_encoding={self.kv_encoding} changes bits: neither batch_invariant nor runner=fake")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype}")
-        if self.runner not in RUNNERS:
-            raise ValueError(f"runner must be one of {', '.join(RUNNERS)}, not {self.runner}")
-        for field in ("fake_step_s", "fake_token_s"):
-            if not 0 <= getattr(self, field) < float("inf"):
-                raise ValueError(f"{field} must not be negative, not {getattr(self, field)}")
+        EngineOptions.__post_init__(self)
+        _require(self.block_size >= 1, "block_size", f"must be at least 1, not {self.block_size}")
+        _require(self.max_model_len >= 0, "max_model_len", f"must be >= 0, not {self.max_model_len}")
+        for name, allowed in (("kv_encoding", KV_ENCODINGS), ("dtype", DTYPES), ("runner", RUNNERS)):
+            value = getattr(self, name)
+            _require(value in allowed, name, f"must be one of {', '.join(allowed)}, not {value!r}")
+        needs_bits = self.batch_invariant or self.runner == "fake"
+        _require(
+            self.kv_encoding == "none" or not needs_bits,
+            "kv_encoding",
+            f"{self.kv_encoding} changes bits: neither batch_invariant nor runner=fake",
+        )
+        for name in ("fake_step_s", "fake_token_s"):
+            _require(0 <= getattr(self, name) < math.inf, name, f"must be >= 0, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,36 +133,36 @@ class WorkerSpec:
     """One worker: its engine, its place in the cluster, and the KV tiers that it uses."""
 
     worker_id: str
+    """Unique for the life of the worker's process."""
     pool: str
-    role: str  # one of ROLES
+    """Name of its pool."""
+    role: str
+    """prefill, decode or mixed: what it takes at first."""
     engine: EngineConfig
+    """What it computes with."""
     model_name: str = "demo"
+    """Name that clients use."""
     node_id: str = "local"
-    host_address: str = ""  # KV node of this host; "": no host tier
-    tier: str = ""  # redis://... ; "": no remote tier
-    peers: bool = False  # whether to pull from other hosts, which the directory at `control` names
-    peer_transport: str = "tcp"  # one of kvstore.transport.PEER_TRANSPORTS
-    tier_secret: str = dataclasses.field(default="", repr=False)  # needed where there is a remote tier, or peers
-    tier_ttl_s: float = 3600.0
-    tier_compression: str = "none"  # of what is put there: none or zstd
-    prefix_fetch: str = "cheapest"  # one of PREFIX_FETCH
-    control: str = ""  # where to register and announce blocks; "": nowhere
-    layers_per_fragment: int = 0  # 0: all layers of a stage
+    """Name of its host in the directory."""
+    host_address: str = ""
+    """Of the KV node of this host; empty: no host tier."""
+    kvstore: KVStoreConfig = dataclasses.field(default_factory=KVStoreConfig)
+    """The `kvstore` branch of the configuration: the tiers outside of the host, and when to pull. What is derived from
+    it stands beside it: engine.block_size, control, layers_per_fragment."""
+    tier_secret: str = dataclasses.field(default="", repr=False)
+    """Of the tiers outside of the host's memory; needed where there is one, or peers."""
+    control: str = ""
+    """URL of the directory to register in and to announce blocks to; empty: in none."""
+    layers_per_fragment: int = 0
+    """Layers that travel in one fragment; 0 means all layers of a stage."""
     listen_host: str = "127.0.0.1"
-    cluster: str = ""  # its name: routers, KV nodes and peers of others are refused
+    """Address that the worker's server listens on."""
+    cluster: str = ""
+    """Name of the cluster: routers, KV nodes and peers of others are refused."""
 
     def __post_init__(self) -> None:
-        if self.role not in ROLES:
-            raise ValueError(f"role must be one of {', '.join(ROLES)}, not {self.role}")
-        if self.prefix_fetch not in PREFIX_FETCH:
-            raise ValueError(f"prefix_fetch must be one of {', '.join(PREFIX_FETCH)}, not {self.prefix_fetch}")
-        if (self.tier or self.peers) and not self.tier_secret:
-            raise ValueError("tier_secret must be set where there is a tier outside the host")
-
-    @classmethod
-    def from_json(cls, text: str) -> WorkerSpec:
-        """The inverse of json.dumps(dataclasses.asdict(spec))."""
-        raw = json.loads(text)
-        lists = {name: tuple(raw["engine"].get(name, ())) for name in ("ignore_keys", "plugins")}
-        engine = {**raw["engine"], **lists}
-        return cls(**{**raw, "engine": EngineConfig(**engine)})
+        _require(self.role in ROLES, "role", f"must be one of {', '.join(ROLES)}, not {self.role!r}")
+        needs_secret = bool(self.kvstore.tier or self.kvstore.peers)
+        _require(
+            bool(self.tier_secret) or not needs_secret, "tier_secret", "needed where there is a tier outside the host"
+        )

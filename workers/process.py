@@ -18,6 +18,7 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from settings.loading import SettingsError, load
 from workers.config import WorkerSpec
 from workers.errors import EngineError
 
@@ -77,10 +78,14 @@ def _wait_for_ranks(pipes: list[Connection]) -> str | None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--spec", type=Path, required=True, help="JSON of workers.config.WorkerSpec")
+    parser.add_argument("--spec", type=Path, required=True, help="JSON or YAML of workers.config.WorkerSpec")
     parser.add_argument("--interface", default="lo", help="network interface between the ranks")
     args = parser.parse_args()
-    spec = WorkerSpec.from_json(args.spec.read_text())
+    try:
+        spec = load(WorkerSpec, args.spec)
+    except SettingsError as error:
+        print(f"switchyard worker: {error}", file=sys.stderr)
+        return 2
     world = spec.engine.tp * spec.engine.pp
     meeting = tempfile.TemporaryDirectory(prefix="switchyard-ranks-")  # a file cannot be taken as a port can
     init_method = f"file://{meeting.name}/meeting"

@@ -173,17 +173,7 @@ class Rank:
             raise ModelError(f"{engine.model_dir}: changed while it was loaded")
         dtype = pick_dtype(engine, self._runner.cache.device)
         self._kv_names = kv_fingerprint(engine, self._model, dtype, self._served.weights)
-        peers_control = spec.control if spec.peers else ""
-        self._tiers = open_tiers(
-            spec.host_address,
-            spec.tier,
-            spec.tier_secret,
-            spec.tier_ttl_s,
-            peers_control,
-            spec.peer_transport,
-            spec.tier_compression,
-            spec.cluster,
-        )
+        self._tiers = open_tiers(spec.host_address, spec.kvstore, spec.tier_secret, spec.control, spec.cluster)
         self._store = FragmentStore(self._tiers)
         cache, per_fragment = self._runner.cache, self.spec.layers_per_fragment
         memories = cache.memories(per_fragment, engine.kv_encoding)
@@ -206,9 +196,9 @@ class Rank:
         return ServedModel(spec.cluster, spec.model_name, weights, tokenizer)
 
     def _measure_transfer_cost(self) -> TransferCost:
-        if self.spec.prefix_fetch == "always":
+        if self.spec.kvstore.prefix_fetch == "always":
             return ALWAYS_FETCH
-        if self.spec.prefix_fetch == "never":
+        if self.spec.kvstore.prefix_fetch == "never":
             return NEVER_FETCH
         engine = self.spec.engine
         measured = calibrate(

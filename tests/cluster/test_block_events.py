@@ -35,7 +35,7 @@ def is_quiet(cluster: FakeCluster, url: str) -> bool:
     return all(
         said(cluster, url, name, "steps_total") == cluster.load(name).num_steps
         and said(cluster, url, name, "free_blocks") == NUM_BLOCKS
-        and said(cluster, url, name, "running") == said(cluster, url, name, "queued_tokens") == 0
+        and said(cluster, url, name, "running_requests") == said(cluster, url, name, "queued_tokens") == 0
         for name in cluster.workers
     )
 

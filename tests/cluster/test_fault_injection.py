@@ -224,8 +224,7 @@ class WireWay(PeerWay):
 
     def make_injector(self) -> FaultInjector:
         """The proxy."""
-        options = self.cluster.node.options
-        return FaultInjector("--wire", options[options.index("--peer-address") + 1])
+        return FaultInjector("--wire", str(self.cluster.node.options["peer_address"]))
 
     def wait_stored(self, keys: Sequence[bytes]) -> None:
         """Announced, as if it was at the proxy."""

@@ -194,3 +194,10 @@ def test_arguments_that_are_no_text_are_refused(environment: str) -> None:
     refused = shell(f"{environment} \"$1\" -m deploy.cli serve --once $'x \\xff'")
     assert refused.returncode == 2
     assert "'x \\udcff': not text in this locale's encoding" in refused.stderr
+
+
+def test_schema_prints_the_schema_of_the_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["schema"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["properties"]["kvstore"]["$ref"] == "#/$defs/KVStoreConfig"
+    assert "zstd" in printed["$defs"]["KVStoreConfig"]["properties"]["disk_compression"]["description"]

@@ -20,10 +20,14 @@ import psutil
 import pytest
 
 from deploy.completion import Completion, complete
-from deploy.metrics import METRICS
+from deploy.metrics import exported_names
+from kvstore.config import NodeSpec
 from router.client import GenerationError
 from router.events import GenerationRequest
 from router.sampling import SamplingParams
+from settings.loading import load
+from telemetry import node, worker
+from telemetry.metric import Kind
 from tests import greedy
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
@@ -84,6 +88,7 @@ def cluster(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'proto' / 'gen'}", "OMP_NUM_THREADS": "1"}
     settings = ("endpoints.grpc_port=0", "endpoints.http_port=0", "pools.decode.tp=2", "pools.prefill.pp=2")
     settings += ("router.replacement_wait_s=180",)  # a slow machine takes its time to start a group again
+    settings += ("kvstore.disk_bytes=16777216", f"kvstore.disk_dir={tmp_path_factory.mktemp('disk')}")
     command = [sys.executable, "-m", "deploy.cli", "serve", "--json", "--model", str(tiny_model)]
     command += [part for setting in settings for part in ("--set", setting)]
     errors = (tmp_path_factory.mktemp("serve") / "stderr").open("w+b")
@@ -142,21 +147,34 @@ def test_grpc_and_http_give_the_same(cluster: Running) -> None:
 def test_metrics_come_out_of_rays_port(cluster: Running) -> None:
     before = cluster.generate("import os\n\n\ndef one(two, three):\n    return")
     assert before.num_output_tokens == 12
-    quiet = {"switchyard_cached_prompt_tokens", "switchyard_recomputed_prompt_tokens", "switchyard_preemptions"}
-    wanted = {name for spec in METRICS if spec.name not in quiet for name in spec.exported_names}
+    quiet = {
+        "cached_prompt_tokens",
+        "recomputed_prompt_tokens",
+        "preemptions",
+        "prefixes_fetched",
+        "prefixes_recomputed",
+    }
+    seen = [m for m in worker.RAY_METRICS if m.name not in {f"switchyard_worker_{name}_total" for name in quiet}]
+    wanted = {name for metric in seen for name in exported_names(metric)}
+    wanted |= {f"ray_{metric.name}" for metric in node.METRICS if metric.kind is Kind.GAUGE}
+
+    def values(text: str, name: str, label: str = "") -> list[float]:
+        found = re.findall(rf"^ray_switchyard_{name}{{(.*)}} (\S+)$", text, re.MULTILINE)
+        return [float(value) for labels, value in found if label in labels]
 
     def scrape() -> str | None:
         text = cluster.get(cluster.said["endpoints"]["metrics"])
-        return text if wanted <= set(re.findall(r"^(ray_switchyard_\w+)", text, re.MULTILINE)) else None
+        generated = [
+            sum(values(text, "worker_generated_tokens_total", f'pool="{pool}"')) for pool in ("prefill", "decode")
+        ]
+        is_whole = wanted <= set(re.findall(r"^(ray_switchyard_\w+)", text, re.MULTILINE))
+        return text if is_whole and generated[0] >= 1 and generated[1] >= 11 else None
 
     text = eventually(scrape, "all metrics")
     for pool in ("prefill", "decode"):
-        lines = [line for line in text.splitlines() if f'pool="{pool}"' in line and f'worker="{pool}-' in line]
-        blocks = [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("ray_switchyard_free_blocks{")]
-        assert blocks
-        assert blocks[0] > 0
-        tokens = [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("ray_switchyard_tokens_total{")]
-        assert sum(tokens) >= (1 if pool == "prefill" else 11)
+        assert values(text, "worker_free_blocks", f'worker="{pool}-')[0] > 0
+    assert values(text, "node_sealed_slots", "node=")[0] > 0
+    assert values(text, "node_disk_up") == [1.0]
 
 
 def test_the_dashboards_serve_page_shows_healthy_pools(cluster: Running) -> None:
@@ -254,8 +272,11 @@ def test_ctrl_c_ends_all_that_was_started(cluster: Running) -> None:
     """Last: the cluster is gone after it."""
     children = psutil.Process(cluster.process.pid).children(recursive=True)
     (node,) = cluster.processes(r"-m kvstore\.node ")
-    arena = Path(node.cmdline()[node.cmdline().index("--arena") + 1])
-    sockets = Path(node.cmdline()[node.cmdline().index("--host-address") + 1].removeprefix("unix:"))
+    spec = load(NodeSpec, node.cmdline()[-1])
+    arena, sockets = spec.arena, Path(spec.host_address.removeprefix("unix:"))
+    assert spec.secret  # of the disk tier
+    assert cluster.processes(re.escape(spec.secret)) == []  # in nobody's command line
+    assert Path(node.cmdline()[-1]).stat().st_mode & 0o777 == 0o600
     assert arena.exists()
     cluster.process.send_signal(signal.SIGINT)
     assert cluster.process.wait(60) == 0

@@ -14,8 +14,9 @@ from deploy.errors import ConfigError
 from deploy.overrides import ServeFlags, load_with_flags
 from deploy.routers import router_specs
 from kvstore.config import KVStoreConfig
-from router.config import RouterSpec, load_spec
-from router.errors import ConfigError as RouterConfigError
+from router.config import RouterSpec
+from settings.loading import SettingsError, write
+from settings.loading import load as load_spec
 
 EXAMPLES = sorted((Path(config.__file__).parent / "examples").glob("*.yaml"))
 
@@ -120,8 +121,8 @@ def test_the_routers_lists_and_the_models_defaults(tmp_path: Path) -> None:
     (spec,) = router_specs(
         RouterSpec("", "m", "n", "memory://x", generation_config="none"), read.endpoints, read.router, "c"
     )
-    (tmp_path / "spec.json").write_text(json.dumps(dataclasses.asdict(spec)))
-    assert load_spec(tmp_path / "spec.json") == spec
+    write(tmp_path / "spec.json", spec)
+    assert load_spec(RouterSpec, tmp_path / "spec.json") == spec
     for text, message in (
         ("router: {cors_origins: [app.example]}", "router.cors_origins: 'app.example' is neither"),
         ("router: {cors_origins: https://app.example}", "router.cors_origins: must be a valid array"),
@@ -131,8 +132,8 @@ def test_the_routers_lists_and_the_models_defaults(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=re.escape(message)):
             config.load(path)
     (tmp_path / "spec.json").write_text(json.dumps({**dataclasses.asdict(spec), "config": {"cors_origins": "x"}}))
-    with pytest.raises(RouterConfigError, match=r"config\.cors_origins: must be a list, not str"):
-        load_spec(tmp_path / "spec.json")
+    with pytest.raises(SettingsError, match=r"config\.cors_origins: must be a valid array, not the text 'x'"):
+        load_spec(RouterSpec, tmp_path / "spec.json")
 
 
 def test_a_missing_file_is_named() -> None:

@@ -107,7 +107,10 @@ def test_a_cluster_among_foreign_modules_and_dead_proxies_on_ipv6(
     assert not (cwd / "executed").exists(), (cwd / "executed").read_text()
 
     deadline_s = time.monotonic() + 30
-    while b"ray_switchyard_tokens_total" not in LOOPBACK.open(serving.said["endpoints"]["metrics"]).read():
+    while (
+        b"ray_switchyard_worker_generated_tokens_total"
+        not in LOOPBACK.open(serving.said["endpoints"]["metrics"]).read()
+    ):
         assert time.monotonic() < deadline_s, "Ray's processes send no metrics"
         time.sleep(0.5)
 

@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from switchyard.v1 import kvnode_pb2
 
 from deploy import metrics
 from deploy.health import Progress
-from deploy.metrics import METRICS, TAGS
-from workers.loop import LoadSnapshot
+from deploy.kv_nodes import show_stats
+from deploy.metrics import RayMetrics, exported_names
+from telemetry import node, worker
 
-DASHBOARD = Path(metrics.__file__).parent / "dashboards" / "switchyard.json"
-EXPORTED = {name for spec in METRICS for name in spec.exported_names}
+DASHBOARDS = Path(metrics.__file__).parent / "dashboards"
+DASHBOARD = DASHBOARDS / "switchyard.json"
+METRICS = (*worker.RAY_METRICS, *node.METRICS)
+EXPORTED = {name for metric in METRICS for name in exported_names(metric)}
 
 
 def expressions() -> list[str]:
@@ -23,31 +30,28 @@ def expressions() -> list[str]:
 
 
 def test_every_metric_on_the_dashboard_is_exported() -> None:
-    shown = {name for expression in expressions() for name in re.findall(r"\bray_\w+", expression)}
-    assert shown
-    assert shown <= EXPORTED
+    for path in DASHBOARDS.glob("*.json"):
+        queries = re.findall(r'"(?:expr|definition|query)": "(.*)"', path.read_text())
+        shown = {name for query in queries for name in re.findall(r"\b(?:ray|switchyard)_\w+", query)}
+        assert shown, path
+        assert shown <= EXPORTED, path
 
 
 def test_the_dashboard_shows_what_was_promised() -> None:
     text = " ".join(expressions())
-    for name in ("running", "waiting", "free_blocks", "tokens_total", "ttft_seconds_bucket"):
-        assert f"ray_switchyard_{name}" in text
+    for name in ("running_requests", "free_blocks", "generated_tokens_total", "time_to_first_token_seconds_bucket"):
+        assert f"ray_switchyard_worker_{name}" in text
 
 
 def test_every_metric_is_on_the_dashboard() -> None:
     text = " ".join(expressions())
-    assert [spec.name for spec in METRICS if not any(name in text for name in spec.exported_names)] == []
+    assert [metric.name for metric in METRICS if not any(name in text for name in exported_names(metric))] == []
 
 
 def test_the_dashboard_groups_by_tags_that_exist() -> None:
     for expression in expressions():
         for group in re.findall(r"by \(([^)]*)\)", expression):
-            assert set(group.replace(" ", "").split(",")) <= {*TAGS, "le"}
-
-
-def test_every_metric_shows_a_key_of_the_workers_report() -> None:
-    known = {*LoadSnapshot.__dataclass_fields__, "ttft_s"}
-    assert {spec.key for spec in METRICS} <= known
+            assert set(group.replace(" ", "").split(",")) <= {*worker.LABELS, *node.LABELS, "reason", "le"}
 
 
 def test_panels_have_their_own_places() -> None:
@@ -89,3 +93,59 @@ def test_a_worker_whose_step_hangs_is_not() -> None:
     assert progress.problem(2) == ""
     progress.observe({"num_steps": 3, "num_queued_tokens": 0, "step_age_s": 11.0}, 3)
     assert "one step has taken 11 s" in progress.problem(4)
+
+
+class FakeMetric:
+    """What Ray's Counter, Gauge and Histogram were called with."""
+
+    made: ClassVar[dict[str, list[tuple[float, dict[str, str]]]]] = {}
+
+    def __init__(self, name: str, *_: object) -> None:
+        self._calls = self.made.setdefault(name, [])
+
+    def inc(self, value: float, labels: dict[str, str]) -> None:
+        self._calls.append((value, labels))
+
+    set = observe = inc
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[float, dict[str, str]]]]:
+    """Calls by the names of the metrics, as Ray gets them."""
+    FakeMetric.made = {}
+    for kind in ("Counter", "Gauge", "Histogram"):
+        monkeypatch.setattr(f"ray.util.metrics.{kind}", FakeMetric)
+    return FakeMetric.made
+
+
+def test_a_workers_report_is_shown(shown: dict[str, list[tuple[float, dict[str, str]]]]) -> None:
+    labels = {"worker": "w", "pool": "p", "role": "mixed"}
+    exported = RayMetrics(worker.RAY_METRICS, labels)
+    exported.report({"num_running": 3, "num_generated_tokens": 7, "ttft_s": [0.5, 0.25]})
+    exported.report({"num_running": 0, "num_generated_tokens": 9})
+    assert shown["switchyard_worker_running_requests"] == [(3, labels), (0, labels)]
+    assert shown["switchyard_worker_generated_tokens"] == [(7, labels), (2, labels)]
+    assert shown["switchyard_worker_time_to_first_token_seconds"] == [(0.5, labels), (0.25, labels)]
+    assert shown["switchyard_worker_preemptions"] == []
+
+
+def test_a_nodes_disk_is_shown_where_there_is_one(shown: dict[str, list[tuple[float, dict[str, str]]]]) -> None:
+    labels = {"node": "n"}
+    arena, disk = RayMetrics(node.ARENA, labels), RayMetrics(node.DISK, labels)
+    stats = kvnode_pb2.GetStatsResponse(num_sealed=5, rejected={"stale": 2})
+    show_stats(arena, disk, stats)
+    assert shown["switchyard_node_sealed_slots"] == [(5, labels)]
+    assert shown["switchyard_node_rejected_fragments"] == [(2, {"node": "n", "reason": "stale"})]
+    assert shown["switchyard_node_disk_up"] == []
+    stats.disk.MergeFrom(kvnode_pb2.DiskStats(is_up=True, num_read=4, rejected={"checksum": 1}))
+    show_stats(arena, disk, stats)
+    assert shown["switchyard_node_disk_up"] == [(1, labels)]
+    assert shown["switchyard_node_disk_read_fragments"] == [(4, labels)]
+    assert shown["switchyard_node_disk_rejected_fragments"] == [(1, {"node": "n", "reason": "checksum"})]
+
+
+def test_a_counter_goes_on_when_a_node_begins_anew(shown: dict[str, list[tuple[float, dict[str, str]]]]) -> None:
+    exported = RayMetrics(node.ARENA, {"node": "n"})
+    for num_promoted in (10, 12, 12, 3):
+        exported.report(kvnode_pb2.GetStatsResponse(num_promoted=num_promoted))
+    assert [value for value, _ in shown["switchyard_node_promoted_fragments"]] == [10, 2, 3]

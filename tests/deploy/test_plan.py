@@ -1,14 +1,28 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from deploy import config
+from deploy.config import PoolConfig
 from deploy.errors import ConfigError
-from deploy.plan import ClusterPlan, cluster_name, layers_per_fragment, make_plan, num_cpus_needed, stage_boundaries
+from deploy.kv_nodes import KVNodeSettings, node_spec
+from deploy.plan import (
+    ArenaPlan,
+    ClusterPlan,
+    cluster_name,
+    layers_per_fragment,
+    make_plan,
+    num_cpus_needed,
+    stage_boundaries,
+)
 from kvstore.arena import arena_bytes
+from kvstore.config import KVStoreConfig, NodeSpec
+from router.config import RouterConfig, RouterSpec
+from workers.config import EngineConfig, EngineOptions, WorkerSpec
 from workers.model.registry import load_config
 from workers.parallel import stage_layers
 
@@ -40,7 +54,7 @@ def test_slots_are_as_large_as_what_is_kept_in_them(tiny_model: Path, encoding: 
     made = plan(tiny_model, f"kvstore.kv_encoding={encoding}", "kvstore.tier_compression=zstd")
     assert made.arena.slot_bytes == 4 * 2 * 16 * row_bytes
     assert {pool.spec.engine.kv_encoding for pool in made.pools} == {encoding}
-    assert {pool.spec.tier_compression for pool in made.pools} == {"zstd"}
+    assert {pool.spec.kvstore.tier_compression for pool in made.pools} == {"zstd"}
 
 
 def test_gpus_change_block_size_dtype_and_resources(tiny_model: Path) -> None:
@@ -155,3 +169,29 @@ def test_a_clusters_name_is_its_own_and_stays(tiny_model: Path) -> None:
     )
     with pytest.raises(ConfigError, match=r"^name: at most 63 letters, digits, dots, - and _, not 'a b'"):
         config.load(None, ["name=a b"])
+
+
+def test_what_an_operator_sets_is_declared_once() -> None:
+    """Specs hold the branch of the configuration; its fields stand in no other class, but for what is derived."""
+    names = {
+        cls: {item.name for item in fields(cls)} for cls in (KVStoreConfig, RouterConfig, PoolConfig, EngineConfig)
+    }
+    for spec in (NodeSpec, WorkerSpec, KVNodeSettings):
+        assert {item.name for item in fields(spec)} & names[KVStoreConfig] <= {"control", "layers_per_fragment"}
+    assert {item.name for item in fields(RouterSpec)} & names[RouterConfig] == set()
+    options = {item.name for item in fields(EngineOptions)}
+    assert names[PoolConfig] & names[EngineConfig] == options | {"device"}
+
+
+def test_each_process_gets_the_branch_as_it_was_written(tiny_model: Path) -> None:
+    overrides = ["kvstore.disk_compression=zstd", "kvstore.prefix_fetch=never", "pools.decode.max_num_seqs=7"]
+    made = config.load(None, overrides)
+    decode = plan(tiny_model, *overrides).pools[1].spec
+    assert decode.kvstore == made.kvstore
+    assert decode.engine.options() == made.pools["decode"].options()
+    settings = KVNodeSettings("id", "c", "/run", ArenaPlan("/shm", 64, 8), "", "", made.kvstore, secret="s3cret")
+    spec = node_spec(settings, "n", Path("/shm/a"), 8)
+    assert (spec.kvstore, spec.host_address, spec.secret) == (made.kvstore, "unix:/run/kv-n.sock", "")
+    with_disk = replace(settings, kvstore=replace(made.kvstore, disk_bytes=1 << 24, disk_dir="/disk"))
+    assert node_spec(with_disk, "n", Path("/shm/a"), 8).secret == "s3cret"
+    assert "s3cret" not in f"{settings} {node_spec(with_disk, 'n', Path('/shm/a'), 8)} {decode}"

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from kvstore.config import KVStoreConfig
 from kvstore.connect import open_directory, open_tiers, place_of
 from kvstore.redis_directory import RedisDirectory
 from kvstore.remote_directory import RemoteDirectory
@@ -28,7 +29,9 @@ def test_other_control_urls_are_refused(url: str) -> None:
 
 @pytest.mark.redis
 def test_tiers_in_the_order_in_which_they_are_asked(peer_node: KVNode, redis_server: RedisServer) -> None:
-    tiers = open_tiers(peer_node.host_address, redis_server.url, "secret", 60.0, redis_server.url)
+    tiers = open_tiers(
+        peer_node.host_address, KVStoreConfig(tier=redis_server.url, peers=True), "secret", redis_server.url
+    )
     assert [(tier.name, tier.is_up) for tier in tiers] == [("host", True), ("peer", True), ("redis", True)]
     places = [place_of(tier, "here") for tier in tiers]
     assert places == [["host:here", f"peer:{peer_node.ready['peer_address']}"], [], ["redis"]]
@@ -37,19 +40,15 @@ def test_tiers_in_the_order_in_which_they_are_asked(peer_node: KVNode, redis_ser
 
 
 def test_no_addresses_no_tiers() -> None:
-    assert open_tiers("", "", "", 60.0) == []
-
-
-def test_other_tier_urls_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^tier: "):
-        open_tiers("", "http://host", "secret", 60.0)
+    assert open_tiers("", KVStoreConfig()) == []
 
 
 def test_a_process_that_closes_nothing_still_ends() -> None:
     program = f"""
+from kvstore.config import KVStoreConfig
 from kvstore.connect import open_directory, open_tiers
 port = {free_port()}
-tiers = open_tiers(f"127.0.0.1:{{port}}", f"redis://127.0.0.1:{{port}}", "secret", 60.0)
+tiers = open_tiers(f"127.0.0.1:{{port}}", KVStoreConfig(tier=f"redis://127.0.0.1:{{port}}"), "secret")
 directory = open_directory(f"memory://127.0.0.1:{{port}}", "")
 print([tier.is_up for tier in tiers])
 """

@@ -56,7 +56,7 @@ def test_the_setting_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("program", "arguments", "field"),
     [
-        ("kvstore.node", ["--peer-transport", "nixl"], "--peer-transport: "),
+        ("kvstore.node", [], "kvstore.peer_transport: "),
         ("deploy.cli", ["serve", "--set", "kvstore.peer_transport=nixl"], "kvstore.peer_transport: "),
     ],
 )
@@ -64,8 +64,10 @@ def test_without_the_package_programs_end_with_2(
     program: str, arguments: Sequence[str], field: str, tmp_path: Path
 ) -> None:
     if program == "kvstore.node":
-        arguments = [*arguments, "--node-id", "a", "--arena", str(tmp_path / "a"), "--slot-bytes", "1"]
-        arguments += ["--num-slots", "1", "--host-address", "127.0.0.1:0"]
+        spec = {"node_id": "a", "arena": str(tmp_path / "a"), "slot_bytes": 1, "num_slots": 1}
+        spec |= {"host_address": "127.0.0.1:0", "kvstore": {"peer_transport": "nixl"}}
+        (tmp_path / "spec.json").write_text(json.dumps(spec))
+        arguments = ["--spec", str(tmp_path / "spec.json")]
     start = f"import runpy, sys; sys.modules['nixl'] = None; runpy.run_module({program!r}, run_name='__main__')"
     result = subprocess.run(
         [sys.executable, "-c", start, *arguments],
@@ -101,7 +103,7 @@ def test_a_node_without_it_is_not_read_from(peer_node: KVNode) -> None:
 @pytest.fixture(scope="module")
 def nixl_node() -> Iterator[KVNode]:
     pytest.importorskip("nixl")
-    options = ["--peer-address", "127.0.0.1:0", "--peer-transport", "nixl"]
+    options = {"peer_address": "127.0.0.1:0", "kvstore": {"peer_transport": "nixl"}}
     node = KVNode(f"test-{uuid.uuid4().hex[:12]}", SLOT_BYTES, 256, options=options, secret=SECRET)
     yield node
     node.close()
@@ -152,7 +154,7 @@ def test_many_groups_over_several_connections(
 
 
 def test_the_tiers_of_a_worker_read_by_it(nixl_node: KVNode, host: HostTier) -> None:
-    tier = open_tiers("", "", SECRET, 60.0, nixl_node.control_url, "nixl")[0]
+    tier = open_tiers("", KVStoreConfig(peers=True, peer_transport="nixl"), SECRET, nixl_node.control_url)[0]
     fragments = make_fragments(3)
     host.put(fragments)
     tier._directory.publish([fragments[0].key[:16]], f"peer:{host.peer_address}")  # type: ignore[attr-defined]
@@ -270,12 +272,13 @@ def test_swapped_addresses_are_stale(
 
 
 def test_a_peer_that_was_killed_and_replaced(directory: MemoryDirectory, peer: PeerTier) -> None:
-    options = ["--peer-address", f"127.0.0.1:{free_port()}", "--peer-transport", "nixl"]
+    address = f"127.0.0.1:{free_port()}"
+    options = {"peer_address": address, "kvstore": {"peer_transport": "nixl"}}
     node = KVNode(f"test-{uuid.uuid4().hex[:12]}", options=options, secret=SECRET)
     host = HostTier(node.host_address)
     fragments = make_fragments(3)
     host.put(fragments)
-    publish(directory, fragments, options[1])
+    publish(directory, fragments, address)
     wait_until(lambda: peer.get(keys_of(fragments)) == payloads(fragments), "the peer is read from")
     node.kill()
     assert peer.get(keys_of(fragments)) == [None] * 3

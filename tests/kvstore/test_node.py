@@ -1,8 +1,10 @@
 """The node process from outside: its ready line, its end, what it leaves, and how it refuses to start."""
 
+import json
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,19 +13,21 @@ from kvstore.connect import open_directory
 from tests.processes import REPOSITORY, KVNode, python_environment
 
 
-def start(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "kvstore.node", *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=60, env=python_environment(), cwd=REPOSITORY, check=False
+def start(folder: Path, spec: Mapping[str, object]) -> subprocess.CompletedProcess[str]:
+    """A node process that is expected to end by itself."""
+    path = folder / "spec.json"
+    path.write_text(json.dumps(spec))
+    result = subprocess.run(
+        [sys.executable, "-m", "kvstore.node", "--spec", str(path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=python_environment(),
+        cwd=REPOSITORY,
+        check=False,
     )
-
-
-def arguments_of(node: KVNode, **changed: str) -> list[str]:
-    """The node's own arguments, some of them replaced: arguments_of(node, node_id="other")."""
-    arguments = node.command()[3:]
-    for name, value in changed.items():
-        arguments[arguments.index("--" + name.replace("_", "-")) + 1] = value
-    return arguments
+    path.unlink()
+    return result
 
 
 def test_ready_line(kv_node: KVNode) -> None:
@@ -66,8 +70,8 @@ def test_port_0_is_replaced_by_the_port_it_got(kv_node: KVNode, host: str) -> No
     directory.close()
 
 
-def test_a_second_node_of_the_same_id_does_not_start(kv_node: KVNode) -> None:
-    result = start(*arguments_of(kv_node))
+def test_a_second_node_of_the_same_id_does_not_start(kv_node: KVNode, tmp_path: Path) -> None:
+    result = start(tmp_path, kv_node.spec())
     assert result.returncode == 1
     assert "live node process" in result.stderr
     assert len(result.stderr.splitlines()) == 1
@@ -75,7 +79,7 @@ def test_a_second_node_of_the_same_id_does_not_start(kv_node: KVNode) -> None:
 
 
 def test_a_socket_in_use_is_left_alone(kv_node: KVNode, tmp_path: Path) -> None:
-    result = start(*arguments_of(kv_node, node_id="other", arena=str(tmp_path / "other.arena")))
+    result = start(tmp_path, {**kv_node.spec(), "node_id": "other", "arena": str(tmp_path / "other.arena")})
     assert result.returncode == 1
     assert "another process listens on" in result.stderr
     assert list(tmp_path.iterdir()) == []
@@ -88,7 +92,7 @@ def test_a_port_in_use_is_one_line(kv_node: KVNode, tmp_path: Path) -> None:
         holder.listen()
         address = f"127.0.0.1:{holder.getsockname()[1]}"
         paths = {"arena": str(tmp_path / "other.arena"), "host_address": f"unix:{tmp_path}/s"}
-        result = start(*arguments_of(kv_node, node_id="other", control_address=address, **paths))
+        result = start(tmp_path, {**kv_node.spec(), "node_id": "other", "control_address": address, **paths})
     assert result.returncode == 1
     assert f"kvstore.node: cannot listen on {address}" in result.stderr
     assert "Traceback" not in result.stderr
@@ -97,30 +101,49 @@ def test_a_port_in_use_is_one_line(kv_node: KVNode, tmp_path: Path) -> None:
 
 def test_two_nodes_do_not_share_a_control_port(kv_node: KVNode, tmp_path: Path) -> None:
     paths = {"arena": str(tmp_path / "other.arena"), "host_address": f"unix:{tmp_path}/s"}
-    result = start(*arguments_of(kv_node, node_id="other", **paths))
+    result = start(tmp_path, {**kv_node.spec(), "node_id": "other", **paths})
     assert result.returncode == 1
     assert f"cannot listen on {kv_node.control_address}" in result.stderr
 
 
 def test_a_folder_that_is_missing_is_one_line(kv_node: KVNode, tmp_path: Path) -> None:
-    result = start(*arguments_of(kv_node, node_id="other", arena=str(tmp_path / "missing" / "other.arena")))
+    arena = str(tmp_path / "missing" / "other.arena")
+    result = start(tmp_path, {**kv_node.spec(), "node_id": "other", "arena": arena})
     assert result.returncode == 1
     assert "No such file or directory" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "value", "message"),
     [
-        ("node_id", "a/b"),
-        ("node_id", ""),
-        ("slot_bytes", "0"),
-        ("num_slots", "-1"),
-        ("num_slots", "many"),
-        ("host_address", "unix:/" + "x" * 200),
+        ("node_id", "a/b", "node_id: letters, digits, dot, dash and underscore, not 'a/b'"),
+        ("node_id", "", "node_id: letters"),
+        ("slot_bytes", 0, "slot_bytes: must be > 0, not 0"),
+        ("num_slots", -1, "num_slots: must be > 0, not -1"),
+        ("num_slots", "many", "num_slots: must be a valid integer, not the text 'many'"),
+        ("host_address", "unix:/" + "x" * 200, "host_address: longer than 107 bytes"),
+        ("disk_compression", "zstd", "disk_compression: unknown key"),
+        (
+            "kvstore",
+            {"disk_compresion": "zstd"},
+            "kvstore.disk_compresion: unknown key (did you mean disk_compression?)",
+        ),
+        ("secret", 12345678, "secret: must be a valid string"),
     ],
 )
-def test_bad_usage_exits_2_and_names_the_option(kv_node: KVNode, name: str, value: str) -> None:
-    result = start(*arguments_of(kv_node, **{name: value}))
+def test_a_bad_spec_exits_2_and_names_the_key(
+    kv_node: KVNode, tmp_path: Path, name: str, value: object, message: str
+) -> None:
+    result = start(tmp_path, {**kv_node.spec(), name: value})
     assert result.returncode == 2
-    assert "--" + name.replace("_", "-") in result.stderr.splitlines()[-1]
+    assert f"kvstore.node: {tmp_path}/spec.json: {message}" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert "12345678" not in result.stderr
+
+
+def test_a_node_needs_its_spec() -> None:
+    command = [sys.executable, "-m", "kvstore.node"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=python_environment(), check=False)
+    assert result.returncode == 2
+    assert "--spec" in result.stderr

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from switchyard.v1 import kvnode_pb2, kvnode_pb2_grpc
 
-from kvstore.channels import dial
+from kvstore.channels import NODE_OPTIONS, dial
 from kvstore.host_tier import HostTier
 from kvstore.tiers import Fragment
 from tests.kvstore.fragments import SECRET, damage_segments, keys_of, make_compressible, make_fragments
-from tests.kvstore.test_node import arguments_of, start
+from tests.kvstore.test_node import start
 from tests.processes import KVNode, wait_until
 
 DISK_BYTES = 16 << 20
@@ -28,8 +28,8 @@ def start_node(folder: Path) -> Iterator[Callable[..., KVNode]]:
     nodes: list[KVNode] = []
 
     def start_node(write: str = "back", compression: str = "none") -> KVNode:
-        options = ["--disk-dir", str(folder), "--disk-bytes", str(DISK_BYTES), "--disk-write", write]
-        options += ["--disk-compression", compression]
+        store = {"disk_dir": str(folder), "disk_bytes": DISK_BYTES, "disk_write": write}
+        options = {"kvstore": {**store, "disk_compression": compression}}
         nodes.append(KVNode(f"test-{uuid.uuid4().hex[:12]}", 4096, 16, options, SECRET))
         return nodes[-1]
 
@@ -39,7 +39,8 @@ def start_node(folder: Path) -> Iterator[Callable[..., KVNode]]:
 
 
 def stats_of(node: KVNode) -> Any:
-    with dial(node.host_address) as channel:
+    own_connection = ("grpc.use_local_subchannel_pool", 1)  # others' may lead to the node before this one
+    with dial(node.host_address, [*NODE_OPTIONS, own_connection]) as channel:
         stub = kvnode_pb2_grpc.KVNodeServiceStub(channel)
         return stub.GetStats(kvnode_pb2.GetStatsRequest(), wait_for_ready=True)
 
@@ -70,7 +71,7 @@ def test_what_was_evicted_comes_back_from_the_disk(start_node: Callable[[str], K
     tier.close()
 
 
-def test_compressed_fragments_come_back_from_the_disk(start_node: Callable[..., KVNode]) -> None:
+def test_compressed_fragments_come_back_from_the_disk(start_node: Callable[..., KVNode], folder: Path) -> None:
     node = start_node("through", "zstd")
     tier = HostTier(node.host_address)
     wait_until(lambda: stats_of(node).disk.is_up, "the disk tier is up")
@@ -79,7 +80,7 @@ def test_compressed_fragments_come_back_from_the_disk(start_node: Callable[..., 
         assert all(tier.put(fragments[i : i + 4]))
         wait_until(lambda i=i: stats_of(node).disk.num_written >= i + 4, "all are on disk")  # type: ignore[misc]
     node.terminate()
-    (segment,) = (path for path in Path(node.options[1]).glob("*.segment"))
+    (segment,) = (path for path in folder.glob("*.segment"))
     assert 48 * 4096 < segment.stat().st_size < 48 * 4096 * 1.1
     node.start()
     wait_until(lambda: stats_of(node).disk.num_fragments == 48, "the disk tier is up again")
@@ -176,18 +177,27 @@ def test_two_nodes_do_not_share_a_folder(start_node: Callable[[str], KVNode]) ->
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "message"),
+    ("changed", "code", "message"),
     [
-        (["--disk-dir", "/nowhere"], 2, "--secret-file: needed where"),
-        (["--disk-dir", "/nowhere", "--secret-file", "/nowhere"], 2, "--secret-file: "),
-        (["--disk-dir", "/nowhere", "--disk-bytes", "1000", "--secret-file", __file__], 1, "disk_bytes: must be at"),
+        (
+            {"kvstore": {"disk_dir": "/nowhere", "disk_bytes": DISK_BYTES}},
+            2,
+            "secret: needed where there is a disk tier",
+        ),
+        ({"kvstore": {"disk_dir": "/nowhere", "disk_bytes": 1000}}, 2, "kvstore.disk_bytes: must be 0 or at least"),
+        (
+            {"kvstore": {"disk_dir": "/nowhere", "disk_bytes": DISK_BYTES}, "secret": SECRET, "slot_bytes": 64 << 20},
+            1,
+            "disk_bytes: must be at",
+        ),
     ],
 )
 def test_a_disk_tier_that_cannot_be_is_one_line(
-    kv_node: KVNode, tmp_path: Path, options: list[str], code: int, message: str
+    kv_node: KVNode, tmp_path: Path, changed: dict[str, object], code: int, message: str
 ) -> None:
-    changed = {"node_id": "other", "arena": str(tmp_path / "other.arena"), "host_address": f"unix:{tmp_path}/s"}
-    result = start(*arguments_of(kv_node, **changed), *options)
+    changed = {"node_id": "other", "arena": str(tmp_path / "other.arena"), "num_slots": 1, **changed}
+    result = start(tmp_path, {**kv_node.spec(), "host_address": f"unix:{tmp_path}/s", **changed})
     assert result.returncode == code
     assert message in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
+    assert SECRET not in result.stderr

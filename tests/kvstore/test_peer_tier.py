@@ -235,12 +235,12 @@ def test_nobody_listens(peer: PeerTier, directory: MemoryDirectory, host: HostTi
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "[::1]"])
 def test_a_peer_that_was_replaced_is_dialled_anew(peer: PeerTier, directory: MemoryDirectory, address: str) -> None:
-    options = ["--peer-address", f"{address}:{free_port()}"]
+    options = {"peer_address": f"{address}:{free_port()}"}
     node = KVNode(f"test-{uuid.uuid4().hex[:12]}", options=options, secret=SECRET)
     host = HostTier(node.host_address)
     fragments = make_fragments(3)
     host.put(fragments)
-    publish(directory, fragments, options[1])
+    publish(directory, fragments, options["peer_address"])
     assert peer.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]
     node.restart()
     wait_until(lambda: host.put(fragments) == [True] * 3, "fragments are in the new arena")
@@ -250,8 +250,8 @@ def test_a_peer_that_was_replaced_is_dialled_anew(peer: PeerTier, directory: Mem
 
 
 def test_what_only_the_peers_disk_has_comes_too(peer: PeerTier, directory: MemoryDirectory, tmp_path: Path) -> None:
-    options = ["--peer-address", "127.0.0.1:0", "--disk-dir", str(tmp_path / "disk"), "--disk-bytes", "16000000"]
-    options += ["--disk-write", "through"]
+    store = {"disk_dir": str(tmp_path / "disk"), "disk_bytes": 16 << 20, "disk_write": "through"}
+    options = {"peer_address": "127.0.0.1:0", "kvstore": store}
     node = KVNode(f"test-{uuid.uuid4().hex[:12]}", num_slots=16, options=options, secret=SECRET)
     host = HostTier(node.host_address)
     fragments = make_fragments(4)

@@ -187,7 +187,7 @@ def start_with_disk(tmp_path: Path) -> Iterator[StartNode]:
     started: list[tuple[KVNode, HostTier]] = []
 
     def start_with_disk(num_slots: int) -> tuple[KVNode, HostTier]:
-        options = ["--disk-dir", str(tmp_path / "disk"), "--disk-bytes", str(16 << 20), "--disk-write", "through"]
+        options = {"kvstore": {"disk_dir": str(tmp_path / "disk"), "disk_bytes": 16 << 20, "disk_write": "through"}}
         node = KVNode(f"test-{uuid.uuid4().hex[:12]}", 4096, num_slots, options, SECRET)
         started.append((node, HostTier(node.host_address)))
         wait_until(lambda: stats_of(node).disk.is_up, "the disk tier is up")

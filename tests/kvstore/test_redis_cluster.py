@@ -313,7 +313,7 @@ def test_a_wrong_password_is_never_logged(servers: RedisClusterServers, caplog: 
 
 
 def test_opened_by_its_url(servers: RedisClusterServers) -> None:
-    (tier,) = open_tiers("", servers.url, SECRET, 60.0)
+    (tier,) = open_tiers("", KVStoreConfig(tier=servers.url), SECRET)
     assert isinstance(tier, RedisClusterTier)
     assert place_of(tier, "here") == ["redis"]
     tier.close()

@@ -18,7 +18,7 @@ from kvstore.file_journal import FileJournal
 from router.app import Router
 from router.config import RouterSpec
 from router.defaults import settled
-from router.errors import ConfigError, ModelFilesError
+from router.errors import ModelFilesError
 from router.model_files import ModelFiles, SamplingDefaults
 from router.sampling import SamplingParams, check_sampling, sampling_message, sampling_params
 from router.wire import generation_request, journal_record
@@ -75,7 +75,7 @@ def test_sampling_defaults_are_read_and_can_be_turned_off(tmp_path: Path) -> Non
         with pytest.raises(ModelFilesError, match=rf"generation_config\.json: {field} must be"):
             ModelFiles.load(directory, "m")
         ModelFiles.load(directory, "m", "none")
-    with pytest.raises(ConfigError, match="generation_config: must be one of auto, none, not 'vllm'"):
+    with pytest.raises(ValueError, match="generation_config: must be one of auto, none, not 'vllm'"):
         RouterSpec("r", str(tmp_path), "m", "memory://", generation_config="vllm")
 
 

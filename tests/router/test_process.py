@@ -21,8 +21,8 @@ from kvstore.connect import open_directory
 from kvstore.directory import WorkerRecord
 from router.app import _epochs
 from router.client import GenerationError
-from router.config import RouterConfig, RouterSpec, load_spec
-from router.errors import ConfigError
+from router.config import RouterConfig, RouterSpec
+from settings.loading import SettingsError, load, write
 from tests.processes import KVNode, python_environment
 from tests.router.conftest import config_with, running_cluster, until
 from tests.router.fake_worker import FakeWorker, expected_tokens
@@ -83,12 +83,12 @@ def test_a_port_in_use_is_one_line_and_exit_code_2(tmp_path: Path, model_dir: Pa
     ("changes", "words"),
     [
         ({"colour": "red"}, "colour: unknown key"),
-        ({"grpc_port": "many"}, "grpc_port: must be int"),
+        ({"grpc_port": "many"}, "grpc_port: must be a valid integer, not the text 'many'"),
         ({"grpc_port": 70000}, "grpc_port: must be between"),
         ({"config": {"window": 3}}, "config.window: unknown key"),
-        ({"config": {"window_tokens": True}}, "config.window_tokens: must be int"),
-        ({"config": {"window_tokens": 0}}, "router.window_tokens: must be at least 1"),
-        ({"config": {"policy": "best"}}, "router.policy: must be one of cheapest"),
+        ({"config": {"window_tokens": True}}, "config.window_tokens: must be a valid integer, not true"),
+        ({"config": {"window_tokens": 0}}, "config.window_tokens: must be at least 1"),
+        ({"config": {"policy": "best"}}, "config.policy: must be one of cheapest"),
         ({"model_dir": "nowhere"}, "nowhere: no such model directory"),
         ({"control": "carrier-pigeon://"}, "control: must be"),
     ],
@@ -105,20 +105,20 @@ def test_a_bad_spec_is_one_line_and_exit_code_2(
 
 
 def test_a_spec_that_is_missing_or_no_json_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="No such file"):
-        load_spec(tmp_path / "nothing.json")
+    with pytest.raises(SettingsError, match="No such file"):
+        load(RouterSpec, tmp_path / "nothing.json")
     (tmp_path / "spec.json").write_text("{")
-    with pytest.raises(ConfigError, match="not JSON"):
-        load_spec(tmp_path / "spec.json")
+    with pytest.raises(SettingsError, match="not JSON"):
+        load(RouterSpec, tmp_path / "spec.json")
     (tmp_path / "spec.json").write_text("{}")
-    with pytest.raises(ConfigError, match="router_id: missing"):
-        load_spec(tmp_path / "spec.json")
+    with pytest.raises(SettingsError, match="router_id: missing"):
+        load(RouterSpec, tmp_path / "spec.json")
 
 
 def test_a_spec_comes_back_as_it_was_written(tmp_path: Path) -> None:
     spec = RouterSpec("r", "m", "n", "memory://x", config=RouterConfig(window_tokens=8, drain_s=3))
-    (tmp_path / "spec.json").write_text(json.dumps(dataclasses.asdict(spec)))
-    assert load_spec(tmp_path / "spec.json") == spec
+    write(tmp_path / "spec.json", spec)
+    assert load(RouterSpec, tmp_path / "spec.json") == spec
 
 
 def test_epochs_grow_even_when_the_clock_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -238,5 +238,5 @@ def test_the_models_tokens_are_the_same(tp, tmp_path: Path):
 
 
 def test_it_needs_a_single_stage():
-    with pytest.raises(ValueError, match="async_scheduling needs pp=1"):
+    with pytest.raises(ValueError, match=r"^async_scheduling: needs pp=1"):
         EngineConfig("dir", pp=2, async_scheduling=True)

@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoint.tensors import weights_digest
+from kvstore.config import KVStoreConfig
+from settings.loading import load, write
 from tests.workers.tiny_llama import make_checkpoint
 from workers.config import EngineConfig, WorkerSpec, resolve_model
 from workers.errors import ModelError
@@ -121,17 +123,16 @@ def test_stages_cover_all_layers_once_and_evenly(layers, pp):
     assert max(map(len, stages)) - min(map(len, stages)) <= 1
 
 
-def test_spec_survives_json():
-    from dataclasses import asdict
-
-    spec = WorkerSpec(
-        "w", "pool", "decode", EngineConfig("dir", tp=2, plugins=("a", "b")), tier="redis://x", tier_secret="s"
-    )
-    assert WorkerSpec.from_json(json.dumps(asdict(spec))) == spec
+def test_spec_survives_json(tmp_path):
+    engine = EngineConfig("dir", tp=2, plugins=("a", "b"))
+    spec = WorkerSpec("w", "pool", "decode", engine, kvstore=KVStoreConfig(tier="redis://x"), tier_secret="s")
+    write(tmp_path / "spec.json", spec)
+    assert (tmp_path / "spec.json").stat().st_mode & 0o777 == 0o600
+    assert load(WorkerSpec, tmp_path / "spec.json") == spec
 
 
 def test_engine_config_refuses_nonsense():
-    with pytest.raises(ValueError, match="tp must be at least 1"):
+    with pytest.raises(ValueError, match=r"^tp: must be at least 1, not 0"):
         EngineConfig("dir", tp=0)
-    with pytest.raises(ValueError, match="dtype must be one of"):
+    with pytest.raises(ValueError, match=r"^dtype: must be one of"):
         EngineConfig("dir", dtype="int3")

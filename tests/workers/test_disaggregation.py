@@ -15,6 +15,7 @@ import pytest
 import torch
 from switchyard.v1 import worker_pb2
 
+from kvstore.config import KVStoreConfig
 from kvstore.connect import open_directory
 from kvstore.names import block_names, root_name
 from tests.workers.tiny_llama import generate_with_transformers, make_checkpoint
@@ -22,6 +23,7 @@ from tests.workers.worker_client import WorkerClient, disaggregate, wait_until
 from workers.config import EngineConfig, WorkerSpec
 
 BLOCK_SIZE = 16
+ALWAYS = KVStoreConfig(prefix_fetch="always")
 LENGTHS = (1, 15, 16, 17, 48, 77)
 
 
@@ -117,7 +119,7 @@ def test_what_decode_computed_is_found_by_the_next_turn_and_by_a_failover(checkp
     tokens, _, _ = disaggregate(prefill, decode, token_ids, max_tokens=60)
     history = [*token_ids, *tokens]
     expected = generate_with_transformers(checkpoint, history, 8)
-    with worker(spec_for(checkpoint, "mixed", shared_kv_node, prefix_fetch="always")) as other:
+    with worker(spec_for(checkpoint, "mixed", shared_kv_node, kvstore=ALWAYS)) as other:
         names = block_names(root_name(other.kv_fingerprint(), b""), history[:80], BLOCK_SIZE, with_tail=False)
         directory = open_directory(shared_kv_node.control_url, "")
         wait_until(lambda: all(directory.locate(names)))  # they are written back beside the steps
@@ -182,7 +184,8 @@ def test_decode_goes_on_alone_when_the_node_is_killed(checkpoint, kv_node):
 
 
 def test_redis_alone_carries_the_blocks(checkpoint, kv_node, redis_server):
-    options = {"host_address": "", "tier": redis_server.url, "tier_secret": "of the tests", "control": redis_server.url}
+    options = {"host_address": "", "kvstore": KVStoreConfig(tier=redis_server.url), "tier_secret": "of the tests"}
+    options["control"] = redis_server.url
     with (
         worker(spec_for(checkpoint, "prefill", kv_node, **options)) as prefill,
         worker(spec_for(checkpoint, "decode", kv_node, **options)) as decode,

@@ -223,7 +223,7 @@ def test_what_it_cannot_do_is_one_line(model_dir: Path) -> None:
     model, groups = load_config(model_dir), ParallelGroups(Shard(), CPU)
     with pytest.raises(ModelError, match="runner=fake takes tp=1 and pp=1, not tp=2 and pp=1"):
         load_runner(config_for(model_dir, tp=2), model, groups, CPU)
-    with pytest.raises(ValueError, match="runner must be one of torch, fake, not vapour"):
+    with pytest.raises(ValueError, match=r"^runner: must be one of torch, fake, not 'vapour'"):
         config_for(model_dir, runner="vapour")
-    with pytest.raises(ValueError, match="fake_step_s must not be negative"):
+    with pytest.raises(ValueError, match=r"^fake_step_s: must be >= 0, not -1.0"):
         config_for(model_dir, fake_step_s=-1.0)

@@ -15,7 +15,7 @@ from kvstore.memory_tier import MemoryTier
 from kvstore.store import FragmentStore
 from planner.paged_handoff import BlockMover
 from tests.processes import KVNode
-from tests.workers.test_disaggregation import prompt, spec_for
+from tests.workers.test_disaggregation import ALWAYS, prompt, spec_for
 from tests.workers.test_disaggregation import worker as real_worker
 from tests.workers.tiny_llama import make_checkpoint
 from tests.workers.worker_client import WorkerClient, disaggregate
@@ -96,13 +96,13 @@ def test_the_fingerprint_says_what_is_lost(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("other", [{"batch_invariant": True}, {"runner": "fake"}], ids=str)
 def test_what_needs_every_bit_takes_no_loss(other: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="kv_encoding=fp8 changes bits"):
+    with pytest.raises(ValueError, match=r"^kv_encoding: fp8 changes bits"):
         EngineConfig("", kv_encoding="fp8", **other)
 
 
 def test_workers_hand_over_in_8_bits_and_an_exact_one_takes_none_of_it(tmp_path: Path, kv_node: KVNode) -> None:
     checkpoint = make_checkpoint("gqa", tmp_path)
-    specs = [spec_for(checkpoint, role, kv_node, prefix_fetch="always") for role in ("prefill", "decode")]
+    specs = [spec_for(checkpoint, role, kv_node, kvstore=ALWAYS) for role in ("prefill", "decode")]
     lossy = [replace(spec, engine=replace(spec.engine, kv_encoding="int8")) for spec in specs]
     exact = replace(specs[1], worker_id="exact-0")
     token_ids = prompt(77, seed=11)

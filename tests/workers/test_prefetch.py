@@ -11,6 +11,7 @@ import pytest
 from switchyard.v1 import worker_pb2
 
 from costs.transfer import NEVER_FETCH
+from kvstore.config import KVStoreConfig
 from kvstore.connect import open_directory
 from kvstore.host_tier import HostTier
 from kvstore.names import block_names, root_name
@@ -204,7 +205,8 @@ def test_a_queued_request_finds_its_blocks_in_the_host_tier(
     )  # fmt: skip
     spec = WorkerSpec(
         "mixed-0", "mixed", "mixed", engine, node_id=shared_kv_node.node_id, host_address=shared_kv_node.host_address,
-        tier=redis_server.url, tier_secret=SECRET, control=shared_kv_node.control_url, prefix_fetch="always",
+        kvstore=KVStoreConfig(tier=redis_server.url, prefix_fetch="always"), tier_secret=SECRET,
+        control=shared_kv_node.control_url,
     )  # fmt: skip
     token_ids = prompt(NUM_BLOCKS * BLOCK_SIZE + 5, seed=9)
     write_back(single_rank, spec, token_ids)
@@ -229,7 +231,7 @@ def test_what_one_rank_prefetched_serves_the_others(
 ) -> None:
     """Redis is gone when the request is admitted, so each rank has its heads from the host tier or not at all."""
     checkpoint = make_checkpoint("gqa", tmp_path)
-    options = {"tier": redis_server.url, "tier_secret": SECRET, "prefix_fetch": "always"}
+    options = {"kvstore": KVStoreConfig(tier=redis_server.url, prefix_fetch="always"), "tier_secret": SECRET}
     spec = spec_for(checkpoint, "mixed", shared_kv_node, tp=2, **options)
     spec = dataclasses.replace(spec, engine=dataclasses.replace(spec.engine, max_num_seqs=1))
     token_ids = prompt(NUM_BLOCKS * BLOCK_SIZE + 5, seed=10)

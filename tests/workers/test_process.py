@@ -11,6 +11,14 @@ from tests.workers.tiny_llama import make_checkpoint
 from workers.config import EngineConfig, WorkerSpec
 
 
+def test_a_bad_spec_is_one_line_and_exit_code_2(tmp_path):
+    (tmp_path / "spec.json").write_text('{"worker_id": "w", "tier_compression": "zstd"}')
+    command = [sys.executable, "-m", "workers", "--spec", str(tmp_path / "spec.json")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr == f"switchyard worker: {tmp_path}/spec.json: tier_compression: unknown key\n"
+
+
 def test_the_rank_that_refuses_is_heard_not_the_one_that_dies_of_it(tmp_path):
     directory = make_checkpoint("gqa", tmp_path)
     weights = load_file(directory / "model.safetensors")

@@ -1,0 +1,97 @@
+"""What each worker reports: to its routers in `WorkerLoad`, and to Ray. Fields are those of `WorkerLoad`."""
+
+from __future__ import annotations
+
+from telemetry.buckets import TIME_TO_FIRST_TOKEN
+from telemetry.metric import Metric, counter, gauge, seconds
+
+LABELS = ("worker", "pool", "role")
+_PREFIX = "switchyard_worker_"
+
+
+def _count(name: str, unit: str, meaning: str, field: str, *more_labels: str) -> Metric:
+    return counter(f"{_PREFIX}{name}_total", unit, meaning, (*LABELS, *more_labels), field)
+
+
+def _state(name: str, unit: str, meaning: str, field: str = "", *more_labels: str) -> Metric:
+    return gauge(f"{_PREFIX}{name}", unit, meaning, (*LABELS, *more_labels), field)
+
+
+ENGINE = (
+    _state("running_requests", "requests", "Requests in the running batch.", "num_running"),
+    _state("waiting_requests", "requests", "Requests waiting for a place in the batch.", "num_waiting"),
+    _state("waiting_for_kv_requests", "requests", "Decode requests waiting for KV blocks.", "num_waiting_for_kv"),
+    _state("free_blocks", "blocks", "KV blocks that can be allocated now: free or only cached.", "num_free_blocks"),
+    _state("queued_tokens", "tokens", "Prompt tokens accepted and not yet computed.", "num_queued_tokens"),
+    _count("steps", "", "Engine steps done.", "num_steps"),
+    _count("generated_tokens", "tokens", "Tokens generated.", "num_generated_tokens"),
+    _count("computed_prompt_tokens", "tokens", "Prompt tokens computed.", "num_computed_prompt_tokens"),
+    _count(
+        "cached_prompt_tokens",
+        "tokens",
+        "Prompt tokens taken from the device prefix cache or, but for decode requests, from the tiers.",
+        "num_cached_prompt_tokens",
+    ),
+    _count(
+        "recomputed_prompt_tokens",
+        "tokens",
+        "Prompt tokens computed by decode requests because KV blocks were missing or bad.",
+        "num_recomputed_prompt_tokens",
+    ),
+    _count("preemptions", "", "Requests preempted for want of KV blocks.", "num_preemptions"),
+    _count("published_blocks", "blocks", "KV blocks published.", "num_published_blocks"),
+    _count("transferred_blocks", "blocks", "KV blocks pulled, verified and used.", "num_transferred_blocks"),
+    _count(
+        "prefixes_fetched",
+        "",
+        "Prefixes that only the tiers had and that were pulled, because that was cheaper.",
+        "num_prefixes_fetched",
+    ),
+    _count(
+        "prefixes_recomputed",
+        "",
+        "Prefixes that only the tiers had and that were computed again, because that was cheaper.",
+        "num_prefixes_recomputed",
+    ),
+)
+"""On Ray's metrics port and on each router's /metrics."""
+
+TIME_TO_FIRST = seconds(
+    f"{_PREFIX}time_to_first_token_seconds",
+    "From a request's arrival at this worker to its first token.",
+    TIME_TO_FIRST_TOKEN,
+    LABELS,
+    "ttft_s",
+)
+
+STORE = (
+    _count("rejected_fragments", "fragments", "KV fragments rejected.", "num_rejected_fragments", "reason"),
+    _count("pulled_bytes", "bytes", "KV pulled.", "pulled_bytes", "tier"),
+    _count("published_bytes", "bytes", "KV published.", "published_bytes", "tier"),
+    _count(
+        "prefetched_fragments",
+        "fragments",
+        "KV fragments brought to the host for queued requests.",
+        "num_prefetched_fragments",
+        "tier",
+    ),
+    _count("prefetched_bytes", "bytes", "Their size.", "prefetched_bytes", "tier"),
+    _count(
+        "useless_prefetched_fragments",
+        "fragments",
+        "KV fragments prefetched for requests that did not use them.",
+        "num_useless_prefetched_fragments",
+    ),
+    _state("tier_up", "", "1 while a tier answers.", "tier_is_up", "tier"),
+)
+"""On each router's /metrics; of rank 0 alone."""
+
+TIER_OK = _state("tier_ok", "", "1 while a tier does all that it should; /readyz says why not.", "", "tier")
+UP = _state("up", "", "1 for each worker that takes requests.")
+KNOWN_BLOCKS = _state("known_blocks", "blocks", "KV blocks that the worker said it holds; absent while guessed.")
+
+RAY_METRICS = (*ENGINE, TIME_TO_FIRST)
+"""On Ray's metrics port."""
+
+ROUTER_METRICS = (*ENGINE, *STORE, TIER_OK, UP, KNOWN_BLOCKS)
+"""On each router's /metrics, from the worker's last load report."""
