@@ -22,6 +22,7 @@ from pathlib import Path
 
 from switchyard.v1 import worker_pb2
 
+from kvstore.config import KVStoreConfig
 from planner.direct import DirectWorker, Part, connect
 from planner.rows import ROOT, Measurement
 from workers.config import EngineConfig, WorkerSpec
@@ -74,7 +75,8 @@ class StallingProxy:
 @contextmanager
 def _worker(tier: str, model_dir: Path) -> Iterator[DirectWorker]:
     engine = EngineConfig(str(model_dir), device="cpu", async_scheduling=True)
-    spec = WorkerSpec("stalled-tier", "mixed", "mixed", engine, tier=tier, tier_secret="benchmark of a stalled tier")
+    kvstore = KVStoreConfig(tier=tier)
+    spec = WorkerSpec("stalled-tier", "mixed", "mixed", engine, kvstore=kvstore, tier_secret="of a benchmark")
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(asdict(spec), file)
         file.flush()
