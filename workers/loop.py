@@ -293,7 +293,7 @@ class EngineLoop:
             num_waiting=len(scheduler.waiting),
             num_waiting_for_kv=len(scheduler.waiting_for_kv),
             num_free_blocks=scheduler.pool.num_free,
-            num_queued_tokens=scheduler.num_queued_tokens,
+            num_queued_tokens=scheduler.queues.num_queued_tokens,
             num_steps=counters.num_steps,
             num_computed_prompt_tokens=counters.num_computed_prompt_tokens,
             num_cached_prompt_tokens=counters.num_cached_prompt_tokens,

@@ -11,20 +11,20 @@ step is through. `update` takes what became of a plan. Knows nothing of tensors,
 
 from __future__ import annotations
 
-from bisect import insort
-from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 
 from costs.transfer import ALWAYS_FETCH, TransferCost
 from kvstore.block_pools import BlockPools
 from workers.naming import RequestNames
+from workers.outcome import StepOutcomes, UpdateResult
 from workers.pulls import Pulls
-from workers.request import FinishReason, Request, RequestRole, RequestStatus, TokenOutputs
+from workers.queues import RequestQueues
+from workers.request import Request, RequestRole, RequestStatus
 from workers.rows import BatchRows
-from workers.step import NO_TOKEN, ModelRunnerOutput, RowState, SchedulerOutput
-from workers.transfers import Transfer, TransferKind, Transfers
+from workers.step import ModelRunnerOutput, RowState, SchedulerOutput
+from workers.transfers import TransferKind, Transfers
 
 # A prefill request ends with a chunk of this size when its prompt is many times as long: what its decode worker still
 # has to pull after the last chunk is then a few blocks, and all else has travelled while the prompt was computed.
@@ -44,20 +44,6 @@ class SchedulerConfig:
     transfer_cost: TransferCost = ALWAYS_FETCH
 
 
-@dataclass(slots=True)
-class UpdateResult:
-    """What a finished step means for requests."""
-
-    tokens: TokenOutputs = field(default_factory=TokenOutputs)
-    finished: list[tuple[Request, FinishReason]] = field(default_factory=list)
-    published_names: list[bytes] = field(default_factory=list)
-    num_transferred_blocks: int = 0
-
-
-def _order(request: Request) -> tuple[float, str]:
-    return request.order
-
-
 class Scheduler:
     """Owns the requests of one engine and their blocks."""
 
@@ -70,14 +56,12 @@ class Scheduler:
         self.transfers = Transfers(pool)
         self._names = RequestNames(kv_fingerprint, pool.block_size)
         self._eos = eos_token_ids
-        self.requests: dict[str, Request] = {}
-        self.waiting: deque[Request] = deque()
-        self.waiting_for_kv: list[Request] = []
-        self.running: list[Request] = []  # the earliest first
-        self.storing: list[Request] = []
+        self.queues = queues = RequestQueues()
+        self.requests, self.waiting, self.waiting_for_kv = queues.requests, queues.waiting, queues.waiting_for_kv
+        self.running = queues.running
         self._all_groups = range(pool.num_groups)
         self._pulls = Pulls(pool, self.transfers, self._names)
-        self.num_recomputed_prompt_tokens = 0
+        self._outcomes = StepOutcomes(queues, pool, self._names, self.transfers, self._pulls, config.max_model_len)
         self.num_preemptions = 0
         self.num_prefixes_fetched = 0  # of the prefixes that only the tiers had: cheaper to pull
         self.num_prefixes_recomputed = 0  # cheaper to compute again
@@ -130,14 +114,14 @@ class Scheduler:
 
     def finish(self, request: Request) -> None:
         """Take a request out; its blocks are only cache from then on."""
-        self._remove_from_queues(request)
+        self.queues.leave(request)
         self._release_blocks(request)
         request.status = RequestStatus.FINISHED
         del self.requests[request.request_id]
 
     def has_work(self) -> bool:
         """A step might do something, now or when blocks have come or gone."""
-        return bool(self.waiting or self.running or self.waiting_for_kv or self.storing or self.transfers)
+        return bool(self.waiting or self.running or self.waiting_for_kv or self.queues.storing or self.transfers)
 
     def pending_pulls(self) -> Iterator[tuple[str, list[bytes]]]:
         """Requests that wait for blocks, and the names that they still lack, for whoever watches the directory."""
@@ -161,13 +145,9 @@ class Scheduler:
             yield request.request_id, names if pays else []
 
     @property
-    def num_queued_tokens(self) -> int:
-        """Prompt tokens accepted and not yet computed (decode requests bring theirs)."""
-        return sum(
-            max(0, r.num_given_tokens - r.num_computed_tokens)
-            for r in (*self.waiting, *self.running)
-            if r.num_computed_tokens < r.num_given_tokens and r.role is not RequestRole.DECODE
-        )
+    def num_recomputed_prompt_tokens(self) -> int:
+        """Prompt tokens that decode requests computed though a prefill worker had."""
+        return self._outcomes.num_recomputed_prompt_tokens
 
     # ------------------------------------------------------------------------------------------------------ schedule
     def schedule(self) -> SchedulerOutput:
@@ -177,7 +157,7 @@ class Scheduler:
             self._start_with_what_came(request)
         budget = self._schedule_running(plan, budget)
         for request in [r for r in self.waiting if not (r.is_stalled or r.awaits_lookup)]:
-            if plan.preempted_ids or max(self._num_active(), len(plan.requests)) >= self.config.max_num_seqs:
+            if plan.preempted_ids or max(self.queues.num_active, len(plan.requests)) >= self.config.max_num_seqs:
                 break
             if (budget <= 0 and request.role is not RequestRole.DECODE) or not self._admit(request, budget):
                 break
@@ -263,10 +243,6 @@ class Scheduler:
         request.drafts_in_flight = drafts
         return drafts
 
-    def _num_active(self) -> int:
-        """Requests that take part in the batch, or will; those whose client does not read stop nobody else."""
-        return sum(not r.is_stalled for r in (*self.running, *self.waiting_for_kv))
-
     def _admit(self, request: Request, budget: int) -> bool:
         """Give a waiting request its first blocks; False when there are too few."""
         pool, size = self.pool, self.pool.block_size
@@ -309,7 +285,7 @@ class Scheduler:
         if request.role is not RequestRole.PREFILL:  # which publishes its prefix hits too: a tier may have lost them
             request.num_stored_blocks = max(request.num_stored_blocks, request.num_kv_tokens // self.pool.block_size)
         request.status = RequestStatus.RUNNING
-        insort(self.running, request, key=_order)
+        self.queues.run(request)
 
     def _start_with_what_came(self, request: Request) -> None:
         """Nothing more will come: compute the rest."""
@@ -326,8 +302,7 @@ class Scheduler:
         """Blocks for `num_tokens` tokens of a running request, preempting the latest; False when it went itself."""
         num_blocks = -(-num_tokens // self.pool.block_size)
         while not self.pool.can_extend(request.block_tables, num_blocks, self._all_groups):
-            others = [r for r in self.waiting_for_kv if not r.has_load_in_flight]  # whose blocks would not be free yet
-            victim = max((*self.running, *others), key=lambda r: (r.is_stalled, r.order))
+            victim = self.queues.victim()
             self._preempt(victim)
             plan.preempted_ids.append(victim.request_id)
             if victim is request:
@@ -341,7 +316,7 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
-        self._remove_from_queues(request)
+        self.queues.leave(request)
         self._release_blocks(request)
         request.window_tokens += request.num_pending_tokens  # what is being chosen is chosen again
         request.num_pending_tokens, request.drafts_in_flight = 0, []
@@ -375,104 +350,9 @@ class Scheduler:
             return
         plan.stores += self.transfers.start(kind, request, names[first:last], first, self._all_groups, num_named_tokens)
 
-    # -------------------------------------------------------------------------------------------------------- update
     def update(self, plan: SchedulerOutput, output: ModelRunnerOutput) -> UpdateResult:
-        """Take a step's outcome into the books. A plan's requests may be gone, or preempted, meanwhile."""
-        result = UpdateResult()
-        for done in output.transfers:
-            if (transfer := self.transfers.end(done)) is not None:
-                self._end_transfer(transfer, result)
-        size, running, at = self.pool.block_size, RequestStatus.RUNNING, 0
-        columns = zip(
-            plan.requests, plan.generations, plan.start_positions, plan.num_tokens, plan.num_logits, strict=True
-        )
-        for request, generation, start, count, num_logits in columns:
-            choices = output.sampled_token_ids[at : at + num_logits]
-            at += num_logits
-            if request.num_preemptions != generation or request.status is not running:
-                continue
-            end = start + count
-            if start < request.num_given_tokens:
-                self._count_computed(request, start, end)
-            if num_logits:
-                request.num_pending_tokens -= 1
-                if request.drafts_in_flight:
-                    choices = self._judge_drafts(request, choices)
-                    end = request.num_computed_tokens
-                self._append_tokens(request, choices, result)
-            if end >= (request.num_registered_blocks + 1) * size:
-                self._note_full_blocks(request, end)
-        return result
-
-    def _judge_drafts(self, request: Request, choices: Sequence[int]) -> Sequence[int]:
-        """The choices after the last known token and after each draft that the model had chosen too."""
-        drafts, request.drafts_in_flight = request.drafts_in_flight, []
-        num_right = 0
-        while num_right < len(drafts) and choices[num_right] == drafts[num_right]:
-            num_right += 1
-        request.num_computed_tokens -= len(drafts) - num_right
-        request.num_kv_tokens = min(request.num_kv_tokens, request.num_computed_tokens)
-        request.window_tokens -= num_right
-        return choices[: num_right + 1]
-
-    def _append_tokens(self, request: Request, token_ids: Sequence[int], result: UpdateResult) -> None:
-        """Tokens that were chosen, up to one that ends the request."""
-        known = request.token_ids
-        for token_id in token_ids:
-            if token_id == NO_TOKEN or token_id in request.stop_ids:
-                reason = FinishReason.FAILED if token_id == NO_TOKEN else FinishReason.STOP
-                result.finished.append((request, reason))
-                return
-            known.append(token_id)
-            if len(known) >= request.max_num_tokens:
-                if request.num_stores_in_flight:
-                    self.running.remove(request)
-                    self.storing.append(request)
-                    request.status = RequestStatus.STORING
-                else:
-                    self._send_last(request, result)
-                return
-            result.tokens.append(request, len(known) - 1 - request.num_prompt_tokens, token_id)
-        if len(known) >= (len(request.block_names) + 1) * self.pool.block_size:
-            self._names.extend(request)
-
-    def _send_last(self, request: Request, result: UpdateResult) -> None:
-        """The request has all its tokens; the last is sent now."""
-        result.tokens.append(request, request.num_output_tokens - 1, request.token_ids[-1])
-        is_prefilled = (
-            request.role is RequestRole.PREFILL
-            and request.num_output_tokens < request.sampling.max_tokens
-            and request.num_tokens < self.config.max_model_len
-        )
-        result.finished.append((request, FinishReason.PREFILLED if is_prefilled else FinishReason.LENGTH))
-
-    def _end_transfer(self, transfer: Transfer, result: UpdateResult) -> None:
-        request = transfer.request
-        if transfer.kind is TransferKind.LOAD:
-            result.num_transferred_blocks += self._pulls.end(transfer)
-            return
-        result.published_names.extend(transfer.block_names[: transfer.num_blocks])
-        if transfer.kind is TransferKind.STORE:
-            request.num_published_blocks += transfer.num_blocks
-            request.num_stores_in_flight -= 1
-            if request.status is RequestStatus.STORING and not request.num_stores_in_flight:
-                self._send_last(request, result)
-
-    def _count_computed(self, request: Request, start: int, end: int) -> None:
-        prompt_tokens = min(end, request.num_given_tokens) - start
-        request.num_computed_prompt_tokens += prompt_tokens
-        if request.role is RequestRole.DECODE:
-            self.num_recomputed_prompt_tokens += prompt_tokens
-
-    # --------------------------------------------------------------------------------------------------------- blocks
-    def _note_full_blocks(self, request: Request, num_computed_tokens: int) -> None:
-        """Name the blocks that are full now, so that other requests find them; give back what left the windows."""
-        full = min(num_computed_tokens // self.pool.block_size, len(request.block_names))
-        for index in range(request.num_registered_blocks, full):
-            self.pool.register(request.block_tables, index, request.block_names[index])
-            request.num_registered_blocks = index + 1
-        if self.pool.has_windows:
-            self.pool.release_behind_windows(request.block_tables, num_computed_tokens)
+        """Take a step's outcome into the books."""
+        return self._outcomes.update(plan, output)
 
     def _release_blocks(self, request: Request) -> None:
         if request.block_tables:
@@ -482,9 +362,3 @@ class Scheduler:
         request.num_computed_tokens = request.num_kv_tokens = 0
         request.num_registered_blocks = request.num_ready_blocks = 0
         request.num_loads_in_flight, request.has_window_blocks = 0, False
-
-    def _remove_from_queues(self, request: Request) -> None:
-        for queue in (self.running, self.waiting_for_kv, self.storing, self.waiting):
-            if request in queue:
-                queue.remove(request)
-                return

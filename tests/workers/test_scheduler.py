@@ -384,7 +384,7 @@ class EngineMachine(RuleBasedStateMachine):
         scheduler = self.engine.scheduler
         scheduler.pool.check()
         assert set(scheduler.requests) == self.live
-        queued = [*scheduler.waiting, *scheduler.waiting_for_kv, *scheduler.running, *scheduler.storing]
+        queued = [*scheduler.waiting, *scheduler.waiting_for_kv, *scheduler.running, *scheduler.queues.storing]
         assert len(queued) == len(set(map(id, queued))) == len(self.live)
         owned = [b for r in queued for table in r.block_tables for b in table.held]
         owned += [b for transfer in self.runner.begun for b in transfer.block_ids]
