@@ -2,7 +2,7 @@
 
 A row is the head_dim numbers of one (layer, K or V, slot). Raw, a fragment is its rows. In 8 bits it is one fp32 scale
 per row, all of them, then the rows: int8 or fp8 (e4m3), rounded as kernels.quantise says. 8 bits lose something, so
-blocks that travel so have names of their own (see workers.rank.kv_fingerprint). Knows nothing of tiers and keys.
+blocks that travel so have names of their own (see workers.build.kv_fingerprint). Knows nothing of tiers and keys.
 """
 
 from __future__ import annotations

@@ -2,15 +2,25 @@
 
 A worker that could not reach the directory, or whose directory forgot, asks for the epoch that it had: it never
 stopped, so nobody need treat it as another. One that stopped for long enough to lose its lease does not ask, and is new
-when the lease is gone. Knows nothing of who calls it, of routers or of requests.
+when the lease is gone. Knows nothing of routers or of requests.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import logging
 import threading
+import time
 from collections.abc import Callable
 
-from kvstore.directory import Directory, WorkerRecord
+from kvstore.directory import Directory, DirectoryUnavailable, WorkerRecord
+
+log = logging.getLogger(__name__)
+
+LEASE_TTL_S = 3.0
+LEASE_RENEWAL_S = 0.75
+LEASE_PULSE_S = 0.25
 
 
 class Lease:
@@ -50,3 +60,65 @@ class Lease:
                 self._held_epoch = epoch
             before, self.epoch = self.epoch, epoch
         return before not in (0, epoch)
+
+
+class LeaseKeeper:
+    """Renews a worker's lease from a thread of its own, and notices on the server's loop that the process runs.
+
+    on_epoch: called on that loop with the epoch after each renewal, and whether what was begun before it is over.
+    """
+
+    def __init__(
+        self,
+        directory: Directory,
+        record: WorkerRecord,
+        on_epoch: Callable[[int, bool], None],
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self._directory = directory
+        self._record = record
+        self._on_epoch = on_epoch
+        self._loop = loop
+        self._lease = Lease(LEASE_TTL_S, time.monotonic)
+        self._withdrawn = threading.Event()
+        self._thread = threading.Thread(target=self._keep_alive, name="lease", daemon=True)
+
+    def start(self) -> None:
+        """Register, and renew from now on."""
+        asyncio.run_coroutine_threadsafe(self._pulse(), self._loop)
+        self._renew()
+        self._thread.start()
+
+    def withdraw(self) -> None:
+        """Leave the directory."""
+        self._withdrawn.set()
+        self._thread.join()
+        try:
+            self._directory.withdraw(self._record.worker_id)
+        except DirectoryUnavailable as error:
+            log.warning("control is away: %s", error)
+
+    def _renew(self) -> None:
+        before = self._lease.epoch
+        try:
+            is_new = self._lease.renew(self._directory, self._record)
+        except DirectoryUnavailable as error:
+            log.warning("control is away: %s", error)
+            return
+        epoch = self._lease.epoch
+        if is_new:
+            log.warning("this worker stopped for longer than its lease: epoch %d follows %d", epoch, before)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the worker is stopping
+            self._loop.call_soon_threadsafe(self._on_epoch, epoch, is_new)
+
+    async def _pulse(self) -> None:
+        while True:
+            self._lease.pulse()
+            await asyncio.sleep(LEASE_PULSE_S)
+
+    def _keep_alive(self) -> None:
+        while not self._withdrawn.wait(LEASE_RENEWAL_S):
+            try:
+                self._renew()
+            except Exception:  # a worker whose lease nobody renews is lost to the cluster
+                log.exception("the lease was not renewed")

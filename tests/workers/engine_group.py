@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from workers.batching import PreparedBatch
+from workers.build import make_engine
 from workers.config import EngineConfig
 from workers.engine import Engine
 from workers.executor import GroupExecutor, follow
 from workers.model.registry import load_config
 from workers.parallel import ParallelGroups, Shard
-from workers.rank import make_engine
 from workers.request import Request
 from workers.runner import TorchModelRunner
 from workers.sampling.params import SamplingParams

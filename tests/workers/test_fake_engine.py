@@ -12,6 +12,7 @@ import torch
 from kvstore.host_tier import HostTier
 from kvstore.store import FragmentStore
 from tests.workers.engine_group import run_to_end
+from workers.build import load_runner, make_engine, make_executor
 from workers.config import EngineConfig
 from workers.direct_plan import DirectChunk, direct_plan, run_transfers
 from workers.engine import Engine
@@ -21,7 +22,6 @@ from workers.fake_runner import FakeModelRunner
 from workers.kv.connector import KVConnector
 from workers.model.registry import load_config
 from workers.parallel import ParallelGroups, Shard
-from workers.rank import load_runner, make_engine, make_executor
 from workers.request import Request, RequestRole
 from workers.sampling.params import SamplingParams
 from workers.step import BlockTransfer

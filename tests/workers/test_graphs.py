@@ -11,13 +11,13 @@ import torch
 from tests.workers.engine_group import EngineGroup, run_to_end
 from tests.workers.tiny_llama import make_checkpoint, prompts
 from workers.batching import NO_PADDING, InputBuffers, Padding, PreparedBatch
+from workers.build import make_engine, make_executor
 from workers.config import EngineConfig
 from workers.direct_plan import DirectChunk, direct_plan
 from workers.graphs import GraphedStage, decode_rungs, token_rungs
 from workers.model.registry import load_config
 from workers.model.stage import DecoderStage
 from workers.parallel import ParallelGroups, Shard
-from workers.rank import make_engine, make_executor
 from workers.request import Request
 from workers.runner import TorchModelRunner
 from workers.sampling.params import SamplingParams

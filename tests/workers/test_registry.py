@@ -12,6 +12,7 @@ import torch
 
 from tests.processes import python_environment
 from tests.workers.tiny_llama import make_checkpoint
+from workers.build import kv_fingerprint
 from workers.config import EngineConfig
 from workers.errors import ModelError
 from workers.loader import Checkpoint
@@ -22,7 +23,6 @@ from workers.model.registry import load_config, load_registry
 from workers.model.stage import build_stage
 from workers.model.weight_format import Matrices, Split
 from workers.parallel import ParallelGroups, Shard
-from workers.rank import kv_fingerprint
 
 CPU = torch.device("cpu")
 
