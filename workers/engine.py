@@ -52,11 +52,10 @@ class Engine:
         self._async_scheduling = async_scheduling
         self._in_flight: tuple[SchedulerOutput, Callable[[], ModelRunnerOutput]] | None = None
 
-    def submit(self, request: Request) -> None:
-        """Take a request in. Raises InvalidRequest when it can never be served here."""
+    def check(self, request: Request) -> None:
+        """Raise InvalidRequest when a request can never be served here; else name its blocks. Takes long for a long
+        prompt, changes nothing but the request, and may be called from any thread."""
         limit = self.scheduler.config.max_model_len
-        if request.request_id in self.scheduler.requests:
-            raise InvalidRequest(f"stream_id: {request.request_id} is in use")
         if not 0 < request.num_prompt_tokens <= request.num_tokens:
             raise InvalidRequest(f"num_prompt_tokens: {request.num_prompt_tokens} of {request.num_tokens} token_ids")
         if request.num_tokens >= limit:
@@ -65,6 +64,15 @@ class Engine:
             raise InvalidRequest(f"token_ids: ids must be in [0, {self._vocab_size})")
         if request.sampling.max_tokens <= request.num_output_tokens:
             raise InvalidRequest(f"sampling.max_tokens: {request.sampling.max_tokens} are generated already")
+        self.scheduler.name_blocks(request)
+        request.is_checked = True
+
+    def submit(self, request: Request) -> None:
+        """Take a request in. Raises InvalidRequest."""
+        if request.request_id in self.scheduler.requests:
+            raise InvalidRequest(f"stream_id: {request.request_id} is in use")
+        if not request.is_checked:
+            self.check(request)
         self.scheduler.add(request)
 
     def continue_request(self, request_id: str, token_ids: list[int]) -> RequestEnd | None:

@@ -175,6 +175,10 @@ class EngineLoop:
         """Hand the engine a command; from any thread."""
         self._inbox.put(command)
 
+    def check(self, request: Request) -> None:
+        """As Engine.check; from any thread."""
+        self._engine.check(request)
+
     def announce(self, block_names: list[bytes]) -> None:
         """Blocks were published; from any thread. Dropped while the directory is far behind: it is only a hint."""
         with contextlib.suppress(queue.Full):

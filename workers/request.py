@@ -63,6 +63,7 @@ class Request:
     num_pending_tokens: int = 0  # being chosen by a step that is not through
     num_kv_tokens: int = 0  # tokens whose KV is in the block tables then; > num_computed_tokens after a full prefix hit
     drafts_in_flight: list[int] = field(default_factory=list)  # scheduled, not judged yet
+    is_checked: bool = False  # it can be served here, and its blocks are named
     max_num_tokens: int = 0  # the request ends when it has so many
     stop_ids: frozenset[int] = frozenset()  # end the request and are not sent
     num_registered_blocks: int = 0

@@ -68,6 +68,10 @@ class Scheduler:
         self.num_dropped_write_backs = 0  # blocks: the tiers are slower than decoding
 
     # ------------------------------------------------------------------------------------------------------ requests
+    def name_blocks(self, request: Request) -> None:
+        """Name the full blocks of a request that is not queued yet; from any thread."""
+        self._names.extend(request)
+
     def add(self, request: Request) -> None:
         """Queue a request; its id must be new."""
         assert request.request_id not in self.requests

@@ -19,6 +19,7 @@ from switchyard.v1 import worker_pb2_grpc
 from checkpoint.identity import ServedModel
 from workers.block_feed import BlockFeed
 from workers.engine import Clock
+from workers.errors import InvalidRequest
 from workers.loop import Cancel, Continue, Credit, EngineLoop, FollowBlocks, LoopEvents, Submit
 from workers.outbox import Outbox
 from workers.request import FinishReason, Request, RequestEnd, RequestRole
@@ -44,6 +45,7 @@ _OUTCOMES = {
 }
 _NOT_FINITE = "the model's logits are no finite numbers (an overflow, or a damaged weight or device)"
 _NO_LIMIT = 1 << 62
+_LONG_PROMPT_TOKENS = 2048
 
 
 @dataclass(eq=False, slots=True)
@@ -141,7 +143,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     async def _receive(self, requests: AsyncIterator[pb.ConnectRequest], connection: Connection) -> None:
         try:
             async for message in requests:
-                self._handle(message, connection)
+                if message.WhichOneof("message") == "submit":
+                    await self._submit(message.submit, connection)
+                else:
+                    self._handle(message, connection)
         except (grpc.RpcError, asyncio.CancelledError):
             pass  # the stream broke, or Connect ended
         finally:
@@ -149,8 +154,6 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
 
     def _handle(self, message: pb.ConnectRequest, connection: Connection) -> None:
         match message.WhichOneof("message"):
-            case "submit":
-                self._submit(message.submit, connection)
             case "cancel":
                 self._with_request(connection, message.cancel.stream_id, Cancel)
             case "continue":
@@ -170,7 +173,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         if request_id is not None:
             self._post(command(request_id))
 
-    def _submit(self, submit: pb.Submit, connection: Connection) -> None:
+    async def _submit(self, submit: pb.Submit, connection: Connection) -> None:
         role = _ROLES.get(submit.role)
         if role is None:
             self._refuse(connection, submit.stream_id, submit.epoch, f"role: {submit.role} is not a role")
@@ -193,7 +196,17 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             deadline_s=self._clock() + submit.deadline_s if submit.deadline_s > 0 else float("inf"),
             window_tokens=submit.window_tokens or _NO_LIMIT,
         )
+        if request.num_tokens >= _LONG_PROMPT_TOKENS:
+            await asyncio.to_thread(self._check, request)
+            if connection.request_ids.get(submit.stream_id) != request_id:
+                return  # the connection ended meanwhile, and its requests with it
         self._post(Submit(request))
+
+    def _check(self, request: Request) -> None:
+        """Names and checks a long prompt's tokens, off the threads on which others' tokens go by."""
+        assert self._engine is not None
+        with contextlib.suppress(InvalidRequest):  # the engine finds it too, and refuses it
+            self._engine.check(request)
 
     async def _send_load(self, connection: Connection) -> None:
         sent, age_s = None, 0.0
