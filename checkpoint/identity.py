@@ -19,7 +19,7 @@ class ServedModel:
     model: str
     """Name that clients use."""
     weights: str
-    """Digest of all weight files, and of what the config files say of the model (workers.weights)."""
+    """Digest of all weight files, and of what the config files say of the model (workers.model.identity)."""
     tokenizer: str
     """Digest of tokenizer.json; empty where there is none."""
 

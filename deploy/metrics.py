@@ -11,7 +11,7 @@ from typing import Any
 from telemetry.metric import Kind, Metric, samples
 
 Report = Mapping[str, float | list[float]]
-"""Of a worker: see workers.leader.WorkerLeader.metrics."""
+"""Of a worker: see workers.runtime.leader.WorkerLeader.metrics."""
 
 
 def exported_names(metric: Metric) -> tuple[str, ...]:

@@ -29,9 +29,9 @@ from router.text import TextCodec
 from workers.config import resolve_model
 from workers.errors import ModelError
 from workers.model.config import ModelConfig
+from workers.model.identity import weights_identity
 from workers.model.registry import load_config
 from workers.model.tensor_layout import check_checkpoint, check_split
-from workers.weights import weights_identity
 
 _REACH_TIMEOUT_S = 2.0
 _LEAST_SECRET_CHARACTERS = 16

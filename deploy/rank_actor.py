@@ -31,7 +31,7 @@ class RankActor:
             host_address=node.host_address,
             listen_host=ray.util.get_node_ip_address(),
         )
-        from workers.rank import Rank
+        from workers.runtime.rank import Rank
 
         self._rank = Rank(spec, rank)
 

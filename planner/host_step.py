@@ -21,12 +21,12 @@ import torch
 
 from kvstore.block_pool import BlockPool
 from kvstore.block_pools import BlockPools
-from workers.batching import InputBuffers
-from workers.plan_wire import decode_plan, encode_plan
-from workers.request import Request
+from workers.engine.plan_wire import decode_plan, encode_plan
+from workers.engine.request import Request
+from workers.engine.scheduler import Scheduler, SchedulerConfig
+from workers.engine.step import ModelRunnerOutput
+from workers.runtime.batching import InputBuffers
 from workers.sampling.params import SamplingParams
-from workers.scheduler import Scheduler, SchedulerConfig
-from workers.step import ModelRunnerOutput
 
 SIZES = ((32, 2048, 16), (256, 2048, 64), (256, 32000, 16), (256, 32000, 64), (512, 8000, 64))
 """(streams, tokens of each, block size)"""

@@ -27,10 +27,10 @@ from kvstore.copying import is_compiled
 from kvstore.host_tier import HostTier
 from kvstore.store import FragmentStore
 from planner.rows import Measurement
+from workers.engine.step import BlockTransfer, TransferDone
+from workers.kv.blocks import HostBlocks
 from workers.kv.connector import KVConnector
 from workers.kv.grid import FragmentGrid
-from workers.kv_blocks import HostBlocks
-from workers.step import BlockTransfer, TransferDone
 
 _STEP_S = 0.01  # less than any step of a prefill
 

@@ -32,9 +32,9 @@ from router.sampling import SamplingParams
 from tests.forked import SECRET, ForkedNode, Prefork, Server
 from tests.processes import DEADLINE_S, REPOSITORY, free_port, wait_until
 from workers.config import EngineConfig, WorkerSpec
-from workers.fake_model import fake_completion
+from workers.model.identity import weights_identity
 from workers.model.registry import load_config
-from workers.weights import weights_identity
+from workers.runtime.fake_model import fake_completion
 
 DEMO = REPOSITORY / "models" / "demo"
 MODEL_NAME = "fake"

@@ -2,7 +2,7 @@
 
 import sys
 
-from workers.process import main
+from workers.runtime.process import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -30,18 +30,18 @@ from kernels.harness.timing import Ceilings, measure_ceilings
 from kvstore.block_pool import BlockPool
 from kvstore.block_pools import BlockPools
 from workers.config import EngineConfig
-from workers.engine import Engine
+from workers.engine.engine import Engine
+from workers.engine.request import Request
+from workers.engine.scheduler import Scheduler, SchedulerConfig
 from workers.errors import ModelError
-from workers.executor import GroupExecutor
 from workers.model.config import ModelConfig
 from workers.model.decoder import LayerConfig, PreNormDecoder
 from workers.model.formats.plain import PlainFormat
 from workers.model.parts import AttentionConfig, ExpertsConfig, MlpConfig, RopeConfig
 from workers.parallel import ParallelGroups, Shard
-from workers.request import Request
-from workers.runner import TorchModelRunner, pick_device, pick_dtype, schedules_async
+from workers.runtime.executor import GroupExecutor
+from workers.runtime.runner import TorchModelRunner, pick_device, pick_dtype, schedules_async
 from workers.sampling.params import SamplingParams
-from workers.scheduler import Scheduler, SchedulerConfig
 
 _DECODE_STEPS = 32
 _RUNS = 3

@@ -38,7 +38,7 @@ def resolve_model(model: str) -> Path:
 
 
 def kv_row_bytes(kv_encoding: str, head_dim: int, element_bytes: int) -> int:
-    """What the keys or values of one layer, head and slot take up in a fragment: see workers.kv_codec."""
+    """What the keys or values of one layer, head and slot take up in a fragment: see workers.kv.codec."""
     return head_dim * element_bytes if kv_encoding == "none" else head_dim + KV_SCALE_BYTES
 
 

@@ -25,13 +25,13 @@ from kvstore.memory_tier import MemoryTier
 from kvstore.names import block_names, root_name
 from kvstore.store import FragmentStore
 from workers.config import EngineConfig
-from workers.direct_plan import DirectChunk, direct_plan, run_transfers
+from workers.engine.direct_plan import DirectChunk, direct_plan, run_transfers
+from workers.engine.step import BlockTransfer
+from workers.kv.codec import RowErrors, row_errors
 from workers.kv.connector import KVConnector
-from workers.kv_codec import RowErrors, row_errors
 from workers.model.registry import load_config
 from workers.parallel import ParallelGroups, Shard
-from workers.runner import TorchModelRunner, pick_device
-from workers.step import BlockTransfer
+from workers.runtime.runner import TorchModelRunner, pick_device
 
 _BLOCK_SIZE = 16
 

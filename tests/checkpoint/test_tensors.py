@@ -22,7 +22,7 @@ from checkpoint.tokenizer_keys import check_tokenizer_files
 from tests.processes import python_environment
 from tests.workers.tiny_llama import SHAPES, make_checkpoint
 from workers.errors import ModelError
-from workers.loader import Checkpoint
+from workers.model.loader import Checkpoint
 from workers.model.registry import load_config
 from workers.model.stage import build_stage
 from workers.model.tensor_layout import check_checkpoint, tensor_layout

@@ -25,8 +25,8 @@ from tests.cluster.test_kill_at_every_token import NUM_TOKENS, prompt
 from tests.fake_cluster import MODEL_NAME, QUICK, Shape, expected, write_fake_model
 from tests.forked import ForkedNode, Prefork, Server
 from tests.processes import redis_executable, wait_until
+from workers.model.identity import weights_identity
 from workers.model.registry import load_config
-from workers.weights import weights_identity
 
 pytestmark = [pytest.mark.cluster, pytest.mark.netns, pytest.mark.redis, pytest.mark.timeout(300)]
 

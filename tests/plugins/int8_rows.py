@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kernels.quantise import Scheme
-    from workers.loader import Weights
     from workers.model.arithmetic import Arithmetic
+    from workers.model.loader import Weights
 
 
 @dataclass(frozen=True, slots=True)

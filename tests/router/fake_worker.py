@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import grpc
 from switchyard.v1 import generation_pb2, identity_pb2, worker_pb2, worker_pb2_grpc
 
-from workers.block_feed import BlockFeed
-from workers.loop import FollowBlocks, LoopEvents
+from workers.engine.loop import FollowBlocks, LoopEvents
+from workers.server.block_events import BlockFeed
 
 VOCAB_SIZE = 4096
 BLOCK_SIZE = 16

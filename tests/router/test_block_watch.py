@@ -8,7 +8,7 @@ from router.fleet import name_blocks
 from tests.router.conftest import Cluster, running_cluster, until
 from tests.router.fake_worker import FakeWorker, expected_tokens
 from tests.router.test_grpc_face import PROMPT, collect, request
-from workers.block_feed import BlockFeed
+from workers.server.block_events import BlockFeed
 
 LONG = tuple((7 * i) % 4000 for i in range(320))  # twenty blocks
 

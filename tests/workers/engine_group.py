@@ -11,17 +11,17 @@ from multiprocessing.connection import Connection
 import torch
 from torch import Tensor
 
-from workers.batching import PreparedBatch
-from workers.build import make_engine
 from workers.config import EngineConfig
-from workers.engine import Engine
-from workers.executor import GroupExecutor, follow
+from workers.engine.engine import Engine
+from workers.engine.request import Request
+from workers.engine.step import ModelRunnerOutput, SchedulerOutput, StepPlan
 from workers.model.registry import load_config
 from workers.parallel import ParallelGroups, Shard
-from workers.request import Request
-from workers.runner import TorchModelRunner
+from workers.runtime.batching import PreparedBatch
+from workers.runtime.build import make_engine
+from workers.runtime.executor import GroupExecutor, follow
+from workers.runtime.runner import TorchModelRunner
 from workers.sampling.params import SamplingParams
-from workers.step import ModelRunnerOutput, SchedulerOutput, StepPlan
 
 
 @dataclass(frozen=True)

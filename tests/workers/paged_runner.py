@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 
 from kvstore.block_pool import BlockPool
 from kvstore.block_pools import BlockPools
-from workers.engine import Engine
-from workers.plan_wire import decode_plan, encode_plan
-from workers.rank_state import RankState
-from workers.scheduler import Scheduler, SchedulerConfig
-from workers.step import BlockTransfer, ModelRunnerOutput, SchedulerOutput, StepPlan, TransferDone
+from workers.engine.engine import Engine
+from workers.engine.plan_wire import decode_plan, encode_plan
+from workers.engine.scheduler import Scheduler, SchedulerConfig
+from workers.engine.step import BlockTransfer, ModelRunnerOutput, SchedulerOutput, StepPlan, TransferDone
+from workers.runtime.rank_state import RankState
 
 BLOCK_SIZE, VOCAB, EOS = 4, 23, 22
 Tier = dict[tuple[int, bytes], list[int]]

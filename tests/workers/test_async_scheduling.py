@@ -14,11 +14,11 @@ from tests.workers.engine_group import EngineGroup
 from tests.workers.paged_runner import BLOCK_SIZE, VOCAB, make
 from tests.workers.tiny_llama import make_checkpoint, prompts
 from workers.config import EngineConfig
-from workers.engine import Engine
-from workers.rank_state import RankState
-from workers.request import FinishReason, Request, RequestRole
+from workers.engine.engine import Engine
+from workers.engine.request import FinishReason, Request, RequestRole
+from workers.engine.step import SchedulerOutput
+from workers.runtime.rank_state import RankState
 from workers.sampling.params import SamplingParams
-from workers.step import SchedulerOutput
 
 
 def request(name: str, length: int, max_tokens: int, start: int = 0, **options) -> Request:

@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator
 from switchyard.v1 import worker_pb2 as pb
 
 from kvstore.block_log import DEFAULT_MAX_NAMES, MAX_NAMES_AT_ONCE
-from workers.block_feed import BlockFeed
-from workers.loop import LoopEvents
+from workers.engine.loop import LoopEvents
+from workers.server.block_events import BlockFeed
 
 
 def name(number: int) -> bytes:

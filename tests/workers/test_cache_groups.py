@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from kvstore.block_pool import BlockPool
 from kvstore.block_pools import BlockPools
 from tests.workers.paged_runner import BLOCK_SIZE, PagedRunner, make
-from workers.engine import Engine
+from workers.engine.engine import Engine
+from workers.engine.request import Request, RequestRole
 from workers.model.cache_spec import CacheSpec, cache_groups
-from workers.request import Request, RequestRole
 from workers.sampling.params import SamplingParams
 
 WINDOWS = st.sampled_from([(0, 6), (0, 4, 9), (7,), (0,), (0, 1)])

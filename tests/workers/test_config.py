@@ -13,11 +13,11 @@ from settings.loading import load, write
 from tests.workers.tiny_llama import make_checkpoint
 from workers.config import EngineConfig, WorkerSpec, resolve_model
 from workers.errors import ModelError
-from workers.loader import Checkpoint
+from workers.model.loader import Checkpoint
 from workers.model.registry import load_config
 from workers.model.tensor_layout import check_split
 from workers.parallel import ParallelGroups, Shard, stage_layers
-from workers.runner import TorchModelRunner
+from workers.runtime.runner import TorchModelRunner
 
 CPU = torch.device("cpu")
 

@@ -12,20 +12,20 @@ import torch
 from kvstore.host_tier import HostTier
 from kvstore.store import FragmentStore
 from tests.workers.engine_group import run_to_end
-from workers.build import load_runner, make_engine, make_executor
 from workers.config import EngineConfig
-from workers.direct_plan import DirectChunk, direct_plan, run_transfers
-from workers.engine import Engine
+from workers.engine.direct_plan import DirectChunk, direct_plan, run_transfers
+from workers.engine.engine import Engine
+from workers.engine.request import Request, RequestRole
+from workers.engine.step import BlockTransfer
 from workers.errors import ModelError
-from workers.fake_model import fake_completion
-from workers.fake_runner import FakeModelRunner
 from workers.kv.connector import KVConnector
+from workers.model.identity import weights_identity
 from workers.model.registry import load_config
 from workers.parallel import ParallelGroups, Shard
-from workers.request import Request, RequestRole
+from workers.runtime.build import load_runner, make_engine, make_executor
+from workers.runtime.fake_model import fake_completion
+from workers.runtime.fake_runner import FakeModelRunner
 from workers.sampling.params import SamplingParams
-from workers.step import BlockTransfer
-from workers.weights import weights_identity
 
 VOCAB_SIZE, BLOCK_SIZE = 997, 4
 SIZES = {

@@ -17,9 +17,9 @@ from tests.workers.engine_group import EngineGroup
 from tests.workers.test_disaggregation import spec_for, worker
 from tests.workers.worker_client import disaggregate
 from workers.config import EngineConfig
+from workers.engine.request import SamplingParams
 from workers.model.registry import load_config
 from workers.model.tensor_layout import check_checkpoint, tensor_layout
-from workers.request import SamplingParams
 
 PLUGINS = ("tests.plugins.windowed_llama", "tests.plugins.parallel_llama")
 CONFIG = {

@@ -10,16 +10,16 @@ import torch
 
 from tests.workers.engine_group import EngineGroup, run_to_end
 from tests.workers.tiny_llama import make_checkpoint, prompts
-from workers.batching import NO_PADDING, InputBuffers, Padding, PreparedBatch
-from workers.build import make_engine, make_executor
 from workers.config import EngineConfig
-from workers.direct_plan import DirectChunk, direct_plan
-from workers.graphs import GraphedStage, decode_rungs, token_rungs
+from workers.engine.direct_plan import DirectChunk, direct_plan
+from workers.engine.request import Request
 from workers.model.registry import load_config
 from workers.model.stage import DecoderStage
 from workers.parallel import ParallelGroups, Shard
-from workers.request import Request
-from workers.runner import TorchModelRunner
+from workers.runtime.batching import NO_PADDING, InputBuffers, Padding, PreparedBatch
+from workers.runtime.build import make_engine, make_executor
+from workers.runtime.graphs import GraphedStage, decode_capture_sizes, token_capture_sizes
+from workers.runtime.runner import TorchModelRunner
 from workers.sampling.params import SamplingParams
 
 CPU = torch.device("cpu")
@@ -38,15 +38,15 @@ def many_prompts() -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("most", "rungs"), [(1, [1]), (3, [1, 2, 3]), (8, [1, 2, 4, 8]), (30, [1, 2, 4, 8, 16, 24, 30])]
+    ("most", "sizes"), [(1, [1]), (3, [1, 2, 3]), (8, [1, 2, 4, 8]), (30, [1, 2, 4, 8, 16, 24, 30])]
 )
-def test_ladder_of_decodes(most, rungs):
-    assert decode_rungs(most) == rungs
+def test_ladder_of_decodes(most, sizes):
+    assert decode_capture_sizes(most) == sizes
 
 
-@pytest.mark.parametrize(("most", "rungs"), [(4, [4]), (8, [8]), (100, [8, 16, 32, 64, 100]), (8192, None)])
-def test_ladder_of_tokens(most, rungs):
-    assert token_rungs(most) == (rungs or [8, 16, 32, 64, 128, 256, 512])
+@pytest.mark.parametrize(("most", "sizes"), [(4, [4]), (8, [8]), (100, [8, 16, 32, 64, 100]), (8192, None)])
+def test_ladder_of_tokens(most, sizes):
+    assert token_capture_sizes(most) == (sizes or [8, 16, 32, 64, 128, 256, 512])
 
 
 def filled(
@@ -93,7 +93,7 @@ def test_a_batch_is_filled_up_with_what_changes_nothing():
     assert batch.logit_rows.tolist() == [0, 2, 3]
 
 
-def test_inputs_of_a_rung_stay_where_they_are():
+def test_inputs_of_a_size_stay_where_they_are():
     inputs = InputBuffers(64, 8, 6, CPU)
     one = DirectChunk([7], 9, 9, [[2, 1, 5]])
     before = filled(inputs, [one], padding=Padding(8, 8, 16)).batch

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from workers.kv_blocks import HostBlocks, StagedBlocks
-from workers.step import BlockTransfer
+from workers.engine.step import BlockTransfer
+from workers.kv.blocks import HostBlocks, StagedBlocks
 
 LAYERS, BLOCKS, HEADS, BLOCK_SIZE, HEAD_DIM, GROUP = 6, 9, 2, 4, 8, 3
 TRANSFER = BlockTransfer(1, 0, [b""] * 3, [7, 2, 5], [BLOCK_SIZE, BLOCK_SIZE, 3])

@@ -8,7 +8,7 @@ import torch
 from kernels.quantise import FP8
 from kvstore.config import KV_ENCODINGS
 from workers.config import kv_row_bytes
-from workers.kv_codec import decode, encode, row_errors
+from workers.kv.codec import decode, encode, row_errors
 
 LOSSY = ("int8", "fp8")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

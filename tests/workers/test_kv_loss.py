@@ -19,14 +19,14 @@ from tests.workers.test_disaggregation import ALWAYS, prompt, spec_for
 from tests.workers.test_disaggregation import worker as real_worker
 from tests.workers.tiny_llama import make_checkpoint
 from tests.workers.worker_client import WorkerClient, disaggregate
-from workers.build import kv_fingerprint
 from workers.config import EngineConfig
+from workers.engine.step import BlockTransfer
+from workers.kv.blocks import block_memory
 from workers.kv.connector import KVConnector
 from workers.kv.grid import FragmentGrid
-from workers.kv_blocks import block_memory
 from workers.kv_loss import LossMeter, prompts_of
 from workers.model.registry import load_config
-from workers.step import BlockTransfer
+from workers.runtime.build import kv_fingerprint
 
 
 def test_what_the_demo_model_loses() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from kvstore.directory import DirectoryUnavailable, MemoryDirectory, WorkerRecord
-from workers.lease import Lease
+from workers.server.lease import Lease
 
 RECORD = WorkerRecord("w1", "127.0.0.1:7", "mixed", "mixed", "n1")
 TTL_S = 3.0

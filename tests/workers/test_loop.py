@@ -11,8 +11,8 @@ import pytest
 from kvstore.directory import MemoryDirectory
 from tests.processes import wait_until
 from tests.workers.test_scheduler import make_engine
-from workers.loop import EngineLoop, LoopEvents, Submit
-from workers.request import Request, RequestEnd, RequestRole
+from workers.engine.loop import EngineLoop, LoopEvents, Submit
+from workers.engine.request import Request, RequestEnd, RequestRole
 from workers.sampling.params import SamplingParams
 
 

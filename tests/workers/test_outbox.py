@@ -6,7 +6,7 @@ import asyncio
 
 from switchyard.v1 import worker_pb2 as pb
 
-from workers.outbox import MAX_WAITING_MESSAGES, Outbox
+from workers.server.outbox import MAX_WAITING_MESSAGES, Outbox
 
 
 def pong(nonce: int) -> pb.ConnectResponse:

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from kvstore.block_pool import BlockPool
 from kvstore.block_pools import BlockPools
-from workers.plan_wire import decode_plan, encode_plan
-from workers.rank_state import PlanGap, RankState
-from workers.request import Request
+from workers.engine.plan_wire import decode_plan, encode_plan
+from workers.engine.request import Request
+from workers.engine.scheduler import Scheduler, SchedulerConfig
+from workers.engine.step import BlockTransfer, ModelRunnerOutput, RowState, SchedulerOutput, TransferDone
+from workers.runtime.rank_state import PlanGap, RankState
 from workers.sampling.params import SamplingParams
-from workers.scheduler import Scheduler, SchedulerConfig
-from workers.step import BlockTransfer, ModelRunnerOutput, RowState, SchedulerOutput, TransferDone
 
 SAMPLING = SamplingParams(temperature=0.7, top_p=0.25, top_k=2**31 - 1, seed=2**64 - 3)
 

@@ -25,10 +25,10 @@ from tests.workers.test_scheduler import make_engine, make_request
 from tests.workers.tiny_llama import generate_with_transformers, make_checkpoint
 from tests.workers.worker_client import WorkerClient, wait_until
 from workers.config import EngineConfig, WorkerSpec
+from workers.engine.prefetch import QueuePrefetch
+from workers.engine.request import RequestRole
+from workers.engine.scheduler import Scheduler
 from workers.model.registry import load_config
-from workers.prefetch import QueuePrefetch
-from workers.request import RequestRole
-from workers.scheduler import Scheduler
 
 MIXED = worker_pb2.REQUEST_ROLE_MIXED
 NUM_BLOCKS = 4  # of the prompt that is prefetched

@@ -12,17 +12,17 @@ import torch
 
 from tests.processes import python_environment
 from tests.workers.tiny_llama import make_checkpoint
-from workers.build import kv_fingerprint
 from workers.config import EngineConfig
 from workers.errors import ModelError
-from workers.loader import Checkpoint
 from workers.model.arithmetic import Arithmetic
 from workers.model.decoder import PreNormDecoder
 from workers.model.formats.plain import PlainFormat
+from workers.model.loader import Checkpoint
 from workers.model.registry import load_config, load_registry
 from workers.model.stage import build_stage
 from workers.model.weight_format import Matrices, Split
 from workers.parallel import ParallelGroups, Shard
+from workers.runtime.build import kv_fingerprint
 
 CPU = torch.device("cpu")
 
@@ -70,7 +70,7 @@ import sys
 from pathlib import Path
 from workers.model.registry import load_config
 from workers.model.tensor_layout import check_checkpoint, check_split
-from workers.weights import weights_identity
+from workers.model.identity import weights_identity
 model = load_config({str(directory)!r}, (), ("tests.plugins.windowed_llama", "tests.plugins.int8_rows"))
 check_split(model, 2, 1)
 check_checkpoint(Path({str(directory)!r}), model)

@@ -12,12 +12,12 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 from costs.transfer import TransferCost
 from kvstore.block_pool import BlockPool
 from kvstore.block_pools import BlockPools
-from workers.engine import Engine
+from workers.engine.engine import Engine
+from workers.engine.request import FinishReason, Request, RequestRole, RequestStatus
+from workers.engine.scheduler import Scheduler, SchedulerConfig
+from workers.engine.step import BlockTransfer, ModelRunnerOutput, SchedulerOutput, TransferDone
 from workers.errors import InvalidRequest
-from workers.request import FinishReason, Request, RequestRole, RequestStatus
-from workers.sampling.params import SamplingParams
-from workers.scheduler import Scheduler, SchedulerConfig
-from workers.step import NO_TOKEN, BlockTransfer, ModelRunnerOutput, SchedulerOutput, TransferDone
+from workers.sampling.params import NO_TOKEN, SamplingParams
 
 BLOCK_SIZE = 4
 VOCAB = 50

@@ -18,13 +18,13 @@ from tests.workers.test_disaggregation import spec_for, worker
 from tests.workers.tiny_llama import generate_with_transformers, make_checkpoint, prompts
 from tests.workers.worker_client import disaggregate
 from workers.config import EngineConfig
+from workers.engine.request import SamplingParams
 from workers.errors import ModelError
-from workers.loader import Checkpoint
+from workers.model.loader import Checkpoint
 from workers.model.registry import load_config
 from workers.model.stage import build_stage
 from workers.model.tensor_layout import check_checkpoint, check_split, tensor_layout
 from workers.parallel import ParallelGroups, Shard
-from workers.request import SamplingParams
 
 CPU = torch.device("cpu")
 PLUGINS = ("tests.plugins.int8_rows",)

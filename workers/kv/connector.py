@@ -15,9 +15,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from kvstore.store import FragmentStore
 from kvstore.tiers import Fragment
+from workers.engine.step import BlockTransfer, TransferDone
+from workers.kv.blocks import BlockMemory, FragmentBytes
 from workers.kv.grid import FragmentGrid
-from workers.kv_blocks import BlockMemory, FragmentBytes
-from workers.step import BlockTransfer, TransferDone
 
 log = logging.getLogger(__name__)
 

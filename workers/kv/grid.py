@@ -1,7 +1,7 @@
 """Which heads and layers of a cache group a rank owns, and the keys of their fragments.
 
 A fragment is one block x some layers of one cache group x one KV head, [layer][K|V][slot][head_dim], or what
-workers.kv_codec makes of it. So workers with different tp and pp exchange blocks. Knows nothing of devices.
+workers.kv.codec makes of it. So workers with different tp and pp exchange blocks. Knows nothing of devices.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from workers.errors import ModelError
+from workers.kv.blocks import BlockMemory, block_memory
 from workers.kv.grid import FragmentGrid, fragment_grid
-from workers.kv_blocks import BlockMemory, block_memory
 from workers.model.cache_spec import CacheGroup, group_of_layer
 from workers.parallel import Shard
 

@@ -12,7 +12,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from workers.loader import Weights
 from workers.model.arithmetic import Arithmetic
 from workers.model.batch import Batch
 from workers.model.config import ModelConfig
@@ -20,6 +19,7 @@ from workers.model.layers.decoder import Layer
 from workers.model.layers.embedding import VocabParallel
 from workers.model.layers.norm import RmsNorm
 from workers.model.layers.source import LayerSource
+from workers.model.loader import Weights
 from workers.model.tensor_layout import EMBEDDING, FINAL_NORM, HEAD
 from workers.parallel import ParallelGroups, stage_layers
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kernels.quantise import Scheme
-    from workers.loader import Weights
     from workers.model.arithmetic import Arithmetic
+    from workers.model.loader import Weights
     from workers.parallel import Shard
 
 Part = tuple[slice, ...]  # of a tensor's leading dimensions; () is all of it

@@ -13,6 +13,9 @@ import numpy as np
 import numpy.typing as npt
 from switchyard.v1 import generation_pb2
 
+NO_TOKEN = -1
+"""Chosen where the logits were no finite numbers: the request cannot go on."""
+
 _INT32_MAX = 2**31 - 1
 _WHERE_LEFT_OPEN: dict[str, Any] = {"temperature": 1.0, "max_tokens": 1 << 62}
 

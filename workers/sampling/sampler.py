@@ -15,8 +15,7 @@ from torch import Tensor
 import kernels
 from kernels.philox import gumbel, uniform_words
 from workers.parallel import ParallelGroups
-from workers.sampling.params import SamplingRows
-from workers.step import NO_TOKEN
+from workers.sampling.params import NO_TOKEN, SamplingRows
 
 
 def mask_top_k_top_p(logits: Tensor, top_k: int, top_p: float) -> Tensor:

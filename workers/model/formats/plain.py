@@ -13,8 +13,8 @@ from workers.model.weight_format import ExpertMatrices, Matrices, Quantised, Spl
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from workers.loader import Weights
     from workers.model.arithmetic import Arithmetic
+    from workers.model.loader import Weights
 
 
 @dataclass(frozen=True, slots=True)

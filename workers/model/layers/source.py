@@ -10,12 +10,12 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
-from workers.loader import Weights
 from workers.model.arithmetic import Arithmetic
 from workers.model.cache_spec import cache_groups, group_of_layer
 from workers.model.config import ModelConfig
 from workers.model.layers.linear import SummedLinear
 from workers.model.layers.rope import rope_table
+from workers.model.loader import Weights
 from workers.model.parts import RopeConfig
 from workers.model.weight_format import ExpertMatrices, Experts, Linear, Matrices, Part, Split
 

@@ -1,0 +1,33 @@
+"""Names of a request's blocks, made as its tokens become known. See kvstore.names."""
+
+from __future__ import annotations
+
+from kvstore.names import block_name, block_names, root_name
+from workers.engine.request import Request
+
+
+class RequestNames:
+    """Under one model's fingerprint and one block size."""
+
+    def __init__(self, kv_fingerprint: bytes, block_size: int) -> None:
+        self._fingerprint = kv_fingerprint
+        self._block_size = block_size
+
+    def extend(self, request: Request) -> None:
+        """Names of the blocks that are full now; all new ones in one pass, since a prompt may have thousands."""
+        size, names = self._block_size, request.block_names
+        if request.num_tokens >= (len(names) + 1) * size:
+            names += block_names(self._parent(request, names), request.token_ids[len(names) * size :], size, False)
+
+    def of_prompt(self, request: Request) -> list[bytes]:
+        """Names of the blocks that prefill publishes: full ones, and the tail named by exactly its tokens."""
+        size = self._block_size
+        full, rest = divmod(request.num_given_tokens, size)
+        names = request.block_names[:full]
+        if rest:
+            tail = request.token_ids[full * size : request.num_given_tokens]
+            names.append(block_name(self._parent(request, names), tail))
+        return names
+
+    def _parent(self, request: Request, names: list[bytes]) -> bytes:
+        return names[-1] if names else root_name(self._fingerprint, request.tenant_salt)

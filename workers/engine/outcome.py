@@ -1,0 +1,146 @@
+"""What a finished step means for the requests: their tokens, their blocks, and their ends. Pure.
+
+A plan may have been overtaken: its requests may be gone, or preempted, when it is through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kvstore.block_pools import BlockPools
+from workers.engine.block_naming import RequestNames
+from workers.engine.pulls import Pulls
+from workers.engine.queues import RequestQueues
+from workers.engine.request import FinishReason, Request, RequestRole, RequestStatus, TokenOutputs
+from workers.engine.step import ModelRunnerOutput, SchedulerOutput
+from workers.engine.transfers import Transfer, TransferKind, Transfers
+from workers.sampling.params import NO_TOKEN
+
+
+@dataclass(slots=True)
+class UpdateResult:
+    """What a finished step means for requests."""
+
+    tokens: TokenOutputs = field(default_factory=TokenOutputs)
+    finished: list[tuple[Request, FinishReason]] = field(default_factory=list)
+    published_names: list[bytes] = field(default_factory=list)
+    num_transferred_blocks: int = 0
+
+
+class StepOutcomes:
+    """Takes outcomes into the books of one engine, in the order of the plans."""
+
+    def __init__(
+        self,
+        queues: RequestQueues,
+        pool: BlockPools,
+        names: RequestNames,
+        transfers: Transfers,
+        pulls: Pulls,
+        max_model_len: int,
+    ) -> None:
+        self._queues = queues
+        self._pool = pool
+        self._names = names
+        self._transfers = transfers
+        self._pulls = pulls
+        self._max_model_len = max_model_len
+        self.num_recomputed_prompt_tokens = 0
+
+    def update(self, plan: SchedulerOutput, output: ModelRunnerOutput) -> UpdateResult:
+        """Take a step's outcome into the books. A plan's requests may be gone, or preempted, meanwhile."""
+        result = UpdateResult()
+        for done in output.transfers:
+            if (transfer := self._transfers.end(done)) is not None:
+                self._end_transfer(transfer, result)
+        size, running, at = self._pool.block_size, RequestStatus.RUNNING, 0
+        columns = zip(
+            plan.requests, plan.generations, plan.start_positions, plan.num_tokens, plan.num_logits, strict=True
+        )
+        for request, generation, start, count, num_logits in columns:
+            choices = output.sampled_token_ids[at : at + num_logits]
+            at += num_logits
+            if request.num_preemptions != generation or request.status is not running:
+                continue
+            end = start + count
+            if start < request.num_given_tokens:
+                self._count_computed(request, start, end)
+            if num_logits:
+                request.num_pending_tokens -= 1
+                if request.drafts_in_flight:
+                    choices = self._judge_drafts(request, choices)
+                    end = request.num_computed_tokens
+                self._append_tokens(request, choices, result)
+            if end >= (request.num_registered_blocks + 1) * size:
+                self._note_full_blocks(request, end)
+        return result
+
+    def _judge_drafts(self, request: Request, choices: Sequence[int]) -> Sequence[int]:
+        """The choices after the last known token and after each draft that the model had chosen too."""
+        drafts, request.drafts_in_flight = request.drafts_in_flight, []
+        num_right = 0
+        while num_right < len(drafts) and choices[num_right] == drafts[num_right]:
+            num_right += 1
+        request.num_computed_tokens -= len(drafts) - num_right
+        request.num_kv_tokens = min(request.num_kv_tokens, request.num_computed_tokens)
+        request.window_tokens -= num_right
+        return choices[: num_right + 1]
+
+    def _append_tokens(self, request: Request, token_ids: Sequence[int], result: UpdateResult) -> None:
+        """Tokens that were chosen, up to one that ends the request."""
+        known = request.token_ids
+        for token_id in token_ids:
+            if token_id == NO_TOKEN or token_id in request.stop_ids:
+                reason = FinishReason.FAILED if token_id == NO_TOKEN else FinishReason.STOP
+                result.finished.append((request, reason))
+                return
+            known.append(token_id)
+            if len(known) >= request.max_num_tokens:
+                if request.num_stores_in_flight:
+                    self._queues.running.remove(request)
+                    self._queues.storing.append(request)
+                    request.status = RequestStatus.STORING
+                else:
+                    self._send_last(request, result)
+                return
+            result.tokens.append(request, len(known) - 1 - request.num_prompt_tokens, token_id)
+        if len(known) >= (len(request.block_names) + 1) * self._pool.block_size:
+            self._names.extend(request)
+
+    def _send_last(self, request: Request, result: UpdateResult) -> None:
+        """The request has all its tokens; the last is sent now."""
+        result.tokens.append(request, request.num_output_tokens - 1, request.token_ids[-1])
+        is_prefilled = (
+            request.role is RequestRole.PREFILL
+            and request.num_output_tokens < request.sampling.max_tokens
+            and request.num_tokens < self._max_model_len
+        )
+        result.finished.append((request, FinishReason.PREFILLED if is_prefilled else FinishReason.LENGTH))
+
+    def _end_transfer(self, transfer: Transfer, result: UpdateResult) -> None:
+        request = transfer.request
+        if transfer.kind is TransferKind.LOAD:
+            result.num_transferred_blocks += self._pulls.end(transfer)
+            return
+        result.published_names.extend(transfer.block_names[: transfer.num_blocks])
+        if transfer.kind is TransferKind.STORE:
+            request.num_published_blocks += transfer.num_blocks
+            request.num_stores_in_flight -= 1
+            if request.status is RequestStatus.STORING and not request.num_stores_in_flight:
+                self._send_last(request, result)
+
+    def _count_computed(self, request: Request, start: int, end: int) -> None:
+        prompt_tokens = min(end, request.num_given_tokens) - start
+        request.num_computed_prompt_tokens += prompt_tokens
+        if request.role is RequestRole.DECODE:
+            self.num_recomputed_prompt_tokens += prompt_tokens
+
+    def _note_full_blocks(self, request: Request, num_computed_tokens: int) -> None:
+        """Name the blocks that are full now, so that other requests find them; give back what left the windows."""
+        full = min(num_computed_tokens // self._pool.block_size, len(request.block_names))
+        for index in range(request.num_registered_blocks, full):
+            self._pool.register(request.block_tables, index, request.block_names[index])
+            request.num_registered_blocks = index + 1
+        if self._pool.has_windows:
+            self._pool.release_behind_windows(request.block_tables, num_computed_tokens)

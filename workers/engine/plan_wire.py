@@ -1,0 +1,106 @@
+"""The wire form of a step's plan: one flat array of int32 words, never pickled Python.
+
+The leader, too, carries out what it has encoded, so that a worker of one rank takes the same way as one of many.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from workers.engine.step import BlockTransfer, Ints, RowState, SchedulerOutput, StepPlan
+from workers.sampling.params import SamplingParams
+
+NAME_WORDS = 4  # a block name is 16 bytes
+_HEADER_WORDS = 9
+_SAMPLING = struct.Struct("<ddiQ")  # temperature, top_p, top_k, seed
+_SAMPLING_WORDS = _SAMPLING.size // 4
+
+
+def encode_plan(plan: SchedulerOutput, sequence: int, is_full: bool = False, polls: Sequence[int] = ()) -> Ints:
+    """What the ranks are sent of a plan."""
+    words = [
+        sequence, int(is_full), len(plan.rows), len(plan.token_ids), len(plan.new_rows), len(plan.new_blocks) // 4,
+        len(plan.loads), len(plan.stores), len(polls),
+        *plan.rows, *plan.start_positions, *plan.num_tokens, *plan.write_from, *plan.num_logits, *plan.num_known,
+        *plan.token_ids, *plan.new_blocks, *polls,
+    ]  # fmt: skip
+    for state in plan.new_rows:
+        words += _encode_row(state)
+    for transfer in (*plan.loads, *plan.stores):
+        words += _encode_transfer(transfer)
+    return np.frombuffer(array("i", words), np.int32)
+
+
+def decode_plan(words: Ints) -> StepPlan:
+    """The inverse; the columns are views of the words."""
+    reader = _Reader(words)
+    sequence, is_full, num_requests, num_known, num_rows, num_blocks, num_loads, num_stores, num_polls = reader.take(
+        _HEADER_WORDS
+    )
+    rows, start_positions, num_tokens, write_from, num_logits, num_known_of = (
+        reader.array(num_requests) for _ in range(6)
+    )
+    return StepPlan(
+        sequence=sequence,
+        is_full=bool(is_full),
+        rows=rows,
+        start_positions=start_positions,
+        num_tokens=num_tokens,
+        write_from=write_from,
+        num_logits=num_logits,
+        num_known=num_known_of,
+        token_ids=reader.array(num_known),
+        new_blocks=reader.array(4 * num_blocks).reshape(-1, 4),
+        polls=reader.take(num_polls),
+        new_rows=[_decode_row(reader) for _ in range(num_rows)],
+        loads=[_decode_transfer(reader) for _ in range(num_loads)],
+        stores=[_decode_transfer(reader) for _ in range(num_stores)],
+    )
+
+
+class _Reader:
+    def __init__(self, words: Ints) -> None:
+        self._words = words
+        self._at = 0
+
+    def array(self, count: int) -> Ints:
+        self._at += count
+        return self._words[self._at - count : self._at]
+
+    def take(self, count: int) -> list[int]:
+        values: list[int] = self.array(count).tolist()
+        return values
+
+
+def _encode_row(state: RowState) -> Iterator[int]:
+    s = state.sampling
+    yield from (state.row, state.num_prompt_tokens, len(state.block_tables))
+    yield from struct.unpack(f"<{_SAMPLING_WORDS}i", _SAMPLING.pack(s.temperature, s.top_p, s.top_k, s.seed))
+    for block_ids in state.block_tables:
+        yield len(block_ids)
+        yield from block_ids
+
+
+def _decode_row(reader: _Reader) -> RowState:
+    row, num_prompt_tokens, num_groups = reader.take(3)
+    temperature, top_p, top_k, seed = _SAMPLING.unpack(reader.array(_SAMPLING_WORDS).tobytes())
+    sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    return RowState(row, num_prompt_tokens, sampling, [reader.take(*reader.take(1)) for _ in range(num_groups)])
+
+
+def _encode_transfer(transfer: BlockTransfer) -> Iterator[int]:
+    yield from (transfer.transfer_id, transfer.group, len(transfer.block_names))
+    yield from np.frombuffer(b"".join(transfer.block_names), np.int32).tolist()
+    yield from transfer.block_ids
+    yield from transfer.num_tokens
+
+
+def _decode_transfer(reader: _Reader) -> BlockTransfer:
+    transfer_id, group, count = reader.take(3)
+    joined = reader.array(count * NAME_WORDS).tobytes()
+    names = [joined[i : i + 4 * NAME_WORDS] for i in range(0, len(joined), 4 * NAME_WORDS)]
+    return BlockTransfer(transfer_id, group, names, reader.take(count), reader.take(count))

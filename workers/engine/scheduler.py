@@ -1,0 +1,368 @@
+"""Continuous batching by iteration, as pure decisions.
+
+There is no prefill phase and no decode phase: there are requests whose `num_computed_tokens` catch up with their
+tokens under a token budget. Chunked prefill, prefix hits, draft tokens and recompute after preemption are all that one
+rule. A request whose blocks are elsewhere - because a prefill worker computes them, or because an earlier turn or an
+earlier life of the stream left them in the tiers - first holds blocks that fill from there (WAITING_FOR_KV).
+
+`schedule` returns a plan, and counts as computed what the plan will compute: so the next plan can be made before the
+step is through. `update` takes what became of a plan. Knows nothing of tensors, tiers, sockets or clocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from costs.transfer import ALWAYS_FETCH, TransferCost
+from kvstore.block_pools import BlockPools
+from workers.engine.block_naming import RequestNames
+from workers.engine.outcome import StepOutcomes, UpdateResult
+from workers.engine.pulls import Pulls
+from workers.engine.queues import RequestQueues
+from workers.engine.request import Request, RequestRole, RequestStatus
+from workers.engine.rows import BatchRows
+from workers.engine.step import ModelRunnerOutput, RowState, SchedulerOutput
+from workers.engine.transfers import TransferKind, Transfers
+
+# A prefill request ends with a chunk of this size when its prompt is many times as long: what its decode worker still
+# has to pull after the last chunk is then a few blocks, and all else has travelled while the prompt was computed.
+LAST_CHUNK_TOKENS = 64
+MIN_CHUNKS_FOR_A_SHORT_LAST_ONE = 16
+MAX_WRITTEN_BACK_SHARE = 4  # one block in so many may be on its way to the tiers for a later turn
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Bounds of one step."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    writes_back: bool = False  # publish what requests other than prefill compute, too
+    transfer_cost: TransferCost = ALWAYS_FETCH
+
+
+class Scheduler:
+    """Owns the requests of one engine and their blocks."""
+
+    def __init__(
+        self, config: SchedulerConfig, pool: BlockPools, kv_fingerprint: bytes, eos_token_ids: frozenset[int]
+    ) -> None:
+        self.config = config
+        self.pool = pool
+        self.rows = BatchRows(config.max_num_seqs)
+        self.transfers = Transfers(pool)
+        self._names = RequestNames(kv_fingerprint, pool.block_size)
+        self._eos = eos_token_ids
+        self.queues = queues = RequestQueues()
+        self.requests, self.waiting, self.waiting_for_kv = queues.requests, queues.waiting, queues.waiting_for_kv
+        self.running = queues.running
+        self._all_groups = range(pool.num_groups)
+        self._pulls = Pulls(pool, self.transfers, self._names)
+        self._outcomes = StepOutcomes(queues, pool, self._names, self.transfers, self._pulls, config.max_model_len)
+        self.num_preemptions = 0
+        self.num_prefixes_fetched = 0  # of the prefixes that only the tiers had: cheaper to pull
+        self.num_prefixes_recomputed = 0  # cheaper to compute again
+        self.num_dropped_write_backs = 0  # blocks: the tiers are slower than decoding
+
+    # ------------------------------------------------------------------------------------------------------ requests
+    def name_blocks(self, request: Request) -> None:
+        """Name the full blocks of a request that is not queued yet; from any thread."""
+        self._names.extend(request)
+
+    def add(self, request: Request) -> None:
+        """Queue a request; its id must be new."""
+        assert request.request_id not in self.requests
+        s = request.sampling
+        self.requests[request.request_id] = request
+        request.stop_ids = s.stop_token_ids if s.ignore_eos else s.stop_token_ids | self._eos
+        request.max_num_tokens = min(request.num_prompt_tokens + s.max_tokens, self.config.max_model_len)
+        if request.role is RequestRole.PREFILL:
+            request.max_num_tokens = request.num_given_tokens + 1
+        self._names.extend(request)
+        self.waiting.append(request)
+
+    def kv_available(self, request_id: str, num_blocks: int) -> None:
+        """The first `num_blocks` blocks of a request's prompt are announced; answers a look-up, if there is one."""
+        request = self.requests.get(request_id)
+        if request is None:
+            return
+        request.awaits_lookup = False
+        if request.role is RequestRole.DECODE or request.status is not RequestStatus.WAITING_FOR_KV:
+            request.num_available_blocks = max(request.num_available_blocks, num_blocks)
+        # else it holds blocks for what it was admitted with, and computes the rest
+
+    def wants_lookup(self, request: Request) -> bool:
+        """Whether the tiers may have a part of a new request's prompt that this device has not.
+
+        Decode requests are watched over as long as they wait; see pending_pulls.
+        """
+        num_hit = self.pool.num_matched(request.block_names)
+        return request.role is not RequestRole.DECODE and num_hit < len(request.block_names)
+
+    def continue_request(self, request_id: str, token_ids: list[int]) -> None:
+        """The prefill side is through: what can be pulled is there, and these tokens were chosen there."""
+        request = self.requests.get(request_id)
+        if request is not None and not request.is_continued:
+            request.is_continued = True
+            request.token_ids.extend(token_ids)
+            self._names.extend(request)
+
+    def propose(self, request_id: str, draft_token_ids: list[int]) -> None:
+        """Tokens that may follow: each is kept if it is what the model chooses there (speculation by equality)."""
+        request = self.requests.get(request_id)
+        if request is not None:
+            request.draft_token_ids = draft_token_ids
+
+    def finish(self, request: Request) -> None:
+        """Take a request out; its blocks are only cache from then on."""
+        self.queues.leave(request)
+        self._release_blocks(request)
+        request.status = RequestStatus.FINISHED
+        del self.requests[request.request_id]
+
+    def has_work(self) -> bool:
+        """A step might do something, now or when blocks have come or gone."""
+        return bool(self.waiting or self.running or self.waiting_for_kv or self.queues.storing or self.transfers)
+
+    def pending_pulls(self) -> Iterator[tuple[str, list[bytes]]]:
+        """Requests that wait for blocks, and the names that they still lack, for whoever watches the directory."""
+        for request in self.waiting_for_kv:
+            if not request.is_announced:
+                yield request.request_id, self._names.of_prompt(request)[request.num_ready_blocks :]
+
+    def queued_pulls(self, max_requests: int, known: Collection[str]) -> Iterator[tuple[str, list[bytes]]]:
+        """Of the first queued requests those whose pulls are certain, but for the known ones.
+
+        With the names of the blocks; none when the device has them all or computing them is cheaper.
+        """
+        for request in islice(self.waiting, max_requests):
+            if request.request_id in known or request.awaits_lookup or not request.is_announced:
+                continue
+            is_decode = request.role is RequestRole.DECODE
+            all_names = self._names.of_prompt(request) if is_decode else request.block_names
+            names = all_names[: self._pulls.num_awaited(request)]
+            names = names[self.pool.num_matched(names) :]
+            pays = is_decode or self.config.transfer_cost.fetch_pays(len(names), self.pool.block_size)
+            yield request.request_id, names if pays else []
+
+    @property
+    def num_recomputed_prompt_tokens(self) -> int:
+        """Prompt tokens that decode requests computed though a prefill worker had."""
+        return self._outcomes.num_recomputed_prompt_tokens
+
+    # ------------------------------------------------------------------------------------------------------ schedule
+    def schedule(self) -> SchedulerOutput:
+        """Decide the next step."""
+        plan, budget = SchedulerOutput(), self.config.max_num_batched_tokens
+        for request in self._pulls.ready(self.waiting_for_kv):
+            self._start_with_what_came(request)
+        budget = self._schedule_running(plan, budget)
+        for request in [r for r in self.waiting if not (r.is_stalled or r.awaits_lookup)]:
+            if plan.preempted_ids or max(self.queues.num_active, len(plan.requests)) >= self.config.max_num_seqs:
+                break
+            if (budget <= 0 and request.role is not RequestRole.DECODE) or not self._admit(request, budget):
+                break
+            self.waiting.remove(request)
+            if request.status is RequestStatus.RUNNING and budget > 0:
+                budget -= self._plan_chunk(plan, request, self._num_left(request), budget)
+        plan.loads += self._pulls.start(self.waiting_for_kv)
+        return plan
+
+    def _schedule_running(self, plan: SchedulerOutput, budget: int) -> int:
+        """Chunks of requests that run already, in their order; returns what is left of the budget.
+
+        Hundreds of requests come by here in each step, most of them for one token that fits into their last block.
+        """
+        max_num_seqs, scheduled = self.config.max_num_seqs, plan.requests
+        for request in tuple(self.running):  # victims are the latest, so none of them is planned already
+            left = len(request.token_ids) + request.num_pending_tokens - request.num_computed_tokens
+            if left <= 0 or budget <= 0 or request.window_tokens <= 0:
+                continue  # nothing to compute until its drafts are judged, no room, or a client that does not read
+            if request.status is not RequestStatus.RUNNING:
+                continue  # preempted by an earlier one in this loop
+            if request.num_pending_tokens and (request.row < 0 or request.draft_token_ids):
+                continue  # only the ranks will know its token before the step is through, and drafts follow known ones
+            if len(scheduled) == max_num_seqs:
+                break  # more than that when stalled ones come back to life
+            budget -= self._plan_chunk(plan, request, left, budget)
+        return budget
+
+    def _num_left(self, request: Request) -> int:
+        return len(request.token_ids) + request.num_pending_tokens - request.num_computed_tokens
+
+    def _plan_chunk(self, plan: SchedulerOutput, request: Request, left: int, budget: int) -> int:
+        """Compute the next tokens of a request; how many. 0: it is over with the token that is being chosen, or it was
+        preempted to make room."""
+        start, known, num_pending = request.num_computed_tokens, request.token_ids, request.num_pending_tokens
+        if len(known) + num_pending >= request.max_num_tokens:
+            return 0
+        count = left if left == 1 else self._chunk_tokens(request, start, left, budget)
+        end, is_last = start + count, count == left
+        drafts = self._take_drafts(request, budget - count) if is_last and request.draft_token_ids else ()
+        end += len(drafts)
+        size, tables = self.pool.block_size, request.block_tables
+        shortest = tables[0] if not self.pool.has_windows else min(tables, key=lambda table: len(table.block_ids))
+        if end > len(shortest.block_ids) * size and not self._make_room(plan, request, end):
+            return 0
+        if self.rows.take(request, plan.rows):
+            block_ids = [table.block_ids for table in tables]
+            plan.new_rows.append(RowState(request.row, request.num_prompt_tokens, request.sampling, block_ids))
+        num_known = count - num_pending if is_last else count
+        if num_known == 1:
+            plan.token_ids.append(known[start])
+        else:
+            plan.token_ids += known[start : start + num_known]
+        plan.token_ids += drafts
+        plan.append(request, start, end - start, num_known + len(drafts), is_last + len(drafts))
+        request.num_computed_tokens = end
+        if end > request.num_kv_tokens:
+            request.num_kv_tokens = end
+        if is_last:
+            request.num_pending_tokens = num_pending + 1
+            request.window_tokens -= 1
+        if end // size > request.num_stored_blocks or (is_last and request.role is RequestRole.PREFILL):
+            self._plan_stores(plan, request, end, is_last)
+        return end - start
+
+    def _chunk_tokens(self, request: Request, computed: int, left: int, budget: int) -> int:
+        """How many tokens of a request to compute next."""
+        count = min(left, budget)
+        num_tokens = request.num_tokens
+        if request.role is RequestRole.PREFILL and num_tokens >= MIN_CHUNKS_FOR_A_SHORT_LAST_ONE * LAST_CHUNK_TOKENS:
+            # On a block's border, so that everything before the last chunk is published before it.
+            before_last = (num_tokens - LAST_CHUNK_TOKENS) // self.pool.block_size * self.pool.block_size
+            if computed < before_last:
+                count = min(count, before_last - computed)
+        return count
+
+    def _take_drafts(self, request: Request, budget: int) -> Sequence[int]:
+        """As many of the proposed tokens as may be sent and fit, while none of its own is being chosen."""
+        if request.num_pending_tokens or request.role is RequestRole.PREFILL:
+            return ()
+        room = min(budget, request.window_tokens - 1, request.max_num_tokens - 1 - request.num_tokens)
+        drafts, request.draft_token_ids = request.draft_token_ids[: max(0, room)], []
+        request.drafts_in_flight = drafts
+        return drafts
+
+    def _admit(self, request: Request, budget: int) -> bool:
+        """Give a waiting request its first blocks; False when there are too few."""
+        pool, size = self.pool, self.pool.block_size
+        num_hit = pool.num_matched(request.block_names[: request.num_tokens // size])
+        request.num_ready_blocks = num_hit
+        num_elsewhere = self._pulls.num_awaited(request) - num_hit
+        fetches = num_elsewhere > 0 and self.config.transfer_cost.fetch_pays(num_elsewhere, size)
+        waits_for_kv = not self._pulls.is_ready(request) if request.role is RequestRole.DECODE else fetches
+        computed = min(num_hit * size, request.num_tokens - 1)
+        tables = pool.take_prefix(request.block_names[:num_hit])
+        if waits_for_kv:
+            groups: Sequence[int] = self._pulls.whole_groups
+            num_blocks = -(-min(request.num_given_tokens, self._pulls.num_awaited(request) * size) // size)
+        else:
+            groups = self._all_groups
+            chunk = self._chunk_tokens(request, computed, request.num_tokens - computed, budget)
+            num_blocks = -(-(computed + chunk) // size)
+        if not pool.can_extend(tables, num_blocks, groups):
+            pool.release(tables)
+            return False
+        pool.extend(tables, num_blocks, groups)
+        request.block_tables = tables
+        request.num_registered_blocks = num_hit
+        request.num_kv_tokens = num_hit * size
+        request.has_window_blocks = num_elsewhere <= 0
+        if request.role is not RequestRole.DECODE and num_elsewhere > 0:
+            self.num_prefixes_fetched += fetches
+            self.num_prefixes_recomputed += not fetches
+        if waits_for_kv:
+            request.status = RequestStatus.WAITING_FOR_KV
+            self.waiting_for_kv.append(request)
+        else:
+            self._start_running(request, computed)
+        return True
+
+    def _start_running(self, request: Request, num_computed_tokens: int) -> None:
+        request.num_computed_tokens = num_computed_tokens
+        if request.num_preemptions == 0 and request.role is not RequestRole.DECODE:
+            request.num_cached_prompt_tokens = min(num_computed_tokens, request.num_prompt_tokens)
+        if request.role is not RequestRole.PREFILL:  # which publishes its prefix hits too: a tier may have lost them
+            request.num_stored_blocks = max(request.num_stored_blocks, request.num_kv_tokens // self.pool.block_size)
+        request.status = RequestStatus.RUNNING
+        self.queues.run(request)
+
+    def _start_with_what_came(self, request: Request) -> None:
+        """Nothing more will come: compute the rest."""
+        self.waiting_for_kv.remove(request)
+        if self.pool.has_windows and not request.has_window_blocks and request.num_kv_tokens:
+            self._release_blocks(request)  # without what the windows see, nothing can go on from what came
+            request.max_pulled_blocks = 0
+            request.status = RequestStatus.WAITING
+            self.waiting.appendleft(request)
+            return
+        self._start_running(request, min(request.num_kv_tokens, request.num_tokens - 1))
+
+    def _make_room(self, plan: SchedulerOutput, request: Request, num_tokens: int) -> bool:
+        """Blocks for `num_tokens` tokens of a running request, preempting the latest; False when it went itself."""
+        num_blocks = -(-num_tokens // self.pool.block_size)
+        while not self.pool.can_extend(request.block_tables, num_blocks, self._all_groups):
+            victim = self.queues.victim()
+            self._preempt(victim)
+            plan.preempted_ids.append(victim.request_id)
+            if victim is request:
+                return False
+        before = [len(table.block_ids) for table in request.block_tables]
+        self.pool.extend(request.block_tables, num_blocks, self._all_groups)
+        if request.row >= 0:
+            for group, (table, first) in enumerate(zip(request.block_tables, before, strict=True)):
+                for index in range(first, num_blocks):
+                    plan.new_blocks += (group, request.row, index, table.block_ids[index])
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self.queues.leave(request)
+        self._release_blocks(request)
+        request.window_tokens += request.num_pending_tokens  # what is being chosen is chosen again
+        request.num_pending_tokens, request.drafts_in_flight = 0, []
+        request.status = RequestStatus.PREEMPTED
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(request)
+
+    def _plan_stores(self, plan: SchedulerOutput, request: Request, end: int, is_last: bool) -> None:
+        """Publish the blocks that are full when the step is through."""
+        first, last = request.num_stored_blocks, end // self.pool.block_size
+        if self.pool.has_windows:  # a block is published with all groups, or not at all
+            first = max(first, *(table.num_released for table in request.block_tables))
+        if request.role is RequestRole.PREFILL:
+            kind, num_named_tokens = TransferKind.STORE, request.num_given_tokens
+            names = self._names.of_prompt(request)
+            last = len(names) if is_last else last
+        else:
+            kind, num_named_tokens = TransferKind.WRITE_BACK, end
+            names = request.block_names
+            last = min(last, len(names))  # a block has no name while a token in it is still being chosen
+        if last <= first:
+            return
+        request.num_stored_blocks = last
+        if kind is TransferKind.STORE:
+            request.num_stores_in_flight += 1
+        elif not self.config.writes_back:
+            return
+        elif self.transfers.num_written_back_blocks * MAX_WRITTEN_BACK_SHARE > self.pool.num_blocks:
+            self.num_dropped_write_backs += last - first
+            return
+        plan.stores += self.transfers.start(kind, request, names[first:last], first, self._all_groups, num_named_tokens)
+
+    def update(self, plan: SchedulerOutput, output: ModelRunnerOutput) -> UpdateResult:
+        """Take a step's outcome into the books."""
+        return self._outcomes.update(plan, output)
+
+    def _release_blocks(self, request: Request) -> None:
+        if request.block_tables:
+            self.pool.release(request.block_tables)
+        self.rows.give_back(request)
+        request.block_tables = []
+        request.num_computed_tokens = request.num_kv_tokens = 0
+        request.num_registered_blocks = request.num_ready_blocks = 0
+        request.num_loads_in_flight, request.has_window_blocks = 0, False

@@ -1,0 +1,193 @@
+"""One engine step as data: what the scheduler decides, what a rank is sent of it, and what a rank reports.
+
+A plan has columns, one entry per scheduled request, because a step may have hundreds of requests. It names each request
+by its row: the ranks keep the block table and the sampling parameters of every row (workers.runtime.rank_state), and a
+plan brings only what changed. Knows nothing of tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from workers.engine.request import Request
+from workers.sampling.params import SamplingParams
+
+Ints = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockTransfer:
+    """Blocks of one cache group to pull from the tiers, or to publish to them."""
+
+    transfer_id: int
+    group: int
+    block_names: Sequence[bytes]
+    block_ids: Sequence[int]
+    num_tokens: Sequence[int]  # filled slots of each block
+
+
+@dataclass(frozen=True, slots=True)
+class TransferDone:
+    """The end of a transfer on every rank."""
+
+    transfer_id: int
+    num_blocks: int  # whole and verified, or stored, on every rank; counted from the first
+
+
+@dataclass(frozen=True, slots=True)
+class RowState:
+    """All that a rank knows of a row: sent when a request takes the row, and again to a rank that lost it."""
+
+    row: int
+    num_prompt_tokens: int  # the token at this position of the request is the first of its completion
+    sampling: SamplingParams  # ranks get what the sampler needs of it
+    block_tables: Sequence[Sequence[int]]  # per cache group
+
+
+class Chunk(NamedTuple):
+    """One scheduled request of a plan: tokens to compute."""
+
+    request: Request
+    row: int
+    start_position: int
+    num_scheduled_tokens: int
+    write_from: int
+    num_logits: int
+    token_ids: Sequence[int]
+
+
+@dataclass(slots=True)
+class SchedulerOutput:
+    """The plan of one step. Only the scheduler fills it.
+
+    loads and stores begin with this step and go on beside later ones; loads are of blocks that no scheduled request
+    reads, stores of blocks that this step or an earlier one computed.
+    """
+
+    requests: list[Request] = field(default_factory=list)  # stay with the leader, as do generations
+    generations: list[int] = field(default_factory=list)  # the request's num_preemptions when it was scheduled
+    rows: list[int] = field(default_factory=list)
+    start_positions: list[int] = field(default_factory=list)  # of the first scheduled token
+    num_tokens: list[int] = field(default_factory=list)  # to compute
+    write_from: list[int] = field(default_factory=list)  # positions below it are in the cache and are not written
+    num_logits: list[int] = field(default_factory=list)  # of the last scheduled tokens: those whose logits are wanted
+    num_known: list[int] = field(default_factory=list)  # one less than num_tokens: the last is still being chosen
+    token_ids: list[int] = field(default_factory=list)  # the known ones of all requests
+    new_rows: list[RowState] = field(default_factory=list)
+    new_blocks: list[int] = field(default_factory=list)  # group, row, index, block id; and so on
+    loads: list[BlockTransfer] = field(default_factory=list)
+    stores: list[BlockTransfer] = field(default_factory=list)
+    preempted_ids: list[str] = field(default_factory=list)
+
+    @property
+    def total_num_scheduled_tokens(self) -> int:
+        """Tokens of the forward pass."""
+        return sum(self.num_tokens)
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing to carry out."""
+        return not (self.requests or self.loads or self.stores)
+
+    def append(self, request: Request, start: int, count: int, num_known: int, num_logits: int) -> None:
+        """Schedule `count` tokens of a request that has a row; its known token ids are added apart."""
+        self.requests.append(request)
+        self.generations.append(request.num_preemptions)
+        self.rows.append(request.row)
+        self.start_positions.append(start)
+        self.num_tokens.append(count)
+        self.write_from.append(request.num_kv_tokens)
+        self.num_logits.append(num_logits)
+        self.num_known.append(num_known)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The columns as rows, for whoever is in no hurry."""
+        at = 0
+        for i, request in enumerate(self.requests):
+            token_ids = self.token_ids[at : at + self.num_known[i]]
+            at += self.num_known[i]
+            yield Chunk(
+                request,
+                self.rows[i],
+                self.start_positions[i],
+                self.num_tokens[i],
+                self.write_from[i],
+                self.num_logits[i],
+                token_ids,
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepPlan:
+    """A plan as every rank sees it; the columns are those of SchedulerOutput."""
+
+    sequence: int  # counts up from 1; a rank that misses one needs a full plan
+    is_full: bool  # every row that it schedules is among new_rows
+    rows: Ints
+    start_positions: Ints
+    num_tokens: Ints
+    write_from: Ints
+    num_logits: Ints
+    num_known: Ints
+    token_ids: Ints
+    new_rows: Sequence[RowState]
+    new_blocks: Ints  # [n, 4]: group, row, index, block id
+    loads: Sequence[BlockTransfer]
+    stores: Sequence[BlockTransfer]
+    polls: Sequence[int]  # transfers whose end the leader asks for
+
+    @property
+    def num_requests(self) -> int:
+        """Scheduled requests."""
+        return len(self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRunnerOutput:
+    """What became of a plan; the same on every rank but for the tokens, which only the leader needs."""
+
+    sampled_token_ids: Sequence[int] = ()  # one per wanted row of logits, in the plan's order
+    transfers: Sequence[TransferDone] = ()  # of those that were polled: the ones that ended on every rank
+    duration_s: float = field(default=0.0, compare=False)
+
+
+class ModelRunner(Protocol):
+    """Carries out plans on one rank; every rank of a worker gets the same ones."""
+
+    def start(self, plan: StepPlan) -> Callable[[], ModelRunnerOutput]:
+        """One step; what is returned waits for its end."""
+        ...
+
+    def ended_transfers(self) -> Sequence[int]:
+        """Transfers whose I/O is over on this rank, and whose end no plan has polled yet."""
+        ...
+
+
+class Executor(Protocol):
+    """Carries out plans on all ranks of a worker."""
+
+    def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
+        """One step."""
+        ...
+
+    def start(self, plan: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
+        """One step, which may still run on return; what is returned waits for its end. Steps run in order."""
+        ...
+
+    @property
+    def has_ended_transfers(self) -> bool:
+        """Whether a step now, even an empty one, might report the end of a transfer."""
+        ...
+
+    def resend(self) -> None:
+        """A rank has lost its rows: the next plan is full."""
+        ...
+
+    def stop(self) -> None:
+        """Let the other ranks go; no step may follow."""
+        ...

@@ -1,0 +1,363 @@
+"""Turns a plan into the tensors of one forward pass, at fixed addresses on the device.
+
+All inputs of a step but its block tables lie in one buffer, which is filled in page-locked host memory and travels in
+one copy that nobody waits for. Block tables stay on the device from step to step, one row per request, and plans bring
+what changed; a step whose rows do not lie together gathers them there. A step of the same padded shape has its inputs
+at the same addresses, so that a captured graph finds them. Knows nothing of weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from workers.engine.step import Ints, StepPlan
+from workers.model.batch import Batch, GroupInputs
+from workers.runtime.rank_state import RankState
+from workers.sampling.params import SamplingRows
+
+_NUM_HOST_BUFFERS = 2  # one is filled while the copy of the other may still be under way
+_WIDTH_STEP = 16  # of block tables: kernels are compiled once for strides that are multiples of it
+_MAX_SHAPES = 4096  # remembered
+
+Longs = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PreparedBatch:
+    """A batch, and how its rows of logits map back to the plan."""
+
+    batch: Batch
+    num_tokens: int  # of the requests; the batch may have more rows, which stand for nothing
+    sampling: SamplingRows  # one entry per wanted row of logits; the batch may have more logit_rows
+    positions: Longs  # of the tokens that the rows choose, counted from the first of the completion
+    order: Longs  # place of each row among the plan's wanted logits
+    last: tuple[Tensor, Tensor] | None  # of the wanted rows those that choose a request's next token, and their rows
+    pending: tuple[Tensor, Tensor] | None  # token_ids that the step before chooses: where, and of which row
+
+
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """The shape that a batch is filled up to; 0: as it is. Padding writes no slot and attends to nothing."""
+
+    num_tokens: int = 0
+    num_sequences: int = 0
+    table_width: int = 0
+
+
+NO_PADDING = Padding()
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """Of a step's inputs, padding included."""
+
+    num_tokens: int
+    num_sequences: int
+    num_logits: int
+    num_pending: int
+    num_last: int
+    num_groups: int
+
+    @property
+    def num_words(self) -> int:
+        """Of the buffer, 4 bytes each."""
+        return int(_spans(self)["last_rows"].stop)
+
+
+_NARROW = frozenset(("seq_lens", "query_start_loc", "alignment"))  # int32; the others are int64
+
+
+@lru_cache(maxsize=_MAX_SHAPES)
+def _spans(shape: _Shape) -> dict[str, slice]:
+    """Where each input lies in the buffer, in words. What a captured graph reads comes before what varies beside it."""
+    sizes = {
+        "token_ids": 2 * shape.num_tokens,
+        "positions": 2 * shape.num_tokens,
+        **{f"slot_mapping.{group}": 2 * shape.num_tokens for group in range(shape.num_groups)},
+        "logit_rows": 2 * shape.num_logits,
+        "state_rows": 2 * shape.num_sequences,
+        "seq_lens": shape.num_sequences,
+        "query_start_loc": shape.num_sequences + 1,
+        "alignment": 1,  # to 8 bytes: the two before it have an odd number of words
+        "pending_at": 2 * shape.num_pending,
+        "pending_rows": 2 * shape.num_pending,
+        "last_at": 2 * shape.num_last,
+        "last_rows": 2 * shape.num_last,
+    }
+    ends = list(accumulate(sizes.values()))
+    return {name: slice(end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)}
+
+
+def _is_wide(name: str) -> bool:
+    return name not in _NARROW
+
+
+def round_up_width(num_blocks: int) -> int:
+    """Columns of a block table for sequences of so many blocks."""
+    return -(-num_blocks // _WIDTH_STEP) * _WIDTH_STEP
+
+
+class InputBuffers:
+    """The inputs of one step at a time, for steps up to a size, and the block tables of all rows."""
+
+    def __init__(
+        self, max_num_tokens: int, max_num_seqs: int, max_blocks: int, device: torch.device, num_groups: int = 1
+    ) -> None:
+        """max_blocks: of a sequence."""
+        self.max_blocks = round_up_width(max_blocks)
+        self.state = RankState(max_num_seqs, self.max_blocks, num_groups)
+        self._num_groups = num_groups
+        self._device = device
+        self._is_cuda = device.type == "cuda"
+        num_words = _Shape(
+            max_num_tokens, max_num_seqs, max_num_tokens, max_num_seqs, max_num_seqs, num_groups
+        ).num_words
+        self._words = torch.zeros(num_words, dtype=torch.int32, device=device)
+        self._hosts = [
+            torch.zeros(num_words, dtype=torch.int32, pin_memory=self._is_cuda) for _ in range(_NUM_HOST_BUFFERS)
+        ]
+        self._copied: list[torch.cuda.Event | None] = [None] * _NUM_HOST_BUFFERS
+        self._turn = 0
+        self._views_of: dict[_Shape, dict[str, Tensor]] = {}
+        # In host memory the state's own arrays are the tables.
+        self._tables = [torch.from_numpy(table).to(device) for table in self.state.block_tables]
+        self._gathered = [torch.zeros_like(table) for table in self._tables]
+
+    def apply(self, plan: StepPlan) -> None:
+        """Take a plan's changes of rows. Raises PlanGap."""
+        self.state.apply(plan)
+        if self._is_cuda and (plan.new_rows or len(plan.new_blocks)):
+            self._copy_changes(plan)
+
+    def _copy_changes(self, plan: StepPlan) -> None:
+        for group, table in enumerate(self._tables):
+            width, changes = self.max_blocks, plan.new_blocks[plan.new_blocks[:, 0] == group]
+            places = [changes[:, 1].astype(np.int64) * width + changes[:, 2]]
+            values = [changes[:, 3]]
+            for state in plan.new_rows:
+                block_ids = state.block_tables[group]
+                places.append(state.row * width + np.arange(len(block_ids)))
+                values.append(np.asarray(block_ids, np.int32))
+            where, what = (
+                torch.from_numpy(np.concatenate(parts)).pin_memory().to(self._device, non_blocking=True)
+                for parts in (places, values)
+            )
+            table.view(-1).index_copy_(0, where, what)
+
+    def fill(
+        self, plan: StepPlan, block_size: int, all_as_prefills: bool = False, padding: Padding = NO_PADDING
+    ) -> PreparedBatch:
+        """The plan's requests in the order that the attention kernels want: sequences with one token first.
+
+        all_as_prefills: those with one token take the prefill kernel too. The batch is good until the next is filled.
+        """
+        order = None if (plan.num_tokens == 1).all() else np.argsort(plan.num_tokens > 1, kind="stable")
+        columns = _Columns.of(plan, order)
+        has_pending = columns.num_known < columns.num_tokens
+        num_tokens = int(columns.num_tokens.sum())
+        shape = _Shape(
+            num_tokens=padding.num_tokens or num_tokens,
+            num_sequences=padding.num_sequences or plan.num_requests,
+            num_logits=padding.num_sequences or int(columns.num_logits.sum()),
+            num_pending=int(has_pending.sum()),
+            num_last=int((columns.num_logits > 0).sum()),
+            num_groups=self._num_groups,
+        )
+        num_decodes = 0 if all_as_prefills else int((columns.num_tokens == 1).sum())
+        if num_decodes == plan.num_requests:
+            num_decodes = shape.num_sequences  # decodes are padded with decodes
+        host = self._next_host(shape)
+        logits = self._write(host, plan, columns, has_pending, num_decodes, block_size)
+        batch = self._send(shape, columns, num_decodes, padding.table_width, block_size)
+        rows, field = columns.rows[logits.requests], self._views(shape)
+        return PreparedBatch(
+            batch,
+            num_tokens,
+            self.state.sampling.of(rows),
+            logits.token_positions - self.state.num_prompt_tokens[rows],
+            logits.order(plan, order),
+            (field["last_at"], field["last_rows"]) if shape.num_last else None,
+            (field["pending_at"], field["pending_rows"]) if shape.num_pending else None,
+        )
+
+    def _next_host(self, shape: _Shape) -> dict[str, npt.NDArray[np.integer]]:
+        """The host's arrays of a step's inputs."""
+        num_words = shape.num_words
+        assert num_words <= len(self._words), "the plan exceeds the engine's own bounds"
+        self._turn = (self._turn + 1) % _NUM_HOST_BUFFERS
+        copied = self._copied[self._turn]
+        if copied is not None:
+            copied.synchronize()  # two steps ago: long done
+        host = self._hosts[self._turn].numpy()
+        return {
+            name: host[span].view(np.int64) if _is_wide(name) else host[span] for name, span in _spans(shape).items()
+        }
+
+    def _write(
+        self,
+        host: dict[str, npt.NDArray[np.integer]],
+        plan: StepPlan,
+        columns: _Columns,
+        has_pending: npt.NDArray[np.bool_],
+        num_decodes: int,
+        block_size: int,
+    ) -> _Logits:
+        counts, num_requests = columns.num_tokens, len(columns.rows)
+        ends = np.cumsum(counts, dtype=np.int64)
+        num_tokens = int(ends[-1])
+        if num_tokens == num_requests:
+            positions, rows = columns.start_positions.astype(np.int64), columns.rows
+            is_written = columns.start_positions >= columns.write_from
+        else:
+            within = np.arange(num_tokens) - np.repeat(ends - counts, counts)
+            positions = np.repeat(columns.start_positions, counts) + within
+            rows = np.repeat(columns.rows, counts)
+            is_written = positions >= np.repeat(columns.write_from, counts)
+        _put(host["positions"], positions, 0)
+        blocks, offsets = positions // block_size, positions % block_size
+        for group, table in enumerate(self.state.block_tables):
+            slots = table[rows, blocks].astype(np.int64) * block_size + offsets
+            _put(host[f"slot_mapping.{group}"], np.where(is_written, slots, -1), -1)
+        host["token_ids"][:] = 0
+        columns.write_token_ids(host["token_ids"][:num_tokens], plan, ends)
+        host["pending_at"][:] = ends[has_pending] - 1
+        host["pending_rows"][:] = columns.rows[has_pending]
+        _put(host["state_rows"], columns.rows, 0)
+        _put(host["seq_lens"], columns.start_positions + counts, 0)
+        starts = host["query_start_loc"]
+        num_prefills = max(0, num_requests - num_decodes)
+        starts[0] = 0
+        starts[1 : num_prefills + 1] = np.cumsum(counts[num_requests - num_prefills :])
+        starts[num_prefills + 1 :] = starts[num_prefills]  # sequences that ask nothing
+        logits = _Logits.of(columns, ends)
+        _put(host["logit_rows"], logits.batch_rows, 0)
+        host["last_at"][:] = np.flatnonzero(logits.behind == 0)
+        host["last_rows"][:] = columns.rows[columns.num_logits > 0]
+        return logits
+
+    def _send(self, shape: _Shape, columns: _Columns, num_decodes: int, table_width: int, block_size: int) -> Batch:
+        num_words, host = shape.num_words, self._hosts[self._turn]
+        self._words[:num_words].copy_(host[:num_words], non_blocking=True)
+        if self._is_cuda:
+            event = self._copied[self._turn] or torch.cuda.Event()
+            event.record()
+            self._copied[self._turn] = event
+        field = self._views(shape)
+        longest = int((columns.start_positions + columns.num_tokens).max())
+        width = table_width or round_up_width(-(-longest // block_size))
+        tables = self._block_tables(columns.rows, field["state_rows"], shape.num_sequences, width, bool(table_width))
+        return Batch(
+            token_ids=field["token_ids"],
+            positions=field["positions"],
+            groups=tuple(GroupInputs(t, field[f"slot_mapping.{group}"]) for group, t in enumerate(tables)),
+            num_decodes=num_decodes,
+            seq_lens=field["seq_lens"],
+            query_start_loc=field["query_start_loc"][: shape.num_sequences - num_decodes + 1],
+            max_query_len=int(columns.num_tokens.max()),
+            logit_rows=field["logit_rows"],
+        )
+
+    def _views(self, shape: _Shape) -> dict[str, Tensor]:
+        """The device's tensors of a step's inputs; the same ones for the same shape."""
+        views = self._views_of.get(shape)
+        if views is None:
+            words = {name: self._words[span] for name, span in _spans(shape).items()}
+            views = {name: w.view(torch.int64) if _is_wide(name) else w for name, w in words.items()}
+            if len(self._views_of) < _MAX_SHAPES:
+                self._views_of[shape] = views
+        return views
+
+    def _block_tables(
+        self, rows: Ints, state_rows: Tensor, num_sequences: int, width: int, is_fixed: bool
+    ) -> list[Tensor]:
+        """int32 [sequences, width] per group; is_fixed: always at the same address."""
+        first, last = int(rows[0]), int(rows[-1])
+        if not is_fixed and last - first + 1 == len(rows) == num_sequences and (np.diff(rows) == 1).all():
+            return [table[first : last + 1, :width] for table in self._tables]
+        tables = []
+        for table, gathered in zip(self._tables, self._gathered, strict=True):
+            out = gathered.view(-1)[: num_sequences * width].view(num_sequences, width)
+            tables.append(torch.index_select(table[:, :width], 0, state_rows, out=out))
+        return tables
+
+
+def _put(into: npt.NDArray[np.integer], values: npt.NDArray[np.integer], rest: int) -> None:
+    into[: len(values)] = values
+    into[len(values) :] = rest
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Columns:
+    """The plan's columns in the batch's order."""
+
+    rows: Ints
+    start_positions: Ints
+    num_tokens: Ints
+    write_from: Ints
+    num_logits: Ints
+    num_known: Ints
+    order: Longs | None  # of the plan's requests; None: as they are
+
+    @staticmethod
+    def of(plan: StepPlan, order: Longs | None) -> _Columns:
+        def column(values: Ints) -> Ints:
+            return values if order is None else values[order]
+
+        return _Columns(
+            rows=column(plan.rows),
+            start_positions=column(plan.start_positions),
+            num_tokens=column(plan.num_tokens),
+            write_from=column(plan.write_from),
+            num_logits=column(plan.num_logits),
+            num_known=column(plan.num_known),
+            order=order,
+        )
+
+    def write_token_ids(self, into: npt.NDArray[np.integer], plan: StepPlan, ends: Longs) -> None:
+        """The known tokens, in the batch's order; a pending one comes last in its run and is left out."""
+        if not len(plan.token_ids):
+            return
+        known = plan.token_ids
+        if self.order is not None:
+            known_ends = np.cumsum(plan.num_known)
+            known = np.concatenate([known[known_ends[i] - plan.num_known[i] : known_ends[i]] for i in self.order])
+        if len(known) == len(into):
+            into[:] = known
+        else:
+            starts = np.repeat(ends - self.num_tokens, self.num_known)
+            within = np.arange(len(known)) - np.repeat(np.cumsum(self.num_known) - self.num_known, self.num_known)
+            into[starts + within] = known
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Logits:
+    """The wanted rows of logits, in the batch's order."""
+
+    requests: Longs  # in the batch's order
+    behind: Longs  # how many more of its request's rows follow
+    batch_rows: Longs
+    token_positions: Longs  # in the request: of the token that the row chooses
+
+    @staticmethod
+    def of(columns: _Columns, ends: Longs) -> _Logits:
+        counts = columns.num_logits
+        total = int(counts.sum())
+        requests = np.repeat(np.arange(len(counts)), counts)
+        behind = np.repeat(np.cumsum(counts), counts) - 1 - np.arange(total)
+        batch_rows = ends[requests] - 1 - behind
+        token_positions = (columns.start_positions + columns.num_tokens)[requests] - behind
+        return _Logits(requests, behind, batch_rows, token_positions)
+
+    def order(self, plan: StepPlan, order: Longs | None) -> Longs:
+        """The place of each row among the wanted rows of the plan."""
+        if order is None:
+            return np.arange(len(self.requests))
+        last_places = np.cumsum(plan.num_logits) - 1
+        return last_places[order[self.requests]] - self.behind

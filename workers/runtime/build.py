@@ -1,0 +1,90 @@
+"""What a rank is made of: its runner, and on rank 0 its engine. Knows nothing of servers or leases."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from costs.transfer import ALWAYS_FETCH, TransferCost
+from kvstore.block_pool import BlockPool
+from kvstore.block_pools import BlockPools
+from kvstore.names import fingerprint
+from workers.config import EngineConfig
+from workers.engine.engine import Engine
+from workers.engine.scheduler import Scheduler, SchedulerConfig
+from workers.engine.step import Executor
+from workers.model.config import ModelConfig
+from workers.parallel import ParallelGroups
+from workers.runtime.executor import GroupExecutor
+from workers.runtime.fake_runner import FakeModelRunner
+from workers.runtime.runner import TorchModelRunner, pick_dtype, schedules_async
+
+LoadedRunner = TorchModelRunner | FakeModelRunner
+
+
+def kv_fingerprint(engine: EngineConfig, model: ModelConfig, dtype: torch.dtype, weights: str) -> bytes:
+    """Names what the bytes of a KV block mean: the weights, and everything that the model's files say of their use.
+
+    In batch-invariant mode also how they were summed: a block from a worker that sums otherwise has other bits. And
+    what they lose on their way: a block that travelled in 8 bits is another block.
+    """
+    summed = {"tp": engine.tp, "num_threads": engine.num_threads} if engine.batch_invariant else {}
+    return fingerprint(
+        {
+            **summed,
+            **({} if engine.kv_encoding == "none" else {"kv_encoding": engine.kv_encoding}),
+            "weights": weights,
+            "dtype": str(dtype),
+            "block_size": engine.block_size,
+            "model": model.fingerprint_fields(),
+        }
+    )
+
+
+def make_engine(
+    config: EngineConfig,
+    model: ModelConfig,
+    runner: LoadedRunner,
+    executor: Executor,
+    kv_names: bytes,
+    clock: Callable[[], float] = time.monotonic,
+    transfer_cost: TransferCost | None = None,
+) -> Engine:
+    """An engine over a loaded runner; on rank 0 only.
+
+    kv_names: from kv_fingerprint. transfer_cost: of its KV tiers, where there are any.
+    """
+    context_tokens = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
+    windows = [group.spec.window for group in runner.cache.layout.groups]
+    for num_blocks, window in zip(runner.cache.num_blocks, windows, strict=True):
+        if not window:
+            context_tokens = min(context_tokens, num_blocks * config.block_size)
+    pools = [BlockPool(count, config.block_size, config.enable_prefix_caching) for count in runner.cache.num_blocks]
+    scheduler = Scheduler(
+        SchedulerConfig(
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            context_tokens,
+            writes_back=transfer_cost is not None,
+            transfer_cost=transfer_cost or ALWAYS_FETCH,
+        ),
+        BlockPools(pools, windows),
+        kv_names,
+        frozenset(model.eos_token_ids),
+    )
+    return Engine(scheduler, executor, model.vocab_size, clock, schedules_async(config, runner.cache.device))
+
+
+def make_executor(config: EngineConfig, runner: LoadedRunner, groups: ParallelGroups) -> GroupExecutor:
+    """What brings an engine's plans to all ranks."""
+    device = runner.cache.device
+    return GroupExecutor(runner, groups, in_thread=schedules_async(config, device) and device.type == "cpu")
+
+
+def load_runner(config: EngineConfig, model: ModelConfig, groups: ParallelGroups, device: torch.device) -> LoadedRunner:
+    """The runner that the config asks for, its weights loaded. Raises ModelError."""
+    if config.runner == "fake":
+        return FakeModelRunner(config, model, pick_dtype(config, device))
+    return TorchModelRunner(config, model, groups, device)

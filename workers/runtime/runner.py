@@ -1,0 +1,308 @@
+"""Carries out the plan of a step on one rank: starts transfers, runs the forward pass, chooses tokens.
+
+The only file between the scheduler and the tensors. Knows nothing of requests beyond the plan.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvstore.store import FragmentStore
+from workers.config import EngineConfig
+from workers.engine.direct_plan import DirectChunk, direct_plan
+from workers.engine.step import ModelRunnerOutput, StepPlan, TransferDone
+from workers.errors import ModelError
+from workers.kv.connector import PENDING, KVConnector
+from workers.kv.paged_cache import CacheLayout, PagedCache
+from workers.model.cache_spec import cache_groups
+from workers.model.config import ModelConfig
+from workers.model.loader import Checkpoint, Weights
+from workers.model.stage import build_stage
+from workers.model.tensor_layout import check_checkpoint
+from workers.parallel import ParallelGroups
+from workers.runtime.batching import NO_PADDING, InputBuffers, PreparedBatch
+from workers.runtime.graphs import GraphedStage
+from workers.sampling.params import GREEDY, SamplingParams
+from workers.sampling.sampler import sample
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CPU_CACHE_BYTES = 256 << 20  # KV cache of one worker on a CPU when the config does not say
+CUDA_CACHE_SHARE = 0.95  # of the memory that is free beside weights, activations and graphs
+_WARM_UP_TOKENS, _WARM_UP_SEQS = 3, 2
+_CHUNKS_OF_OTHER_TILES = (2, 4, 8, 16, 32, 128)  # attention picks its tile by the longest chunk
+
+
+def pick_device(config: EngineConfig, local_rank: int) -> torch.device:
+    """The rank's device."""
+    wanted = config.device
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ModelError("device=cuda: there is no CUDA device")
+    return torch.device("cuda", local_rank % torch.cuda.device_count()) if wanted == "cuda" else torch.device(wanted)
+
+
+def pick_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+    """The dtype of weights and cache: what the config says, else bf16 on CUDA and fp32 on CPU."""
+    if config.dtype != "auto":
+        return _DTYPES[config.dtype]
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def schedules_async(config: EngineConfig, device: torch.device) -> bool:
+    """Whether steps are planned ahead: what the config says, else on CUDA, where there is one stage."""
+    if config.async_scheduling is not None:
+        return config.async_scheduling
+    return device.type == "cuda" and config.pp == 1
+
+
+def _read_later(token_ids: Tensor | None) -> Callable[[], list[int]]:
+    """The copy to the host begins now; what is returned waits for it, and for nothing that is started later."""
+    if token_ids is None:
+        return list
+    if not token_ids.is_cuda:
+        return token_ids.tolist
+    host = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
+    host.copy_(token_ids, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[int]:
+        copied.synchronize()
+        values: list[int] = host.tolist()
+        return values
+
+    return read
+
+
+class TorchModelRunner:
+    """One rank's weights and KV cache."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: ModelConfig,
+        groups: ParallelGroups,
+        device: torch.device,
+        weights: Weights | None = None,
+    ) -> None:
+        """weights: those of config.model_dir unless others are given."""
+        self._config = config
+        self._device = device
+        self._groups = groups
+        self._vocab_size = model.vocab_size
+        self._dtype = pick_dtype(config, device)
+        if weights is None:
+            check_checkpoint(Path(config.model_dir), model)
+            weights = Checkpoint(Path(config.model_dir), self._dtype, device)
+        self._stage = build_stage(model, weights, groups, config.batch_invariant)
+        self._context_tokens = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
+        cached = cache_groups(model.cache_specs)
+        self._layout = CacheLayout(cached, self._stage.layer_range, groups.shard, config.block_size, self._dtype)
+        max_num_seqs = max(config.max_num_seqs, _WARM_UP_SEQS)
+        self._inputs = InputBuffers(
+            max(config.max_num_batched_tokens, max_num_seqs, _WARM_UP_TOKENS),
+            max_num_seqs,
+            -(-self._context_tokens // config.block_size),
+            device,
+            len(cached),
+        )
+        # Of the token that each row of the ranks' state got last; a plan may leave it out.
+        self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self._graphs: GraphedStage | None = None
+        self.replays = True  # graphs, where there are any; a benchmark compares
+        self.cache = self._make_cache(groups.min_over_ranks(self._pick_num_blocks()))
+        self.attach(KVConnector(self.cache.memories(0, "none"), self.cache.grids(0), FragmentStore(())))
+
+    def _make_cache(self, num_blocks: Sequence[int]) -> PagedCache:
+        cache = PagedCache(self._layout, num_blocks, self._device)
+        self._layer_caches = cache.of_layers()
+        return cache
+
+    def _pick_num_blocks(self) -> list[int]:
+        """Blocks of each cache group. Raises ModelError when they do not suffice for one request."""
+        config, groups = self._config, self._layout.groups
+        needs = [self._blocks_of_a_window(group.spec.window) for group in groups]
+        if config.num_blocks:
+            counts = [config.num_blocks] * len(groups)
+        else:
+            most = [2 * need * config.max_num_seqs if need else 1 << 31 for need in needs]
+            counts = self._layout.blocks_that_fit(self._free_bytes(), most)
+        for group, need, count in zip(groups, needs, counts, strict=True):
+            if count < need:
+                raise ModelError(
+                    f"num_blocks={count}: a window of {group.spec.window} tokens beside a step of"
+                    f" {config.max_num_batched_tokens} takes {need} blocks"
+                )
+        return counts
+
+    def _blocks_of_a_window(self, window: int) -> int:
+        """What one request may hold in a group with this window, while its longest chunk is computed. 0: no window."""
+        if not window:
+            return 0
+        num_tokens = min(window + self._config.max_num_batched_tokens, self._context_tokens)
+        return -(-num_tokens // self._config.block_size) + 2
+
+    def _free_bytes(self) -> int:
+        if self._device.type == "cuda":
+            return int(self._free_bytes_beside_steps() * CUDA_CACHE_SHARE)
+        return CPU_CACHE_BYTES // self._groups.world_size
+
+    def _free_bytes_beside_steps(self) -> int:
+        """What is free on the device when the largest steps have what they need: tried out, on a cache of one block."""
+        before, _ = torch.cuda.mem_get_info(self._device)
+        self.cache = self._make_cache([1] * len(self._layout.groups))
+        self.attach(KVConnector(self.cache.memories(0, "none"), self.cache.grids(0), FragmentStore(())))
+        self.warm_up()
+        torch.cuda.synchronize(self._device)
+        needed = before - torch.cuda.mem_get_info(self._device)[0]
+        self._graphs = None  # they know the addresses of the small cache
+        del self._layer_caches, self.cache, self._connector
+        gc.collect()
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self._device)[0] - needed
+
+    def attach(self, connector: KVConnector) -> None:
+        """Give the rank its way to the KV tiers; at first it has none, and transfers end with no blocks."""
+        self._connector = connector
+
+    def ended_transfers(self) -> Sequence[int]:
+        """As in ModelRunner."""
+        return self._connector.ended()
+
+    def warm_up(self) -> None:
+        """Set up what the first steps would pay for, and record the graphs. On all ranks at once.
+
+        Its first step writes into block 0, which no request owns yet.
+        """
+        self.execute(self._direct(DirectChunk([0, 0], 0, 0, self._zeros(2)), self._sampled_token(0, GREEDY)))
+        config = self._config
+        if self._uses_graphs:
+            graphs = GraphedStage(self._stage, self._layer_caches, self._inputs)
+            is_leader = self._groups.shard.rank == 0
+            with torch.inference_mode(), self._on_device():
+                graphs.capture(config.max_num_seqs, config.max_num_batched_tokens, config.block_size, is_leader)
+            self._graphs = graphs
+        if self._device.type == "cuda":
+            self._run_largest_steps()
+
+    def _run_largest_steps(self) -> None:
+        """Settles how much memory steps take, and compiles attention for all its tiles.
+
+        Runs after capture: capturing frees unused memory.
+        """
+        config = self._config
+        most = min(config.max_num_batched_tokens, self._context_tokens)
+        for num_tokens in [n for n in _CHUNKS_OF_OTHER_TILES if n < most] + [most]:
+            blocks = self._zeros(-(-num_tokens // config.block_size))
+            self.execute(self._direct(DirectChunk([0] * num_tokens, 0, num_tokens, blocks)))
+        sampled = self._sampled_token(1, SamplingParams(temperature=1.0, top_p=0.9))
+        self.execute(self._direct(*[sampled] * min(config.max_num_seqs, config.max_num_batched_tokens)))
+
+    def _zeros(self, num_blocks: int) -> list[list[int]]:
+        return [[0] * num_blocks for _ in self._layout.groups]
+
+    def _sampled_token(self, write_from: int, sampling: SamplingParams) -> DirectChunk:
+        return DirectChunk([0], 0, write_from, self._zeros(1), 1, sampling)
+
+    @staticmethod
+    def _direct(*chunks: DirectChunk) -> StepPlan:
+        return direct_plan(chunks)
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        """The current device is a setting of the thread, and this may be any."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+
+    @property
+    def _uses_graphs(self) -> bool:
+        wanted = self._config.cuda_graphs
+        return self._device.type == "cuda" if wanted is None else wanted
+
+    # ------------------------------------------------------------------------------------------------------- one step
+    def execute(self, plan: StepPlan) -> ModelRunnerOutput:
+        """One step, to its end; transfers go on beside it."""
+        return self.start(plan)()
+
+    def start(self, plan: StepPlan) -> Callable[[], ModelRunnerOutput]:
+        """As execute, but on CUDA the forward pass may still run; what is returned waits for its tokens."""
+        with torch.inference_mode(), self._on_device():
+            return self._start(plan)
+
+    def _start(self, plan: StepPlan) -> Callable[[], ModelRunnerOutput]:
+        started = time.perf_counter()
+        self._inputs.apply(plan)
+        ended = poll_transfers(plan, self._connector, self._groups)
+        for load in plan.loads:
+            self._connector.start_load(load)
+        for store in plan.stores:
+            self._connector.prepare(store)
+        tokens: Tensor | None = None
+        order: list[int] = []
+        if plan.num_requests:
+            prepared, logits = self._forward(plan)
+            order = prepared.order.tolist()
+            if logits is not None and order:
+                tokens = self._choose(logits, prepared)
+            tokens = self._groups.tokens_to_leader(tokens, len(order))
+            if tokens is not None and prepared.last is not None and self._config.pp == 1:
+                # For the next plan, which may be made before anybody has read the tokens.
+                at, rows = prepared.last
+                self._last_tokens.index_copy_(0, rows, tokens if len(at) == len(tokens) else tokens[at])
+        for store in plan.stores:
+            self._connector.start_store(store)
+        read = _read_later(tokens)
+
+        def wait() -> ModelRunnerOutput:
+            token_ids = read()
+            sampled = [0] * len(token_ids)
+            for place, token_id in zip(order if token_ids else (), token_ids, strict=True):
+                sampled[place] = token_id
+            return ModelRunnerOutput(sampled, ended, time.perf_counter() - started)
+
+        return wait
+
+    def _forward(self, plan: StepPlan) -> tuple[PreparedBatch, Tensor | None]:
+        """The batch, and on the last stage the logits of its wanted rows."""
+        graphs = self._graphs if self.replays else None
+        padding = None if graphs is None else graphs.padding_for(plan)
+        config = self._config
+        prepared = self._inputs.fill(plan, config.block_size, config.batch_invariant, padding or NO_PADDING)
+        batch, received = prepared.batch, None
+        if prepared.pending is not None:
+            where, rows = prepared.pending
+            # After NO_TOKEN nobody wants what is computed here.
+            batch.token_ids.index_copy_(0, where, self._last_tokens[rows].clamp(min=0))
+        if not self._stage.is_first:
+            shape = (2, len(batch.token_ids), self._stage.hidden_size)
+            received = self._groups.recv_from_previous_stage(shape, self._dtype)
+        if graphs is not None and padding is not None:
+            out = graphs.run(prepared, received)
+        else:
+            out = self._stage.forward(batch, self._layer_caches, received)
+        if not self._stage.is_last:
+            self._groups.send_to_next_stage(out)
+            return prepared, None
+        return prepared, out[: len(prepared.positions)]
+
+    def _choose(self, logits: Tensor, prepared: PreparedBatch) -> Tensor:
+        return sample(logits, prepared.sampling, prepared.positions, self._groups, self._vocab_size)
+
+
+def poll_transfers(plan: StepPlan, connector: KVConnector, groups: ParallelGroups) -> list[TransferDone]:
+    """Those of the plan's polled transfers that have ended on every rank; their blocks are in the cache then."""
+    counts = groups.min_over_ranks([connector.poll(transfer_id) for transfer_id in plan.polls])
+    ended = [
+        TransferDone(transfer_id, count)
+        for transfer_id, count in zip(plan.polls, counts, strict=True)
+        if count != PENDING
+    ]
+    for done in ended:
+        connector.finish(done)
+    return ended
