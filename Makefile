@@ -17,7 +17,7 @@ env-test: .venv/.test
 	$(PYTHON) -m venv .venv
 	touch $@
 
-.venv/.runtime: .venv/.python pyproject.toml $(CONSTRAINTS) kvstore/_copying.c
+.venv/.runtime: .venv/.python pyproject.toml $(CONSTRAINTS) kvstore/format/_copying.c
 	$(PY) -m pip install --quiet -c $(CONSTRAINTS) -e '.[cluster]'
 	touch $@
 

@@ -48,8 +48,8 @@ from deploy.preflight import (
 from deploy.progress import Steps
 from deploy.ray_runtime import RayRuntime, close_ray, open_ray
 from deploy.routers import RouterEndpoint, Routers, first_refusal, router_specs, workers_seen
-from kvstore.addresses import join_host_port
-from kvstore.authenticity import cluster_secret
+from kvstore.format.authenticity import cluster_secret
+from kvstore.network.addresses import join_host_port
 from router.config import RouterSpec
 from router.model_files import ModelLimits
 

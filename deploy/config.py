@@ -17,8 +17,8 @@ import yaml
 
 from deploy.errors import ConfigError
 from deploy.ports import clash, wanted_ports
-from kvstore.addresses import is_ipv6
 from kvstore.config import KVStoreConfig
+from kvstore.network.addresses import is_ipv6
 from router.config import RouterConfig
 from router.model_files import GENERATION_CONFIG
 from settings import loading

@@ -26,10 +26,10 @@ from deploy.metrics import RayMetrics
 from deploy.plan import ArenaPlan
 from deploy.preflight import check_arena_dir
 from deploy.supervise import Ready, SupervisedProcess
-from kvstore.addresses import join_host_port
-from kvstore.arena import num_slots_for
-from kvstore.channels import NODE_ERRORS, call, dial
 from kvstore.config import KVStoreConfig, NodeSpec
+from kvstore.network.addresses import join_host_port
+from kvstore.network.channels import NODE_ERRORS, call, dial
+from kvstore.tiers.host.arena import num_slots_for
 from settings.loading import write
 from telemetry import node as declared
 

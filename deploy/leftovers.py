@@ -27,7 +27,7 @@ from pathlib import Path
 
 import psutil
 
-from kvstore.arena import ARENA_PREFIX, arena_holder
+from kvstore.tiers.host.arena import ARENA_PREFIX, arena_holder
 
 FOLDER_PREFIX = "sy-"
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from deploy.config import ClusterConfig, PoolConfig
 from deploy.errors import ConfigError
-from kvstore.arena import num_slots_for
 from kvstore.config import KVStoreConfig
-from kvstore.disk import least_disk_bytes
+from kvstore.tiers.disk.disk import least_disk_bytes
+from kvstore.tiers.host.arena import num_slots_for
 from workers.config import EngineConfig, WorkerSpec, kv_row_bytes
 from workers.model.config import ModelConfig
 

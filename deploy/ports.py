@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvstore.addresses import overlap
+from kvstore.network.addresses import overlap
 
 if TYPE_CHECKING:
     from deploy.config import EndpointsConfig, RayConfig

@@ -19,8 +19,8 @@ import psutil
 from deploy.config import DEMO_MODEL, ClusterConfig, EndpointsConfig, RayConfig
 from deploy.errors import ConfigError, StartError
 from deploy.ports import wanted_ports
-from kvstore.addresses import bare_host, join_host_port, listen, split_host_port
 from kvstore.config import KVStoreConfig, is_redis
+from kvstore.network.addresses import bare_host, join_host_port, listen, split_host_port
 from kvstore.trial import TierMisconfigured, memory_risk, try_control, try_disk, try_tier
 from router.chat import ChatTemplate
 from router.errors import ModelFilesError

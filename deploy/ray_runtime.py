@@ -17,7 +17,7 @@ from typing import Any
 from deploy.config import RayConfig, prepare_ray_environment
 from deploy.errors import StartError, one_line
 from deploy.preflight import free_port
-from kvstore.addresses import join_host_port
+from kvstore.network.addresses import join_host_port
 
 _FIRST_DASHBOARD_PORT = 8265
 _FIRST_METRICS_PORT = 9101

@@ -16,7 +16,7 @@ from typing import Any
 
 from deploy.config import EndpointsConfig, child_environment
 from deploy.supervise import Ready, SupervisedProcess
-from kvstore.addresses import join_host_port, reachable, split_host_port
+from kvstore.network.addresses import join_host_port, reachable, split_host_port
 from router.config import RouterConfig, RouterSpec
 from settings.loading import write
 

@@ -20,16 +20,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from urllib.parse import urlsplit
 
-from kvstore.addresses import listen
-from kvstore.arena import arena_path
 from kvstore.config import NodeSpec
-from kvstore.directory import MemoryDirectory
-from kvstore.host_tier import HostTier
+from kvstore.control.directory import MemoryDirectory
+from kvstore.format.fragment import Fragment
 from kvstore.names import NAME_BYTES, fragment_key
-from kvstore.peer_tier import PEER_PLACE, PeerTier
+from kvstore.network.addresses import listen
 from kvstore.redis_client import connect
-from kvstore.redis_tier import RedisTier
-from kvstore.tiers import Fragment, Tier
+from kvstore.tiers.host.arena import arena_path
+from kvstore.tiers.host.host_tier import HostTier
+from kvstore.tiers.peers.peer_tier import PEER_PLACE, PeerTier
+from kvstore.tiers.redis.redis_tier import RedisTier
+from kvstore.tiers.tier import Tier
 from settings.loading import write
 
 _REDIS_TTL_S = 60.0  # what a benchmark leaves in a Redis is gone a minute later

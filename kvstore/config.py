@@ -3,6 +3,7 @@
 Knows nothing of how the other branches are read; numbers that are derived from it are computed by those who need them.
 """
 
+import importlib.util
 import math
 import re
 from collections.abc import Callable
@@ -10,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-from kvstore.quick_calls import UNIX
-from kvstore.transport import check_peer_transport
+from kvstore.network.quick_calls import UNIX
 
 PREFIX_FETCH = ("cheapest", "always", "never")
 KV_ENCODINGS = ("none", "int8", "fp8")  # of keys and values, with loss
@@ -19,6 +19,15 @@ COMPRESSIONS = ("none", "zstd")  # of the bytes of a fragment, without
 CALLS_SUFFIX = ".calls"  # behind the path of a node's host address: the socket for slot calls
 _LEAST_DISK_BYTES = 16 * 1024 * 1024
 _LONGEST_SOCKET_PATH = 107  # bytes; the kernel's limit
+PEER_TRANSPORTS = ("tcp", "nixl")
+
+
+def check_peer_transport(name: str) -> None:
+    """Raises ValueError, without the name of the setting, for one that there is not, or that cannot work here."""
+    if name not in PEER_TRANSPORTS:
+        raise ValueError(f"must be one of {', '.join(PEER_TRANSPORTS)}, not {name!r}")
+    if name == "nixl" and importlib.util.find_spec("nixl") is None:
+        raise ValueError("nixl needs the nixl package, which is not installed: pip install 'switchyard[nixl]'")
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,20 +8,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kvstore.authenticity import FragmentAuthenticator
 from kvstore.config import KVStoreConfig, is_redis, is_redis_cluster
-from kvstore.directory import Directory
-from kvstore.file_journal import FileJournal
-from kvstore.host_tier import HostTier
-from kvstore.journal import StreamJournal
-from kvstore.peer_tier import PEER_PLACE, PeerTier
-from kvstore.redis_cluster import RedisClusterTier
-from kvstore.redis_directory import RedisDirectory
-from kvstore.redis_journal import RedisJournal
-from kvstore.redis_tier import RedisTier
-from kvstore.remote_directory import RemoteDirectory
-from kvstore.tiers import Tier
-from kvstore.transport import Transport
+from kvstore.control.directory import Directory
+from kvstore.control.file_journal import FileJournal
+from kvstore.control.journal import StreamJournal
+from kvstore.control.redis_directory import RedisDirectory
+from kvstore.control.redis_journal import RedisJournal
+from kvstore.control.remote_directory import RemoteDirectory
+from kvstore.format.authenticity import FragmentAuthenticator
+from kvstore.tiers.host.host_tier import HostTier
+from kvstore.tiers.peers.peer_tier import PEER_PLACE, PeerTier
+from kvstore.tiers.peers.transport import Transport
+from kvstore.tiers.redis.redis_cluster import RedisClusterTier
+from kvstore.tiers.redis.redis_tier import RedisTier
+from kvstore.tiers.tier import Tier
 
 _MEMORY = "memory://"
 _FILE = "file://"
@@ -81,7 +81,10 @@ def open_tiers(
 
 
 def _connect_by_nixl(secret: str) -> Callable[[str], Transport]:
-    from kvstore.nixl_transport import NixlReader, NixlTransport  # seconds, and a package that most do without
+    from kvstore.tiers.peers.nixl_transport import (  # seconds, and a package that most do without
+        NixlReader,
+        NixlTransport,
+    )
 
     authenticator, reader = FragmentAuthenticator(secret), NixlReader()
     return lambda address: NixlTransport(address, authenticator, reader)

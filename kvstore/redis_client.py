@@ -17,8 +17,8 @@ from redis.commands.core import Script
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 from redis.retry import Retry
 
-from kvstore.addresses import join_host_port
 from kvstore.config import check_redis_protocol
+from kvstore.network.addresses import join_host_port
 
 RedisClient: TypeAlias = redis.Redis
 RedisScript: TypeAlias = Script
@@ -39,7 +39,7 @@ _HOST_NAME = re.compile(r"[\w.-]+", re.ASCII)
 
 def connect(url: str) -> RedisClient:
     """A thread-safe client that connects when it is used. Raises ValueError for a URL that is none, or that asks for
-    another version of the protocol than kvstore.redis_bulk reads.
+    another version of the protocol than kvstore.tiers.redis.redis_bulk reads.
 
     A pooled connection that died since its last use is replaced and the call made once more; nothing else is retried.
     """

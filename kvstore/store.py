@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from kvstore.copying import Bytes, copy
-from kvstore.tiers import Fragment, NearTier, Rejected, Tier
+from kvstore.format.copying import Bytes, copy
+from kvstore.format.fragment import Fragment, Rejected
+from kvstore.tiers.tier import NearTier, Tier
 
 
 @dataclass(frozen=True, slots=True)

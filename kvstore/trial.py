@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from kvstore import redis_directory, redis_journal
-from kvstore.addresses import join_host_port
-from kvstore.availability import one_line
 from kvstore.config import is_redis_cluster, redis_cluster_nodes
+from kvstore.control import redis_directory, redis_journal
+from kvstore.network.addresses import join_host_port
+from kvstore.network.availability import one_line
 from kvstore.redis_client import REDIS_ERRORS, connect, is_misconfiguration, refused_commands, slot_owners
-from kvstore.redis_tier import KEY_PREFIX
-from kvstore.segments import LOCK_NAME, is_locked
+from kvstore.tiers.disk.segments import LOCK_NAME, is_locked
+from kvstore.tiers.redis.redis_tier import KEY_PREFIX
 
 _DIAL_S = 1.0
 _CONTROL_TRIAL = """

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from kvstore import bench as handoff
-from kvstore.addresses import listen
+from kvstore.network.addresses import listen
 from planner import direct
 from planner.host_step import SIZES as HOST_STEP_SIZES
 from planner.host_step import measure as measure_host_step

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import grpc
 from switchyard.v1 import generation_pb2, worker_pb2, worker_pb2_grpc
 
-from kvstore.channels import dial
+from kvstore.network.channels import dial
 
 
 class Part(enum.Enum):

@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from kvstore.block_pool import BlockPool
-from kvstore.block_pools import BlockPools
+from kvstore.blocks.block_pool import BlockPool
+from kvstore.blocks.block_pools import BlockPools
 from workers.engine.plan_wire import decode_plan, encode_plan
 from workers.engine.request import Request
 from workers.engine.scheduler import Scheduler, SchedulerConfig

@@ -24,8 +24,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kvstore.arena import arena_path
 from kvstore.config import KVStoreConfig, NodeSpec
+from kvstore.tiers.host.arena import arena_path
 from planner import direct
 from planner.direct import DirectWorker, Part
 from planner.rows import Measurement

@@ -23,9 +23,9 @@ import xxhash
 from torch import Tensor
 
 from kvstore.bench import BenchShape, measure_memcpy, node_process
-from kvstore.copying import is_compiled
-from kvstore.host_tier import HostTier
+from kvstore.format.copying import is_compiled
 from kvstore.store import FragmentStore
+from kvstore.tiers.host.host_tier import HostTier
 from planner.rows import Measurement
 from workers.engine.step import BlockTransfer, TransferDone
 from workers.kv.blocks import HostBlocks

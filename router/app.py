@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from checkpoint.identity import ServedModel
 from kvstore.connect import open_directory, open_journal
-from kvstore.directory import Directory
-from kvstore.journal import JournalUnavailable, StreamJournal
+from kvstore.control.directory import Directory
+from kvstore.control.journal import JournalUnavailable, StreamJournal
 from router.config import RouterSpec
 from router.dispatch import Dispatcher
 from router.errors import ConfigError, StartupError

@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 from switchyard.v1 import generation_pb2, generation_pb2_grpc
 
-from kvstore.channels import dial, dial_async
+from kvstore.network.channels import dial, dial_async
 from router.events import Event, Finished, GenerationRequest, Started, Tokens
 from router.sampling import sampling_message
 from router.wire import event_of

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from checkpoint.identity import ServedModel
-from kvstore.journal import JournalEntry
+from kvstore.control.journal import JournalEntry
 from router.admission import Admission
 from router.chat import ChatTemplate
 from router.checks import (

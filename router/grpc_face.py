@@ -16,7 +16,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from switchyard.v1 import generation_pb2, generation_pb2_grpc
 
-from kvstore.addresses import join_host_port
+from kvstore.network.addresses import join_host_port
 from router import errors
 from router.errors import PortInUse, RouterError, is_counted
 from router.events import Event

@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from kvstore.addresses import join_host_port, listen
+from kvstore.network.addresses import join_host_port, listen
 from router import errors
 from router.errors import InvalidRequest, PortInUse, RouterError, UnknownRoute, is_counted, mark_counted
 from router.events import Event, GenerationRequest, ResumeRequest

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from kvstore.journal import Change, JournalEntry, JournalUnavailable, StreamJournal, Verdict
+from kvstore.control.journal import Change, JournalEntry, JournalUnavailable, StreamJournal, Verdict
 from router.errors import JournalAway, Superseded
 
 log = logging.getLogger(__name__)

@@ -18,8 +18,8 @@ import grpc
 from switchyard.v1 import worker_pb2, worker_pb2_grpc
 
 from checkpoint.identity import ServedModel
-from kvstore.channels import dial_async
-from kvstore.directory import LeasedWorker
+from kvstore.control.directory import LeasedWorker
+from kvstore.network.channels import dial_async
 from router.block_watch import BlockEvents, watch_blocks
 from router.fleet import WorkerInfo
 from router.streams import PartReport

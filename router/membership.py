@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from kvstore.directory import Directory, DirectoryUnavailable, LeasedWorker
+from kvstore.control.directory import Directory, DirectoryUnavailable, LeasedWorker
 from router.fleet import Fleet
 from router.link import LinkEvents, LinkOptions, WorkerLink, end_task
 

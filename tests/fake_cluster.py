@@ -24,7 +24,7 @@ from switchyard.v1 import worker_pb2, worker_pb2_grpc
 
 from kvstore.config import KVStoreConfig
 from kvstore.connect import open_directory
-from kvstore.directory import DirectoryUnavailable
+from kvstore.control.directory import DirectoryUnavailable
 from router.client import GenerationClient
 from router.config import RouterConfig, RouterSpec
 from router.events import Finished, GenerationRequest, Started, Tokens

@@ -28,14 +28,14 @@ from typing import Protocol
 
 import redis
 
-from kvstore.arena import arena_bytes
-from kvstore.authenticity import TAG_BYTES
-from kvstore.buffers import CopyBuffers
-from kvstore.compression import COMPRESSED, is_compressed, stored_bytes_at
+from kvstore.format.authenticity import TAG_BYTES
+from kvstore.format.buffers import CopyBuffers
+from kvstore.format.compression import COMPRESSED, is_compressed, stored_bytes_at
+from kvstore.format.sealing import GENERATION_OFFSET, HEADER_BYTES, RESERVED, SEALED, seal
 from kvstore.names import FRAGMENT_KEY_BYTES
-from kvstore.peer_wire import HEAD_BYTES, HELLO_BYTES, TRAILER_BYTES, groups, table_bytes, unpack_table
-from kvstore.sealing import GENERATION_OFFSET, HEADER_BYTES, RESERVED, SEALED, seal
-from kvstore.segments import PAGE_BYTES, SUFFIX, open_file, read_pages, whole_pages, write_all
+from kvstore.tiers.disk.segments import PAGE_BYTES, SUFFIX, open_file, read_pages, whole_pages, write_all
+from kvstore.tiers.host.arena import arena_bytes
+from kvstore.tiers.peers.peer_wire import HEAD_BYTES, HELLO_BYTES, TRAILER_BYTES, groups, table_bytes, unpack_table
 
 PAYLOAD_BYTES_OFFSET, CHECKSUM_OFFSET, ZEROS_OFFSET = 16, 24, 32
 KEY_OFFSET = HEADER_BYTES - FRAGMENT_KEY_BYTES

@@ -22,7 +22,7 @@ import grpc.aio  # noqa: F401  # imported here so that no child has to
 import kvstore.connect  # noqa: F401
 import router.app  # noqa: F401
 import workers.runtime.rank  # noqa: F401
-from kvstore.node import main as node_main
+from kvstore.node.process import main as node_main
 from router.__main__ import main as router_main
 from settings.loading import load
 from workers.config import WorkerSpec

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from costs.model import DecoderSizes, model_step
 from kernels.harness.timing import Ceilings, measure_ceilings
-from kvstore.block_pool import BlockPool
-from kvstore.block_pools import BlockPools
+from kvstore.blocks.block_pool import BlockPool
+from kvstore.blocks.block_pools import BlockPools
 from workers.config import EngineConfig
 from workers.engine.engine import Engine
 from workers.engine.request import Request

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from kvstore.compression import compress
 from kvstore.config import KV_ENCODINGS
-from kvstore.memory_tier import MemoryTier
+from kvstore.format.compression import compress
 from kvstore.names import block_names, root_name
 from kvstore.store import FragmentStore
+from kvstore.tiers.memory_tier import MemoryTier
 from workers.config import EngineConfig
 from workers.engine.direct_plan import DirectChunk, direct_plan, run_transfers
 from workers.engine.step import BlockTransfer
@@ -47,7 +47,7 @@ class KVLoss:
     fragment_bytes: int
     """Of all blocks of all prompts, headers included."""
     zstd_fragment_bytes: int
-    """The same, compressed without loss as well (kvstore.compression)."""
+    """The same, compressed without loss as well (kvstore.format.compression)."""
     key_error_max: float
     key_error_mean: float
     value_error_max: float

@@ -22,14 +22,14 @@ import grpc
 import pytest
 from switchyard.v1 import kvnode_pb2, kvnode_pb2_grpc, worker_pb2
 
-from kvstore.authenticity import FragmentAuthenticator
 from kvstore.connect import open_directory
-from kvstore.disk import DiskTier
+from kvstore.format.authenticity import FragmentAuthenticator
+from kvstore.format.fragment import Rejected
+from kvstore.format.sealing import HEADER_BYTES
 from kvstore.names import NAME_BYTES, block_names, root_name
-from kvstore.peer_tier import PEER_PLACE
-from kvstore.redis_tier import KEY_PREFIX, RedisTier
-from kvstore.sealing import HEADER_BYTES
-from kvstore.tiers import Rejected
+from kvstore.tiers.disk.disk import DiskTier
+from kvstore.tiers.peers.peer_tier import PEER_PLACE
+from kvstore.tiers.redis.redis_tier import KEY_PREFIX, RedisTier
 from tests.fake_cluster import VOCAB_SIZE, FakeCluster, expected
 from tests.fault_injector import DiskPlace
 from tests.forked import SECRET

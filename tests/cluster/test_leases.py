@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from kvstore.connect import open_directory
-from kvstore.directory import DirectoryUnavailable
+from kvstore.control.directory import DirectoryUnavailable
 from tests.cluster.test_kill_at_every_token import NUM_TOKENS, Once, busy, check, prompt
 from tests.fake_cluster import FakeCluster
 from tests.processes import wait_until

@@ -13,7 +13,7 @@ import pytest
 from deploy.kv_nodes import slots_that_fit
 from deploy.leftovers import end_predecessor
 from deploy.plan import ArenaPlan
-from kvstore.arena import arena_bytes, arena_holder
+from kvstore.tiers.host.arena import arena_bytes, arena_holder
 from tests.processes import KVNode
 
 

@@ -22,7 +22,7 @@ from deploy.leftovers import (
     remove_folder,
     remove_leftovers,
 )
-from kvstore.arena import arena_holder, create_arena
+from kvstore.tiers.host.arena import arena_holder, create_arena
 from tests.processes import KVNode, python_environment
 
 HOLDER = """

@@ -19,8 +19,8 @@ from deploy.plan import (
     num_cpus_needed,
     stage_boundaries,
 )
-from kvstore.arena import arena_bytes
 from kvstore.config import KVStoreConfig, NodeSpec
+from kvstore.tiers.host.arena import arena_bytes
 from router.config import RouterConfig, RouterSpec
 from workers.config import EngineConfig, EngineOptions, WorkerSpec
 from workers.model.registry import load_config

@@ -27,9 +27,9 @@ from deploy.preflight import (
     tier_warning,
 )
 from deploy.progress import Steps
-from kvstore.addresses import listen
-from kvstore.redis_tier import key_prefix_of
-from kvstore.segments import LOCK_NAME, lock_file
+from kvstore.network.addresses import listen
+from kvstore.tiers.disk.segments import LOCK_NAME, lock_file
+from kvstore.tiers.redis.redis_tier import key_prefix_of
 from tests.processes import RedisServer
 
 

@@ -6,11 +6,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from kvstore.authenticity import TAG_BYTES, FragmentAuthenticator
+from kvstore.format.authenticity import TAG_BYTES, FragmentAuthenticator
+from kvstore.format.fragment import Fragment
+from kvstore.format.sealing import HEADER_BYTES, seal
 from kvstore.names import fragment_key
-from kvstore.redis_tier import KEY_PREFIX
-from kvstore.sealing import HEADER_BYTES, seal
-from kvstore.tiers import Fragment
+from kvstore.tiers.redis.redis_tier import KEY_PREFIX
 
 SECRET = "of the tests"
 REDIS_PREFIX = KEY_PREFIX + FragmentAuthenticator(SECRET).key_id.encode() + b":"

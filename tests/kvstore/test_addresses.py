@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from kvstore.addresses import connect, join_host_port, listen, overlap, reachable, split_host_port, with_port
+from kvstore.network.addresses import connect, join_host_port, listen, overlap, reachable, split_host_port, with_port
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.arena import (
+from kvstore.format.fragment import Fragment, Rejected
+from kvstore.format.sealing import HEADER_BYTES
+from kvstore.tiers.host.arena import (
     ArenaInUse,
     ArenaMismatch,
     OwnedArena,
@@ -17,8 +19,6 @@ from kvstore.arena import (
     create_arena,
     num_slots_for,
 )
-from kvstore.sealing import HEADER_BYTES
-from kvstore.tiers import Fragment, Rejected
 from tests.kvstore.fragments import make_fragments
 from tests.processes import REPOSITORY, python_environment
 
@@ -121,7 +121,7 @@ def leave_stale_arena(path: Path, node_id: str) -> None:
     program = f"""
 import os
 from pathlib import Path
-from kvstore.arena import create_arena
+from kvstore.tiers.host.arena import create_arena
 owned = create_arena(Path({str(path)!r}), {node_id!r}, 1000, 4)
 os._exit(0)
 """

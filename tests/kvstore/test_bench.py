@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvstore.bench import BandwidthRow, BenchFailed, BenchShape, can_make_hosts, measure_hand_off, measure_tier
-from kvstore.memory_tier import MemoryTier
+from kvstore.tiers.memory_tier import MemoryTier
 from tests.processes import REPOSITORY, RedisServer, python_environment
 
 SHAPE = BenchShape(fragment_bytes=1024, num_fragments=8, num_runs=3)

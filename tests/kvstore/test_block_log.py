@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from kvstore.block_log import MAX_NAMES_AT_ONCE, BlockLog
-from kvstore.block_pool import BlockPool
+from kvstore.blocks.block_log import MAX_NAMES_AT_ONCE, BlockLog
+from kvstore.blocks.block_pool import BlockPool
 
 
 def name(number: int) -> bytes:

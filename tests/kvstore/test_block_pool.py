@@ -5,7 +5,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from kvstore.block_pool import BlockPool, OutOfBlocks
+from kvstore.blocks.block_pool import BlockPool, OutOfBlocks
 
 
 def name(number: int) -> bytes:

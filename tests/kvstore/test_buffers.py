@@ -2,7 +2,7 @@
 
 import ctypes
 
-from kvstore.buffers import ALIGNMENT_BYTES, CopyBuffers
+from kvstore.format.buffers import ALIGNMENT_BYTES, CopyBuffers
 
 
 def test_a_buffer_in_use_is_never_handed_out_again() -> None:

@@ -13,7 +13,7 @@ from tests.processes import free_port, python_environment
 
 CALL = """
 import asyncio, sys
-from kvstore.channels import dial, dial_async
+from kvstore.network.channels import dial, dial_async
 
 async def call_async():
     async with dial_async(sys.argv[1]) as channel:

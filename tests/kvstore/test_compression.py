@@ -5,9 +5,9 @@ import random
 import pytest
 import zstandard
 
-from kvstore.compression import COMPRESSED, compress, decompress, is_compressed, stored_bytes_at, unseal_stored
-from kvstore.sealing import HEADER_BYTES, SEALED, seal
-from kvstore.tiers import Fragment, Rejected
+from kvstore.format.compression import COMPRESSED, compress, decompress, is_compressed, stored_bytes_at, unseal_stored
+from kvstore.format.fragment import Fragment, Rejected
+from kvstore.format.sealing import HEADER_BYTES, SEALED, seal
 from tests.kvstore.fragments import make_compressible, make_fragments, sealed_copy
 
 BOUND = 1 << 20

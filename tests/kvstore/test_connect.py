@@ -7,8 +7,8 @@ import pytest
 
 from kvstore.config import KVStoreConfig
 from kvstore.connect import open_directory, open_tiers, place_of
-from kvstore.redis_directory import RedisDirectory
-from kvstore.remote_directory import RemoteDirectory
+from kvstore.control.redis_directory import RedisDirectory
+from kvstore.control.remote_directory import RemoteDirectory
 from tests.processes import REPOSITORY, KVNode, RedisServer, free_port, python_environment
 
 

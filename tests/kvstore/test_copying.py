@@ -10,8 +10,8 @@ import numpy.typing as npt
 import pytest
 import xxhash
 
-from kvstore import _copying, copying
-from kvstore.copying import Bytes
+from kvstore.format import _copying, copying
+from kvstore.format.copying import Bytes
 
 KEY = bytes(range(22))
 LENGTHS = [1, 63, 64, 218, 219, 220, 256, 1002, 1003, 1024, 1026, 2026, 4096, 65536, 262144, 262151]

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 
 from kvstore.connect import open_directory
-from kvstore.directory import Directory, DirectoryUnavailable, MemoryDirectory, WorkerRecord
-from kvstore.redis_directory import PREFIX, RedisDirectory
+from kvstore.control.directory import Directory, DirectoryUnavailable, MemoryDirectory, WorkerRecord
+from kvstore.control.redis_directory import PREFIX, RedisDirectory
 from tests.processes import KVNode, RedisServer, free_port, wait_until
 
 RECORD = WorkerRecord(worker_id="w1", address="127.0.0.1:7", pool="decode", role="decode", node_id="n1")

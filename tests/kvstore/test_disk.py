@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.authenticity import TAG_BYTES, FragmentAuthenticator
-from kvstore.disk import DiskTier
-from kvstore.sealing import GENERATION_OFFSET, HEADER_BYTES
-from kvstore.tiers import Fragment, Rejected
+from kvstore.format.authenticity import TAG_BYTES, FragmentAuthenticator
+from kvstore.format.fragment import Fragment, Rejected
+from kvstore.format.sealing import GENERATION_OFFSET, HEADER_BYTES
+from kvstore.tiers.disk.disk import DiskTier
 from tests.fault_injector import DiskPlace
 from tests.kvstore.fragments import (
     SECRET,
@@ -187,7 +187,7 @@ def test_one_process_at_a_time_holds_the_folder(open_disk: Callable[..., DiskTie
     program = f"""
 import sys, time
 from pathlib import Path
-from kvstore.disk import DiskTier
+from kvstore.tiers.disk.disk import DiskTier
 disk = DiskTier(Path({str(folder)!r}), {8 * SEGMENT_BYTES}, {PAYLOAD_BYTES}, {SECRET!r}, time.monotonic)
 for line in sys.stdin:
     print(disk.is_up, disk.write([]), flush=True)
@@ -335,7 +335,7 @@ def test_an_error_of_the_device_is_a_miss(open_disk: Callable[..., DiskTier], mo
 KILLED = """
 import sys, time
 from pathlib import Path
-from kvstore.disk import DiskTier
+from kvstore.tiers.disk.disk import DiskTier
 from tests.kvstore.fragments import SECRET, make_fragments, sealed_copy
 disk = DiskTier(Path(sys.argv[1]), 64 << 20, 100_000, SECRET, time.monotonic, 16 << 20)
 while not disk.is_up:

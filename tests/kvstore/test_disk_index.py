@@ -1,7 +1,7 @@
 """Which segment goes next, and what is forgotten with it."""
 
-from kvstore.disk_index import DiskIndex
-from kvstore.segments import StoredFragment
+from kvstore.tiers.disk.disk_index import DiskIndex
+from kvstore.tiers.disk.segments import StoredFragment
 
 
 def filled(*numbers: int) -> DiskIndex:

@@ -7,13 +7,13 @@ import grpc
 import pytest
 from switchyard.v1 import kvnode_pb2, kvnode_pb2_grpc
 
-from kvstore import host_tier
-from kvstore.channels import dial
-from kvstore.host_tier import HostTier
+from kvstore.format.fragment import Fragment, Rejected
 from kvstore.names import FRAGMENT_KEY_BYTES
-from kvstore.quick_calls import CallRefused
-from kvstore.slot_calls import SlotCalls
-from kvstore.tiers import Fragment, Rejected
+from kvstore.network.channels import dial
+from kvstore.network.quick_calls import CallRefused
+from kvstore.tiers.host import host_tier
+from kvstore.tiers.host.host_tier import HostTier
+from kvstore.tiers.host.slot_calls import SlotCalls
 from tests.kvstore.fragments import keys_of, make_fragments
 from tests.processes import KVNode, wait_until
 

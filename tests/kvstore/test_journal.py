@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from kvstore.connect import open_journal
-from kvstore.file_journal import FileJournal
-from kvstore.journal import Change, JournalEntry, JournalUnavailable, StreamJournal, Verdict
-from kvstore.redis_journal import PREFIX, RedisJournal
+from kvstore.control.file_journal import FileJournal
+from kvstore.control.journal import Change, JournalEntry, JournalUnavailable, StreamJournal, Verdict
+from kvstore.control.redis_journal import PREFIX, RedisJournal
 from tests.processes import RedisServer, free_port, python_environment
 
 HEADER = b"\x00a header\xff"
@@ -153,7 +153,7 @@ def test_a_file_outlives_the_process_that_is_killed_right_after_a_commit(tmp_pat
     script = """
 import sys
 from kvstore.connect import open_journal
-from kvstore.journal import Change
+from kvstore.control.journal import Change
 journal = open_journal(sys.argv[1], "")
 journal.commit([Change("s", 1, 0, (1, 2, 3), b"header")])
 print("committed", flush=True)

@@ -10,17 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.arena import create_arena
-from kvstore.authenticity import FragmentAuthenticator
 from kvstore.config import KVStoreConfig
 from kvstore.connect import open_tiers
-from kvstore.directory import MemoryDirectory
-from kvstore.host_tier import HostTier
-from kvstore.node_slots import NodeSlots
-from kvstore.peer_channel import Bodies, PeerChannel
-from kvstore.peer_server import PeerServer
-from kvstore.peer_tier import PeerTier
-from kvstore.peer_wire import (
+from kvstore.control.directory import MemoryDirectory
+from kvstore.format.authenticity import FragmentAuthenticator
+from kvstore.format.fragment import Fragment, Rejected, RejectReason
+from kvstore.node.node_slots import NodeSlots
+from kvstore.node.peer_server import PeerServer
+from kvstore.tiers.host.arena import create_arena
+from kvstore.tiers.host.host_tier import HostTier
+from kvstore.tiers.host.slot_table import SlotTable
+from kvstore.tiers.peers.peer_channel import Bodies, PeerChannel
+from kvstore.tiers.peers.peer_tier import PeerTier
+from kvstore.tiers.peers.peer_wire import (
     DESCRIPTION_HEAD_BYTES,
     GROUP_BYTES,
     HEAD_BYTES,
@@ -32,8 +34,6 @@ from kvstore.peer_wire import (
     address_bytes,
     table_bytes,
 )
-from kvstore.slot_table import SlotTable
-from kvstore.tiers import Fragment, Rejected, RejectReason
 from tests.kvstore.fragments import SECRET, keys_of, make_fragments
 from tests.kvstore.test_node_disk import stats_of
 from tests.kvstore.test_peer_tier import publish
@@ -125,7 +125,7 @@ def directory() -> MemoryDirectory:
 def peer(directory: MemoryDirectory, host: HostTier) -> Iterator[PeerTier]:
     """Connected: the first time takes long on a machine that has other things to do."""
     pytest.importorskip("nixl")
-    from kvstore.nixl_transport import NixlReader, NixlTransport
+    from kvstore.tiers.peers.nixl_transport import NixlReader, NixlTransport
 
     authenticator, reader = FragmentAuthenticator(SECRET), NixlReader()
     tier = PeerTier(directory, SECRET, lambda: "", lambda address: NixlTransport(address, authenticator, reader))
@@ -292,7 +292,7 @@ def test_a_peer_that_was_killed_and_replaced(directory: MemoryDirectory, peer: P
 def test_slots_that_are_given_away_while_they_are_read_are_stale(directory: MemoryDirectory, tmp_path: Path) -> None:
     """The first group is taken, and the rest after all slots have other fragments. Each lies alone in its group."""
     pytest.importorskip("nixl")
-    from kvstore.nixl_transport import NixlMemory, NixlReader, NixlTransport
+    from kvstore.tiers.peers.nixl_transport import NixlMemory, NixlReader, NixlTransport
 
     payload_bytes, num_slots = GROUP_BYTES + 1000, 6
     owned = create_arena(tmp_path / "test.arena", "test", payload_bytes, num_slots)

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from switchyard.v1 import kvnode_pb2, kvnode_pb2_grpc
 
-from kvstore.channels import NODE_OPTIONS, dial
-from kvstore.host_tier import HostTier
-from kvstore.tiers import Fragment
+from kvstore.format.fragment import Fragment
+from kvstore.network.channels import NODE_OPTIONS, dial
+from kvstore.tiers.host.host_tier import HostTier
 from tests.kvstore.fragments import SECRET, damage_segments, keys_of, make_compressible, make_fragments
 from tests.kvstore.test_node import start
 from tests.processes import KVNode, wait_until

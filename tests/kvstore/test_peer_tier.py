@@ -10,20 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.arena import create_arena
-from kvstore.authenticity import FragmentAuthenticator
-from kvstore.buffers import CopyBuffers
-from kvstore.directory import MemoryDirectory
-from kvstore.host_tier import HostTier
-from kvstore.node_slots import NodeSlots
-from kvstore.peer_server import PeerServer
-from kvstore.peer_tier import PeerTier
-from kvstore.peer_wire import GROUP_BYTES, HEAD_BYTES, HELLO_BYTES, TRAILER_BYTES, table_bytes
-from kvstore.remote_directory import RemoteDirectory
-from kvstore.sealing import GENERATION_OFFSET, HEADER_BYTES
-from kvstore.slot_table import SlotTable
-from kvstore.tcp_transport import TcpTransport
-from kvstore.tiers import Fragment, Rejected
+from kvstore.control.directory import MemoryDirectory
+from kvstore.control.remote_directory import RemoteDirectory
+from kvstore.format.authenticity import FragmentAuthenticator
+from kvstore.format.buffers import CopyBuffers
+from kvstore.format.fragment import Fragment, Rejected
+from kvstore.format.sealing import GENERATION_OFFSET, HEADER_BYTES
+from kvstore.node.node_slots import NodeSlots
+from kvstore.node.peer_server import PeerServer
+from kvstore.tiers.host.arena import create_arena
+from kvstore.tiers.host.host_tier import HostTier
+from kvstore.tiers.host.slot_table import SlotTable
+from kvstore.tiers.peers.peer_tier import PeerTier
+from kvstore.tiers.peers.peer_wire import GROUP_BYTES, HEAD_BYTES, HELLO_BYTES, TRAILER_BYTES, table_bytes
+from kvstore.tiers.peers.tcp_transport import TcpTransport
 from tests.kvstore.fragments import SECRET, keys_of, make_fragments, sealed_copy
 from tests.kvstore.test_node_disk import stats_of
 from tests.processes import REPOSITORY, KVNode, free_port, python_environment, wait_until

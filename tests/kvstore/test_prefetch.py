@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.directory import MemoryDirectory
-from kvstore.host_tier import HostTier
-from kvstore.memory_tier import MemoryTier
+from kvstore.control.directory import MemoryDirectory
+from kvstore.format.fragment import Fragment, Rejected
 from kvstore.names import fragment_key
-from kvstore.peer_tier import PeerTier
-from kvstore.prefetch import Prefetcher, PrefetchStats
-from kvstore.redis_tier import RedisTier
-from kvstore.tiers import Fragment, Rejected, Tier
+from kvstore.tiers.host.host_tier import HostTier
+from kvstore.tiers.memory_tier import MemoryTier
+from kvstore.tiers.peers.peer_tier import PeerTier
+from kvstore.tiers.prefetch import Prefetcher, PrefetchStats
+from kvstore.tiers.redis.redis_tier import RedisTier
+from kvstore.tiers.tier import Tier
 from tests.kvstore.fragments import REDIS_PREFIX, SECRET, keys_of
 from tests.kvstore.test_node_disk import stats_of
 from tests.processes import KVNode, RedisServer, wait_until

@@ -9,7 +9,8 @@ from tests.processes import REPOSITORY, python_environment
 def test_deciding_modules_bring_no_machinery() -> None:
     program = """
 import sys
-import kvstore.block_log, kvstore.block_pool, kvstore.config, kvstore.directory, kvstore.names, kvstore.slot_table
+import kvstore.blocks.block_log, kvstore.blocks.block_pools, kvstore.config, kvstore.control.directory, kvstore.names
+import kvstore.tiers.host.slot_table
 print(sorted(name for name in ("grpc", "numpy", "redis", "torch", "xxhash") if name in sys.modules))
 """
     command = [sys.executable, "-c", program]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from switchyard.v1 import kvnode_pb2
 
-from kvstore.quick_calls import CallRefused, CallServer, QuickCalls, _connect
+from kvstore.network.quick_calls import CallRefused, CallServer, QuickCalls, _connect
 
 ECHO, FAIL, SLOW = 1, 2, 3
 TIMEOUT_S = 5.0

@@ -14,10 +14,10 @@ import redis
 
 from kvstore.config import KVStoreConfig, redis_cluster_nodes
 from kvstore.connect import open_tiers, place_of
+from kvstore.format.fragment import Fragment, Rejected
 from kvstore.redis_client import Redirection, hash_slot, redirection
-from kvstore.redis_cluster import RedisClusterTier
-from kvstore.redis_tier import RedisTier
-from kvstore.tiers import Fragment, Rejected
+from kvstore.tiers.redis.redis_cluster import RedisClusterTier
+from kvstore.tiers.redis.redis_tier import RedisTier
 from tests.kvstore.fragments import REDIS_PREFIX, SECRET, keys_of, make_fragments
 from tests.processes import free_port, redis_executable, wait_until
 from tests.redis_cluster import PASSWORD, RedisClusterServers

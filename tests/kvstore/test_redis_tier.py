@@ -13,14 +13,14 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from kvstore.authenticity import TAG_BYTES, FragmentAuthenticator
-from kvstore.compression import compress
 from kvstore.config import KVStoreConfig
-from kvstore.redis_bulk import ValueBuffers, get_values, set_values
+from kvstore.format.authenticity import TAG_BYTES, FragmentAuthenticator
+from kvstore.format.compression import compress
+from kvstore.format.fragment import Rejected
+from kvstore.format.sealing import HEADER_BYTES, seal
 from kvstore.redis_client import REDIS_ERRORS, connect
-from kvstore.redis_tier import RedisTier
-from kvstore.sealing import HEADER_BYTES, seal
-from kvstore.tiers import Rejected
+from kvstore.tiers.redis.redis_bulk import ValueBuffers, get_values, set_values
+from kvstore.tiers.redis.redis_tier import RedisTier
 from tests.kvstore.fragments import (
     REDIS_PREFIX,
     SECRET,

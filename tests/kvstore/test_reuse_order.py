@@ -1,6 +1,6 @@
 """What goes first, and what a burst of fragments that nobody asks for again cannot push out."""
 
-from kvstore.reuse_order import ReuseOrder
+from kvstore.tiers.host.reuse_order import ReuseOrder
 
 SOON_S, LATER_S = 1.0, 60.0
 

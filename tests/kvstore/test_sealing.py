@@ -5,8 +5,8 @@ import random
 import pytest
 import xxhash
 
-from kvstore.sealing import HEADER_BYTES, reserve_at, seal, seal_into, unseal, unseal_into
-from kvstore.tiers import Rejected
+from kvstore.format.fragment import Rejected
+from kvstore.format.sealing import HEADER_BYTES, reserve_at, seal, seal_into, unseal, unseal_into
 from tests.kvstore.fragments import make_fragments
 
 FRAGMENT = make_fragments(1, payload_bytes=100)[0]

@@ -4,7 +4,7 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kvstore.slot_table import ABSENT, NO_SLOT, SEALED_ALREADY, SlotRef, SlotTable
+from kvstore.tiers.host.slot_table import ABSENT, NO_SLOT, SEALED_ALREADY, SlotRef, SlotTable
 
 
 class Clock:

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 import pytest
 
-from kvstore.copying import Bytes, copy
-from kvstore.memory_tier import MemoryTier
-from kvstore.redis_tier import RedisTier
+from kvstore.format.copying import Bytes, copy
+from kvstore.format.fragment import Rejected
 from kvstore.store import FragmentStore
-from kvstore.tiers import Rejected
+from kvstore.tiers.memory_tier import MemoryTier
+from kvstore.tiers.redis.redis_tier import RedisTier
 from tests.kvstore.fragments import SECRET, keys_of, make_fragments
 from tests.processes import RedisServer, wait_until
 

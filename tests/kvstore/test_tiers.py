@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvstore.directory import MemoryDirectory
-from kvstore.disk import DiskTier
-from kvstore.host_tier import HostTier
-from kvstore.memory_tier import MemoryTier
-from kvstore.peer_tier import PeerTier
-from kvstore.redis_tier import RedisTier
-from kvstore.sealing import HEADER_BYTES
-from kvstore.tiers import Fragment, Rejected, Tier
+from kvstore.control.directory import MemoryDirectory
+from kvstore.format.fragment import Fragment, Rejected
+from kvstore.format.sealing import HEADER_BYTES
+from kvstore.tiers.disk.disk import DiskTier
+from kvstore.tiers.host.host_tier import HostTier
+from kvstore.tiers.memory_tier import MemoryTier
+from kvstore.tiers.peers.peer_tier import PeerTier
+from kvstore.tiers.redis.redis_tier import RedisTier
+from kvstore.tiers.tier import Tier
 from tests.kvstore.fragments import REDIS_PREFIX, SECRET, damage_segments, keys_of, make_fragments, sealed_copy
 from tests.processes import KVNode, RedisServer, wait_until
 

@@ -15,8 +15,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from kvstore.redis_tier import RedisTier
-from kvstore.tiers import Fragment
+from kvstore.format.fragment import Fragment
+from kvstore.tiers.redis.redis_tier import RedisTier
 from kvstore.trial import TierMisconfigured, try_control, try_disk, try_tier
 from tests.kvstore.fragments import SECRET
 from tests.processes import RedisServer, free_port, wait_until

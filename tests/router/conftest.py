@@ -15,8 +15,8 @@ import grpc
 import pytest
 from switchyard.v1 import generation_pb2_grpc
 
-from kvstore.directory import MemoryDirectory, WorkerRecord
-from kvstore.journal import StreamJournal
+from kvstore.control.directory import MemoryDirectory, WorkerRecord
+from kvstore.control.journal import StreamJournal
 from router.app import Router
 from router.config import RouterConfig, RouterSpec
 from tests.router.fake_worker import CONTEXT_TOKENS, VOCAB_SIZE, FakeWorker

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from checkpoint.identity import ServedModel, tokenizer_digest
-from kvstore.directory import DirectoryUnavailable, LeasedWorker, WorkerRecord
+from kvstore.control.directory import DirectoryUnavailable, LeasedWorker, WorkerRecord
 from tests.router.conftest import MODEL, Cluster, running_cluster, until
 from tests.router.fake_worker import FakeWorker, expected_tokens
 from tests.router.test_grpc_face import PROMPT, collect, request

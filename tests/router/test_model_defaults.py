@@ -14,7 +14,7 @@ import pytest
 import torch
 from switchyard.v1 import generation_pb2
 
-from kvstore.file_journal import FileJournal
+from kvstore.control.file_journal import FileJournal
 from router.app import Router
 from router.config import RouterSpec
 from router.defaults import settled

@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from kvstore.connect import open_directory
-from kvstore.directory import WorkerRecord
+from kvstore.control.directory import WorkerRecord
 from router.app import _epochs
 from router.client import GenerationError
 from router.config import RouterConfig, RouterSpec

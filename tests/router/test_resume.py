@@ -16,7 +16,7 @@ import pytest
 from switchyard.v1 import generation_pb2
 
 from kvstore.connect import open_directory, open_journal
-from kvstore.directory import WorkerRecord
+from kvstore.control.directory import WorkerRecord
 from router.config import RouterConfig
 from router.model_files import ModelFiles
 from router.text import TextCodec

@@ -9,8 +9,8 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 
-from kvstore.block_pool import BlockPool
-from kvstore.block_pools import BlockPools
+from kvstore.blocks.block_pool import BlockPool
+from kvstore.blocks.block_pools import BlockPools
 from workers.engine.engine import Engine
 from workers.engine.plan_wire import decode_plan, encode_plan
 from workers.engine.scheduler import Scheduler, SchedulerConfig

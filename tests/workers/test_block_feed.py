@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 from switchyard.v1 import worker_pb2 as pb
 
-from kvstore.block_log import DEFAULT_MAX_NAMES, MAX_NAMES_AT_ONCE
+from kvstore.blocks.block_log import DEFAULT_MAX_NAMES, MAX_NAMES_AT_ONCE
 from workers.engine.loop import LoopEvents
 from workers.server.block_events import BlockFeed
 

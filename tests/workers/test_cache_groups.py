@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.block_pool import BlockPool
-from kvstore.block_pools import BlockPools
+from kvstore.blocks.block_pool import BlockPool
+from kvstore.blocks.block_pools import BlockPools
 from tests.workers.paged_runner import BLOCK_SIZE, PagedRunner, make
 from workers.engine.engine import Engine
 from workers.engine.request import Request, RequestRole

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvstore.host_tier import HostTier
 from kvstore.store import FragmentStore
+from kvstore.tiers.host.host_tier import HostTier
 from tests.workers.engine_group import run_to_end
 from workers.config import EngineConfig
 from workers.engine.direct_plan import DirectChunk, direct_plan, run_transfers

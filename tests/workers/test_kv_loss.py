@@ -11,8 +11,8 @@ import torch
 
 from deploy.config import DEMO_MODEL, ROOT
 from kvstore.config import KV_ENCODINGS
-from kvstore.memory_tier import MemoryTier
 from kvstore.store import FragmentStore
+from kvstore.tiers.memory_tier import MemoryTier
 from planner.paged_handoff import BlockMover
 from tests.processes import KVNode
 from tests.workers.test_disaggregation import ALWAYS, prompt, spec_for

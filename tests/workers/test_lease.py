@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kvstore.directory import DirectoryUnavailable, MemoryDirectory, WorkerRecord
+from kvstore.control.directory import DirectoryUnavailable, MemoryDirectory, WorkerRecord
 from workers.server.lease import Lease
 
 RECORD = WorkerRecord("w1", "127.0.0.1:7", "mixed", "mixed", "n1")

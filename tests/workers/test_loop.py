@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from kvstore.directory import MemoryDirectory
+from kvstore.control.directory import MemoryDirectory
 from tests.processes import wait_until
 from tests.workers.test_scheduler import make_engine
 from workers.engine.loop import EngineLoop, LoopEvents, Submit

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.block_pool import BlockPool
-from kvstore.block_pools import BlockPools
+from kvstore.blocks.block_pool import BlockPool
+from kvstore.blocks.block_pools import BlockPools
 from workers.engine.plan_wire import decode_plan, encode_plan
 from workers.engine.request import Request
 from workers.engine.scheduler import Scheduler, SchedulerConfig

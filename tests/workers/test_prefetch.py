@@ -13,9 +13,9 @@ from switchyard.v1 import worker_pb2
 from costs.transfer import NEVER_FETCH
 from kvstore.config import KVStoreConfig
 from kvstore.connect import open_directory
-from kvstore.host_tier import HostTier
 from kvstore.names import block_names, root_name
-from kvstore.prefetch import Prefetcher
+from kvstore.tiers.host.host_tier import HostTier
+from kvstore.tiers.prefetch import Prefetcher
 from tests.fake_cluster import expected, write_fake_model
 from tests.forked import Prefork, Server
 from tests.kvstore.fragments import SECRET

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
 from costs.transfer import TransferCost
-from kvstore.block_pool import BlockPool
-from kvstore.block_pools import BlockPools
+from kvstore.blocks.block_pool import BlockPool
+from kvstore.blocks.block_pools import BlockPools
 from workers.engine.engine import Engine
 from workers.engine.request import FinishReason, Request, RequestRole, RequestStatus
 from workers.engine.scheduler import Scheduler, SchedulerConfig

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-from kvstore.directory import Directory, DirectoryUnavailable
+from kvstore.control.directory import Directory, DirectoryUnavailable
 from workers.engine.engine import Clock, Engine, StepEvents
 from workers.engine.prefetch import QueuePrefetch
 from workers.engine.request import Request, RequestEnd

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kvstore.block_pools import BlockPools
+from kvstore.blocks.block_pools import BlockPools
 from workers.engine.block_naming import RequestNames
 from workers.engine.pulls import Pulls
 from workers.engine.queues import RequestQueues

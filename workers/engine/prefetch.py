@@ -1,11 +1,11 @@
 """Tells the prefetcher which queued requests will pull blocks, and which wait no more.
 
-The scheduler says which; a thread of kvstore.prefetch does it. Knows nothing of tiers.
+The scheduler says which; a thread of kvstore.tiers.prefetch does it. Knows nothing of tiers.
 """
 
 from __future__ import annotations
 
-from kvstore.prefetch import Prefetcher
+from kvstore.tiers.prefetch import Prefetcher
 from workers.engine.request import Request, RequestStatus
 from workers.engine.scheduler import Scheduler
 

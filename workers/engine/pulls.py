@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kvstore.block_pools import BlockPools
+from kvstore.blocks.block_pools import BlockPools
 from workers.engine.block_naming import RequestNames
 from workers.engine.request import Request, RequestRole, RequestStatus
 from workers.engine.step import BlockTransfer

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
-from kvstore.block_pools import BlockTable
+from kvstore.blocks.block_pools import BlockTable
 from workers.sampling.params import SamplingParams
 
 

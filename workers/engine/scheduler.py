@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from costs.transfer import ALWAYS_FETCH, TransferCost
-from kvstore.block_pools import BlockPools
+from kvstore.blocks.block_pools import BlockPools
 from workers.engine.block_naming import RequestNames
 from workers.engine.outcome import StepOutcomes, UpdateResult
 from workers.engine.pulls import Pulls

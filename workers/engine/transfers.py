@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from kvstore.block_pools import BlockPools
+from kvstore.blocks.block_pools import BlockPools
 from workers.engine.request import Request
 from workers.engine.step import BlockTransfer, TransferDone
 

@@ -13,8 +13,8 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from kvstore.format.fragment import Fragment
 from kvstore.store import FragmentStore
-from kvstore.tiers import Fragment
 from workers.engine.step import BlockTransfer, TransferDone
 from workers.kv.blocks import BlockMemory, FragmentBytes
 from workers.kv.grid import FragmentGrid

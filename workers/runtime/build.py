@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 
 from costs.transfer import ALWAYS_FETCH, TransferCost
-from kvstore.block_pool import BlockPool
-from kvstore.block_pools import BlockPools
+from kvstore.blocks.block_pool import BlockPool
+from kvstore.blocks.block_pools import BlockPools
 from kvstore.names import fingerprint
 from workers.config import EngineConfig
 from workers.engine.engine import Engine

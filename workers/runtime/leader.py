@@ -17,13 +17,13 @@ import grpc
 from switchyard.v1 import generation_pb2, worker_pb2, worker_pb2_grpc
 
 from checkpoint.identity import ServedModel
-from kvstore.addresses import join_host_port
 from kvstore.connect import open_directory, place_of, reaches
-from kvstore.directory import WorkerRecord
-from kvstore.host_tier import HostTier
-from kvstore.prefetch import Prefetcher, PrefetchStats
+from kvstore.control.directory import WorkerRecord
+from kvstore.network.addresses import join_host_port
 from kvstore.store import FragmentStore
-from kvstore.tiers import Tier
+from kvstore.tiers.host.host_tier import HostTier
+from kvstore.tiers.prefetch import Prefetcher, PrefetchStats
+from kvstore.tiers.tier import Tier
 from workers.config import WorkerSpec
 from workers.engine.engine import Engine
 from workers.engine.loop import EngineLoop, LoopEvents, TransfersEnded

@@ -18,7 +18,7 @@ from checkpoint.identity import ServedModel, tokenizer_digest
 from costs.transfer import ALWAYS_FETCH, NEVER_FETCH, TransferCost
 from kvstore.connect import open_tiers
 from kvstore.store import FragmentStore
-from kvstore.tiers import Tier
+from kvstore.tiers.tier import Tier
 from workers.config import WorkerSpec
 from workers.errors import ModelError
 from workers.kv.calibration import calibrate

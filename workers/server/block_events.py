@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator
 
 from switchyard.v1 import worker_pb2 as pb
 
-from kvstore.block_log import MAX_NAMES_AT_ONCE, BlockLog, BlockSnapshot
+from kvstore.blocks.block_log import MAX_NAMES_AT_ONCE, BlockLog, BlockSnapshot
 from workers.engine.loop import FollowBlocks, LoopEvents
 
 _PERIOD_S = 0.02  # least time between two messages to one router; the first after a pause goes at once

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from kvstore.directory import Directory, DirectoryUnavailable, WorkerRecord
+from kvstore.control.directory import Directory, DirectoryUnavailable, WorkerRecord
 
 log = logging.getLogger(__name__)
 

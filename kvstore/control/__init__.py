@@ -1,0 +1,1 @@
+"""Leases, directory and stream journal, and what keeps them."""

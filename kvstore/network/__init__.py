@@ -1,0 +1,1 @@
+"""Channels to our own servers, and the addresses that they listen on."""

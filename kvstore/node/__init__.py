@@ -1,0 +1,1 @@
+"""The KV node process of one host."""

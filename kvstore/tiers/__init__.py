@@ -1,0 +1,1 @@
+"""Where fragments are kept: the host's arena, its disk, other hosts, Redis."""

@@ -1,0 +1,1 @@
+"""The tier of one host: a shared-memory arena, and the calls that say who may write where."""

@@ -1,0 +1,1 @@
+"""The arenas of other hosts, over TCP or read by NIXL."""

@@ -1,0 +1,1 @@
+"""One Redis, or a Redis cluster, as a tier."""
