@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from deploy.errors import ConfigError, DeployError, StartError, one_line
-from deploy.front import run_behind_front
-from deploy.interrupts import Interrupts
+from deploy.processes.front import run_behind_front
+from deploy.processes.interrupts import Interrupts
 from deploy.progress import Steps, deliver, open_closed_streams, own_stdout, say
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def bench(
 
 def _run_cluster(cluster: Cluster, steps: Steps, once: str | None, as_json: bool, out: TextIO) -> None:
     """Start it, show a completion, stay unless `once`, and end what was started."""
-    from deploy.routers import target_of
+    from deploy.processes.routers import target_of
 
     interrupts = Interrupts(cluster.end_at_once)
     steps.before_step = interrupts.check

@@ -16,17 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deploy.actors.ray_runtime import RayRuntime, close_ray, open_ray
 from deploy.config import ClusterConfig
-from deploy.descendants import Descendants
 from deploy.errors import ConfigError, StartError, one_line
-from deploy.leftovers import (
-    FOLDER_PREFIX,
-    abandoned,
-    hold_as_driver,
-    hold_folder,
-    remove_folder,
-    remove_leftovers,
-)
 from deploy.plan import ClusterPlan, cluster_name, layers_per_fragment, make_plan, num_cpus_needed
 from deploy.ports import wanted_ports
 from deploy.preflight import (
@@ -45,16 +37,24 @@ from deploy.preflight import (
     tier_secret,
     tier_warning,
 )
+from deploy.processes.descendants import Descendants
+from deploy.processes.leftovers import (
+    FOLDER_PREFIX,
+    abandoned,
+    hold_as_driver,
+    hold_folder,
+    remove_folder,
+    remove_leftovers,
+)
+from deploy.processes.routers import RouterEndpoint, Routers, first_refusal, router_specs, workers_seen
 from deploy.progress import Steps
-from deploy.ray_runtime import RayRuntime, close_ray, open_ray
-from deploy.routers import RouterEndpoint, Routers, first_refusal, router_specs, workers_seen
 from kvstore.format.authenticity import cluster_secret
 from kvstore.network.addresses import join_host_port
 from router.config import RouterSpec
 from router.model_files import ModelLimits
 
 if TYPE_CHECKING:  # brings ray, which must find the environment that open_ray prepares
-    from deploy.kv_nodes import KVNodeSettings
+    from deploy.actors.kv_nodes import KVNodeSettings
 
 _WORKERS_TIMEOUT_S = 1800.0  # loading a large model takes minutes
 _SEEN_TIMEOUT_S = 60.0
@@ -176,8 +176,8 @@ class Cluster:
 
     def _start_on(self, ray: RayRuntime, model: FoundModel) -> Endpoints:
         # These import ray, which must find the environment that open_ray has prepared.
-        from deploy.kv_nodes import KVNodeSettings, describe, kv_node_on, stop_kv_nodes
-        from deploy.pools import check_capacity, close_serve, deploy_pools, open_serve, wait_running
+        from deploy.actors.kv_nodes import KVNodeSettings, describe, kv_node_on, stop_kv_nodes
+        from deploy.actors.pools import check_capacity, close_serve, deploy_pools, open_serve, wait_running
 
         if not ray.was_started:
             self._end_abandoned()
@@ -220,8 +220,8 @@ class Cluster:
 
     def _end_abandoned(self) -> None:
         """Take clusters out of this Ray whose drivers on this host were killed: nobody else ends their parts."""
-        from deploy.kv_nodes import has_kv_nodes, stop_kv_nodes
-        from deploy.pools import close_serve
+        from deploy.actors.kv_nodes import has_kv_nodes, stop_kv_nodes
+        from deploy.actors.pools import close_serve
 
         temp_dir = Path(self._config.ray.temp_dir)
         for left in abandoned(temp_dir):

@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 import psutil
 import pytest
 
+from deploy.actors.metrics import exported_names
 from deploy.completion import Completion, complete
-from deploy.metrics import exported_names
 from kvstore.config import NodeSpec
 from router.client import GenerationError
 from router.events import GenerationRequest

@@ -12,7 +12,7 @@ from deploy import config
 from deploy.config import ClusterConfig, PoolConfig
 from deploy.errors import ConfigError
 from deploy.overrides import ServeFlags, load_with_flags
-from deploy.routers import router_specs
+from deploy.processes.routers import router_specs
 from kvstore.config import KVStoreConfig
 from router.config import RouterSpec
 from settings.loading import SettingsError, write

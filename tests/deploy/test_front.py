@@ -16,8 +16,8 @@ from tests.processes import python_environment
 
 SCRIPT = """
 import os, signal, sys, time
-from deploy.front import run_behind_front
-from deploy.interrupts import Interrupts
+from deploy.processes.front import run_behind_front
+from deploy.processes.interrupts import Interrupts
 
 def end_at_once():
     print("at once", flush=True)

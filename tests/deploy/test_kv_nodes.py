@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from deploy.kv_nodes import slots_that_fit
-from deploy.leftovers import end_predecessor
+from deploy.actors.kv_nodes import slots_that_fit
 from deploy.plan import ArenaPlan
+from deploy.processes.leftovers import end_predecessor
 from kvstore.tiers.host.arena import arena_bytes, arena_holder
 from tests.processes import KVNode
 
@@ -31,7 +31,7 @@ def test_a_node_that_outlived_its_actor_makes_way(
 ) -> None:
     assert arena_holder(orphan.arena) == orphan.pid
     if is_stopped:
-        monkeypatch.setattr("deploy.leftovers._PREDECESSOR_S", 0.5)
+        monkeypatch.setattr("deploy.processes.leftovers._PREDECESSOR_S", 0.5)
         os.kill(orphan.pid, signal.SIGSTOP)
     end_predecessor(orphan.arena)
     assert not psutil.pid_exists(orphan.pid)

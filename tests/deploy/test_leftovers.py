@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy import leftovers
-from deploy.leftovers import (
+from deploy.processes import leftovers
+from deploy.processes.leftovers import (
     Abandoned,
     abandoned,
     hold_folder,
@@ -28,7 +28,7 @@ from tests.processes import KVNode, python_environment
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from deploy.leftovers import hold_as_driver, hold_folder
+from deploy.processes.leftovers import hold_as_driver, hold_folder
 held = [hold_folder(Path(sys.argv[1]))]
 if sys.argv[2:]:
     held.append(hold_as_driver(Path(sys.argv[1]), sys.argv[2:]))

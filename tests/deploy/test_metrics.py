@@ -10,10 +10,10 @@ from typing import ClassVar
 import pytest
 from switchyard.v1 import kvnode_pb2
 
-from deploy import metrics
-from deploy.health import Progress
-from deploy.kv_nodes import show_stats
-from deploy.metrics import RayMetrics, exported_names
+from deploy.actors import metrics
+from deploy.actors.health import Progress
+from deploy.actors.kv_nodes import show_stats
+from deploy.actors.metrics import RayMetrics, exported_names
 from telemetry import node, worker
 
 DASHBOARDS = Path(metrics.__file__).parent / "dashboards"

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from deploy import config
+from deploy.actors.kv_nodes import KVNodeSettings, node_spec
 from deploy.config import PoolConfig
 from deploy.errors import ConfigError
-from deploy.kv_nodes import KVNodeSettings, node_spec
 from deploy.plan import (
     ArenaPlan,
     ClusterPlan,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import ray
 
-from deploy import ray_runtime
+from deploy.actors import ray_runtime
 from deploy.config import RayConfig
 from deploy.errors import StartError
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from deploy.errors import StartError
-from deploy.supervise import Ready, SupervisedProcess
+from deploy.processes.supervise import Ready, SupervisedProcess
 
 READY = "import json, os, time; print(json.dumps({'pid': os.getpid()}), flush=True); time.sleep(600)"
 
@@ -103,7 +103,7 @@ def test_a_first_start_may_be_tried_again(supervise: Callable[..., SupervisedPro
 def test_a_killed_supervisor_leaves_no_child(tmp_path: Path) -> None:
     code = f"""
 import os, pathlib, sys, time
-from deploy.supervise import SupervisedProcess
+from deploy.processes.supervise import SupervisedProcess
 log = pathlib.Path({str(tmp_path / "log")!r})
 process = SupervisedProcess("child", lambda _: [sys.executable, "-c", {READY!r}], dict(os.environ), log)
 process.start()
@@ -126,7 +126,7 @@ def test_the_error_is_found_at_the_end_of_a_long_log(
     supervise: Callable[..., SupervisedProcess], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole log was read, however long, by whoever kept the child running."""
-    monkeypatch.setattr("deploy.supervise._MOST_LOG_BYTES", 1 << 20)
+    monkeypatch.setattr("deploy.processes.supervise._MOST_LOG_BYTES", 1 << 20)
     code = "import sys; sys.stderr.write('x' * 79 + '\\n' + 30000 * ('y' * 79 + '\\n')); sys.exit('the reason')"
     with pytest.raises(StartError, match=r"^child: the reason$"):
         supervise(code).wait_ready(20)

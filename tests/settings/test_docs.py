@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from deploy import reference
+from deploy.actors.kv_nodes import KVNodeSettings
 from deploy.config import ROOT, ClusterConfig
-from deploy.kv_nodes import KVNodeSettings
 from kvstore.config import NodeSpec
 from router.config import RouterSpec
 from settings.docs import branches, field_docs, json_schema, table

@@ -11,7 +11,7 @@ import os
 import psutil
 import ray
 
-from deploy.kv_nodes import KVNodeSettings, describe, kv_node_on
+from deploy.actors.kv_nodes import KVNodeSettings, describe, kv_node_on
 from deploy.preflight import free_port
 from kvstore.network.addresses import join_host_port
 from workers.config import WorkerSpec, resolve_model

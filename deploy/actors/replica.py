@@ -18,11 +18,11 @@ import ray
 from ray import serve
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from deploy.health import Progress
-from deploy.kv_nodes import KVNodeSettings
-from deploy.metrics import RayMetrics, Report
+from deploy.actors.health import Progress
+from deploy.actors.kv_nodes import KVNodeSettings
+from deploy.actors.metrics import RayMetrics, Report
+from deploy.actors.rank_actor import RankActor
 from deploy.plan import PoolPlan
-from deploy.rank_actor import RankActor
 from telemetry import worker
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.config import EndpointsConfig, child_environment
-from deploy.supervise import Ready, SupervisedProcess
+from deploy.processes.supervise import Ready, SupervisedProcess
 from kvstore.network.addresses import join_host_port, reachable, split_host_port
 from router.config import RouterConfig, RouterSpec
 from settings.loading import write

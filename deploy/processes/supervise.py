@@ -18,7 +18,7 @@ from typing import Any
 
 from deploy.errors import StartError, one_line
 
-_GUARD = str(Path(__file__).with_name("guard.py"))
+_DIE_WITH_PARENT = str(Path(__file__).with_name("die_with_parent.py"))
 _FIRST_DELAY_S = 0.2
 _LONGEST_DELAY_S = 10.0
 _LAST_WORDS_BYTES = 16 * 1024  # of a child's log, in which its error is looked for
@@ -118,7 +118,7 @@ class SupervisedProcess:
 
     def _run_child(self) -> str:
         """Run one child to its end; says how it ended."""
-        argv = [sys.executable, "-I", "-S", _GUARD, str(os.getpid()), *self._command(self._ready)]
+        argv = [sys.executable, "-I", "-S", _DIE_WITH_PARENT, str(os.getpid()), *self._command(self._ready)]
         if self._log.exists() and self._log.stat().st_size > _MOST_LOG_BYTES:
             self._log.replace(self._log.with_name(f"{self._log.name}.1"))
         with self._log.open("ab") as log:

@@ -20,12 +20,12 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from switchyard.v1 import kvnode_pb2, kvnode_pb2_grpc
 
+from deploy.actors.metrics import RayMetrics
 from deploy.config import child_environment
-from deploy.leftovers import end_predecessor, hold_folder, leave_folder, record_arena, remove_leftovers
-from deploy.metrics import RayMetrics
 from deploy.plan import ArenaPlan
 from deploy.preflight import check_arena_dir
-from deploy.supervise import Ready, SupervisedProcess
+from deploy.processes.leftovers import end_predecessor, hold_folder, leave_folder, record_arena, remove_leftovers
+from deploy.processes.supervise import Ready, SupervisedProcess
 from kvstore.config import KVStoreConfig, NodeSpec
 from kvstore.network.addresses import join_host_port
 from kvstore.network.channels import NODE_ERRORS, call, dial

@@ -15,10 +15,10 @@ import ray
 from ray import serve
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
+from deploy.actors.kv_nodes import KVNodeSettings
+from deploy.actors.replica import WorkerReplica
 from deploy.errors import StartError, one_line
-from deploy.kv_nodes import KVNodeSettings
 from deploy.plan import REPLICA_CPUS, PoolPlan
-from deploy.replica import WorkerReplica
 
 _LOOK_S = 0.1
 _CONTROLLER = "SERVE_CONTROLLER_ACTOR"

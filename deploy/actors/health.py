@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deploy.metrics import Report
+from deploy.actors.metrics import Report
 
 
 class Progress:

@@ -14,11 +14,11 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
-from deploy.front import SIGNALS, Asked, is_ignored
+from deploy.processes.front import SIGNALS, Asked, is_ignored
 
 _NUDGE = signal.SIGURG  # ignored by default, and nobody else's
 _NUDGE_S = 0.1
-_SAME_S = 0.5  # less than in deploy.front, whose second signal is never one of two that mean one
+_SAME_S = 0.5  # less than in deploy.processes.front, whose second signal is never one of two that mean one
 
 
 class Interrupts:
