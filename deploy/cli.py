@@ -91,8 +91,9 @@ def generate(
     as_json: bool,
 ) -> int:
     """Stream one completion from a running cluster."""
+    from switchyard_client import SamplingParams
+
     from deploy.completion import summary
-    from router.sampling import SamplingParams
 
     sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
     write = functools.partial(deliver, stream=sys.stdout)
@@ -120,9 +121,10 @@ def bench(
     import asyncio
     from pathlib import Path
 
+    from switchyard_client import GenerationError
+
     from planner.loadgen import play
     from planner.trace import TraceError, load_trace, synthetic_trace
-    from router.client import GenerationError
 
     if trace is not None and synthetic is not None:
         raise ConfigError("--trace and --synthetic exclude each other")
@@ -188,9 +190,9 @@ def _check_current_folder() -> None:
 
 
 def _complete(targets: Sequence[str], prompt: str, sampling: Any, write: Callable[[str], None] | None) -> Any:
+    from switchyard_client import GenerationError, GenerationRequest
+
     from deploy.completion import complete
-    from router.client import GenerationError
-    from router.events import GenerationRequest
 
     def on_text(text: str) -> None:
         if write is not None:
@@ -207,8 +209,9 @@ def _sample(
     targets: Sequence[str], once: str | None, about: dict[str, Any], as_json: bool, write: Callable[[str], None]
 ) -> str:
     """One completion: the answer of `--once`, or a sign of life. Shows it as it comes; returns what is left to say."""
+    from switchyard_client import SamplingParams
+
     from deploy.completion import summary
-    from router.sampling import SamplingParams
 
     prompt = SAMPLE_PROMPT if once is None else once
     if not as_json:

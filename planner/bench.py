@@ -28,6 +28,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+from switchyard_client import GenerationClient, GenerationRequest, SamplingParams, Tokens
+
 from kvstore import bench as handoff
 from kvstore.addresses import listen
 from planner import direct
@@ -36,9 +38,6 @@ from planner.long_prompts import bench_failover, bench_overlap
 from planner.paged_handoff import measure_paged_hand_off
 from planner.rows import Measurement, append_rows
 from planner.trace import TraceRequest
-from router.client import GenerationClient
-from router.events import GenerationRequest, Tokens
-from router.sampling import SamplingParams
 
 STREAMS = (1, 8, 32)
 PROMPT_TOKENS, OUTPUT_TOKENS = 256, 64

@@ -21,13 +21,11 @@ from typing import Any
 
 import grpc
 from switchyard.v1 import worker_pb2, worker_pb2_grpc
+from switchyard_client import Finished, GenerationClient, GenerationRequest, SamplingParams, Started, Tokens
 
 from kvstore.connect import open_directory
 from kvstore.directory import DirectoryUnavailable
-from router.client import GenerationClient
 from router.config import RouterConfig, RouterSpec
-from router.events import Finished, GenerationRequest, Started, Tokens
-from router.sampling import SamplingParams
 from tests.forked import SECRET, ForkedNode, Prefork, Server
 from tests.processes import DEADLINE_S, REPOSITORY, free_port, wait_until
 from workers.config import EngineConfig, WorkerSpec

@@ -12,11 +12,19 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from switchyard.v1 import generation_pb2, worker_pb2
+from switchyard_client import (
+    Finished,
+    FinishReason,
+    GenerationClient,
+    GenerationError,
+    GenerationRequest,
+    SamplingParams,
+    Started,
+    Target,
+    Tokens,
+)
 
-from router.client import GenerationClient, GenerationError, Target
-from router.events import Finished, FinishReason, GenerationRequest, Started, Tokens
 from router.model_files import ModelFiles
-from router.sampling import SamplingParams
 from router.text import TextCodec
 from tests.router.conftest import MODEL, config_with, pair, running_cluster, until
 from tests.router.fake_worker import CONTEXT_TOKENS, VOCAB_SIZE, FakeWorker, expected_tokens
