@@ -263,6 +263,8 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         return _fail("interrupted", 1)
+    except ModuleNotFoundError as error:
+        return _fail(f"{error.name} is not installed; pip install 'switchyard[cluster]' brings what this needs", 1)
     except Exception as error:  # a bug: say where, still in one line
         where = traceback.extract_tb(error.__traceback__)[-1]
         return _fail(f"{type(error).__name__}: {one_line(error)} ({where.filename}:{where.lineno})", 1)

@@ -240,9 +240,12 @@ class FakeCluster:
 
     def start_router(self, name: str, waits: bool = True) -> None:
         """Start it (again), under its old name and ports."""
-        grpc_port, http_port = self._ports[name]
-        spec = RouterSpec(
-            name,
+        self._start(self.routers[name], dataclasses.asdict(self.router_spec(name, *self._ports[name])), waits)
+
+    def router_spec(self, router_id: str, grpc_port: int = 0, http_port: int = 0) -> RouterSpec:
+        """Of a router of this cluster."""
+        return RouterSpec(
+            router_id,
             str(self.model_dir),
             self.shape.model_name,
             self.control_url,
@@ -253,7 +256,6 @@ class FakeCluster:
             cluster=self.shape.cluster,
             weights=self.weights,
         )
-        self._start(self.routers[name], dataclasses.asdict(spec), waits)
 
     def _start(self, server: Server, spec: dict[str, object], waits: bool) -> None:
         server.start(spec)

@@ -287,18 +287,6 @@ async def test_reflection_names_our_service(model_dir: Path) -> None:
     assert {"switchyard.v1.GenerationService", "grpc.health.v1.Health"} <= names
 
 
-async def test_a_plain_synchronous_client_streams(model_dir: Path) -> None:
-    async with running_cluster(model_dir, *pair()) as cluster:
-
-        def call() -> list[int]:
-            with GenerationClient(cluster.grpc_address) as client:
-                assert client.models()[0].name == MODEL
-                assert client.tokenize("def") == tuple(TextCodec(model_dir / "tokenizer.json").encode("def", True))
-                return [i for event in client.generate(request()) if isinstance(event, Tokens) for i in event.ids]
-
-        assert await asyncio.to_thread(call) == expected_tokens(PROMPT, 20)
-
-
 async def test_a_hundred_streams_at_once(model_dir: Path) -> None:
     shared: set[tuple[int, ...]] = set()
     async with running_cluster(model_dir, *pair(0, shared), *pair(1, shared)) as cluster:
