@@ -55,13 +55,11 @@ bench: env-test  ## CPU benchmarks; rows are appended to bench/results/
 
 bench-gpu:       ## all GPU checks and benchmarks in one go, without Ray; OUT=DIR takes the results
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "bench-gpu: no CUDA device")'
-	mkdir -p $(OUT); export PYTHONPATH=.:proto/gen; failed=0; \
+	mkdir -p $(OUT); export PYTHONPATH=.:proto/gen:client; failed=0; \
 	$(GPU_PYTHON) -m kernels.harness.lanes gpu --small > $(OUT)/gpu_lane.jsonl || failed=1; \
 	$(GPU_PYTHON) -m kernels.harness.bench --out $(OUT) --known bench/results --minutes 5 || failed=1; \
 	$(GPU_PYTHON) -m workers.bench --shape llama-3.1-8b --out $(OUT) || failed=1; \
 	exit $$failed
 
-proto: env-test  ## regenerate the stubs under proto/gen
-	rm -rf proto/gen && mkdir -p proto/gen/switchyard/v1
-	$(PY) -m grpc_tools.protoc -I proto --python_out=proto/gen --pyi_out=proto/gen --grpc_python_out=proto/gen proto/switchyard/v1/*.proto
-	touch proto/gen/switchyard/__init__.py proto/gen/switchyard/v1/__init__.py
+proto: env-test  ## regenerate the stubs under proto/gen, and the client's
+	$(PY) proto/make_stubs.py

@@ -101,8 +101,9 @@ def generate(
     as_json: bool,
 ) -> int:
     """Stream one completion from a running cluster."""
+    from switchyard_client import SamplingParams
+
     from deploy.completion import summary
-    from router.sampling import SamplingParams
 
     sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
     write = functools.partial(deliver, stream=sys.stdout)
@@ -130,9 +131,10 @@ def bench(
     import asyncio
     from pathlib import Path
 
+    from switchyard_client import GenerationError
+
     from planner.loadgen import play
     from planner.trace import TraceError, load_trace, synthetic_trace
-    from router.client import GenerationError
 
     if trace is not None and synthetic is not None:
         raise ConfigError("--trace and --synthetic exclude each other")
@@ -198,9 +200,9 @@ def _check_current_folder() -> None:
 
 
 def _complete(targets: Sequence[str], prompt: str, sampling: Any, write: Callable[[str], None] | None) -> Any:
+    from switchyard_client import GenerationError, GenerationRequest
+
     from deploy.completion import complete
-    from router.client import GenerationError
-    from router.events import GenerationRequest
 
     def on_text(text: str) -> None:
         if write is not None:
@@ -217,8 +219,9 @@ def _sample(
     targets: Sequence[str], once: str | None, about: dict[str, Any], as_json: bool, write: Callable[[str], None]
 ) -> str:
     """One completion: the answer of `--once`, or a sign of life. Shows it as it comes; returns what is left to say."""
+    from switchyard_client import SamplingParams
+
     from deploy.completion import summary
-    from router.sampling import SamplingParams
 
     prompt = SAMPLE_PROMPT if once is None else once
     if not as_json:
@@ -270,6 +273,8 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         return _fail("interrupted", 1)
+    except ModuleNotFoundError as error:
+        return _fail(f"{error.name} is not installed; pip install 'switchyard[cluster]' brings what this needs", 1)
     except Exception as error:  # a bug: say where, still in one line
         where = traceback.extract_tb(error.__traceback__)[-1]
         return _fail(f"{type(error).__name__}: {one_line(error)} ({where.filename}:{where.lineno})", 1)

@@ -6,8 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from router.client import GenerationClient, Target
-from router.events import Finished, GenerationRequest, RequestStats, Started, Tokens
+from switchyard_client import Finished, GenerationClient, GenerationRequest, RequestStats, Started, Target, Tokens
 
 
 @dataclass(slots=True)
@@ -28,7 +27,7 @@ class Completion:
 
 
 def complete(target: Target, request: GenerationRequest, on_text: Callable[[str], None]) -> Completion:
-    """Stream a completion, telling each piece of text as it comes. Raises router.client.GenerationError."""
+    """Stream a completion, telling each piece of text as it comes. Raises switchyard_client.GenerationError."""
     assert isinstance(request.prompt, str)
     completion = Completion(request.prompt)
     began_s = time.monotonic()

@@ -316,7 +316,7 @@ def _import_environment() -> dict[str, str]:
     An empty part of PYTHONPATH means the current folder and is left out; a relative one is made absolute, since
     processes may be started in another folder. The cache of the Hub is found again there for the same reason.
     """
-    ours = [str(ROOT), str(ROOT / "proto" / "gen")]
+    ours = [str(ROOT), str(ROOT / "proto" / "gen"), str(ROOT / "client")]
     theirs = [os.path.abspath(part) for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
     paths = ours + [part for part in theirs if part not in ours]
     caches = {name: os.environ[name] for name in ("HF_HOME", "HF_HUB_CACHE") if os.environ.get(name)}

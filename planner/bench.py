@@ -31,6 +31,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from switchyard_client import GenerationClient, GenerationRequest, SamplingParams, Tokens
+
 from kvstore import bench as handoff
 from kvstore.network.addresses import listen
 from planner import direct
@@ -42,9 +44,6 @@ from planner.paged_handoff import measure_paged_hand_off
 from planner.rows import Measurement, append_rows
 from planner.stalled_tier import measure_stalled_tier
 from planner.trace import TraceRequest
-from router.client import GenerationClient
-from router.events import GenerationRequest, Tokens
-from router.sampling import SamplingParams
 
 STREAMS = (1, 8, 32)
 PROMPT_TOKENS, OUTPUT_TOKENS = 256, 64

@@ -14,10 +14,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from switchyard_client import Finished, GenerationClient, GenerationError, GenerationRequest, SamplingParams, Tokens
+
 from planner.trace import TraceRequest
-from router.client import GenerationClient, GenerationError
-from router.events import Finished, GenerationRequest, Tokens
-from router.sampling import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,6 @@ from checkpoint.identity import ServedModel
 from router.affinity import BlockNews, SnapshotPart, ToldChanges
 from router.events import (
     Event,
-    Finished,
     FinishReason,
     GenerationRequest,
     RequestStats,
@@ -47,7 +46,6 @@ _REASONS = {
     FinishReason.STOP: generation.FINISH_REASON_STOP,
     FinishReason.LENGTH: generation.FINISH_REASON_LENGTH,
 }
-_REASONS_BACK = {number: reason for reason, number in _REASONS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,18 +191,6 @@ def event_message(stream_id: str, event: Event) -> generation.GenerateResponse:
     return generation.GenerateResponse(stream_id=stream_id, finished=finished)
 
 
-def event_of(message: generation.GenerateResponse) -> Event:
-    """What a Generate stream's message says, for clients."""
-    kind = message.WhichOneof("event")
-    if kind == "tokens":
-        return Tokens(message.tokens.first_position, tuple(message.tokens.ids), message.tokens.text)
-    if kind == "started":
-        started = message.started
-        return Started(message.stream_id, started.model, started.num_prompt_tokens, started.seed)
-    finished = message.finished
-    return Finished(_REASONS_BACK[finished.reason], finished.num_output_tokens, _stats_of(finished.stats))
-
-
 def _stats_message(stats: RequestStats) -> generation.RequestStats:
     return generation.RequestStats(
         ttft_s=stats.ttft_s,
@@ -216,18 +202,4 @@ def _stats_message(stats: RequestStats) -> generation.RequestStats:
         prefill_worker_id=stats.prefill_worker_id,
         decode_worker_id=stats.decode_worker_id,
         num_replacements=stats.num_replacements,
-    )
-
-
-def _stats_of(message: generation.RequestStats) -> RequestStats:
-    return RequestStats(
-        ttft_s=message.ttft_s,
-        duration_s=message.duration_s,
-        num_cached_prompt_tokens=message.num_cached_prompt_tokens,
-        num_computed_prompt_tokens=message.num_computed_prompt_tokens,
-        num_recomputed_prompt_tokens=message.num_recomputed_prompt_tokens,
-        num_transferred_blocks=message.num_transferred_blocks,
-        prefill_worker_id=message.prefill_worker_id,
-        decode_worker_id=message.decode_worker_id,
-        num_replacements=message.num_replacements,
     )

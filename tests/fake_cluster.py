@@ -21,14 +21,12 @@ from typing import Any
 
 import grpc
 from switchyard.v1 import worker_pb2, worker_pb2_grpc
+from switchyard_client import Finished, GenerationClient, GenerationRequest, SamplingParams, Started, Tokens
 
 from kvstore.config import KVStoreConfig
 from kvstore.connect import open_directory
 from kvstore.control.directory import DirectoryUnavailable
-from router.client import GenerationClient
 from router.config import RouterConfig, RouterSpec
-from router.events import Finished, GenerationRequest, Started, Tokens
-from router.sampling import SamplingParams
 from tests.forked import SECRET, ForkedNode, Prefork, Server
 from tests.processes import DEADLINE_S, REPOSITORY, free_port, wait_until
 from workers.config import EngineConfig, WorkerSpec
@@ -246,9 +244,12 @@ class FakeCluster:
 
     def start_router(self, name: str, waits: bool = True) -> None:
         """Start it (again), under its old name and ports."""
-        grpc_port, http_port = self._ports[name]
-        spec = RouterSpec(
-            name,
+        self._start(self.routers[name], dataclasses.asdict(self.router_spec(name, *self._ports[name])), waits)
+
+    def router_spec(self, router_id: str, grpc_port: int = 0, http_port: int = 0) -> RouterSpec:
+        """Of a router of this cluster."""
+        return RouterSpec(
+            router_id,
             str(self.model_dir),
             self.shape.model_name,
             self.control_url,
@@ -259,7 +260,6 @@ class FakeCluster:
             cluster=self.shape.cluster,
             weights=self.weights,
         )
-        self._start(self.routers[name], dataclasses.asdict(spec), waits)
 
     def _start(self, server: Server, spec: dict[str, object], waits: bool) -> None:
         server.start(spec)

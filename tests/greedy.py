@@ -6,10 +6,8 @@ import asyncio
 from pathlib import Path
 
 import torch
+from switchyard_client import Finished, GenerationClient, GenerationRequest, SamplingParams, Tokens
 
-from router.client import GenerationClient
-from router.events import Finished, GenerationRequest, Tokens
-from router.sampling import SamplingParams
 from tests.workers.tiny_llama import generate_with_transformers
 
 LENGTHS = (5, 40, 100, 150, 64, 33)

@@ -43,7 +43,8 @@ def free_port() -> int:
 
 def python_environment() -> dict[str, str]:
     """Environment of a child Python that imports this repository's packages, installed or not."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "proto" / "gen")])}
+    paths = [REPOSITORY, REPOSITORY / "proto" / "gen", REPOSITORY / "client"]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
 
 
 def redis_executable() -> str | None:

@@ -13,11 +13,10 @@ from typing import Any
 
 import openai
 import pytest
+from switchyard_client import GenerationRequest, SamplingParams, Tokens
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from router.events import GenerationRequest, Tokens
-from router.sampling import SamplingParams
 from router.text import TextCodec
 from tests.cluster.test_kill_at_every_token import Once
 from tests.fake_cluster import MODEL_NAME, SIZES, FakeCluster, Shape

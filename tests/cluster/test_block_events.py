@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 from switchyard.v1 import worker_pb2
+from switchyard_client import GenerationClient
 
-from router.client import GenerationClient
 from tests.cluster.test_kill_at_every_token import prompt
 from tests.fake_cluster import FakeCluster, expected
 from tests.processes import wait_until

@@ -14,8 +14,8 @@ from pathlib import Path
 import grpc
 import pytest
 from switchyard.v1 import kvnode_pb2, kvnode_pb2_grpc
+from switchyard_client import GenerationClient
 
-from router.client import GenerationClient
 from tests.cluster.test_cut_network import require
 from tests.cluster.test_kill_at_every_token import NUM_TOKENS, STEP_S, Once, busy, check, moves, prompt
 from tests.fake_cluster import FakeCluster, expected

@@ -7,7 +7,6 @@ One cluster is Ray's, and so is the one of tests/deploy/test_cluster.py; Ray tak
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from switchyard_client import Finished
 
-from router.events import Finished
 from tests import greedy
 from tests.deploy.conftest import write_tiny_model
 from tests.fake_cluster import FakeCluster
+from tests.processes import python_environment
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -100,7 +100,7 @@ def serve(model: Path, options: list[str]) -> Iterator[str]:
     command = [sys.executable, "-m", "deploy.cli", "serve", "--json", "--model", str(model), *options]
     for setting in ("endpoints.grpc_port=0", "endpoints.http_port=0", "ray.dashboard=false"):
         command += ["--set", setting]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'proto' / 'gen'}", "OMP_NUM_THREADS": "1"}
+    environment = {**python_environment(), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, cwd=ROOT, text=True)
     try:
         line = process.stdout.readline()

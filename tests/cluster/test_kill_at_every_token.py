@@ -11,8 +11,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from switchyard_client import GenerationClient
 
-from router.client import GenerationClient
 from tests.fake_cluster import Answer, FakeCluster, expected
 from tests.processes import wait_until
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from switchyard.v1 import generation_pb2, generation_pb2_grpc, worker_pb2, worker_pb2_grpc
+from switchyard_client import GenerationError
 
 from checkpoint.identity import ServedModel, tokenizer_digest
 from kvstore.control.directory import DirectoryUnavailable
 from kvstore.control.remote_directory import RemoteDirectory
 from kvstore.tiers.host.host_tier import HostTier
-from router.client import GenerationError
 from tests.deploy.conftest import write_tiny_model
 from tests.fake_cluster import _OPENER, FakeCluster
 from tests.processes import RedisServer, wait_until

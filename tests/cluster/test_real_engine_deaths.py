@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import psutil
 import pytest
+from switchyard_client import GenerationClient
 
-from router.client import GenerationClient
 from tests.cluster.test_kill_at_every_token import NUM_TOKENS, Once, busy, prompt
 from tests.fake_cluster import DEMO, Answer, FakeCluster
 

@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from switchyard_client import SamplingParams
 
 from deploy import cli
 from deploy.config import ROOT
 from deploy.errors import StartError
 from deploy.preflight import free_port
-from router.sampling import SamplingParams
 from tests.processes import RedisServer
 
 

@@ -18,17 +18,16 @@ from typing import Any, TypeVar
 
 import psutil
 import pytest
+from switchyard_client import GenerationError, GenerationRequest, SamplingParams
 
 from deploy.actors.metrics import exported_names
 from deploy.completion import Completion, complete
 from kvstore.config import NodeSpec
-from router.client import GenerationError
-from router.events import GenerationRequest
-from router.sampling import SamplingParams
 from settings.loading import load
 from telemetry import node, worker
 from telemetry.metric import Kind
 from tests import greedy
+from tests.processes import python_environment
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -85,7 +84,7 @@ def eventually(attempt: Callable[[], T | None], what: str, timeout_s: float = 24
 
 @pytest.fixture(scope="module")
 def cluster(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'proto' / 'gen'}", "OMP_NUM_THREADS": "1"}
+    environment = {**python_environment(), "OMP_NUM_THREADS": "1"}
     settings = ("endpoints.grpc_port=0", "endpoints.http_port=0", "pools.decode.tp=2", "pools.prefill.pp=2")
     settings += ("router.replacement_wait_s=180",)  # a slow machine takes its time to start a group again
     settings += ("kvstore.disk_bytes=16777216", f"kvstore.disk_dir={tmp_path_factory.mktemp('disk')}")

@@ -212,7 +212,8 @@ def test_what_the_user_set_for_ray_stays(monkeypatch: pytest.MonkeyPatch) -> Non
     config.prepare_ray_environment()
     assert os.environ["RAY_AUTH_MODE"] == "token"
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
-    assert os.environ["PYTHONPATH"].split(":") == [str(config.ROOT), str(config.ROOT / "proto" / "gen"), "/elsewhere"]
+    ours = [str(config.ROOT), str(config.ROOT / "proto" / "gen"), str(config.ROOT / "client")]
+    assert os.environ["PYTHONPATH"].split(":") == [*ours, "/elsewhere"]
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ from typing import ClassVar
 import pytest
 from switchyard.v1 import kvnode_pb2
 
-from deploy.actors import metrics
+import deploy
 from deploy.actors.health import Progress
 from deploy.actors.kv_nodes import show_stats
 from deploy.actors.metrics import RayMetrics, exported_names
 from telemetry import node, worker
 
-DASHBOARDS = Path(metrics.__file__).parent / "dashboards"
+DASHBOARDS = Path(deploy.__file__).parent / "dashboards"
 DASHBOARD = DASHBOARDS / "switchyard.json"
 METRICS = (*worker.RAY_METRICS, *node.METRICS)
 EXPORTED = {name for metric in METRICS for name in exported_names(metric)}

@@ -14,6 +14,7 @@ import pytest
 
 from deploy.errors import StartError
 from deploy.processes.supervise import Ready, SupervisedProcess
+from tests.processes import python_environment
 
 READY = "import json, os, time; print(json.dumps({'pid': os.getpid()}), flush=True); time.sleep(600)"
 
@@ -110,9 +111,7 @@ process.start()
 print(process.wait_ready(20)["pid"], flush=True)
 time.sleep(600)
 """
-    root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'proto' / 'gen'}"}
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment)
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=python_environment())
     assert parent.stdout is not None
     with parent.stdout as output:
         child = int(output.readline())

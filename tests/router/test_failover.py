@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from switchyard.v1 import worker_pb2
+from switchyard_client import GenerationError
 
-from router.client import GenerationError
+from router import events
+from router.sampling import SamplingParams
 from tests.router.conftest import config_with, pair, running_cluster, until
 from tests.router.fake_worker import FakeWorker, expected_tokens
 from tests.router.test_grpc_face import PROMPT, collect, request
@@ -184,7 +186,8 @@ async def test_a_worker_that_lives_and_brings_nothing_is_given_up(model_dir: Pat
 async def test_a_slow_reader_stops_only_itself(model_dir: Path) -> None:
     worker = FakeWorker("mixed-0", "mixed")
     async with running_cluster(model_dir, worker) as cluster:
-        stream = cluster.router._generation.stream(request((*PROMPT, 1), max_tokens=1000))
+        order = events.GenerationRequest((*PROMPT, 1), SamplingParams(temperature=0.0, max_tokens=1000))
+        stream = cluster.router._generation.stream(order)
         await anext(stream)
         await until(lambda: worker.num_sent == 64, "the window is full")
         _, ids, _, _ = await collect(cluster.grpc_address, request(max_tokens=500))

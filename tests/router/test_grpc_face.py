@@ -12,11 +12,19 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from switchyard.v1 import generation_pb2, worker_pb2
+from switchyard_client import (
+    Finished,
+    FinishReason,
+    GenerationClient,
+    GenerationError,
+    GenerationRequest,
+    SamplingParams,
+    Started,
+    Target,
+    Tokens,
+)
 
-from router.client import GenerationClient, GenerationError, Target
-from router.events import Finished, FinishReason, GenerationRequest, Started, Tokens
 from router.model_files import ModelFiles
-from router.sampling import SamplingParams
 from router.text import TextCodec
 from tests.router.conftest import MODEL, config_with, pair, running_cluster, until
 from tests.router.fake_worker import CONTEXT_TOKENS, VOCAB_SIZE, FakeWorker, expected_tokens
@@ -277,18 +285,6 @@ async def test_reflection_names_our_service(model_dir: Path) -> None:
         call.cancel()
     names = {service.name for service in answer.list_services_response.service}
     assert {"switchyard.v1.GenerationService", "grpc.health.v1.Health"} <= names
-
-
-async def test_a_plain_synchronous_client_streams(model_dir: Path) -> None:
-    async with running_cluster(model_dir, *pair()) as cluster:
-
-        def call() -> list[int]:
-            with GenerationClient(cluster.grpc_address) as client:
-                assert client.models()[0].name == MODEL
-                assert client.tokenize("def") == tuple(TextCodec(model_dir / "tokenizer.json").encode("def", True))
-                return [i for event in client.generate(request()) if isinstance(event, Tokens) for i in event.ids]
-
-        assert await asyncio.to_thread(call) == expected_tokens(PROMPT, 20)
 
 
 async def test_a_hundred_streams_at_once(model_dir: Path) -> None:

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+from switchyard_client import GenerationError
 
 from kvstore.connect import open_directory
 from kvstore.control.directory import WorkerRecord
 from router.app import _epochs
-from router.client import GenerationError
 from router.config import RouterConfig, RouterSpec
 from settings.loading import SettingsError, load, write
 from tests.processes import KVNode, python_environment

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+from switchyard_client import GenerationClient
 
-from router.client import GenerationClient
 from router.tenancy import tenant_salt
 from tests.router.conftest import MODEL, running_cluster
 from tests.router.fake_worker import FakeWorker

@@ -1,0 +1,33 @@
+"""The Python client of a Switchyard cluster: token streams as plain events, over gRPC.
+
+A stream whose router dies goes on at another router. Needs grpcio and protobuf only.
+"""
+
+from switchyard_client._client import GenerationClient, Target
+from switchyard_client._errors import GenerationError
+from switchyard_client._types import (
+    Event,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    RequestStats,
+    SamplingParams,
+    ServedModel,
+    Started,
+    Tokens,
+)
+
+__all__ = [
+    "Event",
+    "FinishReason",
+    "Finished",
+    "GenerationClient",
+    "GenerationError",
+    "GenerationRequest",
+    "RequestStats",
+    "SamplingParams",
+    "ServedModel",
+    "Started",
+    "Target",
+    "Tokens",
+]

@@ -1,0 +1,56 @@
+"""Between the client's types and the messages of GenerationService. Pure conversion; the router checks values."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from switchyard_client._errors import GenerationError
+from switchyard_client._stubs import generation_pb2
+from switchyard_client._types import (
+    Event,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    RequestStats,
+    SamplingParams,
+    Started,
+    Tokens,
+)
+
+_REASONS = {
+    generation_pb2.FINISH_REASON_STOP: FinishReason.STOP,
+    generation_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
+}
+
+
+def request_message(request: GenerationRequest) -> generation_pb2.GenerateRequest:
+    """A Generate call's message. Raises GenerationError for what a field cannot carry."""
+    options = {field.name: getattr(request.sampling, field.name) for field in fields(SamplingParams)}
+    try:
+        message = generation_pb2.GenerateRequest(model=request.model, sampling=generation_pb2.SamplingParams(**options))
+        if isinstance(request.prompt, str):
+            message.text = request.prompt
+        else:
+            message.token_ids.CopyFrom(generation_pb2.TokenIds(ids=request.prompt))
+    except ValueError as error:
+        raise GenerationError("INVALID_ARGUMENT", str(error), None) from None
+    return message
+
+
+def event_of(message: generation_pb2.GenerateResponse) -> Event | None:
+    """What a message of a stream says; None for a kind of event that this client does not know."""
+    kind = message.WhichOneof("event")
+    if kind == "tokens":
+        return Tokens(message.tokens.first_position, tuple(message.tokens.ids), message.tokens.text)
+    if kind == "started":
+        started = message.started
+        return Started(message.stream_id, started.model, started.num_prompt_tokens, started.seed)
+    return _finished(message.finished) if kind == "finished" else None
+
+
+def _finished(message: generation_pb2.Finished) -> Finished:
+    reason = _REASONS.get(message.reason)
+    if reason is None:
+        raise GenerationError("UNIMPLEMENTED", f"finish reason {message.reason} is newer than this client", None)
+    stats = RequestStats(**{field.name: getattr(message.stats, field.name) for field in fields(RequestStats)})
+    return Finished(reason, message.num_output_tokens, stats)

@@ -1,0 +1,96 @@
+"""What a client asks for, and what comes back. Plain data: knows neither protobuf nor gRPC."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How each next token is chosen, and when the stream ends. None leaves an option to the model's own default.
+
+    A new option is a field of the message SamplingParams, and a field here under the same name.
+    """
+
+    temperature: float | None = None  # >= 0; 0 is greedy
+    top_p: float | None = None  # in (0, 1]; 1 means no limit
+    top_k: int | None = None  # tokens; 0 means no limit
+    max_tokens: int | None = None  # > 0; None means up to the context length
+    seed: int | None = None  # in [0, 2^64); None means that the router draws one
+    stop: tuple[str, ...] = ()  # texts; the stream ends before the first of them would be shown
+    stop_token_ids: tuple[int, ...] = ()  # the stream ends when one of these is chosen; it is not shown
+    ignore_eos: bool = False  # whether the model's own end tokens are passed over
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One prompt and how to continue it."""
+
+    prompt: str | Sequence[int]  # text, or token ids
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    model: str = ""  # empty means the only model served
+    deadline_s: float | None = None  # seconds from the call, resumptions included; None means none
+
+
+class FinishReason(enum.Enum):
+    """Why a stream ended well."""
+
+    STOP = "stop"  # an end token, a stop token or a stop text
+    LENGTH = "length"  # max_tokens, or the context length
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStats:
+    """What one request cost, as the cluster counted it, and where it ran; fields as in the message RequestStats."""
+
+    ttft_s: float = 0.0  # seconds from admission to the first token
+    duration_s: float = 0.0  # seconds from admission to the end
+    num_cached_prompt_tokens: int = 0
+    num_computed_prompt_tokens: int = 0
+    num_recomputed_prompt_tokens: int = 0  # by the decode worker, for want of a KV block
+    num_transferred_blocks: int = 0  # KV blocks from the prefill to the decode worker
+    prefill_worker_id: str = ""
+    decode_worker_id: str = ""
+    num_replacements: int = 0  # times that the stream was placed anew because a worker was lost
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """Always first: the stream was admitted."""
+
+    stream_id: str
+    model: str
+    num_prompt_tokens: int
+    seed: int  # the one in use, also when the router drew it
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """New tokens, and the text that they completed."""
+
+    first_position: int  # of the first id in the completion, from 0; positions follow each other without gaps
+    ids: tuple[int, ...]
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Always last."""
+
+    reason: FinishReason
+    num_output_tokens: int
+    stats: RequestStats
+
+
+Event = Started | Tokens | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model that the cluster serves."""
+
+    name: str
+    context_tokens: int  # most tokens of prompt and completion together
+    vocab_size: int  # token ids are below it
