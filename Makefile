@@ -29,7 +29,7 @@ serve: env       ## start the whole cluster on this machine; ARGS="..." is passe
 	.venv/bin/switchyard serve $(ARGS)
 
 # Tests that only compute run two at a time; the others start processes and listen to clocks, so each has the machine.
-COMPUTING := tests/kernels tests/costs tests/models tests/planner
+COMPUTING := tests/kernels tests/costs tests/training tests/planner
 
 test: env-test   ## the whole suite; ARGS="tests/router -k resume" runs a part
 ifdef ARGS
@@ -51,14 +51,14 @@ check: env-test  ## lint, types, import contracts
 	.venv/bin/lint-imports
 
 bench: env-test  ## CPU benchmarks; rows are appended to bench/results/
-	$(PY) -m planner.bench $(ARGS)
+	$(PY) -m bench.run $(ARGS)
 
 bench-gpu:       ## all GPU checks and benchmarks in one go, without Ray; OUT=DIR takes the results
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "bench-gpu: no CUDA device")'
 	mkdir -p $(OUT); export PYTHONPATH=.:proto/gen:client; failed=0; \
 	$(GPU_PYTHON) -m kernels.harness.lanes gpu --small > $(OUT)/gpu_lane.jsonl || failed=1; \
 	$(GPU_PYTHON) -m kernels.harness.bench --out $(OUT) --known bench/results --minutes 5 || failed=1; \
-	$(GPU_PYTHON) -m workers.bench --shape llama-3.1-8b --out $(OUT) || failed=1; \
+	$(GPU_PYTHON) -m bench.engine --shape llama-3.1-8b --out $(OUT) || failed=1; \
 	exit $$failed
 
 proto: env-test  ## regenerate the stubs under proto/gen, and the client's

@@ -133,7 +133,7 @@ def bench(
 
     from switchyard_client import GenerationError
 
-    from planner.loadgen import play
+    from bench.loadgen import play
     from planner.trace import TraceError, load_trace, synthetic_trace
 
     if trace is not None and synthetic is not None:

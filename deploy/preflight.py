@@ -22,10 +22,10 @@ from deploy.ports import wanted_ports
 from kvstore.config import KVStoreConfig, is_redis
 from kvstore.network.addresses import bare_host, join_host_port, listen, split_host_port
 from kvstore.trial import TierMisconfigured, memory_risk, try_control, try_disk, try_tier
-from router.chat import ChatTemplate
 from router.errors import ModelFilesError
 from router.model_files import ModelFiles, ModelLimits
-from router.text import TextCodec
+from router.service.chat import ChatTemplate
+from router.service.text import TextCodec
 from workers.config import resolve_model
 from workers.errors import ModelError
 from workers.model.config import ModelConfig

@@ -51,7 +51,7 @@ class KVStoreConfig:
     """back: fragments go to disk before the arena gives their slots away; through: as soon as they are complete."""
     kv_encoding: str = "none"
     """none, or int8 or fp8 (e4m3): keys and values travel, and lie in all tiers, as 8-bit numbers with a scale per
-    row. A fourth of the bytes of float32, half of bfloat16's; some tokens change (`python -m workers.kv_loss`)."""
+    row. A fourth of the bytes of float32, half of bfloat16's; some tokens change (`python -m bench.kv_loss`)."""
     disk_compression: str = "none"
     """none, or zstd: without loss, where it saves whole pages. Of what is written from now on; both forms are read."""
     peers: bool = False

@@ -17,20 +17,20 @@ from checkpoint.identity import ServedModel
 from kvstore.connect import open_directory, open_journal
 from kvstore.control.directory import Directory
 from kvstore.control.journal import JournalUnavailable, StreamJournal
+from router.api.grpc_api import GrpcFace
+from router.api.http_api import HttpFace, HttpParts
 from router.config import RouterSpec
-from router.dispatch import Dispatcher
 from router.errors import ConfigError, StartupError
-from router.fleet import Fleet
-from router.generation import Generation
-from router.grpc_face import GrpcFace
-from router.http_face import HttpFace, HttpParts
-from router.journal import JournalWriter
-from router.link import LinkOptions, end_task
-from router.membership import Membership
+from router.fleet.fleet import Fleet
+from router.fleet.membership import Membership
+from router.fleet.worker_connection import LinkOptions, end_task
 from router.metrics import Metrics
 from router.model_files import ModelFiles
-from router.policy import POLICIES, Rates
-from router.readiness import ControlState, Readiness, readiness
+from router.placement.policy import POLICIES, Rates
+from router.service.dispatch import Dispatcher
+from router.service.generation import Generation
+from router.service.journal import JournalWriter
+from router.service.readiness import ControlState, Readiness, readiness
 
 
 @dataclass(frozen=True, slots=True)

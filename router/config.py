@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 
 from router.model_files import GENERATION_CONFIG, ModelLimits
-from router.policy import POLICIES
+from router.placement.policy import POLICIES
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
 

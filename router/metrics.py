@@ -12,10 +12,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from switchyard.v1.worker_pb2 import WorkerLoad
 
-from router.dispatch import Dispatcher
-from router.generation import Account
-from router.policy import Placement
-from router.streams import HandOff
+from router.placement.policy import Placement
+from router.placement.streams import HandOff
+from router.service.dispatch import Dispatcher
+from router.service.generation import Account
 from telemetry import router as declared
 from telemetry import worker
 from telemetry.metric import Kind, samples

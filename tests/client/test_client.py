@@ -24,7 +24,7 @@ from switchyard_client import (
 )
 from switchyard_client._messages import event_of, request_message
 
-from router.text import TextCodec
+from router.service.text import TextCodec
 from tests.router.conftest import MODEL, pair, running_cluster
 from tests.router.fake_worker import CONTEXT_TOKENS, VOCAB_SIZE, expected_tokens
 from tests.router.test_grpc_face import PROMPT, request

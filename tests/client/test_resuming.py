@@ -13,7 +13,7 @@ import pytest
 from kvstore.connect import open_directory, open_journal
 from kvstore.control.directory import WorkerRecord
 from router.config import RouterConfig
-from router.text import TextCodec
+from router.service.text import TextCodec
 from tests.processes import KVNode
 from tests.router.conftest import config_with, running_cluster, until
 from tests.router.fake_worker import FakeWorker, expected_tokens

@@ -17,7 +17,7 @@ from switchyard_client import GenerationRequest, SamplingParams, Tokens
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from router.text import TextCodec
+from router.service.text import TextCodec
 from tests.cluster.test_kill_at_every_token import Once
 from tests.fake_cluster import MODEL_NAME, SIZES, FakeCluster, Shape
 from tests.forked import Prefork

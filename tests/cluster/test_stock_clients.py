@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import openai
 import pytest
 
-from router.text import TextCodec
+from router.service.text import TextCodec
 from tests.cluster.test_kill_at_every_token import NUM_TOKENS, Once, busy, check, prompt
 from tests.fake_cluster import DEMO, MODEL_NAME, FakeCluster, Shape, expected
 from tests.forked import Prefork

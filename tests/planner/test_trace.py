@@ -2,7 +2,7 @@
 
 import pytest
 
-from planner.loadgen import Percentiles, RequestResult, prompt_ids, summarize
+from bench.loadgen import Percentiles, RequestResult, prompt_ids, summarize
 from planner.trace import TraceError, TraceRequest, load_trace, synthetic_trace
 
 

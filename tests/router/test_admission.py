@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from router.admission import Admission
+from router.service.admission import Admission
 
 
 def test_the_limit_counts_what_is_in_flight() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.affinity import HeldBlocks, SnapshotPart, ToldChanges
+from router.placement.affinity import HeldBlocks, SnapshotPart, ToldChanges
 
 A, B, C, D = (bytes([letter]) * 16 for letter in b"abcd")
 

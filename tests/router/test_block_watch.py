@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from router.fleet import name_blocks
+from router.fleet.fleet import name_blocks
 from tests.router.conftest import Cluster, running_cluster, until
 from tests.router.fake_worker import FakeWorker, expected_tokens
 from tests.router.test_grpc_face import PROMPT, collect, request

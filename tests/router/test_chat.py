@@ -12,8 +12,8 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from router.chat import ChatTemplate
 from router.errors import InvalidRequest
+from router.service.chat import ChatTemplate
 from tests.router import chat_templates
 from tests.router.chat_templates import ALL
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from router.text import TextCodec
+from router.service.text import TextCodec
 
 WORDS = ["the", "cat", "is", "Paris", "s", "é", "a", "'", ".", "\u4f60"]
 STYLES = ("byte_level", "llama", "metaspace", "gemma", "word_piece", "suffixes")

@@ -7,9 +7,9 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.affinity import SeenBlocks, SnapshotPart, ToldChanges
-from router.fleet import Fleet, KvLayout, LoadReport, WorkerInfo, extend_names, name_blocks
-from router.policy import Placement, Rates, Reject, Role, RouteRequest, WorkerView, cheapest
+from router.fleet.fleet import Fleet, KvLayout, LoadReport, WorkerInfo, extend_names, name_blocks
+from router.placement.affinity import SeenBlocks, SnapshotPart, ToldChanges
+from router.placement.policy import Placement, Rates, Reject, Role, RouteRequest, WorkerView, cheapest
 
 LAYOUT = KvLayout(b"layout", 16)
 RATES = Rates(prefill_ms_per_token=0.5, decode_ms_per_step=10.0, transfer_ms_per_block=0.1)

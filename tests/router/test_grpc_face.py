@@ -25,7 +25,7 @@ from switchyard_client import (
 )
 
 from router.model_files import ModelFiles
-from router.text import TextCodec
+from router.service.text import TextCodec
 from tests.router.conftest import MODEL, config_with, pair, running_cluster, until
 from tests.router.fake_worker import CONTEXT_TOKENS, VOCAB_SIZE, FakeWorker, expected_tokens
 

@@ -14,8 +14,8 @@ import pytest
 from openai.resources.chat.completions import Completions as Chats
 from openai.resources.completions import Completions
 
+from router.api.openai_schema import ChatRequest, CompletionRequest
 from router.config import RouterConfig
-from router.openai_schema import ChatRequest, CompletionRequest
 from tests.router.conftest import MODEL
 from tests.router.fake_worker import CONTEXT_TOKENS, FakeWorker
 from tests.router.test_http_face import BASE, served

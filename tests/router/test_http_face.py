@@ -14,7 +14,7 @@ import httpx
 import openai
 import pytest
 
-from router.text import TextCodec
+from router.service.text import TextCodec
 from tests.router.conftest import MODEL, Cluster, config_with, pair, running_cluster, until
 from tests.router.fake_worker import CONTEXT_TOKENS, VOCAB_SIZE, FakeWorker, expected_tokens
 from tests.router.test_grpc_face import PROMPT

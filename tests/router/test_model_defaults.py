@@ -17,11 +17,11 @@ from switchyard.v1 import generation_pb2
 from kvstore.control.file_journal import FileJournal
 from router.app import Router
 from router.config import RouterSpec
-from router.defaults import settled
 from router.errors import ModelFilesError
+from router.fleet.messages import generation_request, journal_record
 from router.model_files import ModelFiles, SamplingDefaults
 from router.sampling import SamplingParams, check_sampling, sampling_message, sampling_params
-from router.wire import generation_request, journal_record
+from router.service.defaults import settled
 from tests.fake_cluster import write_fake_model
 from tests.router.chat_templates import QWEN3
 from tests.router.conftest import DEMO, MODEL, running_cluster

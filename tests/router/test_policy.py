@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from router.policy import (
+from router.placement.policy import (
     POLICIES,
     Placement,
     Rates,

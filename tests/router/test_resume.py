@@ -16,7 +16,7 @@ from switchyard.v1 import generation_pb2
 
 from kvstore.connect import open_journal
 from router.model_files import ModelFiles
-from router.text import TextCodec
+from router.service.text import TextCodec
 from tests.processes import RedisServer
 from tests.router.conftest import MODEL, Cluster, running_cluster, until
 from tests.router.fake_worker import FakeWorker, expected_tokens

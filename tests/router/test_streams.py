@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from router.errors import Cancelled, InvalidRequest
 from router.events import FinishReason
-from router.policy import CostTerms, Placement
-from router.streams import (
+from router.placement.policy import CostTerms, Placement
+from router.placement.streams import (
     Action,
     CancelPart,
     ContinuePart,

@@ -8,7 +8,7 @@ import httpx
 import pytest
 from switchyard_client import GenerationClient
 
-from router.tenancy import tenant_salt
+from router.api.tenancy import tenant_salt
 from tests.router.conftest import MODEL, running_cluster
 from tests.router.fake_worker import FakeWorker
 from tests.router.test_grpc_face import PROMPT, request

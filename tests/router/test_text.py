@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from router.chat import ChatTemplate
 from router.errors import InvalidRequest, ModelFilesError
 from router.model_files import ModelFiles
-from router.text import StopTexts, TextCodec
+from router.service.chat import ChatTemplate
+from router.service.text import StopTexts, TextCodec
 
 ACCENTS = "naïve café, 你好 👩‍👩‍👧 \x00 end"
 

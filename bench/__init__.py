@@ -1,0 +1,1 @@
+"""All benchmarks, and their results beside them."""

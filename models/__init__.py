@@ -1,1 +1,0 @@
-"""The demo model and its draft, and the scripts that train them on the CPython standard library."""

@@ -1,0 +1,286 @@
+"""The HTTP face: OpenAI's completions and chat, metrics, health. Maps errors to statuses, once, here.
+
+Knows HTTP; knows nothing of how a request is served.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import socket
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from kvstore.network.addresses import join_host_port, listen
+from router import errors
+from router.api.http_body import read_json
+from router.api.openai_answer import LAST_EVENT_ID, AnswerStyle, OpenAiAnswer, error_body, parse_event_id
+from router.api.openai_messages import checked_messages
+from router.api.openai_schema import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, parse
+from router.api.request_ids import RequestIds
+from router.api.tenancy import tenant_salt
+from router.errors import InvalidRequest, PortInUse, RouterError, UnknownRoute, is_counted, mark_counted
+from router.events import Event, GenerationRequest, ResumeRequest
+from router.metrics import Metrics
+from router.service.generation import Generation
+from router.service.readiness import Readiness
+
+# The most specific entry wins.
+STATUS_OF: dict[type[RouterError], int] = {
+    errors.InvalidRequest: 400,
+    errors.UnknownModel: 404,
+    errors.UnknownStream: 404,
+    errors.PromptTooLarge: 413,
+    errors.UnsupportedEncoding: 415,
+    errors.Overloaded: 429,
+    errors.Unavailable: 503,
+    errors.DeadlineExceeded: 504,
+    errors.Cancelled: 499,
+    errors.Superseded: 409,
+    errors.RouterError: 500,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class HttpParts:
+    """What the face shows."""
+
+    generation: Generation
+    metrics: Metrics
+    readiness: Callable[[], Readiness]
+    max_body_bytes: int
+    cors_origins: Sequence[str] = ()  # none: web pages may not call it
+
+
+class HttpFace:
+    """The listening HTTP server of one router."""
+
+    def __init__(self, parts: HttpParts) -> None:
+        self._app = make_app(parts)
+        self._server: _Server | None = None
+        self._socket: socket.socket | None = None
+
+    def bind(self, host: str, port: int) -> str:
+        """Take the port; the address. Raises PortInUse."""
+        try:
+            self._socket = listen(host, port, backlog=1024)
+        except OSError as error:
+            raise PortInUse(f"HTTP port {port} on {host} is in use or cannot be bound ({error.strerror})") from None
+        return join_host_port(host, self._socket.getsockname()[1])
+
+    async def serve(self, drain_s: float) -> None:
+        """Answer until stop(); then running answers have drain_s to end."""
+        assert self._socket is not None, "bind() comes first"
+        config = uvicorn.Config(
+            self._app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            timeout_graceful_shutdown=max(1, math.ceil(drain_s)),
+        )
+        self._server = _Server(config)
+        await self._server.serve(sockets=[self._socket])
+
+    def close(self) -> None:
+        """Let go of a port that is bound and was never served."""
+        if self._socket is not None:
+            self._socket.close()
+
+    def stop(self) -> None:
+        """Refuse new connections and let serve() end."""
+        if self._server is not None:
+            self._server.should_exit = True
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # signals are the process's, not this face's
+
+
+def make_app(parts: HttpParts) -> ASGIApp:
+    """The ASGI application."""
+    endpoints, on = _Endpoints(parts), _Errors(parts.metrics)
+    app: ASGIApp = Starlette(
+        routes=[
+            Route("/v1/completions", endpoints.completions, methods=["POST"]),
+            Route("/v1/chat/completions", endpoints.chat_completions, methods=["POST"]),
+            Route("/v1/models", endpoints.models),
+            Route("/v1/models/{name:path}", endpoints.model),
+            Route("/metrics", endpoints.metrics),
+            Route("/health", endpoints.healthz),
+            Route("/healthz", endpoints.healthz),
+            Route("/readyz", endpoints.readyz),
+        ],
+        exception_handlers={
+            RouterError: on.on_router_error,
+            HTTPException: on.on_http_error,
+            Exception: on.on_failure,
+        },
+    )
+    if parts.cors_origins:
+        app = CORSMiddleware(
+            app,
+            allow_origins=parts.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=("X-Request-Id",),
+        )
+    return RequestIds(app)
+
+
+class _Endpoints:
+    def __init__(self, parts: HttpParts) -> None:
+        self._parts = parts
+        self._generation = parts.generation
+
+    async def completions(self, request: Request) -> Response:
+        body = parse(CompletionRequest, await read_json(request, self._parts.max_body_bytes))
+        self._generation.check_model(body.model)
+        style = self._style(body, is_chat=False)
+        sampling = body.sampling(DEFAULT_COMPLETION_TOKENS)
+        salt = _tenant_salt(request)
+        requests = [GenerationRequest(prompt, sampling, body.model, tenant_salt=salt) for prompt in body.prompts()]
+        if (known := _resumption(request, style)) is not None:
+            return OpenAiAnswer([self._resume(known, requests[0])], style)
+        if len(requests) > 1:
+            self._generation.check(requests)
+        commits_first = style.is_stream and len(requests) == 1
+        return OpenAiAnswer([self._generation.stream(one, commits_first) for one in requests], style)
+
+    async def chat_completions(self, request: Request) -> Response:
+        body = parse(ChatRequest, await read_json(request, self._parts.max_body_bytes))
+        self._generation.check_model(body.model)
+        style = self._style(body, is_chat=True)
+        prompt = self._generation.render_chat(checked_messages(body.messages), body.template_options())
+        sampling = body.sampling(self._generation.files.sampling_defaults.max_new_tokens)
+        order = GenerationRequest(
+            prompt,
+            sampling,
+            body.model,
+            add_special_tokens=False,
+            tenant_salt=_tenant_salt(request),
+            prompt_uses_clock=self._generation.chat_uses_clock,
+        )
+        if (known := _resumption(request, style)) is not None:
+            return OpenAiAnswer([self._resume(known, order)], style)
+        return OpenAiAnswer([_refusing(self._generation.stream(order, style.is_stream), {"prompt": "messages"})], style)
+
+    def _resume(self, known: ResumeRequest, repeated: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """As Generation.resume, whose fields are one header here."""
+        fields = ("stream_id", "num_tokens", "token_ids")
+        known = dataclasses.replace(known, repeated=repeated)
+        return _refusing(self._generation.resume(known, commits_first=True), dict.fromkeys(fields, LAST_EVENT_ID))
+
+    def _style(self, body: CompletionRequest | ChatRequest, is_chat: bool) -> AnswerStyle:
+        return AnswerStyle(
+            is_chat=is_chat,
+            is_stream=bool(body.stream),
+            has_usage_chunk=body.has_usage_chunk,
+            has_token_ids=bool(body.return_token_ids),
+            has_event_ids=self._generation.can_resume,
+            model=body.model,
+        )
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._model_card()]})
+
+    async def model(self, request: Request) -> Response:
+        self._generation.check_model(request.path_params["name"])
+        return JSONResponse(self._model_card())
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self._parts.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def healthz(self, request: Request) -> Response:
+        return PlainTextResponse("ok\n")
+
+    async def readyz(self, request: Request) -> Response:
+        state = self._parts.readiness()
+        return JSONResponse(dataclasses.asdict(state), status_code=200 if state.is_ready else 503)
+
+    def _model_card(self) -> dict[str, object]:
+        files = self._generation.files
+        return {
+            "id": files.name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "switchyard",
+            "max_model_len": self._generation.context_tokens,
+        }
+
+
+async def _refusing(stream: AsyncGenerator[Event, None], renamed: Mapping[str, str]) -> AsyncGenerator[Event, None]:
+    """The events of a stream, whose refusals name the fields that the client knows."""
+    async with contextlib.aclosing(stream) as events:
+        try:
+            async for event in events:
+                yield event
+        except InvalidRequest as error:
+            if error.param is None or error.param not in renamed:
+                raise
+            param = renamed[error.param]
+            message = error.message.removeprefix(f"{error.param}: ") if error.param == "prompt" else error.message
+            renaming = type(error)(f"{param}: {message}", param=param)
+            mark_counted(renaming)
+            raise renaming from None
+
+
+def _resumption(request: Request, style: AnswerStyle) -> ResumeRequest | None:
+    """What a client that lost its connection has; it sends its request again, with the id of the last event it saw.
+
+    None for a request that is new. Raises InvalidRequest.
+    """
+    event_id = request.headers.get(LAST_EVENT_ID)
+    if not event_id:
+        return None
+    if not style.is_stream:
+        raise InvalidRequest(f"{LAST_EVENT_ID}: only what is streamed can be resumed", param=LAST_EVENT_ID)
+    return dataclasses.replace(parse_event_id(event_id), tenant_salt=_tenant_salt(request))
+
+
+def _tenant_salt(request: Request) -> bytes:
+    return tenant_salt(request.headers.get("authorization", ""))
+
+
+class _Errors:
+    """What becomes of errors: a status, a body, and one entry in the metrics for what never reached generation."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    async def on_router_error(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, RouterError), "registered for RouterError"
+        self._count(error, error.code)
+        status = next(STATUS_OF[kind] for kind in type(error).__mro__ if kind in STATUS_OF)
+        headers = {}
+        if error.retry_after_s is not None:
+            headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+        return JSONResponse(error_body(error), status_code=status, headers=headers)
+
+    async def on_http_error(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException), "registered for HTTPException"
+        kind = UnknownRoute if error.status_code in (404, 405) else InvalidRequest
+        named = kind(f"{request.method} {request.url.path}: {error.detail}")
+        self._count(error, named.code)
+        return JSONResponse(error_body(named), status_code=error.status_code, headers=error.headers)
+
+    async def on_failure(self, request: Request, error: Exception) -> Response:
+        self._count(error, RouterError.code)
+        body = error_body(RouterError(f"internal error: {type(error).__name__}"))
+        return JSONResponse(body, status_code=500)
+
+    def _count(self, error: Exception, outcome: str) -> None:
+        if not is_counted(error):
+            self._metrics.refused(outcome)

@@ -1,0 +1,1 @@
+"""Where a request runs: policies, what workers hold, and the life of a stream. Pure."""

@@ -1,0 +1,1 @@
+"""What becomes of a request: checks, text, admission, placement of its parts, its journal."""

@@ -1,0 +1,45 @@
+"""Where a model's answers end, and what its requests get that leave sampling open: settled once, from its files.
+
+Knows model files, tokenizer and template; knows nothing of streams.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from router.model_files import ModelFiles, SamplingDefaults
+from router.sampling import SMALLEST_FLOAT32, SamplingParams
+from router.service.chat import ChatTemplate
+from router.service.text import TextCodec
+
+
+def end_token_ids(files: ModelFiles, codec: TextCodec, template: ChatTemplate | None) -> tuple[int, ...]:
+    """The end tokens that workers, who read config.json and generation_config.json, do not know.
+
+    They are tokenizer_config.json's eos_token, and the added token that the chat template writes right after an answer.
+    """
+    stated = codec.id_of(files.special_tokens.get("eos_token", ""))
+    written = codec.added_token_at_start(template.after_answer()) if template is not None else None
+    ids = dict.fromkeys(token_id for token_id in (stated, written) if token_id is not None)
+    return tuple(i for i in ids if i not in files.eos_token_ids and i < files.vocab_size)
+
+
+def settled(
+    sampling: SamplingParams, defaults: SamplingDefaults, end_ids: Sequence[int], seed: int, room: int
+) -> SamplingParams:
+    """The options with nothing left open. room: tokens that the context has left. Settling twice changes nothing."""
+    stop_ids = sampling.stop_token_ids if sampling.ignore_eos else (*sampling.stop_token_ids, *end_ids)
+    return dataclasses.replace(
+        sampling,
+        temperature=_first(sampling.temperature, defaults.temperature, 1.0),
+        top_p=max(_first(sampling.top_p, defaults.top_p, 1.0), SMALLEST_FLOAT32),  # 0 would leave no candidate
+        top_k=int(_first(sampling.top_k, defaults.top_k, 0)),
+        stop_token_ids=tuple(dict.fromkeys(stop_ids)),
+        seed=seed if sampling.seed is None else sampling.seed,
+        max_tokens=min(sampling.max_tokens or room, room),
+    )
+
+
+def _first(asked: float | None, default: float | None, otherwise: float) -> float:
+    return next(value for value in (asked, default, otherwise) if value is not None)

@@ -1,0 +1,83 @@
+"""The models that are committed: what they are, what they were trained on, and that their cards say the truth."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from training import corpus, train
+
+HERE = Path(train.__file__).parent
+TESTS_OF_HELD_OUT = {
+    "test_cgi.py", "test_copyreg.py", "test_enum.py", "test_future.py", "test_hmac.py", "test_logging.py",
+    "test_pathlib.py", "test_pydoc.py", "test_smtpd.py", "test_sunau.py", "test_threading_local.py",
+    "test_traceback.py", "test_xdrlib.py",
+}  # fmt: skip
+PLANS = {"demo": (train.DEMO, 6e6, 12e6), "demo-draft": (train.DRAFT, 1e6, 2e6)}
+
+
+@pytest.fixture(scope="module")
+def documents() -> corpus.Corpus:
+    return corpus.read()
+
+
+def test_nothing_that_is_held_out_is_trained_on(documents: corpus.Corpus) -> None:
+    trained = set(documents.trained())
+    assert len(documents.held_out) >= len(corpus.HELD_OUT_MODULES)
+    assert not trained.intersection(documents.held_out)
+    assert len(documents.sources) > 500
+    assert len(documents.tests) > 500
+
+
+def test_the_tests_of_held_out_modules_are_not_trained_on(documents: corpus.Corpus) -> None:
+    trained = set(documents.tests)
+    named = [path for path, relative in corpus._files() if relative.name in TESTS_OF_HELD_OUT]
+    assert len(named) >= 8  # another Python has a few less, or names them otherwise
+    for path in named:
+        assert path.read_text(encoding="utf-8", errors="replace") not in trained
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_directory_is_what_others_can_load(name: str) -> None:
+    plan, least, most = PLANS[name]
+    directory = HERE / name
+    present = {path.name for path in directory.iterdir()}
+    assert {
+        "README.md", "config.json", "generation_config.json", "loss_curve.png", "model.safetensors",
+        "tokenizer.json", "tokenizer_config.json",
+    } <= present  # fmt: skip
+    config = json.loads((directory / "config.json").read_text())
+    assert (config["architectures"], config["torch_dtype"]) == (["LlamaForCausalLM"], "bfloat16")
+    if name == "demo":
+        assert config["num_key_value_heads"] < config["num_attention_heads"]
+    assert least <= sum(p.numel() for p in train.load(plan).parameters()) <= most
+    assert (directory / "tokenizer.json").read_bytes() == (HERE / "demo" / "tokenizer.json").read_bytes()
+
+
+def test_both_together_are_small() -> None:
+    files = [path for name in PLANS for path in (HERE / name).iterdir()]
+    assert sum(path.stat().st_size for path in files) < 30e6
+
+
+def test_the_draft_guesses_what_the_demo_says(documents: corpus.Corpus) -> None:
+    """What speculative decoding lives on: often the draft's first choice is the demo's."""
+    tok = Tokenizer.from_file(str(HERE / "demo" / "tokenizer.json"))
+    ids = train.encode(tok, [max(documents.held_out, key=len)])[None, :1024]
+    with torch.inference_mode():
+        first, second = (train.load(plan)(ids).argmax(-1) for plan in (train.DEMO, train.DRAFT))
+    assert (first == second).float().mean() > 0.35  # 0.43 when this was written
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLANS)
+def test_the_card_gives_the_bits_per_byte_that_are_measured(documents: corpus.Corpus, name: str) -> None:
+    tok = Tokenizer.from_file(str(HERE / "demo" / "tokenizer.json"))
+    said = re.search(r"\*\*held-out bits per byte\*\* \| \*\*([\d.]+)\*\*", (HERE / name / "README.md").read_text())
+    assert said is not None
+    measured = train.bits_per_byte(train.load(PLANS[name][0]), tok, documents.held_out)
+    assert measured == pytest.approx(float(said[1]), abs=0.002)

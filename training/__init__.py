@@ -1,0 +1,1 @@
+"""What makes the demo model and its draft."""
