@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 
 from training import corpus
-from training.train import CONTEXT_TOKENS, DEMO, DRAFT, HERE, SEED, VOCAB_SIZE, Plan, bits_per_byte, load
+from training.train import CONTEXT_TOKENS, DEMO, DRAFT, MODELS, SEED, VOCAB_SIZE, Plan, bits_per_byte, load
 
 
 def xz_bits_per_byte(documents: list[str]) -> float:
@@ -43,7 +43,7 @@ def draw_loss_curve(plan: Plan, history: list[dict[str, float]]) -> None:
     twin.set_ylabel("bits per byte")
     figure.legend(loc="upper right", bbox_to_anchor=(0.88, 0.88))
     figure.tight_layout()
-    figure.savefig(HERE / plan.name / "loss_curve.png")
+    figure.savefig(MODELS / plan.name / "loss_curve.png")
 
 
 def num_megabytes(documents: list[str]) -> float:
@@ -96,18 +96,18 @@ makes them is under Switchyard's Apache-2.0.
 def main() -> None:
     """A card for each model that is there."""
     torch.set_num_threads(2)
-    tok = Tokenizer.from_file(str(HERE / "demo" / "tokenizer.json"))
+    tok = Tokenizer.from_file(str(MODELS / "demo" / "tokenizer.json"))
     data = corpus.read()
     xz_bpb = xz_bits_per_byte(data.held_out)
     for plan in (DEMO, DRAFT):
-        if not (HERE / plan.name / "model.safetensors").exists():
+        if not (MODELS / plan.name / "model.safetensors").exists():
             continue
         model = load(plan)
         bpb = bits_per_byte(model, tok, data.held_out)
-        history = json.loads((HERE / plan.name / "training_history.json").read_text())
+        history = json.loads((MODELS / plan.name / "training_history.json").read_text())
         draw_loss_curve(plan, history)
         parameters = sum(p.numel() for p in model.parameters())
-        (HERE / plan.name / "README.md").write_text(card(plan, parameters, bpb, xz_bpb, data))
+        (MODELS / plan.name / "README.md").write_text(card(plan, parameters, bpb, xz_bpb, data))
         print(f"{plan.name}: {parameters} parameters, {bpb:.4f} bits per byte held out (xz -9e: {xz_bpb:.4f})")
 
 

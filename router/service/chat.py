@@ -1,7 +1,7 @@
 """Chat messages to a prompt, by the model's own jinja2 template.
 
-A template gets each message as it came, but for what it cannot print as it is meant: router.service.chat_probes finds that
-out once. Knows what templates expect to find (Hugging Face's conventions); knows nothing of HTTP or tokens.
+A template gets each message as it came, but for what it cannot print as it is meant: service.chat_probes finds that out
+once. Knows what templates expect to find (Hugging Face's conventions); knows nothing of HTTP or tokens.
 """
 
 from __future__ import annotations

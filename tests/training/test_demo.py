@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from tokenizers import Tokenizer
 
 from training import corpus, train
 
-HERE = Path(train.__file__).parent
+MODELS = train.MODELS
 TESTS_OF_HELD_OUT = {
     "test_cgi.py", "test_copyreg.py", "test_enum.py", "test_future.py", "test_hmac.py", "test_logging.py",
     "test_pathlib.py", "test_pydoc.py", "test_smtpd.py", "test_sunau.py", "test_threading_local.py",
@@ -45,7 +44,7 @@ def test_the_tests_of_held_out_modules_are_not_trained_on(documents: corpus.Corp
 @pytest.mark.parametrize("name", PLANS)
 def test_the_directory_is_what_others_can_load(name: str) -> None:
     plan, least, most = PLANS[name]
-    directory = HERE / name
+    directory = MODELS / name
     present = {path.name for path in directory.iterdir()}
     assert {
         "README.md", "config.json", "generation_config.json", "loss_curve.png", "model.safetensors",
@@ -56,17 +55,17 @@ def test_the_directory_is_what_others_can_load(name: str) -> None:
     if name == "demo":
         assert config["num_key_value_heads"] < config["num_attention_heads"]
     assert least <= sum(p.numel() for p in train.load(plan).parameters()) <= most
-    assert (directory / "tokenizer.json").read_bytes() == (HERE / "demo" / "tokenizer.json").read_bytes()
+    assert (directory / "tokenizer.json").read_bytes() == (MODELS / "demo" / "tokenizer.json").read_bytes()
 
 
 def test_both_together_are_small() -> None:
-    files = [path for name in PLANS for path in (HERE / name).iterdir()]
+    files = [path for name in PLANS for path in (MODELS / name).iterdir()]
     assert sum(path.stat().st_size for path in files) < 30e6
 
 
 def test_the_draft_guesses_what_the_demo_says(documents: corpus.Corpus) -> None:
     """What speculative decoding lives on: often the draft's first choice is the demo's."""
-    tok = Tokenizer.from_file(str(HERE / "demo" / "tokenizer.json"))
+    tok = Tokenizer.from_file(str(MODELS / "demo" / "tokenizer.json"))
     ids = train.encode(tok, [max(documents.held_out, key=len)])[None, :1024]
     with torch.inference_mode():
         first, second = (train.load(plan)(ids).argmax(-1) for plan in (train.DEMO, train.DRAFT))
@@ -76,8 +75,8 @@ def test_the_draft_guesses_what_the_demo_says(documents: corpus.Corpus) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
 def test_the_card_gives_the_bits_per_byte_that_are_measured(documents: corpus.Corpus, name: str) -> None:
-    tok = Tokenizer.from_file(str(HERE / "demo" / "tokenizer.json"))
-    said = re.search(r"\*\*held-out bits per byte\*\* \| \*\*([\d.]+)\*\*", (HERE / name / "README.md").read_text())
+    tok = Tokenizer.from_file(str(MODELS / "demo" / "tokenizer.json"))
+    said = re.search(r"\*\*held-out bits per byte\*\* \| \*\*([\d.]+)\*\*", (MODELS / name / "README.md").read_text())
     assert said is not None
     measured = train.bits_per_byte(train.load(PLANS[name][0]), tok, documents.held_out)
     assert measured == pytest.approx(float(said[1]), abs=0.002)
