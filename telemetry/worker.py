@@ -38,6 +38,13 @@ ENGINE = (
         "Prompt tokens computed by decode requests because KV blocks were missing or bad.",
         "num_recomputed_prompt_tokens",
     ),
+    _count(
+        "dropped_write_back_blocks",
+        "blocks",
+        "KV blocks for a later turn that were not stored, because the tiers were slower than decoding.",
+        "num_dropped_write_backs",
+    ),
+    _state("transfers", "", "Batches of KV blocks on their way to or from the tiers.", "num_transfers"),
     _count("preemptions", "", "Requests preempted for want of KV blocks.", "num_preemptions"),
     _count("published_blocks", "blocks", "KV blocks published.", "num_published_blocks"),
     _count("transferred_blocks", "blocks", "KV blocks pulled, verified and used.", "num_transferred_blocks"),

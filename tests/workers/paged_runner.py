@@ -56,9 +56,6 @@ class PagedRunner:
 
         return wait
 
-    def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
-        return self.start(plan)()
-
     @property
     def has_ended_transfers(self) -> bool:
         return bool(self.begun)

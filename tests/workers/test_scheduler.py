@@ -46,9 +46,6 @@ class FakeRunner:
         is_load = any(transfer in plan.loads for plan in self.plans)
         return TransferDone(transfer.transfer_id, min(self.load_limit if is_load else 1 << 30, len(transfer.block_ids)))
 
-    def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
-        return self.start(plan)()
-
     @property
     def has_ended_transfers(self) -> bool:
         return bool(self.begun) and not self.holds_back

@@ -120,6 +120,8 @@ class LoadSnapshot:
     num_transferred_blocks: int = 0
     num_prefixes_fetched: int = 0
     num_prefixes_recomputed: int = 0
+    num_dropped_write_backs: int = 0
+    num_transfers: int = 0
 
 
 class EngineLoop:
@@ -308,6 +310,8 @@ class EngineLoop:
             num_transferred_blocks=counters.num_transferred_blocks,
             num_prefixes_fetched=scheduler.num_prefixes_fetched,
             num_prefixes_recomputed=scheduler.num_prefixes_recomputed,
+            num_dropped_write_backs=scheduler.num_dropped_write_backs,
+            num_transfers=scheduler.transfers.num_transfers,
         )
 
     # ------------------------------------------------------------------------------------------ the directory's threads

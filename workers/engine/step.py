@@ -171,10 +171,6 @@ class ModelRunner(Protocol):
 class Executor(Protocol):
     """Carries out plans on all ranks of a worker."""
 
-    def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
-        """One step."""
-        ...
-
     def start(self, plan: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
         """One step, which may still run on return; what is returned waits for its end. Steps run in order."""
         ...

@@ -50,11 +50,9 @@ class Transfers:
         self._pools = pools
         self._of_part: dict[int, Transfer] = {}
         self._last_id = 0
+        self.num_transfers = 0
         self.num_loading_blocks = 0
         self.num_written_back_blocks = 0  # being written back
-
-    def __len__(self) -> int:
-        return len(set(map(id, self._of_part.values())))
 
     def __bool__(self) -> bool:
         return bool(self._of_part)
@@ -81,6 +79,7 @@ class Transfers:
             self._pools.pools[group].acquire(block_ids)
             transfer.parts[self._last_id] = BlockTransfer(self._last_id, group, names, block_ids, num_tokens)
             self._of_part[self._last_id] = transfer
+        self.num_transfers += 1
         self._count(transfer, len(names))
         return list(transfer.parts.values())
 
@@ -99,6 +98,7 @@ class Transfers:
         transfer.num_blocks = min(transfer.num_blocks, done.num_blocks)
         if transfer.parts:
             return None
+        self.num_transfers -= 1
         self._count(transfer, -len(transfer.block_names))
         return transfer
 

@@ -38,12 +38,8 @@ class GroupExecutor:
             # How many threads torch computes with is a setting of the thread that calls it.
             self._thread = ThreadPoolExecutor(1, "step", torch.set_num_threads, (torch.get_num_threads(),))
 
-    def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
-        """Send the plan to the other ranks, if there are any, and do our share."""
-        return self.start(plan)()
-
     def start(self, plan: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
-        """As execute; what is returned waits for the end of our share."""
+        """Send the plan to all ranks and begin our share; what is returned waits for its end."""
         self._sequence = self._sequence % _MAX_SEQUENCE + 1
         words = encode_plan(plan, self._sequence, self._is_full, self._runner.ended_transfers())
         self._is_full = False

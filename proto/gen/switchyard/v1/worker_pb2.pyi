@@ -214,7 +214,7 @@ class Pong(_message.Message):
     def __init__(self, nonce: _Optional[int] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_waiting_for_kv", "num_free_blocks", "num_queued_tokens", "num_steps", "num_computed_prompt_tokens", "num_cached_prompt_tokens", "num_recomputed_prompt_tokens", "num_generated_tokens", "num_preemptions", "num_published_blocks", "num_transferred_blocks", "num_rejected_fragments", "pulled_bytes", "published_bytes", "tier_is_up", "num_prefixes_fetched", "num_prefixes_recomputed", "num_prefetched_fragments", "prefetched_bytes", "num_useless_prefetched_fragments", "tier_problems")
+    __slots__ = ("num_running", "num_waiting", "num_waiting_for_kv", "num_free_blocks", "num_queued_tokens", "num_steps", "num_computed_prompt_tokens", "num_cached_prompt_tokens", "num_recomputed_prompt_tokens", "num_generated_tokens", "num_preemptions", "num_published_blocks", "num_transferred_blocks", "num_rejected_fragments", "pulled_bytes", "published_bytes", "tier_is_up", "num_prefixes_fetched", "num_prefixes_recomputed", "num_prefetched_fragments", "prefetched_bytes", "num_useless_prefetched_fragments", "tier_problems", "num_dropped_write_backs", "num_transfers")
     class NumRejectedFragmentsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -287,6 +287,8 @@ class WorkerLoad(_message.Message):
     PREFETCHED_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_USELESS_PREFETCHED_FRAGMENTS_FIELD_NUMBER: _ClassVar[int]
     TIER_PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DROPPED_WRITE_BACKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TRANSFERS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_waiting_for_kv: int
@@ -310,7 +312,9 @@ class WorkerLoad(_message.Message):
     prefetched_bytes: _containers.ScalarMap[str, int]
     num_useless_prefetched_fragments: int
     tier_problems: _containers.ScalarMap[str, str]
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_for_kv: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_queued_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_computed_prompt_tokens: _Optional[int] = ..., num_cached_prompt_tokens: _Optional[int] = ..., num_recomputed_prompt_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_published_blocks: _Optional[int] = ..., num_transferred_blocks: _Optional[int] = ..., num_rejected_fragments: _Optional[_Mapping[str, int]] = ..., pulled_bytes: _Optional[_Mapping[str, int]] = ..., published_bytes: _Optional[_Mapping[str, int]] = ..., tier_is_up: _Optional[_Mapping[str, bool]] = ..., num_prefixes_fetched: _Optional[int] = ..., num_prefixes_recomputed: _Optional[int] = ..., num_prefetched_fragments: _Optional[_Mapping[str, int]] = ..., prefetched_bytes: _Optional[_Mapping[str, int]] = ..., num_useless_prefetched_fragments: _Optional[int] = ..., tier_problems: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    num_dropped_write_backs: int
+    num_transfers: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_for_kv: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_queued_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_computed_prompt_tokens: _Optional[int] = ..., num_cached_prompt_tokens: _Optional[int] = ..., num_recomputed_prompt_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_published_blocks: _Optional[int] = ..., num_transferred_blocks: _Optional[int] = ..., num_rejected_fragments: _Optional[_Mapping[str, int]] = ..., pulled_bytes: _Optional[_Mapping[str, int]] = ..., published_bytes: _Optional[_Mapping[str, int]] = ..., tier_is_up: _Optional[_Mapping[str, bool]] = ..., num_prefixes_fetched: _Optional[int] = ..., num_prefixes_recomputed: _Optional[int] = ..., num_prefetched_fragments: _Optional[_Mapping[str, int]] = ..., prefetched_bytes: _Optional[_Mapping[str, int]] = ..., num_useless_prefetched_fragments: _Optional[int] = ..., tier_problems: _Optional[_Mapping[str, str]] = ..., num_dropped_write_backs: _Optional[int] = ..., num_transfers: _Optional[int] = ...) -> None: ...
 
 class WatchBlocksRequest(_message.Message):
     __slots__ = ()
