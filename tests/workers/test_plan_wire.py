@@ -32,6 +32,7 @@ def test_round_trip():
         new_rows=[RowState(3, 9, SAMPLING, [[3, 1, 4], [1]])],
         new_blocks=[0, 0, 10, 77, 1, 0, 10, 78],
         loads=[BlockTransfer(1, 1, names, [7, 8], [16, 3])],
+        ends_prompts=True,
         stores=[BlockTransfer(2, 0, names[:1], [0], [16]), BlockTransfer(3, 0, names[1:], [1], [2])],
     )
     found = decode_plan(encode_plan(plan, 17, is_full=True, polls=[4, 9]))
@@ -43,13 +44,13 @@ def test_round_trip():
     for name in ("temperature", "top_p", "top_k", "seed"):
         assert getattr(row.sampling, name) == getattr(SAMPLING, name), name
     assert found.new_blocks.tolist() == [[0, 0, 10, 77], [1, 0, 10, 78]]
-    assert (found.loads, found.stores) == (plan.loads, plan.stores)
+    assert (found.loads, found.stores, found.ends_prompts) == (plan.loads, plan.stores, True)
 
 
 def test_an_empty_plan_is_its_header():
     words = encode_plan(SchedulerOutput(), 1)
     assert words.dtype == np.int32
-    assert len(words) == 9
+    assert len(words) == 10
     assert decode_plan(words).num_requests == 0
 
 

@@ -50,13 +50,11 @@ def run_transfers(
     runner: ModelRunner, loads: Sequence[BlockTransfer] = (), stores: Sequence[BlockTransfer] = ()
 ) -> list[int]:
     """Move blocks and wait for the end: of each transfer, how many are whole on every rank. On all ranks at once."""
-    runner.start(direct_plan((), loads, stores))()
     waiting = [transfer.transfer_id for transfer in (*loads, *stores)]
-    counts: dict[int, int] = {}
-    while len(counts) < len(waiting):
-        polls = [transfer_id for transfer_id in waiting if transfer_id not in counts]
-        ended = runner.start(direct_plan((), polls=polls))().transfers
-        counts.update((done.transfer_id, done.num_blocks) for done in ended)
-        if not ended:
-            time.sleep(_POLL_S)
+    ended = list(runner.start(direct_plan((), loads, stores))().transfers)
+    while len(ended) < len(waiting):
+        time.sleep(_POLL_S)
+        polls = [transfer_id for transfer_id in waiting if all(done.transfer_id != transfer_id for done in ended)]
+        ended += runner.start(direct_plan((), polls=polls))().transfers
+    counts = {done.transfer_id: done.num_blocks for done in ended}
     return [counts[transfer_id] for transfer_id in waiting]

@@ -15,7 +15,7 @@ from workers.engine.step import BlockTransfer, Ints, RowState, SchedulerOutput, 
 from workers.sampling.params import SamplingParams
 
 NAME_WORDS = 4  # a block name is 16 bytes
-_HEADER_WORDS = 9
+_HEADER_WORDS = 10
 _SAMPLING = struct.Struct("<ddiQ")  # temperature, top_p, top_k, seed
 _SAMPLING_WORDS = _SAMPLING.size // 4
 
@@ -24,7 +24,7 @@ def encode_plan(plan: SchedulerOutput, sequence: int, is_full: bool = False, pol
     """What the ranks are sent of a plan."""
     words = [
         sequence, int(is_full), len(plan.rows), len(plan.token_ids), len(plan.new_rows), len(plan.new_blocks) // 4,
-        len(plan.loads), len(plan.stores), len(polls),
+        len(plan.loads), len(plan.stores), int(plan.ends_prompts), len(polls),
         *plan.rows, *plan.start_positions, *plan.num_tokens, *plan.write_from, *plan.num_logits, *plan.num_known,
         *plan.token_ids, *plan.new_blocks, *polls,
     ]  # fmt: skip
@@ -38,8 +38,8 @@ def encode_plan(plan: SchedulerOutput, sequence: int, is_full: bool = False, pol
 def decode_plan(words: Ints) -> StepPlan:
     """The inverse; the columns are views of the words."""
     reader = _Reader(words)
-    sequence, is_full, num_requests, num_known, num_rows, num_blocks, num_loads, num_stores, num_polls = reader.take(
-        _HEADER_WORDS
+    sequence, is_full, num_requests, num_known, num_rows, num_blocks, num_loads, num_stores, ends_prompts, num_polls = (
+        reader.take(_HEADER_WORDS)
     )
     rows, start_positions, num_tokens, write_from, num_logits, num_known_of = (
         reader.array(num_requests) for _ in range(6)
@@ -55,6 +55,7 @@ def decode_plan(words: Ints) -> StepPlan:
         num_known=num_known_of,
         token_ids=reader.array(num_known),
         new_blocks=reader.array(4 * num_blocks).reshape(-1, 4),
+        ends_prompts=bool(ends_prompts),
         polls=reader.take(num_polls),
         new_rows=[_decode_row(reader) for _ in range(num_rows)],
         loads=[_decode_transfer(reader) for _ in range(num_loads)],

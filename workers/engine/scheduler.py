@@ -347,6 +347,7 @@ class Scheduler:
         request.num_stored_blocks = last
         if kind is TransferKind.STORE:
             request.num_stores_in_flight += 1
+            plan.ends_prompts |= is_last
         elif not self.config.writes_back:
             return
         elif self.transfers.num_written_back_blocks * MAX_WRITTEN_BACK_SHARE > self.pool.num_blocks:

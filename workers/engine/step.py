@@ -82,6 +82,7 @@ class SchedulerOutput:
     new_blocks: list[int] = field(default_factory=list)  # group, row, index, block id; and so on
     loads: list[BlockTransfer] = field(default_factory=list)
     stores: list[BlockTransfer] = field(default_factory=list)
+    ends_prompts: bool = False  # tokens are sent when stores of this step have ended
     preempted_ids: list[str] = field(default_factory=list)
 
     @property
@@ -139,7 +140,8 @@ class StepPlan:
     new_blocks: Ints  # [n, 4]: group, row, index, block id
     loads: Sequence[BlockTransfer]
     stores: Sequence[BlockTransfer]
-    polls: Sequence[int]  # transfers whose end the leader asks for
+    ends_prompts: bool
+    polls: Sequence[int]  # transfers whose end the leader asks for; where there is one rank it knows
 
     @property
     def num_requests(self) -> int:

@@ -34,7 +34,7 @@ class KVConnector:
         self._memories = tuple(memories)
         self._grids = tuple(grids)
         self._store = store
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._ended: dict[int, int] = {}  # by transfer: blocks that are whole, counted from the first
         self._finishers: dict[int, Callable[[int], None]] = {}
         self._prepared: dict[int, Future[None]] = {}
@@ -65,19 +65,24 @@ class KVConnector:
 
         self._storers.submit(self._run, transfer, put)
 
+    def wait(self, transfers: Sequence[BlockTransfer], timeout_s: float) -> None:
+        """Return when these have ended on this rank, or when the time is over."""
+        with self._changed:
+            self._changed.wait_for(lambda: all(t.transfer_id in self._ended for t in transfers), timeout_s)
+
     def ended(self) -> list[int]:
         """Transfers that have ended on this rank and were not finished."""
-        with self._lock:
+        with self._changed:
             return list(self._ended)
 
     def poll(self, transfer_id: int) -> int:
         """How many blocks of a transfer are whole, counted from the first; PENDING while it has not ended here."""
-        with self._lock:
+        with self._changed:
             return self._ended.get(transfer_id, PENDING)
 
     def finish(self, done: TransferDone) -> None:
         """The transfer has ended on every rank: brings its blocks into the cache."""
-        with self._lock:
+        with self._changed:
             del self._ended[done.transfer_id]
         finisher = self._finishers.pop(done.transfer_id, None)
         if finisher is not None:
@@ -94,8 +99,9 @@ class KVConnector:
             num_blocks = _num_whole(move(), len(transfer.block_names))
         except Exception:  # a tier does not raise; if one does, the transfer must end all the same
             log.exception("blocks were not moved")
-        with self._lock:
+        with self._changed:
             self._ended[transfer.transfer_id] = num_blocks
+            self._changed.notify_all()
         self.on_ended()
 
     def _put(self, transfer: BlockTransfer, fragments: Sequence[FragmentBytes]) -> Sequence[bool]:

@@ -41,7 +41,8 @@ class GroupExecutor:
     def start(self, plan: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
         """Send the plan to all ranks and begin our share; what is returned waits for its end."""
         self._sequence = self._sequence % _MAX_SEQUENCE + 1
-        words = encode_plan(plan, self._sequence, self._is_full, self._runner.ended_transfers())
+        polls = self._runner.ended_transfers() if self._groups.world_size > 1 else ()
+        words = encode_plan(plan, self._sequence, self._is_full, polls)
         self._is_full = False
         if self._thread is None:
             return self._start(torch.from_numpy(words))

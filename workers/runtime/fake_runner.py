@@ -22,10 +22,10 @@ from workers.kv.connector import KVConnector
 from workers.kv.paged_cache import CacheLayout, PagedCache
 from workers.model.cache_spec import CacheSpec, cache_groups
 from workers.model.config import ModelConfig
-from workers.parallel import ParallelGroups, Shard
+from workers.parallel import Shard
 from workers.runtime.fake_model import SlotCode, choose, position_weight, position_weights, token_hash
 from workers.runtime.rank_state import RankState
-from workers.runtime.runner import poll_transfers
+from workers.runtime.runner import finish_ended
 
 CACHE_BYTES = 64 << 20  # KV cache of one worker when the config does not say
 _WORD_BYTES = 4
@@ -55,7 +55,6 @@ class FakeModelRunner:
         context_tokens = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
         self._state = RankState(config.max_num_seqs, -(-context_tokens // config.block_size))
         self._last_tokens = np.zeros(config.max_num_seqs, np.int64)  # of each row of the state
-        self._alone = ParallelGroups(Shard(), torch.device("cpu"))
         self.attach(KVConnector(self.cache.memories(0, "none"), self.cache.grids(0), FragmentStore(())))
 
     def attach(self, connector: KVConnector) -> None:
@@ -80,7 +79,6 @@ class FakeModelRunner:
         """Hashes instead of a forward pass; transfers go on beside it."""
         started = time.perf_counter()
         self._state.apply(plan)
-        ended = poll_transfers(plan, self._connector, self._alone)
         for load in plan.loads:
             self._connector.start_load(load)
         for store in plan.stores:
@@ -94,6 +92,7 @@ class FakeModelRunner:
             time.sleep(self._step_s + self._token_s * num_prefill_tokens)
         for store in plan.stores:
             self._connector.start_store(store)
+        ended = finish_ended(plan, self._connector)
         return ModelRunnerOutput(sampled, ended, time.perf_counter() - started)
 
     def _compute(self, plan: StepPlan, index: int, known_ids: Ints) -> list[int]:

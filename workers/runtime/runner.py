@@ -35,6 +35,9 @@ from workers.sampling.sampler import sample
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU_CACHE_BYTES = 256 << 20  # KV cache of one worker on a CPU when the config does not say
 CUDA_CACHE_SHARE = 0.95  # of the memory that is free beside weights, activations and graphs
+# How long a step that computes the last tokens of a prompt waits for its blocks to be stored. A tier in memory is
+# through by then, and the first token goes out with this step, not the next; a slow one holds up nobody for longer.
+STORE_GRACE_S = 0.005
 _WARM_UP_TOKENS, _WARM_UP_SEQS = 3, 2
 _CHUNKS_OF_OTHER_TILES = (2, 4, 8, 16, 32, 128)  # attention picks its tile by the longest chunk
 
@@ -238,7 +241,7 @@ class TorchModelRunner:
     def _start(self, plan: StepPlan) -> Callable[[], ModelRunnerOutput]:
         started = time.perf_counter()
         self._inputs.apply(plan)
-        ended = poll_transfers(plan, self._connector, self._groups)
+        ended = poll_transfers(plan.polls, self._connector, self._groups)
         for load in plan.loads:
             self._connector.start_load(load)
         for store in plan.stores:
@@ -257,6 +260,10 @@ class TorchModelRunner:
                 self._last_tokens.index_copy_(0, rows, tokens if len(at) == len(tokens) else tokens[at])
         for store in plan.stores:
             self._connector.start_store(store)
+        is_alone = self._groups.world_size == 1
+        if plan.ends_prompts and not is_alone and self._device.type == "cpu":
+            self._connector.wait(plan.stores, STORE_GRACE_S)
+            ended += poll_transfers([store.transfer_id for store in plan.stores], self._connector, self._groups)
         read = _read_later(tokens)
 
         def wait() -> ModelRunnerOutput:
@@ -264,6 +271,9 @@ class TorchModelRunner:
             sampled = [0] * len(token_ids)
             for place, token_id in zip(order if token_ids else (), token_ids, strict=True):
                 sampled[place] = token_id
+            if is_alone:
+                with torch.inference_mode(), self._on_device():
+                    ended.extend(finish_ended(plan, self._connector))
             return ModelRunnerOutput(sampled, ended, time.perf_counter() - started)
 
         return wait
@@ -295,14 +305,24 @@ class TorchModelRunner:
         return sample(logits, prepared.sampling, prepared.positions, self._groups, self._vocab_size)
 
 
-def poll_transfers(plan: StepPlan, connector: KVConnector, groups: ParallelGroups) -> list[TransferDone]:
-    """Those of the plan's polled transfers that have ended on every rank; their blocks are in the cache then."""
-    counts = groups.min_over_ranks([connector.poll(transfer_id) for transfer_id in plan.polls])
+def poll_transfers(transfer_ids: Sequence[int], connector: KVConnector, groups: ParallelGroups) -> list[TransferDone]:
+    """Those that have ended on every rank; their blocks are in the cache then. On all ranks at once."""
+    counts = groups.min_over_ranks([connector.poll(transfer_id) for transfer_id in transfer_ids])
     ended = [
         TransferDone(transfer_id, count)
-        for transfer_id, count in zip(plan.polls, counts, strict=True)
+        for transfer_id, count in zip(transfer_ids, counts, strict=True)
         if count != PENDING
     ]
+    for done in ended:
+        connector.finish(done)
+    return ended
+
+
+def finish_ended(plan: StepPlan, connector: KVConnector) -> list[TransferDone]:
+    """The same for a worker of one rank, after a step: all that have ended, and that could be soon."""
+    if plan.ends_prompts:
+        connector.wait(plan.stores, STORE_GRACE_S)
+    ended = [TransferDone(transfer_id, connector.poll(transfer_id)) for transfer_id in connector.ended()]
     for done in ended:
         connector.finish(done)
     return ended
