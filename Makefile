@@ -28,16 +28,21 @@ env-test: .venv/.test
 serve: env       ## start the whole cluster on this machine; ARGS="..." is passed on
 	.venv/bin/switchyard serve $(ARGS)
 
-# Tests that only compute run two at a time; the others start processes and listen to clocks, so each has the machine.
-COMPUTING := tests/kernels tests/costs tests/training tests/planner
+# These run two at a time: tests that compute, and tests whose processes mostly wait for one another.
+# The others listen to clocks or start whole clusters, so each has the machine; so have the files that hold to a second.
+TWO_AT_A_TIME := $(addprefix tests/,checkpoint costs kernels kvstore planner router settings telemetry training workers)
+ONE_AT_A_TIME := $(filter-out $(TWO_AT_A_TIME) %/__pycache__,$(patsubst %/,%,$(wildcard tests/*/))) \
+  $(wildcard tests/test_*.py)
+TIMED := tests/router/test_grpc_face.py tests/router/test_http_face.py
 
 test: env-test   ## the whole suite; ARGS="tests/router -k resume" runs a part
 ifdef ARGS
 	$(PY) -m pytest -m "not slow" $(ARGS)
 else
 	failed=0; \
-	$(PY) -m pytest -m "not slow" -n 2 --dist loadgroup $(COMPUTING) || failed=1; \
-	$(PY) -m pytest -m "not slow" $(COMPUTING:%=--ignore=%) || failed=1; \
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n 2 --dist loadgroup $(TWO_AT_A_TIME) $(TIMED:%=--ignore=%) \
+	  || failed=1; \
+	$(PY) -m pytest -m "not slow" $(ONE_AT_A_TIME) $(TIMED) || failed=1; \
 	exit $$failed
 endif
 

@@ -214,7 +214,7 @@ class Cluster:
             self._check_node(described, settings)
             endpoints = routers.wait_ready()
         with self._steps.step("Waiting for the workers"):
-            wait_running(names, _WORKERS_TIMEOUT_S, self._steps.note)
+            wait_running(plan.pools, _WORKERS_TIMEOUT_S, self._steps.note)
             self._wait_seen(plan, endpoints)
         return Endpoints(tuple(endpoints), ray.address, ray.dashboard, ray.metrics)
 

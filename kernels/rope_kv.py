@@ -4,8 +4,8 @@ Hugging Face's half-rotation layout: dimension i turns together with i + head_di
 cosines, then the sines, in fp32. A token's slot is block * block_size + offset; slot -1 writes nothing.
 
 The cache holds the model's dtype; or fp8, divided by a fixed scale of each KV head; or int8, with a scale of each slot
-and KV head beside it, made of what is written. What is quantised is the fp32 result of the rotation, rounded once.
-Knows nothing of how frequencies are made.
+and KV head beside it, made of what is written. One kernel does all three; the ops of the 8-bit caches are in
+kernels.rope_kv_quantised. Knows nothing of how frequencies are made.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from costs import ops as costs
 from kernels.cases import DTYPE_NAMES, Draw
 from kernels.jit import Value, cdiv, constexpr, jit, next_power_of_2, tl
 from kernels.op import Case, Op, Target
-from kernels.quantise import FP8, LARGEST, largest_magnitude, narrow, quantise, round_scaled
+from kernels.quantise import FP8, LARGEST, largest_magnitude, round_scaled
 
 INT8 = torch.int8
 _FEW_TOKENS = 2  # CPU: up to here plain writes are faster than indexed ones
@@ -113,7 +113,7 @@ def _rope_kernel(
             tl.store(v_slots + HALF, vb, mask=mask)
 
 
-def _launch(
+def launch_rope(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -123,6 +123,7 @@ def _launch(
     slot_mapping: torch.Tensor,
     kv_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """Quantises when the cache holds 8-bit numbers; kv_scales are theirs."""
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads, group, half = k.shape[1], num_q_heads // k.shape[1], head_dim // 2
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -148,23 +149,11 @@ def launch(
     kv_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
 ) -> torch.Tensor:
-    return _launch(q, k, v, cos_sin, positions, kv_cache, slot_mapping)
+    return launch_rope(q, k, v, cos_sin, positions, kv_cache, slot_mapping)
 
 
-def launch_quantised(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cos_sin: torch.Tensor,
-    positions: torch.Tensor,
-    kv_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    kv_scales: torch.Tensor,
-) -> torch.Tensor:
-    return _launch(q, k, v, cos_sin, positions, kv_cache, slot_mapping, kv_scales)
-
-
-def _rotate64(x: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def rotate_float64(x: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """In float64: the plain definition."""
     cos, sin = cos_sin[positions].double().unsqueeze(1).chunk(2, dim=-1)
     a, b = x.double().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
@@ -179,44 +168,11 @@ def reference(
     kv_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
 ) -> torch.Tensor:
-    _write_rows(_rotate64(k, cos_sin, positions).to(k.dtype), v, kv_cache, slot_mapping)
-    return _rotate64(q, cos_sin, positions).to(q.dtype)
+    write_rows(rotate_float64(k, cos_sin, positions).to(k.dtype), v, kv_cache, slot_mapping)
+    return rotate_float64(q, cos_sin, positions).to(q.dtype)
 
 
-def reference_fp8(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cos_sin: torch.Tensor,
-    positions: torch.Tensor,
-    kv_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    kv_scales: torch.Tensor,
-) -> torch.Tensor:
-    k_scale, v_scale = kv_scales.double().unsqueeze(-1).unbind(1)
-    k_row = narrow(_rotate64(k, cos_sin, positions) / k_scale, FP8)
-    _write_rows(k_row, narrow(v.double() / v_scale, FP8), kv_cache, slot_mapping)
-    return _rotate64(q, cos_sin, positions).to(q.dtype)
-
-
-def reference_int8(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cos_sin: torch.Tensor,
-    positions: torch.Tensor,
-    kv_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    kv_scales: torch.Tensor,
-) -> torch.Tensor:
-    k_row, k_scale = quantise(_rotate64(k, cos_sin, positions), "int8")
-    v_row, v_scale = quantise(v.double(), "int8")
-    _write_rows(k_row, v_row, kv_cache, slot_mapping)
-    _write_rows(k_scale, v_scale, kv_scales.unsqueeze(-1), slot_mapping)
-    return _rotate64(q, cos_sin, positions).to(q.dtype)
-
-
-def _write_rows(k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+def write_rows(k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
     """One token after the other."""
     block_size = kv_cache.shape[3]
     for slot, k_row, v_row in zip(slot_mapping.tolist(), k, v, strict=True):
@@ -225,7 +181,7 @@ def _write_rows(k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, slot_m
             kv_cache[slot // block_size, :, 1, slot % block_size] = v_row
 
 
-def _rotate32(
+def rotate_together(
     q: torch.Tensor, k: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, int]:
     """q's heads and k's, turned together in fp32: at small sizes the number of torch calls is the cost."""
@@ -245,49 +201,14 @@ def cpu(
     kv_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
 ) -> torch.Tensor:
-    rotated, num_q_heads = _rotate32(q, k, cos_sin, positions)
+    rotated, num_q_heads = rotate_together(q, k, cos_sin, positions)
     rotated = rotated.to(q.dtype)
-    _write_kv(rotated[:, num_q_heads:], v, kv_cache, slot_mapping)
+    write_kv(rotated[:, num_q_heads:], v, kv_cache, slot_mapping)
     return rotated[:, :num_q_heads]
 
 
-def cpu_fp8(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cos_sin: torch.Tensor,
-    positions: torch.Tensor,
-    kv_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    kv_scales: torch.Tensor,
-) -> torch.Tensor:
-    rotated, num_q_heads = _rotate32(q, k, cos_sin, positions)
-    k_scale, v_scale = kv_scales.unsqueeze(-1).unbind(1)
-    k_rows, v_rows = narrow(rotated[:, num_q_heads:] / k_scale, FP8), narrow(v.float() / v_scale, FP8)
-    # Indexed writes know no fp8; a copy of bytes needs none.
-    _write_kv(k_rows.view(torch.uint8), v_rows.view(torch.uint8), kv_cache.view(torch.uint8), slot_mapping)
-    return rotated[:, :num_q_heads].to(q.dtype)
-
-
-def cpu_int8(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cos_sin: torch.Tensor,
-    positions: torch.Tensor,
-    kv_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    kv_scales: torch.Tensor,
-) -> torch.Tensor:
-    rotated, num_q_heads = _rotate32(q, k, cos_sin, positions)
-    k_rows, k_scales = quantise(rotated[:, num_q_heads:], "int8")
-    v_rows, v_scales = quantise(v.float(), "int8")
-    _write_kv(k_rows, v_rows, kv_cache, slot_mapping)
-    _write_kv(k_scales, v_scales, kv_scales.unsqueeze(-1), slot_mapping)
-    return rotated[:, :num_q_heads].to(q.dtype)
-
-
-def _write_kv(k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+def write_kv(k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    """All tokens at once where there are many; the same result as write_rows."""
     block_size = kv_cache.shape[3]
     if k.shape[0] <= _FEW_TOKENS:
         for i, slot in enumerate(slot_mapping.tolist()):
@@ -304,7 +225,7 @@ def _write_kv(k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, slot_map
     kv_cache[blocks, :, 1, offsets] = v
 
 
-def _cost(
+def rope_cost(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -316,33 +237,10 @@ def _cost(
     return costs.rope_and_write_kv(num_tokens, num_q_heads, k.shape[1], head_dim, q.element_size())
 
 
-def _cost_fp8(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cos_sin: torch.Tensor,
-    positions: torch.Tensor,
-    *cache: torch.Tensor,
-) -> costs.OpCost:
-    return costs.quantised(_cost(q, k, v, cos_sin, positions), 2 * k.numel(), q.element_size(), 0)
-
-
-def _cost_int8(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cos_sin: torch.Tensor,
-    positions: torch.Tensor,
-    *cache: torch.Tensor,
-) -> costs.OpCost:
-    num_scales = 2 * k.shape[0] * k.shape[1]
-    return costs.quantised(_cost(q, k, v, cos_sin, positions), 2 * k.numel(), q.element_size(), num_scales)
-
-
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
-def _case(
+def rope_case(
     heads: tuple[int, int],
     head_dim: int,
     dtype: torch.dtype,
@@ -385,57 +283,25 @@ def _case(
 
 
 SMALL = (
-    _case((4, 2), 64, FP32, 5, 16, fused_qkv=True),
-    _case((6, 2), 96, BF16, 3, 16, skipped=(1,)),
-    _case((7, 1), 80, FP16, 4, 64),
-    _case((4, 2), 32, FP32, 2, 16, skipped=(0,)),
-    _case((2, 2), 20, FP32, 17, 16, skipped=(0, 16)),
-    _case((4, 4), 128, BF16, 1, 64, fused_qkv=True),
+    rope_case((4, 2), 64, FP32, 5, 16, fused_qkv=True),
+    rope_case((6, 2), 96, BF16, 3, 16, skipped=(1,)),
+    rope_case((7, 1), 80, FP16, 4, 64),
+    rope_case((4, 2), 32, FP32, 2, 16, skipped=(0,)),
+    rope_case((2, 2), 20, FP32, 17, 16, skipped=(0, 16)),
+    rope_case((4, 4), 128, BF16, 1, 64, fused_qkv=True),
 )
 FULL = (
-    *(_case((32, 8), 128, dtype, 8192, 64, fused_qkv=True, full=True) for dtype in (FP32, FP16, BF16)),
-    _case((8, 1), 128, BF16, 64, 64, full=True),
-    _case((32, 32), 96, BF16, 64, 16, full=True),
-    _case((28, 4), 128, BF16, 256, 64, full=True),
-    _case((32, 8), 128, BF16, 64, 64, fused_qkv=True, full=True),
-    _case((64, 8), 128, BF16, 8192, 64, fused_qkv=True, full=True),
+    *(rope_case((32, 8), 128, dtype, 8192, 64, fused_qkv=True, full=True) for dtype in (FP32, FP16, BF16)),
+    rope_case((8, 1), 128, BF16, 64, 64, full=True),
+    rope_case((32, 32), 96, BF16, 64, 16, full=True),
+    rope_case((28, 4), 128, BF16, 256, 64, full=True),
+    rope_case((32, 8), 128, BF16, 64, 64, fused_qkv=True, full=True),
+    rope_case((64, 8), 128, BF16, 8192, 64, fused_qkv=True, full=True),
 )
-
-
-def _small_quantised(cache_dtype: torch.dtype) -> tuple[Case, ...]:
-    return (
-        _case((4, 2), 64, FP32, 5, 16, skipped=(3,), fused_qkv=True, cache_dtype=cache_dtype),
-        _case((6, 3), 96, BF16, 3, 16, skipped=(1,), cache_dtype=cache_dtype),
-        _case((7, 1), 80, FP16, 4, 64, cache_dtype=cache_dtype),
-        _case((4, 4), 128, BF16, 1, 64, fused_qkv=True, cache_dtype=cache_dtype),
-        _case((2, 2), 32, FP32, 6, 16, skipped=(2, 5), cache_dtype=cache_dtype),
-    )
-
-
-def _full_quantised(cache_dtype: torch.dtype) -> tuple[Case, ...]:
-    return (
-        _case((32, 8), 128, BF16, 8192, 64, fused_qkv=True, cache_dtype=cache_dtype, full=True),
-        _case((32, 8), 128, BF16, 64, 64, fused_qkv=True, cache_dtype=cache_dtype, full=True),
-        _case((8, 1), 128, BF16, 64, 64, cache_dtype=cache_dtype, full=True),
-        _case((28, 4), 128, FP16, 256, 64, cache_dtype=cache_dtype, full=True),
-        _case((32, 4), 128, FP32, 256, 16, cache_dtype=cache_dtype, full=True),
-    )
-
 
 LIMIT = (
     "Memory at 8,192 tokens; at 64 the launch. A prompt's program takes all heads of a token, so that its angles are"
     " read once and 65,536 one-warp blocks become 8,192; a decode step's takes one KV head's group, to use more SMs."
     " Half-rotation splits a head into two loads of half its width; K's few heads move by 8 bytes a thread."
 )
-LIMIT_QUANTISED = LIMIT + " Quantised K and V leave by 4 bytes a thread, a whole line a warp."
-TOLERANCE_QUANTISED = {FP32: 1e-2, FP16: 1e-2, BF16: 1e-2}  # a step of 8 bits where fp32 and float64 round apart
-
-rope_and_write_kv = Op("rope_and_write_kv", reference, launch, cpu, _cost, SMALL, FULL, limit=LIMIT)
-rope_and_write_kv_fp8 = Op(
-    "rope_and_write_kv_fp8", reference_fp8, launch_quantised, cpu_fp8, _cost_fp8,
-    _small_quantised(FP8), _full_quantised(FP8), TOLERANCE_QUANTISED, LIMIT_QUANTISED,
-)  # fmt: skip
-rope_and_write_kv_int8 = Op(
-    "rope_and_write_kv_int8", reference_int8, launch_quantised, cpu_int8, _cost_int8,
-    _small_quantised(INT8), _full_quantised(INT8), TOLERANCE_QUANTISED, LIMIT_QUANTISED,
-)  # fmt: skip
+rope_and_write_kv = Op("rope_and_write_kv", reference, launch, cpu, rope_cost, SMALL, FULL, limit=LIMIT)

@@ -7,7 +7,6 @@ are off: it places, watches and restarts workers. Knows nothing of routers or KV
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Callable, Sequence
 
@@ -17,12 +16,13 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from deploy.actors.kv_nodes import KVNodeSettings
 from deploy.actors.replica import WorkerReplica
+from deploy.actors.start_failure import find_failure
 from deploy.errors import StartError, one_line
 from deploy.plan import REPLICA_CPUS, PoolPlan
 
 _LOOK_S = 0.1
 _CONTROLLER = "SERVE_CONTROLLER_ACTOR"
-_PERMANENT = ("workers.errors.ModelError", "deploy.errors.StartError")  # trying again would not help
+_ROOM_S = 30.0  # a worker that has no place in the cluster for so long is spoken of
 
 
 def check_capacity(pools: Sequence[PoolPlan]) -> str:
@@ -74,39 +74,45 @@ def _deployment(pool: PoolPlan) -> serve.Deployment:
     )
 
 
-def wait_running(names: Sequence[str], timeout_s: float, warn: Callable[[str], None]) -> None:
+def wait_running(pools: Sequence[PoolPlan], timeout_s: float, warn: Callable[[str], None]) -> None:
     """Return when all workers of the pools serve. Raises StartError with the cause when one cannot."""
-    deadline_s = time.monotonic() + timeout_s
+    began_s = time.monotonic()
     warned: set[str] = set()
     while True:
         applications = serve.status().applications
-        waiting = [name for name in names if applications[name].status != ApplicationStatus.RUNNING]
+        waiting = [pool for pool in pools if applications[pool.name].status != ApplicationStatus.RUNNING]
         if not waiting:
             return
-        for name in waiting:
-            said = _said(applications[name])
-            failed = applications[name].status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
-            if failed or any(error in said for error in _PERMANENT):
-                raise StartError(f"pool {name}: {cause(said)}")
-            if "to be scheduled" in said and name not in warned:
-                warned.add(name)
-                warn(f"pool {name}: waiting for the Ray cluster to have room for its workers")
-        if time.monotonic() > deadline_s:
-            raise StartError(f"pool {waiting[0]}: not ready after {timeout_s:.0f} s")
+        for pool in waiting:
+            problem = _problem(applications[pool.name])
+            if problem:
+                raise StartError(f"pool {pool.name}: {problem}")
+        waited_s = time.monotonic() - began_s
+        if waited_s > timeout_s:
+            raise StartError(f"pool {waiting[0].name}: not ready after {timeout_s:.0f} s")
+        unwarned = [pool for pool in waiting if pool.name not in warned]
+        for pool in _without_room(unwarned) if waited_s > _ROOM_S else ():
+            warned.add(pool.name)
+            warn(f"pool {pool.name}: waiting for the Ray cluster to have room for its workers")
         time.sleep(_LOOK_S)
 
 
-def _said(application: ApplicationStatusOverview) -> str:
-    return "\n".join([application.message, *[d.message for d in application.deployments.values()]])
+def _problem(application: ApplicationStatusOverview) -> str:
+    """Why a pool will not come up, in one line; "" while it may. Serve tries again what is not permanent."""
+    said = "\n".join([application.message, *[d.message for d in application.deployments.values()]])
+    failure = find_failure(said)
+    if failure is not None and failure.is_permanent:
+        return failure.problem
+    if application.status not in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+        return ""
+    return one_line(said) if failure is None else failure.problem
 
 
-def cause(said: str) -> str:
-    """The line of a traceback that names the error, without its class's path."""
-    lines = [line.strip() for line in said.splitlines()]
-    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Failure)\b.*: ", line)]
-    permanent = [line for line in named if line.startswith(_PERMANENT)]
-    line = (permanent or named or [one_line(said)])[-1]
-    return re.sub(r"^(workers|deploy)\.errors\.\w+: ", "", line)
+def _without_room(pools: Sequence[PoolPlan]) -> list[PoolPlan]:
+    """Pools of which a worker's placement group waits for resources."""
+    groups = ray.util.placement_group_table().values() if pools else ()
+    pending = [list(group["bundles"].values()) for group in groups if group["state"] == "PENDING"]
+    return [pool for pool in pools if [dict(bundle) for bundle in pool.bundles] in pending]
 
 
 def close_serve(names: Sequence[str], was_started: bool) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from typing import TYPE_CHECKING
 
 import psutil
 import ray
@@ -16,12 +17,20 @@ from deploy.preflight import free_port
 from kvstore.network.addresses import join_host_port
 from workers.config import WorkerSpec, resolve_model
 
+if TYPE_CHECKING:
+    from workers.runtime.rank import Rank
+
 
 class RankActor:
     """One rank. Calls come from the replica: `connect` on all ranks at once, then `serve` on all."""
 
     def __init__(self, spec: WorkerSpec, kv_nodes: KVNodeSettings, rank: int) -> None:
-        self._name = f"{spec.worker_id} rank {rank}"  # before all that may fail: Ray puts it into the report
+        """Does nothing that may fail: of an error here, Ray would pass on the text and not the type."""
+        self._name = f"{spec.worker_id} rank {rank}"
+        self._spec, self._kv_nodes, self._number = spec, kv_nodes, rank
+
+    def _make_rank(self) -> Rank:
+        spec, kv_nodes = self._spec, self._kv_nodes
         node = ray.get(describe(kv_node_on(ray.get_runtime_context().get_node_id(), kv_nodes)))
         engine = dataclasses.replace(spec.engine, model_dir=str(resolve_model(spec.engine.model_dir)))
         spec = dataclasses.replace(
@@ -33,7 +42,7 @@ class RankActor:
         )
         from workers.runtime.rank import Rank
 
-        self._rank = Rank(spec, rank)
+        return Rank(spec, self._number)
 
     def __repr__(self) -> str:
         """What logs and the dashboard call it."""
@@ -45,7 +54,8 @@ class RankActor:
         return f"tcp://{join_host_port(host, free_port(host))}"
 
     def connect(self, init_method: str) -> None:
-        """Join the other ranks and load the shard."""
+        """Join the other ranks and load the shard. Raises ModelError, and StartError when the host has no KV node."""
+        self._rank = self._make_rank()
         self._rank.connect(init_method, interface_of(ray.util.get_node_ip_address()))
 
     def serve(self) -> str:

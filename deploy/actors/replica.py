@@ -22,6 +22,7 @@ from deploy.actors.health import Progress
 from deploy.actors.kv_nodes import KVNodeSettings
 from deploy.actors.metrics import RayMetrics, Report
 from deploy.actors.rank_actor import RankActor
+from deploy.actors.start_failure import ReplicaFailed, failure_of
 from deploy.plan import PoolPlan
 from telemetry import worker
 
@@ -39,16 +40,22 @@ class WorkerReplica:
         self._plan = plan
         self._worker_id = f"{plan.name}-{serve.get_replica_context().replica_id.unique_id}"
         self._stopping = False
-        self._ranks = self._make_ranks(kv_nodes)
-        init_method = await self._ranks[0].rendezvous.remote()
-        await asyncio.gather(*[rank.connect.remote(init_method) for rank in self._ranks])
-        self._address, *_ = await asyncio.gather(*[rank.serve.remote() for rank in self._ranks])
-        self._pids = await asyncio.gather(*[rank.pid.remote() for rank in self._ranks])
+        try:
+            await self._start_ranks(kv_nodes)
+        except Exception as error:
+            raise ReplicaFailed(failure_of(error)) from error
         self._progress = Progress(plan.progress_timeout_s, time.monotonic())
         labels = dict(zip(worker.LABELS, (self._worker_id, plan.name, plan.spec.role), strict=True))
         self._metrics = RayMetrics(worker.RAY_METRICS, labels)
         self._tasks = [asyncio.create_task(self._watch(rank)) for rank in self._ranks]
         self._tasks.append(asyncio.create_task(self._report()))
+
+    async def _start_ranks(self, kv_nodes: KVNodeSettings) -> None:
+        self._ranks = self._make_ranks(kv_nodes)
+        init_method = await self._ranks[0].rendezvous.remote()
+        await asyncio.gather(*[rank.connect.remote(init_method) for rank in self._ranks])
+        self._address, *_ = await asyncio.gather(*[rank.serve.remote() for rank in self._ranks])
+        self._pids = await asyncio.gather(*[rank.pid.remote() for rank in self._ranks])
 
     def _make_ranks(self, kv_nodes: KVNodeSettings) -> list[Any]:
         spec = dataclasses.replace(self._plan.spec, worker_id=self._worker_id)

@@ -22,7 +22,8 @@ from kernels.moe_fp8 import moe_experts_fp8
 from kernels.norm import add_rms_norm, add_rms_norm_quantised, rms_norm, rms_norm_quantised
 from kernels.op import Op
 from kernels.penalties import apply_penalties
-from kernels.rope_kv import rope_and_write_kv, rope_and_write_kv_fp8, rope_and_write_kv_int8
+from kernels.rope_kv import rope_and_write_kv
+from kernels.rope_kv_quantised import rope_and_write_kv_fp8, rope_and_write_kv_int8
 from kernels.sampling import sample
 from kernels.vocab_argmax import vocab_argmax
 

@@ -37,6 +37,7 @@ from kvstore.tiers.peers.transport import ReadableMemory
 from settings.loading import SettingsError, load
 
 _NUM_THREADS = 8
+_LOOK_S = 0.5
 _SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),  # else a second process binds the same port, and calls go to either
     ("grpc.max_receive_message_length", 64 * 1024 * 1024),
@@ -76,7 +77,8 @@ def run(spec: NodeSpec, stop: threading.Event, announce: Callable[[dict[str, obj
             server.start()
         ready = {"host_address": host_address, "control_address": control_address, "peer_address": peer_address}
         announce({**ready, "arena": str(spec.arena), "pid": os.getpid()})
-        stop.wait()
+        while not stop.wait(_LOOK_S):
+            pass  # a signal that comes just before a wait begins does not end it: its handler runs after the wait
         for stopped in [server.stop(grace=0.5) for server in servers]:
             stopped.wait()
         if host_address.startswith(UNIX):

@@ -198,6 +198,33 @@ def test_a_start_that_is_interrupted_leaves_nothing(
     assert place.left() == []
 
 
+WORKERLESS_PLUGIN = """
+import sys
+from dataclasses import replace
+
+from workers.model.families import llama
+
+if "torch" in sys.modules:  # of all processes, only the workers have it
+    raise OSError("libfast.so.1: cannot open shared object file")
+FAMILIES = tuple(replace(family, architecture="Another") for family in llama.FAMILIES[:1])
+"""
+
+
+def test_a_worker_that_can_never_start_ends_the_start_with_one_line(
+    place: Place, serve: Callable[..., Serving], tmp_path: Path
+) -> None:
+    """A plugin that the command can import and the workers cannot; Serve alone would try again for long."""
+    (tmp_path / "workerless.py").write_text(WORKERLESS_PLUGIN)
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    failing = serve("model.plugins=[workerless]", environment={"PYTHONPATH": paths}, is_ready=False)
+    assert failing.process.wait(60) == 1
+    (kept,) = place.left()
+    problem = "model.plugins: workerless cannot be imported (libfast.so.1: cannot open shared object file)"
+    logs = f"(logs in {place.temp_dir / kept})"
+    ends = [f"switchyard: pool {pool}: {problem} {logs}" for pool in ("prefill", "decode")]
+    assert failing.stderr.splitlines()[-1] in ends
+
+
 @pytest.fixture
 def own_ray(tmp_path: Path) -> Iterator[str]:
     """Address of a Ray cluster that somebody else has started."""

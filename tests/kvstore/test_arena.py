@@ -1,5 +1,6 @@
 """The arena's file: who may remove it, what a reader is told, and what another process sees."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -144,6 +145,27 @@ def test_arenas_of_dead_processes_are_removed_and_nothing_else(tmp_path: Path) -
     assert live.arena.is_current()
     owned.remove()
     live.remove()
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_an_arena_whose_node_removes_it_meanwhile_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_replaced: bool
+) -> None:
+    stale, flock = tmp_path / "other.arena", fcntl.flock
+    leave_stale_arena(stale, "other")
+
+    def remove_first(file_descriptor: int, how: int) -> None:
+        if stale.exists() and os.path.samestat(os.fstat(file_descriptor), stale.stat()):
+            stale.unlink()
+            if is_replaced:
+                stale.write_bytes(b"the next one")
+        flock(file_descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
+    owned = create(tmp_path)
+    assert owned.arena.is_current()
+    assert stale.exists() == is_replaced
+    owned.remove()
 
 
 def test_a_file_that_is_no_arena_is_never_removed(tmp_path: Path) -> None:

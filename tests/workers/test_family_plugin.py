@@ -140,8 +140,8 @@ def test_every_tensor_of_it_is_checked(checkpoint: Path) -> None:
 @pytest.mark.parametrize("split", [(1, 1), (2, 1), (1, 2)], ids=lambda s: f"tp{s[0]}pp{s[1]}")
 def test_tokens_are_those_of_plain_torch(split: tuple[int, int], checkpoint: Path) -> None:
     config = EngineConfig(
-        str(checkpoint), "float32", "cpu", *split, block_size=4, num_blocks=96, max_num_batched_tokens=20,
-        max_num_seqs=4, plugins=PLUGINS,
+        str(checkpoint), "float32", "cpu", tp=split[0], pp=split[1], block_size=4, num_blocks=96,
+        max_num_batched_tokens=20, max_num_seqs=4, plugins=PLUGINS,
     )  # fmt: skip
     expected = [reference_tokens(checkpoint, prompt(n), 12, window=6) for n in LENGTHS]
     assert expected != [reference_tokens(checkpoint, prompt(n), 12, window=0) for n in LENGTHS]
@@ -176,7 +176,7 @@ def test_layers_of_another_form_are_one_file_too(tmp_path: Path) -> None:
             tokens.append(int(parallel_logits(weights, torch.tensor(tokens)).argmax()))
         expected.append(tokens[length:])
     config = EngineConfig(
-        str(path), "float32", "cpu", 2, block_size=4, num_blocks=96, max_num_seqs=4, plugins=PLUGINS
+        str(path), "float32", "cpu", tp=2, block_size=4, num_blocks=96, max_num_seqs=4, plugins=PLUGINS
     )  # fmt: skip
     with EngineGroup(2, 1) as group:
         for with_graphs in (False, True):

@@ -109,7 +109,7 @@ def test_tokens_are_those_of_eager_steps(split, checkpoint):
     with EngineGroup(*split) as group:
         for chunk, num_blocks, sampling in ((7, 64, GREEDY), (512, 14, GREEDY), (20, 64, SAMPLED)):
             eager = EngineConfig(
-                str(checkpoint), "float32", "cpu", *split, block_size=4, num_blocks=num_blocks,
+                str(checkpoint), "float32", "cpu", tp=split[0], pp=split[1], block_size=4, num_blocks=num_blocks,
                 max_num_batched_tokens=chunk, max_num_seqs=5,
             )  # fmt: skip
             expected = group.run(eager, many_prompts(), sampling)

@@ -64,7 +64,7 @@ def assert_same(found: JobResult, expected: JobResult) -> None:
 def test_logits_are_those_of_the_plain_weights(checkpoints: tuple[Path, Path]) -> None:
     small, plain = checkpoints
     check_checkpoint(small, load_config(small, plugins=PLUGINS))
-    config = EngineConfig(str(plain), "float32", "cpu", 2, block_size=4, num_blocks=64, max_num_batched_tokens=12)
+    config = EngineConfig(str(plain), "float32", "cpu", tp=2, block_size=4, num_blocks=64, max_num_batched_tokens=12)
     modes = [False] if "experts" in plain.name else [False, True]
     with EngineGroup(2, 1) as group:
         for is_invariant in modes:

@@ -11,7 +11,6 @@ import errno
 import logging
 import os
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,19 +18,18 @@ from pathlib import Path
 
 from kvstore.format.authenticity import TAG_BYTES, FragmentAuthenticator
 from kvstore.format.buffers import CopyBuffers
-from kvstore.format.compression import check_compression, compress, decompress, is_compressed, unseal_stored
+from kvstore.format.compression import check_compression, decompress, is_compressed, unseal_stored
 from kvstore.format.fragment import Rejected
-from kvstore.format.sealing import HEADER_BYTES, key_of, reseal
+from kvstore.format.sealing import HEADER_BYTES, key_of
 from kvstore.network.availability import Availability, one_line
 from kvstore.tiers.disk.disk_index import DiskIndex
+from kvstore.tiers.disk.segment_writer import DiskSizes, SegmentWriter
 from kvstore.tiers.disk.segments import (
     LOCK_NAME,
     PAGE_BYTES,
     SUFFIX,
     SegmentHeader,
     StoredFragment,
-    complete_segment,
-    create_segment,
     is_full,
     lock_file,
     open_file,
@@ -39,7 +37,6 @@ from kvstore.tiers.disk.segments import (
     scan_segment,
     segment_path,
     whole_pages,
-    write_all,
 )
 
 _LOG = logging.getLogger(__name__)
@@ -68,15 +65,6 @@ class DiskStats:
     """Fragments that failed their verification, by reason."""
 
 
-@dataclass(slots=True)
-class _Open:
-    """The segment that is being written."""
-
-    number: int
-    file_descriptor: int
-    end: int = PAGE_BYTES
-
-
 def least_disk_bytes(max_payload_bytes: int) -> int:
     """Below this bound a disk tier cannot hold fragments of this size."""
     return _LEAST_SEGMENTS * (PAGE_BYTES + _page_bytes(max_payload_bytes))
@@ -102,28 +90,23 @@ class DiskTier:
         """compression: of what is written from now on; both forms are read. Raises ValueError when a segment cannot
         hold the largest payload."""
         self._folder = folder
-        self._disk_bytes = disk_bytes
-        self._segment_bytes = min(segment_bytes, disk_bytes // _LEAST_SEGMENTS) // PAGE_BYTES * PAGE_BYTES
         self._max_payload_bytes = max_payload_bytes
-        self._compresses = check_compression(compression)
-        self._max_page_bytes = _page_bytes(max_payload_bytes)
+        max_page_bytes = _page_bytes(max_payload_bytes)
         least_bytes = least_disk_bytes(max_payload_bytes)
-        if disk_bytes < least_bytes or self._max_page_bytes > segment_bytes - PAGE_BYTES:
+        if disk_bytes < least_bytes or max_page_bytes > segment_bytes - PAGE_BYTES:
             raise ValueError(f"disk_bytes: must be at least {least_bytes} for fragments of {max_payload_bytes} bytes")
-        self._batch_bytes = max(_BATCH_BYTES, self._max_page_bytes)
+        segment_bytes = min(segment_bytes, disk_bytes // _LEAST_SEGMENTS) // PAGE_BYTES * PAGE_BYTES
+        sizes = DiskSizes(disk_bytes, segment_bytes, max_page_bytes, max(_BATCH_BYTES, max_page_bytes))
+        self._batch_bytes = sizes.batch_bytes
         self._authenticator = FragmentAuthenticator(secret)
         self._clock = clock
-        # Wall time: numbers of two processes that follow each other in this folder never meet.
-        self._next_number = time.time_ns()
         self._lock = threading.Lock()  # of the index and the counters; never held during a read or a write
         self._index = DiskIndex()
-        self._counts: Counter[str] = Counter()
+        self._num_read = self._num_refused = 0
         self._rejected: Counter[str] = Counter()
         self._write_lock = threading.Lock()  # of what follows
-        self._open: _Open | None = None
-        self._batch = CopyBuffers(self._batch_bytes).take()
-        self._staged: list[tuple[bytes, StoredFragment]] = []
-        self._staged_bytes = 0
+        compresses = check_compression(compression)
+        self._writer = SegmentWriter(folder, sizes, self._index, self._lock, self._authenticator, compresses)
         self._refuses_until_s = 0.0
         self._lock_file: int | None = None
         self._has_warned = False
@@ -156,8 +139,8 @@ class DiskTier:
             try:
                 for key, fragment in dict(zip(keys, sealed, strict=True)).items():  # who sends one twice means one
                     if not self.has(key):
-                        self._append(key, fragment)
-                self._flush()
+                        self._writer.append(key, fragment)
+                self._writer.flush()
             except OSError as error:
                 self._write_failed(error, sum(not self.has(key) for key in keys))
             return sum(self.has(key) for key in keys)
@@ -179,7 +162,7 @@ class DiskTier:
                 self._rejected[sealed.reason] += 1
                 self._index.forget(key, place)
             else:
-                self._counts["read"] += 1
+                self._num_read += 1
         return sealed
 
     def stats(self) -> DiskStats:
@@ -189,10 +172,10 @@ class DiskTier:
                 is_up=self.is_up,
                 num_fragments=self._index.num_fragments,
                 used_bytes=self._index.used_bytes,
-                num_written=self._counts["written"],
-                num_read=self._counts["read"],
-                num_refused=self._counts["refused"],
-                num_segments_evicted=self._counts["evicted"],
+                num_written=self._writer.num_written,
+                num_read=self._num_read,
+                num_refused=self._num_refused,
+                num_segments_evicted=self._writer.num_segments_evicted,
                 rejected=dict(self._rejected),
             )
 
@@ -203,95 +186,23 @@ class DiskTier:
         with self._write_lock:
             try:
                 if was_up:
-                    self._complete()
+                    self._writer.complete()
             except OSError as error:
                 _LOG.warning("disk tier in %s: %s", self._folder, one_line(error))
-            self._abandon()
+            self._writer.abandon()
             self._unlock()
 
     # -- writing; under the write lock
 
-    def _append(self, key: bytes, sealed: memoryview) -> None:
-        if whole_pages(sealed.nbytes + TAG_BYTES) > self._max_page_bytes:
-            return
-        compressed = compress(sealed) if self._compresses else None
-        if compressed is not None and whole_pages(len(compressed) + TAG_BYTES) < whole_pages(len(sealed) + TAG_BYTES):
-            sealed = compressed  # whole pages are saved, or it is not worth its decompression
-        num_page_bytes = whole_pages(sealed.nbytes + TAG_BYTES)
-        if self._staged_bytes + num_page_bytes > self._batch_bytes:
-            self._flush()
-        segment = self._open
-        if segment is None or segment.end + self._staged_bytes + num_page_bytes > self._segment_bytes:
-            self._complete()
-            segment = self._start()
-        reseal(sealed, segment.number)
-        place = StoredFragment(segment.number, segment.end + self._staged_bytes, sealed.nbytes)
-        target = self._batch[self._staged_bytes : self._staged_bytes + num_page_bytes]
-        target[: sealed.nbytes] = sealed
-        target[sealed.nbytes :] = self._authenticator.tag(sealed).ljust(num_page_bytes - sealed.nbytes, b"\0")
-        self._staged.append((key, place))
-        self._staged_bytes += num_page_bytes
-
-    def _flush(self) -> None:
-        segment = self._open
-        if segment is None or not self._staged:
-            return
-        write_all(segment.file_descriptor, self._batch[: self._staged_bytes], segment.end)
-        segment.end += self._staged_bytes
-        with self._lock:
-            for key, place in self._staged:
-                self._index.remember(key, place)
-            self._counts["written"] += len(self._staged)
-        self._staged, self._staged_bytes = [], 0
-
-    def _start(self) -> _Open:
-        """Opens the next segment, for which the ones whose turn it is make room."""
-        self._evict(lambda _: self._index.used_bytes + self._segment_bytes > self._disk_bytes)
-        number = self._next_number
-        self._next_number += 1
-        try:
-            file_descriptor = self._create(number)
-        except OSError as error:
-            # Others may have filled the disk: what this tier has is then its bound. It does not keep the old forever.
-            if not is_full(error) or not self._evict(lambda num_evicted: num_evicted == 0):
-                raise
-            file_descriptor = self._create(number)
-        self._open = _Open(number, file_descriptor)
-        with self._lock:
-            self._index.resize(number, self._segment_bytes)
-        return self._open
-
-    def _create(self, number: int) -> int:
-        key_id = self._authenticator.key_id
-        return create_segment(self._folder, number, self._segment_bytes, key_id, self._batch)
-
-    def _complete(self) -> None:
-        self._flush()
-        segment = self._open
-        if segment is None:
-            return
-        header = SegmentHeader(segment.number, self._authenticator.key_id, segment.end)
-        complete_segment(segment.file_descriptor, header, self._batch)
-        with self._lock:
-            self._index.resize(segment.number, segment.end)
-        self._abandon()
-
-    def _abandon(self) -> None:
-        """Writes no more to the open segment; what it has can be read."""
-        if self._open is not None:
-            os.close(self._open.file_descriptor)
-        self._open = None
-        self._staged, self._staged_bytes = [], 0
-
     def _write_failed(self, error: OSError, num_refused: int) -> None:
-        self._abandon()
+        self._writer.abandon()
         if not is_full(error):
             self._availability.lost(error)
         elif self._refuses_until_s == 0.0:
             _LOG.warning("disk tier in %s takes no more fragments: %s", self._folder, one_line(error))
         self._refuses_until_s = self._clock() + _REFUSAL_S
         with self._lock:
-            self._counts["refused"] += num_refused
+            self._num_refused += num_refused
 
     # -- reading
 
@@ -326,17 +237,6 @@ class DiskTier:
                 return  # its segment went while it was read
         self._availability.lost(error)
 
-    def _evict(self, is_wanted: Callable[[int], bool]) -> int:
-        """Gives up segments while is_wanted(number gone so far) and there are any; how many went."""
-        numbers: list[int] = []
-        with self._lock:
-            while self._index.num_segments and is_wanted(len(numbers)):
-                numbers.append(self._index.evict())
-            self._counts["evicted"] += len(numbers)
-        for number in numbers:  # without the lock: a disk that hangs must not hold up who looks into the index
-            segment_path(self._folder, number).unlink(missing_ok=True)
-        return len(numbers)
-
     # -- coming up; by the availability's thread
 
     def _look(self) -> None:
@@ -359,7 +259,7 @@ class DiskTier:
         self._has_warned = False
 
     def _take_folder(self, lock_path: Path) -> None:
-        self._abandon()
+        self._writer.abandon()
         self._unlock()
         with self._lock:
             self._index.clear()
@@ -383,14 +283,14 @@ class DiskTier:
                 path.unlink()
                 continue
             header, fragments = found
-            self._next_number = max(self._next_number, header.number + 1)
+            self._writer.skip_number(header.number)
             with self._lock:
                 self._index.resize(header.number, path.stat().st_size)
                 for key, place in fragments:
                     self._index.remember(key, place)
             if not header.end:
                 self._repair(path, header, fragments)
-        self._evict(lambda _: self._index.used_bytes > self._disk_bytes)
+        self._writer.make_room(0)
 
     def _is_whole(self, key: bytes, place: StoredFragment) -> bool:
         try:
@@ -412,14 +312,7 @@ class DiskTier:
                 self._index.remove(header.number)
             path.unlink()
             return
-        file_descriptor = open_file(path, os.O_WRONLY)
-        try:
-            header = SegmentHeader(header.number, header.key_id, end)
-            complete_segment(file_descriptor, header, self._batch)
-        finally:
-            os.close(file_descriptor)
-        with self._lock:
-            self._index.resize(header.number, end)
+        self._writer.repair(SegmentHeader(header.number, header.key_id, end))
 
 
 def _not_yet() -> None:

@@ -8,6 +8,7 @@ killed, which is how a stale file is told from a live one. The file is unlinked,
 stays valid (and useless) after the node is gone. Knows which bytes are where, not which slot holds which fragment.
 """
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -253,7 +254,9 @@ def _remove_if_stale(candidate: Path, path: Path, node_id: str) -> None:
         if header is None and candidate != path:
             return
         fcntl.flock(file_descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        candidate.unlink()
+        with contextlib.suppress(FileNotFoundError):  # its node may have removed it meanwhile, or have made another
+            if os.path.samestat(os.fstat(file_descriptor), os.stat(candidate)):
+                candidate.unlink()
     except BlockingIOError as error:
         if is_same_node or candidate == path:
             raise ArenaInUse(f"a live node process holds {candidate}") from error
