@@ -126,6 +126,7 @@ class InputBuffers:
         self._copied: list[torch.cuda.Event | None] = [None] * _NUM_HOST_BUFFERS
         self._turn = 0
         self._views_of: dict[_Shape, dict[str, Tensor]] = {}
+        self._arrays_of: dict[tuple[_Shape, int], dict[str, npt.NDArray[np.integer]]] = {}
         # In host memory the state's own arrays are the tables.
         self._tables = [torch.from_numpy(table).to(device) for table in self.state.block_tables]
         self._gathered = [torch.zeros_like(table) for table in self._tables]
@@ -158,60 +159,57 @@ class InputBuffers:
 
         all_as_prefills: those with one token take the prefill kernel too. The batch is good until the next is filled.
         """
-        order = None if (plan.num_tokens == 1).all() else np.argsort(plan.num_tokens > 1, kind="stable")
-        columns = _Columns.of(plan, order)
-        has_pending = columns.num_known < columns.num_tokens
-        num_tokens = int(columns.num_tokens.sum())
+        columns = _Columns.of(plan)
         shape = _Shape(
-            num_tokens=padding.num_tokens or num_tokens,
+            num_tokens=padding.num_tokens or columns.total_tokens,
             num_sequences=padding.num_sequences or plan.num_requests,
-            num_logits=padding.num_sequences or int(columns.num_logits.sum()),
-            num_pending=int(has_pending.sum()),
-            num_last=int((columns.num_logits > 0).sum()),
+            num_logits=padding.num_sequences or columns.total_logits,
+            num_pending=columns.total_tokens - len(plan.token_ids),
+            num_last=columns.num_last,
             num_groups=self._num_groups,
         )
-        num_decodes = 0 if all_as_prefills else int((columns.num_tokens == 1).sum())
+        num_decodes = 0 if all_as_prefills else columns.num_single
         if num_decodes == plan.num_requests:
             num_decodes = shape.num_sequences  # decodes are padded with decodes
         host = self._next_host(shape)
-        logits = self._write(host, plan, columns, has_pending, num_decodes, block_size)
+        logits = self._write(host, plan, columns, num_decodes, block_size)
         batch = self._send(shape, columns, num_decodes, padding.table_width, block_size)
         rows, field = columns.rows[logits.requests], self._views(shape)
         return PreparedBatch(
             batch,
-            num_tokens,
+            columns.total_tokens,
             self.state.sampling.of(rows),
             logits.token_positions - self.state.num_prompt_tokens[rows],
-            logits.order(plan, order),
+            logits.order(plan, columns.order),
             (field["last_at"], field["last_rows"]) if shape.num_last else None,
             (field["pending_at"], field["pending_rows"]) if shape.num_pending else None,
         )
 
     def _next_host(self, shape: _Shape) -> dict[str, npt.NDArray[np.integer]]:
         """The host's arrays of a step's inputs."""
-        num_words = shape.num_words
-        assert num_words <= len(self._words), "the plan exceeds the engine's own bounds"
+        assert shape.num_words <= len(self._words), "the plan exceeds the engine's own bounds"
         self._turn = (self._turn + 1) % _NUM_HOST_BUFFERS
         copied = self._copied[self._turn]
         if copied is not None:
             copied.synchronize()  # two steps ago: long done
-        host = self._hosts[self._turn].numpy()
-        return {
-            name: host[span].view(np.int64) if _is_wide(name) else host[span] for name, span in _spans(shape).items()
-        }
+        arrays = self._arrays_of.get((shape, self._turn))
+        if arrays is None:
+            parts = {name: self._hosts[self._turn].numpy()[span] for name, span in _spans(shape).items()}
+            arrays = {name: part.view(np.int64) if _is_wide(name) else part for name, part in parts.items()}
+            if len(self._arrays_of) < _MAX_SHAPES:
+                self._arrays_of[shape, self._turn] = arrays
+        return arrays
 
     def _write(
         self,
         host: dict[str, npt.NDArray[np.integer]],
         plan: StepPlan,
         columns: _Columns,
-        has_pending: npt.NDArray[np.bool_],
         num_decodes: int,
         block_size: int,
     ) -> _Logits:
-        counts, num_requests = columns.num_tokens, len(columns.rows)
+        counts, num_requests, num_tokens = columns.num_tokens, len(columns.rows), columns.total_tokens
         ends = np.cumsum(counts, dtype=np.int64)
-        num_tokens = int(ends[-1])
         if num_tokens == num_requests:
             positions, rows = columns.start_positions.astype(np.int64), columns.rows
             is_written = columns.start_positions >= columns.write_from
@@ -227,19 +225,23 @@ class InputBuffers:
             _put(host[f"slot_mapping.{group}"], np.where(is_written, slots, -1), -1)
         host["token_ids"][:] = 0
         columns.write_token_ids(host["token_ids"][:num_tokens], plan, ends)
-        host["pending_at"][:] = ends[has_pending] - 1
-        host["pending_rows"][:] = columns.rows[has_pending]
+        if num_tokens > len(plan.token_ids):
+            has_pending = columns.num_known < counts
+            host["pending_at"][:] = ends[has_pending] - 1
+            host["pending_rows"][:] = columns.rows[has_pending]
         _put(host["state_rows"], columns.rows, 0)
         _put(host["seq_lens"], columns.start_positions + counts, 0)
         starts = host["query_start_loc"]
         num_prefills = max(0, num_requests - num_decodes)
         starts[0] = 0
-        starts[1 : num_prefills + 1] = np.cumsum(counts[num_requests - num_prefills :])
+        if num_prefills:
+            starts[1 : num_prefills + 1] = np.cumsum(counts[num_requests - num_prefills :])
         starts[num_prefills + 1 :] = starts[num_prefills]  # sequences that ask nothing
         logits = _Logits.of(columns, ends)
         _put(host["logit_rows"], logits.batch_rows, 0)
-        host["last_at"][:] = np.flatnonzero(logits.behind == 0)
-        host["last_rows"][:] = columns.rows[columns.num_logits > 0]
+        is_uniform = columns.total_logits == columns.num_last == num_requests
+        host["last_at"][:] = logits.requests if is_uniform else np.flatnonzero(logits.behind == 0)
+        host["last_rows"][:] = columns.rows if is_uniform else columns.rows[columns.num_logits > 0]
         return logits
 
     def _send(self, shape: _Shape, columns: _Columns, num_decodes: int, table_width: int, block_size: int) -> Batch:
@@ -250,8 +252,9 @@ class InputBuffers:
             event.record()
             self._copied[self._turn] = event
         field = self._views(shape)
-        longest = int((columns.start_positions + columns.num_tokens).max())
-        width = table_width or round_up_width(-(-longest // block_size))
+        width = table_width or round_up_width(
+            -(-int((columns.start_positions + columns.num_tokens).max()) // block_size)
+        )
         tables = self._block_tables(columns.rows, field["state_rows"], shape.num_sequences, width, bool(table_width))
         return Batch(
             token_ids=field["token_ids"],
@@ -260,7 +263,7 @@ class InputBuffers:
             num_decodes=num_decodes,
             seq_lens=field["seq_lens"],
             query_start_loc=field["query_start_loc"][: shape.num_sequences - num_decodes + 1],
-            max_query_len=int(columns.num_tokens.max()),
+            max_query_len=columns.longest,
             logit_rows=field["logit_rows"],
         )
 
@@ -304,9 +307,19 @@ class _Columns:
     num_logits: Ints
     num_known: Ints
     order: Longs | None  # of the plan's requests; None: as they are
+    total_tokens: int
+    total_logits: int
+    num_single: int  # requests with one token
+    num_last: int  # requests whose next token is chosen
+    longest: int  # tokens of one request
 
     @staticmethod
-    def of(plan: StepPlan, order: Longs | None) -> _Columns:
+    def of(plan: StepPlan) -> _Columns:
+        num_requests = plan.num_requests
+        total_tokens, total_logits = int(plan.num_tokens.sum()), int(plan.num_logits.sum())
+        is_single = total_tokens == num_requests
+        order = None if is_single else np.argsort(plan.num_tokens > 1, kind="stable")
+
         def column(values: Ints) -> Ints:
             return values if order is None else values[order]
 
@@ -318,6 +331,11 @@ class _Columns:
             num_logits=column(plan.num_logits),
             num_known=column(plan.num_known),
             order=order,
+            total_tokens=total_tokens,
+            total_logits=total_logits,
+            num_single=num_requests if is_single else int((plan.num_tokens == 1).sum()),
+            num_last=total_logits if is_single else int((plan.num_logits > 0).sum()),
+            longest=1 if is_single else int(plan.num_tokens.max()),
         )
 
     def write_token_ids(self, into: npt.NDArray[np.integer], plan: StepPlan, ends: Longs) -> None:
@@ -347,8 +365,10 @@ class _Logits:
 
     @staticmethod
     def of(columns: _Columns, ends: Longs) -> _Logits:
-        counts = columns.num_logits
-        total = int(counts.sum())
+        counts, total = columns.num_logits, columns.total_logits
+        if total == columns.total_tokens == len(counts):
+            requests = np.arange(total)
+            return _Logits(requests, np.zeros(total, np.int64), requests, columns.start_positions.astype(np.int64) + 1)
         requests = np.repeat(np.arange(len(counts)), counts)
         behind = np.repeat(np.cumsum(counts), counts) - 1 - np.arange(total)
         batch_rows = ends[requests] - 1 - behind

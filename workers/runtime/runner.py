@@ -117,7 +117,8 @@ class TorchModelRunner:
             device,
             len(cached),
         )
-        # Of the token that each row of the ranks' state got last; a plan may leave it out.
+        # With async scheduling a plan may leave out the token that a row got last: nobody has read it yet.
+        self._keeps_tokens = schedules_async(config, device)
         self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self._graphs: GraphedStage | None = None
         self.replays = True  # graphs, where there are any; a benchmark compares
@@ -254,8 +255,7 @@ class TorchModelRunner:
             if logits is not None and order:
                 tokens = self._choose(logits, prepared)
             tokens = self._groups.tokens_to_leader(tokens, len(order))
-            if tokens is not None and prepared.last is not None and self._config.pp == 1:
-                # For the next plan, which may be made before anybody has read the tokens.
+            if tokens is not None and prepared.last is not None and self._keeps_tokens:
                 at, rows = prepared.last
                 self._last_tokens.index_copy_(0, rows, tokens if len(at) == len(tokens) else tokens[at])
         for store in plan.stores:

@@ -64,6 +64,11 @@ class SamplingRows:
         zeros = np.zeros(num_rows, np.int64)
         return SamplingRows(np.zeros(num_rows), np.ones(num_rows), zeros, zeros.astype(np.uint64))
 
+    @property
+    def are_cut(self) -> npt.NDArray[np.bool_]:
+        """Rows that choose among some of the tokens only."""
+        return (self.temperature > 0) & ((self.top_k > 0) | (self.top_p < 1.0))
+
     def put(self, row: int, params: SamplingParams) -> None:
         """A request takes the row."""
         self.temperature[row], self.top_p[row] = params.temperature, params.top_p

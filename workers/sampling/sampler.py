@@ -50,8 +50,7 @@ def sample(
     if first_id + logits.shape[1] > vocab_size:
         logits = logits.clone()
         logits[:, max(0, vocab_size - first_id) :] = float("-inf")
-    is_cut = (sampling.temperature > 0) & ((sampling.top_k > 0) | (sampling.top_p < 1.0))
-    needs_all = bool(is_cut.any())
+    needs_all = bool(sampling.temperature.any()) and bool(sampling.are_cut.any())
     if needs_all and groups.shard.tp > 1:
         logits = groups.all_gather(logits).transpose(0, 1).flatten(1)
         first_id = 0

@@ -39,7 +39,7 @@ class LayerSource:
         ranks is made."""
         weight_format = self.model.weight_format
         bias = self._bias(matrices) if matrices.has_bias else None
-        if matrices.split is not Split.INPUTS:
+        if matrices.split is not Split.INPUTS or self.arithmetic.shard.tp == 1:
             return weight_format.linear(matrices, self._weights, self.arithmetic, bias)
         return SummedLinear(weight_format.linear(matrices, self._weights, self.arithmetic, None), self.arithmetic, bias)
 
