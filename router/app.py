@@ -1,4 +1,4 @@
-"""One router process, put together: reads the model's files, finds workers, opens both faces, stops gracefully.
+"""One router process, put together: reads the model's files, finds workers, opens both APIs, stops gracefully.
 
 Knows every part by its constructor and none by its inside.
 """
@@ -17,8 +17,8 @@ from checkpoint.identity import ServedModel
 from kvstore.connect import open_directory, open_journal
 from kvstore.control.directory import Directory
 from kvstore.control.journal import JournalUnavailable, StreamJournal
-from router.api.grpc_api import GrpcFace
-from router.api.http_api import HttpFace, HttpParts
+from router.api.grpc_api import GrpcApi
+from router.api.http_api import HttpApi, HttpParts
 from router.config import RouterSpec
 from router.errors import ConfigError, StartupError
 from router.fleet.fleet import Fleet
@@ -64,8 +64,8 @@ class Router:
             lambda: self._directory_is_up,
             lambda: self._journal.is_up,
         )
-        self._grpc = GrpcFace(self._generation, self._metrics, config.max_message_bytes)
-        self._http = HttpFace(
+        self._grpc = GrpcApi(self._generation, self._metrics, config.max_message_bytes)
+        self._http = HttpApi(
             HttpParts(self._generation, self._metrics, self.readiness, config.max_message_bytes, config.cors_origins)
         )
         self._changed = asyncio.Event()

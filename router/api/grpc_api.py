@@ -1,4 +1,4 @@
-"""The gRPC face: GenerationService, health and reflection. Maps errors to statuses, once, here.
+"""The gRPC API: GenerationService, health and reflection. Maps errors to statuses, once, here.
 
 Knows protobuf and grpc.aio; knows nothing of how a request is served.
 """
@@ -47,7 +47,7 @@ STATUS_OF: dict[type[RouterError], grpc.StatusCode] = {
 _Behaviour = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]
 
 
-class GrpcFace:
+class GrpcApi:
     """The listening gRPC server of one router."""
 
     def __init__(self, generation: Generation, metrics: Metrics, max_message_bytes: int) -> None:

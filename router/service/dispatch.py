@@ -1,7 +1,7 @@
 """Carries streams out: places them, gives the parts to workers, hands tokens to whoever reads, places anew on a loss.
 
 What a stream does next is decided in streams.py, where it goes in policy.py; here are the clocks, the waiting and the
-links. Knows nothing of text, of faces, or of what a client may ask for.
+links. Knows nothing of text, of APIs, or of what a client may ask for.
 """
 
 from __future__ import annotations

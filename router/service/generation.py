@@ -1,6 +1,6 @@
 """One request from the client's words to the stream's events: check, admit, encode, dispatch, decode, count.
 
-What both faces call. Every request that comes in here is counted once, with exactly one outcome. Knows nothing of
+What both APIs call. Every request that comes in here is counted once, with exactly one outcome. Knows nothing of
 protobuf or HTTP, nor where a stream runs.
 """
 
@@ -75,7 +75,7 @@ class RequestObserver(Protocol):
 
 
 class Generation:
-    """The service behind the faces."""
+    """The service behind the APIs."""
 
     def __init__(
         self,

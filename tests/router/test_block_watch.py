@@ -7,7 +7,7 @@ from pathlib import Path
 from router.fleet.fleet import name_blocks
 from tests.router.conftest import Cluster, running_cluster, until
 from tests.router.fake_worker import FakeWorker, expected_tokens
-from tests.router.test_grpc_face import PROMPT, collect, request
+from tests.router.test_grpc_api import PROMPT, collect, request
 from workers.server.block_events import BlockFeed
 
 LONG = tuple((7 * i) % 4000 for i in range(320))  # twenty blocks

@@ -13,7 +13,7 @@ from router import events
 from router.sampling import SamplingParams
 from tests.router.conftest import config_with, pair, running_cluster, until
 from tests.router.fake_worker import FakeWorker, expected_tokens
-from tests.router.test_grpc_face import PROMPT, collect, request
+from tests.router.test_grpc_api import PROMPT, collect, request
 
 NUM_TOKENS = 6
 

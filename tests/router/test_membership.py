@@ -13,7 +13,7 @@ from checkpoint.identity import ServedModel, tokenizer_digest
 from kvstore.control.directory import DirectoryUnavailable, LeasedWorker, WorkerRecord
 from tests.router.conftest import MODEL, Cluster, running_cluster, until
 from tests.router.fake_worker import FakeWorker, expected_tokens
-from tests.router.test_grpc_face import PROMPT, collect, request
+from tests.router.test_grpc_api import PROMPT, collect, request
 
 
 def go_away(cluster: Cluster) -> Callable[[], None]:

@@ -26,7 +26,7 @@ from tests.fake_cluster import write_fake_model
 from tests.router.chat_templates import QWEN3
 from tests.router.conftest import DEMO, MODEL, running_cluster
 from tests.router.fake_worker import CONTEXT_TOKENS, VOCAB_SIZE, FakeWorker
-from tests.router.test_grpc_face import PROMPT
+from tests.router.test_grpc_api import PROMPT
 from workers.model.registry import load_config
 from workers.sampling.sampler import mask_top_k_top_p
 

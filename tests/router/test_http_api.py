@@ -1,4 +1,4 @@
-"""The HTTP face over real sockets, with fake workers behind it: the openai client, httpx, and raw bytes."""
+"""The HTTP API over real sockets, with fake workers behind it: the openai client, httpx, and raw bytes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from router.service.text import TextCodec
 from tests.router.conftest import MODEL, Cluster, config_with, pair, running_cluster, until
 from tests.router.fake_worker import CONTEXT_TOKENS, VOCAB_SIZE, FakeWorker, expected_tokens
-from tests.router.test_grpc_face import PROMPT
+from tests.router.test_grpc_api import PROMPT
 
 TEXT = "def fibonacci(n):"
 BASE = {"model": MODEL, "prompt": TEXT, "max_tokens": 12, "temperature": 0}

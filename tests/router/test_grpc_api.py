@@ -1,4 +1,4 @@
-"""The gRPC face over real sockets, with fake workers behind it."""
+"""The gRPC API over real sockets, with fake workers behind it."""
 
 from __future__ import annotations
 
@@ -297,6 +297,6 @@ async def test_a_hundred_streams_at_once(model_dir: Path) -> None:
         assert all(worker.submits for worker in cluster.workers)
 
 
-def test_model_files_are_what_the_faces_announce(model_dir: Path) -> None:
+def test_model_files_are_what_the_apis_announce(model_dir: Path) -> None:
     files = ModelFiles.load(model_dir, MODEL)
     assert (files.context_tokens, files.vocab_size) == (CONTEXT_TOKENS, VOCAB_SIZE)
