@@ -164,7 +164,7 @@ def measure_paged_hand_off(arena_dir: str, shape: CacheShape | None = None) -> l
 
 
 def _hand_off(shape: CacheShape, sender: BlockMover, receiver: Connection, at_once: bool) -> float:
-    """Seconds from the first publish until the last block is in the other cache; room for what is published next is
+    """Seconds from the first publish until the last block is in the other cache; slots for what is published next is
     being made meanwhile, and for the first chunk before, as when each is computed in between."""
     chunks = shape.chunks(os.urandom(12))
     sender.prepare(chunks[0])

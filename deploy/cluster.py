@@ -271,7 +271,7 @@ class Cluster:
         arena = settings.arena
         if node.num_slots < arena.num_slots:
             mib = node.num_slots * arena.slot_bytes >> 20
-            self._steps.note(f"warning: {arena.folder} and memory have room for {mib} MiB of KV blocks only")
+            self._steps.note(f"warning: {arena.folder} and memory have space for {mib} MiB of KV blocks only")
 
     def _wait_seen(self, plan: ClusterPlan, endpoints: list[RouterEndpoint]) -> None:
         """Return when every router has found all workers."""

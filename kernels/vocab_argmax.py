@@ -19,7 +19,7 @@ from kernels.philox import fast_gumbel, gumbel_bound, words_of_tile
 _BLOCK = 2048
 _PROGRAMS_PER_SM = 4
 # Tiles of a row under way at a time, by copies to shared memory: a pass would otherwise wait for each. Two blocks of
-# the filter share an SM then; with five stages its registers leave room for one.
+# the filter share an SM then; with five stages its registers leave space for one.
 STAGES = 4
 _MAX_SPLITS = 64
 

@@ -44,7 +44,7 @@ class KVStoreConfig:
     arena_dir: str = "/dev/shm"
     """Folder of the arena's file; one that is kept in memory."""
     disk_bytes: int = 0
-    """Bound of each host's disk tier, which takes what the arena has no room for; 0: there is none."""
+    """Bound of each host's disk tier, which takes what does not fit into the arena; 0: there is none."""
     disk_dir: str = ""
     """Folder of the disk tier, kept from one start to the next; each host and each cluster needs its own."""
     disk_write: str = "back"

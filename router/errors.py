@@ -57,7 +57,7 @@ class PromptTooLarge(InvalidRequest):
 
 
 class ContextLengthExceeded(InvalidRequest):
-    """The prompt has so many tokens that the model's context leaves no room for output."""
+    """The prompt has so many tokens that the model's context leaves no space for output."""
 
     code = "context_length_exceeded"  # OpenAI's name: clients shorten their chats when they see it
 

@@ -78,7 +78,7 @@ class KVNode:
     pid: int
     """Its process now."""
     num_slots: int
-    """Slots of its arena: fewer than wanted where the arena's folder has no room for more."""
+    """Slots of its arena: fewer than wanted where the arena's folder has no space for more."""
 
 
 def _namespace(cluster_id: str) -> str:
@@ -91,7 +91,7 @@ def short_node_id(ray_node_id: str) -> str:
 
 
 def slots_that_fit(arena: ArenaPlan) -> int:
-    """Slots that folder and memory have room for, with some left: containers often get just 64 MiB of /dev/shm, and
+    """Slots that folder and memory have space for, with some left: containers often get just 64 MiB of /dev/shm, and
     elsewhere it may be as large as the memory that all processes share. A container's own bound is its folder's."""
     in_folder = shutil.disk_usage(arena.folder).free * _FOLDER_SHARE
     in_memory = psutil.virtual_memory().available * _MEMORY_SHARE
@@ -110,7 +110,7 @@ class KVNodeActor:
         arena = Path(settings.arena.folder) / f"switchyard-{settings.cluster_id}-{self._node_id}"
         check_arena_dir(settings.arena.folder)
         record_arena(run_dir, self._node_id, arena)
-        end_predecessor(arena)  # before looking what there is room for
+        end_predecessor(arena)  # before looking how much space there is
         self._num_slots = min(settings.arena.num_slots, slots_that_fit(settings.arena))
         spec = node_spec(settings, self._node_id, arena, self._num_slots)
         if ray_node_id == settings.control_node_id:

@@ -115,7 +115,7 @@ def _deflate(payload: memoryview) -> bytes:
 def _inflate(frame: memoryview, num_bytes: int) -> bytes | None:
     """The content of one whole frame that says that it has so many bytes, and has them."""
     try:
-        # The library makes room for what a frame says of itself, whatever bound it is given: that is looked at first.
+        # The library allocates what a frame says of itself, whatever bound it is given: that is looked at first.
         if zstandard.get_frame_parameters(frame).content_size != num_bytes:
             return None
         planes = zstandard.ZstdDecompressor().decompress(frame, max_output_size=num_bytes, allow_extra_data=False)

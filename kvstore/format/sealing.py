@@ -102,9 +102,9 @@ def unseal(copy: memoryview, key: bytes, generation: int) -> memoryview | Reject
 
 
 def unseal_into(
-    rooms: Sequence[Bytes], places: Sequence[memoryview], keys: Sequence[bytes], generations: Sequence[int]
+    buffers: Sequence[Bytes], places: Sequence[memoryview], keys: Sequence[bytes], generations: Sequence[int]
 ) -> list[Rejected | None]:
-    """Copies payloads of their rooms' sizes from behind headers, where others may write meanwhile; None for each copy
+    """Copies payloads of their buffers' sizes from behind headers, where others may write meanwhile; None for each copy
     that is right. "layout" when a header tells of another size: under this name the reader has something else.
     """
     results: list[Rejected | None] = [None] * len(places)
@@ -118,7 +118,7 @@ def unseal_into(
         else:
             checksums[i] = header[1]
     digests = copy_digests(
-        [rooms[i] for i in checksums],
+        [buffers[i] for i in checksums],
         [places[i][HEADER_BYTES:] for i in checksums],
         [keys[i] for i in checksums],
         past_caches=True,

@@ -79,7 +79,7 @@ class Prefetcher:
                 job.is_over = True
                 job.names.clear()
                 self._num_useless += 0 if is_used else job.num_fetched
-                self._changed.notify()  # there is room for others
+                self._changed.notify()  # slots for others are free
 
     def stats(self) -> PrefetchStats:
         """The counters now."""

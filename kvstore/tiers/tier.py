@@ -36,7 +36,8 @@ class Tier(Protocol):
     def get(self, keys: Sequence[bytes]) -> Iterable[memoryview | Rejected | None]:
         """For each key a verified, private, writable copy of the payload; None when absent, Rejected when bad.
 
-        May be made one by one as they are taken: a reader that keeps none of them has all in one buffer, near.
+        May be made one by one as they are taken: a reader that keeps none of them uses one buffer, which stays in the
+        CPU's caches.
         """
 
     def close(self) -> None:
@@ -44,8 +45,8 @@ class Tier(Protocol):
 
 
 @runtime_checkable
-class NearTier(Tier, Protocol):
-    """A tier whose fragments lie in this host's memory: they are verified on the way to where they are wanted."""
+class HostMemoryTier(Tier, Protocol):
+    """A tier whose fragments lie in this host's memory: each is verified while it is copied to its destination."""
 
     @property
     def problems_behind(self) -> Mapping[str, str]:
@@ -53,10 +54,10 @@ class NearTier(Tier, Protocol):
         not."""
 
     def prepare(self, keys: Sequence[bytes]) -> None:
-        """A put of these fragments, in this order, will follow: has done meanwhile what it would wait for."""
+        """Begins what a put of these fragments, in this order, would otherwise wait for. The put will follow."""
 
-    def get_into(self, keys: Sequence[bytes], rooms: Sequence[Bytes]) -> Iterable[bool | Rejected]:
+    def get_into(self, keys: Sequence[bytes], buffers: Sequence[Bytes]) -> Iterable[bool | Rejected]:
         """As get(), with the payloads brought into the caller's own writable buffers: True for each one that came.
 
-        The room of one that did not come holds anything. A payload that is not of its room's size is rejected.
+        The buffer of one that did not come holds anything. A payload that is not of its buffer's size is rejected.
         """

@@ -272,7 +272,7 @@ class WorkerLink:
     def _finish(self, finished: worker_pb2.RequestFinished) -> None:
         attached = self._sinks.get(finished.stream_id)
         if attached is None or attached.epoch != finished.epoch:
-            return  # of a part that was cancelled, perhaps to make room for the one that is there now
+            return  # of a part that was cancelled, perhaps in favour of the part that is there now
         del self._sinks[finished.stream_id]
         attached.sink.on_finished(self.worker_id, finished.epoch, part_report(finished))
 

@@ -278,12 +278,14 @@ class Generation:
         token_ids, names = await self._encode(request.prompt, request.add_special_tokens, layouts, request.tenant_salt)
         check_prompt(len(token_ids), context_tokens)
         check_token_ids("prompt", token_ids, self.files.vocab_size)
-        room = context_tokens - len(token_ids)
+        num_tokens_left = context_tokens - len(token_ids)
         seed = secrets.randbits(53)  # 53: exact in any JSON reader
         return TokenRequest(
             stream_id=secrets.token_hex(12),
             token_ids=token_ids,
-            sampling=settled(request.sampling, self.files.sampling_defaults, self._end_token_ids, seed, room),
+            sampling=settled(
+                request.sampling, self.files.sampling_defaults, self._end_token_ids, seed, num_tokens_left
+            ),
             names=names,
             arrived_s=arrived_s,
             deadline_s=self._deadline_s(request, arrived_s),

@@ -268,7 +268,7 @@ def test_a_full_disk_bounds_the_tier(open_disk: Callable[..., DiskTier], small_d
     disk = open_disk(64 * SEGMENT_BYTES, where=small_disk / "disk")
     for _ in range(6):
         batch = make_fragments(9, PAYLOAD_BYTES)
-        assert write(disk, batch) == 9  # its own oldest segment made room
+        assert write(disk, batch) == 9  # its own oldest segment was removed
         check_all(disk, batch)
     assert disk.stats().num_segments_evicted > 0
     disk.close()

@@ -87,7 +87,7 @@ def test_what_was_prepared_is_put_with_one_reservation(tier: HostTier, node: KVN
 
 
 def test_more_is_prepared_than_is_remembered(tier: HostTier, node: KVNode) -> None:
-    """Each is reserved once: the arena has room for all of them, and for nothing else."""
+    """Each is reserved once: the arena has slots for all of them, and for nothing else."""
     fragments = make_fragments(node.num_slots)
     for fragment in fragments:
         tier.prepare([fragment.key])
@@ -127,7 +127,7 @@ def test_a_slot_that_was_given_to_another_writer_is_not_written_to(
     assert list(tier.get([kept.key])) == [kept.payload]
 
 
-def test_good_bytes_that_do_not_fit_the_room_are_rejected_and_stay(tier: HostTier) -> None:
+def test_good_bytes_that_do_not_fit_the_buffer_are_rejected_and_stay(tier: HostTier) -> None:
     (fragment,) = make_fragments(1)
     tier.put([fragment])
     assert list(tier.get_into([fragment.key], [memoryview(bytearray(999))])) == [Rejected("layout")]

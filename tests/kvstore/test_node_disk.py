@@ -1,4 +1,4 @@
-"""The disk tier behind a node process: what the arena has no room for comes back from it, through the host tier."""
+"""The disk tier behind a node process: what the arena has no slots for comes back from it, through the host tier."""
 
 import uuid
 from collections.abc import Callable, Iterator
@@ -46,7 +46,7 @@ def stats_of(node: KVNode) -> Any:
 
 
 def put_in_small_batches(tier: HostTier, node: KVNode, fragments: list[Fragment]) -> None:
-    """As many at a time as the node keeps room for, and not before what is next to go is on disk."""
+    """As many at a time as the node keeps slots for, and not before what is next to go is on disk."""
     for i in range(0, len(fragments), 4):
         assert all(tier.put(fragments[i : i + 4]))
         due = max(0, i + 4 - 12)

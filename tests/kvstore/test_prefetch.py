@@ -111,7 +111,7 @@ def test_what_is_fetched_ahead_has_a_bound_until_requests_wait_no_more(
     assert num_fetched < 2 * SLOTS // 4  # its share, and what a batch was over it
     assert num_held(host, of_second) == 0
     prefetcher.release("first", is_used=False)
-    wait_until(lambda: num_held(host, of_second) == len(of_second), "there is room for the second")
+    wait_until(lambda: num_held(host, of_second) == len(of_second), "there are slots for the second")
     assert prefetcher.stats().num_useless == num_fetched
 
 
@@ -250,7 +250,7 @@ def test_what_the_disk_gives_counts_towards_the_bound(start_with_disk: StartNode
     num_promoted = stats_of(node).num_promoted
     assert num_promoted < 2 * SLOTS // 4  # its share, and what a batch was over it
     prefetcher.release("first", is_used=False)
-    wait_until(lambda: stats_of(node).num_promoted >= num_promoted + len(of_second), "there is room for the second")
+    wait_until(lambda: stats_of(node).num_promoted >= num_promoted + len(of_second), "there are slots for the second")
     assert stats_of(node).num_promoted == num_promoted + len(of_second)
     assert all(host.has(keys_of(of_second)))
     assert prefetcher.stats() == PrefetchStats({}, {}, 0, {})

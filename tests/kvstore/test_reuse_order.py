@@ -39,14 +39,14 @@ def test_a_burst_does_not_push_out_a_shared_prefix() -> None:
     handed_off(order, 0.0, *range(5))
     for i in range(5):
         order.use(key(i), LATER_S)
-    for i in range(100, 300):  # ten times as many as there is room for
+    for i in range(100, 300):  # ten times as many as there are slots for
         if len(list(order)) == 20:
             order.discard(next(iter(order)))
         handed_off(order, LATER_S, i)
     assert set(order) >= {key(i) for i in range(5)}
 
 
-def test_half_of_the_room_is_for_what_comes() -> None:
+def test_half_of_the_slots_are_for_what_comes() -> None:
     """However much was used again: a hand-off of half the arena pushes out nothing of its own."""
     order = ReuseOrder(20)
     handed_off(order, 0.0, *range(20))
@@ -58,7 +58,7 @@ def test_half_of_the_room_is_for_what_comes() -> None:
     assert set(order) >= {key(i) for i in range(100, 110)}
 
 
-def test_what_was_reused_long_ago_makes_room_for_what_is_reused_now() -> None:
+def test_what_was_reused_long_ago_makes_way_for_what_is_reused_now() -> None:
     order = ReuseOrder(10)
     handed_off(order, 0.0, *range(6))
     for i in range(6):  # one more than may be kept apart

@@ -80,23 +80,23 @@ def test_header_and_payload_written_as_one_are_the_same() -> None:
 
 
 def unsealed_into(stored: bytes, num_bytes: int = 100) -> tuple[bytes, Rejected | None]:
-    room = bytearray(num_bytes)
-    (rejected,) = unseal_into([memoryview(room)], [memoryview(bytearray(stored))], [FRAGMENT.key], [7])
-    return bytes(room), rejected
+    buffer = bytearray(num_bytes)
+    (rejected,) = unseal_into([memoryview(buffer)], [memoryview(bytearray(stored))], [FRAGMENT.key], [7])
+    return bytes(buffer), rejected
 
 
-def test_what_was_sealed_comes_into_the_room() -> None:
+def test_what_was_sealed_comes_into_the_buffer() -> None:
     assert unsealed_into(STORED) == (FRAGMENT.payload, None)
 
 
 @pytest.mark.parametrize("offset", range(len(STORED)))
-def test_any_flipped_byte_is_noticed_on_the_way_into_the_room(offset: int) -> None:
+def test_any_flipped_byte_is_noticed_on_the_way_into_the_buffer(offset: int) -> None:
     damaged = bytearray(STORED)
     damaged[offset] ^= 1 << offset % 8
     _, rejected = unsealed_into(bytes(damaged))
     assert rejected == unsealed(bytes(damaged)) or (16 <= offset < 24 and rejected == Rejected("layout"))
 
 
-def test_a_room_of_another_size_is_not_filled() -> None:
+def test_a_buffer_of_another_size_is_not_filled() -> None:
     assert unsealed_into(STORED[:-1], 99)[1] == Rejected("layout")
     assert unsealed_into(STORED + b"x", 101)[1] == Rejected("layout")

@@ -23,8 +23,8 @@ class NamedTier(MemoryTier):
 
 
 def pulled(store: FragmentStore, keys: Sequence[bytes]) -> list[memoryview | None]:
-    rooms = [memoryview(bytearray(1000)) for _ in keys]
-    return [room if has_come else None for room, has_come in zip(rooms, store.pull(keys, rooms), strict=True)]
+    buffers = [memoryview(bytearray(1000)) for _ in keys]
+    return [buffer if has_come else None for buffer, has_come in zip(buffers, store.pull(keys, buffers), strict=True)]
 
 
 @pytest.fixture
@@ -49,8 +49,8 @@ def test_every_tier_is_written_and_the_first_is_read(near: NamedTier, far: Named
     assert stats.rejected == {}
 
 
-class NearMemory(NamedTier):
-    """A memory tier that brings payloads where they are wanted, and notes what it was told to prepare."""
+class HostMemory(NamedTier):
+    """A memory tier that copies payloads into the given buffers, and records the keys it had to prepare."""
 
     def __init__(self) -> None:
         super().__init__("near")
@@ -63,17 +63,17 @@ class NearMemory(NamedTier):
     def prepare(self, keys: Sequence[bytes]) -> None:
         self.prepared.append(keys)
 
-    def get_into(self, keys: Sequence[bytes], rooms: Sequence[Bytes]) -> list[bool | Rejected]:
+    def get_into(self, keys: Sequence[bytes], buffers: Sequence[Bytes]) -> list[bool | Rejected]:
         results: list[bool | Rejected] = []
-        for room, payload in zip(rooms, self.get(keys), strict=True):
+        for buffer, payload in zip(buffers, self.get(keys), strict=True):
             if isinstance(payload, memoryview):
-                copy(room, payload)
+                copy(buffer, payload)
             results.append(payload if isinstance(payload, Rejected) else payload is not None)
         return results
 
 
-def test_a_near_tier_fills_the_rooms_and_is_told_what_comes(far: NamedTier) -> None:
-    near, fragments = NearMemory(), make_fragments(3)
+def test_a_host_memory_tier_fills_the_buffers_and_prepares_for_a_store(far: NamedTier) -> None:
+    near, fragments = HostMemory(), make_fragments(3)
     store = FragmentStore([near, far])
     store.prepare(keys_of(fragments))
     assert near.prepared == [keys_of(fragments)]

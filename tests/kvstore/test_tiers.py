@@ -54,7 +54,7 @@ def host_tier(node: KVNode) -> TierUnderTest:
     return TierUnderTest(HostTier(node.host_address), flip_in_arena(node))
 
 
-class IntoRooms:
+class IntoBuffers:
     """The host tier as a store uses it: what is got is brought into buffers of the sizes that were put."""
 
     name = "host"
@@ -72,19 +72,19 @@ class IntoRooms:
         return self.host.put(fragments)
 
     def get(self, keys: Sequence[bytes]) -> list[memoryview | Rejected | None]:
-        rooms = [memoryview(bytearray(self.num_bytes.get(key, 1000))) for key in keys]
-        results = self.host.get_into(keys, rooms)
+        buffers = [memoryview(bytearray(self.num_bytes.get(key, 1000))) for key in keys]
+        results = self.host.get_into(keys, buffers)
         return [
-            result if isinstance(result, Rejected) else room if result else None
-            for room, result in zip(rooms, results, strict=True)
+            result if isinstance(result, Rejected) else buffer if result else None
+            for buffer, result in zip(buffers, results, strict=True)
         ]
 
     def close(self) -> None:
         self.host.close()
 
 
-def host_tier_into_rooms(node: KVNode) -> TierUnderTest:
-    return TierUnderTest(IntoRooms(node.host_address), flip_in_arena(node))
+def host_tier_into_buffers(node: KVNode) -> TierUnderTest:
+    return TierUnderTest(IntoBuffers(node.host_address), flip_in_arena(node))
 
 
 def redis_tier(server: RedisServer) -> TierUnderTest:
@@ -162,14 +162,14 @@ def peer_tier(node: KVNode) -> TierUnderTest:
     return TierUnderTest(OverPeer(node), flip_in_arena(node))
 
 
-@pytest.fixture(params=["memory", "host", "rooms", "disk", "peer", pytest.param("redis", marks=pytest.mark.redis)])
+@pytest.fixture(params=["memory", "host", "buffers", "disk", "peer", pytest.param("redis", marks=pytest.mark.redis)])
 def under_test(request: pytest.FixtureRequest) -> Iterator[TierUnderTest]:
     if request.param == "memory":
         made = memory_tier()
     elif request.param == "host":
         made = host_tier(request.getfixturevalue("shared_kv_node"))
-    elif request.param == "rooms":
-        made = host_tier_into_rooms(request.getfixturevalue("shared_kv_node"))
+    elif request.param == "buffers":
+        made = host_tier_into_buffers(request.getfixturevalue("shared_kv_node"))
     elif request.param == "peer":
         made = peer_tier(request.getfixturevalue("peer_node"))
     elif request.param == "disk":
@@ -282,7 +282,7 @@ def test_a_length_that_does_not_fit_is_refused(under_test: TierUnderTest) -> Non
     under_test.flip(fragment, 16)  # low byte of the payload's length
     (got,) = under_test.tier.get([fragment.key])
     assert isinstance(got, Rejected)
-    if isinstance(under_test.tier, IntoRooms):
+    if isinstance(under_test.tier, IntoBuffers):
         assert got.reason == "layout"
     else:
         assert got.reason in ("truncated", "checksum")  # an arena has bytes behind the payload, a value has not

@@ -184,7 +184,9 @@ async def test_grpc_calls_have_request_ids_and_refusals_are_counted(model_dir: P
 @pytest.mark.parametrize("top_p", [1e-300, 5e-46, 1e-40])
 def test_a_top_p_that_is_smaller_than_the_wire_can_say_keeps_the_best_candidate(top_p: float) -> None:
     for asked, default in ((top_p, None), (None, top_p)):
-        settled_one = settled(SamplingParams(top_p=asked), SamplingDefaults(top_p=default), (), seed=1, room=9)
+        settled_one = settled(
+            SamplingParams(top_p=asked), SamplingDefaults(top_p=default), (), seed=1, num_tokens_left=9
+        )
         carried = sampling_params(sampling_message(settled_one)).top_p
         assert carried is not None
         check_sampling(sampling_params(sampling_message(settled_one)), VOCAB_SIZE)

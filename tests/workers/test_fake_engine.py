@@ -197,9 +197,9 @@ def test_unverified_bytes_would_show(model_dir: Path) -> None:
     """The same hand-off without a check in between: a store that gives a wrong fragment gives wrong tokens."""
 
     class Careless(FragmentStore):
-        def pull(self, keys, rooms):
-            for room in rooms:
-                room[...] = 1
+        def pull(self, keys, buffers):
+            for buffer in buffers:
+                buffer[...] = 1
             return [True] * len(keys)
 
     _, runner = make(config_for(model_dir))

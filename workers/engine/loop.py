@@ -227,7 +227,7 @@ class EngineLoop:
                 if events is not None and events.published_names:
                     self.announce(events.published_names)
                 self._snapshot()
-                if events is not None or changes:  # a plan of nothing may have evicted, to make room for a pull
+                if events is not None or changes:  # a plan of nothing may have evicted blocks for a pull
                     self._on_events(LoopEvents(events or StepEvents(), block_changes=changes))
         except BaseException as error:
             self._on_failure(error)

@@ -90,16 +90,16 @@ class Arena:
         seal_all_into(places, payloads, keys, generations)
 
     def read_into(
-        self, slots: Sequence[int], keys: Sequence[bytes], generations: Sequence[int], rooms: Sequence[Bytes]
+        self, slots: Sequence[int], keys: Sequence[bytes], generations: Sequence[int], buffers: Sequence[Bytes]
     ) -> list[Rejected | None]:
         """Copies payloads into buffers of this process, which hold anything unless the copy is right: None."""
         results: list[Rejected | None] = [Rejected("layout")] * len(slots)
         fitting = [
-            i for i, slot in enumerate(slots) if 0 <= slot < self.num_slots and rooms[i].nbytes <= self.slot_bytes
+            i for i, slot in enumerate(slots) if 0 <= slot < self.num_slots and buffers[i].nbytes <= self.slot_bytes
         ]
         copied = unseal_into(
-            [rooms[i] for i in fitting],
-            [self._place(slots[i], rooms[i].nbytes) for i in fitting],
+            [buffers[i] for i in fitting],
+            [self._place(slots[i], buffers[i].nbytes) for i in fitting],
             [keys[i] for i in fitting],
             [generations[i] for i in fitting],
         )
@@ -184,7 +184,7 @@ def create_arena(path: Path, node_id: str, slot_bytes: int, num_slots: int) -> O
     """Makes and locks the file; arenas that dead node processes left behind in the folder are removed first.
 
     Its memory is committed here: without that, a full tmpfs would kill whichever process writes next. Raises ArenaInUse
-    when another node process is alive, OSError when there is no room.
+    when another node process is alive, OSError when there is no space.
     """
     neighbours = (*path.parent.glob(f"*{ARENA_SUFFIX}"), *path.parent.glob(f"{ARENA_PREFIX}*"))
     for candidate in sorted({path, *neighbours}):

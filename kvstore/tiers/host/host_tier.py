@@ -94,7 +94,7 @@ class HostTier:
 
     @property
     def problems_behind(self) -> Mapping[str, str]:
-        """As in NearTier: of the disk behind the node's arena, as the node said it last."""
+        """As in HostMemoryTier: of the disk behind the node's arena, as the node said it last."""
         return {"disk": self.problem or self._disk_problem} if self._has_disk else {}
 
     @property
@@ -126,7 +126,7 @@ class HostTier:
         return [False] * len(keys) if found is None else [slot >= 0 for slot in found.slots]
 
     def prepare(self, keys: Sequence[bytes]) -> None:
-        """As in NearTier: the node makes room meanwhile."""
+        """As in HostMemoryTier: the node frees slots meanwhile."""
         _check_keys(keys)
         arena, now_s = self._arena, time.monotonic()
         if not keys or arena is None or not self._availability.is_up or self._is_arena_too_small:
@@ -155,11 +155,11 @@ class HostTier:
         found = self._on_arena(lambda arena: self._look_up(arena, keys)) if keys else None
         return iter([None] * len(keys)) if found is None else self._read(found)
 
-    def get_into(self, keys: Sequence[bytes], rooms: Sequence[Bytes]) -> Iterator[bool | Rejected]:
-        """As in NearTier."""
+    def get_into(self, keys: Sequence[bytes], buffers: Sequence[Bytes]) -> Iterator[bool | Rejected]:
+        """As in HostMemoryTier."""
         _check_keys(keys)
         found = self._on_arena(lambda arena: self._look_up(arena, keys)) if keys else None
-        return iter([False] * len(keys)) if found is None else self._read_into(found, rooms)
+        return iter([False] * len(keys)) if found is None else self._read_into(found, buffers)
 
     def close(self) -> None:
         """As in Tier."""
@@ -278,13 +278,13 @@ class HostTier:
             yield payload
             del payload  # or its buffer would be in use while the next one is read
 
-    def _read_into(self, found: _Found, rooms: Sequence[Bytes]) -> Iterator[bool | Rejected]:
+    def _read_into(self, found: _Found, buffers: Sequence[Bytes]) -> Iterator[bool | Rejected]:
         there = [i for i, slot in enumerate(found.slots) if slot >= 0]
         rejected = found.arena.read_into(
             [found.slots[i] for i in there],
             [found.keys[i] for i in there],
             [found.generations[i] for i in there],
-            [rooms[i] for i in there],
+            [buffers[i] for i in there],
         )
         results: list[bool | Rejected] = [False] * len(found.keys)
         bad: list[int] = []

@@ -76,7 +76,7 @@ class SlotTable:
         held = wanted & self._sealed.keys()
         for key in held:
             self._order.use(key, now_s)
-        self._make_room(sum(key not in held for key in keys) if held else len(keys), wanted)
+        self._free_slots_for(sum(key not in held for key in keys) if held else len(keys), wanted)
         deadline_s = now_s + self._reservation_ttl_s
         return [self._reserve(key, deadline_s) for key in keys]
 
@@ -131,7 +131,7 @@ class SlotTable:
         deadlines = [reservation.deadline_s for reservation in self._reserved.values()]
         assert deadlines == sorted(deadlines), "reservations are out of order"
 
-    def _make_room(self, count: int, wanted: set[bytes]) -> None:
+    def _free_slots_for(self, count: int, wanted: set[bytes]) -> None:
         """Frees so many slots, of fragments that are not wanted now; what is next to go, first."""
         missing = count - len(self._free)
         if missing > 0:
