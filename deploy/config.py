@@ -183,7 +183,7 @@ def _default_pools() -> dict[str, PoolConfig]:
 
 @dataclass(frozen=True, slots=True)
 class ClusterConfig:
-    """Everything that `switchyard serve` can be told. The defaults make the laptop's cluster."""
+    """Every option of `switchyard serve`. The defaults make the laptop's cluster."""
 
     name: str = ""
     """Name of the cluster. What it keeps in a shared Redis lies under it, and processes of clusters with other names
@@ -294,7 +294,7 @@ def prepare_ray_environment() -> None:
         # Otherwise the first local start turns token mode on for the user's whole account.
         "RAY_AUTH_MODE": "disabled",
         "RAY_metrics_report_interval_ms": "1000",
-        # Ray warns on each worker without GPUs unless it is told that this is meant.
+        # Ray warns on each worker without GPUs unless this is set.
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         # Ray starts workers at nice 15: on a machine that does anything else, tokens would wait for it.
         "RAY_worker_niceness": "0",

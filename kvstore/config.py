@@ -1,4 +1,4 @@
-"""The `kvstore` branch of the cluster's configuration, and what a KV node process is told at its start.
+"""The `kvstore` branch of the cluster's configuration, and the spec that a KV node process gets at its start.
 
 Knows nothing of how the other branches are read; numbers that are derived from it are computed by those who need them.
 """

@@ -23,7 +23,7 @@ from router.config import RouterSpec
 from router.errors import ConfigError, StartupError
 from router.fleet.fleet import Fleet
 from router.fleet.membership import Membership
-from router.fleet.worker_connection import LinkOptions, end_task
+from router.fleet.worker_connection import ConnectionOptions, end_task
 from router.metrics import Metrics
 from router.model_files import ModelFiles
 from router.placement.policy import POLICIES, Rates
@@ -118,7 +118,7 @@ class Router:
 
     def _join(self, directory: Directory) -> Membership:
         config = self._spec.config
-        options = LinkOptions(
+        options = ConnectionOptions(
             self._spec.router_id, _epochs(), self._served, config.worker_silence_s, config.max_message_bytes
         )
         return Membership(directory, self._dispatcher.fleet, self._dispatcher, options, config.directory_poll_s)

@@ -1,4 +1,4 @@
-"""What a router process is told at its start. Knows the fields and their ranges, not where they came from."""
+"""The spec that a router process gets at its start. Knows the fields and their ranges, not where they came from."""
 
 from __future__ import annotations
 

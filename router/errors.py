@@ -156,7 +156,7 @@ class ConfigError(StartupError):
 
 
 class PortInUse(StartupError):
-    """The port that the router was told to listen on is taken."""
+    """The configured port is taken."""
 
 
 class ModelFilesError(StartupError):

@@ -1,4 +1,4 @@
-"""What a router counts, and what its workers told it, for Prometheus. Its own registry: a process may hold several.
+"""What a router counts, and what its workers report, for Prometheus. Its own registry: a process may hold several.
 
 Names, units and buckets are declared in `telemetry`. Knows nothing of how a stream runs.
 """
@@ -131,8 +131,10 @@ class _WorkerMetrics(Collector):
         fleet, loads = self._dispatcher.fleet, self._dispatcher.loads
         labels = [(info.worker_id, info.pool, info.role.value) for info in fleet.workers]
         yield _family(worker.UP, [(row, 1) for row in labels])
-        known = [(row, fleet.num_told_blocks(row[0])) for row in labels]
-        yield _family(worker.KNOWN_BLOCKS, [(row, num_told) for row, num_told in known if num_told is not None])
+        known = [(row, fleet.num_reported_blocks(row[0])) for row in labels]
+        yield _family(
+            worker.KNOWN_BLOCKS, [(row, num_reported) for row, num_reported in known if num_reported is not None]
+        )
         rows = [(row, loads[row[0]]) for row in labels if row[0] in loads]
         for metric in (*worker.ENGINE, *worker.STORE):
             yield _family(

@@ -295,7 +295,7 @@ def _with_key(stored: bytes, keyed: bytearray) -> bytes:
 
 
 class Wire:
-    """A proxy between a host and its peer's node process. What it is told to damage, it damages whenever it passes."""
+    """A proxy between a host and its peer's node process. It damages the chosen fragment whenever that passes."""
 
     def __init__(self, upstream: str, seed: int) -> None:
         self._upstream = upstream.rpartition(":")

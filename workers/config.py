@@ -1,4 +1,4 @@
-"""What an engine and a worker are told at their start. Knows nothing of models, tensors, routers or Ray."""
+"""The specs that an engine and a worker get at their start. Knows nothing of models, tensors, routers or Ray."""
 
 from __future__ import annotations
 

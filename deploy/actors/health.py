@@ -6,7 +6,7 @@ from deploy.actors.metrics import Report
 
 
 class Progress:
-    """Of one worker; time is what it is told."""
+    """Of one worker. The caller passes the time."""
 
     def __init__(self, timeout_s: float, now_s: float) -> None:
         self._timeout_s = timeout_s

@@ -125,7 +125,7 @@ class KVNodeActor:
 
         self._host_address = spec.host_address
         self._log = run_dir / f"kv-{self._node_id}.log"
-        # Whoever starts a cluster is told that it cannot start; a running cluster is not given up.
+        # A cluster that is being started fails with this error; a running cluster goes on.
         is_restarted = ray.get_runtime_context().was_current_actor_reconstructed
         attempts = sys.maxsize if is_restarted else _FIRST_ATTEMPTS
         self._process = SupervisedProcess("KV node", next_command, child_environment(), self._log, attempts)
@@ -165,7 +165,7 @@ def show_stats(metrics: RayMetrics, disk_metrics: RayMetrics, stats: kvnode_pb2.
 
 
 def node_spec(settings: KVNodeSettings, node_id: str, arena: Path, num_slots: int) -> NodeSpec:
-    """What a host's node process is told, without directory and peers. It has the secret only if it needs it."""
+    """The spec of a host's node process, without directory and peers. It has the secret only if it needs it."""
     return NodeSpec(
         node_id,
         arena,

@@ -2,8 +2,8 @@
 
 A thread for each connection, which sends straight from the arena's mapping. A slot may be given away while it is sent:
 the trailer says so, and whatever was sent then fails its checksum or names another fragment. Callers that read from the
-arena by themselves are told where, and get the trailers when they have. Knows nothing of who asks, only that the caller
-knows the cluster's secret.
+arena by themselves get its location, and the trailers when they have read it. Knows nothing of callers, but
+that they know the cluster's secret.
 """
 
 import logging

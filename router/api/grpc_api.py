@@ -84,7 +84,7 @@ class GrpcApi:
         return join_host_port(host, bound)
 
     async def set_serving(self, is_serving: bool) -> None:
-        """What health checks are told."""
+        """The status that health checks get."""
         kinds = health_pb2.HealthCheckResponse
         for name in ("", SERVICE):
             await self._health.set(name, kinds.SERVING if is_serving else kinds.NOT_SERVING)

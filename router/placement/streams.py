@@ -10,8 +10,8 @@ placement gets prompt + emitted as its prompt, so nothing is lost, doubled or ou
        |<---decode worker lost or failed---------------------------------------------|
        any of them --STOP, LENGTH, end(), fail()--> ENDED
 
-Only the prefill worker may send the first token of a placement while PREFILLING; the decode worker speaks once it was
-told to continue. Knows nothing of sockets, clocks, text or how many placements are allowed.
+Only the prefill worker may send the first token of a placement while PREFILLING; the decode worker sends tokens
+only after Continue. Knows nothing of sockets, clocks, text or how many placements are allowed.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Outcome(enum.Enum):
 class PartTimes:
     """When a part got how far, in seconds since the Unix epoch on its worker's clock; 0 for what did not happen."""
 
-    continued_s: float = 0.0  # the decode worker's engine heard that prefill is through
+    continued_s: float = 0.0  # the decode worker's engine got Continue
     first_step_s: float = 0.0  # its first step with tokens of this part began
     first_token_s: float = 0.0  # the step that chose its first token ended
 
@@ -65,7 +65,7 @@ class PartTimes:
 class HandOff:
     """Between the end of a prefill's last chunk and the first step of its decode worker."""
 
-    relay_s: float  # until the decode worker's engine heard of it
+    relay_s: float  # until the decode worker's engine got Continue
     total_s: float  # until it had pulled the last blocks and began
 
 

@@ -98,7 +98,7 @@ def readiness(
         model=served.model,
         pools=pools,
         workers=tuple(
-            WorkerState(info.worker_id, info.pool, info.role.value, dispatcher.links[info.worker_id].address)
+            WorkerState(info.worker_id, info.pool, info.role.value, dispatcher.connections[info.worker_id].address)
             for info in infos
         ),
         tiers_down=tiers_down,

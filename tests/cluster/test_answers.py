@@ -154,9 +154,11 @@ MESSAGES: list[Any] = [
 def test_a_chat_reaches_the_model_as_transformers_renders_it(
     client: openai.OpenAI, oracle: PreTrainedTokenizerFast, is_thinking: bool
 ) -> None:
-    told = [dict(message) for message in MESSAGES]
-    told[1]["content"] = "The weather in Paris?"  # the template prints no parts
-    rendered = oracle.apply_chat_template(told, tokenize=False, add_generation_prompt=True, enable_thinking=is_thinking)
+    copied = [dict(message) for message in MESSAGES]
+    copied[1]["content"] = "The weather in Paris?"  # the template prints no parts
+    rendered = oracle.apply_chat_template(
+        copied, tokenize=False, add_generation_prompt=True, enable_thinking=is_thinking
+    )
     assert "weather" in rendered.split("<tool_call>")[1]
     prompt = oracle.encode(rendered, add_special_tokens=False)
     options = {"enable_thinking": is_thinking}

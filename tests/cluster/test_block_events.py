@@ -78,7 +78,7 @@ def test_a_router_knows_what_another_one_had_computed_and_what_was_evicted(
     worker_id = answer.finished.stats.decode_worker_id
     holder = next(name for name, server in cluster.workers.items() if server.ready["worker_id"] == worker_id)
     (other,) = set(cluster.workers) - {holder}
-    wait_until(lambda: said(cluster, url, holder) >= 100, "the other router was told")
+    wait_until(lambda: said(cluster, url, holder) >= 100, "the other router got the block events")
     # An even chance each, if it did not know.
     assert [places(cluster, second, url, ending) for ending in range(5)] == [holder] * 5
 

@@ -217,7 +217,7 @@ class PeerWay(Way):
 
 
 class WireWay(PeerWay):
-    """On the wire from another host. Prefill announces nothing: the directory is told that the proxy has its blocks."""
+    """On the wire from another host. Prefill announces nothing: the test publishes the proxy as location."""
 
     shape: ClassVar[dict[str, object]] = {**PeerWay.shape, "silent": ("prefill-0",)}
     reasons = MEMORY_REASONS | {"truncated"}

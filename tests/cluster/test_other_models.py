@@ -163,7 +163,7 @@ def tier_metric(url: str, name: str, tier: str) -> float:
 
 
 def test_a_disk_that_cannot_be_kept_is_said(fake_cluster: Make, tmp_path: Path) -> None:
-    """It served without the disk, and nobody was told: no warning, not degraded, no metric."""
+    """It served without the disk, and reported nothing: no warning, not degraded, no metric."""
     (tmp_path / "file").write_text("")
     cluster = fake_cluster(
         prefill=0, decode=0, mixed=1, routers=1, disk_bytes=64 << 20, disk_dir=str(tmp_path / "file" / "disk")

@@ -1,4 +1,4 @@
-"""The arena's file: who may remove it, what a reader is told, and what another process sees."""
+"""The arena's file: who may remove it, what a reader gets, and what another process sees."""
 
 import os
 import subprocess

@@ -214,7 +214,7 @@ def test_bytes_that_the_peer_holds_damaged_are_refused_and_forgotten_there(
     assert stats_of(peer_node).rejected["checksum"] == before + 1
 
 
-def test_a_stranger_is_told_nothing(host: HostTier, directory: MemoryDirectory) -> None:
+def test_a_stranger_gets_no_answer(host: HostTier, directory: MemoryDirectory) -> None:
     fragments = make_fragments(1)
     host.put(fragments)
     publish(directory, fragments, host.peer_address)

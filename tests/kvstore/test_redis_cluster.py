@@ -107,7 +107,7 @@ def test_a_damaged_value_is_refused_and_dropped(servers: RedisClusterServers, ti
 def test_a_slot_that_moved_is_followed(
     servers: RedisClusterServers, tier: RedisClusterTier, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The node that had it says MOVED, to reads and to writes; the tier asks again and goes where it is told."""
+    """The node that had it says MOVED, to reads and to writes; the tier asks again and follows the redirect."""
     fragments, others = make_fragments(1), make_fragments(20)
     tier.put([*fragments, *others])
     slot, source = hash_slot(REDIS_PREFIX + fragments[0].key), owner_of(fragments[0])
@@ -249,7 +249,7 @@ def test_an_owner_is_named_by_an_ipv6_address(own_servers: RedisClusterServers) 
         except redis.ResponseError as error:
             return str(error)
 
-    wait_until(lambda: answer().endswith(refused), "the other node has heard of it")
+    wait_until(lambda: answer().endswith(refused), "the other node knows of it")
     node = RedisTier(f"redis://:{PASSWORD}@127.0.0.1:{own_servers.ports[0]}/0", SECRET, is_cluster_node=True)
     assert list(node.get([f.key for f in fragments if owner_of(f) == 1])) == [None] * len(slots)
     assert node.take_redirections() == dict.fromkeys(slots, f"[2001:db8::5]:{own_servers.ports[1]}")

@@ -137,7 +137,7 @@ def test_plain_to_a_tls_port_is_a_mistake(tls_port: int) -> None:
 
 
 def test_a_tier_says_that_it_takes_nothing_and_when_it_does_again(users: RedisServer) -> None:
-    """It was up, kept nothing, and nobody was told."""
+    """It was up, kept nothing, and reported no problem."""
     tier = RedisTier(url_of(users, "reader"), SECRET)
     try:
         assert tier.is_up  # what is there can be had

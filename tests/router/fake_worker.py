@@ -88,7 +88,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.num_sent = 0
         self.num_connections = 0
         self.held: dict[bytes, None] | None = None  # blocks by name; None: it cannot tell, as workers once could not
-        self.num_news_to_drop = 0  # of its blocks, messages that never arrive
+        self.num_block_events_to_drop = 0  # of its blocks, messages that never arrive
         self.num_watches = 0  # times that a router asked for a snapshot
         self.is_mute = False  # says nothing any more, as a stopped process
         self.address = ""
@@ -141,8 +141,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.num_watches += 1
 
         async def write(message: worker_pb2.WatchBlocksResponse) -> None:
-            if self.num_news_to_drop > 0 and message.WhichOneof("message") == "changes":
-                self.num_news_to_drop -= 1
+            if self.num_block_events_to_drop > 0 and message.WhichOneof("message") == "changes":
+                self.num_block_events_to_drop -= 1
             else:
                 await context.write(message)
 

@@ -118,13 +118,13 @@ async def test_a_request_that_leaves_it_open_gets_the_models_sampling(tmp_path: 
         message.sampling.top_k = 0
         message.sampling.temperature = 0
         assert [one async for one in stub.Generate(message)]
-    told = [submit.sampling for submit in worker.submits]
+    received = [submit.sampling for submit in worker.submits]
     defaults = SETTLED if is_auto else (1.0, 1.0, 0)
-    sent = [(one.temperature, one.top_p, one.top_k) for one in told]
+    sent = [(one.temperature, one.top_p, one.top_k) for one in received]
     assert sent == [defaults, (0.25, 0.5, 0), defaults, defaults, (0, defaults[1], 0)]
-    assert [one.max_tokens for one in told] == [9 if is_auto else 3, 4, 16, 3, 3]
+    assert [one.max_tokens for one in received] == [9 if is_auto else 3, 4, 16, 3, 3]
     # The tokenizer's eos_token is id 0 here, which config.json does not name.
-    assert [list(one.stop_token_ids) for one in told] == [[0], [], [0], [0], [0]]
+    assert [list(one.stop_token_ids) for one in received] == [[0], [], [0], [0], [0]]
 
 
 async def test_the_templates_end_is_a_stop_token(tmp_path: Path) -> None:

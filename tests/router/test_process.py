@@ -159,4 +159,4 @@ async def test_what_does_not_end_in_time_is_cancelled_when_the_router_stops(mode
         with pytest.raises(GenerationError, match=r"UNAVAILABLE|CANCELLED"):
             await answer
         await stopping
-        await until(lambda: worker.num_live == 0, "the worker was told")
+        await until(lambda: worker.num_live == 0, "the worker got the cancel")

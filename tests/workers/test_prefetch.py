@@ -99,7 +99,7 @@ def prefetcher() -> Iterator[Prefetcher]:
     host.close()
 
 
-def test_the_prefetcher_hears_once_of_each_request_and_of_its_end(prefetcher: Prefetcher) -> None:
+def test_the_prefetcher_is_called_once_for_each_request_and_for_its_end(prefetcher: Prefetcher) -> None:
     engine, _ = make_engine(max_num_seqs=1, num_blocks=32)
     scheduler, queue = engine.scheduler, QueuePrefetch(prefetcher)
     engine.submit(make_request("running", 6, max_tokens=8))

@@ -128,7 +128,7 @@ class EngineLoop:
     places: where what this worker publishes is, as the directory names places ("host:NODE_ID", "redis").
     reaches: whether it can pull a block from one of these places.
     on_failure: called once, with the error, when the engine itself fails; nothing runs after it.
-    prefetch: told of the queue after each step.
+    prefetch: takes the queue after each step.
     """
 
     def __init__(
@@ -314,11 +314,11 @@ class EngineLoop:
     def _announce(self) -> None:
         """Tell the directory what was published, off the engine's thread: a slow directory must not hold up tokens.
 
-        Only a hint: without it decode workers still find the blocks when they are told to continue.
+        Only a hint: without it decode workers still find the blocks when they get Continue.
         """
         while (names := self._announcements.get()) is not None:
             if self._directory is not None:
-                with _directory_may_fail("told of blocks"):
+                with _directory_may_fail("given block locations"):
                     for place in self._places():
                         self._directory.publish(names, place)
             if self._stopped.is_set() and self._announcements.empty():
@@ -348,12 +348,12 @@ class EngineLoop:
     def _watch(self) -> None:
         if self._directory is None:
             return
-        told: dict[str, int] = {}
+        announced: dict[str, int] = {}
         while not self._stopped.is_set():
             self._pulls_changed.wait()
             self._pulls_changed.clear()  # before the look at what is wanted, so that no change is missed
             pulls = self._pulls
-            told = {request_id: told[request_id] for request_id, _, _ in pulls if request_id in told}
+            announced = {request_id: announced[request_id] for request_id, _, _ in pulls if request_id in announced}
             if not pulls:
                 continue
             self._pulls_changed.set()  # look again after a pause, until nothing is wanted
@@ -361,8 +361,8 @@ class EngineLoop:
                 located = self._num_located([names[:_MAX_WATCHED] for _, _, names in pulls])
                 for (request_id, num_ready, _), num_located in zip(pulls, located, strict=True):
                     available = num_ready + num_located
-                    if available > max(num_ready, told.get(request_id, 0)):
-                        told[request_id] = available
+                    if available > max(num_ready, announced.get(request_id, 0)):
+                        announced[request_id] = available
                         self.post(KVAvailable(request_id, available))
             self._stopped.wait(_WATCH_S)
 

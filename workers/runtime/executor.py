@@ -24,7 +24,7 @@ _MAX_SEQUENCE = (1 << 31) - 1
 class GroupExecutor:
     """The leader's side.
 
-    in_thread: steps are started in a thread of their own, for a device that computes while it is told what to. One
+    in_thread: steps are started in a thread of their own, for a device that computes while the host launches. One
     thread, so that steps and the messages of all ranks keep their order.
     """
 

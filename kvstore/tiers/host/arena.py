@@ -4,7 +4,7 @@
     slot i      at 4096 + i * stride: the 64-byte header of kvstore.format.sealing, then up to slot_bytes of payload
 
 The node process holds an exclusive lock on the file as long as it lives; the kernel lets go of it when the process is
-killed, which is how a stale file is told from a live one. The file is unlinked, never shortened: a worker's mapping
+killed, which is how a new node recognises a stale file. The file is unlinked, never shortened: a worker's mapping
 stays valid (and useless) after the node is gone. Knows which bytes are where, not which slot holds which fragment.
 """
 

@@ -3,7 +3,7 @@
     free  --reserve-->  reserved  --seal-->  sealed  --evicted by a reserve, or dropped-->  free
                         reserved  --not sealed in time-->  free
 
-Every reservation has a generation of its own, greater than all before it, so a reader that was told (slot, generation)
+Every reservation has a generation of its own, greater than all before it, so a reader that got (slot, generation)
 finds out when the slot has been given to another fragment. Pure, clock injected; knows nothing of memory or files.
 """
 

@@ -115,7 +115,7 @@ class RedisClusterTier:
             _put_at(results, batch, answer.result())
 
     def _follow(self) -> tuple[str, ...]:
-        """Takes the owners that nodes have named: others may hear of a slot's move later than its former owner.
+        """Takes the owners that nodes have named: others may learn of a slot's move later than its former owner.
 
         One that is not known yet is left to _look: whoever wants a fragment waits for no new node.
         """
