@@ -28,7 +28,7 @@ from kvstore.network.addresses import listen
 from kvstore.redis_client import connect
 from kvstore.tiers.host.arena import arena_path
 from kvstore.tiers.host.host_tier import HostTier
-from kvstore.tiers.peers.peer_tier import PEER_PLACE, PeerTier
+from kvstore.tiers.peers.peer_tier import PEER_LOCATION, PeerTier
 from kvstore.tiers.redis.redis_tier import RedisTier
 from kvstore.tiers.tier import Tier
 from settings.loading import write
@@ -222,7 +222,7 @@ def measure_peer(host_address: str, shape: BenchShape, other: OtherHost = HERE) 
         for _ in range(shape.num_runs + 1):
             fragments = _fragments(payload, shape)
             _must_put(host, fragments)
-            directory.publish([fragments[0].key[:NAME_BYTES]], PEER_PLACE + host.peer_address)
+            directory.publish([fragments[0].key[:NAME_BYTES]], PEER_LOCATION + host.peer_address)
             keys = [fragment.key for fragment in fragments]
             gets.append(_seconds(lambda keys=keys: _must_get(peer, keys)))  # type: ignore[misc]
     finally:

@@ -1,6 +1,6 @@
 """The cluster's configuration: one YAML file and `--set a.b=c` make one frozen ClusterConfig, or one line says why not.
 
-Also the only place that reads or sets the environment. Knows nothing of models, Ray objects or processes: whether a
+Also the only module that reads or sets the environment. Knows nothing of models, Ray objects or processes: whether a
 model can be cut as a pool asks is checked in `preflight`, and derived numbers are computed in `plan`.
 """
 
@@ -251,15 +251,15 @@ def set_key(raw: dict[str, Any], assignment: str) -> None:
         value = text if is_ipv6(text) else yaml.safe_load(text)  # to YAML, [::1] is a broken list and :: a mapping
     except yaml.YAMLError:
         raise ConfigError(f"--set {assignment}: the value is not YAML") from None
-    place = raw
+    branch = raw
     for depth, part in enumerate(parts[:-1]):
-        below = place.setdefault(part, {})
+        below = branch.setdefault(part, {})
         if below is None:
-            below = place[part] = {}
+            below = branch[part] = {}
         if not isinstance(below, dict):
             raise ConfigError(f"--set {assignment}: {'.'.join(parts[: depth + 1])} has no keys")
-        place = below
-    place[parts[-1]] = value
+        branch = below
+    branch[parts[-1]] = value
 
 
 def default_pools() -> dict[str, Any]:

@@ -29,7 +29,7 @@ class PoolPlan:
     """One pool: what Ray reserves for each worker, and each worker's spec."""
 
     spec: WorkerSpec
-    """As far as it is known before a worker has a place: the worker fills in its id, host and addresses."""
+    """As far as it is known before a worker is placed: the worker fills in its id, host and addresses."""
     replicas: int
     bundles: tuple[dict[str, float], ...]
     """Resources of one worker: the replica's, then one bundle per pipeline stage with all its ranks."""

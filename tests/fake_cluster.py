@@ -123,7 +123,7 @@ class Shape:
         return {"prefill": self.prefill, "decode": self.decode, "mixed": self.mixed}
 
     def worker_spec(self, model_dir: Path, name: str, worker_id: str) -> WorkerSpec:
-        """Of a worker that is called ROLE-NUMBER; its place in the cluster is left open."""
+        """Of a worker that is called ROLE-NUMBER; its addresses are left open."""
         role = name.partition("-")[0]
         settings = {
             "dtype": "float32",

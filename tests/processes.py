@@ -175,7 +175,7 @@ class KVNode:
         return self._end(signal.SIGTERM)
 
     def restart(self) -> None:
-        """A new process in the same place."""
+        """A new process with the same address and files."""
         self.kill()
         self.start()
 

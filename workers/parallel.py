@@ -27,7 +27,7 @@ def stage_layers(num_layers: int, pp: int, stage: int) -> range:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One rank's place in the tp x pp grid."""
+    """One rank's position in the tp x pp grid."""
 
     tp: int = 1
     pp: int = 1
@@ -36,7 +36,7 @@ class Shard:
 
     @classmethod
     def of_rank(cls, rank: int, tp: int, pp: int) -> Shard:
-        """The place of a global rank."""
+        """The position of a global rank."""
         return cls(tp=tp, pp=pp, tp_rank=rank % tp, stage=rank // tp)
 
     @property

@@ -55,7 +55,7 @@ class WorkerReplica:
         group = ray.util.get_current_placement_group()
         ranks = []
         for rank in range(self._plan.num_ranks):
-            place = PlacementGroupSchedulingStrategy(
+            strategy = PlacementGroupSchedulingStrategy(
                 placement_group=group, placement_group_bundle_index=self._plan.bundle_of(rank)
             )
             actor = ray.remote(RankActor).options(
@@ -64,7 +64,7 @@ class WorkerReplica:
                 num_gpus=self._plan.gpus_per_rank,
                 max_restarts=0,  # a new process could not join the others' group
                 max_concurrency=4,  # wait_failed takes one for good
-                scheduling_strategy=place,
+                scheduling_strategy=strategy,
             )
             ranks.append(actor.remote(spec, kv_nodes, rank))
         return ranks

@@ -2,7 +2,7 @@
 
     offset  0  a header as in format.sealing, with another magic: size and checksum are those of what follows here
            64  the fragment's own header, as its writer sealed it
-          128  one zstd frame: the payload, its bytes sorted by their place within 4-byte words
+          128  one zstd frame: the payload, its bytes sorted by their position within 4-byte words
 
 Bytes of equal significance lie together, since exponents repeat and mantissas do not. What is stored is verified before
 anything is decompressed, the payload by its writer's checksum after that; a frame gives the number of bytes that the

@@ -30,5 +30,5 @@ class Rejected:
     """A stored fragment that failed its verification; the tier has dropped it."""
 
     reason: RejectReason
-    """checksum: other bytes; stale: the place holds another fragment now; truncated: bytes are missing; layout: not a
+    """checksum: other bytes; stale: the slot holds another fragment now; truncated: bytes are missing; layout: not a
     fragment of ours; forged: right in itself, and written by somebody who does not know the cluster's secret."""

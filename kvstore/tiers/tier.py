@@ -1,4 +1,4 @@
-"""What a tier is: a place that keeps fragments of KV blocks and gives back verified copies of them.
+"""What a tier is: a store that keeps fragments of KV blocks and gives back verified copies of them.
 
 A tier may lose any fragment at any time. It never gives back bytes that differ from those that were put, and it never
 raises because its other end is away. Knows nothing of blocks, models or of which tier is asked first.

@@ -107,7 +107,7 @@ class Membership:
                 )
 
     async def _drop(self, worker_id: str, member: _Member) -> None:
-        """End a connection whole before another one takes its place."""
+        """End a connection whole before another one replaces it."""
         member.task.cancel()
         await asyncio.wait([member.task])
         del self._members[worker_id]

@@ -119,8 +119,8 @@ def start_host(host: Host, address: str, folder: Path, model_dir: Path, stack: E
     servers = []
     for role in ("prefill", "decode"):
         spec = shape.worker_spec(model_dir, role, f"{role}-at-{address}")
-        place = {"node_id": node.node_id, "host_address": node.host_address, "listen_host": address}
-        spec = dataclasses.replace(spec, control=REDIS_URL, **place)
+        addresses = {"node_id": node.node_id, "host_address": node.host_address, "listen_host": address}
+        spec = dataclasses.replace(spec, control=REDIS_URL, **addresses)
         servers.append(Server(prefork, "worker", role, folder))
         servers[-1].start(dataclasses.asdict(spec))
     if address == HEAD:

@@ -28,10 +28,10 @@ from kvstore.format.fragment import Rejected
 from kvstore.format.sealing import HEADER_BYTES
 from kvstore.names import NAME_BYTES, block_names, root_name
 from kvstore.tiers.disk.disk import DiskTier
-from kvstore.tiers.peers.peer_tier import PEER_PLACE
+from kvstore.tiers.peers.peer_tier import PEER_LOCATION
 from kvstore.tiers.redis.redis_tier import KEY_PREFIX, RedisTier
 from tests.fake_cluster import VOCAB_SIZE, FakeCluster, expected
-from tests.fault_injector import DiskPlace
+from tests.fault_injector import DiskStorage
 from tests.forked import SECRET
 from tests.kvstore.fragments import make_compressible, sealed_copy
 from tests.processes import DEADLINE_S, REPOSITORY, KVNode, RedisServer, python_environment, wait_until
@@ -168,8 +168,8 @@ class DiskWay(Way):
 
     def wait_stored(self, keys: Sequence[bytes]) -> None:
         """On the disk, and no longer in memory."""
-        place = DiskPlace(self._folder)
-        wait_until(lambda: place.find(keys), "the disk has them")
+        storage = DiskStorage(self._folder)
+        wait_until(lambda: storage.find(keys), "the disk has them")
         self._drop(keys)
 
     def damage(self, keys: Sequence[bytes]) -> Counter[str]:
@@ -230,7 +230,7 @@ class WireWay(PeerWay):
         """Announced, as if it was at the proxy."""
         directory = open_directory(self.cluster.control_url, "")
         names = dict.fromkeys(key[:NAME_BYTES] for key in keys)
-        directory.publish(list(names), f"{PEER_PLACE}127.0.0.1:{self.injector.port}")
+        directory.publish(list(names), f"{PEER_LOCATION}127.0.0.1:{self.injector.port}")
         directory.close()
 
     def damage(self, keys: Sequence[bytes]) -> Counter[str]:

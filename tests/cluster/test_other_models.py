@@ -110,7 +110,7 @@ def test_fragments_of_other_weights_are_never_used(
     fake_cluster: Make, redis_server: RedisServer, tmp_path: Path
 ) -> None:
     """A Redis that outlived the restart gave the old weights' KV to a v_proj that was changed in place, between two of
-    the 256 places of the file that once counted."""
+    the 256 bytes of the file that once counted."""
     directory = write_tiny_model(tmp_path / "model", intermediate_size=16384)
     weights = directory / "model.safetensors"
     shape = {"prefill": 0, "decode": 0, "mixed": 1, "routers": 1, "uses_arena": False, "block_size": 16}

@@ -1,4 +1,4 @@
-"""Signals on their way to what `switchyard serve` runs: real processes, with a script in a cluster's place."""
+"""Signals on their way to what `switchyard serve` runs: real processes, with a script instead of a cluster."""
 
 from __future__ import annotations
 

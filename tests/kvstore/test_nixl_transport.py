@@ -179,9 +179,9 @@ def test_bytes_that_the_peer_holds_damaged_are_refused_and_forgotten_there(
     good, bad = make_fragments(2)
     host.put([good, bad])
     publish(directory, [good, bad], host.peer_address)
-    place = nixl_node.arena.read_bytes().index(bad.payload)
+    offset = nixl_node.arena.read_bytes().index(bad.payload)
     with open(nixl_node.arena, "r+b") as file:
-        file.seek(place)
+        file.seek(offset)
         file.write(bytes([bad.payload[0] ^ 1]))
     assert peer.get([good.key, bad.key]) == [good.payload, Rejected("checksum")]
     assert peer.get([good.key, bad.key]) == [good.payload, None]

@@ -152,9 +152,9 @@ def test_damaged_slots_do_not_reach_the_disk(start_node: Callable[[str], KVNode]
     tier = HostTier(node.host_address)
     fragments = make_fragments(12)  # none is next to go yet
     tier.put(fragments)
-    place = node.arena.read_bytes().index(fragments[0].payload)
+    offset = node.arena.read_bytes().index(fragments[0].payload)
     with open(node.arena, "r+b") as file:
-        file.seek(place)
+        file.seek(offset)
         file.write(bytes([fragments[0].payload[0] ^ 1]))
     tier.put(make_fragments(2))
     wait_until(lambda: stats_of(node).disk.num_written == 1, "the second one is on disk")

@@ -13,7 +13,7 @@ import pytest
 import redis
 
 from kvstore.config import KVStoreConfig, redis_cluster_nodes
-from kvstore.connect import open_tiers, place_of
+from kvstore.connect import locations_of, open_tiers
 from kvstore.format.fragment import Fragment, Rejected
 from kvstore.redis_client import Redirection, hash_slot, redirection
 from kvstore.tiers.redis.redis_cluster import RedisClusterTier
@@ -315,7 +315,7 @@ def test_a_wrong_password_is_never_logged(servers: RedisClusterServers, caplog: 
 def test_opened_by_its_url(servers: RedisClusterServers) -> None:
     (tier,) = open_tiers("", KVStoreConfig(tier=servers.url), SECRET)
     assert isinstance(tier, RedisClusterTier)
-    assert place_of(tier, "here") == ["redis"]
+    assert locations_of(tier, "here") == ["redis"]
     tier.close()
 
 

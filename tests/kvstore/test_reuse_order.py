@@ -67,7 +67,7 @@ def test_what_was_reused_long_ago_makes_way_for_what_is_reused_now() -> None:
     assert list(order) == [key(0), key(50), *map(key, range(1, 6))]  # it begins anew, like one that just came
 
 
-def test_what_is_gone_is_in_no_place() -> None:
+def test_what_is_gone_is_not_in_the_order() -> None:
     order = ReuseOrder(10)
     handed_off(order, 0.0, 0, 1)
     order.use(key(1), LATER_S)

@@ -45,7 +45,7 @@ def test_surplus_bytes_are_noticed() -> None:
     assert unsealed(STORED + b"x") == Rejected("truncated")
 
 
-def test_another_fragment_in_its_place_is_stale() -> None:
+def test_another_fragment_in_its_slot_is_stale() -> None:
     other = make_fragments(1)[0]
     assert unsealed(STORED, key=other.key) == Rejected("stale")
     assert unsealed(STORED, generation=8) == Rejected("stale")
@@ -74,9 +74,9 @@ def test_a_payload_of_another_format_is_the_same_bytes() -> None:
 
 
 def test_header_and_payload_written_as_one_are_the_same() -> None:
-    place = bytearray(len(STORED))
-    seal_into(memoryview(place), FRAGMENT.payload, FRAGMENT.key, 7)
-    assert place == STORED
+    sealed = bytearray(len(STORED))
+    seal_into(memoryview(sealed), FRAGMENT.payload, FRAGMENT.key, 7)
+    assert sealed == STORED
 
 
 def unsealed_into(stored: bytes, num_bytes: int = 100) -> tuple[bytes, Rejected | None]:

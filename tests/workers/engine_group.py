@@ -45,8 +45,8 @@ class RecordingRunner(TorchModelRunner):
         return super().start(plan)
 
     def _choose(self, logits: Tensor, prepared: PreparedBatch) -> Tensor:
-        by_place = {place: row.clone() for row, place in zip(logits, prepared.order.tolist(), strict=True)}
-        self.logits[-1] = [by_place[place] for place in sorted(by_place)]
+        by_index = {index: row.clone() for row, index in zip(logits, prepared.order.tolist(), strict=True)}
+        self.logits[-1] = [by_index[index] for index in sorted(by_index)]
         return super()._choose(logits, prepared)
 
 

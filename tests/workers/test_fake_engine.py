@@ -138,7 +138,7 @@ def test_any_wrong_word_of_the_cache_changes_the_tokens(model_dir: Path) -> None
     assert num_same < 5, f"{num_same} of {num_tried}: chance alone gives one in {VOCAB_SIZE}"
 
 
-def test_words_in_the_wrong_place_change_the_tokens(model_dir: Path) -> None:
+def test_words_in_the_wrong_slot_change_the_tokens(model_dir: Path) -> None:
     (right,) = fake_completion(PROMPTS[2][:10], 1, VOCAB_SIZE)
     swaps = {
         "layers": lambda c: (c[0, 5], c[1, 5]),
@@ -148,9 +148,9 @@ def test_words_in_the_wrong_place_change_the_tokens(model_dir: Path) -> None:
         "blocks": lambda c: (c[:, 5], c[:, 2]),
         "fragments": lambda c: (c[2, 5, 1], c[2, 2, 1]),
     }
-    for name, places in swaps.items():
+    for name, words_of in swaps.items():
         runner, table = filled_runner(model_dir)
-        one, other = places(runner.cache.tensors[0])
+        one, other = words_of(runner.cache.tensors[0])
         kept = one.clone()
         one.copy_(other)
         other.copy_(kept)

@@ -42,7 +42,7 @@ class Running:
             engine,
             self.directory,
             lambda: ["redis"],
-            lambda places: "redis" in places,
+            lambda locations: "redis" in locations,
             self._note,
             self.failures.append,
             time.monotonic,

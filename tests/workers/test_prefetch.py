@@ -171,7 +171,7 @@ def single_rank(prefork: Prefork, tmp_path: Path) -> Start:
 
 @contextmanager
 def queued_behind(client: WorkerClient, count: int, length: int, max_tokens: int) -> Iterator[None]:
-    """Within, requests that end only afterwards hold the one place of the batch."""
+    """Within, requests that end only afterwards hold the one row of the batch."""
     names = [f"before-{i}" for i in range(count)]
     for i, name in enumerate(names):
         client.submit(name, prompt(length, seed=50 + i), MIXED, max_tokens=max_tokens)

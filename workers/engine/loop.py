@@ -125,8 +125,8 @@ class LoadSnapshot:
 class EngineLoop:
     """Runs an engine in a thread of its own.
 
-    places: where what this worker publishes is, as the directory names places ("host:NODE_ID", "redis").
-    reaches: whether it can pull a block from one of these places.
+    locations: where what this worker publishes is, as the directory names locations ("host:NODE_ID", "redis").
+    reaches: whether it can pull a block from one of these locations.
     on_failure: called once, with the error, when the engine itself fails; nothing runs after it.
     prefetch: takes the queue after each step.
     """
@@ -135,7 +135,7 @@ class EngineLoop:
         self,
         engine: Engine,
         directory: Directory | None,
-        places: Callable[[], Sequence[str]],
+        locations: Callable[[], Sequence[str]],
         reaches: Callable[[frozenset[str]], bool],
         on_events: Callable[[LoopEvents], None],
         on_failure: Callable[[BaseException], None],
@@ -145,7 +145,7 @@ class EngineLoop:
         self._engine = engine
         self._prefetch = prefetch
         self._directory = directory
-        self._places = places
+        self._locations = locations
         self._reaches = reaches
         self._on_events = on_events
         self._on_failure = on_failure
@@ -319,8 +319,8 @@ class EngineLoop:
         while (names := self._announcements.get()) is not None:
             if self._directory is not None:
                 with _directory_may_fail("given block locations"):
-                    for place in self._places():
-                        self._directory.publish(names, place)
+                    for location in self._locations():
+                        self._directory.publish(names, location)
             if self._stopped.is_set() and self._announcements.empty():
                 return  # the queue was full when the loop stopped
 
@@ -367,7 +367,7 @@ class EngineLoop:
             self._stopped.wait(_WATCH_S)
 
     def _num_located(self, asked: Sequence[Sequence[bytes]]) -> list[int]:
-        """How many names of each list, from its first on, are at a place that this worker can pull from. One call."""
+        """How many names of each list, from its first on, are where this worker can pull from. One call."""
         flat = [name for names in asked for name in names]
         if not flat or self._directory is None:
             return [0] * len(asked)

@@ -37,7 +37,7 @@ class PreparedBatch:
     num_tokens: int  # of the requests; the batch may have more rows, which stand for nothing
     sampling: SamplingRows  # one entry per wanted row of logits; the batch may have more logit_rows
     positions: Longs  # of the tokens that the rows choose, counted from the first of the completion
-    order: Longs  # place of each row among the plan's wanted logits
+    order: Longs  # index of each row among the plan's wanted logits
     last: tuple[Tensor, Tensor] | None  # of the wanted rows those that choose a request's next token, and their rows
     pending: tuple[Tensor, Tensor] | None  # token_ids that the step before chooses: where, and of which row
 
@@ -139,15 +139,15 @@ class InputBuffers:
     def _copy_changes(self, plan: StepPlan) -> None:
         for group, table in enumerate(self._tables):
             width, changes = self.max_blocks, plan.new_blocks[plan.new_blocks[:, 0] == group]
-            places = [changes[:, 1].astype(np.int64) * width + changes[:, 2]]
+            indices = [changes[:, 1].astype(np.int64) * width + changes[:, 2]]
             values = [changes[:, 3]]
             for state in plan.new_rows:
                 block_ids = state.block_tables[group]
-                places.append(state.row * width + np.arange(len(block_ids)))
+                indices.append(state.row * width + np.arange(len(block_ids)))
                 values.append(np.asarray(block_ids, np.int32))
             where, what = (
                 torch.from_numpy(np.concatenate(parts)).pin_memory().to(self._device, non_blocking=True)
-                for parts in (places, values)
+                for parts in (indices, values)
             )
             table.view(-1).index_copy_(0, where, what)
 
@@ -356,8 +356,8 @@ class _Logits:
         return _Logits(requests, behind, batch_rows, token_positions)
 
     def order(self, plan: StepPlan, order: Longs | None) -> Longs:
-        """The place of each row among the wanted rows of the plan."""
+        """The index of each row among the wanted rows of the plan."""
         if order is None:
             return np.arange(len(self.requests))
-        last_places = np.cumsum(plan.num_logits) - 1
-        return last_places[order[self.requests]] - self.behind
+        last_indices = np.cumsum(plan.num_logits) - 1
+        return last_indices[order[self.requests]] - self.behind

@@ -17,7 +17,7 @@ import grpc
 from switchyard.v1 import generation_pb2, worker_pb2, worker_pb2_grpc
 
 from checkpoint.identity import ServedModel
-from kvstore.connect import open_directory, place_of, reaches
+from kvstore.connect import locations_of, open_directory, reaches
 from kvstore.control.directory import WorkerRecord
 from kvstore.network.addresses import join_host_port
 from kvstore.store import FragmentStore
@@ -177,7 +177,7 @@ class WorkerLeader:
 
     def _locations(self) -> Sequence[str]:
         """Where what this worker publishes is now, as the directory names locations."""
-        return [place for tier in self._tiers if tier.is_up for place in place_of(tier, self._spec.node_id)]
+        return [location for tier in self._tiers if tier.is_up for location in locations_of(tier, self._spec.node_id)]
 
     def _reaches(self, locations: frozenset[str]) -> bool:
         """Whether a block at these locations can be pulled by this worker now."""

@@ -262,8 +262,8 @@ class TorchModelRunner:
         def wait() -> ModelRunnerOutput:
             token_ids = read()
             sampled = [0] * len(token_ids)
-            for place, token_id in zip(order if token_ids else (), token_ids, strict=True):
-                sampled[place] = token_id
+            for index, token_id in zip(order if token_ids else (), token_ids, strict=True):
+                sampled[index] = token_id
             return ModelRunnerOutput(sampled, ended, time.perf_counter() - started)
 
         return wait

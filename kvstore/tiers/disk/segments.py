@@ -180,7 +180,7 @@ def _end_direct_io(file_descriptor: int) -> bool:
 
 
 def scan_segment(path: Path, key_id: str) -> tuple[SegmentHeader, list[tuple[bytes, StoredFragment]]] | None:
-    """The header, and key and place of each fragment as far as headers follow one another; None: not one of ours.
+    """The header, and key and location of each fragment as far as headers follow one another; None: not one of ours.
 
     Reads headers only, so payloads may be bad all the same: that is found out when they are read.
     """

@@ -85,9 +85,11 @@ class Arena:
 
     def write(self, slots: Sequence[int], fragments: Sequence[Fragment], generations: Sequence[int]) -> None:
         """Fills reserved slots."""
-        places = [self._place(slot, fragment.num_bytes) for slot, fragment in zip(slots, fragments, strict=True)]
+        regions = [
+            self._sealed_region(slot, fragment.num_bytes) for slot, fragment in zip(slots, fragments, strict=True)
+        ]
         payloads, keys = [fragment.payload for fragment in fragments], [fragment.key for fragment in fragments]
-        seal_all_into(places, payloads, keys, generations)
+        seal_all_into(regions, payloads, keys, generations)
 
     def read_into(
         self, slots: Sequence[int], keys: Sequence[bytes], generations: Sequence[int], buffers: Sequence[Bytes]
@@ -99,7 +101,7 @@ class Arena:
         ]
         copied = unseal_into(
             [buffers[i] for i in fitting],
-            [self._place(slots[i], buffers[i].nbytes) for i in fitting],
+            [self._sealed_region(slots[i], buffers[i].nbytes) for i in fitting],
             [keys[i] for i in fitting],
             [generations[i] for i in fitting],
         )
@@ -133,16 +135,16 @@ class Arena:
             return payload_bytes
         if payload_bytes > self.slot_bytes:
             return Rejected("layout")
-        return self._place(slot, payload_bytes)
+        return self._sealed_region(slot, payload_bytes)
 
     def adopt(self, slot: int, sealed: memoryview, generation: int) -> None:
         """Fills a reserved slot with a verified copy of header and payload, whose generation is changed."""
         reseal(sealed, generation)
-        place = self._place(slot, len(sealed) - HEADER_BYTES)
-        place[HEADER_BYTES:] = sealed[HEADER_BYTES:]
-        place[:HEADER_BYTES] = sealed[:HEADER_BYTES]  # last: until then the slot holds nothing
+        region = self._sealed_region(slot, len(sealed) - HEADER_BYTES)
+        region[HEADER_BYTES:] = sealed[HEADER_BYTES:]
+        region[:HEADER_BYTES] = sealed[:HEADER_BYTES]  # last: until then the slot holds nothing
 
-    def _place(self, slot: int, payload_bytes: int) -> memoryview:
+    def _sealed_region(self, slot: int, payload_bytes: int) -> memoryview:
         """Header and payload."""
         start = self._offset(slot)
         return self._view[start : start + HEADER_BYTES + payload_bytes]
@@ -166,7 +168,7 @@ class OwnedArena:
 
 
 def arena_path(arena_dir: str, node_id: str) -> Path:
-    """The usual place of a node's arena."""
+    """The usual path of a node's arena."""
     return Path(arena_dir) / f"{ARENA_PREFIX}{node_id}{ARENA_SUFFIX}"
 
 

@@ -52,7 +52,7 @@ class _Prepared:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What the node said of the keys' places in this arena."""
+    """What the node said of the keys' slots in this arena."""
 
     arena: Arena
     keys: Sequence[bytes]
@@ -245,7 +245,7 @@ class HostTier:
             if prepared is None:
                 return []
             self._prepared.remove(prepared)
-        # A reservation that may have expired is no place to write to.
+        # A reservation that may have expired is no slot to write to.
         if prepared.arena is not arena or time.monotonic() - prepared.since_s > _PREPARED_S:
             prepared.call.give_up()
             return []

@@ -147,14 +147,14 @@ class NixlReader:
                 except _ERRORS as error:  # it is gone already
                     _LOG.debug("NIXL: %s", error)
 
-    def start(self, remote: _Remote, places: Sequence[tuple[int, int]]) -> _Read:
+    def start(self, remote: _Remote, ranges: Sequence[tuple[int, int]]) -> _Read:
         """Begins to read (address, bytes) one behind the other into a private buffer."""
-        num_bytes = sum(size for _, size in places)
+        num_bytes = sum(size for _, size in ranges)
         with self._lock, _nixl_errors(remote):
             self._look_after_given_up()
             buffer, registered = self._take(num_bytes)
             try:
-                handle = self._prepare(remote, places, _address_of(buffer))
+                handle = self._prepare(remote, ranges, _address_of(buffer))
             except _ERRORS:
                 if registered is not None:
                     self._agent.deregister_memory(registered)
@@ -180,9 +180,9 @@ class NixlReader:
             self._given_up.append(read)
             self._look_after_given_up()
 
-    def _prepare(self, remote: _Remote, places: Sequence[tuple[int, int]], first: int) -> Any:
+    def _prepare(self, remote: _Remote, ranges: Sequence[tuple[int, int]], first: int) -> Any:
         here, there = [], []
-        for address, size in places:
+        for address, size in ranges:
             here.append((first, size, 0))
             there.append((address, size, 0))
             first += size

@@ -124,7 +124,7 @@ class PeerChannel:
     def _receive_trailers(self, num_fragments: int, deadline_s: float) -> list[tuple[bool, bytes]]:
         """For each fragment of a group whether its slot was still its own, and its tag."""
         raw = memoryview(self.receive_exactly(TRAILER_BYTES * num_fragments, deadline_s))
-        return [unpack_trailer(raw, place) for place in range(num_fragments)]
+        return [unpack_trailer(raw, index) for index in range(num_fragments)]
 
     def _send_request(self, kind: int, keys: Sequence[bytes], deadline_s: float) -> None:
         """Sends it, and takes the head of its answer."""

@@ -165,6 +165,6 @@ class RedisClusterTier:
         raise error
 
 
-def _put_at(results: list[_Result], places: Sequence[int], answers: Sequence[_Result]) -> None:
-    for i, answer in zip(places, answers, strict=True):
+def _put_at(results: list[_Result], indices: Sequence[int], answers: Sequence[_Result]) -> None:
+    for i, answer in zip(indices, answers, strict=True):
         results[i] = answer
