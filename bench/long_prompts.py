@@ -1,4 +1,4 @@
-"""What a long prompt's KV is worth: hand-off beside a running prefill, and a failover from the tiers.
+"""What a long prompt's KV is worth: KV transfer beside a running prefill, and a failover from the tiers.
 
     overlap    how much of a prompt the decode worker holds, verified, when the step of the prefill worker's last chunk
                ends, and how soon after that its own first step begins; until_continue: the part of it until its

@@ -74,7 +74,7 @@ class KVStoreConfig:
     """Seconds after which the shared tier may forget a fragment that nobody wrote again."""
     prefix_fetch: str = "cheapest"
     """Whether a worker pulls a prefix that only the tiers have: always, never, or when that is cheaper than computing
-    it, by what each worker measured at its start. The hand-off from prefill to decode is not affected."""
+    it, by what each worker measured at its start. The KV transfer from prefill to decode is not affected."""
 
     def __post_init__(self) -> None:
         if self.block_size < 0:

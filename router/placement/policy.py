@@ -19,8 +19,8 @@ from dataclasses import dataclass
 EXPECTED_OUTPUT_TOKENS = 128
 # One more sequence in the batch makes a decode step this much longer, relative to the step observed.
 STEP_SHARE = 0.02
-# A decode worker that is handed a prompt which is cached but for so few tokens computes them itself: a hand-off costs
-# more than they do. A prompt that nobody has seen is the prefill pool's, however short.
+# A decode worker computes the rest of a prompt itself when it holds all but so few tokens: a KV transfer costs more.
+# A prompt that no worker has seen goes to the prefill pool, however short.
 MAX_LOCAL_PREFILL_TOKENS = 32
 
 

@@ -62,7 +62,7 @@ class PartTimes:
 
 
 @dataclass(frozen=True, slots=True)
-class HandOff:
+class KVTransfer:
     """Between the end of a prefill's last chunk and the first step of its decode worker."""
 
     relay_s: float  # until the decode worker's engine got Continue
@@ -128,7 +128,7 @@ class Stream:
         self.num_computed_prompt_tokens = 0
         self.num_recomputed_prompt_tokens = 0
         self.num_transferred_blocks = 0
-        self.hand_off: HandOff | None = None  # of the last placement, once its decode worker has reported
+        self.kv_transfer: KVTransfer | None = None  # of the last placement, once its decode worker has reported
         self._prefilled_s = 0.0  # end of its last chunk; 0 while not known
         self._prefill_id: str | None = None  # set while that worker has a part to play
         self._decode_id: str | None = None
@@ -144,7 +144,7 @@ class Stream:
         self._decode_id = placement.decode_id
         self._prefill_id = placement.prefill_id
         self._decode_part = Part.WHOLE if placement.prefill_id is None else Part.DECODE
-        self._prefilled_s, self.hand_off = 0.0, None
+        self._prefilled_s, self.kv_transfer = 0.0, None
         # A worker knows a stream by its name alone: what it may still hold of an earlier placement goes first.
         actions: list[Action] = [
             CancelPart(worker_id)
@@ -302,7 +302,7 @@ class Stream:
             if self._prefilled_s > 0 and times.continued_s > 0 and times.first_step_s > 0:
                 relay_s, total_s = times.continued_s - self._prefilled_s, times.first_step_s - self._prefilled_s
                 if 0 <= relay_s <= total_s:  # hosts whose clocks differ may tell of a start before the end
-                    self.hand_off = HandOff(relay_s, total_s)
+                    self.kv_transfer = KVTransfer(relay_s, total_s)
         else:
             # Of the last placement; its prompt may hold emitted tokens too.
             self.num_cached_prompt_tokens = min(report.num_cached_prompt_tokens, self.num_prompt_tokens)

@@ -22,7 +22,7 @@ from router.fleet.messages import PartOrder, load_report
 from router.fleet.worker_connection import CLOSED, WorkerConnection
 from router.placement.affinity import BlockEvent, SnapshotPart
 from router.placement.policy import Placement, Reject, RejectReason, RouteRequest
-from router.placement.streams import Action, CancelPart, ContinuePart, HandOff, PartReport, Phase, Stream, SubmitPart
+from router.placement.streams import Action, CancelPart, ContinuePart, KVTransfer, PartReport, Phase, Stream, SubmitPart
 from router.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class DispatchObserver(Protocol):
 
     def first_token(self, ttft_s: float, predicted_s: float) -> None: ...
 
-    def closed(self, num_dropped_frames: int, hand_off: HandOff | None) -> None: ...
+    def closed(self, num_dropped_frames: int, kv_transfer: KVTransfer | None) -> None: ...
 
     def block_snapshot(self) -> None: ...
 
@@ -184,7 +184,7 @@ class LiveStream:
         self._release()
         if self._decode_worker_id and isinstance(self._state.ending, FinishReason):
             self._dispatcher.fleet.remember(self._decode_worker_id, self._names())
-        self._dispatcher.observer.closed(self._state.num_dropped, self._state.hand_off)
+        self._dispatcher.observer.closed(self._state.num_dropped, self._state.kv_transfer)
 
     @property
     def reason(self) -> FinishReason:

@@ -245,7 +245,7 @@ class WireWay(PeerWay):
 WAYS = {"host": Way, "redis": RedisWay, "disk": DiskWay, "peer": PeerWay, "wire": WireWay}
 
 
-def damaged_hand_off(
+def damaged_kv_transfer(
     way: Way, prefill: WorkerClient, decode: WorkerClient, number: int, pick: random.Random
 ) -> Counter[str]:
     """Prefill, then damage from some block on, then decode: with the right tokens and none of the bad blocks."""
@@ -295,7 +295,7 @@ def test_no_damaged_fragment_is_served_and_each_is_counted(
         for number in itertools.count():
             if damaged.total() >= num_faults:
                 break
-            damaged_now = damaged_hand_off(way, prefill, decode, number, pick)
+            damaged_now = damaged_kv_transfer(way, prefill, decode, number, pick)
             counted_now = way.counted(decode)
             if way.injector.num_gone:  # it was too slow for a deadline: of the rest, nobody knows what came
                 num_given_up += 1

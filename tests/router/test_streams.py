@@ -16,7 +16,7 @@ from router.placement.streams import (
     Action,
     CancelPart,
     ContinuePart,
-    HandOff,
+    KVTransfer,
     Outcome,
     Part,
     PartReport,
@@ -65,11 +65,11 @@ def prefilled(max_tokens: int) -> Stream:
     return stream
 
 
-def test_a_hand_off_is_timed_by_both_workers() -> None:
+def test_a_kv_transfer_is_timed_by_both_workers() -> None:
     stream = prefilled(max_tokens=2)
     stream.on_token("d", 1, 1, 11)
     stream.on_finished("d", 1, done(Outcome.LENGTH, times=PartTimes(100.25, 100.5, 101.0)))
-    assert stream.hand_off == HandOff(relay_s=0.25, total_s=0.5)
+    assert stream.kv_transfer == KVTransfer(relay_s=0.25, total_s=0.5)
 
 
 @pytest.mark.parametrize("times", [PartTimes(99.0, 100.5, 101.0), PartTimes(100.25, 100.2, 101.0)], ids=str)
@@ -77,26 +77,26 @@ def test_hosts_whose_clocks_differ_time_nothing(times: PartTimes) -> None:
     stream = prefilled(max_tokens=2)
     stream.on_token("d", 1, 1, 11)
     stream.on_finished("d", 1, done(Outcome.LENGTH, times=times))
-    assert stream.hand_off is None
+    assert stream.kv_transfer is None
 
 
-def test_the_hand_off_to_a_worker_that_failed_does_not_count() -> None:
+def test_the_kv_transfer_to_a_worker_that_failed_does_not_count() -> None:
     stream = prefilled(max_tokens=3)
     stream.on_token("d", 1, 1, 11)
     stream.on_finished("d", 1, done(Outcome.FAILED, times=PartTimes(100.25, 100.5, 101.0)))
     stream.place(whole("m"))
     stream.on_token("m", 2, 2, 12)
     stream.on_finished("m", 2, done(Outcome.LENGTH))
-    assert stream.hand_off is None
+    assert stream.kv_transfer is None
 
 
-def test_the_hand_off_of_a_lost_placement_does_not_count() -> None:
+def test_the_kv_transfer_of_a_lost_placement_does_not_count() -> None:
     stream = prefilled(max_tokens=3)
     stream.on_lost("d")
     stream.place(split("q", "e"))
     stream.on_lost("q")  # so that nobody knows when the prefill ended
     stream.on_finished("e", 2, done(Outcome.LENGTH, times=PartTimes(100.25, 100.5, 101.0)))
-    assert stream.hand_off is None
+    assert stream.kv_transfer is None
 
 
 def test_one_token_is_all_the_prefill_worker_needs_to_give() -> None:

@@ -70,7 +70,7 @@ def test_logits_are_equal_alone_and_in_any_company(group, checkpoints, shape, dt
     cached = group.run(replace(plain, enable_prefix_caching=True), whole, GREEDY)
     assert cached.num_cached_prompt_tokens > 0
     assert_same(cached, expected, "prefixes from the cache")
-    assert_same(group.run(replace(plain, cuda_graphs=True), whole, GREEDY), expected, "filled up to rungs of graphs")
+    assert_same(group.run(replace(plain, cuda_graphs=True), whole, GREEDY), expected, "padded to the capture sizes")
 
 
 def test_sampled_tokens_are_equal_alone_and_in_any_company(group, checkpoints):

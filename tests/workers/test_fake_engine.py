@@ -74,13 +74,13 @@ def complete(engine: Engine, sampling: SamplingParams) -> list[list[int]]:
     return [tokens[r.request_id] for r in requests]
 
 
-@pytest.mark.parametrize("plans_ahead", [False, True], ids=["step by step", "a step ahead"])
+@pytest.mark.parametrize("async_scheduling", [False, True], ids=["step by step", "async scheduling"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_tokens_are_right_in_any_batch(model_dir: Path, dtype: str, plans_ahead: bool) -> None:
+def test_tokens_are_right_in_any_batch(model_dir: Path, dtype: str, async_scheduling: bool) -> None:
     expected = [fake_completion(p, 12, VOCAB_SIZE) for p in PROMPTS]
     for caching, chunk, num_blocks in itertools.product((True, False), (7, 512), (14, 64)):
         options = {"enable_prefix_caching": caching, "max_num_batched_tokens": chunk, "num_blocks": num_blocks}
-        engine, _ = make(config_for(model_dir, dtype=dtype, async_scheduling=plans_ahead, **options))
+        engine, _ = make(config_for(model_dir, dtype=dtype, async_scheduling=async_scheduling, **options))
         assert complete(engine, greedy(12)) == expected, options
         assert complete(engine, greedy(12)) == expected, f"again, from the prefix cache: {options}"
         engine.close()
@@ -194,7 +194,7 @@ def test_what_one_publishes_another_reads(model_dir: Path, shared_kv_node) -> No
 
 
 def test_unverified_bytes_would_show(model_dir: Path) -> None:
-    """The same hand-off without a check in between: a store that gives a wrong fragment gives wrong tokens."""
+    """The same KV transfer without a check in between: a store that gives a wrong fragment gives wrong tokens."""
 
     class Careless(FragmentStore):
         def pull(self, keys, buffers):
