@@ -1,6 +1,6 @@
 """`make bench`: what this commit does on this machine's CPU, beside the machine's own limits of the same run.
 
-    serve         TTFT and tokens/s of the demo model at 1, 8 and 32 concurrent streams, prefill and decode on two workers
+    serve         TTFT and tokens/s of the demo model at 1, 8 and 32 streams, prefill and decode on two workers
     router        time to first token through the router, beside asking the same worker directly
     kv_transfer   GB/s of KV fragments through shared memory and through Redis, beside memcpy and loopback TCP
     overlap       how much of a 4k prompt is handed over before its prefill ends, and how soon decoding begins then

@@ -39,7 +39,7 @@ _PREDECESSOR_S = 10.0  # for a node that has lost its actor to write what is due
 _DYING_S = 5.0  # for a killed driver's processes to end
 _LOOK_S = 0.1
 
-_LOG = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 def hold_folder(folder: Path) -> int:
@@ -133,7 +133,7 @@ def _remove_unless_held(folder: Path) -> None:
     descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         if _is_left(descriptor, folder):
-            _LOG.warning("removing %s, which a cluster that is gone has left", folder)
+            log.warning("removing %s, which a cluster that is gone has left", folder)
             remove_folder(folder)
     finally:
         os.close(descriptor)
@@ -207,7 +207,7 @@ def _end_node(node: psutil.Process, arena: Path) -> None:
     has_it_open = os.path.realpath(arena) in {file.path for file in node.open_files()}  # workers only map it
     if node.uids().real != os.getuid() or not has_it_open:
         return  # whoever can write to the folder can write any number into a file there
-    _LOG.warning("ending the node process %d, which has lost its actor and holds %s", node.pid, arena)
+    log.warning("ending the node process %d, which has lost its actor and holds %s", node.pid, arena)
     node.terminate()
     try:
         node.wait(_PREDECESSOR_S)

@@ -17,7 +17,7 @@ from kvstore.tiers.disk.disk import DiskStats, DiskTier
 from kvstore.tiers.host.arena import Arena
 from kvstore.tiers.host.slot_table import SlotRef, SlotTable
 
-_LOG = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _NUM_READERS = 4
 _PROMOTION_S = 1.0  # what a lookup waits for the disk at most: a node that does not answer is worse than a miss
@@ -139,7 +139,7 @@ class NodeSlots:
             self._readers.shutdown(wait=False, cancel_futures=True)
             self._writer.join(_LAST_WRITE_S)
             if self._writer.is_alive():
-                _LOG.warning("the disk hangs: left as it is")
+                log.warning("the disk hangs: left as it is")
             else:
                 self._disk.close()
 

@@ -42,7 +42,7 @@ from kvstore.tiers.peers.peer_wire import (
 )
 from kvstore.tiers.peers.transport import ReadableMemory
 
-_LOG = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _MAX_CONNECTIONS = 128
 _IDLE_S = 120.0  # until a connection without requests is closed
@@ -72,7 +72,7 @@ class PeerServer:
         try:
             self._converse(connection)
         except OSError as error:
-            _LOG.debug("connection of a peer ended: %s", error)
+            log.debug("connection of a peer ended: %s", error)
 
     def _converse(self, connection: socket.socket) -> None:
         tune(connection)

@@ -16,7 +16,7 @@ from kvstore.format.fragment import Fragment, Rejected
 from kvstore.tiers.host.host_tier import HostTier
 from kvstore.tiers.tier import Tier
 
-_LOG = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _BATCH_FRAGMENTS = 64
 _BATCH_BYTES = 16 * 1024 * 1024
@@ -107,7 +107,7 @@ class Prefetcher:
             try:
                 self._fetch(job, names)
             except Exception:  # a tier does not raise; if one does, later requests are served all the same
-                _LOG.exception("blocks were not prefetched")
+                log.exception("blocks were not prefetched")
                 self._drop(job)
 
     def _next(self) -> _Job | None:

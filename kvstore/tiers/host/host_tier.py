@@ -26,7 +26,7 @@ from kvstore.tiers.host.arena import Arena, ArenaMismatch, attach_arena
 from kvstore.tiers.host.slot_calls import SlotCalls
 from kvstore.tiers.host.slot_table import NO_SLOT, RESERVATION_S, SEALED_ALREADY
 
-_LOG = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _ERRORS: tuple[type[Exception], ...] = (*NODE_ERRORS, OSError, ArenaMismatch)
 
@@ -315,7 +315,7 @@ class HostTier:
     def _warn_of_size(self, arena: Arena) -> None:
         if not self._is_arena_too_small:
             self._is_arena_too_small = True
-            _LOG.warning("a fragment is larger than the arena's slots of %d bytes and is not kept", arena.slot_bytes)
+            log.warning("a fragment is larger than the arena's slots of %d bytes and is not kept", arena.slot_bytes)
 
 
 def _check_keys(keys: Sequence[bytes]) -> None:

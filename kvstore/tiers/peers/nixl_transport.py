@@ -38,7 +38,7 @@ from kvstore.tiers.peers.peer_wire import (
 )
 from kvstore.tiers.peers.transport import Pulled
 
-_LOG = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 # NIXL's own have no base in common; RuntimeError and ValueError are how its binding passes on those of C++.
 _ERRORS: tuple[type[Exception], ...] = (
@@ -145,7 +145,7 @@ class NixlReader:
                 try:
                     self._agent.remove_remote_agent(remote.name)
                 except _ERRORS as error:  # it is gone already
-                    _LOG.debug("NIXL: %s", error)
+                    log.debug("NIXL: %s", error)
 
     def start(self, remote: _Remote, ranges: Sequence[tuple[int, int]]) -> _Read:
         """Begins to read (address, bytes) one behind the other into a private buffer."""

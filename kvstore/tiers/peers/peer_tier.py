@@ -24,7 +24,7 @@ from kvstore.tiers.peers.peer_wire import GROUP_BYTES
 from kvstore.tiers.peers.tcp_transport import TcpTransport
 from kvstore.tiers.peers.transport import Pulled, Transport
 
-_LOG = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 PEER_LOCATION = "peer:"
 """Before the HOST:PORT of a node process: a location, as the directory names them."""
@@ -241,7 +241,7 @@ class PeerTier:
         transport.close()
 
     def _lost(self, address: str, error: OSError) -> None:
-        _LOG.warning("peer at %s is left alone for a while: %s", address, one_line(error))
+        log.warning("peer at %s is left alone for a while: %s", address, one_line(error))
         with self._lock:
             peer = self._peers.setdefault(address, _Peer())
             idle, peer.idle = peer.idle, []

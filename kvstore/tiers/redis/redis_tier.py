@@ -36,7 +36,7 @@ from kvstore.network.availability import Availability, one_line
 from kvstore.redis_client import REDIS_ERRORS, address_of, connect, redirection, refused_commands
 from kvstore.tiers.redis.redis_bulk import ValueBuffers, get_values, set_values
 
-_LOG = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 KEY_PREFIX = b"switchyard:kv3:"
 
@@ -265,4 +265,4 @@ class RedisTier:
         self._refusal = f"refuses fragments: {one_line(reply)}"
         if not self._has_warned_of_refusal:
             self._has_warned_of_refusal = True
-            _LOG.warning("redis tier at %s refuses fragments: %s", address_of(self._client), reply)
+            log.warning("redis tier at %s refuses fragments: %s", address_of(self._client), reply)
