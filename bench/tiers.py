@@ -222,10 +222,10 @@ def measure_peer(host_address: str, shape: BenchShape, other: OtherHost = HERE) 
     try:
         for _ in range(shape.num_runs + 1):
             fragments = _fragments(payload, shape)
-            _must_put(host, fragments)
+            _must_store(host, fragments)
             directory.publish([fragments[0].key[:NAME_BYTES]], PEER_LOCATION + host.peer_address)
             keys = [fragment.key for fragment in fragments]
-            gets.append(_seconds(lambda keys=keys: _must_get(peer, keys)))  # type: ignore[misc]
+            gets.append(_seconds(lambda keys=keys: _must_load(peer, keys)))  # type: ignore[misc]
     finally:
         peer.close()
         host.close()
@@ -250,7 +250,7 @@ def measure_redis(url: str, shape: BenchShape) -> KVTransferFigures:
             for name, command in _REDIS_PAIRS.items():
                 if connections:
                     run[f"benchmark_{command}"] = _benchmark_seconds(url, shape, command, connections[command])
-                put, get = partial(_must_put, tier, fragments), partial(_must_get, tier, keys)
+                put, get = partial(_must_store, tier, fragments), partial(_must_load, tier, keys)
                 run[name] = _seconds(put if name == "put" else get)
             runs.append({**run, "kv_transfer": run["put"] + run["get"]})
     finally:
@@ -320,15 +320,15 @@ def measure_redis_commands(url: str, shape: BenchShape) -> list[BandwidthRow]:
 
 
 def measure_tier(tier: Tier, shape: BenchShape) -> list[BandwidthRow]:
-    """put, get and both together, every run with fragments that the tier has not seen."""
+    """Store (put), load (get) and both together, every run with fragments that the tier has not seen."""
     payload = memoryview(os.urandom(shape.num_bytes))
     puts: list[float] = []
     gets: list[float] = []
     for run in range(shape.num_runs + 1):
         fragments = _fragments(payload, shape)
         keys = [fragment.key for fragment in fragments]
-        put_s = _seconds(lambda fragments=fragments: _must_put(tier, fragments))  # type: ignore[misc]
-        get_s = _seconds(lambda keys=keys: _must_get(tier, keys))  # type: ignore[misc]
+        put_s = _seconds(lambda fragments=fragments: _must_store(tier, fragments))  # type: ignore[misc]
+        get_s = _seconds(lambda keys=keys: _must_load(tier, keys))  # type: ignore[misc]
         if run > 0:  # the first one warms up connections and buffers
             puts.append(put_s)
             gets.append(get_s)
@@ -344,13 +344,13 @@ def _measure_and_close(tier: Tier, shape: BenchShape) -> list[BandwidthRow]:
         tier.close()
 
 
-def _must_put(tier: Tier, fragments: Sequence[Fragment]) -> None:
-    if not all(tier.put(fragments)):
+def _must_store(tier: Tier, fragments: Sequence[Fragment]) -> None:
+    if not all(tier.store(fragments)):
         raise BenchFailed(f"the {tier.name} tier did not keep every fragment")
 
 
-def _must_get(tier: Tier, keys: Sequence[bytes]) -> None:
-    if not all(isinstance(payload, memoryview) for payload in tier.get(keys)):
+def _must_load(tier: Tier, keys: Sequence[bytes]) -> None:
+    if not all(isinstance(payload, memoryview) for payload in tier.load(keys)):
         raise BenchFailed(f"the {tier.name} tier did not give back every fragment")
 
 

@@ -1,6 +1,6 @@
-"""What one rank uses to publish and pull fragments: several tiers as one.
+"""What one rank uses to store and load fragments: several tiers as one.
 
-A put goes to every tier; a get takes the first good copy in the order of the tiers. Counts what moved and what was
+A store goes to every tier; a load takes the first good copy in the order of the tiers. Counts what moved and what was
 refused. Knows nothing of blocks, tensors or of who else uses the tiers.
 """
 
@@ -22,7 +22,7 @@ class StoreStats:
     pulled_bytes: Mapping[str, int]
     """Verified payload bytes handed out, by tier."""
     published_bytes: Mapping[str, int]
-    """Payload bytes that a tier has after a put, by tier; also those that it had before."""
+    """Payload bytes that a tier has after a store, by tier; also those that it had before."""
     rejected: Mapping[str, int]
     """Stored fragments that failed their verification, by reason."""
     tier_is_up: Mapping[str, bool]
@@ -38,8 +38,8 @@ class FragmentStore:
         self._tiers = tuple(tiers)
         # Once: to ask a protocol costs as much as copying a fragment.
         self._host_memory_tiers = [tier for tier in tiers if isinstance(tier, HostMemoryTier)]
-        self._get_into = [
-            tier.get_into if isinstance(tier, HostMemoryTier) else partial(_get_into, tier) for tier in tiers
+        self._load_into = [
+            tier.load_into if isinstance(tier, HostMemoryTier) else partial(_load_into, tier) for tier in tiers
         ]
         self._lock = threading.Lock()
         self._pulled_bytes: Counter[str] = Counter()
@@ -51,14 +51,14 @@ class FragmentStore:
         for tier in self._host_memory_tiers:
             tier.prepare(keys)
 
-    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
+    def store(self, fragments: Sequence[Fragment]) -> list[bool]:
         """Writes every fragment to every tier. True where at least one tier has it."""
         stored = [False] * len(fragments)
         if not fragments:
             return stored
         for tier in self._tiers:
             num_bytes = 0
-            for i, is_stored in enumerate(tier.put(fragments)):
+            for i, is_stored in enumerate(tier.store(fragments)):
                 if is_stored:
                     stored[i] = True
                     num_bytes += fragments[i].num_bytes
@@ -66,19 +66,19 @@ class FragmentStore:
                 self._published_bytes[tier.name] += num_bytes
         return stored
 
-    def pull(self, keys: Sequence[bytes], buffers: Sequence[Bytes]) -> list[bool]:
+    def load(self, keys: Sequence[bytes], buffers: Sequence[Bytes]) -> list[bool]:
         """Brings verified payloads into writable buffers of the expected sizes; which ones came.
 
         The buffer of one that did not come holds anything.
         """
         has_come = [False] * len(keys)
-        for tier, get_into in zip(self._tiers, self._get_into, strict=True):
+        for tier, load_into in zip(self._tiers, self._load_into, strict=True):
             missing = [i for i, is_there in enumerate(has_come) if not is_there]
             if not missing:
                 break
             num_bytes = 0
             rejected: Counter[str] = Counter()
-            results = get_into([keys[i] for i in missing], [buffers[i] for i in missing])
+            results = load_into([keys[i] for i in missing], [buffers[i] for i in missing])
             for i, result in zip(missing, results, strict=True):
                 if result is True:
                     has_come[i] = True
@@ -112,9 +112,9 @@ class FragmentStore:
             tier.close()
 
 
-def _get_into(tier: Tier, keys: Sequence[bytes], buffers: Sequence[Bytes]) -> Iterator[bool | Rejected]:
-    """As HostMemoryTier.get_into, for a tier whose private copies are copied once more."""
-    found = iter(tier.get(keys))
+def _load_into(tier: Tier, keys: Sequence[bytes], buffers: Sequence[Bytes]) -> Iterator[bool | Rejected]:
+    """As HostMemoryTier.load_into, for a tier whose private copies are copied once more."""
+    found = iter(tier.load(keys))
     for buffer in buffers:
         payload = next(found)
         if isinstance(payload, memoryview):

@@ -12,7 +12,7 @@ RejectReason = Literal["checksum", "stale", "truncated", "layout", "forged"]
 
 
 class Fragment(NamedTuple):
-    """One block x a group of layers x one KV head, wherever its bytes lie; they stay until put() returns."""
+    """One block x a group of layers x one KV head, wherever its bytes lie; they stay until store() returns."""
 
     key: bytes
     """From kvstore.names."""

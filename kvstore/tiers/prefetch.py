@@ -151,7 +151,7 @@ class Prefetcher:
         found: list[Fragment] = []
         missing: list[bytes] = []
         rejected: Counter[str] = Counter()
-        for key, payload in zip(keys, tier.get(keys), strict=True):
+        for key, payload in zip(keys, tier.load(keys), strict=True):
             if isinstance(payload, memoryview):
                 found.append(Fragment(key, payload))
                 continue
@@ -162,7 +162,7 @@ class Prefetcher:
             self._rejected.update(rejected)
             if job.is_over:
                 return []
-        stored = [fragment for fragment, is_stored in zip(found, self._host.put(found), strict=True) if is_stored]
+        stored = [fragment for fragment, is_stored in zip(found, self._host.store(found), strict=True) if is_stored]
         with self._changed:
             self._num_fragments[tier.name] += len(stored)
             self._num_bytes[tier.name] += sum(fragment.payload.nbytes for fragment in stored)

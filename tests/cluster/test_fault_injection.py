@@ -342,13 +342,13 @@ def test_no_damaged_compressed_fragment_is_given_back(
             if name == "disk":
                 assert disk.write([sealed_copy(fragment) for fragment in fragments]) == 500
             else:
-                assert tier.put(fragments) == [True] * 500
+                assert tier.store(fragments) == [True] * 500
             damaged += injector.damage([fragment.key for fragment in bad])
-            got = [disk.read(key) for key in keys] if name == "disk" else list(tier.get(keys))
+            got = [disk.read(key) for key in keys] if name == "disk" else list(tier.load(keys))
             counted += Counter(found.reason for found in got[:400] if isinstance(found, Rejected))
             payloads = [found[HEADER_BYTES:] if name == "disk" else found for found in got[400:]]  # type: ignore[index]
             assert payloads == [fragment.payload for fragment in good]
-            assert (disk.read(bad[0].key) if name == "disk" else next(tier.get([bad[0].key]))) is None  # and dropped
+            assert (disk.read(bad[0].key) if name == "disk" else next(tier.load([bad[0].key]))) is None  # and dropped
     (disk if name == "disk" else tier).close()
     assert set(damaged) == KINDS | {"forgery"}
     assert counted.total() == damaged.total(), f"{damaged} were damaged, {counted} were counted"

@@ -145,7 +145,7 @@ def test_a_tier_says_that_it_takes_nothing_and_when_it_does_again(users: RedisSe
         with users.client() as client:
             client.execute_command("ACL", "SETUSER", "reader", "+@all")
         wait_until(lambda: tier.problem == "", "the right was given")
-        assert tier.put([Fragment(bytes(22), memoryview(bytearray(8)))]) == [True]
+        assert tier.store([Fragment(bytes(22), memoryview(bytearray(8)))]) == [True]
     finally:
         tier.close()
 

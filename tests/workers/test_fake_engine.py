@@ -197,7 +197,7 @@ def test_unverified_bytes_would_show(model_dir: Path) -> None:
     """The same KV transfer without a check in between: a store that gives a wrong fragment gives wrong tokens."""
 
     class Careless(FragmentStore):
-        def pull(self, keys, buffers):
+        def load(self, keys, buffers):
             for buffer in buffers:
                 buffer[...] = 1
             return [True] * len(keys)

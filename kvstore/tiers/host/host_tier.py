@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 _ERRORS: tuple[type[Exception], ...] = (*NODE_ERRORS, OSError, ArenaMismatch)
 
-_MAX_PREPARED = 8  # puts
+_MAX_PREPARED = 8  # stores
 _PREPARED_S = RESERVATION_S / 3  # there must be time to write; a step that takes longer reserves when it is through
 
 _Result = TypeVar("_Result")
@@ -139,23 +139,23 @@ class HostTier:
         try:
             call = self._calls.begin_reserve(kvnode_pb2.ReserveRequest(keys=keys))
         except _ERRORS:
-            return  # the put will find out what is the matter
+            return  # store() will report the error
         with self._prepared_lock:
             self._prepared.append(_Prepared(arena, keys, call, now_s))
 
-    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
+    def store(self, fragments: Sequence[Fragment]) -> list[bool]:
         """As in Tier. A fragment larger than a slot is not kept."""
         _check_keys([fragment.key for fragment in fragments])
-        stored = self._on_arena(lambda arena: self._put(arena, fragments)) if fragments else []
+        stored = self._on_arena(lambda arena: self._store(arena, fragments)) if fragments else []
         return [False] * len(fragments) if stored is None else stored
 
-    def get(self, keys: Sequence[bytes]) -> Iterator[memoryview | Rejected | None]:
+    def load(self, keys: Sequence[bytes]) -> Iterator[memoryview | Rejected | None]:
         """As in Tier, one by one."""
         _check_keys(keys)
         found = self._on_arena(lambda arena: self._look_up(arena, keys)) if keys else None
         return iter([None] * len(keys)) if found is None else self._read(found)
 
-    def get_into(self, keys: Sequence[bytes], buffers: Sequence[Bytes]) -> Iterator[bool | Rejected]:
+    def load_into(self, keys: Sequence[bytes], buffers: Sequence[Bytes]) -> Iterator[bool | Rejected]:
         """As in HostMemoryTier."""
         _check_keys(keys)
         found = self._on_arena(lambda arena: self._look_up(arena, keys)) if keys else None
@@ -201,7 +201,7 @@ class HostTier:
                 self._node_id = reply.node_id
                 self._peer_address = reply.peer_address
 
-    def _put(self, arena: Arena, fragments: Sequence[Fragment]) -> list[bool]:
+    def _store(self, arena: Arena, fragments: Sequence[Fragment]) -> list[bool]:
         stored = [False] * len(fragments)
         wanted = [i for i, fragment in enumerate(fragments) if fragment.num_bytes <= arena.slot_bytes]
         if len(wanted) < len(fragments):

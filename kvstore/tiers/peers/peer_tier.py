@@ -1,8 +1,8 @@
 """The tier that other hosts are: fragments pulled from the arenas of their node processes.
 
-The directory says which peer has a block (location `peer:HOST:PORT`). Nothing is put here: what a host has is there for
-the others once it is in its own arena and announced. A peer that is away or hangs is left alone for a while; the others
-go on. Knows nothing of what carries the bytes, nor of slots.
+The directory says which peer has a block (location `peer:HOST:PORT`). Nothing is stored here: the others
+can load what a host has once it is in its own arena and announced. A peer that is away or hangs is left alone for a
+while; the others go on. Knows nothing of what carries the bytes, nor of slots.
 """
 
 import logging
@@ -32,7 +32,7 @@ PEER_LOCATION = "peer:"
 _MAX_CONNECTIONS = 4  # to each peer, used at once; one fills a slow network, and two share one core's time
 _CORES_PER_CONNECTION = 4
 _MIN_KEYS = 16  # for each of them
-_PULL_S = 5.0  # for all that one get asks of the peers
+_PULL_S = 5.0  # for all that one load asks of the peers
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 10.0
 _NUM_PEERS_ASKED = 2  # for one fragment, one after the other
@@ -80,11 +80,11 @@ class PeerTier:
         """As in Tier."""
         return self._availability.problem
 
-    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
+    def store(self, fragments: Sequence[Fragment]) -> list[bool]:
         """As in Tier; nothing is kept."""
         return [False] * len(fragments)
 
-    def get(self, keys: Sequence[bytes]) -> list[memoryview | Rejected | None]:
+    def load(self, keys: Sequence[bytes]) -> list[memoryview | Rejected | None]:
         """As in Tier."""
         payloads: list[memoryview | Rejected | None] = [None] * len(keys)
         if not self.is_up or not keys:
@@ -105,7 +105,7 @@ class PeerTier:
                     wanted.setdefault(peer, []).append(i)
             if not wanted:
                 break
-            self._get_from(wanted, keys, payloads, deadline_s)
+            self._load_from(wanted, keys, payloads, deadline_s)
         return payloads
 
     def close(self) -> None:
@@ -146,7 +146,7 @@ class PeerTier:
 
     # -- pulling
 
-    def _get_from(
+    def _load_from(
         self,
         wanted: dict[str, list[int]],
         keys: Sequence[bytes],

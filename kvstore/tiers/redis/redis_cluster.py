@@ -59,14 +59,14 @@ class RedisClusterTier:
         ours = (f"{address}: {node.problem}" for address, node in nodes.items() if node.problem)
         return self._availability.problem or next(ours, "" if nodes else "no node answers")
 
-    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
+    def store(self, fragments: Sequence[Fragment]) -> list[bool]:
         """As in Tier."""
         keys = [fragment.key for fragment in fragments]
-        return self._at_owners(keys, lambda node, batch: node.put([fragments[i] for i in batch]), False)
+        return self._at_owners(keys, lambda node, batch: node.store([fragments[i] for i in batch]), False)
 
-    def get(self, keys: Sequence[bytes]) -> list[memoryview | Rejected | None]:
+    def load(self, keys: Sequence[bytes]) -> list[memoryview | Rejected | None]:
         """As in Tier."""
-        return self._at_owners(keys, lambda node, batch: list(node.get([keys[i] for i in batch])), None)
+        return self._at_owners(keys, lambda node, batch: list(node.load([keys[i] for i in batch])), None)
 
     def close(self) -> None:
         """As in Tier."""
@@ -110,9 +110,9 @@ class RedisClusterTier:
         *others, last = batches.items() if batches else [("", [])]
         asked = [(batch, self._threads.submit(call, nodes[address], batch)) for address, batch in others]
         if last[1]:
-            _put_at(results, last[1], call(nodes[last[0]], last[1]))
+            _set_at(results, last[1], call(nodes[last[0]], last[1]))
         for batch, answer in asked:
-            _put_at(results, batch, answer.result())
+            _set_at(results, batch, answer.result())
 
     def _follow(self) -> tuple[str, ...]:
         """Takes the owners that nodes have named: others may learn of a slot's move later than its former owner.
@@ -165,6 +165,6 @@ class RedisClusterTier:
         raise error
 
 
-def _put_at(results: list[_Result], indices: Sequence[int], answers: Sequence[_Result]) -> None:
+def _set_at(results: list[_Result], indices: Sequence[int], answers: Sequence[_Result]) -> None:
     for i, answer in zip(indices, answers, strict=True):
         results[i] = answer
