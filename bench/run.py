@@ -5,7 +5,7 @@
     kv_transfer   GB/s of KV fragments through shared memory and through Redis, beside memcpy and loopback TCP
     overlap       how much of a 4k prompt is handed over before its prefill ends, and how soon decoding begins then
     failover      a stream with a 4k history on another worker: from the tiers, beside computed again
-    stalled_tier  the longest gap between two tokens while a tier that the streams do not need says nothing for 2 s
+    stalled_tier  the longest gap between two tokens while a tier that the streams do not need does not answer for 2 s
     host_step     the leader's Python of a decode step: plan, encode, fill, update
 
 Rows are appended to bench/results/cpu.jsonl. Starts clusters as a user would, with the `switchyard` command.
@@ -202,7 +202,7 @@ def _redis() -> Iterator[str]:
 
 
 def bench_stalled_tier() -> list[Measurement]:
-    """What a tier that says nothing costs streams that do not need it."""
+    """The cost of a tier that does not answer, for streams that do not need it."""
     with _redis() as url:
         port = urlsplit(url).port
         assert port is not None

@@ -38,7 +38,7 @@ _STOP_TIMEOUT_S = 15.0
 _REPORT_S = 0.5
 _FOLDER_SHARE = 0.8  # of what is free in the arena's folder
 _MEMORY_SHARE = 0.5  # of the memory that can be had: the folder counts as its own what the workers need
-_FIRST_ATTEMPTS = 6  # the port for control was free when it was chosen; somebody else may hold it for a moment
+_FIRST_ATTEMPTS = 6  # the port for control was free when it was chosen; another process may hold it for a moment
 
 
 @dataclass(frozen=True, slots=True)

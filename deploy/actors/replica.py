@@ -1,6 +1,6 @@
 """A Ray Serve replica: one worker of a pool. Owns the worker's ranks, shows their health and metrics, drains them.
 
-Tokens and KV blocks pass it by: routers speak to rank 0. When a rank fails, the replica ends itself, its other ranks
+Tokens and KV blocks pass it by: routers connect to rank 0. When a rank fails, the replica ends itself, its other ranks
 end with it, and Serve starts the next one. Knows nothing of routing or models.
 """
 

@@ -36,7 +36,7 @@ class BlockSnapshot:
 class BlockLog:
     """The names that a device holds, and the last `max_names` of their changes.
 
-    Begins anew with every `restart`; sequence numbers go on, so nobody takes a number of before for one of after.
+    Begins anew with every `restart`; sequence numbers go on, so no number is used twice.
     """
 
     def __init__(self, max_names: int = DEFAULT_MAX_NAMES) -> None:

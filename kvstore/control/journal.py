@@ -19,7 +19,7 @@ DEFAULT_MAX_STREAMS = 100_000
 
 
 class JournalUnavailable(Exception):
-    """The journal cannot be reached: nothing was committed, and nobody may take a stream over."""
+    """The journal cannot be reached: nothing was committed, and no router may take a stream over."""
 
 
 class Verdict(Enum):

@@ -31,4 +31,4 @@ class Rejected:
 
     reason: RejectReason
     """checksum: other bytes; stale: the slot holds another fragment now; truncated: bytes are missing; layout: not a
-    fragment of ours; forged: right in itself, and written by somebody who does not know the cluster's secret."""
+    fragment of ours; forged: consistent, but written without the cluster's secret."""

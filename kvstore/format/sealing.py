@@ -40,7 +40,7 @@ def seal(key: bytes, payload: memoryview, generation: int) -> bytes:
 
 
 def seal_into(target: memoryview, payload: Bytes, key: bytes, generation: int) -> None:
-    """Writes header and payload for whoever uses them right away."""
+    """Writes header and payload for use by this process, right away."""
     (digest,) = copy_digests([target[HEADER_BYTES:]], [payload], [key])
     _write_header(target, key, generation, digest)
 

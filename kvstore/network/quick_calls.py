@@ -121,7 +121,7 @@ class CallInProgress:
             raise OSError(f"not an answer: {error}") from error
 
     def give_up(self) -> None:
-        """Nobody wants the answer; what was asked for may be done all the same."""
+        """The caller does not need the answer; the call may be carried out all the same."""
         self._connection.close()
 
 

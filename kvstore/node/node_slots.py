@@ -1,8 +1,8 @@
-"""The slots of a node's arena with the disk behind them: what the node process does for whoever asks it.
+"""The slots of a node's arena with the disk behind them: what the node process does for its callers.
 
 A fragment that a lookup misses and the disk has is brought into a slot first, so all others only ever see slots. The
 way to the disk goes ahead of eviction: a thread writes the fragments that are next to go while they are still there,
-so that giving their slots away costs nobody a copy. Knows nothing of gRPC, sockets or other hosts.
+so that evicting them costs no copy. Knows nothing of gRPC, sockets or other hosts.
 """
 
 import logging
@@ -111,7 +111,7 @@ class NodeSlots:
         return view
 
     def check(self, keys: Sequence[bytes]) -> None:
-        """Verifies fragments that somebody found bad, and frees the slots of those that are."""
+        """Verifies fragments that a reader found bad, and frees the slots of those that are."""
         with self._lock:
             refs = self._table.lookup(keys)
         for key, ref in zip(keys, refs, strict=True):
@@ -158,7 +158,7 @@ class NodeSlots:
         wanted = [key for key in dict.fromkeys(missing) if self._disk.has(key)]
         wanted = wanted[: max(1, self._table.num_slots // 2)]  # more would push each other out
         self._late = [read for read in self._late if not read.done()]
-        if not wanted or len(self._late) >= _NUM_READERS:  # the disk hangs: nobody waits for it again
+        if not wanted or len(self._late) >= _NUM_READERS:  # the disk hangs: no call waits for it again
             return False
         reads = [self._readers.submit(self._promote_one, key) for key in wanted]
         done, not_done = wait(reads, timeout=_PROMOTION_S)

@@ -90,7 +90,7 @@ class PeerServer:
             raw = receive_exactly(connection, num_keys * FRAGMENT_KEY_BYTES + TAG_BYTES, deadline_s)
             keys, tag = raw[:-TAG_BYTES], memoryview(raw)[-TAG_BYTES:]
             if not self._authenticator.is_genuine(memoryview(challenge + head + keys), tag):
-                raise ProtocolError("a request by somebody who does not know the secret")
+                raise ProtocolError("a request without the cluster's secret")
             connection.settimeout(_STEP_S)
             if kind == CHECK:
                 self._slots.check(split_keys(bytes(keys)))

@@ -55,7 +55,7 @@ class GrpcApi:
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", max_message_bytes),
             ("grpc.so_reuseport", 0),  # two routers on one port must not share it silently
-            # A client whose host vanished says nothing: without these its streams would run to their end.
+            # A client whose host vanished closes nothing: without these its streams would run to their end.
             ("grpc.keepalive_time_ms", 10_000),
             ("grpc.keepalive_timeout_ms", 5_000),
             ("grpc.http2.ping_timeout_ms", 5_000),  # without it a minute, whatever keepalive says
@@ -182,7 +182,7 @@ class _Edge(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 if context.done():  # the client is gone, and writing to it failed
                     raise
                 self._count(error, RouterError.code)
-                log.exception("a call failed in a way that nobody foresaw")
+                log.exception("a call failed with an unexpected error")
                 await context.abort(grpc.StatusCode.INTERNAL, f"internal error: {type(error).__name__}")
 
         return guarded

@@ -94,7 +94,7 @@ def generation_request(
 
 
 def resume_request(message: generation.ResumeRequest, tenant_salt: bytes) -> ResumeRequest:
-    """What a gRPC client wants to go on with."""
+    """The stream that a gRPC client resumes."""
     ids = tuple(message.token_ids.ids)
     return ResumeRequest(message.stream_id, message.num_tokens, ids, message.has_rest, tenant_salt)
 
@@ -161,7 +161,7 @@ def block_event(message: worker.WatchBlocksResponse) -> BlockEvent | None:
 
 
 def part_report(message: worker.RequestFinished) -> PartReport:
-    """A worker's last word; an outcome that this router does not know is a failure."""
+    """A worker's final report of a part; an outcome that this router does not know is a failure."""
     return PartReport(
         outcome=_OUTCOMES.get(message.outcome, Outcome.FAILED),
         error=message.error,

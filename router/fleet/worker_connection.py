@@ -58,7 +58,7 @@ class ConnectionOptions:
     router_id: str
     next_epoch: Callable[[], int]  # grows with every dial
     served: ServedModel  # a worker that serves something else is left
-    silence_s: float  # a worker that says nothing for so long is lost
+    silence_s: float  # a worker that sends nothing for so long is lost
     max_message_bytes: int
 
 

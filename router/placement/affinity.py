@@ -86,7 +86,7 @@ class HeldBlocks:
         self._num_parts = 0
         self._num_messages = 0
         self._sent: OrderedDict[bytes, int] = OrderedDict()  # not confirmed: how many live streams brought each
-        self._fading: OrderedDict[bytes, int] = OrderedDict()  # nobody's any more: the message that ends each
+        self._fading: OrderedDict[bytes, int] = OrderedDict()  # of no live stream: the message that ends each
 
     @property
     def num_reported(self) -> int | None:

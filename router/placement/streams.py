@@ -71,7 +71,7 @@ class KVTransfer:
 
 @dataclass(frozen=True, slots=True)
 class PartReport:
-    """The last word of a worker about its part."""
+    """The final report of a worker about its part."""
 
     outcome: Outcome
     error: str = ""
@@ -233,7 +233,7 @@ class Stream:
         self.emitted.append(token_id)
         self.phase = Phase.DECODING
         if len(self.emitted) == self.max_tokens:
-            return _NOTHING  # the prefill worker's last word follows and ends the stream with its counts
+            return _NOTHING  # the prefill worker's final report follows and ends the stream with its counts
         return (ContinuePart(self._decode_id, (token_id,)),)
 
     def _on_prefill_finished(self, worker_id: str, report: PartReport) -> Sequence[Action]:

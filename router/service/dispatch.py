@@ -1,4 +1,4 @@
-"""Carries streams out: places them, gives the parts to workers, hands tokens to whoever reads, places anew on a loss.
+"""Carries streams out: places them, submits the parts to workers, passes tokens to readers, places anew on a loss.
 
 What a stream does next is decided in streams.py, where it goes in policy.py; here are the clocks, the waiting and the
 connections. Knows nothing of text, of APIs, or of what a client may ask for.
@@ -131,7 +131,7 @@ class LiveStream:
         self._num_credited = num_given
         self._placement: Placement | None = None
         self._placed_s = 0.0
-        self._is_held_back = False  # the reader was slower than the worker: says nothing of the worker's speed
+        self._is_held_back = False  # the reader was slower than the worker: no measure of the worker's speed
         self._first_s: float | None = None  # of the stream
         self._segment: tuple[int, float] | None = None  # tokens and time at the placement's first token
         self._last_s = 0.0
@@ -227,7 +227,7 @@ class LiveStream:
         self._wake.set()
 
     def wake(self) -> None:
-        """Something changed that a waiting stream may want to know."""
+        """Wakes a waiting stream: something changed that may let it go on."""
         self._wake.set()
 
     # -- placement

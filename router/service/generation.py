@@ -132,7 +132,7 @@ class Generation:
             return (await self._encode(text, True, frozenset(), b""))[0]
 
     async def stream(self, request: GenerationRequest, commits_first: bool = False) -> AsyncGenerator[Event, None]:
-        """Started, then Tokens, then Finished; or a RouterError. To be closed by whoever stops reading early.
+        """Started, then Tokens, then Finished; or a RouterError. A caller that stops reading early must close it.
 
         commits_first: no token comes before the journal has it, for clients that cannot say what they have.
         """
@@ -152,7 +152,7 @@ class Generation:
     async def resume(self, request: ResumeRequest, commits_first: bool = False) -> AsyncGenerator[Event, None]:
         """The rest of a stream that this or another router began: Started again, then what the client lacks."""
         with self._accounted() as account, self._admitted(0):
-            # First a look: a request that is refused takes the stream from nobody.
+            # Read before the claim: a refused request must not take the stream from its router.
             begun = self._check_resumption(request, await self._journal.look_up(request.stream_id))
             if request.repeated is not None:
                 await self._check_repeated(request.repeated, journal_record(begun.header)[0])

@@ -34,7 +34,7 @@ class RequestQueues:
 
     @property
     def num_active(self) -> int:
-        """Requests that take part in the batch, or will; those whose client does not read stop nobody else."""
+        """Requests that take part in the batch, or will; those whose client does not read stop no others."""
         return sum(not r.is_stalled for r in (*self.running, *self.waiting_for_kv))
 
     @property

@@ -128,7 +128,7 @@ class Scheduler:
         return bool(self.waiting or self.running or self.waiting_for_kv or self.queues.storing or self.transfers)
 
     def pending_pulls(self) -> Iterator[tuple[str, list[bytes]]]:
-        """Requests that wait for blocks, and the names that they still lack, for whoever watches the directory."""
+        """Requests that wait for blocks, and the names that they still lack, for the watch of the directory."""
         for request in self.waiting_for_kv:
             if not request.is_announced:
                 yield request.request_id, self._names.of_prompt(request)[request.num_ready_blocks :]

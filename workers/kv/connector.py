@@ -1,9 +1,9 @@
 """Moves KV blocks between a rank's paged cache and its fragment store, beside the engine's steps.
 
 A step only starts transfers and asks which have ended. Threads of the connector talk to the tiers, so that a slow tier
-holds up nobody but those who wait for it. On a device a store is gathered, and a load scattered, on the stream that
+delays only those that wait for it. On a device a store is gathered, and a load scattered, on the stream that
 computes, in the step's own order; in host memory the tiers read and write the cache itself. The blocks of a transfer
-belong to nobody else until it has ended on every rank. Knows nothing of requests.
+are not reused until it has ended on every rank. Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class KVConnector:
 
         def store() -> Sequence[bool]:
             if prepared is not None:
-                prepared.result()  # its slots are not free for anybody else, nor for this store, before it is through
+                prepared.result()  # before it ends, its slots are not free for any store, nor for this one
             return self._store_fragments(transfer, gathered())
 
         self._storers.submit(self._run, transfer, store)

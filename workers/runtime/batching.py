@@ -1,9 +1,9 @@
 """Turns a plan into the tensors of one forward pass, at fixed addresses on the device.
 
-All inputs of a step but its block tables lie in one buffer, which is filled in page-locked host memory and travels in
-one copy that nobody waits for. Block tables stay on the device from step to step, one row per request, and plans bring
-what changed; a step whose rows do not lie together gathers them there. A step of the same padded shape has its inputs
-at the same addresses, so that a captured graph finds them. Knows nothing of weights.
+All inputs of a step but its block tables lie in one buffer. It is filled in page-locked host memory and copied to the
+device once, without a wait of the host. Block tables stay on the device from step to step, one row per request; plans
+bring the changes, and a step whose rows do not lie together gathers them there. A step of the same padded shape has its
+inputs at the same addresses, so that a captured graph finds them. Knows nothing of weights.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class InputBuffers:
     def fill(
         self, plan: StepPlan, block_size: int, all_as_prefills: bool = False, padding: Padding = NO_PADDING
     ) -> PreparedBatch:
-        """The plan's requests in the order that the attention kernels want: sequences with one token first.
+        """The plan's requests in the order that the attention kernels need: sequences with one token first.
 
         all_as_prefills: those with one token take the prefill kernel too. The batch is good until the next is filled.
         """

@@ -37,7 +37,7 @@ _WIRE_ROLES = {
     "prefill": worker_pb2.WORKER_ROLE_PREFILL,
     "decode": worker_pb2.WORKER_ROLE_DECODE,
 }
-_MAX_TTFTS = 4096  # that nobody has asked for yet
+_MAX_TTFTS = 4096  # not reported yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ class WorkerLeader:
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.so_reuseport", 0),
-                # A router whose host vanished says nothing: without these its requests would stay until TCP gives up.
+                # A router whose host vanished closes nothing: without these its requests would stay until TCP gives up.
                 ("grpc.keepalive_time_ms", 10_000),
                 ("grpc.keepalive_timeout_ms", 5_000),
                 ("grpc.http2.ping_timeout_ms", 5_000),  # without it a minute, whatever keepalive says

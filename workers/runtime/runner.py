@@ -277,7 +277,7 @@ class TorchModelRunner:
         batch, received = prepared.batch, None
         if prepared.pending is not None:
             where, rows = prepared.pending
-            # After NO_TOKEN nobody wants what is computed here.
+            # After NO_TOKEN the results of this step are not used.
             batch.token_ids.index_copy_(0, where, self._last_tokens[rows].clamp(min=0))
         if not self._stage.is_first:
             shape = (2, len(batch.token_ids), self._stage.hidden_size)

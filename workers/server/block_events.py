@@ -1,6 +1,6 @@
 """Tells routers which blocks this worker's device holds: a snapshot, then what changed, for each at its own pace.
 
-Nothing is noted while nobody listens. Lives on the server's asyncio loop. Knows nothing of tensors, or of why a block
+Nothing is recorded without a follower. Lives on the server's asyncio loop. Knows nothing of tensors, or of why a block
 came or went.
 """
 

@@ -5,7 +5,7 @@
                format.compression), a tag, zeros
 
 A fragment's generation is the number of its segment. Numbers are never used again, so bytes that were brought here from
-another segment, or from another life of this folder, are stale. Knows which bytes are where, not who wants them.
+another segment, or from another life of this folder, are stale. Knows which bytes are where, not what they are for.
 """
 
 import errno

@@ -76,11 +76,11 @@ class Arena:
             return False
 
     def reserve(self, slot: int, generation: int) -> None:
-        """Invalidates the slot's content for whoever still has its older generation."""
+        """Invalidates the slot's content for readers that have its older generation."""
         reserve_at(self._view, self._offset(slot), generation)
 
     def is_reserved_as(self, slot: int, generation: int) -> bool:
-        """Whether this mapping shows the reservation: the slot is there to be written to, and is nobody else's yet."""
+        """Whether this mapping shows the reservation: the slot may be written to, and has not been reserved again."""
         return 0 <= slot < self.num_slots and generation_at(self._view, self._offset(slot)) == generation
 
     def write(self, slots: Sequence[int], fragments: Sequence[Fragment], generations: Sequence[int]) -> None:
@@ -208,7 +208,7 @@ def create_arena(path: Path, node_id: str, slot_bytes: int, num_slots: int) -> O
 
 
 def arena_holder(path: Path) -> int:
-    """The node process that made this arena, if somebody holds it; 0 when nobody does."""
+    """The node process that made this arena, if one holds it; 0 when none does."""
     try:
         file_descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
@@ -246,7 +246,7 @@ def _remove_if_stale(candidate: Path, path: Path, node_id: str) -> None:
             return
         file_descriptor = os.open(candidate, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
-        return  # not there, or somebody else's
+        return  # not there, or another user's
     try:
         header = _read_header(file_descriptor)
         is_same_node = header is not None and header.node_id == node_id.encode()

@@ -213,7 +213,9 @@ class HostTier:
         slots: list[int] = []
         generations: list[int] = []
         for i, (slot, generation) in zip(wanted, refs, strict=True):
-            if arena.is_reserved_as(slot, generation):  # or this process stood still until somebody else had it
+            if arena.is_reserved_as(
+                slot, generation
+            ):  # or this process stood still until the slot was reserved by another
                 written.append(i)
                 slots.append(slot)
                 generations.append(generation)

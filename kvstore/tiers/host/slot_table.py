@@ -124,9 +124,9 @@ class SlotTable:
         return num_dropped
 
     def check(self) -> None:
-        """Re-derives the books; raises AssertionError when a slot is owned twice or by nobody."""
+        """Re-derives the books; raises AssertionError when a slot is owned twice or not at all."""
         owned = [*self._free, *self._reserved, *(ref.slot for ref in self._sealed.values())]
-        assert sorted(owned) == list(range(self.num_slots)), "a slot is owned twice or by nobody"
+        assert sorted(owned) == list(range(self.num_slots)), "a slot is owned twice or not at all"
         assert sorted(self._order) == sorted(self._sealed), "a fragment is missing from the order, or in it twice"
         deadlines = [reservation.deadline_s for reservation in self._reserved.values()]
         assert deadlines == sorted(deadlines), "reservations are out of order"

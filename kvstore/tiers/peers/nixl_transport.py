@@ -119,7 +119,7 @@ class NixlReader:
         self._lock = threading.Lock()
         self._remotes: dict[bytes, _Remote] = {}
         self._given_up: list[_Read] = []
-        self._unused: deque[mmap.mmap] = deque()  # filled by whoever lets go of a buffer, without the lock
+        self._unused: deque[mmap.mmap] = deque()  # filled when a buffer is released, without the lock
         self._num_kept = 0
         with _nixl_errors():
             self._agent = _make_agent()
@@ -214,7 +214,7 @@ class NixlReader:
         self._given_up = kept
 
     def _take(self, num_bytes: int) -> tuple[memoryview, Any]:
-        """A buffer that is nobody's, and its registration where that is for this once."""
+        """An unused buffer, and its registration if that is for this read only."""
         if num_bytes <= GROUP_BYTES and self._unused:
             return self._lend(self._unused.popleft()), None
         mapping = mmap.mmap(-1, max(num_bytes, GROUP_BYTES))
@@ -241,7 +241,7 @@ class NixlTransport:
         try:
             description = self._channel.describe()
             if not description:
-                raise ProtocolError("a peer from whose memory nobody may read: kvstore.peer_transport is tcp there")
+                raise ProtocolError("a peer whose memory cannot be read: kvstore.peer_transport is tcp there")
             self._remote = reader.connect(description)
         except BaseException:
             self._channel.close()

@@ -93,7 +93,7 @@ class PeerChannel:
         description = bytes(self.receive_exactly(num_bytes, deadline_s))
         # Native code will take it apart: it must be the peer's own, and made for this connection.
         if not self._authenticator.is_genuine(memoryview(self._challenge + description), tag):
-            raise ProtocolError("a description by somebody who does not know the secret")
+            raise ProtocolError("a description without the cluster's secret")
         self._sequence += 1
         return description
 

@@ -91,7 +91,7 @@ class TableEntry:
 
 
 def tune(connection: socket.socket) -> None:
-    """No waiting for more to send. Sizes of buffers are left alone: the kernel adapts those that nobody set."""
+    """No waiting for more to send. Sizes of buffers are left alone: the kernel adapts those that are not set."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 

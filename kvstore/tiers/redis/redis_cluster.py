@@ -39,7 +39,7 @@ class RedisClusterTier:
         self._seeds = seeds
         # What follows until _clients is replaced whole, so that readers need no lock. Nobody waits for a node under it.
         self._lock = threading.Lock()
-        self._owners: tuple[str, ...] = ("",) * NUM_HASH_SLOTS  # HOST:PORT by slot; empty: nobody
+        self._owners: tuple[str, ...] = ("",) * NUM_HASH_SLOTS  # HOST:PORT by slot; empty: no owner
         self._nodes: dict[str, RedisTier] = {}  # by HOST:PORT; only _look replaces it
         self._named: frozenset[str] = frozenset()  # HOST:PORT of owners that nodes named since the last _look
         self._clients: dict[str, RedisClient] = {}  # of _look: that are asked who owns what, by HOST:PORT
@@ -117,7 +117,7 @@ class RedisClusterTier:
     def _follow(self) -> tuple[str, ...]:
         """Takes the owners that nodes have named: others may learn of a slot's move later than its former owner.
 
-        One that is not known yet is left to _look: whoever wants a fragment waits for no new node.
+        One that is not known yet is left to _look: a load waits for no new node.
         """
         with self._lock:
             named: dict[int, str] = {}
@@ -133,7 +133,7 @@ class RedisClusterTier:
             return self._owners
 
     def _look(self) -> None:
-        """Asks who owns which slots. Raises one of REDIS_ERRORS when nobody answers. For one thread."""
+        """Asks which node owns which slots. Raises one of REDIS_ERRORS when none answers. For one thread."""
         owners = self._ask_owners()
         with self._lock:
             named, self._named = self._named, frozenset()
@@ -141,7 +141,7 @@ class RedisClusterTier:
         known = self._nodes
         nodes = {address: known.get(address) or self._tier_of(address) for address in sorted(addresses)}
         with self._lock:
-            self._nodes = nodes  # before the owners: whoever finds an address finds its node
+            self._nodes = nodes  # before the owners, so that every address there has its node
             self._owners = owners
         now_s = time.monotonic()
         self._retired += [(now_s, node) for address, node in known.items() if address not in addresses]

@@ -1,14 +1,14 @@
 """The tier that hosts share: fragments as values in a Redis that may evict them.
 
 A value is a whole sealed fragment (header and payload, see kvstore.format.sealing, or that compressed) and a tag that
-only who knows the cluster's secret can make (kvstore.format.authenticity), under a key with the format's version and
-the secret's id. Redis forgets it when nobody wrote it for `ttl_s`. Redis works on one value while the next is made or
+only the cluster's secret can make (kvstore.format.authenticity), under a key with the format's version and the
+secret's id. Redis forgets it when it was not written for `ttl_s`. Redis works on one value while the next is made or
 verified.
 
 A load verifies the tag alone. It covers header, checksum and payload, and is made right after the checksum, of the same
 private buffer: a value whose tag fits is, bit for bit, what a writer with the secret hashed, and hashing it again would
-tell no more than whether that writer's memory failed in between. The checksum is looked at where a tag does not fit, to
-tell a fault from a forgery.
+only show whether that writer's memory failed in between. The checksum is compared where a tag does not fit, to
+distinguish a fault from a forgery.
 
 Knows nothing of leases and the directory, which live in a Redis that must not evict.
 """
@@ -211,7 +211,7 @@ class RedisTier:
                 payload = self._checked(next(values), key)
                 if isinstance(payload, Rejected):
                     bad.append(name)
-                if num_given + 1 == len(keys):  # nobody has to ask for more than there is
+                if num_given + 1 == len(keys):  # the last one: there is nothing more to take
                     next(values, None)
                     self._delete(bad)
                 num_given += 1
