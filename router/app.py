@@ -1,6 +1,6 @@
 """One router process, put together: reads the model's files, finds workers, opens both APIs, stops gracefully.
 
-Knows every part by its constructor and none by its inside.
+Knows the constructors of all parts, and nothing of their insides.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ RouterError
  |   +- UnknownStream       no such stream to resume
  +- Overloaded              admission is full; `retry_after_s` says when to come back
  +- Unavailable             no worker can serve this now
- |   +- NoWorker            no suitable worker lives, and none came in time
+ |   +- NoWorker            no suitable worker is up, and none came in time
  |   +- WorkersLost         placed anew as often as allowed, and lost each time
  |   +- Stopping            this router is going down
  |   +- JournalAway         no router may take a stream over now
@@ -93,7 +93,7 @@ class Unavailable(RouterError):
 
 
 class NoWorker(Unavailable):
-    """No suitable worker lives, and none came back in time."""
+    """No suitable worker is up, and none came back in time."""
 
     code = "no_worker"
 

@@ -1,7 +1,7 @@
 """Keeps one child process running: starts it, reads the line that says it is ready, starts it again when it dies.
 
-Knows nothing of what the child does. The thread that starts the child lives as long as the supervision, and the
-child ends with that thread: a killed supervisor leaves nothing behind.
+Knows nothing of what the child does. The thread that starts the child lives as long as the supervision, and the child
+ends with that thread: a killed supervisor leaves nothing behind.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The books of one device's KV blocks: who refers to which, which are cached under a name, which may be handed out.
+"""Ownership of one device's KV blocks: references, names of cached blocks, and free blocks.
 
 A block is in exactly one of three states:
 

@@ -1,8 +1,8 @@
 """Who is in the cluster and who holds which block: leases of workers with epochs, and locations of published blocks.
 
-`Directory` is the seam; MemoryDirectory is the one without a network, which the node process serves to the others.
-Its answers about blocks are hints: a location may have lost a block meanwhile. Pure: the clock is injected. Knows
-nothing of fragments, of what a location is, or of who routes where.
+`Directory` is the seam; MemoryDirectory is the one without a network, which the node process serves to the others. Its
+answers about blocks are hints: a location may have lost a block meanwhile. Pure: the clock is injected. Knows nothing
+of fragments, of what a location is, or of who routes where.
 """
 
 import math

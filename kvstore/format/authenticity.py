@@ -1,7 +1,7 @@
 """Proof that a stored fragment was written with the cluster's secret.
 
-A checksum finds faults; whoever can write to a tier outside the host can make a right one for other bytes. So values
-there end in a tag: AES-256-GMAC (NIST SP 800-38D) under a fresh random nonce. Knows nothing of what a value holds.
+A checksum finds faults, but a process that can write to a tier outside the host can forge one. So values there end in a
+tag: AES-256-GMAC (NIST SP 800-38D) under a fresh random nonce. Knows nothing of what a value holds.
 """
 
 import hashlib

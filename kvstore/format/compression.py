@@ -7,7 +7,7 @@
 Bytes of equal significance lie together, since exponents repeat and mantissas do not. What is stored is verified before
 anything is decompressed, the payload by its writer's checksum after that; a frame gives the number of bytes that the
 fragment's header says, within a bound, or nothing. A fragment of which little would be saved stays as it is, so a tier
-holds both forms, and readers tell them apart. Knows nothing of files and servers.
+holds both forms, and readers distinguish them. Knows nothing of files and servers.
 """
 
 import numpy as np

@@ -1,6 +1,6 @@
 """Accepts connections, a thread for each, and ends all of them when it is closed.
 
-Knows nothing of what is said on them.
+Knows nothing of their protocol.
 """
 
 import contextlib

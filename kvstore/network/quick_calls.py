@@ -4,8 +4,8 @@
     answer    0 and the message, or 1 and why there is none, in the same form
 
 A call of gRPC's Python costs half a millisecond and more, and a KV transfer waits for two; in half a millisecond four
-megabytes are copied. A thread for each connection, a connection for each call in progress. Knows nothing of what is
-asked.
+megabytes are copied. A thread for each connection, a connection for each call in progress. Knows nothing of the calls'
+meaning.
 """
 
 import contextlib

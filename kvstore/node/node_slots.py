@@ -1,8 +1,8 @@
 """The slots of a node's arena with the disk behind them: what the node process does for its callers.
 
-A fragment that a lookup misses and the disk has is brought into a slot first, so all others only ever see slots. The
-way to the disk goes ahead of eviction: a thread writes the fragments that are next to go while they are still there,
-so that evicting them costs no copy. Knows nothing of gRPC, sockets or other hosts.
+A fragment that a lookup misses and the disk has is brought into a slot first, so callers only ever see slots. A thread
+writes the fragments that are next to be evicted to the disk while they are still in their slots, so that evicting them
+costs no copy. Knows nothing of gRPC, sockets or other hosts.
 """
 
 import logging

@@ -1,9 +1,9 @@
 """Serves the fragments of a node's arena, and of the disk behind it, to other hosts over TCP; runs in the node process.
 
-A thread for each connection, which sends straight from the arena's mapping. A slot may be given away while it is sent:
-the trailer says so, and whatever was sent then fails its checksum or names another fragment. Callers that read from the
-arena by themselves get its location, and the trailers when they have read it. Knows nothing of callers, but
-that they know the cluster's secret.
+A thread for each connection, which sends straight from the arena's mapping. A slot may be reused while it is sent: the
+trailer reports that, and the sent bytes then fail their checksum or name another fragment. Callers that read from the
+arena by themselves get its location, and the trailers when they have read it. Knows nothing of callers, but that they
+know the cluster's secret.
 """
 
 import logging

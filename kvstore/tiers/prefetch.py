@@ -1,9 +1,9 @@
 """Brings blocks that queued requests will pull into the host tier while they wait, from the tiers behind it.
 
-One thread, a few blocks at a time, request by request. What the disk has comes with the look-up in the host tier. What
-waits in the arena to be used takes a quarter of it at most, whether it was there, came from the disk or from elsewhere,
-so that it pushes out neither itself nor all else. The bound is this worker's: other workers of the host have one each.
-Fragments are those of all ranks: the host's node serves them all. Knows nothing of requests but their ids and blocks.
+One thread, a few blocks at a time, request by request. What the disk has comes with the look-up in the host tier.
+Prefetched blocks that wait in the arena take a quarter of it at most, wherever they came from, so that they evict
+neither each other nor all else. The bound is this worker's: other workers of the host have one each. Fragments are
+those of all ranks: the host's node serves them all. Knows nothing of requests but their ids and blocks.
 """
 
 import logging

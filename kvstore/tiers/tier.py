@@ -1,7 +1,7 @@
 """What a tier is: a store that keeps fragments of KV blocks and gives back verified copies of them.
 
-A tier may lose any fragment at any time. It never gives back bytes that differ from those that were stored, and
-it never raises because its other end is away. Knows nothing of blocks, models or of which tier is asked first.
+A tier may lose any fragment at any time. It never gives back bytes that differ from those that were stored, and it
+never raises because its other end is away. Knows nothing of blocks, models or of which tier is asked first.
 """
 
 from __future__ import annotations

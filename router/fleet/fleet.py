@@ -1,6 +1,6 @@
-"""The router's picture of its workers: who lives, how loaded they are, what they have seen, how fast their pools are.
+"""The router's view of its workers: which are up, their load, the blocks they hold, and the speed of their pools.
 
-pick() chooses and reserves in one step, so a burst of requests spreads before any worker has reported a thing. What a
+pick() chooses and reserves in one step, so a burst of requests spreads before any worker has reported its load. What a
 view shows is the worker's last report plus what this router did since; other routers' work comes in with the reports.
 Pure: the clock is the caller's. Knows nothing of connections or of the streams that the reservations stand for.
 """

@@ -1,9 +1,9 @@
 """Who is in the cluster: polls the directory in a thread and keeps one connection per worker that has a lease.
 
 A worker that loses its lease gets nothing new but keeps its connection while streams run over it. A worker whose
-connection breaks is out at once, whatever the directory says. One that registered anew had lost its lease: its old
-connection is a zombie's and is dropped, and nothing that names an older epoch counts. While the directory is away
-nothing changes: known workers stay. Knows nothing of requests.
+connection breaks is out at once, whatever the directory says. A worker that registered anew had lost its lease: its old
+connection is dropped, and entries with an older epoch do not count. While the directory is away nothing changes: known
+workers stay. Knows nothing of requests.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Between the router's own nouns and the protobuf messages of both its sides. Pure conversion; checks nothing."""
+"""Converts between the router's own types and the protobuf messages of clients and workers. Pure; checks nothing."""
 
 from __future__ import annotations
 

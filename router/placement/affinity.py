@@ -2,8 +2,7 @@
 
 Without block events the router guesses from what it sent there: workers evict on their own, and other routers send them
 work too. The guess has the worker's own number of blocks as its bound, and the worker's own order (least recently used
-goes first, tails before heads), so it stays close.
-Pure; knows nothing of tokens, costs or connections.
+goes first, tails before heads), so it stays close. Pure; knows nothing of tokens, costs or connections.
 """
 
 from __future__ import annotations

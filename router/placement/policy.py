@@ -260,7 +260,7 @@ def _memory_ms(view: WorkerView, num_blocks: int) -> float:
 def _reject(request: RouteRequest, workers: Sequence[WorkerView]) -> Reject:
     deciding = [view for view in workers if view.role is not Role.PREFILL]
     if not deciding:
-        kinds = "only prefill workers live" if workers else "no worker lives"
+        kinds = "only prefill workers are up" if workers else "no worker is up"
         return Reject(RejectReason.NO_WORKER, f"{kinds}; a request needs a decode or a mixed worker")
     largest = max(view.num_blocks * view.block_size for view in deciding)
     message = f"{request.num_prompt_tokens} prompt tokens do not fit a worker's KV cache of {largest} tokens"

@@ -10,8 +10,8 @@ placement gets prompt + emitted as its prompt, so nothing is lost, doubled or ou
        |<---decode worker lost or failed---------------------------------------------|
        any of them --STOP, LENGTH, end(), fail()--> ENDED
 
-Only the prefill worker may send the first token of a placement while PREFILLING; the decode worker sends tokens
-only after Continue. Knows nothing of sockets, clocks, text or how many placements are allowed.
+Only the prefill worker may send the first token of a placement while PREFILLING; the decode worker sends tokens only
+after Continue. Knows nothing of sockets, clocks, text or how many placements are allowed.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ class Stream:
         return _NOTHING
 
     def on_stalled(self, waited_s: float) -> Sequence[Action]:
-        """Nothing came for too long from workers that live."""
+        """Workers that are up sent nothing for too long."""
         worker_id = self._prefill_id if self.phase is Phase.PREFILLING else self._decode_id
         if worker_id is None:
             return _NOTHING  # placed anew, or over, meanwhile

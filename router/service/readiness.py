@@ -13,7 +13,7 @@ from router.service.dispatch import Dispatcher
 
 @dataclass(frozen=True, slots=True)
 class PoolState:
-    """A pool as far as it lives."""
+    """A pool: its workers that are up."""
 
     role: str
     num_workers: int

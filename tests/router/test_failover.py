@@ -107,7 +107,7 @@ async def test_no_worker_comes_back_in_time(model_dir: Path) -> None:
         answer = asyncio.create_task(collect(cluster.grpc_address, request(max_tokens=50)))
         await until(lambda: worker.num_sent >= 5, "some tokens came")
         await worker.kill()
-        with pytest.raises(GenerationError, match="UNAVAILABLE: no worker lives"):
+        with pytest.raises(GenerationError, match="UNAVAILABLE: no worker is up"):
             await answer
 
 

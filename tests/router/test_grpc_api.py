@@ -88,7 +88,7 @@ async def test_a_worker_alone_takes_whole_requests(model_dir: Path, role: str) -
 async def test_a_prefill_pool_alone_is_not_enough(model_dir: Path) -> None:
     worker = FakeWorker("prefill-0", "prefill")
     async with running_cluster(model_dir, worker, config=config_with(new_request_wait_s=0.1)) as cluster:
-        with pytest.raises(GenerationError, match="only prefill workers live") as caught:
+        with pytest.raises(GenerationError, match="only prefill workers are up") as caught:
             await collect(cluster.grpc_address, request())
     assert caught.value.status == "UNAVAILABLE"
     assert caught.value.retry_after_s is not None

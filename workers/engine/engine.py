@@ -131,7 +131,7 @@ class Engine:
         return self._executor.has_ended_transfers
 
     def resend_state(self) -> None:
-        """A rank joined, or fell behind: what is scheduled next is sent to the ranks whole. No step may be running."""
+        """A rank joined, or missed plans: the next plan has the whole state. No step may be running."""
         assert self._in_flight is None, "a rank that does not know a step's rows cannot take part in it"
         self.scheduler.rows.resend()
         self._executor.resend()

@@ -75,7 +75,7 @@ class TransfersEnded:
 
 @dataclass(frozen=True, slots=True)
 class FollowBlocks:
-    """From now on tell which blocks come and go, beginning with those that are here; or cease to."""
+    """Start block events with a list of the blocks that are held, or stop them."""
 
     is_on: bool
 

@@ -1,4 +1,4 @@
-"""Tells the prefetcher which queued requests will pull blocks, and which wait no more.
+"""Passes to the prefetcher which queued requests will pull blocks, and which wait no more.
 
 The scheduler says which; a thread of kvstore.tiers.prefetch does it. Knows nothing of tiers.
 """

@@ -37,7 +37,7 @@ class Pulls:
         return min(num_blocks, request.max_pulled_blocks)
 
     def is_ready(self, request: Request) -> bool:
-        """Nothing more will be announced, and what was is in the block tables."""
+        """All announced blocks are in the block tables, and no more will be announced."""
         if not request.is_announced or request.num_ready_blocks < self.num_awaited(request):
             return False
         return not self._window_groups or request.has_window_blocks or self.num_awaited(request) == 0
@@ -47,7 +47,7 @@ class Pulls:
         return [r for r in waiting_for_kv if not r.has_load_in_flight and self.is_ready(r)]
 
     def start(self, waiting_for_kv: Iterable[Request]) -> list[BlockTransfer]:
-        """Pull what is announced; when nothing more will be, whatever is missing once."""
+        """Pull announced blocks; after the last announcement, try the missing ones once."""
         loads: list[BlockTransfer] = []
         for request in waiting_for_kv:
             max_blocks = MAX_LOADING_BLOCKS - self._transfers.num_loading_blocks

@@ -47,7 +47,7 @@ class RequestQueues:
         )
 
     def victim(self) -> Request:
-        """Whose blocks the others get when there are too few: of a client that does not read, else the latest.
+        """The request to preempt when blocks are short: one whose client does not read, else the latest.
 
         Blocks that are being pulled would not be free yet.
         """

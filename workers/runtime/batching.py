@@ -44,7 +44,7 @@ class PreparedBatch:
 
 @dataclass(frozen=True, slots=True)
 class Padding:
-    """The shape that a batch is filled up to; 0: as it is. Padding writes no slot and attends to nothing."""
+    """The shape that a batch is padded to; 0: as it is. Padding writes no slot and attends to nothing."""
 
     num_tokens: int = 0
     num_sequences: int = 0
@@ -76,7 +76,7 @@ _NARROW = frozenset(("seq_lens", "query_start_loc", "alignment"))  # int32; the 
 
 @lru_cache(maxsize=_MAX_SHAPES)
 def _spans(shape: _Shape) -> dict[str, slice]:
-    """Where each input lies in the buffer, in words. What a captured graph reads comes before what varies beside it."""
+    """Offsets of the inputs in the buffer, in words. Inputs of captured graphs come first."""
     sizes = {
         "token_ids": 2 * shape.num_tokens,
         "positions": 2 * shape.num_tokens,

@@ -39,11 +39,11 @@ class GroupExecutor:
             self._thread = ThreadPoolExecutor(1, "step", torch.set_num_threads, (torch.get_num_threads(),))
 
     def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
-        """Send the plan to the other ranks, if there are any, and do our share."""
+        """Send the plan to the other ranks, if there are any, and run this rank's part."""
         return self.start(plan)()
 
     def start(self, plan: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
-        """As execute; what is returned waits for the end of our share."""
+        """As execute; the returned call waits for the end of this rank's part."""
         self._sequence = self._sequence % _MAX_SEQUENCE + 1
         words = encode_plan(plan, self._sequence, self._is_full, self._runner.ended_transfers())
         self._is_full = False

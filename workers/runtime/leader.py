@@ -188,8 +188,8 @@ class WorkerLeader:
         """Load and counters; fragments and bytes are this rank's own."""
         stats = self._store.stats()
         rejected = dict(stats.rejected)
-        ahead = self._prefetcher.stats() if self._prefetcher is not None else PrefetchStats({}, {}, 0, {})
-        for reason, count in ahead.rejected.items():
+        prefetched = self._prefetcher.stats() if self._prefetcher is not None else PrefetchStats({}, {}, 0, {})
+        for reason, count in prefetched.rejected.items():
             rejected[reason] = rejected.get(reason, 0) + count
         snapshot = {} if self._loop is None else asdict(self._loop.load)
         return worker_pb2.WorkerLoad(
@@ -199,9 +199,9 @@ class WorkerLeader:
             published_bytes=dict(stats.published_bytes),
             tier_is_up=dict(stats.tier_is_up),
             tier_problems=dict(stats.tier_problems),
-            num_prefetched_fragments=dict(ahead.num_fragments),
-            prefetched_bytes=dict(ahead.num_bytes),
-            num_useless_prefetched_fragments=ahead.num_useless,
+            num_prefetched_fragments=dict(prefetched.num_fragments),
+            prefetched_bytes=dict(prefetched.num_bytes),
+            num_useless_prefetched_fragments=prefetched.num_useless,
         )
 
     def metrics(self) -> dict[str, float | list[float]]:

@@ -57,7 +57,7 @@ def pick_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
 
 
 def schedules_async(config: EngineConfig, device: torch.device) -> bool:
-    """Whether steps are planned ahead: what the config says, else on CUDA, where there is one stage."""
+    """Whether async scheduling is on: as configured, else on CUDA with one pipeline stage."""
     if config.async_scheduling is not None:
         return config.async_scheduling
     return device.type == "cuda" and config.pp == 1
@@ -156,14 +156,14 @@ class TorchModelRunner:
         return CPU_CACHE_BYTES // self._groups.world_size
 
     def _free_bytes_beside_steps(self) -> int:
-        """What is free on the device when the largest steps have what they need: tried out, on a cache of one block."""
+        """Free device memory beside the largest steps; measured by a warm-up on a cache of one block."""
         before, _ = torch.cuda.mem_get_info(self._device)
         self.cache = self._make_cache([1] * len(self._layout.groups))
         self.attach(KVConnector(self.cache.memories(0, "none"), self.cache.grids(0), FragmentStore(())))
         self.warm_up()
         torch.cuda.synchronize(self._device)
         needed = before - torch.cuda.mem_get_info(self._device)[0]
-        self._graphs = None  # they know the addresses of the small cache
+        self._graphs = None  # captured with the addresses of the small cache
         del self._layer_caches, self.cache, self._connector
         gc.collect()
         torch.cuda.empty_cache()
@@ -178,7 +178,7 @@ class TorchModelRunner:
         return self._connector.ended()
 
     def warm_up(self) -> None:
-        """Set up what the first steps would pay for, and record the graphs. On all ranks at once.
+        """Does the one-time work of the first steps and captures the graphs. On all ranks at once.
 
         Its first step writes into block 0, which no request owns yet.
         """
@@ -252,7 +252,7 @@ class TorchModelRunner:
                 tokens = self._choose(logits, prepared)
             tokens = self._groups.tokens_to_leader(tokens, len(order))
             if tokens is not None and prepared.last is not None and self._config.pp == 1:
-                # For the next plan, which may be made before anybody has read the tokens.
+                # For the next plan, which may be made before the tokens are read.
                 at, rows = prepared.last
                 self._last_tokens.index_copy_(0, rows, tokens if len(at) == len(tokens) else tokens[at])
         for store in plan.stores:

@@ -1,6 +1,6 @@
-"""One authenticated TCP connection to another host's node process: requests about fragments, and what it says of them.
+"""One authenticated TCP connection to another host's node process: requests about fragments, and the answers.
 
-Nothing that the other end says is trusted: sizes are bounded, every wait has an end, and what does not fit closes the
+No answer is trusted: sizes are bounded, every wait has an end, and what does not fit closes the
 connection. Knows nothing of how the fragments' bytes travel.
 """
 

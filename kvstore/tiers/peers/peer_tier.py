@@ -1,8 +1,8 @@
 """The tier that other hosts are: fragments pulled from the arenas of their node processes.
 
-The directory says which peer has a block (location `peer:HOST:PORT`). Nothing is stored here: the others
-can load what a host has once it is in its own arena and announced. A peer that is away or hangs is left alone for a
-while; the others go on. Knows nothing of what carries the bytes, nor of slots.
+The directory says which peer has a block (location `peer:HOST:PORT`). Nothing is stored here: the others can load what
+a host has once it is in its own arena and announced. A peer that is away or hangs is left alone for a while; the others
+go on. Knows nothing of what carries the bytes, nor of slots.
 """
 
 import logging

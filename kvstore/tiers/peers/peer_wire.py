@@ -1,4 +1,4 @@
-"""What two hosts say to each other when one pulls fragments from the other's arena, over TCP. Little-endian.
+"""The wire protocol by which one host pulls fragments from another's arena, over TCP. Little-endian.
 
     server  hello     magic, challenge                           once per connection
     client  request   magic, sequence, kind, number of keys, keys, tag over challenge and all of it

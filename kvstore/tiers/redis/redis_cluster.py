@@ -1,8 +1,8 @@
 """The shared tier in a Redis cluster: each fragment on the node that its key's hash slot belongs to.
 
 Every node of the cluster is a tier of its own (kvstore.tiers.redis.redis_tier) with its own connections, and a batch
-goes to all of them at once. One that is away costs its fragments alone. Who owns which slots is asked every second, by
-a thread of its own; what a node refuses because a slot has moved is tried once more at the owner that it names, if that
+goes to all of them at once. One that is away costs its fragments alone. A thread reads the owners of slots every
+second; a fragment that a node refuses because its slot has moved is tried once more at the owner that it names, if that
 is known already. Knows nothing of what is kept.
 """
 
