@@ -99,9 +99,9 @@ def is_misconfiguration(error: Exception) -> bool:
         return True
     if isinstance(error, redis.ResponseError):
         return not isinstance(error, passing) and not str(error).startswith(_PASSING)
-    links = [error, error.__cause__, error.__context__]
+    chain = [error, error.__cause__, error.__context__]
     dropped = (ssl.SSLEOFError, ssl.SSLZeroReturnError)  # by a server that goes down
-    return any(isinstance(link, ssl.SSLError) and not isinstance(link, dropped) for link in links)
+    return any(isinstance(cause, ssl.SSLError) and not isinstance(cause, dropped) for cause in chain)
 
 
 def hash_slot(key: bytes) -> int:
