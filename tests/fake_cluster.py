@@ -293,7 +293,7 @@ class FakeCluster:
             self.server(name).kill()
 
     def wait_complete(self) -> None:
-        """Until every router that runs sees every worker that runs, and nobody else."""
+        """Until every router that runs sees every worker that runs, and no other."""
         wanted = {server.ready["worker_id"] for server in self.workers.values() if server.is_running}
         if self.routers:  # a directory that lost its memory lists nobody at first
             wait_until(lambda: wanted <= self._leased(), f"the directory has {wanted}")

@@ -82,7 +82,7 @@ def _become(order: dict[str, str]) -> None:
 def main() -> None:
     """Serve until stdin ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how a child ended: no zombies
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # exit codes of children are not read: no zombies
     print(json.dumps({"pid": os.getpid()}), flush=True)
     for line in sys.stdin:
         pid = os.fork()

@@ -65,7 +65,7 @@ class Prefetcher:
         self._thread = threading.Thread(target=self._run, name="kv-prefetch", daemon=True)
         self._thread.start()
 
-    def want(self, request_id: str, block_names: Sequence[bytes]) -> None:
+    def add(self, request_id: str, block_names: Sequence[bytes]) -> None:
         """A queued request will pull these blocks; in this order."""
         with self._changed:
             self._jobs[request_id] = _Job(deque(block_names))

@@ -1,4 +1,4 @@
-"""Right answers through a whole cluster: text after the prompt's, chats as their template wants them, ends, defaults.
+"""Right answers through a whole cluster: text after the prompt's, chats as their template needs them, ends, defaults.
 
 The model's vocabulary is SentencePiece's style: pieces that begin with U+2581 have a space before them. The fake
 engine's tokens are known beforehand, so the tests say what each answer must be; transformers renders and encodes chats.

@@ -1,4 +1,4 @@
-"""A wire that is cut between two hosts while streams run over it: nobody says goodbye, packets just no longer come.
+"""A wire that is cut between two hosts while streams run over it: no connection is closed, packets just no longer come.
 
 A host is a network and a mount namespace with a /dev/shm of its own. The client is curl.
 """

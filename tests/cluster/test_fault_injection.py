@@ -297,7 +297,7 @@ def test_no_damaged_fragment_is_served_and_each_is_counted(
                 break
             damaged_now = damaged_kv_transfer(way, prefill, decode, number, pick)
             counted_now = way.counted(decode)
-            if way.injector.num_gone:  # it was too slow for a deadline: of the rest, nobody knows what came
+            if way.injector.num_gone:  # it was too slow for a deadline: of the rest, it is unknown what came
                 num_given_up += 1
                 assert num_given_up <= 3 + number / 2, "a machine too busy to tell anything, or a reader that gives up"
             else:

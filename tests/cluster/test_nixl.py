@@ -19,7 +19,7 @@ def test_kv_transfer_by_nixl_and_without_the_node(fake_cluster: Callable[..., Fa
     client, lengths = cluster.client(), itertools.count(40)
 
     def pulled_bytes_after_a_stream() -> int:
-        """Of a prompt that nobody has seen."""
+        """Of a prompt that no worker has seen."""
         length = next(lengths)
         prompt = [(7 * i + length) % 200 for i in range(length)]
         assert cluster.ask(client, prompt, 8).ids == expected(prompt, 8)

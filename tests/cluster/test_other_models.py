@@ -1,4 +1,4 @@
-"""Clusters that share a Redis, and models that change under it: nobody gets an answer of another cluster or model."""
+"""Clusters that share a Redis, and models that change under it: no client gets an answer of another one."""
 
 from __future__ import annotations
 

@@ -274,7 +274,7 @@ def test_ctrl_c_ends_all_that_was_started(cluster: Running) -> None:
     spec = load(NodeSpec, node.cmdline()[-1])
     arena, sockets = spec.arena, Path(spec.host_address.removeprefix("unix:"))
     assert spec.secret  # of the disk tier
-    assert cluster.processes(re.escape(spec.secret)) == []  # in nobody's command line
+    assert cluster.processes(re.escape(spec.secret)) == []  # in no command line
     assert Path(node.cmdline()[-1]).stat().st_mode & 0o777 == 0o600
     assert arena.exists()
     cluster.process.send_signal(signal.SIGINT)

@@ -19,7 +19,7 @@ from tests.processes import KVNode
 
 @pytest.fixture
 def orphan() -> Iterator[KVNode]:
-    """A node process that nobody watches over."""
+    """A node process without a supervisor."""
     node = KVNode(f"orphan-{os.getpid()}")
     yield node
     node.close()

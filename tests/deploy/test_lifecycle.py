@@ -202,7 +202,7 @@ def test_a_start_that_is_interrupted_leaves_nothing(
 
 @pytest.fixture
 def own_ray(tmp_path: Path) -> Iterator[str]:
-    """Address of a Ray cluster that somebody else has started."""
+    """Address of a Ray cluster that is not ours."""
     folder, address = Path(tempfile.mkdtemp(prefix="syr-", dir="/tmp")), f"127.0.0.1:{free_port('127.0.0.1')}"
     command = [str(Path(SWITCHYARD).with_name("ray")), "start", "--head", "--block", "--node-ip-address", "127.0.0.1"]
     command += ["--port", address.rpartition(":")[2], "--include-dashboard", "false", "--temp-dir", str(folder)]

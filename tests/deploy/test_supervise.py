@@ -124,7 +124,7 @@ time.sleep(600)
 def test_the_error_is_found_at_the_end_of_a_long_log(
     supervise: Callable[..., SupervisedProcess], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole log was read, however long, by whoever kept the child running."""
+    """The supervisor read the whole log, however long."""
     monkeypatch.setattr("deploy.processes.supervise._MOST_LOG_BYTES", 1 << 20)
     code = "import sys; sys.stderr.write('x' * 79 + '\\n' + 30000 * ('y' * 79 + '\\n')); sys.exit('the reason')"
     with pytest.raises(StartError, match=r"^child: the reason$"):

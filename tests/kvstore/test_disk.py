@@ -94,7 +94,7 @@ def test_a_segment_that_is_read_outlives_younger_ones(open_disk: Callable[..., D
     check_all(disk, old)
     for _ in range(12):
         write(disk, make_fragments(10, PAYLOAD_BYTES))
-    assert not any(disk.has(key) for key in keys_of(old))  # nobody read it any more
+    assert not any(disk.has(key) for key in keys_of(old))  # it was read no more
 
 
 def test_what_is_there_already_is_not_written_again(open_disk: Callable[..., DiskTier]) -> None:

@@ -162,7 +162,7 @@ def test_a_node_that_was_replaced_after_it_was_asked(tier: HostTier, node: KVNod
     tier.prepare(keys_of(fragments))
     node.kill()
     assert tier.store(fragments) == [False] * 3
-    tier.prepare(keys_of(fragments))  # nobody is there
+    tier.prepare(keys_of(fragments))  # the node is away
     node.start()
     wait_until(lambda: tier.store(fragments) == [True] * 3, "fragments are in the new arena")
     assert list(tier.load(keys_of(fragments))) == [fragment.payload for fragment in fragments]

@@ -84,7 +84,7 @@ def test_whole_blocks_come_from_redis_once(host: HostTier, redis_tier: RedisTier
     assert all(redis_tier.store(fragments))
     host.store(fragments[:NUM_HEADS])
     prefetcher = start(redis_tier)
-    prefetcher.want("r", [*names, random.randbytes(16)])
+    prefetcher.add("r", [*names, random.randbytes(16)])
     wait_until(lambda: num_held(host, fragments) == len(fragments), "all are in the host tier")
     wait_until(lambda: prefetcher.stats().num_fragments.get("redis", 0) == 8, "they are counted")
     assert prefetcher.stats() == PrefetchStats({"redis": 8}, {"redis": 8 * PAYLOAD_BYTES}, 0, {})
@@ -103,8 +103,8 @@ def test_what_is_fetched_ahead_has_a_bound_until_requests_wait_no_more(
         assert all(redis_tier.store(of_first[begin : begin + 64]))
     assert all(redis_tier.store(of_second))
     prefetcher = start(redis_tier)
-    prefetcher.want("first", first)
-    prefetcher.want("second", second)
+    prefetcher.add("first", first)
+    prefetcher.add("second", second)
     wait_until(lambda: prefetcher.stats().num_fragments.get("redis", 0) >= SLOTS // 4, "the first share is there")
     time.sleep(0.2)  # to be seen not to go on
     num_fetched = prefetcher.stats().num_fragments["redis"]
@@ -126,7 +126,7 @@ def test_bad_ones_are_counted_and_not_kept(
         stored[100] ^= 1
         client.set(REDIS_PREFIX + fragments[1].key, bytes(stored))
     prefetcher = start(redis_tier)
-    prefetcher.want("r", names)
+    prefetcher.add("r", names)
     wait_until(lambda: prefetcher.stats().num_fragments.get("redis", 0) == NUM_HEADS - 1, "the good ones are there")
     assert prefetcher.stats().rejected == {"checksum": 1}
     assert num_held(host, fragments) == NUM_HEADS - 1
@@ -140,7 +140,7 @@ def test_peers_are_asked_first(node: KVNode, host: HostTier, peer_node: KVNode, 
     directory.publish(names, f"peer:{other.peer_address}")
     peers = PeerTier(directory, SECRET, lambda: "")
     prefetcher = start(peers)
-    prefetcher.want("r", names)
+    prefetcher.add("r", names)
     wait_until(lambda: prefetcher.stats().num_fragments.get("peer", 0) == len(fragments), "all came")
     assert list(host.load(keys_of(fragments))) == [fragment.payload for fragment in fragments]
     peers.close()
@@ -167,10 +167,10 @@ def test_what_was_not_kept_is_not_useless(host: HostTier, start: Start) -> None:
     tier = HeldTier()
     tier.store(fragments)
     prefetcher = start(tier)
-    prefetcher.want("gone", [gone])
+    prefetcher.add("gone", [gone])
     assert tier.is_asked.wait(30)
     prefetcher.release("gone", is_used=False)
-    prefetcher.want("r", [wanted])
+    prefetcher.add("r", [wanted])
     tier.may_answer.set()
     wait_until(lambda: prefetcher.stats().num_fragments.get("memory", 0) == NUM_HEADS, "the other's are there")
     assert host.has(keys_of(fragments)) == [False] * NUM_HEADS + [True] * NUM_HEADS
@@ -230,7 +230,7 @@ def test_the_disk_gives_back_what_it_has(start_with_disk: StartNode) -> None:
     put_on_disk(node, host, fragments)
     put_on_disk(node, host, make_blocks(8)[1])  # every slot is another's now
     prefetcher = Prefetcher(host, (), keys_of_block)
-    prefetcher.want("r", names)
+    prefetcher.add("r", names)
     wait_until(lambda: stats_of(node).num_promoted == len(fragments), "all are in slots again")
     assert prefetcher.stats() == PrefetchStats({}, {}, 0, {})
     prefetcher.close()
@@ -243,8 +243,8 @@ def test_what_the_disk_gives_counts_towards_the_bound(start_with_disk: StartNode
     put_on_disk(node, host, [*of_first, *of_second])
     put_on_disk(node, host, make_blocks(SLOTS // NUM_HEADS)[1])  # every slot is another's now
     prefetcher = Prefetcher(host, (), keys_of_block)
-    prefetcher.want("first", first)
-    prefetcher.want("second", second)
+    prefetcher.add("first", first)
+    prefetcher.add("second", second)
     wait_until(lambda: stats_of(node).num_promoted >= SLOTS // 4, "the first share is there")
     time.sleep(0.2)  # to be seen not to go on
     num_promoted = stats_of(node).num_promoted
@@ -265,10 +265,10 @@ def test_without_its_node_nothing_is_fetched_and_later_requests_are(
     redis_tier.store(fragments)
     prefetcher = start(redis_tier)
     node.kill()
-    prefetcher.want("r", names)
+    prefetcher.add("r", names)
     wait_until(lambda: not prefetcher._jobs["r"].names, "it was given up")
     assert prefetcher.stats().num_fragments == {}
     node.start()
     wait_until(lambda: all(host.store(make_blocks(1)[1])), "the host tier is back")
-    prefetcher.want("again", names)
+    prefetcher.add("again", names)
     wait_until(lambda: num_held(host, fragments) == len(fragments), "they are prefetched")

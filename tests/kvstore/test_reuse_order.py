@@ -1,4 +1,4 @@
-"""What goes first, and what a burst of fragments that nobody asks for again cannot push out."""
+"""Which fragments are evicted first, and which a burst of fragments used once cannot evict."""
 
 from kvstore.tiers.host.reuse_order import ReuseOrder
 

@@ -93,7 +93,7 @@ def test_tls_to_a_plain_port_is_a_mistake(redis_server: RedisServer) -> None:
 
 @pytest.fixture
 def tls_port(tmp_path: Path) -> Iterator[int]:
-    """A port on which somebody speaks TLS."""
+    """A port of a server that speaks TLS."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
     now = datetime.datetime.now(datetime.UTC)

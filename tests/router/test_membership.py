@@ -140,7 +140,7 @@ async def test_a_worker_that_registered_anew_is_dialled_anew_and_its_streams_go_
         cluster.lease(other)
         clock.now_s += 2000  # the lease of the first one ran out
         await cluster.loses(hung)
-        assert hung.num_live == 1, "its stream runs on while nobody says that it is another"
+        assert hung.num_live == 1, "its stream runs on while the directory names no other epoch"
         hung.lease_epoch = cluster.lease(hung)
         _, ids, _, finished = await answer
         assert ids == expected_tokens(PROMPT, 100)

@@ -51,7 +51,7 @@ class RecordingRunner(TorchModelRunner):
 
 
 class RecordingExecutor(GroupExecutor):
-    """Remembers whose logits each step wants."""
+    """Records which logits each step needs."""
 
     def __init__(self, runner: TorchModelRunner, groups: ParallelGroups, in_thread: bool) -> None:
         super().__init__(runner, groups, in_thread)

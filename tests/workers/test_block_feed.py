@@ -1,4 +1,4 @@
-"""What a worker writes to those who follow its blocks: quick ones, slow ones, and nobody."""
+"""A worker's block events, with quick followers, slow ones, and none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine's thread beside a directory that is slow: what it asks, how often, and that nobody waits in vain."""
+"""The engine's thread beside a directory that is slow: what it asks, how often, and that no request waits in vain."""
 
 from __future__ import annotations
 

@@ -30,4 +30,4 @@ class QueuePrefetch:
         for request_id, names in scheduler.queued_pulls(MAX_QUEUED, self._known):
             self._known[request_id] = scheduler.requests[request_id]
             if names:
-                self._prefetcher.want(request_id, names)
+                self._prefetcher.add(request_id, names)
