@@ -33,7 +33,7 @@ serve: env       ## start the whole cluster on this machine; ARGS="..." is passe
 TWO_AT_A_TIME := $(addprefix tests/,checkpoint costs kernels kvstore planner router settings telemetry training workers)
 ONE_AT_A_TIME := $(filter-out $(TWO_AT_A_TIME) %/__pycache__,$(patsubst %/,%,$(wildcard tests/*/))) \
   $(wildcard tests/test_*.py)
-TIMED := tests/router/test_grpc_face.py tests/router/test_http_face.py
+TIMED := tests/router/test_grpc_api.py tests/router/test_http_api.py
 
 test: env-test   ## the whole suite; ARGS="tests/router -k resume" runs a part
 ifdef ARGS

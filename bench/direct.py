@@ -85,7 +85,7 @@ class DirectWorker:
     def next_token(self, name: str) -> TimedToken:
         """The request's next token. Raises RuntimeError when it ends without one."""
         tokens = self._tokens[name]
-        # Whoever began to wait after the connection broke is told of it by nobody.
+        # Who began to wait after the connection broke gets no other signal.
         token = None if self._is_over and tokens.empty() else tokens.get()
         if token is None:
             why = self._finished[name].error if name in self._finished else "the worker closed the connection"

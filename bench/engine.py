@@ -338,7 +338,7 @@ def main() -> None:
         config = replace(plain, batch_invariant=mode == "batch-invariant")
         with torch.inference_mode():
             rows = measure(sizes, config, ceilings, options.batch_sizes, options.context, prompt)
-        gc.collect()  # the next engine wants the memory
+        gc.collect()  # frees the memory for the next engine
         for row in rows:
             print(describe(row), flush=True)
             # In the other mode a padded product may round differently, and a close race end differently.

@@ -116,7 +116,7 @@ class LossMeter:
         return self._runner.execute(direct_plan([chunk])).sampled_token_ids[0]
 
     def _move(self, prompt: Sequence[int], encoding: str) -> list[memoryview]:
-        """The prompt's blocks from where they were computed to the tier, and from there to their other place.
+        """The prompt's blocks from where they were computed to the tier, and from there to their other block ids.
 
         The fragments, as the tier has them.
         """

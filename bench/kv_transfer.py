@@ -1,4 +1,4 @@
-"""Hand-off on one host from paged cache to paged cache: what a prefill worker and a decode worker do, and nothing else.
+"""KV transfer on one host, from the paged cache of a prefill worker to that of a decode worker, and nothing else.
 
 Two processes, each with a cache of its own, share a KV node's arena. One publishes chunk after chunk, the other pulls
 each as soon as it is there; every byte is counted once, and every check is on. A copy of as many bytes in one process
@@ -121,12 +121,12 @@ class BlockMover:
         return count
 
 
-class HandOffFailed(Exception):
+class KVTransferFailed(Exception):
     """Not all blocks came, or not as they were."""
 
 
-def measure_paged_hand_off(arena_dir: str, shape: CacheShape | None = None) -> list[Measurement]:
-    """GB/s of the hand-off and its share of the copy's, and the same with put and get one after the other."""
+def measure_paged_kv_transfer(arena_dir: str, shape: CacheShape | None = None) -> list[Measurement]:
+    """GB/s of the KV transfer and its share of the copy's, and the same with put and get one after the other."""
     shape = shape or CacheShape()
     bandwidth = BenchShape(shape.fragment_bytes, shape.num_fragments, num_runs=3)
     memcpy: list[float] = []
@@ -142,10 +142,10 @@ def measure_paged_hand_off(arena_dir: str, shape: CacheShape | None = None) -> l
             memcpy.append(measure_memcpy(bandwidth).median_gb_per_s)
             for rates, is_at_once in ((at_once, True), (in_turn, False)):
                 cache.view(torch.int16).bitwise_not_()  # other bytes than the receiver has from the run before
-                rates.append(bandwidth.num_bytes / _hand_off(shape, sender, receiver, is_at_once) / 1e9)
+                rates.append(bandwidth.num_bytes / _kv_transfer(shape, sender, receiver, is_at_once) / 1e9)
                 receiver.send(None)
                 if receiver.recv() != _digest(cache):
-                    raise HandOffFailed("the caches differ after the hand-off")
+                    raise KVTransferFailed("the caches differ after the KV transfer")
     setting: dict[str, object] = {
         "fragment_bytes": shape.fragment_bytes,
         "bytes": bandwidth.num_bytes,
@@ -158,13 +158,13 @@ def measure_paged_hand_off(arena_dir: str, shape: CacheShape | None = None) -> l
     rows = []
     for name, rates in (("paged", at_once[1:]), ("paged_in_turn", in_turn[1:])):
         shares = [rate / limit for rate, limit in zip(rates, memcpy[1:], strict=True)]
-        rows.append(Measurement(f"handoff.{name}", "GB/s", rates, setting, beside))
-        rows.append(Measurement(f"handoff.{name}_share", "of memcpy", shares, setting))
+        rows.append(Measurement(f"kv_transfer.{name}", "GB/s", rates, setting, beside))
+        rows.append(Measurement(f"kv_transfer.{name}_share", "of memcpy", shares, setting))
     return rows
 
 
-def _hand_off(shape: CacheShape, sender: BlockMover, receiver: Connection, at_once: bool) -> float:
-    """Seconds from the first publish until the last block is in the other cache; room for what is published next is
+def _kv_transfer(shape: CacheShape, sender: BlockMover, receiver: Connection, at_once: bool) -> float:
+    """Seconds from the first publish until the last block is in the other cache; slots for what is published next is
     being made meanwhile, and for the first chunk before, as when each is computed in between."""
     chunks = shape.chunks(os.urandom(12))
     sender.prepare(chunks[0])
@@ -174,7 +174,7 @@ def _hand_off(shape: CacheShape, sender: BlockMover, receiver: Connection, at_on
         if following is not None:
             sender.prepare(following)
         if sender.store(chunk) != len(chunk.block_ids):
-            raise HandOffFailed("not all blocks were published")
+            raise KVTransferFailed("not all blocks were published")
         if at_once:
             receiver.send(chunk)
     if not at_once:
@@ -183,7 +183,7 @@ def _hand_off(shape: CacheShape, sender: BlockMover, receiver: Connection, at_on
     for _ in chunks:
         ended_s, is_whole = receiver.recv()
         if not is_whole:
-            raise HandOffFailed("not all blocks came")
+            raise KVTransferFailed("not all blocks came")
     return float(ended_s - began_s)
 
 

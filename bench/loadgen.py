@@ -107,8 +107,8 @@ async def play(target: str, trace: Sequence[TraceRequest], concurrency: int, see
 
         tasks = []
         for request in trace:
-            room = model.context_tokens - request.num_output_tokens - 1
-            ids = prompt_ids(request, model.vocab_size, rng)[: max(1, room)]
+            max_prompt_tokens = model.context_tokens - request.num_output_tokens - 1
+            ids = prompt_ids(request, model.vocab_size, rng)[: max(1, max_prompt_tokens)]
             tasks.append(asyncio.create_task(one(request, ids)))
         results = await asyncio.gather(*tasks)
         return summarize(results, time.perf_counter() - began_s)

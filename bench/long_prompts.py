@@ -1,8 +1,8 @@
-"""What a long prompt's KV is worth: hand-off beside a running prefill, and a failover from the tiers.
+"""What a long prompt's KV is worth: KV transfer beside a running prefill, and a failover from the tiers.
 
     overlap    how much of a prompt the decode worker holds, verified, when the step of the prefill worker's last chunk
-               ends, and how soon after that its own first step begins; until_told: the part of it until its engine
-               heard that it may
+               ends, and how soon after that its own first step begins; until_continue: the part of it until its
+               engine got Continue
     failover   a stream's next token on another worker: its history pulled from the tiers, beside computed again
 
 Workers and a KV node as processes of this machine, on random weights of a 0.4 B model; no router and no Ray, so that
@@ -73,7 +73,7 @@ def bench_overlap() -> list[Measurement]:
             gaps_ms.append(1000 * (decoded.first_step_s - ended_s))
             tokens_ms.append(1000 * (decoded.first_token_s - ended_s))
     setting: dict[str, object] = {"prompt_tokens": PROMPT_TOKENS, "chunk_tokens": 256, "model": "0.4 B, fp32"}
-    beside = {"until_told": statistics.median(relays_ms), "until_its_token": statistics.median(tokens_ms)}
+    beside = {"until_continue": statistics.median(relays_ms), "until_its_token": statistics.median(tokens_ms)}
     return [
         Measurement("overlap.held_at_last_chunk", "of the blocks", shares, setting),
         Measurement("overlap.first_step_after", "ms", gaps_ms, setting, beside),
@@ -82,7 +82,7 @@ def bench_overlap() -> list[Measurement]:
 
 @contextmanager
 def _held_blocks(worker: DirectWorker) -> Iterator[list[tuple[float, int]]]:
-    """How many blocks the worker has pulled, with the Unix time at which it had told so, until the block ends."""
+    """How many blocks the worker has pulled, with the Unix time of its report, until the block ends."""
     held: list[tuple[float, int]] = []
     over = threading.Event()
 

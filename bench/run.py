@@ -1,11 +1,11 @@
 """`make bench`: what this commit does on this machine's CPU, beside the machine's own limits of the same run.
 
-    serve     TTFT and tokens/s of the demo model at 1, 8 and 32 concurrent streams, prefill and decode on two workers
-    router    time to first token through the router, beside asking the same worker directly
-    handoff   GB/s of KV fragments through shared memory and through Redis, beside memcpy and loopback TCP
-    overlap   how much of a 4k prompt is handed over before its prefill ends, and how soon decoding begins then
-    failover  a stream with a 4k history on another worker: from the tiers, beside computed again
-    stalled_tier  the longest gap between two tokens while a tier that the streams do not need says nothing for 2 s
+    serve         TTFT and tokens/s of the demo model at 1, 8 and 32 streams, prefill and decode on two workers
+    router        time to first token through the router, beside asking the same worker directly
+    kv_transfer   GB/s of KV fragments through shared memory and through Redis, beside memcpy and loopback TCP
+    overlap       how much of a 4k prompt is handed over before its prefill ends, and how soon decoding begins then
+    failover      a stream with a 4k history on another worker: from the tiers, beside computed again
+    stalled_tier  the longest gap between two tokens while a tier that the streams do not need does not answer for 2 s
     host_step     the leader's Python of a decode step: plan, encode, fill, update
 
 Rows are appended to bench/results/cpu.jsonl. Starts clusters as a user would, with the `switchyard` command.
@@ -33,11 +33,10 @@ from urllib.parse import urlsplit
 
 from switchyard_client import GenerationClient, GenerationRequest, SamplingParams, Tokens
 
-from bench import direct
-from bench import tiers as handoff
+from bench import direct, tiers
 from bench.host_step import SIZES as HOST_STEP_SIZES
 from bench.host_step import measure as measure_host_step
-from bench.kv_transfer import measure_paged_hand_off
+from bench.kv_transfer import measure_paged_kv_transfer
 from bench.loadgen import play
 from bench.long_prompts import bench_failover, bench_overlap
 from bench.rows import Measurement, append_rows
@@ -148,11 +147,11 @@ def _ttft_through(client: GenerationClient, ids: tuple[int, ...]) -> float:
     return first_s - sent_s
 
 
-def bench_handoff() -> list[Measurement]:
+def bench_kv_transfer() -> list[Measurement]:
     """KV fragments from worker to worker, every check on, beside memcpy and a loopback socket."""
-    shape = handoff.BenchShape()
+    shape = tiers.BenchShape()
     with _redis() as url:
-        figures = handoff.measure_hand_off("/dev/shm", url, shape)
+        figures = tiers.measure_kv_transfer("/dev/shm", url, shape)
     rows = figures.rows
     named = {row.name: row.median_gb_per_s for row in rows}
     limits: dict[str, float] = {
@@ -162,7 +161,7 @@ def bench_handoff() -> list[Measurement]:
     }
     measured = [
         Measurement(
-            f"handoff.{row.name}",
+            f"kv_transfer.{row.name}",
             "GB/s",
             [row.worst_gb_per_s, row.median_gb_per_s, row.best_gb_per_s],
             {"fragment_bytes": row.fragment_bytes, "bytes": row.num_bytes, "runs": row.num_runs},
@@ -172,9 +171,10 @@ def bench_handoff() -> list[Measurement]:
     ]
     setting: dict[str, object] = {"fragment_bytes": shape.fragment_bytes}
     shares = [
-        Measurement(f"handoff.{share.name}", f"of {share.of}", list(share.runs), setting) for share in figures.shares
+        Measurement(f"kv_transfer.{share.name}", f"of {share.of}", list(share.runs), setting)
+        for share in figures.shares
     ]
-    return [*measure_paged_hand_off("/dev/shm"), *measured, *shares]
+    return [*measure_paged_kv_transfer("/dev/shm"), *measured, *shares]
 
 
 @contextmanager
@@ -202,7 +202,7 @@ def _redis() -> Iterator[str]:
 
 
 def bench_stalled_tier() -> list[Measurement]:
-    """What a tier that says nothing costs streams that do not need it."""
+    """The cost of a tier that does not answer, for streams that do not need it."""
     with _redis() as url:
         port = urlsplit(url).port
         assert port is not None
@@ -222,7 +222,7 @@ def bench_host_step() -> list[Measurement]:
 SECTIONS = {
     "serve": bench_serve,
     "router": bench_router,
-    "handoff": bench_handoff,
+    "kv_transfer": bench_kv_transfer,
     "overlap": bench_overlap,
     "failover": bench_failover,
     "stalled_tier": bench_stalled_tier,

@@ -1,4 +1,4 @@
-"""The longest gap between two tokens while a tier says nothing for two seconds.
+"""The longest gap between two tokens while a tier does not answer for two seconds.
 
 A worker of its own decodes some streams, and computes prompts whose blocks others wait for; its only tier is a Redis
 behind a proxy. In one run of each pair the proxy stops for two seconds, in the other it does not: what the gap grows by

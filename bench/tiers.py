@@ -1,6 +1,6 @@
 """How fast fragments are handed from one worker to another, beside what this machine's memory and sockets can do.
 
-All figures of a run come from the same process and the same minutes. Hand-off is what it is in service: put with its
+All figures of a run come from the same process and the same minutes. KV transfer is what it is in service: put with its
 checksum, then get with copy and verification. Knows nothing of where rows are kept.
 """
 
@@ -28,7 +28,7 @@ from kvstore.network.addresses import listen
 from kvstore.redis_client import connect
 from kvstore.tiers.host.arena import arena_path
 from kvstore.tiers.host.host_tier import HostTier
-from kvstore.tiers.peers.peer_tier import PEER_PLACE, PeerTier
+from kvstore.tiers.peers.peer_tier import PEER_LOCATION, PeerTier
 from kvstore.tiers.redis.redis_tier import RedisTier
 from kvstore.tiers.tier import Tier
 from settings.loading import write
@@ -49,7 +49,8 @@ class BandwidthRow:
 
     name: str
     """memcpy, loopback_tcp, redis_set, redis_mget, redis_benchmark_set, redis_benchmark_get, or TIER_put, TIER_get,
-    TIER_hand_off (put and get, one after the other); two_hosts_tcp, two_hosts_peer_get: between network namespaces."""
+    TIER_kv_transfer (put and get, one after the other); two_hosts_tcp, two_hosts_peer_get: between network
+    namespaces."""
     num_bytes: int
     """Payload of one run."""
     fragment_bytes: int
@@ -85,18 +86,18 @@ class ShareRow:
 
 
 @dataclass(frozen=True, slots=True)
-class HandOffFigures:
-    """What measure_hand_off() measures."""
+class KVTransferFigures:
+    """What measure_kv_transfer() measures."""
 
     rows: Sequence[BandwidthRow]
     shares: Sequence[ShareRow]
 
 
 class BenchFailed(Exception):
-    """A fragment was lost or refused, so the figures would not be those of a hand-off."""
+    """A fragment was lost or refused, so the figures would not be those of a KV transfer."""
 
 
-def measure_hand_off(arena_dir: str, redis_url: str, shape: BenchShape) -> HandOffFigures:
+def measure_kv_transfer(arena_dir: str, redis_url: str, shape: BenchShape) -> KVTransferFigures:
     """All rows: memcpy, loopback TCP, the host and peer tiers of a node process started for this; the same between two
     network namespaces where this process may make them; and, if there is a URL, Redis by its own benchmark, by plain
     commands and as a tier."""
@@ -110,8 +111,8 @@ def measure_hand_off(arena_dir: str, redis_url: str, shape: BenchShape) -> HandO
             rows.append(measure_peer(host_address, shape, other))
     if redis_url:
         figures = measure_redis(redis_url, shape)
-        return HandOffFigures([*rows, *measure_redis_commands(redis_url, shape), *figures.rows], figures.shares)
-    return HandOffFigures(rows, [])
+        return KVTransferFigures([*rows, *measure_redis_commands(redis_url, shape), *figures.rows], figures.shares)
+    return KVTransferFigures(rows, [])
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,10 +222,10 @@ def measure_peer(host_address: str, shape: BenchShape, other: OtherHost = HERE) 
     try:
         for _ in range(shape.num_runs + 1):
             fragments = _fragments(payload, shape)
-            _must_put(host, fragments)
-            directory.publish([fragments[0].key[:NAME_BYTES]], PEER_PLACE + host.peer_address)
+            _must_store(host, fragments)
+            directory.publish([fragments[0].key[:NAME_BYTES]], PEER_LOCATION + host.peer_address)
             keys = [fragment.key for fragment in fragments]
-            gets.append(_seconds(lambda keys=keys: _must_get(peer, keys)))  # type: ignore[misc]
+            gets.append(_seconds(lambda keys=keys: _must_load(peer, keys)))  # type: ignore[misc]
     finally:
         peer.close()
         host.close()
@@ -232,7 +233,7 @@ def measure_peer(host_address: str, shape: BenchShape, other: OtherHost = HERE) 
     return _row(name, shape, gets[1:])  # the first one connects
 
 
-def measure_redis(url: str, shape: BenchShape) -> HandOffFigures:
+def measure_redis(url: str, shape: BenchShape) -> KVTransferFigures:
     """A tier in the Redis and, where there is one, redis-benchmark: in turn, so that both see the same minutes.
 
     Every value has a key of its own, redis-benchmark's have one together, which keeps them in the processor's caches.
@@ -249,9 +250,9 @@ def measure_redis(url: str, shape: BenchShape) -> HandOffFigures:
             for name, command in _REDIS_PAIRS.items():
                 if connections:
                     run[f"benchmark_{command}"] = _benchmark_seconds(url, shape, command, connections[command])
-                put, get = partial(_must_put, tier, fragments), partial(_must_get, tier, keys)
+                put, get = partial(_must_store, tier, fragments), partial(_must_load, tier, keys)
                 run[name] = _seconds(put if name == "put" else get)
-            runs.append({**run, "hand_off": run["put"] + run["get"]})
+            runs.append({**run, "kv_transfer": run["put"] + run["get"]})
     finally:
         tier.close()
     counted = runs[_REDIS_WARM_UP_RUNS:]
@@ -261,7 +262,7 @@ def measure_redis(url: str, shape: BenchShape) -> HandOffFigures:
         for name, command in _REDIS_PAIRS.items()
         if connections
     ]
-    return HandOffFigures(rows, shares)
+    return KVTransferFigures(rows, shares)
 
 
 def _fastest_connections(url: str, shape: BenchShape) -> dict[str, int]:
@@ -319,20 +320,20 @@ def measure_redis_commands(url: str, shape: BenchShape) -> list[BandwidthRow]:
 
 
 def measure_tier(tier: Tier, shape: BenchShape) -> list[BandwidthRow]:
-    """put, get and both together, every run with fragments that the tier has not seen."""
+    """Store (put), load (get) and both together, every run with fragments that the tier has not seen."""
     payload = memoryview(os.urandom(shape.num_bytes))
     puts: list[float] = []
     gets: list[float] = []
     for run in range(shape.num_runs + 1):
         fragments = _fragments(payload, shape)
         keys = [fragment.key for fragment in fragments]
-        put_s = _seconds(lambda fragments=fragments: _must_put(tier, fragments))  # type: ignore[misc]
-        get_s = _seconds(lambda keys=keys: _must_get(tier, keys))  # type: ignore[misc]
+        put_s = _seconds(lambda fragments=fragments: _must_store(tier, fragments))  # type: ignore[misc]
+        get_s = _seconds(lambda keys=keys: _must_load(tier, keys))  # type: ignore[misc]
         if run > 0:  # the first one warms up connections and buffers
             puts.append(put_s)
             gets.append(get_s)
     both = [put_s + get_s for put_s, get_s in zip(puts, gets, strict=True)]
-    named = {"put": puts, "get": gets, "hand_off": both}
+    named = {"put": puts, "get": gets, "kv_transfer": both}
     return [_row(f"{tier.name}_{name}", shape, seconds) for name, seconds in named.items()]
 
 
@@ -343,13 +344,13 @@ def _measure_and_close(tier: Tier, shape: BenchShape) -> list[BandwidthRow]:
         tier.close()
 
 
-def _must_put(tier: Tier, fragments: Sequence[Fragment]) -> None:
-    if not all(tier.put(fragments)):
+def _must_store(tier: Tier, fragments: Sequence[Fragment]) -> None:
+    if not all(tier.store(fragments)):
         raise BenchFailed(f"the {tier.name} tier did not keep every fragment")
 
 
-def _must_get(tier: Tier, keys: Sequence[bytes]) -> None:
-    if not all(isinstance(payload, memoryview) for payload in tier.get(keys)):
+def _must_load(tier: Tier, keys: Sequence[bytes]) -> None:
+    if not all(isinstance(payload, memoryview) for payload in tier.load(keys)):
         raise BenchFailed(f"the {tier.name} tier did not give back every fragment")
 
 

@@ -9,7 +9,7 @@ from checkpoint.errors import CheckpointError
 
 
 def end_token_ids(config: dict[str, Any], generation: dict[str, Any], directory: Path) -> tuple[int, ...]:
-    """What config.json and generation_config.json say, each id once: one or several; null says nothing.
+    """What config.json and generation_config.json say, each id once: one or several; null is as good as absent.
 
     Raises CheckpointError.
     """

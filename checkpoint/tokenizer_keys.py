@@ -35,7 +35,7 @@ TOKENIZER_CONFIG_KEYS: KeyTable = {
     "add_eos_token": harmless(_REPEATED),
     "add_prefix_space": harmless(_REPEATED),
     "do_lower_case": harmless(_REPEATED),
-    "trim_offsets": harmless("used for offsets, which nobody asks for"),
+    "trim_offsets": harmless("used for offsets, which are not needed"),
     "tokenizer_class": harmless(_CLASS),
     "tokenizer_type": harmless(_CLASS),
     "tokenizer_file": harmless(_CLASS),
@@ -147,7 +147,7 @@ def _known_tokens(tokenizer: dict[str, Any]) -> set[str]:
 
 
 def _check_added_tokens(decoder: object, tokenizer: dict[str, Any], path: Path) -> None:
-    """transformers lets added_tokens_decoder change tokenizer.json; where it would, nobody could say which is meant."""
+    """transformers lets added_tokens_decoder change tokenizer.json; where it would, the files contradict each other."""
     if decoder is None:
         return
     if not isinstance(decoder, dict):

@@ -28,7 +28,7 @@ def w8a8_gemm(num_tokens: int, n: int, k: int, num_scales: int, out_bytes: int, 
 
 
 def group_by_expert(num_tokens: int, top_k: int, num_experts: int, block: int) -> OpCost:
-    """Ids are read, a row number per slot and an expert per block are written. Per id: compare, rank, place."""
+    """Ids are read, a row number per slot and an expert per block are written. Per id: compare, rank, store."""
     num_rows = num_tokens * top_k
     num_blocks = min(num_rows, num_rows // block + min(num_rows, num_experts))
     return OpCost(4 * (num_rows + num_blocks * (block + 1)), 3 * num_rows)

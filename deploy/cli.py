@@ -167,7 +167,7 @@ def _run_cluster(cluster: Cluster, steps: Steps, once: str | None, as_json: bool
         about = {"startup_s": ready_s, "endpoints": endpoints}
         write = functools.partial(say if once is None else deliver, stream=out)
         said = _sample([target_of(router) for router in endpoints.routers], once, about, as_json, write)
-        is_up = once is None  # whoever reads the last line may ask for the end at once
+        is_up = once is None  # a reader of the last line may stop the cluster at once
         write(said)
         if once is None:
             _show_endpoints(endpoints, as_json, out)

@@ -141,7 +141,7 @@ class Cluster:
     def end_at_once(self) -> bool:
         """Kill what was started and remove its files, whatever `start` or `stop` are doing in another thread.
 
-        False: `stop` has to go on, since somebody else's Ray runs the rest; it has no streams to wait for any more.
+        False: `stop` has to go on, since a Ray cluster that is not ours runs the rest; no streams are left to wait for.
         """
         is_first, self._is_hurried = not self._is_hurried, True
         self._started.kill()
@@ -219,7 +219,7 @@ class Cluster:
         return Endpoints(tuple(endpoints), ray.address, ray.dashboard, ray.metrics)
 
     def _end_abandoned(self) -> None:
-        """Take clusters out of this Ray whose drivers on this host were killed: nobody else ends their parts."""
+        """Take clusters out of this Ray whose drivers on this host were killed: no other process ends their parts."""
         from deploy.actors.kv_nodes import has_kv_nodes, stop_kv_nodes
         from deploy.actors.pools import close_serve
 
@@ -271,7 +271,7 @@ class Cluster:
         arena = settings.arena
         if node.num_slots < arena.num_slots:
             mib = node.num_slots * arena.slot_bytes >> 20
-            self._steps.note(f"warning: {arena.folder} and memory have room for {mib} MiB of KV blocks only")
+            self._steps.note(f"warning: {arena.folder} and memory have space for {mib} MiB of KV blocks only")
 
     def _wait_seen(self, plan: ClusterPlan, endpoints: list[RouterEndpoint]) -> None:
         """Return when every router has found all workers."""

@@ -1,6 +1,6 @@
 """The cluster's configuration: one YAML file and `--set a.b=c` make one frozen ClusterConfig, or one line says why not.
 
-Also the only place that reads or sets the environment. Knows nothing of models, Ray objects or processes: whether a
+Also the only module that reads or sets the environment. Knows nothing of models, Ray objects or processes: whether a
 model can be cut as a pool asks is checked in `preflight`, and derived numbers are computed in `plan`.
 """
 
@@ -183,7 +183,7 @@ def _default_pools() -> dict[str, PoolConfig]:
 
 @dataclass(frozen=True, slots=True)
 class ClusterConfig:
-    """Everything that `switchyard serve` can be told. The defaults make the laptop's cluster."""
+    """Every option of `switchyard serve`. The defaults make the laptop's cluster."""
 
     name: str = ""
     """Name of the cluster. What it keeps in a shared Redis lies under it, and processes of clusters with other names
@@ -251,15 +251,15 @@ def set_key(raw: dict[str, Any], assignment: str) -> None:
         value = text if is_ipv6(text) else yaml.safe_load(text)  # to YAML, [::1] is a broken list and :: a mapping
     except yaml.YAMLError:
         raise ConfigError(f"--set {assignment}: the value is not YAML") from None
-    place = raw
+    branch = raw
     for depth, part in enumerate(parts[:-1]):
-        below = place.setdefault(part, {})
+        below = branch.setdefault(part, {})
         if below is None:
-            below = place[part] = {}
+            below = branch[part] = {}
         if not isinstance(below, dict):
             raise ConfigError(f"--set {assignment}: {'.'.join(parts[: depth + 1])} has no keys")
-        place = below
-    place[parts[-1]] = value
+        branch = below
+    branch[parts[-1]] = value
 
 
 def default_pools() -> dict[str, Any]:
@@ -294,7 +294,7 @@ def prepare_ray_environment() -> None:
         # Otherwise the first local start turns token mode on for the user's whole account.
         "RAY_AUTH_MODE": "disabled",
         "RAY_metrics_report_interval_ms": "1000",
-        # Ray warns on each worker without GPUs unless it is told that this is meant.
+        # Ray warns on each worker without GPUs unless this is set.
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         # Ray starts workers at nice 15: on a machine that does anything else, tokens would wait for it.
         "RAY_worker_niceness": "0",

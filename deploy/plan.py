@@ -1,4 +1,4 @@
-"""Derives from the configuration and the model's sizes what each process of the cluster is told.
+"""Derives from the configuration and the model's sizes the spec of each process of the cluster.
 
 Pure: knows nothing of Ray, processes or files. The numbers here are handed on, never written back into the config.
 """
@@ -26,10 +26,10 @@ StageLayers = Callable[[int, int, int], range]  # (num_layers, pp, stage)
 
 @dataclass(frozen=True, slots=True)
 class PoolPlan:
-    """One pool: what Ray reserves for each worker, and what each worker is told."""
+    """One pool: what Ray reserves for each worker, and each worker's spec."""
 
     spec: WorkerSpec
-    """As far as it is known before a worker has a place: the worker fills in its id, host and addresses."""
+    """As far as it is known before a worker is placed: the worker fills in its id, host and addresses."""
     replicas: int
     bundles: tuple[dict[str, float], ...]
     """Resources of one worker: the replica's, then one bundle per pipeline stage with all its ranks."""

@@ -42,7 +42,7 @@ class FoundModel:
     """The model to serve, as this machine sees it."""
 
     reference: str
-    """What workers on other hosts are told: an absolute path, or a Hub id."""
+    """The path for workers on other hosts: an absolute path, or a Hub id."""
     directory: Path
     config: ModelConfig
 

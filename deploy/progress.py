@@ -62,7 +62,7 @@ def _send_nowhere(stream: TextIO) -> None:
 
 
 def open_closed_streams() -> None:
-    """Open what whoever started us has closed (`>&-`): Python has None for it, and the next file would be it."""
+    """Open standard streams that our parent closed (`>&-`): otherwise the next opened file would take their number."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             descriptor = os.open(os.devnull, os.O_RDWR)

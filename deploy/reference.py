@@ -22,7 +22,7 @@ unknown key, one that is given twice or a wrong type ends with exit code 2 and t
 prints the JSON schema.
 """
 
-_SPECS = """# What each process is told
+_SPECS = """# The spec of each process
 
 `switchyard serve` writes these files for the processes that it starts, readable by its user alone. A process that is
 started by hand reads the same, JSON or YAML: `python -m router --spec FILE`, `python -m workers --spec FILE`,

@@ -28,10 +28,10 @@ def _embedding_kernel(
     BLOCK: constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
-    place = tl.load(token_ptr + row).to(tl.int64) - first_id
+    weight_row = tl.load(token_ptr + row).to(tl.int64) - first_id
     column = tl.arange(0, BLOCK)
-    is_here = (place >= 0) & (place < num_ids)
-    x = tl.load(weight_ptr + place * stride + column, mask=is_here & (column < HIDDEN), other=0.0)
+    is_here = (weight_row >= 0) & (weight_row < num_ids)
+    x = tl.load(weight_ptr + weight_row * stride + column, mask=is_here & (column < HIDDEN), other=0.0)
     tl.store(out_ptr + row * HIDDEN + column, x, mask=column < HIDDEN)
 
 
@@ -55,11 +55,11 @@ def reference(weight: Tensor, token_ids: Tensor, first_id: int) -> Tensor:
 
 
 def cpu(weight: Tensor, token_ids: Tensor, first_id: int) -> Tensor:
-    places = token_ids - first_id
-    is_here = (places >= 0) & (places < weight.shape[0])
+    rows = token_ids - first_id
+    is_here = (rows >= 0) & (rows < weight.shape[0])
     if bool(is_here.all()):
-        return F.embedding(places, weight)
-    return F.embedding(torch.where(is_here, places, 0), weight).masked_fill_(~is_here[:, None], 0.0)
+        return F.embedding(rows, weight)
+    return F.embedding(torch.where(is_here, rows, 0), weight).masked_fill_(~is_here[:, None], 0.0)
 
 
 def _cost(weight: Tensor, token_ids: Tensor, first_id: int) -> costs.OpCost:

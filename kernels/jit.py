@@ -24,7 +24,7 @@ except ImportError:
 if TYPE_CHECKING or tl is None:
     Value: TypeAlias = Any
     constexpr: TypeAlias = Any
-else:  # Triton looks annotations up and wants its own names there
+else:  # Triton looks annotations up and needs its own names there
     Value = tl.tensor  # what a kernel computes with: a pointer, a scalar, a tile
     constexpr = tl.constexpr
 

@@ -35,10 +35,10 @@ def _penalties_kernel(
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(count_row_ptr + row)
     if slot >= 0:
-        place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        counts = tl.load(counts_ptr + slot * stride_counts + place, mask=place < num_ids, other=0)
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        counts = tl.load(counts_ptr + slot * stride_counts + column, mask=column < num_ids, other=0)
         seen = counts > 0  # few are: of the logits only their sectors move
-        logit_ptrs = logits_ptr + row * stride + place
+        logit_ptrs = logits_ptr + row * stride + column
         x = tl.load(logit_ptrs, mask=seen, other=0.0).to(tl.float32)
         repetition = tl.load(repetition_ptr + row)
         x = tl.where(x > 0, x / repetition, x * repetition)

@@ -1,4 +1,4 @@
-"""Noise for sampling from a counter-based generator: the same number for the same place, on any device, in any batch.
+"""Noise for sampling from a counter-based generator: the same number for the same counter, on any device, in any batch.
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11) is keyed by the request's seed; its
 counter is (choice, position in the completion, vocabulary id / 4, 0), and each of the four words of a block belongs to

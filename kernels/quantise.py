@@ -21,7 +21,7 @@ Scheme = Literal["fp8", "fp8 groups", "int8"]
 GROUP = 128
 FP8 = torch.float8_e4m3fn
 LARGEST = {FP8: 448.0, torch.int8: 127.0}
-_SMALLEST = 1e-30  # of the largest magnitudes that are told apart; its scale and its inverse are normal fp32 numbers
+_SMALLEST = 1e-30  # smaller largest magnitudes count as this one; its scale and its inverse are normal fp32 numbers
 
 
 def scheme_dtype(scheme: Scheme) -> torch.dtype:

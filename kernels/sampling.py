@@ -125,11 +125,11 @@ def _filter_kernel(
                 wide = x.to(tl.float32)
                 mass += tl.exp2((wide - peak) * rate)
                 listed = ((wide >= pivot) & (start + lane < num_ids)).to(tl.int32)
-                place = length + tl.cumsum(listed, 0) - 1
+                list_index = length + tl.cumsum(listed, 0) - 1
                 length += tl.sum(listed, 0)
-                is_kept = (listed > 0) & (place < CAPACITY)
-                tl.store(list_ptr + row * CAPACITY + place, x, mask=is_kept)
-                tl.store(list_id_ptr + row * CAPACITY + place, start + lane, mask=is_kept)
+                is_kept = (listed > 0) & (list_index < CAPACITY)
+                tl.store(list_ptr + row * CAPACITY + list_index, x, mask=is_kept)
+                tl.store(list_id_ptr + row * CAPACITY + list_index, start + lane, mask=is_kept)
             total = tl.sum(mass, 0)
             tl.debug_barrier()
 
@@ -254,10 +254,10 @@ def cpu(
     for i, (heat, k, p, least, seed, position) in enumerate(specs):
         row = logits[i].double()
         if heat == 0:
-            value, place = row.max(dim=-1)
+            value, index = row.max(dim=-1)
         else:
-            value, place = _sample_row(row / heat, k, p, least, seed, position, first_id)
-        choice[0][i], choice[1][i] = value, place + first_id
+            value, index = _sample_row(row / heat, k, p, least, seed, position, first_id)
+        choice[0][i], choice[1][i] = value, index + first_id
     return choice
 
 

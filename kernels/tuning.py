@@ -29,7 +29,7 @@ def config_for(op: str, **shape: int) -> Mapping[str, int]:
 
 @contextlib.contextmanager
 def answered_by(answer: _Answer) -> Iterator[None]:
-    """Inside, `answer(op, shape)` stands in for the tables: for whoever looks for better rows."""
+    """Inside, `answer(op, shape)` replaces the tables: for a search of better rows."""
     token = _answer.set(answer)
     try:
         yield

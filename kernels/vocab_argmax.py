@@ -19,7 +19,7 @@ from kernels.philox import fast_gumbel, gumbel_bound, words_of_tile
 _BLOCK = 2048
 _PROGRAMS_PER_SM = 4
 # Tiles of a row under way at a time, by copies to shared memory: a pass would otherwise wait for each. Two blocks of
-# the filter share an SM then; with five stages its registers leave room for one.
+# the filter share an SM then; with five stages its registers leave space for one.
 STAGES = 4
 _MAX_SPLITS = 64
 
@@ -48,7 +48,7 @@ def _noisy_argmax(
     BLOCK: constexpr,
     STAGES: constexpr,
 ) -> tuple[Value, Value]:
-    """The best score among the places first - SHIFT .. end - SHIFT, and its place.
+    """The best score among the indices first - SHIFT .. end - SHIFT, and its index.
 
     A tile's logarithms are taken only if one of its scores may be the best so far, by a bound on the noise that needs
     none. Tiles that pass become rare soon: the j-th does with a probability of about 1 / j.
@@ -108,16 +108,16 @@ def _choose_kernel(
             )
         else:
             best = tl.full([BLOCK], float("-inf"), tl.float32)
-            place = first - SHIFT + lane
+            best_index = first - SHIFT + lane
             for start in tl.range(first, end, BLOCK, num_stages=STAGES):
                 index = start - SHIFT + lane
                 mask = (index >= 0) & (index < num_ids)
                 x = tl.load(row_ptr + index, mask=mask, other=float("-inf")).to(tl.float32)
                 is_better = x > best
                 best = tl.where(is_better, x, best)
-                place = tl.where(is_better, index, place)
+                best_index = tl.where(is_better, index, best_index)
             top = tl.max(best, 0)
-            chosen = tl.min(tl.where((best == top) & (place >= 0), place, 0x7FFFFFFF), 0)
+            chosen = tl.min(tl.where((best == top) & (best_index >= 0), best_index, 0x7FFFFFFF), 0)
         tl.store(value_ptr + row * SPLITS + split, top)
         tl.store(id_ptr + row * SPLITS + split, chosen.to(tl.int64) + first_id)
 

@@ -1,4 +1,4 @@
-"""KV blocks outside the model: their names, the books of device blocks, the tiers that keep them and who has which.
+"""KV blocks outside the model: their names, the pool of device blocks, the tiers, and the directory of locations.
 
 Knows nothing of models, requests or routing. Import the modules; this package's root has no names of its own.
 """

@@ -1,4 +1,4 @@
-"""The `kvstore` branch of the cluster's configuration, and what a KV node process is told at its start.
+"""The `kvstore` branch of the cluster's configuration, and the spec that a KV node process gets at its start.
 
 Knows nothing of how the other branches are read; numbers that are derived from it are computed by those who need them.
 """
@@ -44,7 +44,7 @@ class KVStoreConfig:
     arena_dir: str = "/dev/shm"
     """Folder of the arena's file; one that is kept in memory."""
     disk_bytes: int = 0
-    """Bound of each host's disk tier, which takes what the arena has no room for; 0: there is none."""
+    """Bound of each host's disk tier, which takes what does not fit into the arena; 0: there is none."""
     disk_dir: str = ""
     """Folder of the disk tier, kept from one start to the next; each host and each cluster needs its own."""
     disk_write: str = "back"
@@ -58,7 +58,8 @@ class KVStoreConfig:
     """Whether hosts pull fragments from each other. Bytes are tagged and verified, but not encrypted."""
     peer_transport: str = "tcp"
     """How peers pull: tcp, or nixl (the nixl package reads from other hosts' memory, over RDMA where there is such a
-    network). With nixl, whoever reaches a host's memory by it can also write there: its network must be private."""
+    network). With nixl, a process that can read a host's memory can also write there: its network must be
+    private."""
     tier: str = ""
     """redis:// or rediss:// URL of the tier that hosts share, or redis+cluster://HOST:PORT,HOST:PORT (rediss+cluster)
     with any nodes of a Redis cluster; empty means shared memory alone."""
@@ -71,10 +72,10 @@ class KVStoreConfig:
     control: str = "memory://"
     """Where leases and the block directory live: memory:// (a node process of this cluster) or a redis:// URL."""
     tier_ttl_s: float = 3600.0
-    """Seconds after which the shared tier may forget a fragment that nobody wrote again."""
+    """Seconds after which the shared tier may forget a fragment that was not written again."""
     prefix_fetch: str = "cheapest"
     """Whether a worker pulls a prefix that only the tiers have: always, never, or when that is cheaper than computing
-    it, by what each worker measured at its start. The hand-off from prefill to decode is not affected."""
+    it, by what each worker measured at its start. The KV transfer from prefill to decode is not affected."""
 
     def __post_init__(self) -> None:
         if self.block_size < 0:

@@ -17,7 +17,7 @@ from kvstore.control.redis_journal import RedisJournal
 from kvstore.control.remote_directory import RemoteDirectory
 from kvstore.format.authenticity import FragmentAuthenticator
 from kvstore.tiers.host.host_tier import HostTier
-from kvstore.tiers.peers.peer_tier import PEER_PLACE, PeerTier
+from kvstore.tiers.peers.peer_tier import PEER_LOCATION, PeerTier
 from kvstore.tiers.peers.transport import Transport
 from kvstore.tiers.redis.redis_cluster import RedisClusterTier
 from kvstore.tiers.redis.redis_tier import RedisTier
@@ -90,20 +90,20 @@ def _connect_by_nixl(secret: str) -> Callable[[str], Transport]:
     return lambda address: NixlTransport(address, authenticator, reader)
 
 
-def place_of(tier: Tier, node_id: str) -> list[str]:
-    """As which places the directory is told of blocks that were put into this tier."""
+def locations_of(tier: Tier, node_id: str) -> list[str]:
+    """The locations under which blocks in this tier are published in the directory."""
     if isinstance(tier, PeerTier):
         return []
     if not isinstance(tier, HostTier):
         return [tier.name]
     address = tier.peer_address
-    return [f"host:{node_id}", *([PEER_PLACE + address] if address else [])]
+    return [f"host:{node_id}", *([PEER_LOCATION + address] if address else [])]
 
 
-def reaches(tier: Tier, node_id: str, places: frozenset[str]) -> bool:
-    """Whether this tier may find a block that the directory says is in these places."""
+def reaches(tier: Tier, node_id: str, locations: frozenset[str]) -> bool:
+    """Whether this tier may find a block that the directory says is in these locations."""
     if isinstance(tier, PeerTier):
-        return any(place.startswith(PEER_PLACE) for place in places)
+        return any(location.startswith(PEER_LOCATION) for location in locations)
     if isinstance(tier, HostTier):
-        return f"host:{node_id}" in places
-    return tier.name in places
+        return f"host:{node_id}" in locations
+    return tier.name in locations

@@ -92,16 +92,16 @@ def refused_commands(client: RedisClient, key: bytes) -> Exception | None:
 
 
 def is_misconfiguration(error: Exception) -> bool:
-    """Whether a server will go on saying so until somebody changes the configuration: a wrong password, a missing
+    """Whether a server repeats this error until its configuration changes: a wrong password, a missing
     right, TLS where there is none. One that is away, loading, full or read-only may come to itself."""
     passing = (redis.exceptions.BusyLoadingError, redis.exceptions.ReadOnlyError, redis.exceptions.ClusterDownError)
     if isinstance(error, redis.AuthenticationError):
         return True
     if isinstance(error, redis.ResponseError):
         return not isinstance(error, passing) and not str(error).startswith(_PASSING)
-    links = [error, error.__cause__, error.__context__]
+    chain = [error, error.__cause__, error.__context__]
     dropped = (ssl.SSLEOFError, ssl.SSLZeroReturnError)  # by a server that goes down
-    return any(isinstance(link, ssl.SSLError) and not isinstance(link, dropped) for link in links)
+    return any(isinstance(cause, ssl.SSLError) and not isinstance(cause, dropped) for cause in chain)
 
 
 def hash_slot(key: bytes) -> int:
@@ -132,7 +132,7 @@ def redirection(refusal: Exception) -> Redirection | None:
 
 
 def slot_owners(client: RedisClient, address: str) -> tuple[str, ...]:
-    """HOST:PORT by hash slot, as the node at HOST:PORT sees its cluster; empty where a slot is nobody's, or its owner
+    """HOST:PORT by hash slot, as the node at HOST:PORT sees its cluster; empty where a slot has no owner, or its owner
     has no address.
 
     Raises what REDIS_ERRORS has, also when the server is no node of a cluster.
@@ -140,7 +140,7 @@ def slot_owners(client: RedisClient, address: str) -> tuple[str, ...]:
     owners = [""] * NUM_HASH_SLOTS
     ask: Any = client.execute_command
     for first, last, (host, port, *_), *_ in ask("CLUSTER SLOTS"):
-        # A node that does not know its own name says nothing: then it is the one that was reached.
+        # A node that does not know its own name gives none: then it is the one that was reached.
         name = host.decode(errors="replace") if host else address.rpartition(":")[0]
         owners[first : last + 1] = [_host_port(name, str(port))] * (last + 1 - first)
     return tuple(owners)

@@ -1,6 +1,6 @@
-"""What one rank uses to publish and pull fragments: several tiers as one.
+"""What one rank uses to store and load fragments: several tiers as one.
 
-A put goes to every tier; a get takes the first good copy in the order of the tiers. Counts what moved and what was
+A store goes to every tier; a load takes the first good copy in the order of the tiers. Counts what moved and what was
 refused. Knows nothing of blocks, tensors or of who else uses the tiers.
 """
 
@@ -12,7 +12,7 @@ from functools import partial
 
 from kvstore.format.copying import Bytes, copy
 from kvstore.format.fragment import Fragment, Rejected
-from kvstore.tiers.tier import NearTier, Tier
+from kvstore.tiers.tier import HostMemoryTier, Tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class StoreStats:
     pulled_bytes: Mapping[str, int]
     """Verified payload bytes handed out, by tier."""
     published_bytes: Mapping[str, int]
-    """Payload bytes that a tier has after a put, by tier; also those that it had before."""
+    """Payload bytes that a tier has after a store, by tier; also those that it had before."""
     rejected: Mapping[str, int]
     """Stored fragments that failed their verification, by reason."""
     tier_is_up: Mapping[str, bool]
@@ -37,26 +37,28 @@ class FragmentStore:
     def __init__(self, tiers: Sequence[Tier]) -> None:
         self._tiers = tuple(tiers)
         # Once: to ask a protocol costs as much as copying a fragment.
-        self._near_tiers = [tier for tier in tiers if isinstance(tier, NearTier)]
-        self._get_into = [tier.get_into if isinstance(tier, NearTier) else partial(_get_into, tier) for tier in tiers]
+        self._host_memory_tiers = [tier for tier in tiers if isinstance(tier, HostMemoryTier)]
+        self._load_into = [
+            tier.load_into if isinstance(tier, HostMemoryTier) else partial(_load_into, tier) for tier in tiers
+        ]
         self._lock = threading.Lock()
         self._pulled_bytes: Counter[str] = Counter()
         self._published_bytes: Counter[str] = Counter()
         self._rejected: Counter[str] = Counter()
 
     def prepare(self, keys: Sequence[bytes]) -> None:
-        """As NearTier.prepare."""
-        for tier in self._near_tiers:
+        """As HostMemoryTier.prepare."""
+        for tier in self._host_memory_tiers:
             tier.prepare(keys)
 
-    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
+    def store(self, fragments: Sequence[Fragment]) -> list[bool]:
         """Writes every fragment to every tier. True where at least one tier has it."""
         stored = [False] * len(fragments)
         if not fragments:
             return stored
         for tier in self._tiers:
             num_bytes = 0
-            for i, is_stored in enumerate(tier.put(fragments)):
+            for i, is_stored in enumerate(tier.store(fragments)):
                 if is_stored:
                     stored[i] = True
                     num_bytes += fragments[i].num_bytes
@@ -64,23 +66,23 @@ class FragmentStore:
                 self._published_bytes[tier.name] += num_bytes
         return stored
 
-    def pull(self, keys: Sequence[bytes], rooms: Sequence[Bytes]) -> list[bool]:
-        """Brings verified payloads into the rooms, writable buffers of the expected sizes; which ones came.
+    def load(self, keys: Sequence[bytes], buffers: Sequence[Bytes]) -> list[bool]:
+        """Brings verified payloads into writable buffers of the expected sizes; which ones came.
 
-        The room of one that did not come holds anything.
+        The buffer of one that did not come holds anything.
         """
         has_come = [False] * len(keys)
-        for tier, get_into in zip(self._tiers, self._get_into, strict=True):
+        for tier, load_into in zip(self._tiers, self._load_into, strict=True):
             missing = [i for i, is_there in enumerate(has_come) if not is_there]
             if not missing:
                 break
             num_bytes = 0
             rejected: Counter[str] = Counter()
-            results = get_into([keys[i] for i in missing], [rooms[i] for i in missing])
+            results = load_into([keys[i] for i in missing], [buffers[i] for i in missing])
             for i, result in zip(missing, results, strict=True):
                 if result is True:
                     has_come[i] = True
-                    num_bytes += rooms[i].nbytes
+                    num_bytes += buffers[i].nbytes
                 elif isinstance(result, Rejected):
                     rejected[result.reason] += 1
             with self._lock:
@@ -92,9 +94,9 @@ class FragmentStore:
         """The counters now."""
         tier_is_up = {tier.name: tier.is_up for tier in self._tiers}
         problems = {tier.name: tier.problem for tier in self._tiers}
-        for near in self._near_tiers:
-            problems |= near.problems_behind
-            tier_is_up |= {name: not problem for name, problem in near.problems_behind.items()}
+        for tier in self._host_memory_tiers:
+            problems |= tier.problems_behind
+            tier_is_up |= {name: not problem for name, problem in tier.problems_behind.items()}
         with self._lock:
             return StoreStats(
                 pulled_bytes=dict(self._pulled_bytes),
@@ -110,16 +112,16 @@ class FragmentStore:
             tier.close()
 
 
-def _get_into(tier: Tier, keys: Sequence[bytes], rooms: Sequence[Bytes]) -> Iterator[bool | Rejected]:
-    """As NearTier.get_into, for a tier whose private copies are copied once more."""
-    found = iter(tier.get(keys))
-    for room in rooms:
+def _load_into(tier: Tier, keys: Sequence[bytes], buffers: Sequence[Bytes]) -> Iterator[bool | Rejected]:
+    """As HostMemoryTier.load_into, for a tier whose private copies are copied once more."""
+    found = iter(tier.load(keys))
+    for buffer in buffers:
         payload = next(found)
         if isinstance(payload, memoryview):
-            if payload.nbytes != room.nbytes:
+            if payload.nbytes != buffer.nbytes:
                 yield Rejected("layout")  # good bytes, but not what this model has under that name
             else:
-                copy(room, payload)
+                copy(buffer, payload)
                 yield True
         else:
             yield False if payload is None else payload

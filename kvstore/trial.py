@@ -109,7 +109,7 @@ def try_disk(folder: Path) -> str:
         raise TierMisconfigured(f"{folder}: {error.strerror.lower() if error.strerror else error}") from None
     finally:
         for parent in reversed(made):
-            with contextlib.suppress(OSError):  # somebody has begun to use it
+            with contextlib.suppress(OSError):  # it is in use by now
                 parent.rmdir()
 
 

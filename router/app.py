@@ -1,6 +1,6 @@
-"""One router process, put together: reads the model's files, finds workers, opens both faces, stops gracefully.
+"""One router process, put together: reads the model's files, finds workers, opens both APIs, stops gracefully.
 
-Knows every part by its constructor and none by its inside.
+Knows the constructors of all parts, and nothing of their insides.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from checkpoint.identity import ServedModel
 from kvstore.connect import open_directory, open_journal
 from kvstore.control.directory import Directory
 from kvstore.control.journal import JournalUnavailable, StreamJournal
-from router.api.grpc_api import GrpcFace
-from router.api.http_api import HttpFace, HttpParts
+from router.api.grpc_api import GrpcApi
+from router.api.http_api import HttpApi, HttpParts
 from router.config import RouterSpec
 from router.errors import ConfigError, StartupError
 from router.fleet.fleet import Fleet
 from router.fleet.membership import Membership
-from router.fleet.worker_connection import LinkOptions, end_task
+from router.fleet.worker_connection import ConnectionOptions, end_task
 from router.metrics import Metrics
 from router.model_files import ModelFiles
 from router.placement.policy import POLICIES, Rates
@@ -64,8 +64,8 @@ class Router:
             lambda: self._directory_is_up,
             lambda: self._journal.is_up,
         )
-        self._grpc = GrpcFace(self._generation, self._metrics, config.max_message_bytes)
-        self._http = HttpFace(
+        self._grpc = GrpcApi(self._generation, self._metrics, config.max_message_bytes)
+        self._http = HttpApi(
             HttpParts(self._generation, self._metrics, self.readiness, config.max_message_bytes, config.cors_origins)
         )
         self._changed = asyncio.Event()
@@ -118,7 +118,7 @@ class Router:
 
     def _join(self, directory: Directory) -> Membership:
         config = self._spec.config
-        options = LinkOptions(
+        options = ConnectionOptions(
             self._spec.router_id, _epochs(), self._served, config.worker_silence_s, config.max_message_bytes
         )
         return Membership(directory, self._dispatcher.fleet, self._dispatcher, options, config.directory_poll_s)

@@ -1,4 +1,4 @@
-"""What a router process is told at its start. Knows the fields and their ranges, not where they came from."""
+"""The spec that a router process gets at its start. Knows the fields and their ranges, not where they came from."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class RouterConfig:
     directory_poll_s: float = 0.25
     """How often the directory is asked for the workers."""
     worker_silence_s: float = 10.0
-    """A worker that says nothing for so long is lost; it reports every second."""
+    """A worker that sends nothing for so long is lost; it reports every second."""
     drain_s: float = 10.0
     """How long running streams may go on after SIGTERM."""
     prefill_ms_per_token: float = 0.2

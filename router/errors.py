@@ -9,17 +9,17 @@ RouterError
  |   +- UnknownRoute        no such path, or not by this method
  |   +- UnknownStream       no such stream to resume
  +- Overloaded              admission is full; `retry_after_s` says when to come back
- +- Unavailable             nobody can serve this now
- |   +- NoWorker            no suitable worker lives, and none came in time
+ +- Unavailable             no worker can serve this now
+ |   +- NoWorker            no suitable worker is up, and none came in time
  |   +- WorkersLost         placed anew as often as allowed, and lost each time
  |   +- Stopping            this router is going down
- |   +- JournalAway         nobody may take a stream over now
+ |   +- JournalAway         no router may take a stream over now
  +- DeadlineExceeded        the time of the request is over
  +- Cancelled               the client went away
  +- Superseded              another router carries the stream now
 StartupError                the process cannot start: exit code 2
  +- ConfigError             an address in the spec that is none; the message names the key
- +- PortInUse               somebody else listens there
+ +- PortInUse               another process listens there
  +- ModelFilesError         the model directory lacks what a router needs
 """
 
@@ -57,7 +57,7 @@ class PromptTooLarge(InvalidRequest):
 
 
 class ContextLengthExceeded(InvalidRequest):
-    """The prompt has so many tokens that the model's context leaves no room for output."""
+    """The prompt has so many tokens that the model's context leaves no space for output."""
 
     code = "context_length_exceeded"  # OpenAI's name: clients shorten their chats when they see it
 
@@ -93,7 +93,7 @@ class Unavailable(RouterError):
 
 
 class NoWorker(Unavailable):
-    """No suitable worker lives, and none came back in time."""
+    """No suitable worker is up, and none came back in time."""
 
     code = "no_worker"
 
@@ -156,7 +156,7 @@ class ConfigError(StartupError):
 
 
 class PortInUse(StartupError):
-    """The port that the router was told to listen on is taken."""
+    """The configured port is taken."""
 
 
 class ModelFilesError(StartupError):

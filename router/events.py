@@ -1,4 +1,4 @@
-"""What a request is once its face has been taken off, and what comes back: the nouns that all faces share.
+"""A request and its results: the types that both APIs share.
 
 Plain data. Knows neither protobuf nor JSON.
 """

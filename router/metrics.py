@@ -1,4 +1,4 @@
-"""What a router counts, and what its workers told it, for Prometheus. Its own registry: a process may hold several.
+"""What a router counts, and what its workers report, for Prometheus. Its own registry: a process may hold several.
 
 Names, units and buckets are declared in `telemetry`. Knows nothing of how a stream runs.
 """
@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from switchyard.v1.worker_pb2 import WorkerLoad
 
 from router.placement.policy import Placement
-from router.placement.streams import HandOff
+from router.placement.streams import KVTransfer
 from router.service.dispatch import Dispatcher
 from router.service.generation import Account
 from telemetry import router as declared
@@ -40,8 +40,8 @@ class Metrics:
         self._predicted = self._histogram(declared.PREDICTED_TIME_TO_FIRST)
         self._tpot = self._histogram(declared.TIME_PER_OUTPUT)
         self._queue = self._histogram(declared.QUEUE)
-        self._hand_off = self._histogram(declared.HANDOFF)
-        self._relay = self._histogram(declared.HANDOFF_RELAY)
+        self._kv_transfer = self._histogram(declared.KV_TRANSFER)
+        self._relay = self._histogram(declared.KV_TRANSFER_RELAY)
         self._duration = self._histogram(declared.DURATION)
 
     def text(self) -> bytes:
@@ -95,11 +95,11 @@ class Metrics:
         self._ttft.observe(ttft_s)
         self._predicted.observe(predicted_s)
 
-    def closed(self, num_dropped_frames: int, hand_off: HandOff | None) -> None:
+    def closed(self, num_dropped_frames: int, kv_transfer: KVTransfer | None) -> None:
         self._dropped.inc(num_dropped_frames)
-        if hand_off is not None:
-            self._relay.observe(hand_off.relay_s)
-            self._hand_off.observe(hand_off.total_s)
+        if kv_transfer is not None:
+            self._relay.observe(kv_transfer.relay_s)
+            self._kv_transfer.observe(kv_transfer.total_s)
 
     def block_snapshot(self) -> None:
         self._snapshots.inc()
@@ -131,8 +131,10 @@ class _WorkerMetrics(Collector):
         fleet, loads = self._dispatcher.fleet, self._dispatcher.loads
         labels = [(info.worker_id, info.pool, info.role.value) for info in fleet.workers]
         yield _family(worker.UP, [(row, 1) for row in labels])
-        known = [(row, fleet.num_told_blocks(row[0])) for row in labels]
-        yield _family(worker.KNOWN_BLOCKS, [(row, num_told) for row, num_told in known if num_told is not None])
+        known = [(row, fleet.num_reported_blocks(row[0])) for row in labels]
+        yield _family(
+            worker.KNOWN_BLOCKS, [(row, num_reported) for row, num_reported in known if num_reported is not None]
+        )
         rows = [(row, loads[row[0]]) for row in labels if row[0] in loads]
         for metric in (*worker.ENGINE, *worker.STORE):
             yield _family(

@@ -1,4 +1,4 @@
-"""How a client wants its tokens chosen: the options, what each may be, and their message.
+"""Sampling options of a request: the options, what each may be, and their message.
 
 A new option is a field of the message SamplingParams and a field here under the same name, with its rule. Pure.
 """
@@ -97,7 +97,7 @@ def invalid(param: str, complaint: str) -> InvalidRequest:
 
 
 def sampling_message(sampling: SamplingParams) -> generation_pb2.SamplingParams:
-    """Stop texts are left to whoever decodes text, but travel along for a router."""
+    """Stop texts are applied where text is decoded, but travel along for a router."""
     return generation_pb2.SamplingParams(**{field.name: getattr(sampling, field.name) for field in fields(sampling)})
 
 

@@ -36,7 +36,7 @@ DISK = (
     _count("disk_written_fragments", "fragments", "Fragments written.", "num_written"),
     _count("disk_read_fragments", "fragments", "Fragments read and verified.", "num_read"),
     _count("disk_refused_fragments", "fragments", "Fragments not taken because the disk was full.", "num_refused"),
-    _count("disk_evicted_segments", "segments", "Segments removed to make room.", "num_segments_evicted"),
+    _count("disk_evicted_segments", "segments", "Segments removed to free space.", "num_segments_evicted"),
     _count(
         "disk_rejected_fragments",
         "fragments",

@@ -53,12 +53,12 @@ RESUMED_STREAMS = counter("switchyard_resumed_streams_total", "streams", "Stream
 DROPPED_FRAMES = counter(
     "switchyard_dropped_frames_total", "frames", "Token frames dropped: of an old epoch, or received twice."
 )
-HANDOFF = seconds(
-    "switchyard_handoff_seconds", "From the end of a prefill's last chunk to its decode worker's first step.", WAIT
+KV_TRANSFER = seconds(
+    "switchyard_kv_transfer_seconds", "From the end of a prefill's last chunk to its decode worker's first step.", WAIT
 )
-HANDOFF_RELAY = seconds(
-    "switchyard_handoff_relay_seconds",
-    "The part of a hand-off until the decode worker's engine got the router's message to continue.",
+KV_TRANSFER_RELAY = seconds(
+    "switchyard_kv_transfer_relay_seconds",
+    "The part of a KV transfer until the decode worker's engine got the router's message to continue.",
     WAIT,
 )
 BLOCK_SNAPSHOTS = counter("switchyard_block_snapshots_total", "", "Lists of all the blocks that a worker holds.")
@@ -80,8 +80,8 @@ METRICS = (
     REPLACEMENTS,
     RESUMED_STREAMS,
     DROPPED_FRAMES,
-    HANDOFF,
-    HANDOFF_RELAY,
+    KV_TRANSFER,
+    KV_TRANSFER_RELAY,
     BLOCK_SNAPSHOTS,
     BLOCK_GAPS,
     DIRECTORY_UP,

@@ -19,7 +19,7 @@ def _state(name: str, unit: str, meaning: str, field: str = "", *more_labels: st
 
 ENGINE = (
     _state("running_requests", "requests", "Requests in the running batch.", "num_running"),
-    _state("waiting_requests", "requests", "Requests waiting for a place in the batch.", "num_waiting"),
+    _state("waiting_requests", "requests", "Requests waiting to join the batch.", "num_waiting"),
     _state("waiting_for_kv_requests", "requests", "Decode requests waiting for KV blocks.", "num_waiting_for_kv"),
     _state("free_blocks", "blocks", "KV blocks that can be allocated now: free or only cached.", "num_free_blocks"),
     _state("queued_tokens", "tokens", "Prompt tokens accepted and not yet computed.", "num_queued_tokens"),

@@ -104,7 +104,7 @@ class Shape:
     peer_transport: str = "tcp"
     disk_bytes: int = 0  # of each node; 0: no disk tier
     disk_dir: str = ""  # empty: in the cluster's folder
-    silent: tuple[str, ...] = ()  # workers that nobody is told of, nor what they publish
+    silent: tuple[str, ...] = ()  # workers that the directory does not list, nor what they publish
     journal: str = ""  # empty: a file
     block_size: int = 4
     num_slots: int = 8192
@@ -123,7 +123,7 @@ class Shape:
         return {"prefill": self.prefill, "decode": self.decode, "mixed": self.mixed}
 
     def worker_spec(self, model_dir: Path, name: str, worker_id: str) -> WorkerSpec:
-        """Of a worker that is called ROLE-NUMBER; its place in the cluster is left open."""
+        """Of a worker that is called ROLE-NUMBER; its addresses are left open."""
         role = name.partition("-")[0]
         settings = {
             "dtype": "float32",
@@ -293,9 +293,9 @@ class FakeCluster:
             self.server(name).kill()
 
     def wait_complete(self) -> None:
-        """Until every router that runs sees every worker that runs, and nobody else."""
+        """Until every router that runs sees every worker that runs, and no other."""
         wanted = {server.ready["worker_id"] for server in self.workers.values() if server.is_running}
-        if self.routers:  # a directory that lost its memory has to hear of everybody first
+        if self.routers:  # a directory that lost its memory lists nobody at first
             wait_until(lambda: wanted <= self._leased(), f"the directory has {wanted}")
         for name, url in zip(self.routers, self.http_urls, strict=True):
             if self.routers[name].is_running:

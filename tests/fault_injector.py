@@ -42,17 +42,17 @@ KEY_OFFSET = HEADER_BYTES - FRAGMENT_KEY_BYTES
 _LOOK_BYTES = 1024 * 1024  # read at once; no fragment of a test is larger
 
 
-class Place(Protocol):
+class Storage(Protocol):
     """Where sealed fragments lie: a header and a payload each."""
 
     def read(self, key: bytes) -> bytes | None:
-        """Header and payload, and what the place keeps behind them."""
+        """Header and payload, and what the storage keeps behind them."""
 
     def write(self, key: bytes, stored: bytes) -> None:
         """Instead of what is there; may be shorter."""
 
 
-class ArenaPlace:
+class ArenaStorage:
     """The file of a host's arena, mapped as the workers map it."""
 
     def __init__(self, path: Path, slot_bytes: int, num_slots: int) -> None:
@@ -62,30 +62,30 @@ class ArenaPlace:
         self._first = arena_bytes(slot_bytes, 0)
         self._stride = arena_bytes(slot_bytes, 1) - self._first
         self._num_slots = num_slots
-        self._places: dict[bytes, tuple[int, int]] = {}
+        self._fragments: dict[bytes, tuple[int, int]] = {}
 
     def find(self) -> None:
         """Look where which fragment is now, and how long it is."""
-        self._places = {}
+        self._fragments = {}
         for slot in range(self._num_slots):
             at = self._first + slot * self._stride
             header = self._map[at : at + HEADER_BYTES]
             payload_bytes = int.from_bytes(header[PAYLOAD_BYTES_OFFSET:CHECKSUM_OFFSET], "little")
             if header.startswith(SEALED) and 0 < payload_bytes <= self._stride - HEADER_BYTES:
-                self._places[header[KEY_OFFSET:]] = at, HEADER_BYTES + payload_bytes
+                self._fragments[header[KEY_OFFSET:]] = at, HEADER_BYTES + payload_bytes
 
     def read(self, key: bytes) -> bytes | None:
-        """As in Place."""
-        at, size = self._places.get(key, (0, 0))
+        """As in Storage."""
+        at, size = self._fragments.get(key, (0, 0))
         return self._map[at : at + size] if size else None
 
     def write(self, key: bytes, stored: bytes) -> None:
-        """As in Place. What is cut off is nothing: a file that was not written to its end reads as zeros."""
-        at, size = self._places[key]
+        """As in Storage. What is cut off is nothing: a file that was not written to its end reads as zeros."""
+        at, size = self._fragments[key]
         self._map[at : at + size] = stored[:size].ljust(size, b"\0")
 
 
-class DiskPlace:
+class DiskStorage:
     """The segment files of a disk tier, past the page cache as the tier itself.
 
     Each page is looked at once, when it has been written: segments are written from their beginning to their end.
@@ -95,18 +95,18 @@ class DiskPlace:
         self._folder = folder
         self._pages = CopyBuffers(_LOOK_BYTES).take()
         self._ends: dict[Path, int] = {}  # up to where each segment was looked at
-        self._places: dict[bytes, tuple[Path, int, int]] = {}
+        self._fragments: dict[bytes, tuple[Path, int, int]] = {}
 
     def find(self, keys: Sequence[bytes]) -> bool:
         """Look what is there by now; whether all of these are."""
         paths = sorted(self._folder.glob(f"*{SUFFIX}"))
         if self._ends.keys() - set(paths):  # the oldest go when the tier is full
             self._ends = {path: end for path, end in self._ends.items() if path in paths}
-            self._places = {key: place for key, place in self._places.items() if place[0] in self._ends}
+            self._fragments = {key: storage for key, storage in self._fragments.items() if storage[0] in self._ends}
         for path in paths:
             with contextlib.suppress(FileNotFoundError), _opened(path, os.O_RDONLY) as file:
                 self._ends[path] = self._look(file, path, self._ends.get(path, PAGE_BYTES))
-        return all(key in self._places for key in keys)
+        return all(key in self._fragments for key in keys)
 
     def _look(self, file: int, path: Path, end: int) -> int:
         """Notes what was written from `end` on, of two copies the later one; where nothing was written yet."""
@@ -119,24 +119,24 @@ class DiskPlace:
                     return end + at
                 size = stored_bytes_at(header) + TAG_BYTES
                 if HEADER_BYTES + TAG_BYTES < size <= _LOOK_BYTES:
-                    self._places[header[KEY_OFFSET:]] = path, end + at, size
+                    self._fragments[header[KEY_OFFSET:]] = path, end + at, size
                 at += whole_pages(size) if size <= _LOOK_BYTES else PAGE_BYTES
             if at == 0:
                 return end
             end += at
 
     def read(self, key: bytes) -> bytes | None:
-        """As in Place."""
-        if key not in self._places:
+        """As in Storage."""
+        if key not in self._fragments:
             return None
-        path, at, size = self._places[key]
+        path, at, size = self._fragments[key]
         with contextlib.suppress(FileNotFoundError), _opened(path, os.O_RDONLY) as file:
             return bytes(self._pages[: min(size, read_pages(file, self._pages[: whole_pages(size)], at))])
         return None
 
     def write(self, key: bytes, stored: bytes) -> None:
-        """As in Place; what is cut off was never written."""
-        path, at, size = self._places[key]
+        """As in Storage; what is cut off was never written."""
+        path, at, size = self._fragments[key]
         self._pages[: whole_pages(size)] = stored[:size].ljust(whole_pages(size), b"\0")
         with _opened(path, os.O_WRONLY) as file:
             write_all(file, self._pages[: whole_pages(size)], at)
@@ -151,22 +151,22 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
         os.close(file)
 
 
-class WirePlace:
+class WireStorage:
     """Fragments that are on their way, a group at a time."""
 
     def __init__(self) -> None:
         self.fragments: dict[bytes, bytes] = {}
 
     def read(self, key: bytes) -> bytes | None:
-        """As in Place."""
+        """As in Storage."""
         return self.fragments.get(key)
 
     def write(self, key: bytes, stored: bytes) -> None:
-        """As in Place; what is cut off is filled up: the bytes that follow must not be taken for these."""
+        """As in Storage; what is cut off is filled up: the bytes that follow must not be taken for these."""
         self.fragments[key] = stored[: len(self.fragments[key])].ljust(len(self.fragments[key]), b"\0")
 
 
-class RedisPlace:
+class RedisStorage:
     """The values of a Redis."""
 
     def __init__(self, url: str, key_prefix: bytes) -> None:
@@ -189,20 +189,20 @@ class RedisPlace:
         self._changed = {}
 
     def read(self, key: bytes) -> bytes | None:
-        """As in Place."""
+        """As in Storage."""
         return self._changed.get(key, self._values.get(key))
 
     def write(self, key: bytes, stored: bytes) -> None:
-        """As in Place."""
+        """As in Storage."""
         self._changed[key] = stored
 
 
 class Injector:
     """Faults of all kinds in equal shares, each in several forms; the same ones for the same seed."""
 
-    def __init__(self, place: Place, seed: int, num_tag_bytes: int) -> None:
-        """num_tag_bytes: what the place keeps behind the payload, made with a secret."""
-        self._place = place
+    def __init__(self, storage: Storage, seed: int, num_tag_bytes: int) -> None:
+        """num_tag_bytes: what the storage keeps behind the payload, made with a secret."""
+        self._storage = storage
         self._random = random.Random(seed)
         self._num_tag_bytes = num_tag_bytes
         self._older: bytes | None = None  # a whole fragment of earlier, with its generation
@@ -220,7 +220,7 @@ class Injector:
     def damage(self, keys: Sequence[bytes]) -> Counter[str]:
         """How many fragments have which kind of fault now; those that are not there have none."""
         made: Counter[str] = Counter()
-        found = [(key, stored) for key in keys if (stored := self._place.read(key)) is not None]
+        found = [(key, stored) for key in keys if (stored := self._storage.read(key)) is not None]
         pairs = [found[i : i + 2] for i in range(0, len(found), 2)]
         for kind, pair in zip(itertools.cycle(self._kinds), pairs, strict=False):
             if kind == "swap" and len(pair) == 2:
@@ -228,9 +228,9 @@ class Injector:
             else:
                 changed = [self._kinds[kind](bytearray(stored)) for _, stored in pair]
             for (key, stored), other in zip(pair, changed, strict=True):
-                self._place.write(key, other)
-                if self._place.read(key) == stored:  # what was cut off was a zero, for example
-                    self._place.write(key, self._flip(bytearray(stored)))
+                self._storage.write(key, other)
+                if self._storage.read(key) == stored:  # what was cut off was a zero, for example
+                    self._storage.write(key, self._flip(bytearray(stored)))
                 made[kind] += 1
                 self._older = bytes(stored)
         return made
@@ -295,7 +295,7 @@ def _with_key(stored: bytes, keyed: bytearray) -> bytes:
 
 
 class Wire:
-    """A proxy between a host and its peer's node process. What it is told to damage, it damages whenever it passes."""
+    """A proxy between a host and its peer's node process. It damages the chosen fragment whenever that passes."""
 
     def __init__(self, upstream: str, seed: int) -> None:
         self._upstream = upstream.rpartition(":")
@@ -328,14 +328,14 @@ class Wire:
         host, _, port = self._upstream
         with client, socket.create_connection((host, int(port))) as server:
             threading.Thread(target=_pump, args=(client, server), daemon=True).start()
-            place = WirePlace()
-            injector = Injector(place, self._seed, 0)
+            storage = WireStorage()
+            injector = Injector(storage, self._seed, 0)
             with contextlib.suppress(OSError):
                 client.sendall(_exactly(server, HELLO_BYTES))
                 while True:
-                    self._answer(server, client, place, injector)
+                    self._answer(server, client, storage, injector)
 
-    def _answer(self, server: socket.socket, client: socket.socket, place: WirePlace, injector: Injector) -> None:
+    def _answer(self, server: socket.socket, client: socket.socket, storage: WireStorage, injector: Injector) -> None:
         head = _exactly(server, HEAD_BYTES)
         num_keys = int.from_bytes(head[-4:], "little")
         raw = _exactly(server, table_bytes(num_keys))
@@ -344,10 +344,10 @@ class Wire:
             sealed = [_exactly(server, table[i].sealed_bytes) for i in group]
             trailers = _exactly(server, TRAILER_BYTES * len(group))
             keys = [fragment[KEY_OFFSET:HEADER_BYTES] for fragment in sealed]
-            place.fragments = dict(zip(keys, sealed, strict=True))
+            storage.fragments = dict(zip(keys, sealed, strict=True))
             with self._lock:
                 self._damaged += injector.damage([key for key in keys if key in self._wanted])
-            client.sendall(b"".join(place.fragments[key] for key in keys) + trailers)
+            client.sendall(b"".join(storage.fragments[key] for key in keys) + trailers)
 
 
 def _is_gone(client: socket.socket) -> bool:
@@ -381,15 +381,15 @@ def _orders() -> Iterator[list[bytes]]:
         yield [bytes.fromhex(key) for key in json.loads(line)["keys"]]
 
 
-def _place_of(options: argparse.Namespace) -> tuple[Place, Callable[[list[bytes]], object], Callable[[], None]]:
-    """A place, and what to do before and after each order."""
+def _storage_of(options: argparse.Namespace) -> tuple[Storage, Callable[[list[bytes]], object], Callable[[], None]]:
+    """The storage, and what to do before and after each order."""
     if options.arena:
-        arena = ArenaPlace(options.arena, options.slot_bytes, options.num_slots)
+        arena = ArenaStorage(options.arena, options.slot_bytes, options.num_slots)
         return arena, lambda _: arena.find(), lambda: None
     if options.disk:
-        disk = DiskPlace(options.disk)
+        disk = DiskStorage(options.disk)
         return disk, disk.find, lambda: None
-    remote = RedisPlace(options.redis, bytes.fromhex(options.key_prefix))
+    remote = RedisStorage(options.redis, bytes.fromhex(options.key_prefix))
     return remote, remote.fetch, remote.store
 
 
@@ -412,8 +412,8 @@ def main() -> None:
             damaged, num_gone = wire.want(keys)
             print(json.dumps({"damaged": damaged, "num_gone": num_gone}), flush=True)
         return
-    place, before, after = _place_of(options)
-    injector = Injector(place, options.seed, 0 if options.arena else TAG_BYTES)
+    storage, before, after = _storage_of(options)
+    injector = Injector(storage, options.seed, 0 if options.arena else TAG_BYTES)
     print(json.dumps({"pid": os.getpid()}), flush=True)
     for keys in _orders():
         before(keys)

@@ -34,18 +34,18 @@ _PR_SET_PDEATHSIG = 1
 def _run_worker(spec: str) -> int:
     """A worker as `python -m workers` runs it, but rank 0 in this very process and the others forked from it."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    told = load(WorkerSpec, spec)
+    loaded = load(WorkerSpec, spec)
     meeting = f"file://{spec}.{os.getpid()}.meeting"
-    for rank in range(1, told.engine.tp * told.engine.pp):
+    for rank in range(1, loaded.engine.tp * loaded.engine.pp):
         if os.fork() == 0:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             _, theirs = multiprocessing.Pipe()
-            run_rank(told, rank, meeting, "lo", theirs)
+            run_rank(loaded, rank, meeting, "lo", theirs)
             os._exit(2)
     ours, theirs = multiprocessing.Pipe()
-    threading.Thread(target=_announce, args=(told, ours), daemon=True).start()
+    threading.Thread(target=_announce, args=(loaded, ours), daemon=True).start()
     signal.signal(signal.SIGTERM, lambda *_: ours.send("stop"))
-    run_rank(told, 0, meeting, "lo", theirs)
+    run_rank(loaded, 0, meeting, "lo", theirs)
     return 2  # it was refused: the last word says why
 
 
@@ -82,7 +82,7 @@ def _become(order: dict[str, str]) -> None:
 def main() -> None:
     """Serve until stdin ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how a child ended: no zombies
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # exit codes of children are not read: no zombies
     print(json.dumps({"pid": os.getpid()}), flush=True)
     for line in sys.stdin:
         pid = os.fork()

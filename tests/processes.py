@@ -30,7 +30,7 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on.
+    """A TCP port of the loopback interface that no process listens on.
 
     Below those that the kernel gives to outgoing connections, which would take it before the server does.
     """
@@ -175,7 +175,7 @@ class KVNode:
         return self._end(signal.SIGTERM)
 
     def restart(self) -> None:
-        """A new process in the same place."""
+        """A new process with the same address and files."""
         self.kill()
         self.start()
 

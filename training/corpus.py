@@ -53,7 +53,7 @@ def _tests_a_held_out_module(relative: Path) -> bool:
 
 
 def _files() -> Iterator[tuple[Path, Path]]:
-    """(path, path below the library's root) of every Python source that somebody wrote, in a fixed order."""
+    """(path, path below the library's root) of every hand-written Python source, in a fixed order."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)

@@ -1,7 +1,7 @@
 """A Llama for training: whole sequences, no cache, Hugging Face parameter names.
 
-The serving model is in `workers/model/`; this one exists because training wants gradients and full sequences and
-serving wants neither. Knows nothing of data or optimisers.
+The serving model is in `workers/model/`; this one exists because training needs gradients and full sequences and
+serving needs neither. Knows nothing of data or optimisers.
 """
 
 from __future__ import annotations

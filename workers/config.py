@@ -1,4 +1,4 @@
-"""What an engine and a worker are told at their start. Knows nothing of models, tensors, routers or Ray."""
+"""The specs that an engine and a worker get at their start. Knows nothing of models, tensors, routers or Ray."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class EngineConfig(EngineOptions):
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """One worker: its engine, its place in the cluster, and the KV tiers that it uses."""
+    """One worker: its engine, its identity in the cluster, and the KV tiers that it uses."""
 
     worker_id: str
     """Unique for the life of the worker's process."""

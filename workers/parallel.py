@@ -27,7 +27,7 @@ def stage_layers(num_layers: int, pp: int, stage: int) -> range:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One rank's place in the tp x pp grid."""
+    """One rank's position in the tp x pp grid."""
 
     tp: int = 1
     pp: int = 1
@@ -36,7 +36,7 @@ class Shard:
 
     @classmethod
     def of_rank(cls, rank: int, tp: int, pp: int) -> Shard:
-        """The place of a global rank."""
+        """The position of a global rank."""
         return cls(tp=tp, pp=pp, tp_rank=rank % tp, stage=rank // tp)
 
     @property
@@ -148,15 +148,15 @@ class ParallelGroups:
             assert words is not None
             return words
         head = torch.zeros(fixed_words, dtype=torch.int32)
-        room = fixed_words - 1
+        num_inline = fixed_words - 1
         if words is not None:
             head[0] = len(words)
-            head[1 : 1 + min(room, len(words))] = words[:room]
+            head[1 : 1 + min(num_inline, len(words))] = words[:num_inline]
         dist.broadcast(head, src=0, group=self._control)
         length = int(head[0])
-        if length <= room:
+        if length <= num_inline:
             return head[1 : 1 + length]
-        rest = torch.empty(length - room, dtype=torch.int32) if words is None else words[room:].contiguous()
+        rest = torch.empty(length - num_inline, dtype=torch.int32) if words is None else words[num_inline:].contiguous()
         dist.broadcast(rest, src=0, group=self._control)
         return torch.cat((head[1:], rest))
 

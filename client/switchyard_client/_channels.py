@@ -28,7 +28,7 @@ _OPTIONS = (
 def channel_options(router_silence_s: float) -> Options:
     """Of channels to routers, one of which is lost when it answers no probe for so long.
 
-    A router that hangs says nothing, and its host answers for it: only probes of our own show that.
+    A hanging router sends nothing while its host still acknowledges TCP: only our own probes find it.
     """
     probe_ms, answer_ms = max(1, int(router_silence_s * 1000 / 3)), max(1, int(router_silence_s * 1000 * 2 / 3))
     return (

@@ -12,7 +12,7 @@ class GenerationError(Exception):
         super().__init__(f"{status}: {message}")
         self.status = status  # name of the gRPC status, such as "INVALID_ARGUMENT"
         self.message = message
-        self.retry_after_s = retry_after_s  # seconds after which it may go better; None when nobody knows
+        self.retry_after_s = retry_after_s  # seconds after which a retry may succeed; None when unknown
 
 
 def error_of(error: grpc.RpcError) -> GenerationError:

@@ -17,7 +17,7 @@ from switchyard_client._stubs import generation_pb2, generation_pb2_grpc
 from switchyard_client._types import Event, Finished, GenerationRequest, Started, Tokens
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.02, 1.0
-_BEGIN_WITHIN_S = 5.0  # a router that restarts is back sooner; an address where nobody is should say so soon
+_BEGIN_WITHIN_S = 5.0  # a router that restarts is back sooner; an address without a listener fails soon
 _LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 _NOT_MEANT = (None, "stopping", "journal_away")  # None: no router said anything
 
@@ -82,7 +82,7 @@ class ResumingStream:
         lost_for_s = now_s - self._lost_s
         if self._known.stream_id:
             may_go_on = lost_for_s < self._resume_within_s
-        else:  # nobody has seen anything of it: it can be asked for again, of each router at least once
+        else:  # no output was seen: the request can be repeated, on each router at least once
             begin_within_s = min(_BEGIN_WITHIN_S, self._resume_within_s)
             may_go_on = self._num_losses < len(self._targets) or lost_for_s < begin_within_s
         if not (is_router_lost and may_go_on):

@@ -6,7 +6,7 @@ from deploy.actors.metrics import Report
 
 
 class Progress:
-    """Of one worker; time is what it is told."""
+    """Of one worker. The caller passes the time."""
 
     def __init__(self, timeout_s: float, now_s: float) -> None:
         self._timeout_s = timeout_s
@@ -15,7 +15,7 @@ class Progress:
         self._step_age_s = 0.0
 
     def observe(self, report: Report, now_s: float) -> None:
-        """Take note of a report. Prompt tokens wait for nobody but the engine; a stream may wait for its client."""
+        """Take note of a report. Prompt tokens wait for the engine only; a stream may wait for its client."""
         idle = not report.get("num_queued_tokens")
         if idle or report.get("num_steps") != self._num_steps:
             self._since_s = now_s

@@ -38,7 +38,7 @@ _STOP_TIMEOUT_S = 15.0
 _REPORT_S = 0.5
 _FOLDER_SHARE = 0.8  # of what is free in the arena's folder
 _MEMORY_SHARE = 0.5  # of the memory that can be had: the folder counts as its own what the workers need
-_FIRST_ATTEMPTS = 6  # the port for control was free when it was chosen; somebody else may hold it for a moment
+_FIRST_ATTEMPTS = 6  # the port for control was free when it was chosen; another process may hold it for a moment
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class KVNode:
     pid: int
     """Its process now."""
     num_slots: int
-    """Slots of its arena: fewer than wanted where the arena's folder has no room for more."""
+    """Slots of its arena: fewer than wanted where the arena's folder has no space for more."""
 
 
 def _namespace(cluster_id: str) -> str:
@@ -91,7 +91,7 @@ def short_node_id(ray_node_id: str) -> str:
 
 
 def slots_that_fit(arena: ArenaPlan) -> int:
-    """Slots that folder and memory have room for, with some left: containers often get just 64 MiB of /dev/shm, and
+    """Slots that folder and memory have space for, with some left: containers often get just 64 MiB of /dev/shm, and
     elsewhere it may be as large as the memory that all processes share. A container's own bound is its folder's."""
     in_folder = shutil.disk_usage(arena.folder).free * _FOLDER_SHARE
     in_memory = psutil.virtual_memory().available * _MEMORY_SHARE
@@ -110,7 +110,7 @@ class KVNodeActor:
         arena = Path(settings.arena.folder) / f"switchyard-{settings.cluster_id}-{self._node_id}"
         check_arena_dir(settings.arena.folder)
         record_arena(run_dir, self._node_id, arena)
-        end_predecessor(arena)  # before looking what there is room for
+        end_predecessor(arena)  # before looking how much space there is
         self._num_slots = min(settings.arena.num_slots, slots_that_fit(settings.arena))
         spec = node_spec(settings, self._node_id, arena, self._num_slots)
         if ray_node_id == settings.control_node_id:
@@ -125,7 +125,7 @@ class KVNodeActor:
 
         self._host_address = spec.host_address
         self._log = run_dir / f"kv-{self._node_id}.log"
-        # Whoever starts a cluster is told that it cannot start; a running cluster is not given up.
+        # A cluster that is being started fails with this error; a running cluster goes on.
         is_restarted = ray.get_runtime_context().was_current_actor_reconstructed
         attempts = sys.maxsize if is_restarted else _FIRST_ATTEMPTS
         self._process = SupervisedProcess("KV node", next_command, child_environment(), self._log, attempts)
@@ -165,7 +165,7 @@ def show_stats(metrics: RayMetrics, disk_metrics: RayMetrics, stats: kvnode_pb2.
 
 
 def node_spec(settings: KVNodeSettings, node_id: str, arena: Path, num_slots: int) -> NodeSpec:
-    """What a host's node process is told, without directory and peers. It has the secret only if it needs it."""
+    """The spec of a host's node process, without directory and peers. It has the secret only if it needs it."""
     return NodeSpec(
         node_id,
         arena,

@@ -22,7 +22,7 @@ from deploy.plan import REPLICA_CPUS, PoolPlan
 
 _LOOK_S = 0.1
 _CONTROLLER = "SERVE_CONTROLLER_ACTOR"
-_ROOM_S = 30.0  # a worker that has no place in the cluster for so long is spoken of
+_CAPACITY_S = 30.0  # after so long without resources for a worker the user is warned
 
 
 def check_capacity(pools: Sequence[PoolPlan]) -> str:
@@ -91,9 +91,9 @@ def wait_running(pools: Sequence[PoolPlan], timeout_s: float, warn: Callable[[st
         if waited_s > timeout_s:
             raise StartError(f"pool {waiting[0].name}: not ready after {timeout_s:.0f} s")
         unwarned = [pool for pool in waiting if pool.name not in warned]
-        for pool in _without_room(unwarned) if waited_s > _ROOM_S else ():
+        for pool in _without_room(unwarned) if waited_s > _CAPACITY_S else ():
             warned.add(pool.name)
-            warn(f"pool {pool.name}: waiting for the Ray cluster to have room for its workers")
+            warn(f"pool {pool.name}: waiting for the Ray cluster to have resources for its workers")
         time.sleep(_LOOK_S)
 
 

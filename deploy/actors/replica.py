@@ -1,6 +1,6 @@
 """A Ray Serve replica: one worker of a pool. Owns the worker's ranks, shows their health and metrics, drains them.
 
-Tokens and KV blocks pass it by: routers speak to rank 0. When a rank fails, the replica ends itself, its other ranks
+Tokens and KV blocks pass it by: routers connect to rank 0. When a rank fails, the replica ends itself, its other ranks
 end with it, and Serve starts the next one. Knows nothing of routing or models.
 """
 
@@ -62,7 +62,7 @@ class WorkerReplica:
         group = ray.util.get_current_placement_group()
         ranks = []
         for rank in range(self._plan.num_ranks):
-            place = PlacementGroupSchedulingStrategy(
+            strategy = PlacementGroupSchedulingStrategy(
                 placement_group=group, placement_group_bundle_index=self._plan.bundle_of(rank)
             )
             actor = ray.remote(RankActor).options(
@@ -71,7 +71,7 @@ class WorkerReplica:
                 num_gpus=self._plan.gpus_per_rank,
                 max_restarts=0,  # a new process could not join the others' group
                 max_concurrency=4,  # wait_failed takes one for good
-                scheduling_strategy=place,
+                scheduling_strategy=strategy,
             )
             ranks.append(actor.remote(spec, kv_nodes, rank))
         return ranks

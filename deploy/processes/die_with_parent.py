@@ -1,4 +1,4 @@
-"""Runs a command that ends when whoever started it is gone: `die_with_parent.py PARENT_PID COMMAND ...`.
+"""Runs a command that ends when its parent has ended: `die_with_parent.py PARENT_PID COMMAND ...`.
 
 A script of its own, started without site packages: setting this between fork and exec is not safe in a process with
 threads. Linux only; elsewhere the command is run as it is.

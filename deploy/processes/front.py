@@ -28,7 +28,7 @@ _KILLED = 128  # and the signal's number: what a shell says of a command that a 
 
 
 def is_ignored(number: int) -> bool:
-    """Whether whoever started us does not want it to end us, as nohup says of SIGHUP. Ctrl-C and SIGTERM always do."""
+    """Whether our parent set this signal to be ignored, as nohup does with SIGHUP. Ctrl-C and SIGTERM always end us."""
     return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
 
 
@@ -65,7 +65,7 @@ def run_behind_front(command: Callable[[], int]) -> int:
     # Until the child has left the group, what the group is sent reaches both: the child drops it, we pass ours on.
     signal.signal(
         signal.SIGCHLD, signal.SIG_DFL
-    )  # whoever started us may have left it ignored: no child could be waited for
+    )  # our parent may have left it ignored: then no child could be waited for
     wanted = {number for number in SIGNALS if not is_ignored(number)} | {signal.SIGCHLD}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*SIGNALS, signal.SIGCHLD})
     is_apart, tell = os.pipe()

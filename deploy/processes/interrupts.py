@@ -16,7 +16,7 @@ from types import FrameType
 
 from deploy.processes.front import SIGNALS, Asked, is_ignored
 
-_NUDGE = signal.SIGURG  # ignored by default, and nobody else's
+_NUDGE = signal.SIGURG  # ignored by default, and used by no other code
 _NUDGE_S = 0.1
 _SAME_S = 0.5  # less than in deploy.processes.front, whose second signal is never one of two that mean one
 

@@ -1,12 +1,13 @@
 """Run folders: who holds one, and the end of those whose holders were killed, with their arenas and node processes.
 
-    TEMP_DIR/sy-CLUSTER/lock          shared lock of everybody who needs the folder; says on which host it was made
+    TEMP_DIR/sy-CLUSTER/lock          shared lock of every process that needs the folder; names its host
     TEMP_DIR/sy-CLUSTER/driver        lock of the driver: of `switchyard serve`
-    TEMP_DIR/sy-CLUSTER/pools         names of the cluster's pools, for somebody else's Ray, in which they may run on
+    TEMP_DIR/sy-CLUSTER/pools         names of the cluster's pools, which may run on in a Ray cluster that is not ours
     TEMP_DIR/sy-CLUSTER/NODE.arena    path of the arena of this host's KV node
 
 The kernel lets go of a lock when its holder ends, however it ends. Only a folder whose lock file was written by this
-module, on this host, is ever removed: a lock says nothing to other hosts of a shared file system. Knows nothing of Ray.
+module, on this host, is ever removed: a lock does not hold on other hosts of a shared file system. Knows nothing of
+Ray.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _PREDECESSOR_S = 10.0  # for a node that has lost its actor to write what is due
 _DYING_S = 5.0  # for a killed driver's processes to end
 _LOOK_S = 0.1
 
-_LOG = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 def hold_folder(folder: Path) -> int:
@@ -81,7 +82,7 @@ def record_arena(folder: Path, node_id: str, arena: Path) -> None:
 
 
 def leave_folder(folder: Path, node_id: str) -> None:
-    """The node has ended and its arena is gone: remove the folder too, when nobody else has anything in it."""
+    """The node has ended and its arena is gone: remove the folder too, when it is empty."""
     (folder / f"{node_id}{_RECORD}").unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         if os.listdir(folder) == [_LOCK]:
@@ -90,7 +91,7 @@ def leave_folder(folder: Path, node_id: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Abandoned:
-    """A cluster whose driver was killed, while parts of it run on in somebody else's Ray."""
+    """A cluster whose driver was killed, while parts of it run on in a Ray cluster that is not ours."""
 
     cluster_id: str
     pools: tuple[str, ...]
@@ -108,7 +109,7 @@ def abandoned(temp_dir: Path) -> list[Abandoned]:
 
 
 def remove_leftovers(temp_dir: Path) -> None:
-    """Remove every run folder of this user that nobody holds."""
+    """Remove every run folder of this user that no process holds."""
     for folder in _own_folders(temp_dir):
         with contextlib.suppress(OSError):
             _remove_unless_held(folder)
@@ -133,14 +134,14 @@ def _remove_unless_held(folder: Path) -> None:
     descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         if _is_left(descriptor, folder):
-            _LOG.warning("removing %s, which a cluster that is gone has left", folder)
+            log.warning("removing %s, which a cluster that is gone has left", folder)
             remove_folder(folder)
     finally:
         os.close(descriptor)
 
 
 def _is_left(descriptor: int, folder: Path) -> bool:
-    """Whether nobody holds the lock; what a killed driver had started has a moment to end."""
+    """Whether the lock is free; children of a killed driver have a moment to end."""
     is_dying = (folder / _DRIVER).exists() and _is_free(folder / _DRIVER)
     deadline_s = time.monotonic() + (_DYING_S if is_dying else 0.0)
     while not _take(descriptor):
@@ -151,7 +152,7 @@ def _is_left(descriptor: int, folder: Path) -> bool:
 
 
 def _is_free(path: Path) -> bool:
-    """Whether nobody has a lock on the file. Raises OSError."""
+    """Whether the file is not locked. Raises OSError."""
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         return _take(descriptor)
@@ -190,24 +191,24 @@ def _is_same_file(descriptor: int, path: Path) -> bool:
 
 
 def end_predecessor(arena: Path) -> None:
-    """Ends the node process that holds this arena, and removes what is left of it; whoever reads there keeps a mapping.
+    """Ends the node process that holds this arena, and removes what is left of it; its readers keep their mappings.
 
     A node ends with its actor. One that did not, as when the kernel was out of memory, would keep the host without a
-    node for good: workers cannot use a node that nobody watches over.
+    node for good: workers cannot use a node without a supervisor.
     """
     if pid := arena_holder(arena):
         with contextlib.suppress(psutil.Error):  # it ended by itself, or hangs in the kernel
             _end_node(psutil.Process(pid), arena)
     if not arena_holder(arena):
-        with contextlib.suppress(OSError):  # somebody else's: the node will say so
+        with contextlib.suppress(OSError):  # another user's: the node reports that
             arena.unlink(missing_ok=True)
 
 
 def _end_node(node: psutil.Process, arena: Path) -> None:
     has_it_open = os.path.realpath(arena) in {file.path for file in node.open_files()}  # workers only map it
     if node.uids().real != os.getuid() or not has_it_open:
-        return  # whoever can write to the folder can write any number into a file there
-    _LOG.warning("ending the node process %d, which has lost its actor and holds %s", node.pid, arena)
+        return  # any number could be in the file: others may be able to write to the folder
+    log.warning("ending the node process %d, which has lost its actor and holds %s", node.pid, arena)
     node.terminate()
     try:
         node.wait(_PREDECESSOR_S)

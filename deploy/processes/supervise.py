@@ -1,7 +1,7 @@
 """Keeps one child process running: starts it, reads the line that says it is ready, starts it again when it dies.
 
 Knows nothing of what the child does. The thread that starts the child lives as long as the supervision, and the child
-is told to end with that thread: whoever supervises may be killed and leaves nothing behind.
+ends with that thread: a killed supervisor leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -140,14 +140,14 @@ class SupervisedProcess:
         assert process.stdout is not None
         with process.stdout as output:
             for line in output:
-                self._heard(line)
+                self._take_line(line)
         code = process.wait()
         with self._log.open("rb") as log:
             log.seek(max(begin, self._log.stat().st_size - _LAST_WORDS_BYTES))
             said = log.read(_LAST_WORDS_BYTES).decode("utf-8", "replace")
         return one_line(said) if said.strip() else f"ended with exit code {code}"
 
-    def _heard(self, line: bytes) -> None:
+    def _take_line(self, line: bytes) -> None:
         try:
             ready = json.loads(line)
         except ValueError:

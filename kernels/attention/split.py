@@ -177,7 +177,7 @@ def plan_splits(
     block_n: int,
     batch_invariant: bool,
 ) -> Split:
-    """num_units: programs there are without splitting. most_keys: what the table has room for."""
+    """num_units: programs there are without splitting. most_keys: capacity of the table."""
     if window:
         most_keys = min(most_keys, window + block_n)  # the first and the last tile may hold fewer
     if batch_invariant:

@@ -6,7 +6,7 @@
     weight_scales  [n] fp32
     out            [tokens, n] bf16
 
-k and n are multiples of 16: rows are copied in boxes by the copy engine, which wants them aligned. Boxes that reach
+k and n are multiples of 16: rows are copied in boxes by the copy engine, which needs them aligned. Boxes that reach
 over an edge are filled with zeros there, so no loop has a mask. A large batch runs on as many programs as there are
 SMs, each of which goes through output tiles; up to 64 tokens the product is turned over (out^T = W x^T), so that the
 tokens are the tensor core's narrow side, and k may be cut into shares. Knows nothing of models or of how scales are

@@ -1,6 +1,6 @@
 """Other people's implementations of our operations, as far as they are installed: what a row of figures stands beside.
 
-A peer gets our arguments and returns the call to be timed, with whatever it wants rearranged beforehand, or None where
+A peer gets our arguments and returns the call to be timed, with its inputs rearranged beforehand, or None where
 it does not do this case. Knows nothing of how anything is timed.
 """
 

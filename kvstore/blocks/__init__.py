@@ -1,1 +1,1 @@
-"""The books of a device's KV blocks, and the log of which come and go. Pure."""
+"""The pool of a device's KV blocks, and the log of its changes. Pure."""

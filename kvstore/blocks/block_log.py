@@ -1,8 +1,8 @@
-"""What one device's KV blocks hold, by name, and how that changed lately: for those who follow it from elsewhere.
+"""The names of one device's KV blocks, and their latest changes, for followers elsewhere.
 
-Changes are numbered. A follower says where it stands and gets what came after; one that is too far behind gets nothing
-and takes a snapshot. Pure, and not thread-safe: one thread owns a log. Knows nothing of who follows, of wires or of
-what a block is worth.
+Changes are numbered. A follower names its last change and gets the later ones; one that is too far behind gets nothing
+and takes a snapshot. Pure, and not thread-safe: one thread owns a log. Knows nothing of followers, of wires or of the
+value of a block.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class BlockSnapshot:
 class BlockLog:
     """The names that a device holds, and the last `max_names` of their changes.
 
-    Begins anew with every `restart`; sequence numbers go on, so nobody takes a number of before for one of after.
+    Begins anew with every `restart`; sequence numbers go on, so no number is used twice.
     """
 
     def __init__(self, max_names: int = DEFAULT_MAX_NAMES) -> None:

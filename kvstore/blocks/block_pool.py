@@ -1,4 +1,4 @@
-"""The books of one device's KV blocks: who refers to which, which are cached under a name, which may be handed out.
+"""Ownership of one device's KV blocks: references, names of cached blocks, and free blocks.
 
 A block is in exactly one of three states:
 
@@ -31,7 +31,7 @@ class BlockPool:
         self._block_of: dict[bytes, int] = {}
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack: low numbers go out first
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently released first
-        self._changes: dict[bytes, bool] | None = None  # by name whether it is held; None: nobody asked
+        self._changes: dict[bytes, bool] | None = None  # by name whether it is held; None: not recorded
 
     @property
     def num_free(self) -> int:

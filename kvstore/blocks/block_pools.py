@@ -15,7 +15,7 @@ from kvstore.blocks.block_pool import BlockPool
 
 @dataclass(slots=True)
 class BlockTable:
-    """The blocks of one request in one group. Entries below num_released are stale: whoever has them may reuse them."""
+    """The blocks of one request in one group. Entries below num_released are stale: their blocks may be reused."""
 
     block_ids: list[int] = field(default_factory=list)
     num_released: int = 0

@@ -1,8 +1,8 @@
-"""Who is in the cluster and who holds which block: leases of workers with epochs, and places of published blocks.
+"""Who is in the cluster and who holds which block: leases of workers with epochs, and locations of published blocks.
 
-`Directory` is the seam; MemoryDirectory is the one without a network, which the node process serves to the others.
-What it says about blocks is a hint: a place may have lost a block meanwhile. Pure: the clock is injected. Knows nothing
-of fragments, of what a place is, or of who routes where.
+`Directory` is the seam; MemoryDirectory is the one without a network, which the node process serves to the others. Its
+answers about blocks are hints: a location may have lost a block meanwhile. Pure: the clock is injected. Knows nothing
+of fragments, of what a location is, or of who routes where.
 """
 
 import math
@@ -60,11 +60,11 @@ class Directory(Protocol):
     def workers(self) -> list[LeasedWorker]:
         """Workers with a live lease, by worker_id."""
 
-    def publish(self, block_names: Sequence[bytes], place: str) -> None:
-        """Says that a place holds these blocks whole."""
+    def publish(self, block_names: Sequence[bytes], location: str) -> None:
+        """Says that a location holds these blocks whole."""
 
     def locate(self, block_names: Sequence[bytes]) -> list[frozenset[str]]:
-        """For each block the places that hold it."""
+        """For each block the locations that hold it."""
 
     def close(self) -> None:
         """Gives up connections. Leases stay until they end."""
@@ -99,7 +99,7 @@ class MemoryDirectory:
         self._max_blocks = max_blocks
         self._block_ttl_s = block_ttl_s
         self._leases: dict[str, _Lease] = {}
-        self._deadline_by_place: OrderedDict[bytes, dict[str, float]] = OrderedDict()  # by block name
+        self._deadline_by_location: OrderedDict[bytes, dict[str, float]] = OrderedDict()  # by block name
         self._lock = threading.Lock()
 
     def keep_alive(self, record: WorkerRecord, ttl_s: float, held_epoch: int = 0) -> int:
@@ -128,15 +128,15 @@ class MemoryDirectory:
             self._leases = {id_: lease for id_, lease in self._leases.items() if lease.deadline_s > now_s}
             return [self._leases[id_].worker for id_ in sorted(self._leases)]
 
-    def publish(self, block_names: Sequence[bytes], place: str) -> None:
+    def publish(self, block_names: Sequence[bytes], location: str) -> None:
         """As in Directory."""
         with self._lock:
             deadline_s = self._clock() + self._block_ttl_s
             for name in block_names:
-                self._deadline_by_place.setdefault(name, {})[place] = deadline_s
-                self._deadline_by_place.move_to_end(name)
-            while len(self._deadline_by_place) > self._max_blocks:
-                self._deadline_by_place.popitem(last=False)
+                self._deadline_by_location.setdefault(name, {})[location] = deadline_s
+                self._deadline_by_location.move_to_end(name)
+            while len(self._deadline_by_location) > self._max_blocks:
+                self._deadline_by_location.popitem(last=False)
 
     def locate(self, block_names: Sequence[bytes]) -> list[frozenset[str]]:
         """As in Directory."""
@@ -148,12 +148,12 @@ class MemoryDirectory:
         """As in Directory."""
 
     def _locate(self, name: bytes, now_s: float) -> frozenset[str]:
-        deadlines = self._deadline_by_place.get(name)
+        deadlines = self._deadline_by_location.get(name)
         if deadlines is None:
             return frozenset()
-        places = frozenset(place for place, deadline_s in deadlines.items() if deadline_s > now_s)
-        if places:
-            self._deadline_by_place.move_to_end(name)
+        locations = frozenset(location for location, deadline_s in deadlines.items() if deadline_s > now_s)
+        if locations:
+            self._deadline_by_location.move_to_end(name)
         else:
-            del self._deadline_by_place[name]
-        return places
+            del self._deadline_by_location[name]
+        return locations

@@ -1,7 +1,7 @@
-"""What was promised to clients: for each stream how it began, the tokens that were committed, and who may commit more.
+"""The journal of streams: for each its header, the committed tokens, and the epoch that may commit more.
 
-`StreamJournal` is the seam; a file on one machine and a Redis fulfil it. Each stream has an epoch: whoever claims it
-gets the next one, and what an earlier owner still commits is refused, so two routers never both carry a stream. Knows
+`StreamJournal` is the seam; a file on one machine and a Redis fulfil it. Each stream has an epoch: a router that claims
+it gets the next one, and commits of an earlier owner are refused, so two routers never both carry a stream. Knows
 nothing of requests: a header is bytes, and an ending a word of the router's.
 """
 
@@ -19,7 +19,7 @@ DEFAULT_MAX_STREAMS = 100_000
 
 
 class JournalUnavailable(Exception):
-    """The journal cannot be reached: nothing was committed, and nobody may take a stream over."""
+    """The journal cannot be reached: nothing was committed, and no router may take a stream over."""
 
 
 class Verdict(Enum):

@@ -1,12 +1,12 @@
-"""A directory that outlives every process of the cluster: leases and block places in a Redis that must not evict.
+"""A directory that outlives every process of the cluster: leases and block locations in a Redis that must not evict.
 
 Behind `switchyard:control1:CLUSTER:` there are
 
     worker:ID     hash {epoch, record}, with the lease's TTL       workers   set of the IDs that had a lease
     epoch         counter                                           blocks    sorted set: names by time of publication
-    block:NAME    set of places, with a TTL
+    block:NAME    set of locations, with a TTL
 
-Each change is one script, so it happens whole or not at all. Knows nothing of fragments or of what a place is.
+Each change is one script, so it happens whole or not at all. Knows nothing of fragments or of what a location is.
 """
 
 import json
@@ -66,7 +66,7 @@ end
 return found
 """
 
-# KEYS: blocks; ARGV: prefix of the blocks, place, TTL in ms, most blocks, then the names.
+# KEYS: blocks; ARGV: prefix of the blocks, location, TTL in ms, most blocks, then the names.
 _PUBLISH = """
 local time = redis.call('TIME')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -130,11 +130,11 @@ class RedisDirectory:
         workers = [LeasedWorker(_record(raw), int(epoch)) for epoch, raw in pairs]
         return sorted(workers, key=lambda worker: worker.record.worker_id)
 
-    def publish(self, block_names: Sequence[bytes], place: str) -> None:
+    def publish(self, block_names: Sequence[bytes], location: str) -> None:
         """As in Directory."""
         for start in range(0, len(block_names), _CHUNK_BLOCKS):
             names = block_names[start : start + _CHUNK_BLOCKS]
-            settings = [self._prefix + b"block:", place, self._block_ttl_ms, self._max_blocks]
+            settings = [self._prefix + b"block:", location, self._block_ttl_ms, self._max_blocks]
             self._run(self._publish, [self._prefix + b"blocks"], [*settings, *names])
 
     def locate(self, block_names: Sequence[bytes]) -> list[frozenset[str]]:
@@ -145,7 +145,9 @@ class RedisDirectory:
                 pipeline = self._client.pipeline(transaction=False)
                 for name in block_names[start : start + _CHUNK_BLOCKS]:
                     pipeline.smembers(self._prefix + b"block:" + name)
-                located.extend(frozenset(place.decode() for place in places) for places in pipeline.execute())
+                located.extend(
+                    frozenset(location.decode() for location in locations) for locations in pipeline.execute()
+                )
         except REDIS_ERRORS as error:
             raise self._unavailable(error) from error
         return located

@@ -44,14 +44,14 @@ class RemoteDirectory:
         pairs = zip(reply.workers, reply.epochs, strict=True)
         return [LeasedWorker(worker_record(message), epoch) for message, epoch in pairs]
 
-    def publish(self, block_names: Sequence[bytes], place: str) -> None:
+    def publish(self, block_names: Sequence[bytes], location: str) -> None:
         """As in Directory."""
-        self._call(self._stub.Publish, kvnode_pb2.PublishRequest(block_names=block_names, place=place))
+        self._call(self._stub.Publish, kvnode_pb2.PublishRequest(block_names=block_names, location=location))
 
     def locate(self, block_names: Sequence[bytes]) -> list[frozenset[str]]:
         """As in Directory."""
         reply = self._call(self._stub.Locate, kvnode_pb2.LocateRequest(block_names=block_names))
-        return [frozenset(places.names) for places in reply.places]
+        return [frozenset(locations.names) for locations in reply.locations]
 
     def close(self) -> None:
         """As in Directory."""

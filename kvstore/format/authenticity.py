@@ -1,7 +1,7 @@
-"""Proof that a stored fragment was written by somebody who knows the cluster's secret.
+"""Proof that a stored fragment was written with the cluster's secret.
 
-A checksum finds faults; whoever can write to a tier outside the host can make a right one for other bytes. So values
-there end in a tag: AES-256-GMAC (NIST SP 800-38D) under a fresh random nonce. Knows nothing of what a value holds.
+A checksum finds faults, but a process that can write to a tier outside the host can forge one. So values there end in a
+tag: AES-256-GMAC (NIST SP 800-38D) under a fresh random nonce. Knows nothing of what a value holds.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ class FragmentAuthenticator:
             raise ValueError("tier_secret: must not be empty where there is a tier outside the host")
         self._mac = AESGCM(_derive(secret, b"mac", 32))
         self.key_id = _derive(secret, b"key id", 4).hex()
-        """Tells values of one secret from those of another; says nothing about the secret."""
+        """Distinguishes values of one secret from those of another, without revealing it."""
 
     def tag(self, value: bytes | memoryview) -> bytes:
         """TAG_BYTES to be stored behind the value."""

@@ -1,4 +1,4 @@
-"""Buffers for private copies, used again as soon as nobody holds a view of them.
+"""Buffers for private copies, used again as soon as no view of them is held.
 
 Fresh memory is expensive: the kernel zeroes and maps each page on first touch, which costs more than copying it. Knows
 nothing of what is copied.

@@ -2,12 +2,12 @@
 
     offset  0  a header as in format.sealing, with another magic: size and checksum are those of what follows here
            64  the fragment's own header, as its writer sealed it
-          128  one zstd frame: the payload, its bytes sorted by their place within 4-byte words
+          128  one zstd frame: the payload, its bytes sorted by their position within 4-byte words
 
 Bytes of equal significance lie together, since exponents repeat and mantissas do not. What is stored is verified before
 anything is decompressed, the payload by its writer's checksum after that; a frame gives the number of bytes that the
 fragment's header says, within a bound, or nothing. A fragment of which little would be saved stays as it is, so a tier
-holds both forms, and readers tell them apart. Knows nothing of files and servers.
+holds both forms, and readers distinguish them. Knows nothing of files and servers.
 """
 
 import numpy as np
@@ -115,7 +115,7 @@ def _deflate(payload: memoryview) -> bytes:
 def _inflate(frame: memoryview, num_bytes: int) -> bytes | None:
     """The content of one whole frame that says that it has so many bytes, and has them."""
     try:
-        # The library makes room for what a frame says of itself, whatever bound it is given: that is looked at first.
+        # The library allocates what a frame says of itself, whatever bound it is given: that is looked at first.
         if zstandard.get_frame_parameters(frame).content_size != num_bytes:
             return None
         planes = zstandard.ZstdDecompressor().decompress(frame, max_output_size=num_bytes, allow_extra_data=False)

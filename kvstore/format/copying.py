@@ -14,11 +14,13 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+log = logging.getLogger(__name__)
+
 try:
     from kvstore.format import _copying
 except ImportError:  # it was installed where there is no compiler
     _copying = None  # type: ignore[assignment]
-    logging.getLogger(__name__).warning(
+    log.warning(
         "kvstore.format._copying was not compiled: KV blocks are copied and hashed in three passes instead of one"
     )
 

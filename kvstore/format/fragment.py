@@ -12,7 +12,7 @@ RejectReason = Literal["checksum", "stale", "truncated", "layout", "forged"]
 
 
 class Fragment(NamedTuple):
-    """One block x a group of layers x one KV head, wherever its bytes lie; they stay until put() returns."""
+    """One block x a group of layers x one KV head, wherever its bytes lie; they stay until store() returns."""
 
     key: bytes
     """From kvstore.names."""
@@ -30,5 +30,5 @@ class Rejected:
     """A stored fragment that failed its verification; the tier has dropped it."""
 
     reason: RejectReason
-    """checksum: other bytes; stale: the place holds another fragment now; truncated: bytes are missing; layout: not a
-    fragment of ours; forged: right in itself, and written by somebody who does not know the cluster's secret."""
+    """checksum: other bytes; stale: the slot holds another fragment now; truncated: bytes are missing; layout: not a
+    fragment of ours; forged: consistent, but written without the cluster's secret."""

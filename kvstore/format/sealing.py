@@ -39,19 +39,19 @@ def seal(key: bytes, payload: memoryview, generation: int) -> bytes:
     return _HEADER.pack(SEALED, generation, payload.nbytes, _checksum(payload, key), _ZEROS, key)
 
 
-def seal_into(place: memoryview, payload: Bytes, key: bytes, generation: int) -> None:
-    """Writes header and payload for whoever uses them right away."""
-    (digest,) = copy_digests([place[HEADER_BYTES:]], [payload], [key])
-    _write_header(place, key, generation, digest)
+def seal_into(target: memoryview, payload: Bytes, key: bytes, generation: int) -> None:
+    """Writes header and payload for use by this process, right away."""
+    (digest,) = copy_digests([target[HEADER_BYTES:]], [payload], [key])
+    _write_header(target, key, generation, digest)
 
 
 def seal_all_into(
-    places: Sequence[memoryview], payloads: list[Bytes], keys: list[bytes], generations: Sequence[int]
+    targets: Sequence[memoryview], payloads: list[Bytes], keys: list[bytes], generations: Sequence[int]
 ) -> None:
     """Writes headers and payloads for other processes. The headers go last: until then they see what was there."""
-    digests = copy_digests([place[HEADER_BYTES:] for place in places], payloads, keys, past_caches=True)
-    for place, key, generation, digest in zip(places, keys, generations, digests, strict=True):
-        _write_header(place, key, generation, digest)
+    digests = copy_digests([target[HEADER_BYTES:] for target in targets], payloads, keys, past_caches=True)
+    for target, key, generation, digest in zip(targets, keys, generations, digests, strict=True):
+        _write_header(target, key, generation, digest)
 
 
 def reseal(sealed: memoryview, generation: int) -> None:
@@ -102,29 +102,29 @@ def unseal(copy: memoryview, key: bytes, generation: int) -> memoryview | Reject
 
 
 def unseal_into(
-    rooms: Sequence[Bytes], places: Sequence[memoryview], keys: Sequence[bytes], generations: Sequence[int]
+    buffers: Sequence[Bytes], sources: Sequence[memoryview], keys: Sequence[bytes], generations: Sequence[int]
 ) -> list[Rejected | None]:
-    """Copies payloads of their rooms' sizes from behind headers, where others may write meanwhile; None for each copy
-    that is right. "layout" when a header tells of another size: under this name the reader has something else.
+    """Copies payloads of their buffers' sizes from behind headers, where others may write meanwhile; None for each copy
+    that is right. "layout" when a header has another size: under this name the reader has something else.
     """
-    results: list[Rejected | None] = [None] * len(places)
+    results: list[Rejected | None] = [None] * len(sources)
     checksums: dict[int, int] = {}
-    for i, (place, key, generation) in enumerate(zip(places, keys, generations, strict=True)):
-        header = _header_at(place, 0, key, generation)
+    for i, (source, key, generation) in enumerate(zip(sources, keys, generations, strict=True)):
+        header = _header_at(source, 0, key, generation)
         if isinstance(header, Rejected):
             results[i] = header
-        elif header[0] != len(place) - HEADER_BYTES:
+        elif header[0] != len(source) - HEADER_BYTES:
             results[i] = Rejected("layout")
         else:
             checksums[i] = header[1]
     digests = copy_digests(
-        [rooms[i] for i in checksums],
-        [places[i][HEADER_BYTES:] for i in checksums],
+        [buffers[i] for i in checksums],
+        [sources[i][HEADER_BYTES:] for i in checksums],
         [keys[i] for i in checksums],
         past_caches=True,
     )
     for (i, checksum), digest in zip(checksums.items(), digests, strict=True):
-        if generation_at(places[i], 0) != generations[i]:  # the place was given away while it was copied
+        if generation_at(sources[i], 0) != generations[i]:  # the slot was given away while it was copied
             results[i] = Rejected("stale")
         elif digest != checksum:
             results[i] = Rejected("checksum")
@@ -137,8 +137,8 @@ def _checksum(payload: memoryview, key: bytes) -> int:
     return int(digest.intdigest())
 
 
-def _write_header(place: memoryview, key: bytes, generation: int, digest: int) -> None:
-    place[:HEADER_BYTES] = _HEADER.pack(SEALED, generation, len(place) - HEADER_BYTES, digest, _ZEROS, key)
+def _write_header(target: memoryview, key: bytes, generation: int, digest: int) -> None:
+    target[:HEADER_BYTES] = _HEADER.pack(SEALED, generation, len(target) - HEADER_BYTES, digest, _ZEROS, key)
 
 
 def _header_at(buffer: memoryview, offset: int, key: bytes, generation: int) -> tuple[int, int] | Rejected:

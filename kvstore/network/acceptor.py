@@ -1,6 +1,6 @@
 """Accepts connections, a thread for each, and ends all of them when it is closed.
 
-Knows nothing of what is said on them.
+Knows nothing of their protocol.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 
-_LOG = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _PAUSE_S = 0.1  # when none can be accepted: too many open files, for example
 
@@ -50,7 +50,7 @@ class Acceptor:
                 connection, _ = self._listener.accept()
             except OSError as error:
                 if not self._is_closed:
-                    _LOG.warning("no connection accepted: %s", error)
+                    log.warning("no connection accepted: %s", error)
                     time.sleep(_PAUSE_S)
                 continue
             with self._lock:

@@ -1,7 +1,7 @@
 """HOST:PORT addresses: joined, split, listened on and dialled, with IPv6 hosts in brackets.
 
 Hosts are taken with and without brackets. Redis URLs are parsed in kvstore.config and
-kvstore.redis_client. Knows nothing of what is said over a connection.
+kvstore.redis_client. Knows nothing of protocols.
 """
 
 import ipaddress

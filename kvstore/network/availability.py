@@ -8,7 +8,7 @@ import logging
 import threading
 from collections.abc import Callable
 
-_LOG = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _FIRST_RETRY_S = 0.05
 _LONGEST_RETRY_S = 0.5
@@ -42,7 +42,7 @@ class Availability:
         """A call failed: the other end counts as away until a probe succeeds."""
         with self._lock:
             if self.is_up:
-                _LOG.warning("%s is down: %s", self._name, one_line(error))
+                log.warning("%s is down: %s", self._name, one_line(error))
             self.is_up = False
             self.problem = one_line(error)
             self._retry_s = _FIRST_RETRY_S
@@ -72,7 +72,7 @@ class Availability:
         except self._errors as error:
             with self._lock:
                 if self.is_up:
-                    _LOG.warning("%s is down: %s", self._name, one_line(error))
+                    log.warning("%s is down: %s", self._name, one_line(error))
                     self._retry_s = _FIRST_RETRY_S
                 else:
                     self._retry_s = min(2 * self._retry_s, _LONGEST_RETRY_S)
@@ -81,7 +81,7 @@ class Availability:
             return
         with self._lock:
             if not self.is_up and not self._is_closed:
-                _LOG.info("%s is up", self._name)
+                log.info("%s is up", self._name)
                 self.is_up = True
                 self.problem = ""
 

@@ -1,4 +1,4 @@
-"""Makes every gRPC channel of the cluster, and calls node processes. Knows nothing of what is said over a channel.
+"""Makes every gRPC channel of the cluster, and calls node processes. Knows nothing of the calls.
 
 Components reach each other directly: a channel never goes through the proxy that http_proxy and its like name. Such a
 proxy is for the way out of a network, and cannot reach 127.0.0.1 of this machine.

@@ -3,9 +3,9 @@
     request   kind (uint8), bytes of the message (uint32), the message
     answer    0 and the message, or 1 and why there is none, in the same form
 
-A call of gRPC's Python costs half a millisecond and more, and a hand-off waits for two; in half a millisecond four
-megabytes are copied. A thread for each connection, a connection for each call in progress. Knows nothing of what is
-asked.
+A call of gRPC's Python costs half a millisecond and more, and a KV transfer waits for two; in half a millisecond four
+megabytes are copied. A thread for each connection, a connection for each call in progress. Knows nothing of the calls'
+meaning.
 """
 
 import contextlib
@@ -121,7 +121,7 @@ class CallInProgress:
             raise OSError(f"not an answer: {error}") from error
 
     def give_up(self) -> None:
-        """Nobody wants the answer; what was asked for may be done all the same."""
+        """The caller does not need the answer; the call may be carried out all the same."""
         self._connection.close()
 
 

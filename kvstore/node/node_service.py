@@ -119,13 +119,13 @@ class ControlServicer(kvnode_pb2_grpc.ControlServiceServicer):
 
     def Publish(self, request: kvnode_pb2.PublishRequest, context: grpc.ServicerContext) -> kvnode_pb2.PublishResponse:
         """See kvnode.proto."""
-        self._directory.publish(request.block_names, request.place)
+        self._directory.publish(request.block_names, request.location)
         return kvnode_pb2.PublishResponse()
 
     def Locate(self, request: kvnode_pb2.LocateRequest, context: grpc.ServicerContext) -> kvnode_pb2.LocateResponse:
         """See kvnode.proto."""
-        places = self._directory.locate(request.block_names)
-        return kvnode_pb2.LocateResponse(places=[kvnode_pb2.Places(names=sorted(names)) for names in places])
+        locations = self._directory.locate(request.block_names)
+        return kvnode_pb2.LocateResponse(locations=[kvnode_pb2.Locations(names=sorted(names)) for names in locations])
 
 
 class ClusterGuard(grpc.ServerInterceptor):  # type: ignore[misc]  # unannotated

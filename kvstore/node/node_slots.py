@@ -1,8 +1,8 @@
-"""The slots of a node's arena with the disk behind them: what the node process does for whoever asks it.
+"""The slots of a node's arena with the disk behind them: what the node process does for its callers.
 
-A fragment that a lookup misses and the disk has is brought into a slot first, so all others only ever see slots. The
-way to the disk goes ahead of eviction: a thread writes the fragments that are next to go while they are still there,
-so that giving their slots away costs nobody a copy. Knows nothing of gRPC, sockets or other hosts.
+A fragment that a lookup misses and the disk has is brought into a slot first, so callers only ever see slots. A thread
+writes the fragments that are next to be evicted to the disk while they are still in their slots, so that evicting them
+costs no copy. Knows nothing of gRPC, sockets or other hosts.
 """
 
 import logging
@@ -17,7 +17,7 @@ from kvstore.tiers.disk.disk import DiskStats, DiskTier
 from kvstore.tiers.host.arena import Arena
 from kvstore.tiers.host.slot_table import SlotRef, SlotTable
 
-_LOG = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _NUM_READERS = 4
 _PROMOTION_S = 1.0  # what a lookup waits for the disk at most: a node that does not answer is worse than a miss
@@ -111,7 +111,7 @@ class NodeSlots:
         return view
 
     def check(self, keys: Sequence[bytes]) -> None:
-        """Verifies fragments that somebody found bad, and frees the slots of those that are."""
+        """Verifies fragments that a reader found bad, and frees the slots of those that are."""
         with self._lock:
             refs = self._table.lookup(keys)
         for key, ref in zip(keys, refs, strict=True):
@@ -139,7 +139,7 @@ class NodeSlots:
             self._readers.shutdown(wait=False, cancel_futures=True)
             self._writer.join(_LAST_WRITE_S)
             if self._writer.is_alive():
-                _LOG.warning("the disk hangs: left as it is")
+                log.warning("the disk hangs: left as it is")
             else:
                 self._disk.close()
 
@@ -158,7 +158,7 @@ class NodeSlots:
         wanted = [key for key in dict.fromkeys(missing) if self._disk.has(key)]
         wanted = wanted[: max(1, self._table.num_slots // 2)]  # more would push each other out
         self._late = [read for read in self._late if not read.done()]
-        if not wanted or len(self._late) >= _NUM_READERS:  # the disk hangs: nobody waits for it again
+        if not wanted or len(self._late) >= _NUM_READERS:  # the disk hangs: no call waits for it again
             return False
         reads = [self._readers.submit(self._promote_one, key) for key in wanted]
         done, not_done = wait(reads, timeout=_PROMOTION_S)

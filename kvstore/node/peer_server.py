@@ -1,9 +1,9 @@
 """Serves the fragments of a node's arena, and of the disk behind it, to other hosts over TCP; runs in the node process.
 
-A thread for each connection, which sends straight from the arena's mapping. A slot may be given away while it is sent:
-the trailer says so, and whatever was sent then fails its checksum or names another fragment. Callers that read from the
-arena by themselves are told where, and get the trailers when they have. Knows nothing of who asks, only that the caller
-knows the cluster's secret.
+A thread for each connection, which sends straight from the arena's mapping. A slot may be reused while it is sent: the
+trailer reports that, and the sent bytes then fail their checksum or name another fragment. Callers that read from the
+arena by themselves get its location, and the trailers when they have read it. Knows nothing of callers, but that they
+know the cluster's secret.
 """
 
 import logging
@@ -42,7 +42,7 @@ from kvstore.tiers.peers.peer_wire import (
 )
 from kvstore.tiers.peers.transport import ReadableMemory
 
-_LOG = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _MAX_CONNECTIONS = 128
 _IDLE_S = 120.0  # until a connection without requests is closed
@@ -72,7 +72,7 @@ class PeerServer:
         try:
             self._converse(connection)
         except OSError as error:
-            _LOG.debug("connection of a peer ended: %s", error)
+            log.debug("connection of a peer ended: %s", error)
 
     def _converse(self, connection: socket.socket) -> None:
         tune(connection)
@@ -90,7 +90,7 @@ class PeerServer:
             raw = receive_exactly(connection, num_keys * FRAGMENT_KEY_BYTES + TAG_BYTES, deadline_s)
             keys, tag = raw[:-TAG_BYTES], memoryview(raw)[-TAG_BYTES:]
             if not self._authenticator.is_genuine(memoryview(challenge + head + keys), tag):
-                raise ProtocolError("a request by somebody who does not know the secret")
+                raise ProtocolError("a request without the cluster's secret")
             connection.settimeout(_STEP_S)
             if kind == CHECK:
                 self._slots.check(split_keys(bytes(keys)))

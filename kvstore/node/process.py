@@ -155,7 +155,7 @@ def _bind(address: str, cluster: str) -> tuple[grpc.Server, str]:
 
 
 def _remove_dead_socket(address: str) -> None:
-    """Unlinks the socket that a killed node left; refuses when somebody answers on it."""
+    """Unlinks the socket that a killed node left; refuses when a process answers on it."""
     if not address.startswith(UNIX):
         return
     path = Path(address.removeprefix(UNIX))

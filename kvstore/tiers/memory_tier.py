@@ -27,7 +27,7 @@ class MemoryTier:
         """As in Tier."""
         return "" if self.is_up else "switched off"
 
-    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
+    def store(self, fragments: Sequence[Fragment]) -> list[bool]:
         """As in Tier."""
         if not self.is_up:
             return [False] * len(fragments)
@@ -39,17 +39,17 @@ class MemoryTier:
                     self.stored[fragment.key] = stored
         return [True] * len(fragments)
 
-    def get(self, keys: Sequence[bytes]) -> list[memoryview | Rejected | None]:
+    def load(self, keys: Sequence[bytes]) -> list[memoryview | Rejected | None]:
         """As in Tier."""
         if not self.is_up:
             return [None] * len(keys)
-        return [self._get(key) for key in keys]
+        return [self._load(key) for key in keys]
 
     def close(self) -> None:
         """As in Tier."""
         self.is_up = False
 
-    def _get(self, key: bytes) -> memoryview | Rejected | None:
+    def _load(self, key: bytes) -> memoryview | Rejected | None:
         with self._lock:
             held = self.stored.get(key)
             if held is None:

@@ -1,9 +1,9 @@
 """Brings blocks that queued requests will pull into the host tier while they wait, from the tiers behind it.
 
-One thread, a few blocks at a time, request by request. What the disk has comes with the look-up in the host tier. What
-waits in the arena to be used takes a quarter of it at most, whether it was there, came from the disk or from elsewhere,
-so that it pushes out neither itself nor all else. The bound is this worker's: other workers of the host have one each.
-Fragments are those of all ranks: the host's node serves them all. Knows nothing of requests but their ids and blocks.
+One thread, a few blocks at a time, request by request. What the disk has comes with the look-up in the host tier.
+Prefetched blocks that wait in the arena take a quarter of it at most, wherever they came from, so that they evict
+neither each other nor all else. The bound is this worker's: other workers of the host have one each. Fragments are
+those of all ranks: the host's node serves them all. Knows nothing of requests but their ids and blocks.
 """
 
 import logging
@@ -16,7 +16,7 @@ from kvstore.format.fragment import Fragment, Rejected
 from kvstore.tiers.host.host_tier import HostTier
 from kvstore.tiers.tier import Tier
 
-_LOG = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _BATCH_FRAGMENTS = 64
 _BATCH_BYTES = 16 * 1024 * 1024
@@ -65,7 +65,7 @@ class Prefetcher:
         self._thread = threading.Thread(target=self._run, name="kv-prefetch", daemon=True)
         self._thread.start()
 
-    def want(self, request_id: str, block_names: Sequence[bytes]) -> None:
+    def add(self, request_id: str, block_names: Sequence[bytes]) -> None:
         """A queued request will pull these blocks; in this order."""
         with self._changed:
             self._jobs[request_id] = _Job(deque(block_names))
@@ -79,7 +79,7 @@ class Prefetcher:
                 job.is_over = True
                 job.names.clear()
                 self._num_useless += 0 if is_used else job.num_fetched
-                self._changed.notify()  # there is room for others
+                self._changed.notify()  # slots for others are free
 
     def stats(self) -> PrefetchStats:
         """The counters now."""
@@ -107,7 +107,7 @@ class Prefetcher:
             try:
                 self._fetch(job, names)
             except Exception:  # a tier does not raise; if one does, later requests are served all the same
-                _LOG.exception("blocks were not prefetched")
+                log.exception("blocks were not prefetched")
                 self._drop(job)
 
     def _next(self) -> _Job | None:
@@ -151,7 +151,7 @@ class Prefetcher:
         found: list[Fragment] = []
         missing: list[bytes] = []
         rejected: Counter[str] = Counter()
-        for key, payload in zip(keys, tier.get(keys), strict=True):
+        for key, payload in zip(keys, tier.load(keys), strict=True):
             if isinstance(payload, memoryview):
                 found.append(Fragment(key, payload))
                 continue
@@ -162,7 +162,7 @@ class Prefetcher:
             self._rejected.update(rejected)
             if job.is_over:
                 return []
-        stored = [fragment for fragment, is_stored in zip(found, self._host.put(found), strict=True) if is_stored]
+        stored = [fragment for fragment, is_stored in zip(found, self._host.store(found), strict=True) if is_stored]
         with self._changed:
             self._num_fragments[tier.name] += len(stored)
             self._num_bytes[tier.name] += sum(fragment.payload.nbytes for fragment in stored)

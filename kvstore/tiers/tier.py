@@ -1,7 +1,7 @@
-"""What a tier is: a place that keeps fragments of KV blocks and gives back verified copies of them.
+"""What a tier is: a store that keeps fragments of KV blocks and gives back verified copies of them.
 
-A tier may lose any fragment at any time. It never gives back bytes that differ from those that were put, and it never
-raises because its other end is away. Knows nothing of blocks, models or of which tier is asked first.
+A tier may lose any fragment at any time. It never gives back bytes that differ from those that were stored, and it
+never raises because its other end is away. Knows nothing of blocks, models or of which tier is asked first.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ class Tier(Protocol):
 
     @property
     def is_up(self) -> bool:
-        """Whether the tier answered when it was last asked. While it is down, puts give False and gets give None."""
+        """Whether the tier answered its last call. While it is down, store() gives False and load() gives None."""
 
     @property
     def problem(self) -> str:
         """Why the tier does less than it should, in one line: it is down, or does not take fragments. Empty: none."""
 
-    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
+    def store(self, fragments: Sequence[Fragment]) -> list[bool]:
         """Keeps the fragments; one that is there already is not written again. True where the fragment is there now."""
 
-    def get(self, keys: Sequence[bytes]) -> Iterable[memoryview | Rejected | None]:
+    def load(self, keys: Sequence[bytes]) -> Iterable[memoryview | Rejected | None]:
         """For each key a verified, private, writable copy of the payload; None when absent, Rejected when bad.
 
-        May be made one by one as they are taken: a reader that keeps none of them has all in one buffer, near.
+        May be made one by one as they are taken: a reader that keeps none of them uses one buffer, which stays in the
+        CPU's caches.
         """
 
     def close(self) -> None:
@@ -44,8 +45,8 @@ class Tier(Protocol):
 
 
 @runtime_checkable
-class NearTier(Tier, Protocol):
-    """A tier whose fragments lie in this host's memory: they are verified on the way to where they are wanted."""
+class HostMemoryTier(Tier, Protocol):
+    """A tier whose fragments lie in this host's memory: each is verified while it is copied to its destination."""
 
     @property
     def problems_behind(self) -> Mapping[str, str]:
@@ -53,10 +54,10 @@ class NearTier(Tier, Protocol):
         not."""
 
     def prepare(self, keys: Sequence[bytes]) -> None:
-        """A put of these fragments, in this order, will follow: has done meanwhile what it would wait for."""
+        """Begins what store() of these fragments, in this order, would otherwise wait for. The call will follow."""
 
-    def get_into(self, keys: Sequence[bytes], rooms: Sequence[Bytes]) -> Iterable[bool | Rejected]:
-        """As get(), with the payloads brought into the caller's own writable buffers: True for each one that came.
+    def load_into(self, keys: Sequence[bytes], buffers: Sequence[Bytes]) -> Iterable[bool | Rejected]:
+        """As load(), with the payloads brought into the caller's own writable buffers: True for each one that came.
 
-        The room of one that did not come holds anything. A payload that is not of its room's size is rejected.
+        The buffer of one that did not come holds anything. A payload that is not of its buffer's size is rejected.
         """

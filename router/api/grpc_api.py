@@ -1,4 +1,4 @@
-"""The gRPC face: GenerationService, health and reflection. Maps errors to statuses, once, here.
+"""The gRPC API: GenerationService, health and reflection. Maps errors to statuses, once, here.
 
 Knows protobuf and grpc.aio; knows nothing of how a request is served.
 """
@@ -47,7 +47,7 @@ STATUS_OF: dict[type[RouterError], grpc.StatusCode] = {
 _Behaviour = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]
 
 
-class GrpcFace:
+class GrpcApi:
     """The listening gRPC server of one router."""
 
     def __init__(self, generation: Generation, metrics: Metrics, max_message_bytes: int) -> None:
@@ -55,7 +55,7 @@ class GrpcFace:
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", max_message_bytes),
             ("grpc.so_reuseport", 0),  # two routers on one port must not share it silently
-            # A client whose host vanished says nothing: without these its streams would run to their end.
+            # A client whose host vanished closes nothing: without these its streams would run to their end.
             ("grpc.keepalive_time_ms", 10_000),
             ("grpc.keepalive_timeout_ms", 5_000),
             ("grpc.http2.ping_timeout_ms", 5_000),  # without it a minute, whatever keepalive says
@@ -84,7 +84,7 @@ class GrpcFace:
         return join_host_port(host, bound)
 
     async def set_serving(self, is_serving: bool) -> None:
-        """What health checks are told."""
+        """The status that health checks get."""
         kinds = health_pb2.HealthCheckResponse
         for name in ("", SERVICE):
             await self._health.set(name, kinds.SERVING if is_serving else kinds.NOT_SERVING)
@@ -182,7 +182,7 @@ class _Edge(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 if context.done():  # the client is gone, and writing to it failed
                     raise
                 self._count(error, RouterError.code)
-                log.exception("a call failed in a way that nobody foresaw")
+                log.exception("a call failed with an unexpected error")
                 await context.abort(grpc.StatusCode.INTERNAL, f"internal error: {type(error).__name__}")
 
         return guarded

@@ -1,4 +1,4 @@
-"""The HTTP face: OpenAI's completions and chat, metrics, health. Maps errors to statuses, once, here.
+"""The HTTP API: OpenAI's completions and chat, metrics, health. Maps errors to statuses, once, here.
 
 Knows HTTP; knows nothing of how a request is served.
 """
@@ -53,7 +53,7 @@ STATUS_OF: dict[type[RouterError], int] = {
 
 @dataclass(frozen=True, slots=True)
 class HttpParts:
-    """What the face shows."""
+    """What the HTTP API needs of the process."""
 
     generation: Generation
     metrics: Metrics
@@ -62,7 +62,7 @@ class HttpParts:
     cors_origins: Sequence[str] = ()  # none: web pages may not call it
 
 
-class HttpFace:
+class HttpApi:
     """The listening HTTP server of one router."""
 
     def __init__(self, parts: HttpParts) -> None:
@@ -106,7 +106,7 @@ class HttpFace:
 class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        yield  # signals are the process's, not this face's
+        yield  # the process handles signals, not the API
 
 
 def make_app(parts: HttpParts) -> ASGIApp:

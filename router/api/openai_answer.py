@@ -244,7 +244,7 @@ async def _interleave(streams: Sequence[AsyncGenerator[Event, None]]) -> AsyncGe
             async for event in only:
                 yield 0, event
         return
-    # One slot: nobody runs ahead of a slow client. An exception or None is a stream's last word.
+    # One slot: a stream produces no more than a slow client reads. An exception or None ends a stream.
     queue: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue(maxsize=1)
 
     async def pump(index: int, stream: AsyncGenerator[Event, None]) -> None:

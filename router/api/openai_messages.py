@@ -1,6 +1,6 @@
 """The messages of an OpenAI chat: what must be true of them before a chat template sees them as they came.
 
-Roles and fields are the template's business. Every refusal names messages.N.field. Knows nothing of templates.
+The template checks roles and fields. Every refusal names messages.N.field. Knows nothing of templates.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The router's picture of its workers: who lives, how loaded they are, what they have seen, how fast their pools are.
+"""The router's view of its workers: which are up, their load, the blocks they hold, and the speed of their pools.
 
-pick() chooses and reserves in one step, so a burst of requests spreads before any worker has reported a thing. What a
+pick() chooses and reserves in one step, so a burst of requests spreads before any worker has reported its load. What a
 view shows is the worker's last report plus what this router did since; other routers' work comes in with the reports.
 Pure: the clock is the caller's. Knows nothing of connections or of the streams that the reservations stand for.
 """
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from kvstore.names import block_names, root_name
-from router.placement.affinity import BlockNews, HeldBlocks, SeenBlocks
+from router.placement.affinity import BlockEvent, HeldBlocks, SeenBlocks
 from router.placement.policy import (
     EXPECTED_OUTPUT_TOKENS,
     Placement,
@@ -140,20 +140,20 @@ class Fleet:
             worker.report = report
             worker.at_report = replace(worker.now)
 
-    def hear_blocks(self, worker_id: str, news: BlockNews) -> bool:
-        """A worker said which blocks it holds. False: something was missed, and a snapshot must be asked for."""
+    def apply_block_event(self, worker_id: str, event: BlockEvent) -> bool:
+        """A worker reported its blocks. False: an event is missing, so the caller must ask for a snapshot."""
         worker = self._workers.get(worker_id)
-        return worker is not None and worker.held.hear(news)
+        return worker is not None and worker.held.apply(event)
 
     def lose_blocks(self, worker_id: str) -> None:
-        """A worker says no longer which blocks it holds: what it was sent is the guess."""
+        """A worker sends no more block events: the router guesses from what it sent there."""
         if worker_id in self._workers:
             self._workers[worker_id].held.lose_track()
 
-    def num_told_blocks(self, worker_id: str) -> int | None:
-        """How many blocks a worker said it holds; None when it did not say."""
+    def num_reported_blocks(self, worker_id: str) -> int | None:
+        """How many blocks a worker reported; None when it sends no block events."""
         worker = self._workers.get(worker_id)
-        return None if worker is None else worker.held.num_told
+        return None if worker is None else worker.held.num_reported
 
     @property
     def workers(self) -> list[WorkerInfo]:

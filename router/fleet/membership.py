@@ -1,9 +1,9 @@
-"""Who is in the cluster: polls the directory in a thread and keeps one link per worker that has a lease.
+"""Who is in the cluster: polls the directory in a thread and keeps one connection per worker that has a lease.
 
 A worker that loses its lease gets nothing new but keeps its connection while streams run over it. A worker whose
-connection breaks is out at once, whatever the directory says. One that registered anew had lost its lease: its old
-connection is a zombie's and is dropped, and nothing that names an older epoch counts. While the directory is away
-nothing changes: known workers stay. Knows nothing of requests.
+connection breaks is out at once, whatever the directory says. A worker that registered anew had lost its lease: its old
+connection is dropped, and entries with an older epoch do not count. While the directory is away nothing changes: known
+workers stay. Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from dataclasses import dataclass
 
 from kvstore.control.directory import Directory, DirectoryUnavailable, LeasedWorker
 from router.fleet.fleet import Fleet
-from router.fleet.worker_connection import LinkEvents, LinkOptions, WorkerLink, end_task
+from router.fleet.worker_connection import ConnectionOptions, WorkerConnection, WorkerListener, end_task
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
 class _Member:
-    link: WorkerLink
+    connection: WorkerConnection
     task: asyncio.Task[None]
 
 
 class Membership:
-    """The links of one router, kept in step with the directory."""
+    """The connections of one router, kept in step with the directory."""
 
     def __init__(
-        self, directory: Directory, fleet: Fleet, events: LinkEvents, options: LinkOptions, poll_s: float
+        self, directory: Directory, fleet: Fleet, events: WorkerListener, options: ConnectionOptions, poll_s: float
     ) -> None:
         self._directory = directory
         self._fleet = fleet
@@ -46,11 +46,15 @@ class Membership:
     @property
     def refusals(self) -> list[tuple[str, str, str]]:
         """Workers of the directory that are not used: id, address, and why."""
-        links = (member.link for member in self._members.values())
-        return [(link.worker_id, link.address, link.refusal) for link in links if link.refusal]
+        connections = (member.connection for member in self._members.values())
+        return [
+            (connection.worker_id, connection.address, connection.refusal)
+            for connection in connections
+            if connection.refusal
+        ]
 
     async def run(self) -> None:
-        """Poll until cancelled; then all links are closed."""
+        """Poll until cancelled; then all connections are closed."""
         try:
             while True:
                 await self._poll()
@@ -80,28 +84,30 @@ class Membership:
         workers = {entry.record.worker_id: entry for entry in leased}
         for worker_id, member in list(self._members.items()):
             entry = workers.get(worker_id)
-            if entry is not None and entry.epoch < member.link.lease_epoch and not member.task.done():
-                continue  # the directory has not heard yet of what the worker told, or has forgotten it
-            if entry is not None and entry.epoch > member.link.lease_epoch:
+            if entry is not None and entry.epoch < member.connection.lease_epoch and not member.task.done():
+                continue  # the directory's entry is older than the worker's hello, or its memory was lost
+            if entry is not None and entry.epoch > member.connection.lease_epoch:
                 log.warning("worker %s registered anew, its old connection is dropped", worker_id)
                 await self._drop(worker_id, member)
                 continue
-            is_wanted = entry is not None and entry.record.address == member.link.address
-            member.link.stays = is_wanted
+            is_wanted = entry is not None and entry.record.address == member.connection.address
+            member.connection.stays = is_wanted
             self._fleet.retire(worker_id, not is_wanted)
             if member.task.done():
                 if not member.task.cancelled() and (error := member.task.exception()) is not None:
-                    log.error("the link to worker %s failed and is made anew", worker_id, exc_info=error)
+                    log.error("the connection to worker %s failed and is made anew", worker_id, exc_info=error)
                 del self._members[worker_id]
-            elif not is_wanted and member.link.num_streams == 0:
+            elif not is_wanted and member.connection.num_streams == 0:
                 member.task.cancel()
         for worker_id, entry in workers.items():
             if worker_id not in self._members:
-                link = WorkerLink(entry, self._options, self._events)
-                self._members[worker_id] = _Member(link, asyncio.create_task(link.run(), name=f"link {worker_id}"))
+                connection = WorkerConnection(entry, self._options, self._events)
+                self._members[worker_id] = _Member(
+                    connection, asyncio.create_task(connection.run(), name=f"connection {worker_id}")
+                )
 
     async def _drop(self, worker_id: str, member: _Member) -> None:
-        """End a link whole before another one takes its place."""
+        """End a connection whole before another one replaces it."""
         member.task.cancel()
         await asyncio.wait([member.task])
         del self._members[worker_id]

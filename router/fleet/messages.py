@@ -1,4 +1,4 @@
-"""Between the router's own nouns and the protobuf messages of both its sides. Pure conversion; checks nothing."""
+"""Converts between the router's own types and the protobuf messages of clients and workers. Pure; checks nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from router.events import (
     Tokens,
 )
 from router.fleet.fleet import KvLayout, LoadReport, WorkerInfo
-from router.placement.affinity import BlockNews, SnapshotPart, ToldChanges
+from router.placement.affinity import BlockChanges, BlockEvent, SnapshotPart
 from router.placement.policy import Role
 from router.placement.streams import Outcome, Part, PartReport, PartTimes
 from router.sampling import SamplingParams, sampling_message, sampling_params
@@ -50,7 +50,7 @@ _REASONS = {
 
 @dataclass(frozen=True, slots=True)
 class PartOrder:
-    """All that a worker is told of a part."""
+    """All that the router sends a worker about a part."""
 
     stream_id: str
     epoch: int
@@ -94,7 +94,7 @@ def generation_request(
 
 
 def resume_request(message: generation.ResumeRequest, tenant_salt: bytes) -> ResumeRequest:
-    """What a gRPC client wants to go on with."""
+    """The stream that a gRPC client resumes."""
     ids = tuple(message.token_ids.ids)
     return ResumeRequest(message.stream_id, message.num_tokens, ids, message.has_rest, tenant_salt)
 
@@ -148,20 +148,20 @@ def load_report(load: worker.WorkerLoad) -> LoadReport:
     )
 
 
-def block_news(message: worker.WatchBlocksResponse) -> BlockNews | None:
-    """What a worker said of its blocks; None for a kind of message that this router does not know."""
+def block_event(message: worker.WatchBlocksResponse) -> BlockEvent | None:
+    """A worker's block event; None for a kind of message that this router does not know."""
     kind = message.WhichOneof("message")
     if kind == "snapshot":
         part = message.snapshot
         return SnapshotPart(part.sequence, part.part, part.is_last, part.names)
     if kind == "changes":
         changes = message.changes
-        return ToldChanges(changes.after, changes.sequence, changes.stored, changes.removed)
+        return BlockChanges(changes.after, changes.sequence, changes.stored, changes.removed)
     return None
 
 
 def part_report(message: worker.RequestFinished) -> PartReport:
-    """A worker's last word; an outcome that this router does not know is a failure."""
+    """A worker's final report of a part; an outcome that this router does not know is a failure."""
     return PartReport(
         outcome=_OUTCOMES.get(message.outcome, Outcome.FAILED),
         error=message.error,

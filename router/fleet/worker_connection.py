@@ -1,7 +1,7 @@
 """One connection to one worker: dials, says hello, carries all streams between the two, redials when it breaks.
 
-Fans token batches out to the streams that wait for them and tells them when the worker is lost. Knows nothing of
-placement, of clients, or of what a stream does with what it hears.
+Fans token batches out to the streams that wait for them and notifies them when the worker is lost. Knows nothing of
+placement, of clients, or of what a stream does with its tokens.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from switchyard.v1 import worker_pb2, worker_pb2_grpc
 from checkpoint.identity import ServedModel
 from kvstore.control.directory import LeasedWorker
 from kvstore.network.channels import dial_async
-from router.fleet.block_events import BlockEvents, watch_blocks
+from router.fleet.block_events import BlockListener, watch_blocks
 from router.fleet.fleet import WorkerInfo
 from router.fleet.messages import PartOrder, part_report, submit_message, worker_info
 from router.placement.streams import PartReport
 
 log = logging.getLogger(__name__)
 
-CLOSED = "closed by this router"  # why a link went down, when nothing went wrong
+CLOSED = "closed by this router"  # why a connection went down, when nothing went wrong
 _FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.1, 2.0
 
 
@@ -41,33 +41,33 @@ class StreamSink(Protocol):
     def on_lost(self, worker_id: str) -> None: ...
 
 
-class LinkEvents(BlockEvents, Protocol):
-    """Who wants to know of the worker itself."""
+class WorkerListener(BlockListener, Protocol):
+    """Takes what concerns the worker itself."""
 
-    def on_up(self, link: WorkerLink, info: WorkerInfo) -> None: ...
+    def on_up(self, connection: WorkerConnection, info: WorkerInfo) -> None: ...
 
     def on_load(self, worker_id: str, load: worker_pb2.WorkerLoad) -> None: ...
 
-    def on_down(self, link: WorkerLink, why: str) -> None: ...
+    def on_down(self, connection: WorkerConnection, why: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
-class LinkOptions:
-    """What all links of a router share."""
+class ConnectionOptions:
+    """What all connections of a router share."""
 
     router_id: str
     next_epoch: Callable[[], int]  # grows with every dial
     served: ServedModel  # a worker that serves something else is left
-    silence_s: float  # a worker that says nothing for so long is lost
+    silence_s: float  # a worker that sends nothing for so long is lost
     max_message_bytes: int
 
 
-class LinkBroken(Exception):
+class ConnectionBroken(Exception):
     """The connection cannot go on; the message says why."""
 
 
-class LinkRefused(LinkBroken):
-    """The worker is none for this router, now and later."""
+class WorkerRefused(ConnectionBroken):
+    """This router must not use the worker, now or later."""
 
 
 @dataclass(slots=True)
@@ -76,10 +76,10 @@ class _Attached:
     sink: StreamSink
 
 
-class WorkerLink:
+class WorkerConnection:
     """The router's end of WorkerService.Connect to one worker."""
 
-    def __init__(self, leased: LeasedWorker, options: LinkOptions, events: LinkEvents) -> None:
+    def __init__(self, leased: LeasedWorker, options: ConnectionOptions, events: WorkerListener) -> None:
         self.worker_id = leased.record.worker_id
         self.address = leased.record.address
         self.pool = leased.record.pool
@@ -92,7 +92,7 @@ class WorkerLink:
         self._sinks: dict[str, _Attached] = {}
         self._outbox: deque[worker_pb2.ConnectRequest] = deque()
         self._has_mail = asyncio.Event()
-        self._heard_s = 0.0
+        self._last_message_s = 0.0
 
     # -- orders, all without waiting: the outbox is bounded by what admission lets in
 
@@ -107,7 +107,7 @@ class WorkerLink:
         self._send(worker_pb2.ConnectRequest(**{"continue": message}))
 
     def cancel(self, stream_id: str) -> None:
-        """Drop a part; nothing more is heard of it."""
+        """Drop a part; its tokens go nowhere from now on."""
         self._sinks.pop(stream_id, None)
         self._send(worker_pb2.ConnectRequest(cancel=worker_pb2.Cancel(stream_id=stream_id)))
 
@@ -117,7 +117,7 @@ class WorkerLink:
 
     @property
     def num_streams(self) -> int:
-        """Parts that run over this link."""
+        """Parts that run over this connection."""
         return len(self._sinks)
 
     def _send(self, message: worker_pb2.ConnectRequest) -> None:
@@ -132,12 +132,12 @@ class WorkerLink:
         backoff_s = _FIRST_BACKOFF_S
         while self.stays:
             dialled_s = time.monotonic()
-            why = "the link failed"
+            why = "the connection failed"
             try:
                 why = await self._session()
-            except LinkBroken as error:
+            except ConnectionBroken as error:
                 why = str(error)
-                self._note_refusal(why if isinstance(error, LinkRefused) else "")
+                self._note_refusal(why if isinstance(error, WorkerRefused) else "")
             except grpc.aio.AioRpcError as error:
                 why = f"{error.code().name}: {error.details()}"
                 self._note_refusal("")
@@ -186,30 +186,30 @@ class WorkerLink:
                 await call.write(worker_pb2.ConnectRequest(hello=hello))
                 answer = await call.read()
         except TimeoutError:
-            raise LinkBroken("no hello came") from None
+            raise ConnectionBroken("no hello came") from None
         except asyncio.InvalidStateError:
-            raise LinkBroken("the call ended before a hello came") from None
+            raise ConnectionBroken("the call ended before a hello came") from None
         if answer is grpc.aio.EOF or answer.WhichOneof("message") != "hello":
-            raise LinkBroken("the worker did not begin with a hello")
+            raise ConnectionBroken("the worker did not begin with a hello")
         self._up(self._check(answer.hello))
 
     def _check(self, hello: worker_pb2.WorkerHello) -> WorkerInfo:
         info = worker_info(hello, self.pool)
         if info is None:
-            raise LinkBroken("its hello names no known role, or no block size")
+            raise ConnectionBroken("its hello names no known role, or no block size")
         if info.worker_id != self.worker_id:
-            raise LinkBroken(f"another worker answers there: {info.worker_id}")
+            raise ConnectionBroken(f"another worker answers there: {info.worker_id}")
         if 0 < hello.lease_epoch < self.lease_epoch:
-            raise LinkBroken(f"it goes by lease {hello.lease_epoch}, the directory by {self.lease_epoch}")
+            raise ConnectionBroken(f"it goes by lease {hello.lease_epoch}, the directory by {self.lease_epoch}")
         difference = self._options.served.difference(ServedModel.of(hello.served))
         if difference:
-            raise LinkRefused(f"it serves something else: {difference}")
+            raise WorkerRefused(f"it serves something else: {difference}")
         self.lease_epoch = max(self.lease_epoch, hello.lease_epoch)
         return info
 
     def _up(self, info: WorkerInfo) -> None:
         self._outbox.clear()
-        self._heard_s = time.monotonic()
+        self._last_message_s = time.monotonic()
         self.refusal = ""
         self.is_up = True
         self._events.on_up(self, info)
@@ -220,7 +220,7 @@ class WorkerLink:
         self.is_up = False
         self._outbox.clear()
         lost, self._sinks = self._sinks, {}
-        # First nobody is sent here any more, then the streams look for another place.
+        # on_down first: it stops placement on this worker before the lost streams are placed anew.
         self._events.on_down(self, why)
         for attached in lost.values():
             attached.sink.on_lost(self.worker_id)
@@ -245,11 +245,11 @@ class WorkerLink:
             message = await call.read()
             if message is grpc.aio.EOF:
                 return f"the worker ended the connection ({(await call.code()).name}: {await call.details()})"
-            self._heard_s = time.monotonic()
+            self._last_message_s = time.monotonic()
             try:
                 self._take(message)
             except (IndexError, ValueError) as error:
-                raise LinkBroken(f"a malformed message came: {error}") from error
+                raise ConnectionBroken(f"a malformed message came: {error}") from error
 
     def _take(self, message: worker_pb2.ConnectResponse) -> None:
         kind = message.WhichOneof("message")
@@ -272,7 +272,7 @@ class WorkerLink:
     def _finish(self, finished: worker_pb2.RequestFinished) -> None:
         attached = self._sinks.get(finished.stream_id)
         if attached is None or attached.epoch != finished.epoch:
-            return  # of a part that was cancelled, perhaps to make room for the one that is there now
+            return  # of a part that was cancelled, perhaps in favour of the part that is there now
         del self._sinks[finished.stream_id]
         attached.sink.on_finished(self.worker_id, finished.epoch, part_report(finished))
 
@@ -290,9 +290,9 @@ class WorkerLink:
         nonce = 0
         while True:
             await asyncio.sleep(self._options.silence_s / 4)
-            silent_s = time.monotonic() - self._heard_s
+            silent_s = time.monotonic() - self._last_message_s
             if silent_s >= self._options.silence_s:
-                return f"nothing heard for {silent_s:.1f} s"
+                return f"no message for {silent_s:.1f} s"
             nonce += 1
             self._send(worker_pb2.ConnectRequest(ping=worker_pb2.Ping(nonce=nonce)))
 

@@ -1,9 +1,8 @@
-"""Which KV blocks a worker holds, as far as a router can know: what it was told, and what it sent since.
+"""Which KV blocks a worker holds: what it reported in block events, and what this router sent it since.
 
-A worker tells which blocks come and go. While it does not, the router's memory of what it sent there is the guess:
-workers evict on their own, and other routers send them work too. The memory's bound is the worker's own number of
-blocks and its order the worker's own (least recently used goes first, tails before heads), so the guess stays close.
-Pure; knows nothing of tokens, costs or connections.
+Without block events the router guesses from what it sent there: workers evict on their own, and other routers send them
+work too. The guess has the worker's own number of blocks as its bound, and the worker's own order (least recently used
+goes first, tails before heads), so it stays close. Pure; knows nothing of tokens, costs or connections.
 """
 
 from __future__ import annotations
@@ -58,8 +57,8 @@ class SnapshotPart:
 
 
 @dataclass(frozen=True, slots=True)
-class ToldChanges:
-    """What came and went since the worker's last word."""
+class BlockChanges:
+    """Blocks stored and removed since the worker's last event."""
 
     after: int
     sequence: int
@@ -67,41 +66,41 @@ class ToldChanges:
     removed: Sequence[bytes]
 
 
-BlockNews = SnapshotPart | ToldChanges
+BlockEvent = SnapshotPart | BlockChanges
 
 
 class HeldBlocks:
     """Names of the blocks that one worker holds.
 
-    After a whole snapshot: what the worker said, and what this router sent since and the worker has not confirmed yet.
-    Before one, and after something was missed: SeenBlocks' guess.
+    After a whole snapshot: what the worker reported, and what this router sent since without a confirmation yet.
+    Before one, and after an event was missed: SeenBlocks' guess.
     """
 
     def __init__(self, max_blocks: int) -> None:
         self._max_blocks = max(1, max_blocks)
         self._guess = SeenBlocks(max_blocks)
-        self._told: set[bytes] | None = None
-        self._sequence = 0  # where the told names stand
+        self._reported: set[bytes] | None = None
+        self._sequence = 0  # of the last event in _reported
         self._parts: set[bytes] = set()  # of the snapshot that is coming in
         self._num_parts = 0
         self._num_messages = 0
         self._sent: OrderedDict[bytes, int] = OrderedDict()  # not confirmed: how many live streams brought each
-        self._fading: OrderedDict[bytes, int] = OrderedDict()  # nobody's any more: the message that ends each
+        self._fading: OrderedDict[bytes, int] = OrderedDict()  # of no live stream: the message that ends each
 
     @property
-    def num_told(self) -> int | None:
-        """How many blocks the worker said it holds; None while the guess stands in."""
-        return None if self._told is None else len(self._told)
+    def num_reported(self) -> int | None:
+        """How many blocks the worker reported; None while the guess is used."""
+        return None if self._reported is None else len(self._reported)
 
     def match_prefix(self, names: Sequence[bytes]) -> int:
         """How many leading blocks of a prompt are in; not counted as use."""
-        if self._told is None:
+        if self._reported is None:
             return self._guess.match_prefix(names)
         # One after the other: a worker may have evicted a block whose descendants it still holds, when two streams
         # computed the same prompt side by side and the one whose blocks got the names ended first.
-        told, sent, fading = self._told, self._sent, self._fading
+        reported, sent, fading = self._reported, self._sent, self._fading
         for index, name in enumerate(names):
-            if not (name in told or name in sent or name in fading):
+            if not (name in reported or name in sent or name in fading):
                 return index
         return len(names)
 
@@ -110,8 +109,8 @@ class HeldBlocks:
     def send(self, names: Sequence[bytes]) -> Sequence[bytes]:
         """A stream with these blocks goes to the worker: they count from now on. Those that let_go() ends."""
         self._guess.remember(names)
-        told = self._told or ()
-        sent = [name for name in names[: self._max_blocks] if name not in told]
+        reported = self._reported or ()
+        sent = [name for name in names[: self._max_blocks] if name not in reported]
         for name in sent:
             self._sent[name] = self._sent.get(name, 0) + 1
             self._fading.pop(name, None)
@@ -132,9 +131,9 @@ class HeldBlocks:
     def remember(self, names: Sequence[bytes]) -> None:
         """A stream that ended left these blocks behind."""
         self._guess.remember(names)
-        told = self._told or ()
+        reported = self._reported or ()
         for name in names:
-            if not (name in told or name in self._sent or name in self._fading):
+            if not (name in reported or name in self._sent or name in self._fading):
                 self._fade(name)
 
     def _fade(self, name: bytes) -> None:
@@ -143,15 +142,15 @@ class HeldBlocks:
         while len(self._fading) > self._max_blocks:
             self._fading.popitem(last=False)
 
-    # -- what the worker says
+    # -- the worker's block events
 
-    def hear(self, news: BlockNews) -> bool:
-        """False: something was missed, and the guess stands in until the next snapshot, which must be asked for."""
-        heard = self._hear_part(news) if isinstance(news, SnapshotPart) else self._hear_changes(news)
-        if not heard:
+    def apply(self, event: BlockEvent) -> bool:
+        """False: an event is missing. The guess is used until the next snapshot, which the caller must ask for."""
+        fits = self._apply_part(event) if isinstance(event, SnapshotPart) else self._apply_changes(event)
+        if not fits:
             self.lose_track()
             return False
-        if isinstance(news, SnapshotPart) and not news.is_last:
+        if isinstance(event, SnapshotPart) and not event.is_last:
             return True
         self._num_messages += 1
         while self._fading and next(iter(self._fading.values())) <= self._num_messages:
@@ -159,35 +158,35 @@ class HeldBlocks:
         return True
 
     def lose_track(self) -> None:
-        """The worker says nothing any more."""
-        self._told = None
+        """The worker's block events ended."""
+        self._reported = None
         self._parts = set()
         self._num_parts = 0
 
-    def _hear_part(self, news: SnapshotPart) -> bool:
-        if news.part == 0:
+    def _apply_part(self, event: SnapshotPart) -> bool:
+        if event.part == 0:
             self.lose_track()
-            self._sequence = news.sequence
-        elif (news.part, news.sequence) != (self._num_parts, self._sequence):
+            self._sequence = event.sequence
+        elif (event.part, event.sequence) != (self._num_parts, self._sequence):
             return False
         self._num_parts += 1
-        self._parts.update(news.names)
-        if news.is_last:
-            self._told, self._parts = self._parts, set()
-            for name in [name for name in self._sent if name in self._told]:
+        self._parts.update(event.names)
+        if event.is_last:
+            self._reported, self._parts = self._parts, set()
+            for name in [name for name in self._sent if name in self._reported]:
                 del self._sent[name]
             self._num_parts = 0
         return True
 
-    def _hear_changes(self, news: ToldChanges) -> bool:
-        if self._told is None or news.after != self._sequence:
+    def _apply_changes(self, event: BlockChanges) -> bool:
+        if self._reported is None or event.after != self._sequence:
             return False
-        self._sequence = news.sequence
-        self._told.difference_update(news.removed)
-        self._told.update(news.stored)
-        for name in news.stored:
+        self._sequence = event.sequence
+        self._reported.difference_update(event.removed)
+        self._reported.update(event.stored)
+        for name in event.stored:
             self._sent.pop(name, None)
             self._fading.pop(name, None)
-        for name in news.removed:
+        for name in event.removed:
             self._fading.pop(name, None)
         return True

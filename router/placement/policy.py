@@ -19,8 +19,8 @@ from dataclasses import dataclass
 EXPECTED_OUTPUT_TOKENS = 128
 # One more sequence in the batch makes a decode step this much longer, relative to the step observed.
 STEP_SHARE = 0.02
-# A decode worker that is handed a prompt which is cached but for so few tokens computes them itself: a hand-off costs
-# more than they do. A prompt that nobody has seen is the prefill pool's, however short.
+# A decode worker computes the rest of a prompt itself when it holds all but so few tokens: a KV transfer costs more.
+# A prompt that no worker has seen goes to the prefill pool, however short.
 MAX_LOCAL_PREFILL_TOKENS = 32
 
 
@@ -48,7 +48,7 @@ class RouteRequest:
     request_id: str
     num_prompt_tokens: int  # to be in the KV cache before the next token: the prompt, and what was emitted before
     num_output_tokens: int  # most tokens still to come
-    avoid: frozenset[str] = frozenset()  # workers that just failed it: taken only when there is nobody else
+    avoid: frozenset[str] = frozenset()  # workers that just failed it: taken only when there is no other
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +111,9 @@ class Placement:
 
 
 class RejectReason(enum.Enum):
-    """Why nobody can take a request."""
+    """Why no worker can take a request."""
 
-    NO_WORKER = "no_worker"  # nobody suitable lives: waiting may help
+    NO_WORKER = "no_worker"  # no suitable worker is up: waiting may help
     TOO_LARGE = "too_large"  # it does not fit the KV cache of any worker: waiting will not help
 
 
@@ -159,7 +159,7 @@ def _best(request: RouteRequest, workers: Sequence[WorkerView]) -> Placement | N
         group = [view for view in decoders if view.kv_fingerprint == fingerprint]
         prefillers = [view for view in workers if view.role is Role.PREFILL and view.kv_fingerprint == fingerprint]
         if not prefillers:
-            whole += group  # a decode worker that nobody prefills for takes whole requests
+            whole += group  # a decode worker without prefill workers takes whole requests
             continue
         whole += [view for view in group if _is_nearly_cached(request, view)]
         # The two halves do not depend on each other, so P + D candidates are weighed, not P x D.
@@ -260,7 +260,7 @@ def _memory_ms(view: WorkerView, num_blocks: int) -> float:
 def _reject(request: RouteRequest, workers: Sequence[WorkerView]) -> Reject:
     deciding = [view for view in workers if view.role is not Role.PREFILL]
     if not deciding:
-        kinds = "only prefill workers live" if workers else "no worker lives"
+        kinds = "only prefill workers are up" if workers else "no worker is up"
         return Reject(RejectReason.NO_WORKER, f"{kinds}; a request needs a decode or a mixed worker")
     largest = max(view.num_blocks * view.block_size for view in deciding)
     message = f"{request.num_prompt_tokens} prompt tokens do not fit a worker's KV cache of {largest} tokens"

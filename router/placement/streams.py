@@ -10,8 +10,8 @@ placement gets prompt + emitted as its prompt, so nothing is lost, doubled or ou
        |<---decode worker lost or failed---------------------------------------------|
        any of them --STOP, LENGTH, end(), fail()--> ENDED
 
-Only the prefill worker may send the first token of a placement while PREFILLING; the decode worker speaks once it was
-told to continue. Knows nothing of sockets, clocks, text or how many placements are allowed.
+Only the prefill worker may send the first token of a placement while PREFILLING; the decode worker sends tokens only
+after Continue. Knows nothing of sockets, clocks, text or how many placements are allowed.
 """
 
 from __future__ import annotations
@@ -56,22 +56,22 @@ class Outcome(enum.Enum):
 class PartTimes:
     """When a part got how far, in seconds since the Unix epoch on its worker's clock; 0 for what did not happen."""
 
-    continued_s: float = 0.0  # the decode worker's engine heard that prefill is through
+    continued_s: float = 0.0  # the decode worker's engine got Continue
     first_step_s: float = 0.0  # its first step with tokens of this part began
     first_token_s: float = 0.0  # the step that chose its first token ended
 
 
 @dataclass(frozen=True, slots=True)
-class HandOff:
+class KVTransfer:
     """Between the end of a prefill's last chunk and the first step of its decode worker."""
 
-    relay_s: float  # until the decode worker's engine heard of it
+    relay_s: float  # until the decode worker's engine got Continue
     total_s: float  # until it had pulled the last blocks and began
 
 
 @dataclass(frozen=True, slots=True)
 class PartReport:
-    """The last word of a worker about its part."""
+    """The final report of a worker about its part."""
 
     outcome: Outcome
     error: str = ""
@@ -128,7 +128,7 @@ class Stream:
         self.num_computed_prompt_tokens = 0
         self.num_recomputed_prompt_tokens = 0
         self.num_transferred_blocks = 0
-        self.hand_off: HandOff | None = None  # of the last placement, once its decode worker has reported
+        self.kv_transfer: KVTransfer | None = None  # of the last placement, once its decode worker has reported
         self._prefilled_s = 0.0  # end of its last chunk; 0 while not known
         self._prefill_id: str | None = None  # set while that worker has a part to play
         self._decode_id: str | None = None
@@ -144,7 +144,7 @@ class Stream:
         self._decode_id = placement.decode_id
         self._prefill_id = placement.prefill_id
         self._decode_part = Part.WHOLE if placement.prefill_id is None else Part.DECODE
-        self._prefilled_s, self.hand_off = 0.0, None
+        self._prefilled_s, self.kv_transfer = 0.0, None
         # A worker knows a stream by its name alone: what it may still hold of an earlier placement goes first.
         actions: list[Action] = [
             CancelPart(worker_id)
@@ -220,7 +220,7 @@ class Stream:
         return _NOTHING
 
     def on_stalled(self, waited_s: float) -> Sequence[Action]:
-        """Nothing came for too long from workers that live."""
+        """Workers that are up sent nothing for too long."""
         worker_id = self._prefill_id if self.phase is Phase.PREFILLING else self._decode_id
         if worker_id is None:
             return _NOTHING  # placed anew, or over, meanwhile
@@ -233,7 +233,7 @@ class Stream:
         self.emitted.append(token_id)
         self.phase = Phase.DECODING
         if len(self.emitted) == self.max_tokens:
-            return _NOTHING  # the prefill worker's last word follows and ends the stream with its counts
+            return _NOTHING  # the prefill worker's final report follows and ends the stream with its counts
         return (ContinuePart(self._decode_id, (token_id,)),)
 
     def _on_prefill_finished(self, worker_id: str, report: PartReport) -> Sequence[Action]:
@@ -302,7 +302,7 @@ class Stream:
             if self._prefilled_s > 0 and times.continued_s > 0 and times.first_step_s > 0:
                 relay_s, total_s = times.continued_s - self._prefilled_s, times.first_step_s - self._prefilled_s
                 if 0 <= relay_s <= total_s:  # hosts whose clocks differ may tell of a start before the end
-                    self.hand_off = HandOff(relay_s, total_s)
+                    self.kv_transfer = KVTransfer(relay_s, total_s)
         else:
             # Of the last placement; its prompt may hold emitted tokens too.
             self.num_cached_prompt_tokens = min(report.num_cached_prompt_tokens, self.num_prompt_tokens)

@@ -40,7 +40,7 @@ class ChatTemplate:
         """
         try:
             return self._render([_fit(message, self._conventions) for message in messages], options or {})
-        except Exception as error:  # the template is a program of somebody else's: whatever it raises, it refuses
+        except Exception as error:  # the template is foreign code: any error it raises refuses the chat
             raise InvalidRequest(f"the chat template refuses these messages: {error}", param="messages") from None
 
     def after_answer(self) -> str:

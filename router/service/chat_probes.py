@@ -19,7 +19,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _QUESTION = "probequestion"
 _VALUE = "probevalue"
 _ARGUMENTS = {"key": _VALUE}
-_CALL_ID = "prbcall01"  # Mistral's templates want nine letters and digits
+_CALL_ID = "prbcall01"  # Mistral's templates require nine letters and digits
 _ABSENT = object()
 
 

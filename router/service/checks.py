@@ -10,7 +10,7 @@ from router.sampling import check_token_ids, invalid
 
 
 def check_prompt(num_tokens: int, context_tokens: int, is_bound: bool = False) -> None:
-    """Raise InvalidRequest unless the prompt leaves room for one token of output.
+    """Raise InvalidRequest unless the prompt leaves space for one token of output.
 
     is_bound: the prompt has at least so many tokens, and they were not counted.
     """
@@ -20,7 +20,7 @@ def check_prompt(num_tokens: int, context_tokens: int, is_bound: bool = False) -
         count = f"{'at least ' if is_bound else ''}{num_tokens} tokens"
         message = (
             f"prompt: has {count}. This model's maximum context length is {context_tokens} tokens, of prompt and"
-            " completion together, and no room is left for output. Please reduce the length of the prompt."
+            " completion together, and no space is left for output. Please reduce the length of the prompt."
         )
         raise ContextLengthExceeded(message, param="prompt")
 

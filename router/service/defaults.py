@@ -26,9 +26,9 @@ def end_token_ids(files: ModelFiles, codec: TextCodec, template: ChatTemplate | 
 
 
 def settled(
-    sampling: SamplingParams, defaults: SamplingDefaults, end_ids: Sequence[int], seed: int, room: int
+    sampling: SamplingParams, defaults: SamplingDefaults, end_ids: Sequence[int], seed: int, num_tokens_left: int
 ) -> SamplingParams:
-    """The options with nothing left open. room: tokens that the context has left. Settling twice changes nothing."""
+    """The options with nothing left open. num_tokens_left: of the context. Settling twice changes nothing."""
     stop_ids = sampling.stop_token_ids if sampling.ignore_eos else (*sampling.stop_token_ids, *end_ids)
     return dataclasses.replace(
         sampling,
@@ -37,7 +37,7 @@ def settled(
         top_k=int(_first(sampling.top_k, defaults.top_k, 0)),
         stop_token_ids=tuple(dict.fromkeys(stop_ids)),
         seed=seed if sampling.seed is None else sampling.seed,
-        max_tokens=min(sampling.max_tokens or room, room),
+        max_tokens=min(sampling.max_tokens or num_tokens_left, num_tokens_left),
     )
 
 

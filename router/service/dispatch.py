@@ -1,7 +1,7 @@
-"""Carries streams out: places them, gives the parts to workers, hands tokens to whoever reads, places anew on a loss.
+"""Carries streams out: places them, submits the parts to workers, passes tokens to readers, places anew on a loss.
 
 What a stream does next is decided in streams.py, where it goes in policy.py; here are the clocks, the waiting and the
-links. Knows nothing of text, of faces, or of what a client may ask for.
+connections. Knows nothing of text, of APIs, or of what a client may ask for.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from router.errors import Cancelled, DeadlineExceeded, InvalidRequest, NoWorker,
 from router.events import FinishReason, RequestStats
 from router.fleet.fleet import BlockNames, Fleet, WorkerInfo, extend_names
 from router.fleet.messages import PartOrder, load_report
-from router.fleet.worker_connection import CLOSED, WorkerLink
-from router.placement.affinity import BlockNews, SnapshotPart
+from router.fleet.worker_connection import CLOSED, WorkerConnection
+from router.placement.affinity import BlockEvent, SnapshotPart
 from router.placement.policy import Placement, Reject, RejectReason, RouteRequest
-from router.placement.streams import Action, CancelPart, ContinuePart, HandOff, PartReport, Phase, Stream, SubmitPart
+from router.placement.streams import Action, CancelPart, ContinuePart, KVTransfer, PartReport, Phase, Stream, SubmitPart
 from router.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class DispatchObserver(Protocol):
 
     def first_token(self, ttft_s: float, predicted_s: float) -> None: ...
 
-    def closed(self, num_dropped_frames: int, hand_off: HandOff | None) -> None: ...
+    def closed(self, num_dropped_frames: int, kv_transfer: KVTransfer | None) -> None: ...
 
     def block_snapshot(self) -> None: ...
 
@@ -61,7 +61,7 @@ class DispatchObserver(Protocol):
 
 
 class Dispatcher:
-    """All live streams of a router and the links that they run over."""
+    """All live streams of a router and the connections that they run over."""
 
     def __init__(
         self, fleet: Fleet, config: RouterConfig, clock: Callable[[], float], observer: DispatchObserver
@@ -70,7 +70,7 @@ class Dispatcher:
         self.config = config
         self.clock = clock
         self.observer = observer
-        self.links: dict[str, WorkerLink] = {}  # those that are up
+        self.connections: dict[str, WorkerConnection] = {}  # those that are up
         self.loads: dict[str, worker_pb2.WorkerLoad] = {}
         self.waiting: set[LiveStream] = set()  # for any change of the fleet
         self.on_fleet_change: Callable[[], None] = lambda: None
@@ -82,11 +82,11 @@ class Dispatcher:
         """
         return LiveStream(self, request, emitted, num_given)
 
-    # -- LinkEvents
+    # -- WorkerListener
 
-    def on_up(self, link: WorkerLink, info: WorkerInfo) -> None:
-        log.info("worker %s is up: %s in pool %s at %s", info.worker_id, info.role.value, info.pool, link.address)
-        self.links[info.worker_id] = link
+    def on_up(self, connection: WorkerConnection, info: WorkerInfo) -> None:
+        log.info("worker %s is up: %s in pool %s at %s", info.worker_id, info.role.value, info.pool, connection.address)
+        self.connections[info.worker_id] = connection
         self.fleet.add(info)
         for stream in self.waiting:
             stream.wake()
@@ -96,23 +96,23 @@ class Dispatcher:
         self.loads[worker_id] = load
         self.fleet.report(worker_id, load_report(load))
 
-    def on_blocks(self, worker_id: str, news: BlockNews) -> bool:
-        was_known, is_snapshot = self.fleet.num_told_blocks(worker_id) is not None, isinstance(news, SnapshotPart)
-        fits = self.fleet.hear_blocks(worker_id, news)
+    def on_blocks(self, worker_id: str, event: BlockEvent) -> bool:
+        was_known, is_snapshot = self.fleet.num_reported_blocks(worker_id) is not None, isinstance(event, SnapshotPart)
+        fits = self.fleet.apply_block_event(worker_id, event)
         if not fits or (was_known and is_snapshot):  # unasked: this router was too slow
             self.observer.block_gap()
-        if fits and is_snapshot and self.fleet.num_told_blocks(worker_id) is not None:
+        if fits and is_snapshot and self.fleet.num_reported_blocks(worker_id) is not None:
             self.observer.block_snapshot()
         return fits
 
     def on_blocks_lost(self, worker_id: str) -> None:
         self.fleet.lose_blocks(worker_id)
 
-    def on_down(self, link: WorkerLink, why: str) -> None:
-        log.log(logging.INFO if why == CLOSED else logging.WARNING, "worker %s is down: %s", link.worker_id, why)
-        self.links.pop(link.worker_id, None)
-        self.loads.pop(link.worker_id, None)
-        self.fleet.remove(link.worker_id)
+    def on_down(self, connection: WorkerConnection, why: str) -> None:
+        log.log(logging.INFO if why == CLOSED else logging.WARNING, "worker %s is down: %s", connection.worker_id, why)
+        self.connections.pop(connection.worker_id, None)
+        self.loads.pop(connection.worker_id, None)
+        self.fleet.remove(connection.worker_id)
         self.on_fleet_change()
 
 
@@ -131,7 +131,7 @@ class LiveStream:
         self._num_credited = num_given
         self._placement: Placement | None = None
         self._placed_s = 0.0
-        self._is_held_back = False  # the reader was slower than the worker: says nothing of the worker's speed
+        self._is_held_back = False  # the reader was slower than the worker: no measure of the worker's speed
         self._first_s: float | None = None  # of the stream
         self._segment: tuple[int, float] | None = None  # tokens and time at the placement's first token
         self._last_s = 0.0
@@ -184,7 +184,7 @@ class LiveStream:
         self._release()
         if self._decode_worker_id and isinstance(self._state.ending, FinishReason):
             self._dispatcher.fleet.remember(self._decode_worker_id, self._names())
-        self._dispatcher.observer.closed(self._state.num_dropped, self._state.hand_off)
+        self._dispatcher.observer.closed(self._state.num_dropped, self._state.kv_transfer)
 
     @property
     def reason(self) -> FinishReason:
@@ -207,7 +207,7 @@ class LiveStream:
             num_replacements=max(0, state.epoch - 1),
         )
 
-    # -- StreamSink: called by links
+    # -- StreamSink: called by connections
 
     def on_token(self, worker_id: str, epoch: int, position: int, token_id: int) -> None:
         num_before = len(self._state.emitted)
@@ -227,7 +227,7 @@ class LiveStream:
         self._wake.set()
 
     def wake(self) -> None:
-        """Something changed that a waiting stream may want to know."""
+        """Wakes a waiting stream: something changed that may let it go on."""
         self._wake.set()
 
     # -- placement
@@ -269,7 +269,7 @@ class LiveStream:
             state.last_failure,
         )
         dispatcher.observer.replaced()
-        if any(worker_id in dispatcher.links for worker_id in state.failed_on):
+        if any(worker_id in dispatcher.connections for worker_id in state.failed_on):
             # It refused rather than died, and may be the only one: do not ask again at once.
             await asyncio.sleep(min(_LAST_RETRY_S, _FIRST_RETRY_S * 2 ** (state.epoch - 1)))
 
@@ -316,15 +316,15 @@ class LiveStream:
     def _do(self, actions: Sequence[Action]) -> None:
         stream_id = self._request.stream_id
         for action in actions:
-            link = self._dispatcher.links.get(action.worker_id)
-            if link is None:
+            connection = self._dispatcher.connections.get(action.worker_id)
+            if connection is None:
                 continue  # lost a moment ago: its on_lost follows, or was what led here
             if isinstance(action, SubmitPart):
-                link.submit(self._order(action), self)
+                connection.submit(self._order(action), self)
             elif isinstance(action, ContinuePart):
-                link.let_continue(stream_id, action.token_ids)
+                connection.let_continue(stream_id, action.token_ids)
             elif isinstance(action, CancelPart):
-                link.cancel(stream_id)
+                connection.cancel(stream_id)
 
     def _order(self, action: SubmitPart) -> PartOrder:
         state, request = self._state, self._request
@@ -365,9 +365,9 @@ class LiveStream:
         num_owed = self._num_taken - self._num_credited
         if num_owed < max(1, self._dispatcher.config.window_tokens // 2) or self._state.phase is Phase.ENDED:
             return
-        link = self._dispatcher.links.get(self._decode_worker_id)
-        if link is not None:
-            link.credit(self._request.stream_id, num_owed)
+        connection = self._dispatcher.connections.get(self._decode_worker_id)
+        if connection is not None:
+            connection.credit(self._request.stream_id, num_owed)
             self._num_credited = self._num_taken
 
     def _note_token(self) -> None:

@@ -1,6 +1,6 @@
 """One request from the client's words to the stream's events: check, admit, encode, dispatch, decode, count.
 
-What both faces call. Every request that comes in here is counted once, with exactly one outcome. Knows nothing of
+What both APIs call. Every request that comes in here is counted once, with exactly one outcome. Knows nothing of
 protobuf or HTTP, nor where a stream runs.
 """
 
@@ -75,7 +75,7 @@ class RequestObserver(Protocol):
 
 
 class Generation:
-    """The service behind the faces."""
+    """The service behind the APIs."""
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ class Generation:
             return (await self._encode(text, True, frozenset(), b""))[0]
 
     async def stream(self, request: GenerationRequest, commits_first: bool = False) -> AsyncGenerator[Event, None]:
-        """Started, then Tokens, then Finished; or a RouterError. To be closed by whoever stops reading early.
+        """Started, then Tokens, then Finished; or a RouterError. A caller that stops reading early must close it.
 
         commits_first: no token comes before the journal has it, for clients that cannot say what they have.
         """
@@ -152,7 +152,7 @@ class Generation:
     async def resume(self, request: ResumeRequest, commits_first: bool = False) -> AsyncGenerator[Event, None]:
         """The rest of a stream that this or another router began: Started again, then what the client lacks."""
         with self._accounted() as account, self._admitted(0):
-            # First a look: a request that is refused takes the stream from nobody.
+            # Read before the claim: a refused request must not take the stream from its router.
             begun = self._check_resumption(request, await self._journal.look_up(request.stream_id))
             if request.repeated is not None:
                 await self._check_repeated(request.repeated, journal_record(begun.header)[0])
@@ -278,12 +278,14 @@ class Generation:
         token_ids, names = await self._encode(request.prompt, request.add_special_tokens, layouts, request.tenant_salt)
         check_prompt(len(token_ids), context_tokens)
         check_token_ids("prompt", token_ids, self.files.vocab_size)
-        room = context_tokens - len(token_ids)
+        num_tokens_left = context_tokens - len(token_ids)
         seed = secrets.randbits(53)  # 53: exact in any JSON reader
         return TokenRequest(
             stream_id=secrets.token_hex(12),
             token_ids=token_ids,
-            sampling=settled(request.sampling, self.files.sampling_defaults, self._end_token_ids, seed, room),
+            sampling=settled(
+                request.sampling, self.files.sampling_defaults, self._end_token_ids, seed, num_tokens_left
+            ),
             names=names,
             arrived_s=arrived_s,
             deadline_s=self._deadline_s(request, arrived_s),

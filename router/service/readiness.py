@@ -13,7 +13,7 @@ from router.service.dispatch import Dispatcher
 
 @dataclass(frozen=True, slots=True)
 class PoolState:
-    """A pool as far as it lives."""
+    """A pool: its workers that are up."""
 
     role: str
     num_workers: int
@@ -98,7 +98,7 @@ def readiness(
         model=served.model,
         pools=pools,
         workers=tuple(
-            WorkerState(info.worker_id, info.pool, info.role.value, dispatcher.links[info.worker_id].address)
+            WorkerState(info.worker_id, info.pool, info.role.value, dispatcher.connections[info.worker_id].address)
             for info in infos
         ),
         tiers_down=tiers_down,

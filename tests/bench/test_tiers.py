@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.tiers import BandwidthRow, BenchFailed, BenchShape, can_make_hosts, measure_hand_off, measure_tier
+from bench.tiers import BandwidthRow, BenchFailed, BenchShape, can_make_hosts, measure_kv_transfer, measure_tier
 from kvstore.tiers.memory_tier import MemoryTier
 from tests.processes import REPOSITORY, RedisServer, python_environment
 
@@ -22,19 +22,19 @@ def check(row: BandwidthRow) -> None:
 def test_all_rows(tmp_path: Path, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", python_environment()["PYTHONPATH"])
     monkeypatch.chdir(REPOSITORY)
-    figures = measure_hand_off(str(tmp_path), redis_server.url, SHAPE)
+    figures = measure_kv_transfer(str(tmp_path), redis_server.url, SHAPE)
     rows = figures.rows
     assert [row.name for row in rows] == [
         "memcpy",
         "loopback_tcp",
-        *("host_put", "host_get", "host_hand_off"),
+        *("host_put", "host_get", "host_kv_transfer"),
         "peer_get",
         *(("two_hosts_tcp", "two_hosts_peer_get") if can_make_hosts() else ()),
         *("redis_set", "redis_mget"),
         *(("redis_benchmark_set",) if shutil.which("redis-benchmark") else ()),
         "redis_put",
         *(("redis_benchmark_get",) if shutil.which("redis-benchmark") else ()),
-        *("redis_get", "redis_hand_off"),
+        *("redis_get", "redis_kv_transfer"),
     ]
     for row in rows:
         check(row)
@@ -50,7 +50,7 @@ def test_all_rows(tmp_path: Path, redis_server: RedisServer, monkeypatch: pytest
     assert os.listdir(tmp_path) == []  # the node process is gone and took its arena along
 
 
-def test_a_hand_off_is_slower_than_its_halves() -> None:
+def test_a_kv_transfer_is_slower_than_its_halves() -> None:
     put, get, both = measure_tier(MemoryTier(), SHAPE)
     assert both.best_gb_per_s < min(put.best_gb_per_s, get.best_gb_per_s)
 

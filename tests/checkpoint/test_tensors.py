@@ -159,7 +159,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def test_any_byte_changed_in_place_gives_another_digest(tmp_path: Path, memory: Path) -> None:
-    """Only 256 places of each file counted: a weight changed between two of them left the digest as it was."""
+    """Only 256 bytes of each file counted: a weight changed between two of them left the digest as it was."""
     path = tmp_path / "model.safetensors"
     path.write_bytes(bytes(40 << 20))
     before, stat = weights_digest(tmp_path), path.stat()
@@ -272,9 +272,9 @@ def test_parts_of_a_large_file_all_count(tmp_path: Path, memory: Path, monkeypat
     monkeypatch.setattr(digest, "_PART_BYTES", 1 << 16)
     monkeypatch.setattr(digest, "_READ_BYTES", 1 << 12)
     seen = set()
-    for place in range(0, 200_000, 6151):
+    for offset in range(0, 200_000, 6151):
         content = bytearray(200_000)
-        content[place] = 1
+        content[offset] = 1
         (tmp_path / "w").write_bytes(content)
         seen.add(file_digest(tmp_path / "w"))
     assert len(seen) == len(range(0, 200_000, 6151))

@@ -17,7 +17,7 @@ from router.service.text import TextCodec
 from tests.processes import KVNode
 from tests.router.conftest import config_with, running_cluster, until
 from tests.router.fake_worker import FakeWorker, expected_tokens
-from tests.router.test_grpc_face import PROMPT, collect, request
+from tests.router.test_grpc_api import PROMPT, collect, request
 from tests.router.test_process import process, spec_file
 
 

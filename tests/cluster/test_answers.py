@@ -1,4 +1,4 @@
-"""Right answers through a whole cluster: text after the prompt's, chats as their template wants them, ends, defaults.
+"""Right answers through a whole cluster: text after the prompt's, chats as their template needs them, ends, defaults.
 
 The model's vocabulary is SentencePiece's style: pieces that begin with U+2581 have a space before them. The fake
 engine's tokens are known beforehand, so the tests say what each answer must be; transformers renders and encodes chats.
@@ -154,9 +154,11 @@ MESSAGES: list[Any] = [
 def test_a_chat_reaches_the_model_as_transformers_renders_it(
     client: openai.OpenAI, oracle: PreTrainedTokenizerFast, is_thinking: bool
 ) -> None:
-    told = [dict(message) for message in MESSAGES]
-    told[1]["content"] = "The weather in Paris?"  # the template prints no parts
-    rendered = oracle.apply_chat_template(told, tokenize=False, add_generation_prompt=True, enable_thinking=is_thinking)
+    copied = [dict(message) for message in MESSAGES]
+    copied[1]["content"] = "The weather in Paris?"  # the template prints no parts
+    rendered = oracle.apply_chat_template(
+        copied, tokenize=False, add_generation_prompt=True, enable_thinking=is_thinking
+    )
     assert "weather" in rendered.split("<tool_call>")[1]
     prompt = oracle.encode(rendered, add_special_tokens=False)
     options = {"enable_thinking": is_thinking}

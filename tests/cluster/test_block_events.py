@@ -40,7 +40,7 @@ def is_quiet(cluster: FakeCluster, url: str) -> bool:
     )
 
 
-def places(cluster: FakeCluster, client: GenerationClient, url: str, ending: int) -> str:
+def decode_worker_of(cluster: FakeCluster, client: GenerationClient, url: str, ending: int) -> str:
     """The worker that takes prompt 1 with a new ending, whose beginning it must hold."""
     wait_until(lambda: is_quiet(cluster, url), "the last request is over and reported")
     answer = cluster.ask(client, [*prompt(1, NUM_TOKENS), ending], 2)
@@ -78,9 +78,9 @@ def test_a_router_knows_what_another_one_had_computed_and_what_was_evicted(
     worker_id = answer.finished.stats.decode_worker_id
     holder = next(name for name, server in cluster.workers.items() if server.ready["worker_id"] == worker_id)
     (other,) = set(cluster.workers) - {holder}
-    wait_until(lambda: said(cluster, url, holder) >= 100, "the other router was told")
+    wait_until(lambda: said(cluster, url, holder) >= 100, "the other router got the block events")
     # An even chance each, if it did not know.
-    assert [places(cluster, second, url, ending) for ending in range(5)] == [holder] * 5
+    assert [decode_worker_of(cluster, second, url, ending) for ending in range(5)] == [holder] * 5
 
     with WorkerClient(cluster.workers[holder].ready["address"]) as worker:
         for number in (2, 3, 4, 5):
@@ -89,5 +89,5 @@ def test_a_router_knows_what_another_one_had_computed_and_what_was_evicted(
         compute(worker, 1)
     wait_until(lambda: said(cluster, url, other) >= 100, "the other worker said what it has")
     wait_until(lambda: said(cluster, url, holder) >= NUM_BLOCKS - 8, "the first one is full of other prompts")
-    assert [places(cluster, second, url, ending) for ending in range(5, 10)] == [other] * 5
+    assert [decode_worker_of(cluster, second, url, ending) for ending in range(5, 10)] == [other] * 5
     cluster.wait_at_rest()

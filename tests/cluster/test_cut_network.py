@@ -1,4 +1,4 @@
-"""A wire that is cut between two hosts while streams run over it: nobody says goodbye, packets just no longer come.
+"""A wire that is cut between two hosts while streams run over it: no connection is closed, packets just no longer come.
 
 A host is a network and a mount namespace with a /dev/shm of its own. The client is curl.
 """
@@ -119,8 +119,8 @@ def start_host(host: Host, address: str, folder: Path, model_dir: Path, stack: E
     servers = []
     for role in ("prefill", "decode"):
         spec = shape.worker_spec(model_dir, role, f"{role}-at-{address}")
-        place = {"node_id": node.node_id, "host_address": node.host_address, "listen_host": address}
-        spec = dataclasses.replace(spec, control=REDIS_URL, **place)
+        addresses = {"node_id": node.node_id, "host_address": node.host_address, "listen_host": address}
+        spec = dataclasses.replace(spec, control=REDIS_URL, **addresses)
         servers.append(Server(prefork, "worker", role, folder))
         servers[-1].start(dataclasses.asdict(spec))
     if address == HEAD:

@@ -28,10 +28,10 @@ from kvstore.format.fragment import Rejected
 from kvstore.format.sealing import HEADER_BYTES
 from kvstore.names import NAME_BYTES, block_names, root_name
 from kvstore.tiers.disk.disk import DiskTier
-from kvstore.tiers.peers.peer_tier import PEER_PLACE
+from kvstore.tiers.peers.peer_tier import PEER_LOCATION
 from kvstore.tiers.redis.redis_tier import KEY_PREFIX, RedisTier
 from tests.fake_cluster import VOCAB_SIZE, FakeCluster, expected
-from tests.fault_injector import DiskPlace
+from tests.fault_injector import DiskStorage
 from tests.forked import SECRET
 from tests.kvstore.fragments import make_compressible, sealed_copy
 from tests.processes import DEADLINE_S, REPOSITORY, KVNode, RedisServer, python_environment, wait_until
@@ -168,8 +168,8 @@ class DiskWay(Way):
 
     def wait_stored(self, keys: Sequence[bytes]) -> None:
         """On the disk, and no longer in memory."""
-        place = DiskPlace(self._folder)
-        wait_until(lambda: place.find(keys), "the disk has them")
+        storage = DiskStorage(self._folder)
+        wait_until(lambda: storage.find(keys), "the disk has them")
         self._drop(keys)
 
     def damage(self, keys: Sequence[bytes]) -> Counter[str]:
@@ -217,7 +217,7 @@ class PeerWay(Way):
 
 
 class WireWay(PeerWay):
-    """On the wire from another host. Prefill announces nothing: the directory is told that the proxy has its blocks."""
+    """On the wire from another host. Prefill announces nothing: the test publishes the proxy as location."""
 
     shape: ClassVar[dict[str, object]] = {**PeerWay.shape, "silent": ("prefill-0",)}
     reasons = MEMORY_REASONS | {"truncated"}
@@ -230,7 +230,7 @@ class WireWay(PeerWay):
         """Announced, as if it was at the proxy."""
         directory = open_directory(self.cluster.control_url, "")
         names = dict.fromkeys(key[:NAME_BYTES] for key in keys)
-        directory.publish(list(names), f"{PEER_PLACE}127.0.0.1:{self.injector.port}")
+        directory.publish(list(names), f"{PEER_LOCATION}127.0.0.1:{self.injector.port}")
         directory.close()
 
     def damage(self, keys: Sequence[bytes]) -> Counter[str]:
@@ -245,7 +245,7 @@ class WireWay(PeerWay):
 WAYS = {"host": Way, "redis": RedisWay, "disk": DiskWay, "peer": PeerWay, "wire": WireWay}
 
 
-def damaged_hand_off(
+def damaged_kv_transfer(
     way: Way, prefill: WorkerClient, decode: WorkerClient, number: int, pick: random.Random
 ) -> Counter[str]:
     """Prefill, then damage from some block on, then decode: with the right tokens and none of the bad blocks."""
@@ -295,9 +295,9 @@ def test_no_damaged_fragment_is_served_and_each_is_counted(
         for number in itertools.count():
             if damaged.total() >= num_faults:
                 break
-            damaged_now = damaged_hand_off(way, prefill, decode, number, pick)
+            damaged_now = damaged_kv_transfer(way, prefill, decode, number, pick)
             counted_now = way.counted(decode)
-            if way.injector.num_gone:  # it was too slow for a deadline: of the rest, nobody knows what came
+            if way.injector.num_gone:  # it was too slow for a deadline: of the rest, it is unknown what came
                 num_given_up += 1
                 assert num_given_up <= 3 + number / 2, "a machine too busy to tell anything, or a reader that gives up"
             else:
@@ -342,13 +342,13 @@ def test_no_damaged_compressed_fragment_is_given_back(
             if name == "disk":
                 assert disk.write([sealed_copy(fragment) for fragment in fragments]) == 500
             else:
-                assert tier.put(fragments) == [True] * 500
+                assert tier.store(fragments) == [True] * 500
             damaged += injector.damage([fragment.key for fragment in bad])
-            got = [disk.read(key) for key in keys] if name == "disk" else list(tier.get(keys))
+            got = [disk.read(key) for key in keys] if name == "disk" else list(tier.load(keys))
             counted += Counter(found.reason for found in got[:400] if isinstance(found, Rejected))
             payloads = [found[HEADER_BYTES:] if name == "disk" else found for found in got[400:]]  # type: ignore[index]
             assert payloads == [fragment.payload for fragment in good]
-            assert (disk.read(bad[0].key) if name == "disk" else next(tier.get([bad[0].key]))) is None  # and dropped
+            assert (disk.read(bad[0].key) if name == "disk" else next(tier.load([bad[0].key]))) is None  # and dropped
     (disk if name == "disk" else tier).close()
     assert set(damaged) == KINDS | {"forgery"}
     assert counted.total() == damaged.total(), f"{damaged} were damaged, {counted} were counted"

@@ -31,7 +31,7 @@ MANY, FEW = 200, 24  # KV blocks of 16 tokens; the prompts and their completions
 
 @dataclass(frozen=True)
 class Case:
-    """One cluster: pools as (role, tp, pp), and what they are told."""
+    """One cluster: pools as (role, tp, pp), and their options."""
 
     pools: tuple[tuple[str, int, int], ...]
     caching: bool
@@ -45,7 +45,7 @@ class Case:
 
     @property
     def engine(self) -> dict[str, object]:
-        """What all its engines are told."""
+        """The options of all its engines."""
         return {
             "max_num_batched_tokens": self.chunk,
             "num_blocks": self.num_blocks,

@@ -58,7 +58,7 @@ def test_a_worker_that_was_stopped_for_longer_than_its_lease_is_another(
 
 
 def test_streams_run_on_when_the_directory_forgets(fake_cluster: Callable[..., FakeCluster]) -> None:
-    """The node has the leases: another one knows nothing. No epoch advances, so nobody is dialled anew."""
+    """The node has the leases: another one knows nothing. No epoch advances, so no worker is dialled anew."""
     cluster = fake_cluster(
         prefill=0,
         decode=0,

@@ -1,4 +1,4 @@
-"""Two hosts whose workers read each other's KV blocks by NIXL: hand-offs, and a node that is killed between them."""
+"""Two hosts whose workers read each other's KV blocks by NIXL: KV transfers, and a node that is killed between them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tests.processes import wait_until
 pytestmark = pytest.mark.cluster
 
 
-def test_hand_off_by_nixl_and_without_the_node(fake_cluster: Callable[..., FakeCluster]) -> None:
+def test_kv_transfer_by_nixl_and_without_the_node(fake_cluster: Callable[..., FakeCluster]) -> None:
     pytest.importorskip("nixl")
     cluster = fake_cluster(prefill=1, decode=1, routers=1, hosts=2, peers=True, peer_transport="nixl")
     client, lengths = cluster.client(), itertools.count(40)
 
     def pulled_bytes_after_a_stream() -> int:
-        """Of a prompt that nobody has seen."""
+        """Of a prompt that no worker has seen."""
         length = next(lengths)
         prompt = [(7 * i + length) % 200 for i in range(length)]
         assert cluster.ask(client, prompt, 8).ids == expected(prompt, 8)

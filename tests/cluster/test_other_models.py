@@ -1,4 +1,4 @@
-"""Clusters that share a Redis, and models that change under it: nobody gets an answer of another cluster or model."""
+"""Clusters that share a Redis, and models that change under it: no client gets an answer of another one."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_fragments_of_other_weights_are_never_used(
     fake_cluster: Make, redis_server: RedisServer, tmp_path: Path
 ) -> None:
     """A Redis that outlived the restart gave the old weights' KV to a v_proj that was changed in place, between two of
-    the 256 places of the file that once counted."""
+    the 256 bytes of the file that once counted."""
     directory = write_tiny_model(tmp_path / "model", intermediate_size=16384)
     weights = directory / "model.safetensors"
     shape = {"prefill": 0, "decode": 0, "mixed": 1, "routers": 1, "uses_arena": False, "block_size": 16}
@@ -163,7 +163,7 @@ def tier_metric(url: str, name: str, tier: str) -> float:
 
 
 def test_a_disk_that_cannot_be_kept_is_said(fake_cluster: Make, tmp_path: Path) -> None:
-    """It served without the disk, and nobody was told: no warning, not degraded, no metric."""
+    """It served without the disk, and reported nothing: no warning, not degraded, no metric."""
     (tmp_path / "file").write_text("")
     cluster = fake_cluster(
         prefill=0, decode=0, mixed=1, routers=1, disk_bytes=64 << 20, disk_dir=str(tmp_path / "file" / "disk")

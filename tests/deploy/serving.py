@@ -21,7 +21,7 @@ PROMPT = "def walk(tree):\n    for name in sorted(tree):\n        yield name, tr
 LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-class Place:
+class Surroundings:
     """Where clusters of a test keep their run folders and arenas: nothing else is in there."""
 
     def __init__(self, folder: Path, model: Path) -> None:

@@ -193,7 +193,7 @@ def test_a_killed_rank_brings_its_group_back(cluster: Running, pool: str) -> Non
     prompts = [f"# {pool} {i}\n{PROMPT}" for i in range(1000)]
     before = cluster.generate(prompts[0])
     lost = worker_of(before, pool)
-    # The rank that only follows: neither the leader nor the replica is told.
+    # The rank that only follows: neither the leader nor the replica gets a signal.
     os.kill(rank_pids(cluster)[f"{lost} rank 1"], signal.SIGKILL)
 
     fresh_prompts = iter(prompts[1:])
@@ -248,16 +248,16 @@ def test_a_stream_goes_on_when_a_process_is_killed_under_it(cluster: Running, vi
         pid = router.pid
     else:
         pid = rank_pids(cluster)[f"{undisturbed.stats.decode_worker_id} rank 1"]
-    num_heard = 0
+    num_tokens = 0
 
     def kill_in_the_middle(text: str) -> None:
-        nonlocal num_heard
-        num_heard += 1
-        if num_heard == 5:
+        nonlocal num_tokens
+        num_tokens += 1
+        if num_tokens == 5:
             os.kill(pid, signal.SIGKILL)
 
     killed = cluster.generate(f"# {victim}\n{PROMPT}", 100, kill_in_the_middle)
-    assert num_heard > 5
+    assert num_tokens > 5
     assert killed.token_ids == undisturbed.token_ids
     assert killed.text == undisturbed.text
     if victim == "router":
@@ -274,7 +274,7 @@ def test_ctrl_c_ends_all_that_was_started(cluster: Running) -> None:
     spec = load(NodeSpec, node.cmdline()[-1])
     arena, sockets = spec.arena, Path(spec.host_address.removeprefix("unix:"))
     assert spec.secret  # of the disk tier
-    assert cluster.processes(re.escape(spec.secret)) == []  # in nobody's command line
+    assert cluster.processes(re.escape(spec.secret)) == []  # in no command line
     assert Path(node.cmdline()[-1]).stat().st_mode & 0o777 == 0o600
     assert arena.exists()
     cluster.process.send_signal(signal.SIGINT)

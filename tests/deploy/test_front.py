@@ -1,4 +1,4 @@
-"""Signals on their way to what `switchyard serve` runs: real processes, with a script in a cluster's place."""
+"""Signals on their way to what `switchyard serve` runs: real processes, with a script instead of a cluster."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_a_killed_front_ends_the_rest_in_order(front: Callable[..., Front]) -> N
     assert running.end() == ["asked", "ended"]
 
 
-def test_a_killed_child_is_told_as_a_shell_does(front: Callable[..., Front]) -> None:
+def test_a_killed_child_gives_the_exit_code_that_a_shell_gives(front: Callable[..., Front]) -> None:
     running = front()
     running.child.kill()
     assert running.end() == []

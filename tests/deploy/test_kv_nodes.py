@@ -19,7 +19,7 @@ from tests.processes import KVNode
 
 @pytest.fixture
 def orphan() -> Iterator[KVNode]:
-    """A node process that nobody watches over."""
+    """A node process without a supervisor."""
     node = KVNode(f"orphan-{os.getpid()}")
     yield node
     node.close()
@@ -59,7 +59,7 @@ def test_a_process_that_is_no_node_is_left_alone(orphan: KVNode) -> None:
 
 
 @pytest.mark.parametrize("is_folder_large", [True, False])
-def test_an_arena_leaves_room_to_others(is_folder_large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_arena_leaves_space_to_others(is_folder_large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     memory_bytes = psutil.virtual_memory().available
     free_bytes = 10 * memory_bytes if is_folder_large else 1 << 30
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free_bytes))

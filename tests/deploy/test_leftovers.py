@@ -77,7 +77,7 @@ def test_a_driver_that_is_just_dying_is_waited_for(temp_dir: Path, monkeypatch: 
     driver.communicate()
     monkeypatch.setattr(leftovers, "_DYING_S", 0.5)
     remove_leftovers(temp_dir)
-    assert folder.exists()  # somebody still needs it
+    assert folder.exists()  # another process still needs it
     assert abandoned(temp_dir) == [Abandoned("0123abcd", ("prefill", "decode"))]
     monkeypatch.setattr(leftovers, "_DYING_S", 30.0)
     ending = subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {other.pid}"])

@@ -1,4 +1,4 @@
-"""Whole clusters in an unfriendly place, and their ends: nothing is executed that is not ours, and nothing is left."""
+"""Whole clusters in unfriendly surroundings, and their ends: nothing foreign is executed, and nothing is left."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from deploy.preflight import free_port
-from tests.deploy.serving import LOOPBACK, PROMPT, SWITCHYARD, Place, Serving, Stream
+from tests.deploy.serving import LOOPBACK, PROMPT, SWITCHYARD, Serving, Stream, Surroundings
 from tests.processes import wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
@@ -45,18 +45,18 @@ SLOW = "engine.fake_step_s=0.1"
 
 
 @pytest.fixture
-def place(tiny_model: Path) -> Iterator[Place]:
+def surroundings(tiny_model: Path) -> Iterator[Surroundings]:
     folder = Path(tempfile.mkdtemp(prefix="syl-", dir="/tmp"))  # a short path: Ray makes sockets far below it
-    yield Place(folder, tiny_model)
+    yield Surroundings(folder, tiny_model)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
-def serve(place: Place, tmp_path: Path) -> Iterator[Callable[..., Serving]]:
+def serve(surroundings: Surroundings, tmp_path: Path) -> Iterator[Callable[..., Serving]]:
     made: list[Serving] = []
 
     def start(*settings: str, **options: object) -> Serving:
-        made.append(Serving(place.command(settings=settings), **{"cwd": tmp_path, **options}))
+        made.append(Serving(surroundings.command(settings=settings), **{"cwd": tmp_path, **options}))
         return made[-1]
 
     yield start
@@ -79,7 +79,7 @@ def dead_proxies() -> dict[str, str]:
 
 
 def test_a_cluster_among_foreign_modules_and_dead_proxies_on_ipv6(
-    place: Place, serve: Callable[..., Serving], tmp_path: Path
+    surroundings: Surroundings, serve: Callable[..., Serving], tmp_path: Path
 ) -> None:
     """And a SIGTERM to its process group, which ends a running stream in order."""
     cwd = foreign_folder(tmp_path)
@@ -123,11 +123,11 @@ def test_a_cluster_among_foreign_modules_and_dead_proxies_on_ipv6(
     assert [line for line in stream.lines if line][-1] == "data: [DONE]"
     assert stream.num_tokens == 30
     assert psutil.wait_procs(below, timeout=10)[1] == []
-    assert place.left() == []
+    assert surroundings.left() == []
     assert not (cwd / "executed").exists(), (cwd / "executed").read_text()
 
 
-def test_a_closed_terminal_ends_a_cluster_in_order(place: Place, serve: Callable[..., Serving]) -> None:
+def test_a_closed_terminal_ends_a_cluster_in_order(surroundings: Surroundings, serve: Callable[..., Serving]) -> None:
     serving = serve(SLOW, on_terminal=True)
     below = serving.below()
     stream = Stream(serving.router, num_tokens=20)
@@ -139,10 +139,12 @@ def test_a_closed_terminal_ends_a_cluster_in_order(place: Place, serve: Callable
     assert stream.error is None
     assert [line for line in stream.lines if line][-1] == "data: [DONE]"
     assert psutil.wait_procs(below, timeout=10)[1] == []
-    assert place.left() == []
+    assert surroundings.left() == []
 
 
-def test_a_second_sigterm_ends_at_once_and_leaves_nothing(place: Place, serve: Callable[..., Serving]) -> None:
+def test_a_second_sigterm_ends_at_once_and_leaves_nothing(
+    surroundings: Surroundings, serve: Callable[..., Serving]
+) -> None:
     serving = serve(SLOW, "router.drain_s=60")
     below = serving.below()
     stream = Stream(serving.router, num_tokens=300)
@@ -155,38 +157,38 @@ def test_a_second_sigterm_ends_at_once_and_leaves_nothing(place: Place, serve: C
     assert time.monotonic() - began_s < 15
     stream.join(10)
     assert psutil.wait_procs(below, timeout=10)[1] == []
-    assert place.left() == []
+    assert surroundings.left() == []
 
 
 def test_what_was_killed_or_has_failed_goes_at_the_next_start(
-    place: Place, serve: Callable[..., Serving], tmp_path: Path
+    surroundings: Surroundings, serve: Callable[..., Serving], tmp_path: Path
 ) -> None:
     killed = serve()
     below = killed.below()
     killed.kill()
     assert psutil.wait_procs(below, timeout=20)[1] == []
-    run_dir, arena = place.left()
+    run_dir, arena = surroundings.left()
 
     # A start that fails keeps its folder, and has removed the other.
     (tmp_path / "sqlite3.py").write_text("raise ImportError('only the routers want this')")
     failing = serve(environment={"PYTHONPATH": str(tmp_path)}, is_ready=False)
     assert failing.process.wait(60) == 1
-    (kept,) = place.left()
+    (kept,) = surroundings.left()
     assert kept not in (run_dir, arena)
-    assert f"(logs in {place.temp_dir / kept})" in failing.stderr
+    assert f"(logs in {surroundings.temp_dir / kept})" in failing.stderr
 
     front_killed = serve()
-    (held, held_arena) = place.left()
+    (held, held_arena) = surroundings.left()
     assert kept not in (held, held_arena)
     below = front_killed.below()
     front_killed.process.kill()  # the front alone: the rest ends in order
     assert psutil.wait_procs(below, timeout=30)[1] == []
-    assert place.left() == []
+    assert surroundings.left() == []
 
 
 @pytest.mark.parametrize("after_s", [0.3, 1.5, 3.0, 5.0])
 def test_a_start_that_is_interrupted_leaves_nothing(
-    place: Place, serve: Callable[..., Serving], after_s: float
+    surroundings: Surroundings, serve: Callable[..., Serving], after_s: float
 ) -> None:
     starting = serve(is_ready=False)
     time.sleep(after_s)
@@ -195,7 +197,7 @@ def test_a_start_that_is_interrupted_leaves_nothing(
     code = starting.process.wait(30)
     assert code in (1, 128 + signal.SIGTERM)  # the latter: before there was anything to be ended
     assert psutil.wait_procs(below, timeout=10)[1] == []
-    assert place.left() == []
+    assert surroundings.left() == []
 
 
 WORKERLESS_PLUGIN = """
@@ -211,23 +213,23 @@ FAMILIES = tuple(replace(family, architecture="Another") for family in llama.FAM
 
 
 def test_a_worker_that_can_never_start_ends_the_start_with_one_line(
-    place: Place, serve: Callable[..., Serving], tmp_path: Path
+    surroundings: Surroundings, serve: Callable[..., Serving], tmp_path: Path
 ) -> None:
     """A plugin that the command can import and the workers cannot; Serve alone would try again for long."""
     (tmp_path / "workerless.py").write_text(WORKERLESS_PLUGIN)
     paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     failing = serve("model.plugins=[workerless]", environment={"PYTHONPATH": paths}, is_ready=False)
     assert failing.process.wait(60) == 1
-    (kept,) = place.left()
+    (kept,) = surroundings.left()
     problem = "model.plugins: workerless cannot be imported (libfast.so.1: cannot open shared object file)"
-    logs = f"(logs in {place.temp_dir / kept})"
+    logs = f"(logs in {surroundings.temp_dir / kept})"
     ends = [f"switchyard: pool {pool}: {problem} {logs}" for pool in ("prefill", "decode")]
     assert failing.stderr.splitlines()[-1] in ends
 
 
 @pytest.fixture
 def own_ray(tmp_path: Path) -> Iterator[str]:
-    """Address of a Ray cluster that somebody else has started."""
+    """Address of a Ray cluster that is not ours."""
     folder, address = Path(tempfile.mkdtemp(prefix="syr-", dir="/tmp")), f"127.0.0.1:{free_port('127.0.0.1')}"
     command = [str(Path(SWITCHYARD).with_name("ray")), "start", "--head", "--block", "--node-ip-address", "127.0.0.1"]
     command += ["--port", address.rpartition(":")[2], "--include-dashboard", "false", "--temp-dir", str(folder)]
@@ -245,16 +247,16 @@ def own_ray(tmp_path: Path) -> Iterator[str]:
 
 
 def test_what_a_killed_driver_left_in_somebody_elses_ray(
-    own_ray: str, place: Place, serve: Callable[..., Serving]
+    own_ray: str, surroundings: Surroundings, serve: Callable[..., Serving]
 ) -> None:
     """And a second SIGTERM to a cluster there, whose workers are not below us."""
     killed = serve(f"ray.address={own_ray}")
     killed.kill()
-    run_dir, arena = place.left()
+    run_dir, arena = surroundings.left()
     running = serve(f"ray.address={own_ray}", SLOW, "router.drain_s=60")
     assert f"ending cluster {run_dir.removeprefix('sy-')}" in running.stderr
-    assert run_dir not in place.left()
-    assert arena not in place.left()
+    assert run_dir not in surroundings.left()
+    assert arena not in surroundings.left()
     stream = Stream(running.router, num_tokens=300)
     running.process.send_signal(signal.SIGTERM)
     time.sleep(1.5)
@@ -262,4 +264,4 @@ def test_what_a_killed_driver_left_in_somebody_elses_ray(
     running.process.send_signal(signal.SIGTERM)
     assert running.process.wait(30) == 0, running.stderr
     stream.join(10)
-    assert place.left() == []
+    assert surroundings.left() == []

@@ -54,7 +54,7 @@ def test_the_dashboard_groups_by_tags_that_exist() -> None:
             assert set(group.replace(" ", "").split(",")) <= {*worker.LABELS, *node.LABELS, "reason", "le"}
 
 
-def test_panels_have_their_own_places() -> None:
+def test_panels_do_not_overlap() -> None:
     panels = json.loads(DASHBOARD.read_text())["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     assert len({(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels}) == len(panels)

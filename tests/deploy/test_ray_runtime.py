@@ -67,7 +67,7 @@ def test_joining_starts_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 
 class RobbedRay:
-    """Stands in for ray.init: at first somebody else takes the port for metrics while it starts."""
+    """Stands in for ray.init: at first another process takes the port for metrics while it starts."""
 
     def __init__(self) -> None:
         self.ports: list[int] = []

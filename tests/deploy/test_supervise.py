@@ -68,20 +68,20 @@ def test_a_killed_child_comes_back(supervise: Callable[..., SupervisedProcess]) 
     assert is_alive(process.wait_ready(1)["pid"])
 
 
-def test_the_next_child_is_told_what_the_one_before_said(tmp_path: Path) -> None:
-    told: list[Ready | None] = []
+def test_the_next_child_gets_the_ready_line_of_the_one_before(tmp_path: Path) -> None:
+    received: list[Ready | None] = []
 
     def command(before: Ready | None) -> list[str]:
-        told.append(before)
+        received.append(before)
         return [sys.executable, "-c", READY]
 
     process = SupervisedProcess("child", command, dict(os.environ), tmp_path / "log")
     process.start()
     first = process.wait_ready(20)
     os.kill(first["pid"], signal.SIGKILL)
-    wait_until(lambda: len(told) == 2)
+    wait_until(lambda: len(received) == 2)
     process.stop()
-    assert told == [None, first]
+    assert received == [None, first]
 
 
 def test_a_child_that_cannot_start_is_reported_by_its_last_line(supervise: Callable[..., SupervisedProcess]) -> None:
@@ -124,7 +124,7 @@ time.sleep(600)
 def test_the_error_is_found_at_the_end_of_a_long_log(
     supervise: Callable[..., SupervisedProcess], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole log was read, however long, by whoever kept the child running."""
+    """The supervisor read the whole log, however long."""
     monkeypatch.setattr("deploy.processes.supervise._MOST_LOG_BYTES", 1 << 20)
     code = "import sys; sys.stderr.write('x' * 79 + '\\n' + 30000 * ('y' * 79 + '\\n')); sys.exit('the reason')"
     with pytest.raises(StartError, match=r"^child: the reason$"):

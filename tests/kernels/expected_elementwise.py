@@ -63,8 +63,8 @@ def rope_and_write_kv_int8(q, k, v, cos_sin, positions, kv_cache, slot_mapping, 
 
 
 def vocab_argmax(logits, first_id):
-    values, places = logits.double().sort(dim=-1, descending=True, stable=True)
-    return values[:, 0], places[:, 0] + first_id
+    values, indices = logits.double().sort(dim=-1, descending=True, stable=True)
+    return values[:, 0], indices[:, 0] + first_id
 
 
 def sample(logits, temperature, top_k, top_p, min_p, seeds, positions, first_id):
@@ -81,9 +81,9 @@ def sample(logits, temperature, top_k, top_p, min_p, seeds, positions, first_id)
             ] = -torch.inf
             words = uniform_words(int(seeds[i]) % 2**64, int(positions[i]), first_id, len(row), row.device)
             scores = left + gumbel(words)
-        value, place = scores.max(dim=-1)
+        value, index = scores.max(dim=-1)
         values.append(value)
-        ids.append(place + first_id)
+        ids.append(index + first_id)
     return torch.stack(values), torch.stack(ids)
 
 

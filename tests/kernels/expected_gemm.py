@@ -9,7 +9,7 @@ def torch_linear(x, weight, bias):
 
 
 def torch_w4a16(x, packed, scales, zeros):
-    """Word by word as the layout is told: word j of block b holds k = 128 b + j + 32 i at bits 4 i."""
+    """Word by word as the layout is documented: word j of block b holds k = 128 b + j + 32 i at bits 4 i."""
     num_blocks, n, num_words = packed.shape
     codes = torch.empty(n, 128 * num_blocks, dtype=torch.float64)
     for b in range(num_blocks):

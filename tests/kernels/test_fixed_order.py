@@ -1,4 +1,4 @@
-"""The same row gives the same bits, whatever its batch and its place in it, on the CPU and on a GPU."""
+"""The same row gives the same bits, whatever its batch and its row in it, on the CPU and on a GPU."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_a_row_alone_and_in_any_batch(n, k, dtype, threads):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_a_row_at_any_place_beside_any_neighbours(n, k, dtype, threads):
+def test_a_row_at_any_index_beside_any_neighbours(n, k, dtype, threads):
     x, weight, _ = draw(linear.CPU_ROWS, n, k, dtype)
     alone = fixed_order_linear(x[:1], weight, None)
     everywhere = fixed_order_linear(x[:1].expand(linear.CPU_ROWS, k), weight, None)

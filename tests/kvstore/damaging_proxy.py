@@ -1,7 +1,7 @@
 """A TCP proxy that damages what a peer sends: `python -m tests.kvstore.damaging_proxy UPSTREAM EDITS`.
 
 EDITS is JSON: {"hold": N, "turns": [...], "edits": [...]}. Of each connection the first N bytes from the peer are held
-back, edited and sent on, at the turns what came up to there: then the client speaks. What follows passes as it is.
+back, edited and sent on, at the turns what came up to there: then the client answers. What follows passes as it is.
 An edit is {"at": offset} and one of "xor": byte, "replace": hex,
 "swap": [other offset, length], "cut": true (nothing from there on, closed), "stall": true (nothing from there on).
 Prints its port.
@@ -51,7 +51,7 @@ def serve(client: socket.socket, upstream: str, plan: dict[str, object]) -> None
         edits = plan["edits"]
         assert isinstance(edits, list)
         held, num_sent, end = bytearray(), 0, ""
-        # The first message must not wait for the rest of what is held: the client speaks after it.
+        # The first message must not wait for the rest of what is held: the client answers after it.
         for border in (24, *plan.get("turns", []), plan["hold"]):  # type: ignore[misc]
             while len(held) < border and (chunk := server.recv(border - len(held))):
                 held += chunk

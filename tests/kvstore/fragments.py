@@ -58,15 +58,15 @@ with open(sys.argv[1], "r+b") as file:
 def find_stored(folder: Path, fragment: Fragment) -> tuple[Path, int]:
     """The segment file that has the fragment, and where its header begins."""
     for path in folder.glob("*.segment"):
-        place = path.read_bytes().find(fragment.payload.tobytes())
-        if place >= 0:
-            return path, place - HEADER_BYTES
+        offset = path.read_bytes().find(fragment.payload.tobytes())
+        if offset >= 0:
+            return path, offset - HEADER_BYTES
     raise AssertionError("no segment has the fragment")
 
 
 def damage_segments(folder: Path, fragment: Fragment, damage: Callable[[bytes], bytes]) -> None:
     """Another process writes damage(header, payload and tag) over a fragment on disk."""
-    path, place = find_stored(folder, fragment)
-    stored = path.read_bytes()[place : place + HEADER_BYTES + fragment.payload.nbytes + TAG_BYTES]
-    command = [sys.executable, "-c", _OVERWRITE, str(path), str(place)]
+    path, offset = find_stored(folder, fragment)
+    stored = path.read_bytes()[offset : offset + HEADER_BYTES + fragment.payload.nbytes + TAG_BYTES]
+    command = [sys.executable, "-c", _OVERWRITE, str(path), str(offset)]
     subprocess.run(command, input=damage(stored), check=True)

@@ -1,4 +1,4 @@
-"""The arena's file: who may remove it, what a reader is told, and what another process sees."""
+"""The arena's file: who may remove it, what a reader gets, and what another process sees."""
 
 import fcntl
 import os
@@ -85,13 +85,13 @@ def test_a_length_that_is_too_short_is_noticed(tmp_path: Path) -> None:
     owned.remove()
 
 
-def test_a_room_larger_than_a_slot_or_a_slot_that_does_not_exist_is_a_bad_layout(tmp_path: Path) -> None:
+def test_a_buffer_larger_than_a_slot_or_a_slot_that_does_not_exist_is_a_bad_layout(tmp_path: Path) -> None:
     owned = create(tmp_path)
     owned.arena.write([3], [FRAGMENT], [1])
-    rooms = [memoryview(bytearray(num_bytes)) for num_bytes in (1000, 1001, 1000, 1000)]
-    results = owned.arena.read_into([4, 3, 3, -1], [FRAGMENT.key] * 4, [1] * 4, rooms)
+    buffers = [memoryview(bytearray(num_bytes)) for num_bytes in (1000, 1001, 1000, 1000)]
+    results = owned.arena.read_into([4, 3, 3, -1], [FRAGMENT.key] * 4, [1] * 4, buffers)
     assert results == [Rejected("layout"), Rejected("layout"), None, Rejected("layout")]
-    assert rooms[2] == FRAGMENT.payload
+    assert buffers[2] == FRAGMENT.payload
     owned.remove()
 
 

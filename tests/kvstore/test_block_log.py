@@ -1,4 +1,4 @@
-"""The log of a device's blocks: what its followers are told is what the pool holds, however slow they are."""
+"""The log of a device's blocks: its followers know what the pool holds, however slow they are."""
 
 from __future__ import annotations
 

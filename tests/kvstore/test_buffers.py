@@ -1,4 +1,4 @@
-"""A buffer is used again only when nobody can see it any more."""
+"""A buffer is used again only when no view of it is left."""
 
 import ctypes
 

@@ -21,7 +21,7 @@ def stored_form(fragment: Fragment) -> memoryview:
 
 
 def packed(fragment: Fragment, header: bytes, frame: bytes) -> memoryview:
-    """A compressed form that is right on its outside: made by somebody who knows how."""
+    """A compressed form that is right on its outside: forged by a writer who knows the format."""
     content = memoryview(header + frame)
     outer = seal(fragment.key, content, GENERATION)
     return memoryview(bytearray(COMPRESSED + outer[len(COMPRESSED) :] + bytes(content)))

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from kvstore.config import KVStoreConfig
-from kvstore.connect import open_directory, open_tiers, place_of
+from kvstore.connect import locations_of, open_directory, open_tiers
 from kvstore.control.redis_directory import RedisDirectory
 from kvstore.control.remote_directory import RemoteDirectory
 from tests.processes import REPOSITORY, KVNode, RedisServer, free_port, python_environment
@@ -33,8 +33,8 @@ def test_tiers_in_the_order_in_which_they_are_asked(peer_node: KVNode, redis_ser
         peer_node.host_address, KVStoreConfig(tier=redis_server.url, peers=True), "secret", redis_server.url
     )
     assert [(tier.name, tier.is_up) for tier in tiers] == [("host", True), ("peer", True), ("redis", True)]
-    places = [place_of(tier, "here") for tier in tiers]
-    assert places == [["host:here", f"peer:{peer_node.ready['peer_address']}"], [], ["redis"]]
+    locations = [locations_of(tier, "here") for tier in tiers]
+    assert locations == [["host:here", f"peer:{peer_node.ready['peer_address']}"], [], ["redis"]]
     for tier in tiers:
         tier.close()
 

@@ -73,16 +73,16 @@ def test_a_part_of_a_cache_is_gathered_and_scattered(
     in_use: CopyDigest, layers: int, slots: int, row_bytes: int
 ) -> None:
     cache, other = randoms(layers, 5, 3, 2, 16, row_bytes), randoms(layers, 5, 3, 2, 16, row_bytes)
-    lies, room = cache[:, 2, 1, :, :slots], other[:, 4, 0, :, :slots]
+    source_part, target_part = cache[:, 2, 1, :, :slots], other[:, 4, 0, :, :slots]
     expected = other.copy()
-    expected[:, 4, 0, :, :slots] = lies
-    flat = memoryview(bytearray(lies.nbytes))
-    digest = xxhash.xxh3_64_intdigest(lies.tobytes() + KEY)
-    assert in_use(flat, memoryview(lies), KEY) == digest
-    assert flat.tobytes() == lies.tobytes()
-    assert in_use(room, flat, KEY) == digest
-    assert (other == expected).all()  # what lies around the room is as it was
-    assert in_use(other[:, 0, 0, :, :slots], lies, KEY) == digest
+    expected[:, 4, 0, :, :slots] = source_part
+    flat = memoryview(bytearray(source_part.nbytes))
+    digest = xxhash.xxh3_64_intdigest(source_part.tobytes() + KEY)
+    assert in_use(flat, memoryview(source_part), KEY) == digest
+    assert flat.tobytes() == source_part.tobytes()
+    assert in_use(target_part, flat, KEY) == digest
+    assert (other == expected).all()  # bytes around the target part are unchanged
+    assert in_use(other[:, 0, 0, :, :slots], source_part, KEY) == digest
 
 
 def test_a_target_of_other_elements_than_bytes_is_refused() -> None:

@@ -192,7 +192,7 @@ def test_memory_blocks_are_bounded_in_number() -> None:
     directory.publish(names[:3], "redis")
     directory.locate(names[:1])  # a use
     directory.publish(names[3:], "redis")
-    assert [bool(places) for places in directory.locate(names)] == [True, False, True, True]
+    assert [bool(locations) for locations in directory.locate(names)] == [True, False, True, True]
 
 
 def test_memory_blocks_are_bounded_in_age() -> None:

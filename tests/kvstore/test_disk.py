@@ -18,7 +18,7 @@ from kvstore.format.authenticity import TAG_BYTES, FragmentAuthenticator
 from kvstore.format.fragment import Fragment, Rejected
 from kvstore.format.sealing import GENERATION_OFFSET, HEADER_BYTES
 from kvstore.tiers.disk.disk import DiskTier
-from tests.fault_injector import DiskPlace
+from tests.fault_injector import DiskStorage
 from tests.kvstore.fragments import (
     SECRET,
     damage_segments,
@@ -94,7 +94,7 @@ def test_a_segment_that_is_read_outlives_younger_ones(open_disk: Callable[..., D
     check_all(disk, old)
     for _ in range(12):
         write(disk, make_fragments(10, PAYLOAD_BYTES))
-    assert not any(disk.has(key) for key in keys_of(old))  # nobody read it any more
+    assert not any(disk.has(key) for key in keys_of(old))  # it was read no more
 
 
 def test_what_is_there_already_is_not_written_again(open_disk: Callable[..., DiskTier]) -> None:
@@ -143,11 +143,11 @@ def test_a_torn_compressed_fragment_is_dropped_at_the_next_start(
     copy = folder.with_name("copy")
     shutil.copytree(folder, copy)  # as after a crash: the segment was not completed
     first.close()
-    place = DiskPlace(copy)
-    assert place.find(keys_of([whole, torn]))
-    stored = place.read(torn.key)
+    storage = DiskStorage(copy)
+    assert storage.find(keys_of([whole, torn]))
+    stored = storage.read(torn.key)
     assert stored is not None
-    place.write(torn.key, stored[: len(stored) // 2])
+    storage.write(torn.key, stored[: len(stored) // 2])
     second = open_disk(where=copy)
     check_all(second, [whole])
     assert not second.has(torn.key)
@@ -268,7 +268,7 @@ def test_a_full_disk_bounds_the_tier(open_disk: Callable[..., DiskTier], small_d
     disk = open_disk(64 * SEGMENT_BYTES, where=small_disk / "disk")
     for _ in range(6):
         batch = make_fragments(9, PAYLOAD_BYTES)
-        assert write(disk, batch) == 9  # its own oldest segment made room
+        assert write(disk, batch) == 9  # its own oldest segment was removed
         check_all(disk, batch)
     assert disk.stats().num_segments_evicted > 0
     disk.close()
@@ -329,7 +329,7 @@ def test_an_error_of_the_device_is_a_miss(open_disk: Callable[..., DiskTier], mo
         assert write(disk, make_fragments(3)) == 0
         assert not disk.is_up
     wait_until(lambda: disk.is_up, "the tier is up again")
-    check_all(disk, fragments[1:])  # the first one's place counts as broken
+    check_all(disk, fragments[1:])  # the first one's location counts as broken
 
 
 KILLED = """
@@ -381,9 +381,9 @@ def test_a_torn_end_is_dropped_at_the_next_start(open_disk: Callable[..., DiskTi
 
 
 def swap(folder: Path, one: Fragment, other: Fragment) -> None:
-    path, place = find_stored(folder, other)
+    path, offset = find_stored(folder, other)
     num_bytes = HEADER_BYTES + other.payload.nbytes + TAG_BYTES
-    others = path.read_bytes()[place : place + num_bytes]
+    others = path.read_bytes()[offset : offset + num_bytes]
     damage_segments(folder, one, lambda _: others)
 
 
@@ -433,13 +433,13 @@ def test_fragments_that_were_swapped_are_refused(open_disk: Callable[..., DiskTi
 
 
 def test_a_fragment_from_an_older_segment_is_stale(open_disk: Callable[..., DiskTier], folder: Path) -> None:
-    """The same fragment, rightly tagged, but not what was written last in this place."""
+    """The same fragment, rightly tagged, but not what was written last at this location."""
     first = open_disk()
     (fragment,) = make_fragments(1)
     write(first, [fragment])
     first.close()
-    path, place = find_stored(folder, fragment)
-    old = path.read_bytes()[place : place + HEADER_BYTES + 1000 + TAG_BYTES]
+    path, offset = find_stored(folder, fragment)
+    old = path.read_bytes()[offset : offset + HEADER_BYTES + 1000 + TAG_BYTES]
     path.unlink()
     second = open_disk()
     write(second, [fragment])
@@ -451,8 +451,8 @@ def test_a_file_that_was_cut_off_is_truncated(open_disk: Callable[..., DiskTier]
     disk = open_disk()
     kept, lost = make_fragments(2, PAYLOAD_BYTES)
     write(disk, [kept, lost])
-    path, place = find_stored(folder, lost)
-    os.truncate(path, place + 50_000)
+    path, offset = find_stored(folder, lost)
+    os.truncate(path, offset + 50_000)
     assert disk.read(lost.key) == Rejected("truncated")
     check_all(disk, [kept])
 

@@ -46,73 +46,73 @@ def test_knows_its_node(tier: HostTier, node: KVNode) -> None:
 def test_two_workers_share_what_one_of_them_wrote(tier: HostTier, node: KVNode) -> None:
     fragments = make_fragments(4)
     other = HostTier(node.host_address)
-    tier.put(fragments)
-    assert list(other.get(keys_of(fragments))) == [fragment.payload for fragment in fragments]
+    tier.store(fragments)
+    assert list(other.load(keys_of(fragments))) == [fragment.payload for fragment in fragments]
     other.close()
 
 
 def test_under_pressure_the_oldest_go_and_nothing_wrong_is_read(tier: HostTier, node: KVNode) -> None:
     batches = [make_fragments(6) for _ in range(4)]
     for batch in batches:
-        assert tier.put(batch) == [True] * 6
-    assert list(tier.get(keys_of(batches[3]))) == [fragment.payload for fragment in batches[3]]
-    assert list(tier.get(keys_of(batches[0]))) == [None] * 6
-    for fragment, got in zip(batches[1], tier.get(keys_of(batches[1])), strict=True):
+        assert tier.store(batch) == [True] * 6
+    assert list(tier.load(keys_of(batches[3]))) == [fragment.payload for fragment in batches[3]]
+    assert list(tier.load(keys_of(batches[0]))) == [None] * 6
+    for fragment, got in zip(batches[1], tier.load(keys_of(batches[1])), strict=True):
         assert got is None or got == fragment.payload
 
 
 def test_a_batch_larger_than_the_arena_keeps_what_fits(tier: HostTier, node: KVNode) -> None:
     fragments = make_fragments(node.num_slots + 4)
-    stored = tier.put(fragments)
+    stored = tier.store(fragments)
     assert stored == [True] * node.num_slots + [False] * 4
-    got = list(tier.get(keys_of(fragments)))
+    got = list(tier.load(keys_of(fragments)))
     assert got == [f.payload if is_stored else None for f, is_stored in zip(fragments, stored, strict=True)]
 
 
 def test_a_fragment_larger_than_a_slot_is_not_kept(tier: HostTier, node: KVNode) -> None:
     (large,), (small,) = make_fragments(1, node.slot_bytes + 1), make_fragments(1, node.slot_bytes)
-    assert tier.put([large, small]) == [False, True]
-    assert list(tier.get([large.key, small.key])) == [None, small.payload]
+    assert tier.store([large, small]) == [False, True]
+    assert list(tier.load([large.key, small.key])) == [None, small.payload]
 
 
 def test_what_was_prepared_is_put_with_one_reservation(tier: HostTier, node: KVNode) -> None:
     fragments = make_fragments(node.num_slots // 2)
     tier.prepare(keys_of(fragments))
     assert len(tier._prepared) == 1
-    assert tier.put(fragments) == [True] * len(fragments)
+    assert tier.store(fragments) == [True] * len(fragments)
     assert len(tier._prepared) == 0
     others = make_fragments(node.num_slots // 2)
-    assert tier.put(others) == [True] * len(others)  # nothing had to go for a second reservation
-    assert list(tier.get(keys_of(fragments + others))) == [fragment.payload for fragment in fragments + others]
+    assert tier.store(others) == [True] * len(others)  # nothing had to go for a second reservation
+    assert list(tier.load(keys_of(fragments + others))) == [fragment.payload for fragment in fragments + others]
 
 
 def test_more_is_prepared_than_is_remembered(tier: HostTier, node: KVNode) -> None:
-    """Each is reserved once: the arena has room for all of them, and for nothing else."""
+    """Each is reserved once: the arena has slots for all of them, and for nothing else."""
     fragments = make_fragments(node.num_slots)
     for fragment in fragments:
         tier.prepare([fragment.key])
     assert len(tier._prepared) == 8
-    assert [tier.put([fragment]) for fragment in fragments] == [[True]] * node.num_slots
-    assert list(tier.get(keys_of(fragments))) == [fragment.payload for fragment in fragments]
+    assert [tier.store([fragment]) for fragment in fragments] == [[True]] * node.num_slots
+    assert list(tier.load(keys_of(fragments))) == [fragment.payload for fragment in fragments]
 
 
 def test_what_is_there_already_when_it_is_prepared_is_not_written_again(tier: HostTier) -> None:
     old, new = make_fragments(2), make_fragments(2)
-    tier.put(old)
+    tier.store(old)
     tier.prepare(keys_of([*old, *new]))
-    assert tier.put([*old, *new]) == [True] * 4
-    assert list(tier.get(keys_of([*old, *new]))) == [fragment.payload for fragment in [*old, *new]]
+    assert tier.store([*old, *new]) == [True] * 4
+    assert list(tier.load(keys_of([*old, *new]))) == [fragment.payload for fragment in [*old, *new]]
 
 
 def test_what_was_there_when_it_was_prepared_and_has_gone_is_written(tier: HostTier, node: KVNode) -> None:
     old = make_fragments(2)
-    tier.put(old)
+    tier.store(old)
     tier.prepare(keys_of(old))
-    assert list(tier.get(keys_of(old))) == [fragment.payload for fragment in old]  # the node has answered by now
-    tier.put(make_fragments(node.num_slots))
-    assert list(tier.get(keys_of(old))) == [None, None]
-    assert tier.put(old) == [True, True]
-    assert list(tier.get(keys_of(old))) == [fragment.payload for fragment in old]
+    assert list(tier.load(keys_of(old))) == [fragment.payload for fragment in old]  # the node has answered by now
+    tier.store(make_fragments(node.num_slots))
+    assert list(tier.load(keys_of(old))) == [None, None]
+    assert tier.store(old) == [True, True]
+    assert list(tier.load(keys_of(old))) == [fragment.payload for fragment in old]
 
 
 def test_a_slot_that_was_given_to_another_writer_is_not_written_to(
@@ -120,30 +120,30 @@ def test_a_slot_that_was_given_to_another_writer_is_not_written_to(
 ) -> None:
     """As when this process stood still for longer than a reservation lasts."""
     (kept,) = make_fragments(1)
-    assert tier.put([kept]) == [True]
+    assert tier.store([kept]) == [True]
     found = stub.Lookup(kvnode_pb2.LookupRequest(keys=[kept.key]))
     monkeypatch.setattr(tier, "_reserve", lambda arena, keys: [(found.slots[0], found.generations[0] - 1)])
-    assert tier.put(make_fragments(1)) == [False]
-    assert list(tier.get([kept.key])) == [kept.payload]
+    assert tier.store(make_fragments(1)) == [False]
+    assert list(tier.load([kept.key])) == [kept.payload]
 
 
-def test_good_bytes_that_do_not_fit_the_room_are_rejected_and_stay(tier: HostTier) -> None:
+def test_good_bytes_that_do_not_fit_the_buffer_are_rejected_and_stay(tier: HostTier) -> None:
     (fragment,) = make_fragments(1)
-    tier.put([fragment])
-    assert list(tier.get_into([fragment.key], [memoryview(bytearray(999))])) == [Rejected("layout")]
-    assert list(tier.get([fragment.key])) == [fragment.payload]
+    tier.store([fragment])
+    assert list(tier.load_into([fragment.key], [memoryview(bytearray(999))])) == [Rejected("layout")]
+    assert list(tier.load([fragment.key])) == [fragment.payload]
 
 
 def test_what_was_prepared_and_never_put_is_forgotten(tier: HostTier, node: KVNode) -> None:
     node.kill()  # the reservations of this test hold half of the slots until they expire
     node.start()
-    wait_until(lambda: tier.is_up and tier.put(make_fragments(1)) == [True], "the new arena takes fragments")
+    wait_until(lambda: tier.is_up and tier.store(make_fragments(1)) == [True], "the new arena takes fragments")
     for _ in range(10):
         tier.prepare(keys_of(make_fragments(1)))
     assert len(tier._prepared) == 8
     fragments = make_fragments(2)
-    assert tier.put(fragments) == [True, True]
-    assert list(tier.get(keys_of(fragments))) == [fragment.payload for fragment in fragments]
+    assert tier.store(fragments) == [True, True]
+    assert list(tier.load(keys_of(fragments))) == [fragment.payload for fragment in fragments]
     node.kill()
     node.start()
 
@@ -152,8 +152,8 @@ def test_a_preparation_that_is_too_old_is_not_used(tier: HostTier, monkeypatch: 
     fragments = make_fragments(3)
     tier.prepare(keys_of(fragments))
     monkeypatch.setattr(host_tier, "_PREPARED_S", 0.0)
-    assert tier.put(fragments) == [True] * 3
-    assert list(tier.get(keys_of(fragments))) == [fragment.payload for fragment in fragments]
+    assert tier.store(fragments) == [True] * 3
+    assert list(tier.load(keys_of(fragments))) == [fragment.payload for fragment in fragments]
     assert not tier._prepared
 
 
@@ -161,28 +161,28 @@ def test_a_node_that_was_replaced_after_it_was_asked(tier: HostTier, node: KVNod
     fragments = make_fragments(3)
     tier.prepare(keys_of(fragments))
     node.kill()
-    assert tier.put(fragments) == [False] * 3
-    tier.prepare(keys_of(fragments))  # nobody is there
+    assert tier.store(fragments) == [False] * 3
+    tier.prepare(keys_of(fragments))  # the node is away
     node.start()
-    wait_until(lambda: tier.put(fragments) == [True] * 3, "fragments are in the new arena")
-    assert list(tier.get(keys_of(fragments))) == [fragment.payload for fragment in fragments]
+    wait_until(lambda: tier.store(fragments) == [True] * 3, "fragments are in the new arena")
+    assert list(tier.load(keys_of(fragments))) == [fragment.payload for fragment in fragments]
 
 
 def test_a_key_of_another_length_is_the_callers_error(tier: HostTier) -> None:
     with pytest.raises(ValueError, match="22 bytes"):
-        tier.get([b"short"])
+        tier.load([b"short"])
     with pytest.raises(ValueError, match="22 bytes"):
-        tier.put([Fragment(b"short", memoryview(b"x"))])
+        tier.store([Fragment(b"short", memoryview(b"x"))])
 
 
 def test_a_slot_given_to_another_fragment_is_stale_for_its_former_reader(
     tier: HostTier, stub: kvnode_pb2_grpc.KVNodeServiceStub
 ) -> None:
     (fragment,) = make_fragments(1)
-    tier.put([fragment])
+    tier.store([fragment])
     found = stub.Lookup(kvnode_pb2.LookupRequest(keys=[fragment.key]))
     for _ in range(3):
-        tier.put(make_fragments(16))
+        tier.store(make_fragments(16))
     arena = tier._arena
     assert arena is not None
     assert arena.read(found.slots[0], fragment.key, found.generations[0]) == Rejected("stale")
@@ -191,13 +191,13 @@ def test_a_slot_given_to_another_fragment_is_stale_for_its_former_reader(
 def test_a_reservation_in_progress_is_not_readable(tier: HostTier, stub: kvnode_pb2_grpc.KVNodeServiceStub) -> None:
     (fragment,) = make_fragments(1)
     reserved = stub.Reserve(kvnode_pb2.ReserveRequest(keys=[fragment.key]))
-    assert list(tier.get([fragment.key])) == [None]
-    assert tier.put([fragment]) == [True]  # another writer does not wait for it
-    assert list(tier.get([fragment.key])) == [fragment.payload]
+    assert list(tier.load([fragment.key])) == [None]
+    assert tier.store([fragment]) == [True]  # another writer does not wait for it
+    assert list(tier.load([fragment.key])) == [fragment.payload]
     stub.Seal(
         kvnode_pb2.SealRequest(keys=[fragment.key], slots=reserved.slots, generations=reserved.generations)
     )  # late and empty-handed: changes nothing
-    assert list(tier.get([fragment.key])) == [fragment.payload]
+    assert list(tier.load([fragment.key])) == [fragment.payload]
 
 
 def test_a_seal_without_a_reservation_makes_nothing_readable(stub: kvnode_pb2_grpc.KVNodeServiceStub) -> None:
@@ -213,9 +213,9 @@ def test_a_fragment_that_was_sealed_but_never_written_is_refused(
     (fragment,) = make_fragments(1)
     reserved = stub.Reserve(kvnode_pb2.ReserveRequest(keys=[fragment.key]))
     stub.Seal(kvnode_pb2.SealRequest(keys=[fragment.key], slots=reserved.slots, generations=reserved.generations))
-    (got,) = tier.get([fragment.key])
+    (got,) = tier.load([fragment.key])
     assert isinstance(got, Rejected)
-    assert list(tier.get([fragment.key])) == [None]
+    assert list(tier.load([fragment.key])) == [None]
 
 
 @pytest.mark.parametrize(
@@ -248,29 +248,29 @@ def test_bad_slot_calls_are_refused(stub: kvnode_pb2_grpc.KVNodeServiceStub) -> 
 def test_survives_kill_and_restart_of_the_node(kv_node: KVNode) -> None:
     tier = HostTier(kv_node.host_address)
     fragments = make_fragments(4)
-    assert tier.put(fragments) == [True] * 4
+    assert tier.store(fragments) == [True] * 4
     kv_node.kill()
-    assert tier.put(fragments) == [False] * 4
-    assert list(tier.get(keys_of(fragments))) == [None] * 4
+    assert tier.store(fragments) == [False] * 4
+    assert list(tier.load(keys_of(fragments))) == [None] * 4
     assert not tier.is_up
     kv_node.start()
     wait_until(lambda: tier.is_up, "the tier is up again")
-    assert list(tier.get(keys_of(fragments))) == [None] * 4  # a new arena
-    assert tier.put(fragments) == [True] * 4
-    assert list(tier.get(keys_of(fragments))) == [fragment.payload for fragment in fragments]
+    assert list(tier.load(keys_of(fragments))) == [None] * 4  # a new arena
+    assert tier.store(fragments) == [True] * 4
+    assert list(tier.load(keys_of(fragments))) == [fragment.payload for fragment in fragments]
     tier.close()
 
 
 def test_a_restart_between_two_calls_goes_unnoticed(kv_node: KVNode) -> None:
     tier = HostTier(kv_node.host_address)
     old, new = make_fragments(4), make_fragments(4)
-    tier.put(old)
+    tier.store(old)
     former = tier._arena
     kv_node.restart()
     tier._arena = former  # as if the check that runs every second had not been made yet
-    wait_until(lambda: tier.put(new) == [True] * 4, "fragments are in the new arena")
+    wait_until(lambda: tier.store(new) == [True] * 4, "fragments are in the new arena")
     assert tier._arena is not former
-    assert list(tier.get(keys_of(old) + keys_of(new))) == [None] * 4 + [fragment.payload for fragment in new]
+    assert list(tier.load(keys_of(old) + keys_of(new))) == [None] * 4 + [fragment.payload for fragment in new]
     tier.close()
 
 
@@ -279,10 +279,10 @@ def test_a_reader_with_the_former_arena_maps_the_new_one(kv_node: KVNode) -> Non
     fragments = make_fragments(4)
     former = reader._arena
     kv_node.restart()
-    wait_until(lambda: writer.put(fragments) == [True] * 4, "the other worker wrote to the new arena")
+    wait_until(lambda: writer.store(fragments) == [True] * 4, "the other worker wrote to the new arena")
     wait_until(lambda: reader.is_up, "the reader is connected")
     reader._arena = former
-    assert list(reader.get(keys_of(fragments))) == [fragment.payload for fragment in fragments]
+    assert list(reader.load(keys_of(fragments))) == [fragment.payload for fragment in fragments]
     reader.close()
     writer.close()
 
@@ -293,10 +293,10 @@ def test_starts_without_a_node_and_finds_it_later(kv_node: KVNode) -> None:
     fragments = make_fragments(1)
     assert not tier.is_up
     assert tier.node_id == ""
-    assert tier.put(fragments) == [False]
+    assert tier.store(fragments) == [False]
     kv_node.start()
     wait_until(lambda: tier.is_up, "the tier is up")
-    assert tier.put(fragments) == [True]
+    assert tier.store(fragments) == [True]
     tier.close()
 
 

@@ -130,9 +130,9 @@ def peer(directory: MemoryDirectory, host: HostTier) -> Iterator[PeerTier]:
     authenticator, reader = FragmentAuthenticator(SECRET), NixlReader()
     tier = PeerTier(directory, SECRET, lambda: "", lambda address: NixlTransport(address, authenticator, reader))
     fragments = make_fragments(1)
-    host.put(fragments)
+    host.store(fragments)
     publish(directory, fragments, host.peer_address)
-    wait_until(lambda: tier.get(keys_of(fragments)) == payloads(fragments), "the peer is connected")
+    wait_until(lambda: tier.load(keys_of(fragments)) == payloads(fragments), "the peer is connected")
     yield tier
     tier.close()
 
@@ -147,18 +147,18 @@ def test_many_groups_over_several_connections(
 ) -> None:
     peer._num_connections = num_connections  # else it depends on the machine
     fragments, unknown = make_fragments(200, SLOT_BYTES), make_fragments(2)
-    assert host.put(fragments) == [True] * 200
+    assert host.store(fragments) == [True] * 200
     publish(directory, fragments + unknown, host.peer_address)
     for _ in range(3):
-        assert peer.get(keys_of(unknown + fragments)) == [None] * 2 + payloads(fragments)
+        assert peer.load(keys_of(unknown + fragments)) == [None] * 2 + payloads(fragments)
 
 
 def test_the_tiers_of_a_worker_read_by_it(nixl_node: KVNode, host: HostTier) -> None:
     tier = open_tiers("", KVStoreConfig(peers=True, peer_transport="nixl"), SECRET, nixl_node.control_url)[0]
     fragments = make_fragments(3)
-    host.put(fragments)
+    host.store(fragments)
     tier._directory.publish([fragments[0].key[:16]], f"peer:{host.peer_address}")  # type: ignore[attr-defined]
-    wait_until(lambda: tier.get(keys_of(fragments)) == payloads(fragments), "the peer is read from")
+    wait_until(lambda: tier.load(keys_of(fragments)) == payloads(fragments), "the peer is read from")
     tier.close()
 
 
@@ -166,25 +166,25 @@ def test_a_node_that_offers_nothing_is_left_alone(
     host: HostTier, peer: PeerTier, directory: MemoryDirectory, peer_node: KVNode
 ) -> None:
     fragments = make_fragments(3)
-    host.put(fragments)
+    host.store(fragments)
     publish(directory, fragments, str(peer_node.ready["peer_address"]))
-    assert peer.get(keys_of(fragments)) == [None] * 3
+    assert peer.load(keys_of(fragments)) == [None] * 3
     publish(directory, fragments, host.peer_address)
-    assert peer.get(keys_of(fragments)) == payloads(fragments)
+    assert peer.load(keys_of(fragments)) == payloads(fragments)
 
 
 def test_bytes_that_the_peer_holds_damaged_are_refused_and_forgotten_there(
     peer: PeerTier, directory: MemoryDirectory, nixl_node: KVNode, host: HostTier
 ) -> None:
     good, bad = make_fragments(2)
-    host.put([good, bad])
+    host.store([good, bad])
     publish(directory, [good, bad], host.peer_address)
-    place = nixl_node.arena.read_bytes().index(bad.payload)
+    offset = nixl_node.arena.read_bytes().index(bad.payload)
     with open(nixl_node.arena, "r+b") as file:
-        file.seek(place)
+        file.seek(offset)
         file.write(bytes([bad.payload[0] ^ 1]))
-    assert peer.get([good.key, bad.key]) == [good.payload, Rejected("checksum")]
-    assert peer.get([good.key, bad.key]) == [good.payload, None]
+    assert peer.load([good.key, bad.key]) == [good.payload, Rejected("checksum")]
+    assert peer.load([good.key, bad.key]) == [good.payload, None]
     assert stats_of(nixl_node).rejected["checksum"] == 1
 
 
@@ -252,23 +252,23 @@ def test_what_is_damaged_on_its_way_is_refused(
     reason: RejectReason | None,
 ) -> None:
     fragments = make_fragments(3)
-    host.put(fragments)
+    host.store(fragments)
     publish(directory, fragments, proxy(at=start(host) + offset, xor=2))
     good = payloads(fragments)
     truncated: list[Rejected | None] = [Rejected("truncated")] * 3 if start is addresses_at else [None] * 3
-    assert peer.get(keys_of(fragments)) == ([good[0], Rejected(reason), good[2]] if reason else truncated)
+    assert peer.load(keys_of(fragments)) == ([good[0], Rejected(reason), good[2]] if reason else truncated)
     publish(directory, fragments, host.peer_address)
-    wait_until(lambda: peer.get(keys_of(fragments)) == good, "the peer itself is asked")  # its copies were good
+    wait_until(lambda: peer.load(keys_of(fragments)) == good, "the peer itself is asked")  # its copies were good
 
 
 def test_swapped_addresses_are_stale(
     host: HostTier, peer: PeerTier, directory: MemoryDirectory, proxy: Callable[..., str]
 ) -> None:
     fragments = make_fragments(3)
-    host.put(fragments)
+    host.store(fragments)
     first = addresses_at(host)
     publish(directory, fragments, proxy(at=first, swap=[first + 8, 8]))
-    assert peer.get(keys_of(fragments)) == [Rejected("stale"), Rejected("stale"), fragments[2].payload]
+    assert peer.load(keys_of(fragments)) == [Rejected("stale"), Rejected("stale"), fragments[2].payload]
 
 
 def test_a_peer_that_was_killed_and_replaced(directory: MemoryDirectory, peer: PeerTier) -> None:
@@ -277,14 +277,14 @@ def test_a_peer_that_was_killed_and_replaced(directory: MemoryDirectory, peer: P
     node = KVNode(f"test-{uuid.uuid4().hex[:12]}", options=options, secret=SECRET)
     host = HostTier(node.host_address)
     fragments = make_fragments(3)
-    host.put(fragments)
+    host.store(fragments)
     publish(directory, fragments, address)
-    wait_until(lambda: peer.get(keys_of(fragments)) == payloads(fragments), "the peer is read from")
+    wait_until(lambda: peer.load(keys_of(fragments)) == payloads(fragments), "the peer is read from")
     node.kill()
-    assert peer.get(keys_of(fragments)) == [None] * 3
+    assert peer.load(keys_of(fragments)) == [None] * 3
     node.start()
-    wait_until(lambda: host.put(fragments) == [True] * 3, "fragments are in the new arena")
-    wait_until(lambda: peer.get(keys_of(fragments)) == payloads(fragments), "the peer is asked again")
+    wait_until(lambda: host.store(fragments) == [True] * 3, "fragments are in the new arena")
+    wait_until(lambda: peer.load(keys_of(fragments)) == payloads(fragments), "the peer is asked again")
     host.close()
     node.close()
 

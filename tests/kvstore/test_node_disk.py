@@ -1,4 +1,4 @@
-"""The disk tier behind a node process: what the arena has no room for comes back from it, through the host tier."""
+"""The disk tier behind a node process: what the arena has no slots for comes back from it, through the host tier."""
 
 import uuid
 from collections.abc import Callable, Iterator
@@ -46,9 +46,9 @@ def stats_of(node: KVNode) -> Any:
 
 
 def put_in_small_batches(tier: HostTier, node: KVNode, fragments: list[Fragment]) -> None:
-    """As many at a time as the node keeps room for, and not before what is next to go is on disk."""
+    """As many at a time as the node keeps slots for, and not before what is next to go is on disk."""
     for i in range(0, len(fragments), 4):
-        assert all(tier.put(fragments[i : i + 4]))
+        assert all(tier.store(fragments[i : i + 4]))
         due = max(0, i + 4 - 12)
         wait_until(lambda due=due: stats_of(node).disk.num_written >= due, "the oldest are on disk")  # type: ignore[misc]
 
@@ -61,7 +61,7 @@ def test_what_was_evicted_comes_back_from_the_disk(start_node: Callable[[str], K
     put_in_small_batches(tier, node, fragments)
     for i in range(0, 64, 4):
         batch = fragments[i : i + 4]
-        assert list(tier.get(keys_of(batch))) == [fragment.payload for fragment in batch]
+        assert list(tier.load(keys_of(batch))) == [fragment.payload for fragment in batch]
         kept = min(64, 56 + i)  # these pushed others out in turn
         wait_until(lambda kept=kept: stats_of(node).disk.num_fragments >= kept, "the oldest are on disk")  # type: ignore[misc]
     stats = stats_of(node)
@@ -77,7 +77,7 @@ def test_compressed_fragments_come_back_from_the_disk(start_node: Callable[..., 
     wait_until(lambda: stats_of(node).disk.is_up, "the disk tier is up")
     fragments = make_compressible(48, 4096)  # two pages each, one when compressed
     for i in range(0, 48, 4):
-        assert all(tier.put(fragments[i : i + 4]))
+        assert all(tier.store(fragments[i : i + 4]))
         wait_until(lambda i=i: stats_of(node).disk.num_written >= i + 4, "all are on disk")  # type: ignore[misc]
     node.terminate()
     (segment,) = (path for path in folder.glob("*.segment"))
@@ -86,7 +86,7 @@ def test_compressed_fragments_come_back_from_the_disk(start_node: Callable[..., 
     wait_until(lambda: stats_of(node).disk.num_fragments == 48, "the disk tier is up again")
     wait_until(lambda: tier.is_up, "the host tier is up again")
     for i in range(0, 48, 4):
-        assert list(tier.get(keys_of(fragments[i : i + 4]))) == [fragment.payload for fragment in fragments[i : i + 4]]
+        assert list(tier.load(keys_of(fragments[i : i + 4]))) == [fragment.payload for fragment in fragments[i : i + 4]]
     assert dict(stats_of(node).disk.rejected) == {}
     tier.close()
 
@@ -95,11 +95,11 @@ def test_a_fragment_is_in_the_arena_once_it_was_read_from_the_disk(start_node: C
     node = start_node("through")
     tier = HostTier(node.host_address)
     old, new = make_fragments(1), make_fragments(16)
-    tier.put(old)
+    tier.store(old)
     wait_until(lambda: stats_of(node).disk.num_written == 1, "the first one is on disk")
-    tier.put(new)
+    tier.store(new)
     for _ in range(3):
-        assert list(tier.get(keys_of(old))) == [old[0].payload]
+        assert list(tier.load(keys_of(old))) == [old[0].payload]
     assert stats_of(node).num_promoted == 1
     tier.close()
 
@@ -110,7 +110,7 @@ def test_a_lookup_larger_than_the_arena_gives_what_fits(start_node: Callable[[st
     wait_until(lambda: stats_of(node).disk.is_up, "the disk tier is up")
     fragments = make_fragments(64)
     put_in_small_batches(tier, node, fragments)
-    got = list(tier.get(keys_of(fragments)))
+    got = list(tier.load(keys_of(fragments)))
     assert sum(payload is not None for payload in got) >= 8
     for fragment, payload in zip(fragments, got, strict=True):
         assert payload is None or payload == fragment.payload
@@ -122,12 +122,12 @@ def test_written_through_all_survives_the_node(start_node: Callable[[str], KVNod
     node = start_node("through")
     tier = HostTier(node.host_address)
     fragments = make_fragments(8)
-    assert tier.put(fragments) == [True] * 8
+    assert tier.store(fragments) == [True] * 8
     wait_until(lambda: stats_of(node).disk.num_written == 8, "all are on disk")
     getattr(node, end)()
     node.start()
     wait_until(lambda: tier.is_up and stats_of(node).disk.is_up, "the tiers are up")
-    assert list(tier.get(keys_of(fragments))) == [fragment.payload for fragment in fragments]
+    assert list(tier.load(keys_of(fragments))) == [fragment.payload for fragment in fragments]
     assert stats_of(node).num_promoted == 8
     tier.close()
 
@@ -136,14 +136,14 @@ def test_damaged_fragments_on_disk_are_misses_and_counted(start_node: Callable[[
     node = start_node("through")
     tier = HostTier(node.host_address)
     good, bad = make_fragments(2)
-    tier.put([good, bad])
+    tier.store([good, bad])
     wait_until(lambda: stats_of(node).disk.num_written == 2, "both are on disk")
     damage_segments(folder, bad, lambda stored: stored[:100] + bytes([stored[100] ^ 1]) + stored[101:])
-    tier.put(make_fragments(16))
-    assert list(tier.get([good.key, bad.key])) == [good.payload, None]
+    tier.store(make_fragments(16))
+    assert list(tier.load([good.key, bad.key])) == [good.payload, None]
     assert dict(stats_of(node).disk.rejected) == {"checksum": 1}
-    tier.put([bad])
-    assert list(tier.get([bad.key])) == [bad.payload]
+    tier.store([bad])
+    assert list(tier.load([bad.key])) == [bad.payload]
     tier.close()
 
 
@@ -151,15 +151,15 @@ def test_damaged_slots_do_not_reach_the_disk(start_node: Callable[[str], KVNode]
     node = start_node("back")
     tier = HostTier(node.host_address)
     fragments = make_fragments(12)  # none is next to go yet
-    tier.put(fragments)
-    place = node.arena.read_bytes().index(fragments[0].payload)
+    tier.store(fragments)
+    offset = node.arena.read_bytes().index(fragments[0].payload)
     with open(node.arena, "r+b") as file:
-        file.seek(place)
+        file.seek(offset)
         file.write(bytes([fragments[0].payload[0] ^ 1]))
-    tier.put(make_fragments(2))
+    tier.store(make_fragments(2))
     wait_until(lambda: stats_of(node).disk.num_written == 1, "the second one is on disk")
     assert dict(stats_of(node).rejected) == {"checksum": 1}
-    assert list(tier.get([fragments[0].key])) == [None]
+    assert list(tier.load([fragments[0].key])) == [None]
     tier.close()
 
 
@@ -169,8 +169,8 @@ def test_two_nodes_do_not_share_a_folder(start_node: Callable[[str], KVNode]) ->
     assert not stats_of(second).disk.is_up
     tier = HostTier(second.host_address)
     fragments = make_fragments(3)
-    assert tier.put(fragments) == [True] * 3  # in its arena
-    assert list(tier.get(keys_of(fragments))) == [fragment.payload for fragment in fragments]
+    assert tier.store(fragments) == [True] * 3  # in its arena
+    assert list(tier.load(keys_of(fragments))) == [fragment.payload for fragment in fragments]
     first.kill()
     wait_until(lambda: stats_of(second).disk.is_up, "the second node has the folder")
     tier.close()

@@ -88,17 +88,17 @@ def body_offset(count: int) -> int:
 
 def test_blocks_are_found_by_the_directory(host: HostTier, peer: PeerTier, directory: MemoryDirectory) -> None:
     known, unknown = make_fragments(3), make_fragments(3)
-    host.put(known + unknown)
+    host.store(known + unknown)
     publish(directory, known, host.peer_address)
-    assert peer.get(keys_of(unknown + known)) == [None] * 3 + [fragment.payload for fragment in known]
+    assert peer.load(keys_of(unknown + known)) == [None] * 3 + [fragment.payload for fragment in known]
 
 
 def test_the_own_host_is_not_asked(host: HostTier, directory: MemoryDirectory) -> None:
     peer = PeerTier(directory, SECRET, lambda: host.peer_address)
     fragments = make_fragments(1)
-    host.put(fragments)
+    host.store(fragments)
     publish(directory, fragments, host.peer_address)
-    assert peer.get(keys_of(fragments)) == [None]
+    assert peer.load(keys_of(fragments)) == [None]
     peer.close()
 
 
@@ -108,10 +108,10 @@ def test_many_fragments_over_several_connections(
 ) -> None:
     peer._num_connections = num_connections  # else it depends on the machine
     fragments = make_fragments(200, 60_000)
-    assert host.put(fragments) == [True] * 200
+    assert host.store(fragments) == [True] * 200
     publish(directory, fragments, host.peer_address)
     for _ in range(3):
-        assert peer.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]
+        assert peer.load(keys_of(fragments)) == [fragment.payload for fragment in fragments]
 
 
 def forge(fragment: Fragment) -> str:
@@ -138,23 +138,23 @@ def test_what_is_damaged_on_its_way_is_refused_once(
     host: HostTier, peer: PeerTier, directory: MemoryDirectory, damage: Damage, fault: str
 ) -> None:
     fragments = make_fragments(3)
-    host.put(fragments)
+    host.store(fragments)
     make_edit, reason = FAULTS[fault]
     address = damage(3, make_edit(fragments, body_offset(3) + SEALED_BYTES))
     publish(directory, fragments, address)
     good = [fragment.payload for fragment in fragments]
-    assert peer.get(keys_of(fragments)) == [good[0], Rejected(reason), good[2]]  # type: ignore[arg-type]
-    assert peer.get(keys_of(fragments)) == good  # the peer's own copy was good, and stayed
+    assert peer.load(keys_of(fragments)) == [good[0], Rejected(reason), good[2]]  # type: ignore[arg-type]
+    assert peer.load(keys_of(fragments)) == good  # the peer's own copy was good, and stayed
 
 
 def test_swapped_fragments_are_refused(
     host: HostTier, peer: PeerTier, directory: MemoryDirectory, damage: Damage
 ) -> None:
     fragments = make_fragments(3)
-    host.put(fragments)
+    host.store(fragments)
     first = body_offset(3)
     publish(directory, fragments, damage(3, {"at": first, "swap": [first + 2 * SEALED_BYTES, SEALED_BYTES]}))
-    assert peer.get(keys_of(fragments)) == [Rejected("stale"), fragments[1].payload, Rejected("stale")]
+    assert peer.load(keys_of(fragments)) == [Rejected("stale"), fragments[1].payload, Rejected("stale")]
 
 
 @pytest.mark.parametrize("end", ["cut", "stall"])
@@ -162,13 +162,13 @@ def test_a_peer_that_stops_halfway_costs_what_it_announced_and_is_left_alone(
     host: HostTier, peer: PeerTier, directory: MemoryDirectory, damage: Damage, end: str
 ) -> None:
     fragments = make_fragments(3)
-    host.put(fragments)
+    host.store(fragments)
     publish(directory, fragments, damage(3, {"at": body_offset(3) + SEALED_BYTES + 100, end: True}))
-    assert peer.get(keys_of(fragments)) == [Rejected("truncated")] * 3
-    assert peer.get(keys_of(fragments)) == [None] * 3
+    assert peer.load(keys_of(fragments)) == [Rejected("truncated")] * 3
+    assert peer.load(keys_of(fragments)) == [None] * 3
     assert peer.is_up
     publish(directory, fragments, host.peer_address)
-    assert peer.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]  # of another peer
+    assert peer.load(keys_of(fragments)) == [fragment.payload for fragment in fragments]  # of another peer
 
 
 @pytest.mark.parametrize(
@@ -191,35 +191,35 @@ def test_what_does_not_fit_ends_the_connection(
     host: HostTier, peer: PeerTier, directory: MemoryDirectory, damage: Damage, edit: dict[str, object]
 ) -> None:
     fragments = make_fragments(3)
-    host.put(fragments)
+    host.store(fragments)
     publish(directory, fragments, damage(3, edit))
-    assert peer.get(keys_of(fragments)) == [None] * 3
+    assert peer.load(keys_of(fragments)) == [None] * 3
     publish(directory, fragments, host.peer_address)
-    assert peer.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]
+    assert peer.load(keys_of(fragments)) == [fragment.payload for fragment in fragments]
 
 
 def test_bytes_that_the_peer_holds_damaged_are_refused_and_forgotten_there(
     peer: PeerTier, directory: MemoryDirectory, peer_node: KVNode, host: HostTier
 ) -> None:
     good, bad = make_fragments(2)
-    host.put([good, bad])
+    host.store([good, bad])
     publish(directory, [good, bad], host.peer_address)
     before = dict(stats_of(peer_node).rejected).get("checksum", 0)
-    place = peer_node.arena.read_bytes().index(bad.payload)
+    offset = peer_node.arena.read_bytes().index(bad.payload)
     with open(peer_node.arena, "r+b") as file:
-        file.seek(place)
+        file.seek(offset)
         file.write(bytes([bad.payload[0] ^ 1]))
-    assert peer.get([good.key, bad.key]) == [good.payload, Rejected("checksum")]
-    assert peer.get([good.key, bad.key]) == [good.payload, None]
+    assert peer.load([good.key, bad.key]) == [good.payload, Rejected("checksum")]
+    assert peer.load([good.key, bad.key]) == [good.payload, None]
     assert stats_of(peer_node).rejected["checksum"] == before + 1
 
 
-def test_a_stranger_is_told_nothing(host: HostTier, directory: MemoryDirectory) -> None:
+def test_a_stranger_gets_no_answer(host: HostTier, directory: MemoryDirectory) -> None:
     fragments = make_fragments(1)
-    host.put(fragments)
+    host.store(fragments)
     publish(directory, fragments, host.peer_address)
     stranger = PeerTier(directory, "a guess", lambda: "")
-    assert stranger.get(keys_of(fragments)) == [None]
+    assert stranger.load(keys_of(fragments)) == [None]
     stranger.close()
 
 
@@ -227,10 +227,10 @@ def test_nobody_listens(peer: PeerTier, directory: MemoryDirectory, host: HostTi
     fragments = make_fragments(2)
     publish(directory, fragments, f"127.0.0.1:{free_port()}", "nonsense", "host:99999999", "a..b:1", ":1")
     for _ in range(7):
-        assert peer.get(keys_of(fragments)) == [None] * 2
-    host.put(fragments)
+        assert peer.load(keys_of(fragments)) == [None] * 2
+    host.store(fragments)
     publish(directory, fragments, host.peer_address)
-    assert peer.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]
+    assert peer.load(keys_of(fragments)) == [fragment.payload for fragment in fragments]
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "[::1]"])
@@ -239,12 +239,12 @@ def test_a_peer_that_was_replaced_is_dialled_anew(peer: PeerTier, directory: Mem
     node = KVNode(f"test-{uuid.uuid4().hex[:12]}", options=options, secret=SECRET)
     host = HostTier(node.host_address)
     fragments = make_fragments(3)
-    host.put(fragments)
+    host.store(fragments)
     publish(directory, fragments, options["peer_address"])
-    assert peer.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]
+    assert peer.load(keys_of(fragments)) == [fragment.payload for fragment in fragments]
     node.restart()
-    wait_until(lambda: host.put(fragments) == [True] * 3, "fragments are in the new arena")
-    assert peer.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]
+    wait_until(lambda: host.store(fragments) == [True] * 3, "fragments are in the new arena")
+    assert peer.load(keys_of(fragments)) == [fragment.payload for fragment in fragments]
     host.close()
     node.close()
 
@@ -255,11 +255,11 @@ def test_what_only_the_peers_disk_has_comes_too(peer: PeerTier, directory: Memor
     node = KVNode(f"test-{uuid.uuid4().hex[:12]}", num_slots=16, options=options, secret=SECRET)
     host = HostTier(node.host_address)
     fragments = make_fragments(4)
-    host.put(fragments)
+    host.store(fragments)
     publish(directory, fragments, host.peer_address)
     wait_until(lambda: stats_of(node).disk.num_written == 4, "all are on disk")
-    host.put(make_fragments(16))
-    assert peer.get(keys_of(fragments)) == [fragment.payload for fragment in fragments]
+    host.store(make_fragments(16))
+    assert peer.load(keys_of(fragments)) == [fragment.payload for fragment in fragments]
     assert stats_of(node).num_promoted == 4
     host.close()
     node.close()
@@ -270,7 +270,7 @@ def test_without_its_directory_the_tier_is_down(kv_node: KVNode) -> None:
     fragments = make_fragments(1)
     assert peer.is_up
     kv_node.kill()
-    assert peer.get(keys_of(fragments)) == [None]
+    assert peer.load(keys_of(fragments)) == [None]
     wait_until(lambda: not peer.is_up, "the tier is down")
     kv_node.start()
     wait_until(lambda: peer.is_up, "the tier is up again")

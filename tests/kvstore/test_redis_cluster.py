@@ -13,7 +13,7 @@ import pytest
 import redis
 
 from kvstore.config import KVStoreConfig, redis_cluster_nodes
-from kvstore.connect import open_tiers, place_of
+from kvstore.connect import locations_of, open_tiers
 from kvstore.format.fragment import Fragment, Rejected
 from kvstore.redis_client import Redirection, hash_slot, redirection
 from kvstore.tiers.redis.redis_cluster import RedisClusterTier
@@ -64,22 +64,22 @@ def payloads_of(fragments: list[Fragment]) -> list[memoryview]:
 
 def test_fragments_are_shared_out_by_hash_slot(servers: RedisClusterServers, tier: RedisClusterTier) -> None:
     fragments = make_fragments(60)
-    assert tier.put(fragments) == [True] * 60
-    assert tier.put(fragments) == [True] * 60  # once more: renewed
-    assert tier.get(keys_of(fragments)) == payloads_of(fragments)
+    assert tier.store(fragments) == [True] * 60
+    assert tier.store(fragments) == [True] * 60  # once more: renewed
+    assert tier.load(keys_of(fragments)) == payloads_of(fragments)
     assert {owner_of(fragment) for fragment in fragments} == {0, 1, 2}
     for fragment in fragments:
         assert 0 < servers.clients[owner_of(fragment)].pttl(REDIS_PREFIX + fragment.key) <= 3_600_000
     absent = make_fragments(5)
-    assert tier.get(keys_of([*absent, *fragments[:3]])) == [None] * 5 + payloads_of(fragments[:3])
+    assert tier.load(keys_of([*absent, *fragments[:3]])) == [None] * 5 + payloads_of(fragments[:3])
 
 
 def test_large_batches_of_large_values(tier: RedisClusterTier) -> None:
     """More than one chunk a node, from several threads at once."""
     batches = [make_fragments(40, 300_000) for _ in range(4)]
     with ThreadPoolExecutor(4) as threads:
-        assert list(threads.map(tier.put, batches)) == [[True] * 40] * 4
-        got = list(threads.map(lambda batch: tier.get(keys_of(batch)), batches))
+        assert list(threads.map(tier.store, batches)) == [[True] * 40] * 4
+        got = list(threads.map(lambda batch: tier.load(keys_of(batch)), batches))
     assert got == [payloads_of(batch) for batch in batches]
 
 
@@ -87,43 +87,43 @@ def test_any_one_node_is_enough_to_find_the_others(servers: RedisClusterServers)
     for port in servers.ports:
         tier = RedisClusterTier(f"redis+cluster://:{PASSWORD}@127.0.0.1:{free_port()},127.0.0.1:{port}", SECRET)
         fragments = make_fragments(30)
-        assert tier.put(fragments) == [True] * 30
-        assert tier.get(keys_of(fragments)) == payloads_of(fragments)
+        assert tier.store(fragments) == [True] * 30
+        assert tier.load(keys_of(fragments)) == payloads_of(fragments)
         tier.close()
 
 
 def test_a_damaged_value_is_refused_and_dropped(servers: RedisClusterServers, tier: RedisClusterTier) -> None:
     fragments = make_fragments(30)
-    tier.put(fragments)
+    tier.store(fragments)
     for fragment in fragments[:10]:
         client = servers.clients[owner_of(fragment)]
         client.setrange(REDIS_PREFIX + fragment.key, 200, b"another byte or more")
-    got = tier.get(keys_of(fragments))
+    got = tier.load(keys_of(fragments))
     assert got == [Rejected("checksum")] * 10 + payloads_of(fragments[10:])
-    assert tier.get(keys_of(fragments[:10])) == [None] * 10
-    assert tier.put(fragments[:10]) == [True] * 10
+    assert tier.load(keys_of(fragments[:10])) == [None] * 10
+    assert tier.store(fragments[:10]) == [True] * 10
 
 
 def test_a_slot_that_moved_is_followed(
     servers: RedisClusterServers, tier: RedisClusterTier, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The node that had it says MOVED, to reads and to writes; the tier asks again and goes where it is told."""
+    """The node that had it says MOVED, to reads and to writes; the tier asks again and follows the redirect."""
     fragments, others = make_fragments(1), make_fragments(20)
-    tier.put([*fragments, *others])
+    tier.store([*fragments, *others])
     slot, source = hash_slot(REDIS_PREFIX + fragments[0].key), owner_of(fragments[0])
     target = (source + 1) % 3
     servers.move_slot(slot, source, target)
     with pytest.raises(redis.ResponseError, match=f"{slot} 127.0.0.1:{servers.ports[target]}"):
         servers.clients[source].get(REDIS_PREFIX + fragments[0].key)
-    assert tier.get(keys_of([*fragments, *others])) == payloads_of([*fragments, *others])
+    assert tier.load(keys_of([*fragments, *others])) == payloads_of([*fragments, *others])
     servers.move_slot(slot, target, source)
-    assert tier.put([*fragments, *others]) == [True] * 21
+    assert tier.store([*fragments, *others]) == [True] * 21
     servers.move_slot(slot, source, target)
     servers.clients[target].delete(REDIS_PREFIX + fragments[0].key)
-    assert tier.put(fragments) == [True]
+    assert tier.store(fragments) == [True]
     assert servers.clients[target].exists(REDIS_PREFIX + fragments[0].key)
     servers.move_slot(slot, target, source)
-    assert tier.get(keys_of(fragments)) == payloads_of(fragments)
+    assert tier.load(keys_of(fragments)) == payloads_of(fragments)
     assert tier.is_up
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
@@ -133,19 +133,19 @@ def test_while_a_slot_moves_its_fragments_are_misses_at_most(
 ) -> None:
     """A node that is giving a slot away answers ASK for what it no longer has."""
     (fragment,), others = make_fragments(1), make_fragments(20)
-    tier.put(others)
+    tier.store(others)
     slot, source = hash_slot(REDIS_PREFIX + fragment.key), owner_of(fragment)
     target = (source + 1) % 3
     ids = [client.execute_command("CLUSTER MYID").decode() for client in servers.clients]
     servers.clients[target].execute_command("CLUSTER SETSLOT", slot, "IMPORTING", ids[source])
     servers.clients[source].execute_command("CLUSTER SETSLOT", slot, "MIGRATING", ids[target])
     try:
-        assert tier.put([fragment]) == [False]
-        assert tier.get([fragment.key, *keys_of(others)]) == [None, *payloads_of(others)]
+        assert tier.store([fragment]) == [False]
+        assert tier.load([fragment.key, *keys_of(others)]) == [None, *payloads_of(others)]
     finally:
         for number in (source, target):
             servers.clients[number].execute_command("CLUSTER SETSLOT", slot, "STABLE")
-    assert tier.put([fragment]) == [True]
+    assert tier.store([fragment]) == [True]
 
 
 def test_a_lost_node_costs_its_fragments_alone(own_servers: RedisClusterServers) -> None:
@@ -153,20 +153,20 @@ def test_a_lost_node_costs_its_fragments_alone(own_servers: RedisClusterServers)
     tier = RedisClusterTier(servers.url, SECRET)
     try:
         fragments = make_fragments(60)
-        assert tier.put(fragments) == [True] * 60
+        assert tier.store(fragments) == [True] * 60
         servers.kill(1)
         for _ in range(3):  # while it is found out, and then
-            got = tier.get(keys_of(fragments))
+            got = tier.load(keys_of(fragments))
             assert got == [None if owner_of(f) == 1 else f.payload for f in fragments]
         more = make_fragments(60)
-        assert tier.put(more) == [owner_of(fragment) != 1 for fragment in more]
-        assert tier.get(keys_of(more)) == [None if owner_of(f) == 1 else f.payload for f in more]
+        assert tier.store(more) == [owner_of(fragment) != 1 for fragment in more]
+        assert tier.load(keys_of(more)) == [None if owner_of(f) == 1 else f.payload for f in more]
         assert tier.is_up
         for number in (0, 2):
             servers.kill(number)
-        assert tier.get(keys_of(more)) == [None] * 60
+        assert tier.load(keys_of(more)) == [None] * 60
         wait_until(lambda: not tier.is_up, "the tier is down")
-        assert tier.put(more) == [False] * 60
+        assert tier.store(more) == [False] * 60
     finally:
         tier.close()
 
@@ -214,18 +214,18 @@ def test_nobody_waits_while_a_node_that_does_not_answer_is_asked(own_servers: Re
     try:
         with ThreadPoolExecutor(1) as threads:
             try:
-                assert tier.put(fragments) == [True] * 60
+                assert tier.store(fragments) == [True] * 60
                 wait_until(lambda: leaver_address in tier._clients, "the first node was asked who owns what")
                 servers.clients[leaver].config_set("cluster-announce-ip", "127.0.0.2")
                 assert stuck.is_asked.wait(60)
                 servers.move_slot(slot, source, target)
-                assert threads.submit(tier.get, keys_of(fragments)).result(60) == payloads_of(fragments)
+                assert threads.submit(tier.load, keys_of(fragments)).result(60) == payloads_of(fragments)
                 assert leaver_address in tier._nodes  # what was asked meanwhile has not come
             finally:
                 stuck.release()
         wait_until(lambda: leaver_address not in tier._clients, "the node that has gone is asked no more")
         assert leaver_address not in tier._nodes
-        got = tier.get(keys_of(fragments))
+        got = tier.load(keys_of(fragments))
         assert got == [None if owner_of(f) == leaver else f.payload for f in fragments]
     finally:
         tier.close()
@@ -237,7 +237,7 @@ def test_an_owner_is_named_by_an_ipv6_address(own_servers: RedisClusterServers) 
     fragments = make_fragments(30)
     slots = [hash_slot(REDIS_PREFIX + f.key) for f in fragments if owner_of(f) == 1]
     before = RedisClusterTier(own_servers.url, SECRET)
-    assert before.put(fragments) == [True] * 30
+    assert before.store(fragments) == [True] * 30
     before.close()
     own_servers.clients[1].config_set("cluster-announce-ip", "2001:db8::5")
     (first, *_) = (fragment.key for fragment in fragments if owner_of(fragment) == 1)
@@ -249,14 +249,14 @@ def test_an_owner_is_named_by_an_ipv6_address(own_servers: RedisClusterServers) 
         except redis.ResponseError as error:
             return str(error)
 
-    wait_until(lambda: answer().endswith(refused), "the other node has heard of it")
+    wait_until(lambda: answer().endswith(refused), "the other node knows of it")
     node = RedisTier(f"redis://:{PASSWORD}@127.0.0.1:{own_servers.ports[0]}/0", SECRET, is_cluster_node=True)
-    assert list(node.get([f.key for f in fragments if owner_of(f) == 1])) == [None] * len(slots)
+    assert list(node.load([f.key for f in fragments if owner_of(f) == 1])) == [None] * len(slots)
     assert node.take_redirections() == dict.fromkeys(slots, f"[2001:db8::5]:{own_servers.ports[1]}")
     assert node.take_redirections() == {}
     node.close()
     tier = RedisClusterTier(own_servers.url, SECRET)
-    assert tier.get(keys_of(fragments)) == [None if owner_of(f) == 1 else f.payload for f in fragments]
+    assert tier.load(keys_of(fragments)) == [None if owner_of(f) == 1 else f.payload for f in fragments]
     assert tier.is_up
     tier.close()
 
@@ -293,15 +293,15 @@ def test_nobody_listens() -> None:
     tier = RedisClusterTier(f"redis+cluster://127.0.0.1:{free_port()}", SECRET)
     fragments = make_fragments(2)
     assert not tier.is_up
-    assert tier.put(fragments) == [False, False]
-    assert tier.get(keys_of(fragments)) == [None, None]
+    assert tier.store(fragments) == [False, False]
+    assert tier.load(keys_of(fragments)) == [None, None]
     tier.close()
 
 
 def test_a_redis_that_is_no_cluster_is_down_and_not_an_error(redis_server) -> None:
     tier = RedisClusterTier(redis_server.url.replace("redis://", "redis+cluster://"), SECRET)
     assert not tier.is_up
-    assert tier.put(make_fragments(1)) == [False]
+    assert tier.store(make_fragments(1)) == [False]
     tier.close()
 
 
@@ -315,7 +315,7 @@ def test_a_wrong_password_is_never_logged(servers: RedisClusterServers, caplog: 
 def test_opened_by_its_url(servers: RedisClusterServers) -> None:
     (tier,) = open_tiers("", KVStoreConfig(tier=servers.url), SECRET)
     assert isinstance(tier, RedisClusterTier)
-    assert place_of(tier, "here") == ["redis"]
+    assert locations_of(tier, "here") == ["redis"]
     tier.close()
 
 

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.redis
 def test_values_carry_header_payload_and_a_time_to_live(redis_server: RedisServer) -> None:
     (fragment,) = make_fragments(1)
     tier = RedisTier(redis_server.url, SECRET, ttl_s=100)
-    tier.put([fragment])
+    tier.store([fragment])
     with redis_server.client() as client:
         assert client.keys() == [REDIS_PREFIX + fragment.key]
         assert client.get(REDIS_PREFIX + fragment.key)[HEADER_BYTES:-TAG_BYTES] == fragment.payload
@@ -49,12 +49,12 @@ def test_compressed_values_take_less_and_come_back_whole(redis_server: RedisServ
     """To readers with either setting; what would not shrink stays as it is."""
     numbers, noise = make_compressible(20, 50_000), make_fragments(3, 50_000)
     tier, plain = RedisTier(redis_server.url, SECRET, compression="zstd"), RedisTier(redis_server.url, SECRET)
-    assert tier.put([*numbers, *noise]) == [True] * 23
+    assert tier.store([*numbers, *noise]) == [True] * 23
     with redis_server.client() as client:
         assert all(client.strlen(REDIS_PREFIX + fragment.key) < 0.75 * 50_000 for fragment in numbers)
         assert all(client.strlen(REDIS_PREFIX + fragment.key) > 50_000 for fragment in noise)
     for reader in (tier, plain):
-        assert list(reader.get(keys_of([*numbers, *noise]))) == [fragment.payload for fragment in [*numbers, *noise]]
+        assert list(reader.load(keys_of([*numbers, *noise]))) == [fragment.payload for fragment in [*numbers, *noise]]
         reader.close()
 
 
@@ -63,9 +63,9 @@ def test_a_health_check_in_the_url_does_not_read_our_replies(redis_server: Redis
     """Due at every command; several chunks."""
     fragments = make_fragments(40, 300_000)
     tier = RedisTier(f"{redis_server.url}?health_check_interval=-1", SECRET, is_cluster_node=is_cluster_node)
-    assert tier.put(fragments) == [True] * 40
+    assert tier.store(fragments) == [True] * 40
     for _ in range(2):  # by now the size of a value is known
-        assert list(tier.get(keys_of(fragments))) == [fragment.payload for fragment in fragments]
+        assert list(tier.load(keys_of(fragments))) == [fragment.payload for fragment in fragments]
     tier.close()
 
 
@@ -93,20 +93,20 @@ def test_a_bomb_of_somebody_without_the_secret_is_never_opened(redis_server: Red
     tier = RedisTier(redis_server.url, SECRET)
     with redis_server.client() as client:
         client.set(REDIS_PREFIX + fragment.key, forged)
-        assert list(tier.get([fragment.key])) == [Rejected("forged")]
+        assert list(tier.load([fragment.key])) == [Rejected("forged")]
         client.set(REDIS_PREFIX + fragment.key, bytes(bomb) + FragmentAuthenticator(SECRET).tag(bomb))
-        assert list(tier.get([fragment.key])) == [fragment.payload]
+        assert list(tier.load([fragment.key])) == [fragment.payload]
     tier.close()
 
 
 def test_a_refused_key_costs_that_key_alone(redis_server: RedisServer) -> None:
-    """Somebody has put another kind of value there."""
+    """Another client has written another kind of value there."""
     fragments = make_fragments(3)
     tier = RedisTier(redis_server.url, SECRET)
-    tier.put([fragments[0], fragments[2]])
+    tier.store([fragments[0], fragments[2]])
     with redis_server.client() as client:
         client.lpush(REDIS_PREFIX + fragments[1].key, "a list")
-    assert list(tier.get(keys_of(fragments))) == [fragments[0].payload, None, fragments[2].payload]
+    assert list(tier.load(keys_of(fragments))) == [fragments[0].payload, None, fragments[2].payload]
     assert tier.is_up
     tier.close()
 
@@ -117,10 +117,10 @@ def test_batches_of_every_size_are_whole_and_in_order(redis_server: RedisServer,
     tier = RedisTier(redis_server.url, SECRET)
     for count in (1, 3, 4, 9, 33):
         fragments, absent = make_fragments(count, payload_bytes), make_fragments(count)
-        assert tier.put(fragments[::2]) == [True] * len(fragments[::2])
-        assert tier.put(fragments) == [True] * count
+        assert tier.store(fragments[::2]) == [True] * len(fragments[::2])
+        assert tier.store(fragments) == [True] * count
         keys = [key for pair in zip(keys_of(fragments), keys_of(absent), strict=True) for key in pair]
-        assert list(tier.get(keys)) == [item for fragment in fragments for item in (fragment.payload, None)]
+        assert list(tier.load(keys)) == [item for fragment in fragments for item in (fragment.payload, None)]
     tier.close()
 
 
@@ -131,9 +131,9 @@ def test_a_reader_that_takes_what_it_asked_for_and_no_more(redis_server: RedisSe
     with redis_server.client() as client:
         before = client.info("stats")["total_connections_received"]
         for _ in range(10):
-            tier.put(fragments)
+            tier.store(fragments)
             client.setrange(REDIS_PREFIX + fragments[4].key, 200, b"another byte or more")
-            found = tier.get(keys_of(fragments))
+            found = tier.load(keys_of(fragments))
             got = [next(found) for _ in fragments]
             del found
             assert got == [*(fragment.payload for fragment in fragments[:4]), Rejected("checksum")]
@@ -143,12 +143,12 @@ def test_a_reader_that_takes_what_it_asked_for_and_no_more(redis_server: RedisSe
 
 
 def test_several_threads_share_a_tier(redis_server: RedisServer) -> None:
-    """More puts at once than there are helpers."""
+    """More stores at once than there are helpers."""
     tier = RedisTier(redis_server.url, SECRET)
     batches = [make_fragments(12, 100_000) for _ in range(8)]
     with ThreadPoolExecutor(8) as threads:
-        assert list(threads.map(tier.put, batches)) == [[True] * 12] * 8
-        got = list(threads.map(lambda batch: list(tier.get(keys_of(batch))), batches))
+        assert list(threads.map(tier.store, batches)) == [[True] * 12] * 8
+        got = list(threads.map(lambda batch: list(tier.load(keys_of(batch))), batches))
     assert got == [[fragment.payload for fragment in batch] for batch in batches]
     tier.close()
 
@@ -183,8 +183,8 @@ def test_over_tls(tmp_path: Path) -> None:
         if process.poll() is not None:
             pytest.skip("this redis-server was made without TLS")
         fragments = make_fragments(9, 300_000)
-        assert tier.put(fragments) == [True] * 9
-        assert list(tier.get(keys_of(fragments))) == [fragment.payload for fragment in fragments]
+        assert tier.store(fragments) == [True] * 9
+        assert list(tier.load(keys_of(fragments))) == [fragment.payload for fragment in fragments]
     finally:
         tier.close()
         process.kill()
@@ -224,10 +224,10 @@ def make_certificate(folder: Path) -> CertificateFiles:
 def test_putting_again_renews_the_time_to_live(redis_server: RedisServer) -> None:
     (fragment,) = make_fragments(1)
     tier = RedisTier(redis_server.url, SECRET, ttl_s=100)
-    tier.put([fragment])
+    tier.store([fragment])
     with redis_server.client() as client:
         client.pexpire(REDIS_PREFIX + fragment.key, 10_000)
-        tier.put([fragment])
+        tier.store([fragment])
         assert client.pttl(REDIS_PREFIX + fragment.key) > 10_000
     tier.close()
 
@@ -236,10 +236,10 @@ def test_putting_again_renews_the_time_to_live(redis_server: RedisServer) -> Non
 def test_a_truncated_value_is_refused_and_dropped(redis_server: RedisServer, num_bytes: int) -> None:
     (fragment,) = make_fragments(1)
     tier = RedisTier(redis_server.url, SECRET)
-    tier.put([fragment])
+    tier.store([fragment])
     with redis_server.client() as client:
         client.set(REDIS_PREFIX + fragment.key, client.get(REDIS_PREFIX + fragment.key)[:num_bytes])
-        assert list(tier.get([fragment.key])) == [Rejected("truncated")]
+        assert list(tier.load([fragment.key])) == [Rejected("truncated")]
         assert client.keys() == []
     tier.close()
 
@@ -247,10 +247,10 @@ def test_a_truncated_value_is_refused_and_dropped(redis_server: RedisServer, num
 def test_another_value_under_the_key_is_refused(redis_server: RedisServer) -> None:
     (fragment,), (other,) = make_fragments(1), make_fragments(1)
     tier = RedisTier(redis_server.url, SECRET)
-    tier.put([fragment, other])
+    tier.store([fragment, other])
     with redis_server.client() as client:
         client.set(REDIS_PREFIX + fragment.key, client.get(REDIS_PREFIX + other.key))
-    assert list(tier.get([fragment.key, other.key])) == [Rejected("stale"), other.payload]
+    assert list(tier.load([fragment.key, other.key])) == [Rejected("stale"), other.payload]
     tier.close()
 
 
@@ -258,23 +258,23 @@ def test_other_bytes_with_a_right_checksum_are_refused(redis_server: RedisServer
     """Whoever can write to Redis knows the format, and not the secret."""
     (fragment,), (wanted,) = make_fragments(1), make_fragments(1)
     tier = RedisTier(redis_server.url, SECRET)
-    tier.put([fragment])
+    tier.store([fragment])
     forged = seal(fragment.key, wanted.payload, 0) + bytes(wanted.payload)
     with redis_server.client() as client:
         tags = [client.get(REDIS_PREFIX + fragment.key)[-TAG_BYTES:], FragmentAuthenticator("a guess").tag(forged)]
         for tag in tags:
             client.set(REDIS_PREFIX + fragment.key, forged + tag)
-            assert list(tier.get([fragment.key])) == [Rejected("forged")]
-            assert list(tier.get([fragment.key])) == [None]
+            assert list(tier.load([fragment.key])) == [Rejected("forged")]
+            assert list(tier.load([fragment.key])) == [None]
     tier.close()
 
 
 def test_clusters_with_other_secrets_leave_each_others_fragments_alone(redis_server: RedisServer) -> None:
     (fragment,) = make_fragments(1)
     tier, other = RedisTier(redis_server.url, SECRET), RedisTier(redis_server.url, "another secret")
-    tier.put([fragment])
-    assert list(other.get([fragment.key])) == [None]
-    assert list(tier.get([fragment.key])) == [fragment.payload]
+    tier.store([fragment])
+    assert list(other.load([fragment.key])) == [None]
+    assert list(tier.load([fragment.key])) == [fragment.payload]
     tier.close()
     other.close()
 
@@ -287,43 +287,43 @@ def test_a_tier_outside_the_host_needs_a_secret(redis_server: RedisServer) -> No
 def test_a_redis_that_is_full_takes_nothing_and_stays_up(redis_server: RedisServer) -> None:
     there, refused = make_fragments(1), make_fragments(3)
     tier = RedisTier(redis_server.url, SECRET)
-    tier.put(there)
+    tier.store(there)
     with redis_server.client() as client:
         client.config_set("maxmemory-policy", "noeviction")
         client.config_set("maxmemory", "1")
         try:
-            assert tier.put(refused) == [False] * 3
+            assert tier.store(refused) == [False] * 3
             assert tier.is_up
-            assert list(tier.get(keys_of(there))) == [there[0].payload]
+            assert list(tier.load(keys_of(there))) == [there[0].payload]
         finally:
             client.config_set("maxmemory", "0")
-    assert tier.put(refused) == [True] * 3
+    assert tier.store(refused) == [True] * 3
     tier.close()
 
 
 def test_survives_kill_and_restart_of_redis(redis_server: RedisServer) -> None:
     fragments = make_fragments(4)
     tier = RedisTier(redis_server.url, SECRET)
-    assert tier.put(fragments) == [True] * 4
+    assert tier.store(fragments) == [True] * 4
     redis_server.kill()
-    assert list(tier.get(keys_of(fragments))) == [None] * 4
+    assert list(tier.load(keys_of(fragments))) == [None] * 4
     assert not tier.is_up
-    assert tier.put(fragments) == [False] * 4
+    assert tier.store(fragments) == [False] * 4
     redis_server.start()
     wait_until(lambda: tier.is_up, "the tier is up again")
-    assert list(tier.get(keys_of(fragments))) == [None] * 4
-    assert tier.put(fragments) == [True] * 4
-    assert list(tier.get(keys_of(fragments))) == [fragment.payload for fragment in fragments]
+    assert list(tier.load(keys_of(fragments))) == [None] * 4
+    assert tier.store(fragments) == [True] * 4
+    assert list(tier.load(keys_of(fragments))) == [fragment.payload for fragment in fragments]
     tier.close()
 
 
 def test_a_restart_between_two_calls_costs_what_was_stored_only(redis_server: RedisServer) -> None:
     fragments = make_fragments(4)
     tier = RedisTier(redis_server.url, SECRET)
-    tier.put(fragments)
+    tier.store(fragments)
     redis_server.restart()
-    wait_until(lambda: tier.put(fragments) == [True] * 4, "fragments are stored again")
-    assert list(tier.get(keys_of(fragments))) == [fragment.payload for fragment in fragments]
+    wait_until(lambda: tier.store(fragments) == [True] * 4, "fragments are stored again")
+    assert list(tier.load(keys_of(fragments))) == [fragment.payload for fragment in fragments]
     tier.close()
 
 
@@ -331,16 +331,16 @@ def test_nobody_listens() -> None:
     tier = RedisTier(f"redis://127.0.0.1:{free_port()}/0", SECRET)
     fragments = make_fragments(2)
     assert not tier.is_up
-    assert tier.put(fragments) == [False, False]
-    assert list(tier.get(keys_of(fragments))) == [None, None]
+    assert tier.store(fragments) == [False, False]
+    assert list(tier.load(keys_of(fragments))) == [None, None]
     tier.close()
 
 
 def test_a_password_is_never_logged(caplog: pytest.LogCaptureFixture, redis_server: RedisServer) -> None:
     tier = RedisTier(redis_server.url, SECRET.replace("redis://", "redis://:hush@"))  # the server wants none: an error
-    list(tier.get(keys_of(make_fragments(1))))
+    list(tier.load(keys_of(make_fragments(1))))
     redis_server.kill()
-    list(tier.get(keys_of(make_fragments(1))))
+    list(tier.load(keys_of(make_fragments(1))))
     wait_until(lambda: not tier.is_up, "the tier is down")
     tier.close()
     assert "hush" not in caplog.text

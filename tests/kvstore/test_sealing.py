@@ -45,7 +45,7 @@ def test_surplus_bytes_are_noticed() -> None:
     assert unsealed(STORED + b"x") == Rejected("truncated")
 
 
-def test_another_fragment_in_its_place_is_stale() -> None:
+def test_another_fragment_in_its_slot_is_stale() -> None:
     other = make_fragments(1)[0]
     assert unsealed(STORED, key=other.key) == Rejected("stale")
     assert unsealed(STORED, generation=8) == Rejected("stale")
@@ -74,29 +74,29 @@ def test_a_payload_of_another_format_is_the_same_bytes() -> None:
 
 
 def test_header_and_payload_written_as_one_are_the_same() -> None:
-    place = bytearray(len(STORED))
-    seal_into(memoryview(place), FRAGMENT.payload, FRAGMENT.key, 7)
-    assert place == STORED
+    sealed = bytearray(len(STORED))
+    seal_into(memoryview(sealed), FRAGMENT.payload, FRAGMENT.key, 7)
+    assert sealed == STORED
 
 
 def unsealed_into(stored: bytes, num_bytes: int = 100) -> tuple[bytes, Rejected | None]:
-    room = bytearray(num_bytes)
-    (rejected,) = unseal_into([memoryview(room)], [memoryview(bytearray(stored))], [FRAGMENT.key], [7])
-    return bytes(room), rejected
+    buffer = bytearray(num_bytes)
+    (rejected,) = unseal_into([memoryview(buffer)], [memoryview(bytearray(stored))], [FRAGMENT.key], [7])
+    return bytes(buffer), rejected
 
 
-def test_what_was_sealed_comes_into_the_room() -> None:
+def test_what_was_sealed_comes_into_the_buffer() -> None:
     assert unsealed_into(STORED) == (FRAGMENT.payload, None)
 
 
 @pytest.mark.parametrize("offset", range(len(STORED)))
-def test_any_flipped_byte_is_noticed_on_the_way_into_the_room(offset: int) -> None:
+def test_any_flipped_byte_is_noticed_on_the_way_into_the_buffer(offset: int) -> None:
     damaged = bytearray(STORED)
     damaged[offset] ^= 1 << offset % 8
     _, rejected = unsealed_into(bytes(damaged))
     assert rejected == unsealed(bytes(damaged)) or (16 <= offset < 24 and rejected == Rejected("layout"))
 
 
-def test_a_room_of_another_size_is_not_filled() -> None:
+def test_a_buffer_of_another_size_is_not_filled() -> None:
     assert unsealed_into(STORED[:-1], 99)[1] == Rejected("layout")
     assert unsealed_into(STORED + b"x", 101)[1] == Rejected("layout")

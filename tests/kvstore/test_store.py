@@ -23,8 +23,8 @@ class NamedTier(MemoryTier):
 
 
 def pulled(store: FragmentStore, keys: Sequence[bytes]) -> list[memoryview | None]:
-    rooms = [memoryview(bytearray(1000)) for _ in keys]
-    return [room if has_come else None for room, has_come in zip(rooms, store.pull(keys, rooms), strict=True)]
+    buffers = [memoryview(bytearray(1000)) for _ in keys]
+    return [buffer if has_come else None for buffer, has_come in zip(buffers, store.load(keys, buffers), strict=True)]
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def far() -> NamedTier:
 def test_every_tier_is_written_and_the_first_is_read(near: NamedTier, far: NamedTier) -> None:
     store = FragmentStore([near, far])
     fragments = make_fragments(3)
-    assert store.put(fragments) == [True] * 3
+    assert store.store(fragments) == [True] * 3
     assert set(near.stored) == set(far.stored) == set(keys_of(fragments))
     assert pulled(store, keys_of(fragments)) == [fragment.payload for fragment in fragments]
     stats = store.stats()
@@ -49,8 +49,8 @@ def test_every_tier_is_written_and_the_first_is_read(near: NamedTier, far: Named
     assert stats.rejected == {}
 
 
-class NearMemory(NamedTier):
-    """A memory tier that brings payloads where they are wanted, and notes what it was told to prepare."""
+class HostMemory(NamedTier):
+    """A memory tier that copies payloads into the given buffers, and records the keys it had to prepare."""
 
     def __init__(self) -> None:
         super().__init__("near")
@@ -63,25 +63,25 @@ class NearMemory(NamedTier):
     def prepare(self, keys: Sequence[bytes]) -> None:
         self.prepared.append(keys)
 
-    def get_into(self, keys: Sequence[bytes], rooms: Sequence[Bytes]) -> list[bool | Rejected]:
+    def load_into(self, keys: Sequence[bytes], buffers: Sequence[Bytes]) -> list[bool | Rejected]:
         results: list[bool | Rejected] = []
-        for room, payload in zip(rooms, self.get(keys), strict=True):
+        for buffer, payload in zip(buffers, self.load(keys), strict=True):
             if isinstance(payload, memoryview):
-                copy(room, payload)
+                copy(buffer, payload)
             results.append(payload if isinstance(payload, Rejected) else payload is not None)
         return results
 
 
-def test_a_near_tier_fills_the_rooms_and_is_told_what_comes(far: NamedTier) -> None:
-    near, fragments = NearMemory(), make_fragments(3)
+def test_a_host_memory_tier_fills_the_buffers_and_prepares_for_a_store(far: NamedTier) -> None:
+    near, fragments = HostMemory(), make_fragments(3)
     store = FragmentStore([near, far])
     store.prepare(keys_of(fragments))
     assert near.prepared == [keys_of(fragments)]
     stats = store.stats()
     assert stats.tier_is_up == {"near": True, "far": True, "behind": False}
     assert stats.tier_problems == {"behind": "it is away"}
-    far.put(fragments)
-    near.put(fragments[:2])
+    far.store(fragments)
+    near.store(fragments[:2])
     near.stored[fragments[1].key][100] ^= 1
     assert pulled(store, keys_of(fragments)) == [fragment.payload for fragment in fragments]
     assert store.stats().pulled_bytes == {"near": 1000, "far": 2000}
@@ -90,8 +90,8 @@ def test_a_near_tier_fills_the_rooms_and_is_told_what_comes(far: NamedTier) -> N
 
 def test_what_the_first_tier_lacks_comes_from_the_next(near: NamedTier, far: NamedTier) -> None:
     fragments = make_fragments(3)
-    far.put(fragments)
-    near.put(fragments[1:2])
+    far.store(fragments)
+    near.store(fragments[1:2])
     store = FragmentStore([near, far])
     assert pulled(store, keys_of(fragments)) == [fragment.payload for fragment in fragments]
     assert store.stats().pulled_bytes == {"near": 1000, "far": 2000}
@@ -100,7 +100,7 @@ def test_what_the_first_tier_lacks_comes_from_the_next(near: NamedTier, far: Nam
 def test_a_bad_copy_is_counted_and_the_next_tier_is_asked(near: NamedTier, far: NamedTier) -> None:
     store = FragmentStore([near, far])
     fragments = make_fragments(2)
-    store.put(fragments)
+    store.store(fragments)
     near.stored[fragments[0].key][100] ^= 1
     del near.stored[fragments[1].key][-1]
     assert pulled(store, keys_of(fragments)) == [fragment.payload for fragment in fragments]
@@ -111,7 +111,7 @@ def test_a_bad_copy_is_counted_and_the_next_tier_is_asked(near: NamedTier, far: 
 def test_bad_copies_everywhere_read_as_missing(near: NamedTier, far: NamedTier) -> None:
     store = FragmentStore([near, far])
     (fragment,) = make_fragments(1)
-    store.put([fragment])
+    store.store([fragment])
     near.stored[fragment.key][100] ^= 1
     far.stored[fragment.key][100] ^= 1
     assert pulled(store, [fragment.key]) == [None]
@@ -124,21 +124,21 @@ def test_goes_on_without_a_tier_that_is_down(near: NamedTier, far: NamedTier) ->
     store = FragmentStore([near, far])
     fragments = make_fragments(2)
     near.is_up = False
-    assert store.put(fragments) == [True, True]
+    assert store.store(fragments) == [True, True]
     assert pulled(store, keys_of(fragments)) == [fragment.payload for fragment in fragments]
     assert store.stats().tier_is_up == {"near": False, "far": True}
     assert store.stats().published_bytes == {"near": 0, "far": 2000}
     far.is_up = False
-    assert store.put(fragments) == [False, False]
+    assert store.store(fragments) == [False, False]
     assert pulled(store, keys_of(fragments)) == [None, None]
 
 
 def test_without_tiers_nothing_is_kept() -> None:
     store = FragmentStore([])
     fragments = make_fragments(2)
-    assert store.put(fragments) == [False, False]
+    assert store.store(fragments) == [False, False]
     assert pulled(store, keys_of(fragments)) == [None, None]
-    assert store.put([]) == pulled(store, []) == []
+    assert store.store([]) == pulled(store, []) == []
 
 
 def test_counters_hold_under_threads(near: NamedTier) -> None:
@@ -147,7 +147,7 @@ def test_counters_hold_under_threads(near: NamedTier) -> None:
 
     def work(index: int) -> None:
         for _ in range(20):
-            store.put(batches[index])
+            store.store(batches[index])
             pulled(store, keys_of(batches[index]))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
@@ -170,9 +170,9 @@ def test_keeps_serving_when_redis_is_lost(near: NamedTier, redis_server: RedisSe
     redis_tier = RedisTier(redis_server.url, SECRET)
     store = FragmentStore([near, redis_tier])
     before, after = make_fragments(2), make_fragments(2)
-    store.put(before)
+    store.store(before)
     redis_server.kill()
-    assert store.put(after) == [True, True]
+    assert store.store(after) == [True, True]
     assert pulled(store, keys_of(before + after)) == [fragment.payload for fragment in before + after]
     assert store.stats().tier_is_up == {"near": True, "redis": False}
     redis_server.start()

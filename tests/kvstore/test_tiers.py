@@ -54,8 +54,8 @@ def host_tier(node: KVNode) -> TierUnderTest:
     return TierUnderTest(HostTier(node.host_address), flip_in_arena(node))
 
 
-class IntoRooms:
-    """The host tier as a store uses it: what is got is brought into buffers of the sizes that were put."""
+class IntoBuffers:
+    """The host tier as a store uses it: what is loaded comes into buffers of the sizes that were stored."""
 
     name = "host"
 
@@ -67,24 +67,24 @@ class IntoRooms:
     def is_up(self) -> bool:
         return self.host.is_up
 
-    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
+    def store(self, fragments: Sequence[Fragment]) -> list[bool]:
         self.num_bytes |= {fragment.key: fragment.num_bytes for fragment in fragments}
-        return self.host.put(fragments)
+        return self.host.store(fragments)
 
-    def get(self, keys: Sequence[bytes]) -> list[memoryview | Rejected | None]:
-        rooms = [memoryview(bytearray(self.num_bytes.get(key, 1000))) for key in keys]
-        results = self.host.get_into(keys, rooms)
+    def load(self, keys: Sequence[bytes]) -> list[memoryview | Rejected | None]:
+        buffers = [memoryview(bytearray(self.num_bytes.get(key, 1000))) for key in keys]
+        results = self.host.load_into(keys, buffers)
         return [
-            result if isinstance(result, Rejected) else room if result else None
-            for room, result in zip(rooms, results, strict=True)
+            result if isinstance(result, Rejected) else buffer if result else None
+            for buffer, result in zip(buffers, results, strict=True)
         ]
 
     def close(self) -> None:
         self.host.close()
 
 
-def host_tier_into_rooms(node: KVNode) -> TierUnderTest:
-    return TierUnderTest(IntoRooms(node.host_address), flip_in_arena(node))
+def host_tier_into_buffers(node: KVNode) -> TierUnderTest:
+    return TierUnderTest(IntoBuffers(node.host_address), flip_in_arena(node))
 
 
 def redis_tier(server: RedisServer) -> TierUnderTest:
@@ -110,11 +110,11 @@ class DiskAsTier:
     def is_up(self) -> bool:
         return self.disk.is_up
 
-    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
+    def store(self, fragments: Sequence[Fragment]) -> list[bool]:
         self.disk.write([sealed_copy(fragment) for fragment in fragments])
         return [self.is_up and self.disk.has(fragment.key) for fragment in fragments]
 
-    def get(self, keys: Sequence[bytes]) -> list[memoryview | Rejected | None]:
+    def load(self, keys: Sequence[bytes]) -> list[memoryview | Rejected | None]:
         read = [self.disk.read(key) for key in keys]
         return [sealed[HEADER_BYTES:] if isinstance(sealed, memoryview) else sealed for sealed in read]
 
@@ -132,7 +132,7 @@ def disk_tier(folder: Path) -> TierUnderTest:
 
 
 class OverPeer:
-    """The other end's host tier for what is put, the peer tier for what is got."""
+    """Stores into the other end's host tier, loads from the peer tier."""
 
     name = "peer"
 
@@ -145,13 +145,13 @@ class OverPeer:
     def is_up(self) -> bool:
         return self.peer.is_up
 
-    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
-        assert self.peer.put(fragments) == [False] * len(fragments)
+    def store(self, fragments: Sequence[Fragment]) -> list[bool]:
+        assert self.peer.store(fragments) == [False] * len(fragments)
         self.directory.publish([fragment.key[:16] for fragment in fragments], f"peer:{self.host.peer_address}")
-        return self.host.put(fragments)
+        return self.host.store(fragments)
 
-    def get(self, keys: Sequence[bytes]) -> list[memoryview | Rejected | None]:
-        return self.peer.get(keys)
+    def load(self, keys: Sequence[bytes]) -> list[memoryview | Rejected | None]:
+        return self.peer.load(keys)
 
     def close(self) -> None:
         self.peer.close()
@@ -162,14 +162,14 @@ def peer_tier(node: KVNode) -> TierUnderTest:
     return TierUnderTest(OverPeer(node), flip_in_arena(node))
 
 
-@pytest.fixture(params=["memory", "host", "rooms", "disk", "peer", pytest.param("redis", marks=pytest.mark.redis)])
+@pytest.fixture(params=["memory", "host", "buffers", "disk", "peer", pytest.param("redis", marks=pytest.mark.redis)])
 def under_test(request: pytest.FixtureRequest) -> Iterator[TierUnderTest]:
     if request.param == "memory":
         made = memory_tier()
     elif request.param == "host":
         made = host_tier(request.getfixturevalue("shared_kv_node"))
-    elif request.param == "rooms":
-        made = host_tier_into_rooms(request.getfixturevalue("shared_kv_node"))
+    elif request.param == "buffers":
+        made = host_tier_into_buffers(request.getfixturevalue("shared_kv_node"))
     elif request.param == "peer":
         made = peer_tier(request.getfixturevalue("peer_node"))
     elif request.param == "disk":
@@ -190,50 +190,50 @@ def test_is_up_from_the_start_and_down_once_closed(tier: Tier) -> None:
     assert tier.is_up
     tier.close()
     assert not tier.is_up
-    assert tier.put(fragments) == [False, False]
-    assert list(tier.get(keys_of(fragments))) == [None, None]
+    assert tier.store(fragments) == [False, False]
+    assert list(tier.load(keys_of(fragments))) == [None, None]
 
 
 @pytest.mark.parametrize("payload_bytes", [1, 63, 1000, 65536])
 def test_what_was_put_is_got(tier: Tier, payload_bytes: int) -> None:
     fragments = make_fragments(5, payload_bytes)
-    assert tier.put(fragments) == [True] * 5
-    assert list(tier.get(keys_of(fragments))) == [fragment.payload for fragment in fragments]
+    assert tier.store(fragments) == [True] * 5
+    assert list(tier.load(keys_of(fragments))) == [fragment.payload for fragment in fragments]
 
 
 def test_absent_fragments_are_none(tier: Tier) -> None:
     there, absent = make_fragments(2), make_fragments(2)
-    tier.put(there)
+    tier.store(there)
     keys = [absent[0].key, there[1].key, absent[1].key, there[0].key]
-    assert list(tier.get(keys)) == [None, there[1].payload, None, there[0].payload]
+    assert list(tier.load(keys)) == [None, there[1].payload, None, there[0].payload]
 
 
 def test_empty_batches(tier: Tier) -> None:
-    assert tier.put([]) == []
-    assert list(tier.get([])) == []
+    assert tier.store([]) == []
+    assert list(tier.load([])) == []
 
 
 def test_putting_again_changes_nothing(tier: Tier) -> None:
     fragments = make_fragments(3)
-    tier.put(fragments)
-    assert tier.put(fragments) == [True] * 3
-    assert list(tier.get(keys_of(fragments))) == [fragment.payload for fragment in fragments]
+    tier.store(fragments)
+    assert tier.store(fragments) == [True] * 3
+    assert list(tier.load(keys_of(fragments))) == [fragment.payload for fragment in fragments]
 
 
 def test_one_fragment_twice_in_a_batch(tier: Tier) -> None:
     (fragment,) = make_fragments(1)
-    assert tier.put([fragment, fragment]) == [True, True]
-    first, second = tier.get([fragment.key, fragment.key])
+    assert tier.store([fragment, fragment]) == [True, True]
+    first, second = tier.load([fragment.key, fragment.key])
     assert first == second == fragment.payload
 
 
 def test_copies_are_private_and_writable(tier: Tier) -> None:
     fragments = make_fragments(1)
-    tier.put(fragments)
-    (first,) = tier.get(keys_of(fragments))
+    tier.store(fragments)
+    (first,) = tier.load(keys_of(fragments))
     assert isinstance(first, memoryview)
     first[:] = bytes(first.nbytes)
-    (second,) = tier.get(keys_of(fragments))
+    (second,) = tier.load(keys_of(fragments))
     assert second == fragments[0].payload
     assert first == bytes(first.nbytes)
 
@@ -241,48 +241,48 @@ def test_copies_are_private_and_writable(tier: Tier) -> None:
 def test_payloads_of_other_formats_are_stored_as_their_bytes(tier: Tier) -> None:
     (fragment,) = make_fragments(1, 64)
     shaped = fragment.payload.cast("H").cast("B").cast("H", (4, 8))
-    assert tier.put([Fragment(fragment.key, shaped)]) == [True]
-    assert list(tier.get([fragment.key])) == [fragment.payload]
+    assert tier.store([Fragment(fragment.key, shaped)]) == [True]
+    assert list(tier.load([fragment.key])) == [fragment.payload]
 
 
 def test_a_part_of_a_cache_is_stored_as_its_bytes(tier: Tier) -> None:
     (fragment,) = make_fragments(1, 4 * 3 * 2 * 128)
     cache = np.frombuffer(fragment.payload, np.uint8).reshape(4, 3, 2, 128)
     lies = cache[:, 1, :, :100]
-    assert tier.put([Fragment(fragment.key, lies)]) == [True]
-    assert list(tier.get([fragment.key])) == [lies.tobytes()]
+    assert tier.store([Fragment(fragment.key, lies)]) == [True]
+    assert list(tier.load([fragment.key])) == [lies.tobytes()]
 
 
 @pytest.mark.parametrize("offset", [0, 24, 32, 42, HEADER_BYTES, HEADER_BYTES + 999])
 def test_a_flipped_byte_is_refused_once_and_can_be_replaced(under_test: TierUnderTest, offset: int) -> None:
     tier = under_test.tier
     good, bad = make_fragments(2)
-    tier.put([good, bad])
+    tier.store([good, bad])
     under_test.flip(bad, offset)
-    got = list(tier.get([good.key, bad.key]))
+    got = list(tier.load([good.key, bad.key]))
     assert got[0] == good.payload
     assert isinstance(got[1], Rejected)
     if offset >= HEADER_BYTES:
         assert got[1] == Rejected("checksum")
-    assert list(tier.get([bad.key])) == [None]
-    assert tier.put([bad]) == [True]
-    assert list(tier.get([bad.key])) == [bad.payload]
+    assert list(tier.load([bad.key])) == [None]
+    assert tier.store([bad]) == [True]
+    assert list(tier.load([bad.key])) == [bad.payload]
 
 
 def test_another_fragments_bytes_are_refused(under_test: TierUnderTest) -> None:
     (fragment,) = make_fragments(1)
-    under_test.tier.put([fragment])
+    under_test.tier.store([fragment])
     under_test.flip(fragment, HEADER_BYTES - 22)  # first byte of the key
-    assert list(under_test.tier.get([fragment.key])) == [Rejected("stale")]
+    assert list(under_test.tier.load([fragment.key])) == [Rejected("stale")]
 
 
 def test_a_length_that_does_not_fit_is_refused(under_test: TierUnderTest) -> None:
     (fragment,) = make_fragments(1)
-    under_test.tier.put([fragment])
+    under_test.tier.store([fragment])
     under_test.flip(fragment, 16)  # low byte of the payload's length
-    (got,) = under_test.tier.get([fragment.key])
+    (got,) = under_test.tier.load([fragment.key])
     assert isinstance(got, Rejected)
-    if isinstance(under_test.tier, IntoRooms):
+    if isinstance(under_test.tier, IntoBuffers):
         assert got.reason == "layout"
     else:
         assert got.reason in ("truncated", "checksum")  # an arena has bytes behind the payload, a value has not
@@ -290,5 +290,5 @@ def test_a_length_that_does_not_fit_is_refused(under_test: TierUnderTest) -> Non
 
 def test_batches_larger_than_a_chunk(tier: Tier) -> None:
     fragments = make_fragments(100, 60_000)  # 6 MB
-    assert tier.put(fragments) == [True] * 100
-    assert list(tier.get(keys_of(fragments))) == [fragment.payload for fragment in fragments]
+    assert tier.store(fragments) == [True] * 100
+    assert list(tier.load(keys_of(fragments))) == [fragment.payload for fragment in fragments]

@@ -93,7 +93,7 @@ def test_tls_to_a_plain_port_is_a_mistake(redis_server: RedisServer) -> None:
 
 @pytest.fixture
 def tls_port(tmp_path: Path) -> Iterator[int]:
-    """A port on which somebody speaks TLS."""
+    """A port of a server that speaks TLS."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
     now = datetime.datetime.now(datetime.UTC)
@@ -137,7 +137,7 @@ def test_plain_to_a_tls_port_is_a_mistake(tls_port: int) -> None:
 
 
 def test_a_tier_says_that_it_takes_nothing_and_when_it_does_again(users: RedisServer) -> None:
-    """It was up, kept nothing, and nobody was told."""
+    """It was up, kept nothing, and reported no problem."""
     tier = RedisTier(url_of(users, "reader"), SECRET)
     try:
         assert tier.is_up  # what is there can be had
@@ -145,7 +145,7 @@ def test_a_tier_says_that_it_takes_nothing_and_when_it_does_again(users: RedisSe
         with users.client() as client:
             client.execute_command("ACL", "SETUSER", "reader", "+@all")
         wait_until(lambda: tier.problem == "", "the right was given")
-        assert tier.put([Fragment(bytes(22), memoryview(bytearray(8)))]) == [True]
+        assert tier.store([Fragment(bytes(22), memoryview(bytearray(8)))]) == [True]
     finally:
         tier.close()
 

@@ -50,7 +50,7 @@ class _Part:
 
     submit: worker_pb2.Submit
     num_allowed: float
-    room: asyncio.Event = field(default_factory=asyncio.Event)
+    has_credit: asyncio.Event = field(default_factory=asyncio.Event)
     go_on: asyncio.Future[list[int]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     task: asyncio.Task[None] | None = None
 
@@ -88,7 +88,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.num_sent = 0
         self.num_connections = 0
         self.held: dict[bytes, None] | None = None  # blocks by name; None: it cannot tell, as workers once could not
-        self.num_news_to_drop = 0  # of its blocks, messages that never arrive
+        self.num_block_events_to_drop = 0  # of its blocks, messages that never arrive
         self.num_watches = 0  # times that a router asked for a snapshot
         self.is_mute = False  # says nothing any more, as a stopped process
         self.address = ""
@@ -123,7 +123,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self._feed.take(LoopEvents(block_changes=dict.fromkeys(names, True)))
 
     def evict(self, names: Sequence[bytes]) -> None:
-        """As if it had needed the room."""
+        """As an engine evicts when it needs free blocks."""
         assert self.held is not None
         for name in names:
             del self.held[name]
@@ -141,8 +141,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.num_watches += 1
 
         async def write(message: worker_pb2.WatchBlocksResponse) -> None:
-            if self.num_news_to_drop > 0 and message.WhichOneof("message") == "changes":
-                self.num_news_to_drop -= 1
+            if self.num_block_events_to_drop > 0 and message.WhichOneof("message") == "changes":
+                self.num_block_events_to_drop -= 1
             else:
                 await context.write(message)
 
@@ -193,7 +193,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             if request.credit.stream_id in connection.parts:
                 widened = connection.parts[request.credit.stream_id]
                 widened.num_allowed += request.credit.num_tokens
-                widened.room.set()
+                widened.has_credit.set()
         elif kind == "ping":
             connection.outbox.put_nowait(worker_pb2.ConnectResponse(pong=worker_pb2.Pong(nonce=request.ping.nonce)))
 
@@ -260,8 +260,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         if position == self.stop_at:
             return worker_pb2.REQUEST_OUTCOME_STOP
         while part.num_allowed < 1:
-            part.room.clear()
-            await part.room.wait()
+            part.has_credit.clear()
+            await part.has_credit.wait()
         part.num_allowed -= 1
         history.append(next_token(history))
         bent = position + (self.bend.pop(0) if self.bend else 0)

@@ -1,4 +1,4 @@
-"""A router that is told which blocks its workers hold, and that misses some of it."""
+"""A router that follows its workers' block events, and misses some of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from router.fleet.fleet import name_blocks
 from tests.router.conftest import Cluster, running_cluster, until
 from tests.router.fake_worker import FakeWorker, expected_tokens
-from tests.router.test_grpc_face import PROMPT, collect, request
+from tests.router.test_grpc_api import PROMPT, collect, request
 from workers.server.block_events import BlockFeed
 
 LONG = tuple((7 * i) % 4000 for i in range(320))  # twenty blocks
@@ -46,14 +46,14 @@ async def test_a_prompt_goes_where_a_worker_says_its_blocks_are(model_dir: Path)
     async with running_cluster(model_dir, *workers) as cluster:
         names = long_names(cluster)
         fleet = cluster.router._dispatcher.fleet
-        await until(lambda: fleet.num_told_blocks("w0") == 5000, "the snapshot came")
+        await until(lambda: fleet.num_reported_blocks("w0") == 5000, "the snapshot came")
         workers[2].hold(names)
-        await until(lambda: num_cached(cluster)["w2"] == 320, "it was told")
+        await until(lambda: num_cached(cluster)["w2"] == 320, "the block events came")
         answer = await collect(cluster.grpc_address, request(LONG))
         assert answer[3].stats.decode_worker_id == "w2"
         workers[2].evict(names[1:])
         workers[3].hold(names[:10])
-        await until(lambda: num_cached(cluster)["w2"] == 16, "the eviction was told")
+        await until(lambda: num_cached(cluster)["w2"] == 16, "the eviction was reported")
         assert (await collect(cluster.grpc_address, request(LONG)))[3].stats.decode_worker_id == "w3"
         assert metric(cluster, "switchyard_block_snapshots_total") == 4
         assert metric(cluster, "switchyard_block_gaps_total") == 0
@@ -66,11 +66,11 @@ async def test_what_was_missed_is_noticed_and_asked_for(model_dir: Path) -> None
     async with running_cluster(model_dir, worker, FakeWorker("b", "mixed")) as cluster:
         names = long_names(cluster)
         fleet = cluster.router._dispatcher.fleet
-        await until(lambda: fleet.num_told_blocks("a") == 0, "an empty snapshot came")
-        assert fleet.num_told_blocks("b") is None
-        worker.num_news_to_drop = 1
+        await until(lambda: fleet.num_reported_blocks("a") == 0, "an empty snapshot came")
+        assert fleet.num_reported_blocks("b") is None
+        worker.num_block_events_to_drop = 1
         worker.hold(names[:4])
-        await until(lambda: worker.num_news_to_drop == 0, "it was lost")
+        await until(lambda: worker.num_block_events_to_drop == 0, "it was lost")
         assert num_cached(cluster)["a"] == 0
         worker.hold(names[4:8])
         await until(lambda: num_cached(cluster)["a"] == 128, "what was lost came with a snapshot")
@@ -89,10 +89,10 @@ async def test_a_worker_that_cannot_tell_is_guessed_at(model_dir: Path) -> None:
         assert b"known_blocks{" not in cluster.router._metrics.text()
 
 
-async def test_streams_run_on_while_the_blocks_are_told_anew(model_dir: Path) -> None:
+async def test_streams_run_on_while_the_blocks_are_reported_anew(model_dir: Path) -> None:
     worker = talking("a")
     async with running_cluster(model_dir, worker) as cluster:
-        worker.num_news_to_drop = 10**9
+        worker.num_block_events_to_drop = 10**9
         for number in range(20):
             worker.hold([bytes([number]) * 16])
             assert (await collect(cluster.grpc_address, request()))[1] == expected_tokens(PROMPT, 20)
@@ -105,5 +105,5 @@ async def test_what_another_process_says_at_the_address_does_not_count(model_dir
     worker._feed = BlockFeed("somebody else", worker._follow_blocks)
     async with running_cluster(model_dir, worker) as cluster:
         await until(lambda: worker.num_watches >= 2, "it was asked again")
-        assert cluster.router._dispatcher.fleet.num_told_blocks("a") is None
+        assert cluster.router._dispatcher.fleet.num_reported_blocks("a") is None
         assert (await collect(cluster.grpc_address, request()))[1] == expected_tokens(PROMPT, 20)

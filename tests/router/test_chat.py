@@ -44,11 +44,11 @@ REASONED = [
 def expected(template: str, messages: list[dict[str, Any]], **options: Any) -> str:
     """What transformers renders. Its callers hold arguments as objects, as its documentation asks for."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), **SPECIAL, chat_template=template)
-    told = copy.deepcopy(messages)
-    for message in told:
+    copied = copy.deepcopy(messages)
+    for message in copied:
         for call in message.get("tool_calls") or ():
             call["function"]["arguments"] = json.loads(call["function"]["arguments"])
-    return tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=True, **options)
+    return tokenizer.apply_chat_template(copied, tokenize=False, add_generation_prompt=True, **options)
 
 
 CHATS = {"plain": PLAIN, "with_tools": WITH_TOOLS, "reasoned": REASONED}

@@ -13,7 +13,7 @@ from router import events
 from router.sampling import SamplingParams
 from tests.router.conftest import config_with, pair, running_cluster, until
 from tests.router.fake_worker import FakeWorker, expected_tokens
-from tests.router.test_grpc_face import PROMPT, collect, request
+from tests.router.test_grpc_api import PROMPT, collect, request
 
 NUM_TOKENS = 6
 
@@ -107,7 +107,7 @@ async def test_no_worker_comes_back_in_time(model_dir: Path) -> None:
         answer = asyncio.create_task(collect(cluster.grpc_address, request(max_tokens=50)))
         await until(lambda: worker.num_sent >= 5, "some tokens came")
         await worker.kill()
-        with pytest.raises(GenerationError, match="UNAVAILABLE: no worker lives"):
+        with pytest.raises(GenerationError, match="UNAVAILABLE: no worker is up"):
             await answer
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.fleet.fleet import Fleet, KvLayout, LoadReport, WorkerInfo, extend_names, name_blocks
-from router.placement.affinity import SeenBlocks, SnapshotPart, ToldChanges
+from router.placement.affinity import BlockChanges, SeenBlocks, SnapshotPart
 from router.placement.policy import Placement, Rates, Reject, Role, RouteRequest, WorkerView, cheapest
 
 LAYOUT = KvLayout(b"layout", 16)
@@ -119,7 +119,7 @@ def test_equal_prompts_stay_together_before_the_worker_has_said_a_word_of_them()
     fleet = Fleet(cheapest, replace(RATES, transfer_ms_per_block=1000.0))  # nothing is gained by pulling
     for i in range(8):
         fleet.add(info(f"w{i}"))
-        assert fleet.hear_blocks(f"w{i}", SnapshotPart(1, 0, True, []))
+        assert fleet.apply_block_event(f"w{i}", SnapshotPart(1, 0, True, []))
     (names,) = name_blocks(fleet.layouts, [7] * 400, b"").values()
     taken = {pick(fleet, "r0", prompt=[7] * 400).decode_id}
     assert {view.worker_id for view in fleet.views({LAYOUT: names}) if view.num_cached_tokens == 400} == taken
@@ -136,14 +136,14 @@ def test_what_a_worker_says_of_its_blocks_outweighs_what_it_was_sent() -> None:
     other = {"a": "b", "b": "a"}[first.decode_id]
     (names,) = name_blocks(fleet.layouts, [7] * 96, b"").values()
     for worker_id, held in ((first.decode_id, []), (other, names)):
-        assert fleet.hear_blocks(worker_id, SnapshotPart(1, 0, True, held))
+        assert fleet.apply_block_event(worker_id, SnapshotPart(1, 0, True, held))
         for number in range(1, 4):
-            assert fleet.hear_blocks(worker_id, ToldChanges(number, number + 1, [], []))
+            assert fleet.apply_block_event(worker_id, BlockChanges(number, number + 1, [], []))
     assert pick(fleet, "r1", prompt=[7] * 96).decode_id == other
-    assert fleet.num_told_blocks(other) == 6
+    assert fleet.num_reported_blocks(other) == 6
     fleet.lose_blocks(other)
-    assert fleet.num_told_blocks(other) is None
-    assert not fleet.hear_blocks("nobody", SnapshotPart(1, 0, True, []))
+    assert fleet.num_reported_blocks(other) is None
+    assert not fleet.apply_block_event("nobody", SnapshotPart(1, 0, True, []))
 
 
 def test_the_next_turn_of_a_chat_finds_its_last_answer() -> None:

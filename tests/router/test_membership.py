@@ -13,7 +13,7 @@ from checkpoint.identity import ServedModel, tokenizer_digest
 from kvstore.control.directory import DirectoryUnavailable, LeasedWorker, WorkerRecord
 from tests.router.conftest import MODEL, Cluster, running_cluster, until
 from tests.router.fake_worker import FakeWorker, expected_tokens
-from tests.router.test_grpc_face import PROMPT, collect, request
+from tests.router.test_grpc_api import PROMPT, collect, request
 
 
 def go_away(cluster: Cluster) -> Callable[[], None]:
@@ -44,7 +44,7 @@ async def test_a_worker_that_withdraws_finishes_its_streams_and_gets_no_more(mod
         _, ids, _, finished = await answer
         assert ids == expected_tokens(PROMPT, 60)
         assert (finished.stats.decode_worker_id, finished.stats.num_replacements) == ("a", 0)
-        await until(lambda: "a" not in cluster.router._membership._members, "its link was closed")
+        await until(lambda: "a" not in cluster.router._membership._members, "its connection was closed")
         cluster.lease(leaving)
         await cluster.sees(leaving)
 
@@ -135,39 +135,39 @@ async def test_a_worker_that_registered_anew_is_dialled_anew_and_its_streams_go_
         answer = asyncio.create_task(collect(cluster.grpc_address, request(max_tokens=100)))
         await until(lambda: hung.num_sent >= 5, "it runs")
         await cluster.add(other)
-        old_link = cluster.router._dispatcher.links["a"]
+        old_connection = cluster.router._dispatcher.connections["a"]
         clock.now_s += 2000
         cluster.lease(other)
         clock.now_s += 2000  # the lease of the first one ran out
         await cluster.loses(hung)
-        assert hung.num_live == 1, "its stream runs on while nobody says that it is another"
+        assert hung.num_live == 1, "its stream runs on while the directory names no other epoch"
         hung.lease_epoch = cluster.lease(hung)
         _, ids, _, finished = await answer
         assert ids == expected_tokens(PROMPT, 100)
         assert (finished.stats.decode_worker_id, finished.stats.num_replacements) == ("b", 1)
         await cluster.sees(hung, other)
-        link = cluster.router._dispatcher.links["a"]
-        assert link is not old_link
-        assert (old_link.is_up, link.lease_epoch, hung.num_connections) == (False, hung.lease_epoch, 2)
+        connection = cluster.router._dispatcher.connections["a"]
+        assert connection is not old_connection
+        assert (old_connection.is_up, connection.lease_epoch, hung.num_connections) == (False, hung.lease_epoch, 2)
 
 
 async def test_nothing_goes_back_to_an_older_epoch(model_dir: Path) -> None:
     worker, impostor = FakeWorker("a", "mixed"), FakeWorker("a", "mixed")
     await impostor.start()
     async with running_cluster(model_dir, worker) as cluster:
-        link = cluster.router._dispatcher.links["a"]
+        connection = cluster.router._dispatcher.connections["a"]
         record = WorkerRecord("a", impostor.address, "mixed", "mixed", "node-0")
         num_polls = 0
 
         def forgetful() -> list[LeasedWorker]:
             nonlocal num_polls
             num_polls += 1
-            return [LeasedWorker(record, link.lease_epoch - 1)]
+            return [LeasedWorker(record, connection.lease_epoch - 1)]
 
         cluster.directory.workers = forgetful
-        await until(lambda: num_polls >= 3, "the router heard it twice")
+        await until(lambda: num_polls >= 3, "the router read it twice")
         assert (await collect(cluster.grpc_address, request()))[1] == expected_tokens(PROMPT, 20)
-        assert cluster.router._dispatcher.links["a"] is link
+        assert cluster.router._dispatcher.connections["a"] is connection
         assert (worker.num_connections, impostor.num_connections) == (1, 0)
     await impostor.kill()
 
@@ -210,17 +210,17 @@ async def test_a_malformed_batch_breaks_the_connection_and_not_the_stream(model_
     async with running_cluster(model_dir, worker) as cluster:
         answer = asyncio.create_task(collect(cluster.grpc_address, request(max_tokens=60)))
         await until(lambda: worker.num_sent >= 5, "it runs")
-        link = cluster.router._dispatcher.links["a"]
+        connection = cluster.router._dispatcher.connections["a"]
         from switchyard.v1 import worker_pb2
 
         broken = worker_pb2.TokenBatch(stream_ids=["x"], epochs=[1], stream_index=[3], positions=[0], token_ids=[1])
-        take = link._take
+        take = connection._take
 
         def take_broken_once(message: worker_pb2.ConnectResponse) -> None:
-            link._take = take
+            connection._take = take
             take(worker_pb2.ConnectResponse(tokens=broken))
 
-        link._take = take_broken_once
+        connection._take = take_broken_once
         _, ids, _, finished = await answer
     assert ids == expected_tokens(PROMPT, 60)
     assert finished.stats.num_replacements == 1

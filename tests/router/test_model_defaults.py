@@ -26,7 +26,7 @@ from tests.fake_cluster import write_fake_model
 from tests.router.chat_templates import QWEN3
 from tests.router.conftest import DEMO, MODEL, running_cluster
 from tests.router.fake_worker import CONTEXT_TOKENS, VOCAB_SIZE, FakeWorker
-from tests.router.test_grpc_face import PROMPT
+from tests.router.test_grpc_api import PROMPT
 from workers.model.registry import load_config
 from workers.sampling.sampler import mask_top_k_top_p
 
@@ -118,13 +118,13 @@ async def test_a_request_that_leaves_it_open_gets_the_models_sampling(tmp_path: 
         message.sampling.top_k = 0
         message.sampling.temperature = 0
         assert [one async for one in stub.Generate(message)]
-    told = [submit.sampling for submit in worker.submits]
+    received = [submit.sampling for submit in worker.submits]
     defaults = SETTLED if is_auto else (1.0, 1.0, 0)
-    sent = [(one.temperature, one.top_p, one.top_k) for one in told]
+    sent = [(one.temperature, one.top_p, one.top_k) for one in received]
     assert sent == [defaults, (0.25, 0.5, 0), defaults, defaults, (0, defaults[1], 0)]
-    assert [one.max_tokens for one in told] == [9 if is_auto else 3, 4, 16, 3, 3]
+    assert [one.max_tokens for one in received] == [9 if is_auto else 3, 4, 16, 3, 3]
     # The tokenizer's eos_token is id 0 here, which config.json does not name.
-    assert [list(one.stop_token_ids) for one in told] == [[0], [], [0], [0], [0]]
+    assert [list(one.stop_token_ids) for one in received] == [[0], [], [0], [0], [0]]
 
 
 async def test_the_templates_end_is_a_stop_token(tmp_path: Path) -> None:
@@ -184,7 +184,9 @@ async def test_grpc_calls_have_request_ids_and_refusals_are_counted(model_dir: P
 @pytest.mark.parametrize("top_p", [1e-300, 5e-46, 1e-40])
 def test_a_top_p_that_is_smaller_than_the_wire_can_say_keeps_the_best_candidate(top_p: float) -> None:
     for asked, default in ((top_p, None), (None, top_p)):
-        settled_one = settled(SamplingParams(top_p=asked), SamplingDefaults(top_p=default), (), seed=1, room=9)
+        settled_one = settled(
+            SamplingParams(top_p=asked), SamplingDefaults(top_p=default), (), seed=1, num_tokens_left=9
+        )
         carried = sampling_params(sampling_message(settled_one)).top_p
         assert carried is not None
         check_sampling(sampling_params(sampling_message(settled_one)), VOCAB_SIZE)

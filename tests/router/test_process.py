@@ -26,7 +26,7 @@ from settings.loading import SettingsError, load, write
 from tests.processes import KVNode, python_environment
 from tests.router.conftest import config_with, running_cluster, until
 from tests.router.fake_worker import FakeWorker, expected_tokens
-from tests.router.test_grpc_face import PROMPT, collect, request
+from tests.router.test_grpc_api import PROMPT, collect, request
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -66,11 +66,11 @@ def test_it_says_where_it_listens_and_ends_on_sigterm(tmp_path: Path, model_dir:
         assert child.wait(timeout=20) == 0
 
 
-@pytest.mark.parametrize("face", ["grpc", "http"])
-def test_a_port_in_use_is_one_line_and_exit_code_2(tmp_path: Path, model_dir: Path, face: str) -> None:
+@pytest.mark.parametrize("api", ["grpc", "http"])
+def test_a_port_in_use_is_one_line_and_exit_code_2(tmp_path: Path, model_dir: Path, api: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with process(spec_file(tmp_path, model_dir, **{f"{face}_port": port})) as child:
+        with process(spec_file(tmp_path, model_dir, **{f"{api}_port": port})) as child:
             _, stderr = child.communicate(timeout=60)
     assert child.returncode == 2
     lines = [line for line in stderr.splitlines() if not line.startswith(("E0000", "I0000", "WARNING: All log"))]
@@ -159,4 +159,4 @@ async def test_what_does_not_end_in_time_is_cancelled_when_the_router_stops(mode
         with pytest.raises(GenerationError, match=r"UNAVAILABLE|CANCELLED"):
             await answer
         await stopping
-        await until(lambda: worker.num_live == 0, "the worker was told")
+        await until(lambda: worker.num_live == 0, "the worker got the cancel")

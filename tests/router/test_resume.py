@@ -20,7 +20,7 @@ from router.service.text import TextCodec
 from tests.processes import RedisServer
 from tests.router.conftest import MODEL, Cluster, running_cluster, until
 from tests.router.fake_worker import FakeWorker, expected_tokens
-from tests.router.test_grpc_face import PROMPT
+from tests.router.test_grpc_api import PROMPT
 
 NUM_TOKENS = 12
 TOKENS = expected_tokens(PROMPT, NUM_TOKENS)
@@ -358,7 +358,7 @@ async def test_what_cannot_be_resumed_over_http_is_laid_to_the_header(
 async def test_a_stream_is_not_resumed_with_another_request(
     model_dir: Path, journal_url: str, changed: dict[str, object], field: str | None
 ) -> None:
-    """The header alone counted: whoever sent another prompt with it got the answer to the first one."""
+    """The header alone counted: a client that sent another prompt with it got the answer to the first one."""
     body = {"model": MODEL, "prompt": list(PROMPT), "stream": True, "max_tokens": 4, "temperature": 0.7, "seed": 7}
     async with (
         two_routers(model_dir, journal_url, FakeWorker("mixed-0", "mixed")) as (first, second),

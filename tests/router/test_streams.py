@@ -16,7 +16,7 @@ from router.placement.streams import (
     Action,
     CancelPart,
     ContinuePart,
-    HandOff,
+    KVTransfer,
     Outcome,
     Part,
     PartReport,
@@ -65,11 +65,11 @@ def prefilled(max_tokens: int) -> Stream:
     return stream
 
 
-def test_a_hand_off_is_timed_by_both_workers() -> None:
+def test_a_kv_transfer_is_timed_by_both_workers() -> None:
     stream = prefilled(max_tokens=2)
     stream.on_token("d", 1, 1, 11)
     stream.on_finished("d", 1, done(Outcome.LENGTH, times=PartTimes(100.25, 100.5, 101.0)))
-    assert stream.hand_off == HandOff(relay_s=0.25, total_s=0.5)
+    assert stream.kv_transfer == KVTransfer(relay_s=0.25, total_s=0.5)
 
 
 @pytest.mark.parametrize("times", [PartTimes(99.0, 100.5, 101.0), PartTimes(100.25, 100.2, 101.0)], ids=str)
@@ -77,26 +77,26 @@ def test_hosts_whose_clocks_differ_time_nothing(times: PartTimes) -> None:
     stream = prefilled(max_tokens=2)
     stream.on_token("d", 1, 1, 11)
     stream.on_finished("d", 1, done(Outcome.LENGTH, times=times))
-    assert stream.hand_off is None
+    assert stream.kv_transfer is None
 
 
-def test_the_hand_off_to_a_worker_that_failed_does_not_count() -> None:
+def test_the_kv_transfer_to_a_worker_that_failed_does_not_count() -> None:
     stream = prefilled(max_tokens=3)
     stream.on_token("d", 1, 1, 11)
     stream.on_finished("d", 1, done(Outcome.FAILED, times=PartTimes(100.25, 100.5, 101.0)))
     stream.place(whole("m"))
     stream.on_token("m", 2, 2, 12)
     stream.on_finished("m", 2, done(Outcome.LENGTH))
-    assert stream.hand_off is None
+    assert stream.kv_transfer is None
 
 
-def test_the_hand_off_of_a_lost_placement_does_not_count() -> None:
+def test_the_kv_transfer_of_a_lost_placement_does_not_count() -> None:
     stream = prefilled(max_tokens=3)
     stream.on_lost("d")
     stream.place(split("q", "e"))
-    stream.on_lost("q")  # so that nobody knows when the prefill ended
+    stream.on_lost("q")  # so that the end of the prefill is unknown
     stream.on_finished("e", 2, done(Outcome.LENGTH, times=PartTimes(100.25, 100.5, 101.0)))
-    assert stream.hand_off is None
+    assert stream.kv_transfer is None
 
 
 def test_one_token_is_all_the_prefill_worker_needs_to_give() -> None:
@@ -203,7 +203,7 @@ class Workers:
         self.stream = stream
         self.parts: dict[str, SubmitPart] = {}
         self.histories: dict[str, list[int]] = {}
-        self.may_speak: set[str] = set()
+        self.may_send: set[str] = set()
 
     def do(self, actions: Sequence[Action]) -> None:
         for action in actions:
@@ -212,20 +212,20 @@ class Workers:
                 self.parts[action.worker_id] = action
                 self.histories[action.worker_id] = [*PROMPT, *self.stream.emitted]
                 if action.part is not Part.DECODE:
-                    self.may_speak.add(action.worker_id)
+                    self.may_send.add(action.worker_id)
             elif isinstance(action, ContinuePart):
                 self.histories[action.worker_id] += action.token_ids
-                self.may_speak.add(action.worker_id)
+                self.may_send.add(action.worker_id)
             else:
                 self.drop(action.worker_id)
 
     def drop(self, worker_id: str) -> None:
         self.parts.pop(worker_id, None)
-        self.may_speak.discard(worker_id)
+        self.may_send.discard(worker_id)
 
-    def speak(self, worker_id: str) -> None:
+    def send(self, worker_id: str) -> None:
         """The worker's next word: a token, or that it has ended."""
-        if worker_id not in self.may_speak:
+        if worker_id not in self.may_send:
             return
         part, history = self.parts[worker_id], self.histories[worker_id]
         position = len(history) - len(PROMPT)
@@ -267,14 +267,14 @@ def play(script: Sequence[tuple[str, str]]) -> list[int]:
         elif kind == "double" and stream.emitted:
             workers.do(stream.on_token(worker_id, stream.epoch, len(stream.emitted) - 1, 999))
         else:
-            workers.speak(worker_id)
+            workers.send(worker_id)
         assert stream.emitted == expected_tokens(PROMPT, NUM_TOKENS)[: len(stream.emitted)]
     while stream.phase is not Phase.ENDED:
         if stream.phase is Phase.PLACING:
             workers.do(stream.place(next(placements)))
-        assert workers.may_speak, "nobody is to speak next: the stream hangs"
-        for worker_id in sorted(workers.may_speak):
-            workers.speak(worker_id)
+        assert workers.may_send, "no worker is to send next: the stream hangs"
+        for worker_id in sorted(workers.may_send):
+            workers.send(worker_id)
     assert stream.ending is FinishReason.LENGTH
     assert not workers.parts, "a worker still works on a stream that has ended"
     return stream.emitted
@@ -283,7 +283,7 @@ def play(script: Sequence[tuple[str, str]]) -> list[int]:
 @pytest.mark.parametrize("loser", ["p", "d"])
 @pytest.mark.parametrize("num_words", range(2 * NUM_TOKENS + 2))
 def test_any_worker_lost_after_any_word(loser: str, num_words: int) -> None:
-    script = [("speak", "pd"[i % 2]) for i in range(num_words)]
+    script = [("send", "pd"[i % 2]) for i in range(num_words)]
     assert play([*script, ("lose", loser)]) == expected_tokens(PROMPT, NUM_TOKENS)
 
 
@@ -291,7 +291,7 @@ def test_any_worker_lost_after_any_word(loser: str, num_words: int) -> None:
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(["speak", "speak", "speak", "lose", "stall", "stale", "double"]),
+            st.sampled_from(["send", "send", "send", "lose", "stall", "stale", "double"]),
             st.sampled_from(["p", "q", "d", "e", "m"]),
         ),
         max_size=60,

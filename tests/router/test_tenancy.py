@@ -1,4 +1,4 @@
-"""The salt of a caller: from its credential, the same on both faces, and nothing else."""
+"""The salt of a caller: from its credential, the same on both APIs, and nothing else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from switchyard_client import GenerationClient
 from router.api.tenancy import tenant_salt
 from tests.router.conftest import MODEL, running_cluster
 from tests.router.fake_worker import FakeWorker
-from tests.router.test_grpc_face import PROMPT, request
+from tests.router.test_grpc_api import PROMPT, request
 
 
 def test_a_credential_is_one_tenant_however_it_is_written() -> None:
@@ -21,7 +21,7 @@ def test_a_credential_is_one_tenant_however_it_is_written() -> None:
 
 
 @pytest.mark.parametrize("api_key", ["", "a", "b"])
-async def test_both_faces_give_the_workers_the_same_salt(model_dir: Path, api_key: str) -> None:
+async def test_both_apis_give_the_workers_the_same_salt(model_dir: Path, api_key: str) -> None:
     worker = FakeWorker("mixed-0", "mixed")
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     completion = {"model": MODEL, "prompt": list(PROMPT), "max_tokens": 3, "user": "somebody"}

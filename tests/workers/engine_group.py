@@ -45,13 +45,13 @@ class RecordingRunner(TorchModelRunner):
         return super().start(plan)
 
     def _choose(self, logits: Tensor, prepared: PreparedBatch) -> Tensor:
-        by_place = {place: row.clone() for row, place in zip(logits, prepared.order.tolist(), strict=True)}
-        self.logits[-1] = [by_place[place] for place in sorted(by_place)]
+        by_index = {index: row.clone() for row, index in zip(logits, prepared.order.tolist(), strict=True)}
+        self.logits[-1] = [by_index[index] for index in sorted(by_index)]
         return super()._choose(logits, prepared)
 
 
 class RecordingExecutor(GroupExecutor):
-    """Remembers whose logits each step wants."""
+    """Records which logits each step needs."""
 
     def __init__(self, runner: TorchModelRunner, groups: ParallelGroups, in_thread: bool) -> None:
         super().__init__(runner, groups, in_thread)

@@ -43,8 +43,8 @@ def assert_same(found: JobResult, expected: JobResult, why: str) -> None:
         assert torch.equal(mine, theirs), f"{why}: off by up to {(mine - theirs).abs().max():.3g}"
 
 
-def pick(result: JobResult, places: list[int]) -> JobResult:
-    return JobResult([result.completions[i] for i in places], 0, 0, 0, [result.logits[i] for i in places])
+def pick(result: JobResult, indices: list[int]) -> JobResult:
+    return JobResult([result.completions[i] for i in indices], 0, 0, 0, [result.logits[i] for i in indices])
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
@@ -59,8 +59,10 @@ def test_logits_are_equal_alone_and_in_any_company(group, checkpoints, shape, dt
     for chunk in (7, 16, 512):
         found = group.run(replace(plain, max_num_batched_tokens=chunk), whole, GREEDY)
         assert_same(found, expected, f"all of them, chunks of {chunk}")
-    for places in ([4, 1, 3], [2, 1, 0]):
-        assert_same(group.run(plain, [whole[i] for i in places], GREEDY), pick(expected, places), f"requests {places}")
+    for indices in ([4, 1, 3], [2, 1, 0]):
+        assert_same(
+            group.run(plain, [whole[i] for i in indices], GREEDY), pick(expected, indices), f"requests {indices}"
+        )
     for caching in (False, True):
         found = group.run(replace(plain, num_blocks=18, enable_prefix_caching=caching), whole, GREEDY)
         assert found.num_preemptions > 0
@@ -68,7 +70,7 @@ def test_logits_are_equal_alone_and_in_any_company(group, checkpoints, shape, dt
     cached = group.run(replace(plain, enable_prefix_caching=True), whole, GREEDY)
     assert cached.num_cached_prompt_tokens > 0
     assert_same(cached, expected, "prefixes from the cache")
-    assert_same(group.run(replace(plain, cuda_graphs=True), whole, GREEDY), expected, "filled up to rungs of graphs")
+    assert_same(group.run(replace(plain, cuda_graphs=True), whole, GREEDY), expected, "padded to the capture sizes")
 
 
 def test_sampled_tokens_are_equal_alone_and_in_any_company(group, checkpoints):

@@ -1,4 +1,4 @@
-"""What a worker writes to those who follow its blocks: quick ones, slow ones, and nobody."""
+"""A worker's block events, with quick followers, slow ones, and none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def name(number: int) -> bytes:
 
 
 class Engine:
-    """What the feed hears of an engine that holds blocks by name."""
+    """An engine that holds blocks by name, as the feed sees it."""
 
     def __init__(self) -> None:
         self.held: set[bytes] = set()
@@ -103,7 +103,7 @@ async def test_who_comes_while_the_last_one_leaves_gets_the_truth() -> None:
     engine, reader = Engine(), Reader()
     async with following(engine, Reader()):
         engine.answer()
-    engine.held = {name(1)}  # nobody was told: nothing was noted
+    engine.held = {name(1)}  # no block event: nothing was noted
     async with following(engine, reader):
         engine.change(stored=range(7, 8))  # on its way while the engine was not asked again yet
         assert reader.num_messages == 0

@@ -154,8 +154,8 @@ def flip_stored_bytes(arena: Path) -> None:
     data = bytearray(arena.read_bytes())
     used = [i for i in range(0, len(data), 1024) if any(data[i + 128 : i + 1024])]
     for page in used:
-        place = next(i for i in range(page + 128, page + 1024) if data[i])
-        data[place] ^= 0x10
+        index = next(i for i in range(page + 128, page + 1024) if data[i])
+        data[index] ^= 0x10
     with arena.open("r+b") as file:
         file.write(data)
 

@@ -74,13 +74,13 @@ def complete(engine: Engine, sampling: SamplingParams) -> list[list[int]]:
     return [tokens[r.request_id] for r in requests]
 
 
-@pytest.mark.parametrize("plans_ahead", [False, True], ids=["step by step", "a step ahead"])
+@pytest.mark.parametrize("async_scheduling", [False, True], ids=["step by step", "async scheduling"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_tokens_are_right_in_any_batch(model_dir: Path, dtype: str, plans_ahead: bool) -> None:
+def test_tokens_are_right_in_any_batch(model_dir: Path, dtype: str, async_scheduling: bool) -> None:
     expected = [fake_completion(p, 12, VOCAB_SIZE) for p in PROMPTS]
     for caching, chunk, num_blocks in itertools.product((True, False), (7, 512), (14, 64)):
         options = {"enable_prefix_caching": caching, "max_num_batched_tokens": chunk, "num_blocks": num_blocks}
-        engine, _ = make(config_for(model_dir, dtype=dtype, async_scheduling=plans_ahead, **options))
+        engine, _ = make(config_for(model_dir, dtype=dtype, async_scheduling=async_scheduling, **options))
         assert complete(engine, greedy(12)) == expected, options
         assert complete(engine, greedy(12)) == expected, f"again, from the prefix cache: {options}"
         engine.close()
@@ -138,7 +138,7 @@ def test_any_wrong_word_of_the_cache_changes_the_tokens(model_dir: Path) -> None
     assert num_same < 5, f"{num_same} of {num_tried}: chance alone gives one in {VOCAB_SIZE}"
 
 
-def test_words_in_the_wrong_place_change_the_tokens(model_dir: Path) -> None:
+def test_words_in_the_wrong_slot_change_the_tokens(model_dir: Path) -> None:
     (right,) = fake_completion(PROMPTS[2][:10], 1, VOCAB_SIZE)
     swaps = {
         "layers": lambda c: (c[0, 5], c[1, 5]),
@@ -148,9 +148,9 @@ def test_words_in_the_wrong_place_change_the_tokens(model_dir: Path) -> None:
         "blocks": lambda c: (c[:, 5], c[:, 2]),
         "fragments": lambda c: (c[2, 5, 1], c[2, 2, 1]),
     }
-    for name, places in swaps.items():
+    for name, words_of in swaps.items():
         runner, table = filled_runner(model_dir)
-        one, other = places(runner.cache.tensors[0])
+        one, other = words_of(runner.cache.tensors[0])
         kept = one.clone()
         one.copy_(other)
         other.copy_(kept)
@@ -194,12 +194,12 @@ def test_what_one_publishes_another_reads(model_dir: Path, shared_kv_node) -> No
 
 
 def test_unverified_bytes_would_show(model_dir: Path) -> None:
-    """The same hand-off without a check in between: a store that gives a wrong fragment gives wrong tokens."""
+    """The same KV transfer without a check in between: a store that gives a wrong fragment gives wrong tokens."""
 
     class Careless(FragmentStore):
-        def pull(self, keys, rooms):
-            for room in rooms:
-                room[...] = 1
+        def load(self, keys, buffers):
+            for buffer in buffers:
+                buffer[...] = 1
             return [True] * len(keys)
 
     _, runner = make(config_for(model_dir))

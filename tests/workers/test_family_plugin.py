@@ -111,8 +111,8 @@ def _attention(layer: dict[str, Tensor], x: Tensor, window: int, is_capped: bool
     scores = q @ k.transpose(1, 2) * HEAD_DIM**-0.5
     if is_capped:
         scores = 3.0 * torch.tanh(scores / 3.0)
-    places = torch.arange(len(x))
-    ago = places[:, None] - places[None, :]
+    indices = torch.arange(len(x))
+    ago = indices[:, None] - indices[None, :]
     hidden = (ago < 0) | (ago >= window) if window else ago < 0
     scores = scores.masked_fill(hidden, float("-inf"))
     if is_capped:  # the sinks' weight brings no value

@@ -58,10 +58,10 @@ def test_whole_blocks_are_in_the_cache_after_the_finish_and_others_are_untouched
     source, target = a_cache(torch.bfloat16), a_cache(torch.bfloat16, fill="constant")
     filling = memory(target, GROUP).fill(TRANSFER)
     per_block = len(filling.fragments) // 3
-    for room, fragment in list(zip(filling.fragments, HostBlocks(source, GROUP).gather(TRANSFER)(), strict=True))[
+    for buffer, fragment in list(zip(filling.fragments, HostBlocks(source, GROUP).gather(TRANSFER)(), strict=True))[
         : num_whole * per_block
     ]:
-        np.copyto(room, fragment.reshape(room.shape))
+        np.copyto(buffer, fragment.reshape(buffer.shape))
     filling.finish(num_whole)
     right = a_cache(torch.bfloat16, fill="constant")
     for block_id, num_tokens in list(zip(TRANSFER.block_ids, TRANSFER.num_tokens, strict=True))[:num_whole]:
@@ -74,9 +74,9 @@ def test_in_eight_bits_blocks_are_nearly_what_they_were_and_others_untouched(enc
     source, target = a_cache(torch.float32), a_cache(torch.float32, fill="constant")
     fragments = StagedBlocks(source, GROUP, encoding).gather(TRANSFER)()
     filling = StagedBlocks(target, GROUP, encoding).fill(TRANSFER)
-    for room, fragment in zip(filling.fragments, fragments, strict=True):
-        assert fragment.nbytes == room.nbytes
-        np.copyto(room, fragment)
+    for buffer, fragment in zip(filling.fragments, fragments, strict=True):
+        assert fragment.nbytes == buffer.nbytes
+        np.copyto(buffer, fragment)
     filling.finish(3)
     right = a_cache(torch.float32, fill="constant")
     for block_id, num_tokens in zip(TRANSFER.block_ids, TRANSFER.num_tokens, strict=True):

@@ -69,7 +69,7 @@ def test_zeros_stay_zeros(encoding: str) -> None:
 
 @pytest.mark.parametrize("encoding", LOSSY)
 def test_what_was_rounded_once_is_not_rounded_again(encoding: str) -> None:
-    """A block that was pulled and is published by whoever pulled it does not drift."""
+    """A block that was pulled and is published again by its reader does not drift."""
     once = round_trip(torch.randn(3, 2, 16, 64), encoding)
     twice = round_trip(once, encoding)
     assert torch.allclose(twice, once, rtol=1e-6, atol=0)

@@ -1,4 +1,4 @@
-"""The engine's thread beside a directory that is slow: what it asks, how often, and that nobody waits in vain."""
+"""The engine's thread beside a directory that is slow: what it asks, how often, and that no request waits in vain."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Running:
             engine,
             self.directory,
             lambda: ["redis"],
-            lambda places: "redis" in places,
+            lambda locations: "redis" in locations,
             self._note,
             self.failures.append,
             time.monotonic,

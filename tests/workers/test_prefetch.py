@@ -99,7 +99,7 @@ def prefetcher() -> Iterator[Prefetcher]:
     host.close()
 
 
-def test_the_prefetcher_hears_once_of_each_request_and_of_its_end(prefetcher: Prefetcher) -> None:
+def test_the_prefetcher_is_called_once_for_each_request_and_for_its_end(prefetcher: Prefetcher) -> None:
     engine, _ = make_engine(max_num_seqs=1, num_blocks=32)
     scheduler, queue = engine.scheduler, QueuePrefetch(prefetcher)
     engine.submit(make_request("running", 6, max_tokens=8))
@@ -171,7 +171,7 @@ def single_rank(prefork: Prefork, tmp_path: Path) -> Start:
 
 @contextmanager
 def queued_behind(client: WorkerClient, count: int, length: int, max_tokens: int) -> Iterator[None]:
-    """Within, requests that end only afterwards hold the one place of the batch."""
+    """Within, requests that end only afterwards hold the one row of the batch."""
     names = [f"before-{i}" for i in range(count)]
     for i, name in enumerate(names):
         client.submit(name, prompt(length, seed=50 + i), MIXED, max_tokens=max_tokens)

@@ -19,7 +19,7 @@ def test_a_bad_spec_is_one_line_and_exit_code_2(tmp_path):
     assert ended.stderr == f"switchyard worker: {tmp_path}/spec.json: tier_compression: unknown key\n"
 
 
-def test_the_rank_that_refuses_is_heard_not_the_one_that_dies_of_it(tmp_path):
+def test_the_error_of_the_rank_that_refuses_is_reported_not_of_the_one_that_dies_of_it(tmp_path):
     directory = make_checkpoint("gqa", tmp_path)
     weights = load_file(directory / "model.safetensors")
     del weights["model.layers.2.mlp.up_proj.weight"]  # the second stage's

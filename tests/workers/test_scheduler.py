@@ -264,7 +264,7 @@ def test_a_preempted_decode_pulls_again():
     assert engine.scheduler.num_recomputed_prompt_tokens == 0
 
 
-def test_a_ready_decode_waits_for_a_step_with_room():
+def test_a_ready_decode_waits_for_a_step_with_budget():
     engine, runner = make_engine(budget=8)
     engine.submit(make_request("first", 8))
     finish_all(engine)

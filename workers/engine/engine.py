@@ -59,7 +59,7 @@ class Engine:
         if not 0 < request.num_prompt_tokens <= request.num_tokens:
             raise InvalidRequest(f"num_prompt_tokens: {request.num_prompt_tokens} of {request.num_tokens} token_ids")
         if request.num_tokens >= limit:
-            raise InvalidRequest(f"token_ids: {request.num_tokens} tokens leave no room in a context of {limit}")
+            raise InvalidRequest(f"token_ids: {request.num_tokens} tokens leave no space in a context of {limit}")
         if min(request.token_ids) < 0 or max(request.token_ids) >= self._vocab_size:
             raise InvalidRequest(f"token_ids: ids must be in [0, {self._vocab_size})")
         if request.sampling.max_tokens <= request.num_output_tokens:
@@ -131,7 +131,7 @@ class Engine:
         return self._executor.has_ended_transfers
 
     def resend_state(self) -> None:
-        """A rank joined, or fell behind: what is scheduled next is sent to the ranks whole. No step may be running."""
+        """A rank joined, or missed plans: the next plan has the whole state. No step may be running."""
         assert self._in_flight is None, "a rank that does not know a step's rows cannot take part in it"
         self.scheduler.rows.resend()
         self._executor.resend()

@@ -75,7 +75,7 @@ class TransfersEnded:
 
 @dataclass(frozen=True, slots=True)
 class FollowBlocks:
-    """From now on tell which blocks come and go, beginning with those that are here; or cease to."""
+    """Start block events with a list of the blocks that are held, or stop them."""
 
     is_on: bool
 
@@ -127,17 +127,17 @@ class LoadSnapshot:
 class EngineLoop:
     """Runs an engine in a thread of its own.
 
-    places: where what this worker publishes is, as the directory names places ("host:NODE_ID", "redis").
-    reaches: whether it can pull a block from one of these places.
+    locations: where what this worker publishes is, as the directory names locations ("host:NODE_ID", "redis").
+    reaches: whether it can pull a block from one of these locations.
     on_failure: called once, with the error, when the engine itself fails; nothing runs after it.
-    prefetch: told of the queue after each step.
+    prefetch: takes the queue after each step.
     """
 
     def __init__(
         self,
         engine: Engine,
         directory: Directory | None,
-        places: Callable[[], Sequence[str]],
+        locations: Callable[[], Sequence[str]],
         reaches: Callable[[frozenset[str]], bool],
         on_events: Callable[[LoopEvents], None],
         on_failure: Callable[[BaseException], None],
@@ -147,7 +147,7 @@ class EngineLoop:
         self._engine = engine
         self._prefetch = prefetch
         self._directory = directory
-        self._places = places
+        self._locations = locations
         self._reaches = reaches
         self._on_events = on_events
         self._on_failure = on_failure
@@ -229,7 +229,7 @@ class EngineLoop:
                 if events is not None and events.published_names:
                     self.announce(events.published_names)
                 self._snapshot()
-                if events is not None or changes:  # a plan of nothing may have evicted, to make room for a pull
+                if events is not None or changes:  # a plan of nothing may have evicted blocks for a pull
                     self._on_events(LoopEvents(events or StepEvents(), block_changes=changes))
         except BaseException as error:
             self._on_failure(error)
@@ -318,13 +318,13 @@ class EngineLoop:
     def _announce(self) -> None:
         """Tell the directory what was published, off the engine's thread: a slow directory must not hold up tokens.
 
-        Only a hint: without it decode workers still find the blocks when they are told to continue.
+        Only a hint: without it decode workers still find the blocks when they get Continue.
         """
         while (names := self._announcements.get()) is not None:
             if self._directory is not None:
-                with _directory_may_fail("told of blocks"):
-                    for place in self._places():
-                        self._directory.publish(names, place)
+                with _directory_may_fail("given block locations"):
+                    for location in self._locations():
+                        self._directory.publish(names, location)
             if self._stopped.is_set() and self._announcements.empty():
                 return  # the queue was full when the loop stopped
 
@@ -352,12 +352,12 @@ class EngineLoop:
     def _watch(self) -> None:
         if self._directory is None:
             return
-        told: dict[str, int] = {}
+        announced: dict[str, int] = {}
         while not self._stopped.is_set():
             self._pulls_changed.wait()
             self._pulls_changed.clear()  # before the look at what is wanted, so that no change is missed
             pulls = self._pulls
-            told = {request_id: told[request_id] for request_id, _, _ in pulls if request_id in told}
+            announced = {request_id: announced[request_id] for request_id, _, _ in pulls if request_id in announced}
             if not pulls:
                 continue
             self._pulls_changed.set()  # look again after a pause, until nothing is wanted
@@ -365,13 +365,13 @@ class EngineLoop:
                 located = self._num_located([names[:_MAX_WATCHED] for _, _, names in pulls])
                 for (request_id, num_ready, _), num_located in zip(pulls, located, strict=True):
                     available = num_ready + num_located
-                    if available > max(num_ready, told.get(request_id, 0)):
-                        told[request_id] = available
+                    if available > max(num_ready, announced.get(request_id, 0)):
+                        announced[request_id] = available
                         self.post(KVAvailable(request_id, available))
             self._stopped.wait(_WATCH_S)
 
     def _num_located(self, asked: Sequence[Sequence[bytes]]) -> list[int]:
-        """How many names of each list, from its first on, are at a place that this worker can pull from. One call."""
+        """How many names of each list, from its first on, are where this worker can pull from. One call."""
         flat = [name for names in asked for name in names]
         if not flat or self._directory is None:
             return [0] * len(asked)

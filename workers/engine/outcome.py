@@ -49,7 +49,7 @@ class StepOutcomes:
         self.num_recomputed_prompt_tokens = 0
 
     def update(self, plan: SchedulerOutput, output: ModelRunnerOutput) -> UpdateResult:
-        """Take a step's outcome into the books. A plan's requests may be gone, or preempted, meanwhile."""
+        """Apply a step's outcome to the requests. A plan's requests may be gone, or preempted, meanwhile."""
         result = UpdateResult()
         for done in output.transfers:
             if (transfer := self._transfers.end(done)) is not None:

@@ -1,4 +1,4 @@
-"""Tells the prefetcher which queued requests will pull blocks, and which wait no more.
+"""Passes to the prefetcher which queued requests will pull blocks, and which wait no more.
 
 The scheduler says which; a thread of kvstore.tiers.prefetch does it. Knows nothing of tiers.
 """
@@ -30,4 +30,4 @@ class QueuePrefetch:
         for request_id, names in scheduler.queued_pulls(MAX_QUEUED, self._known):
             self._known[request_id] = scheduler.requests[request_id]
             if names:
-                self._prefetcher.want(request_id, names)
+                self._prefetcher.add(request_id, names)

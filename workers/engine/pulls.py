@@ -37,7 +37,7 @@ class Pulls:
         return min(num_blocks, request.max_pulled_blocks)
 
     def is_ready(self, request: Request) -> bool:
-        """Nothing more will be announced, and what was is in the block tables."""
+        """All announced blocks are in the block tables, and no more will be announced."""
         if not request.is_announced or request.num_ready_blocks < self.num_awaited(request):
             return False
         return not self._window_groups or request.has_window_blocks or self.num_awaited(request) == 0
@@ -47,30 +47,30 @@ class Pulls:
         return [r for r in waiting_for_kv if not r.has_load_in_flight and self.is_ready(r)]
 
     def start(self, waiting_for_kv: Iterable[Request]) -> list[BlockTransfer]:
-        """Pull what is announced; when nothing more will be, whatever is missing once."""
+        """Pull announced blocks; after the last announcement, try the missing ones once."""
         loads: list[BlockTransfer] = []
         for request in waiting_for_kv:
-            room = MAX_LOADING_BLOCKS - self._transfers.num_loading_blocks
-            if room <= 0:
+            max_blocks = MAX_LOADING_BLOCKS - self._transfers.num_loading_blocks
+            if max_blocks <= 0:
                 break
             if not request.has_load_in_flight:
-                loads += self._start_one(request, min(room, MAX_BLOCKS_PER_LOAD))
+                loads += self._start_one(request, min(max_blocks, MAX_BLOCKS_PER_LOAD))
         return loads
 
-    def _start_one(self, request: Request, room: int) -> list[BlockTransfer]:
+    def _start_one(self, request: Request, max_blocks: int) -> list[BlockTransfer]:
         awaited, first = self.num_awaited(request), request.num_ready_blocks
         wanted = awaited if request.is_announced else min(awaited, request.num_available_blocks)
         if wanted > first and not self.whole_groups:
             request.num_ready_blocks = first = wanted  # nothing but windows: their last blocks are all that is pulled
         if wanted > first:
-            names = self._names.of_prompt(request)[first : min(wanted, first + room)]
+            names = self._names.of_prompt(request)[first : min(wanted, first + max_blocks)]
             return self._load(request, names, first, self.whole_groups)
         if request.is_announced and first >= awaited > 0 and self._window_groups and not request.has_window_blocks:
             return self._start_windows(request)
         return []
 
     def _start_windows(self, request: Request) -> list[BlockTransfer]:
-        """Pull what the windows need behind the blocks that came; nothing while there is no room for it."""
+        """Pull what the windows need behind the blocks that came; nothing while there are too few free blocks."""
         end = min(request.num_ready_blocks * self._pool.block_size, request.num_given_tokens)
         firsts = self._pool.reserve_window_blocks(request.block_tables, request.num_ready_blocks, end)
         if firsts is None:

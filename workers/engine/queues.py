@@ -34,7 +34,7 @@ class RequestQueues:
 
     @property
     def num_active(self) -> int:
-        """Requests that take part in the batch, or will; those whose client does not read stop nobody else."""
+        """Requests that take part in the batch, or will; those whose client does not read stop no others."""
         return sum(not r.is_stalled for r in (*self.running, *self.waiting_for_kv))
 
     @property
@@ -47,7 +47,7 @@ class RequestQueues:
         )
 
     def victim(self) -> Request:
-        """Whose blocks the others get when there are too few: of a client that does not read, else the latest.
+        """The request to preempt when blocks are short: one whose client does not read, else the latest.
 
         Blocks that are being pulled would not be free yet.
         """

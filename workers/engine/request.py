@@ -111,7 +111,7 @@ class Request:
 
     @property
     def is_announced(self) -> bool:
-        """What can be pulled is known: nobody is computing more of its blocks for it."""
+        """What can be pulled is known: no worker is computing more of its blocks."""
         return self.role is not RequestRole.DECODE or self.is_continued
 
     @property

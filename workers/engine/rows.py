@@ -47,5 +47,5 @@ class BatchRows:
             request.row = -1
 
     def resend(self) -> None:
-        """A rank lost its state: what is scheduled next is sent whole."""
+        """A rank lost its state: the next plan sends all rows."""
         self._unsent = set(self._holders)

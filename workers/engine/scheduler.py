@@ -128,7 +128,7 @@ class Scheduler:
         return bool(self.waiting or self.running or self.waiting_for_kv or self.queues.storing or self.transfers)
 
     def pending_pulls(self) -> Iterator[tuple[str, list[bytes]]]:
-        """Requests that wait for blocks, and the names that they still lack, for whoever watches the directory."""
+        """Requests that wait for blocks, and the names that they still lack, for the watch of the directory."""
         for request in self.waiting_for_kv:
             if not request.is_announced:
                 yield request.request_id, self._names.of_prompt(request)[request.num_ready_blocks :]
@@ -180,7 +180,7 @@ class Scheduler:
         for request in tuple(self.running):  # victims are the latest, so none of them is planned already
             left = len(request.token_ids) + request.num_pending_tokens - request.num_computed_tokens
             if left <= 0 or budget <= 0 or request.window_tokens <= 0:
-                continue  # nothing to compute until its drafts are judged, no room, or a client that does not read
+                continue  # nothing to compute until its drafts are judged, no budget, or a client that does not read
             if request.status is not RequestStatus.RUNNING:
                 continue  # preempted by an earlier one in this loop
             if request.num_pending_tokens and (request.row < 0 or request.draft_token_ids):
@@ -195,7 +195,7 @@ class Scheduler:
 
     def _plan_chunk(self, plan: SchedulerOutput, request: Request, left: int, budget: int) -> int:
         """Compute the next tokens of a request; how many. 0: it is over with the token that is being chosen, or it was
-        preempted to make room."""
+        preempted to free blocks."""
         start, known, num_pending = request.num_computed_tokens, request.token_ids, request.num_pending_tokens
         if len(known) + num_pending >= request.max_num_tokens:
             return 0
@@ -205,7 +205,7 @@ class Scheduler:
         end += len(drafts)
         size, tables = self.pool.block_size, request.block_tables
         shortest = tables[0] if not self.pool.has_windows else min(tables, key=lambda table: len(table.block_ids))
-        if end > len(shortest.block_ids) * size and not self._make_room(plan, request, end):
+        if end > len(shortest.block_ids) * size and not self._free_blocks_for(plan, request, end):
             return 0
         if self.rows.take(request, plan.rows):
             block_ids = [table.block_ids for table in tables]
@@ -242,8 +242,8 @@ class Scheduler:
         """As many of the proposed tokens as may be sent and fit, while none of its own is being chosen."""
         if request.num_pending_tokens or request.role is RequestRole.PREFILL:
             return ()
-        room = min(budget, request.window_tokens - 1, request.max_num_tokens - 1 - request.num_tokens)
-        drafts, request.draft_token_ids = request.draft_token_ids[: max(0, room)], []
+        num_drafts = min(budget, request.window_tokens - 1, request.max_num_tokens - 1 - request.num_tokens)
+        drafts, request.draft_token_ids = request.draft_token_ids[: max(0, num_drafts)], []
         request.drafts_in_flight = drafts
         return drafts
 
@@ -302,7 +302,7 @@ class Scheduler:
             return
         self._start_running(request, min(request.num_kv_tokens, request.num_tokens - 1))
 
-    def _make_room(self, plan: SchedulerOutput, request: Request, num_tokens: int) -> bool:
+    def _free_blocks_for(self, plan: SchedulerOutput, request: Request, num_tokens: int) -> bool:
         """Blocks for `num_tokens` tokens of a running request, preempting the latest; False when it went itself."""
         num_blocks = -(-num_tokens // self.pool.block_size)
         while not self.pool.can_extend(request.block_tables, num_blocks, self._all_groups):

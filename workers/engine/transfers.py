@@ -1,6 +1,6 @@
 """Blocks on their way to or from the tiers, as the scheduler sees them: started with a step, over some steps later.
 
-A transfer refers to its blocks, so that nobody else gets them before it is over, whatever becomes of its request.
+A transfer refers to its blocks, so that no other request gets them before it is over, whatever becomes of its own.
 Knows nothing of tiers or threads.
 """
 

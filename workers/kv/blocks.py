@@ -27,7 +27,7 @@ FragmentBytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class Filling:
-    """Room for the fragments of blocks that are being pulled."""
+    """Buffers for the fragments of blocks that are being pulled."""
 
     fragments: list[FragmentBytes]
     """Block by block, in a block by group of layers, then by head."""
@@ -45,7 +45,7 @@ class BlockMemory(Protocol):
         """
 
     def fill(self, transfer: BlockTransfer) -> Filling:
-        """Room for fragments; until finish() the blocks may hold anything."""
+        """Buffers for fragments; until finish() the blocks may hold anything."""
 
 
 def block_memory(cache: Tensor, layers_per_fragment: int, encoding: str) -> BlockMemory:

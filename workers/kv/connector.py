@@ -1,9 +1,9 @@
 """Moves KV blocks between a rank's paged cache and its fragment store, beside the engine's steps.
 
 A step only starts transfers and asks which have ended. Threads of the connector talk to the tiers, so that a slow tier
-holds up nobody but those who wait for it. On a device a store is gathered, and a load scattered, on the stream that
+delays only those that wait for it. On a device a store is gathered, and a load scattered, on the stream that
 computes, in the step's own order; in host memory the tiers read and write the cache itself. The blocks of a transfer
-belong to nobody else until it has ended on every rank. Knows nothing of requests.
+are not reused until it has ended on every rank. Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from workers.kv.grid import FragmentGrid
 
 log = logging.getLogger(__name__)
 
-LOAD_THREADS = 4  # pulls of different requests; most of their time they wait for a tier
+LOAD_THREADS = 4  # loads of different requests; most of their time they wait for a tier
 STORE_THREADS = 2
 PENDING = -1
 """In place of a number of blocks: the transfer has not ended on this rank."""
@@ -51,19 +51,19 @@ class KVConnector:
         """Pull blocks into the cache."""
         filling = self._memories[transfer.group].fill(transfer)
         self._finishers[transfer.transfer_id] = filling.finish
-        self._loaders.submit(self._run, transfer, lambda: self._store.pull(self._keys(transfer), filling.fragments))
+        self._loaders.submit(self._run, transfer, lambda: self._store.load(self._keys(transfer), filling.fragments))
 
     def start_store(self, transfer: BlockTransfer) -> None:
         """Publish blocks as they are in the cache now."""
         gathered = self._memories[transfer.group].gather(transfer)
         prepared = self._prepared.pop(transfer.transfer_id, None)
 
-        def put() -> Sequence[bool]:
+        def store() -> Sequence[bool]:
             if prepared is not None:
-                prepared.result()  # its slots are not free for anybody else, nor for this put, before it is through
-            return self._put(transfer, gathered())
+                prepared.result()  # before it ends, its slots are not free for any store, nor for this one
+            return self._store_fragments(transfer, gathered())
 
-        self._storers.submit(self._run, transfer, put)
+        self._storers.submit(self._run, transfer, store)
 
     def wait(self, transfers: Sequence[BlockTransfer], timeout_s: float) -> None:
         """Return when these have ended on this rank, or when the time is over."""
@@ -104,9 +104,9 @@ class KVConnector:
             self._changed.notify_all()
         self.on_ended()
 
-    def _put(self, transfer: BlockTransfer, fragments: Sequence[FragmentBytes]) -> Sequence[bool]:
+    def _store_fragments(self, transfer: BlockTransfer, fragments: Sequence[FragmentBytes]) -> Sequence[bool]:
         keyed = [Fragment(key, payload) for key, payload in zip(self._keys(transfer), fragments, strict=True)]
-        return self._store.put(keyed)
+        return self._store.store(keyed)
 
     def _keys(self, transfer: BlockTransfer) -> list[bytes]:
         grid = self._grids[transfer.group]

@@ -89,13 +89,13 @@ class PagedCache:
 
     def of_layers(self) -> list[Tensor]:
         """The cache of each layer of the stage, [blocks, heads, K|V, block_size, head_dim]."""
-        place = {
+        index_of = {
             layer: (group.index, index)
             for group in self.layout.groups
             for index, layer in enumerate(self.layout.layers(group))
         }
-        assert set(place) == set(self.layout.held_layers) <= set(group_of_layer(self.layout.groups))
-        return [self.tensors[group][index] for group, index in (place[layer] for layer in self.layout.held_layers)]
+        assert set(index_of) == set(self.layout.held_layers) <= set(group_of_layer(self.layout.groups))
+        return [self.tensors[group][index] for group, index in (index_of[layer] for layer in self.layout.held_layers)]
 
     def grids(self, layers_per_fragment: int) -> list[FragmentGrid]:
         """What the rank owns of each group. Raises ModelError when fragments do not fit the stage."""

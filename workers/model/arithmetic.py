@@ -23,7 +23,7 @@ class Arithmetic:
 
     @property
     def shard(self) -> Shard:
-        """This rank's place."""
+        """This rank's shard."""
         return self.groups.shard
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -50,5 +50,5 @@ def cache_groups(specs: Sequence[CacheSpec]) -> tuple[CacheGroup, ...]:
 
 
 def group_of_layer(groups: Sequence[CacheGroup]) -> dict[int, tuple[int, int]]:
-    """For each layer the index of its group, and its place among the group's layers."""
-    return {layer: (group.index, place) for group in groups for place, layer in enumerate(group.layers)}
+    """For each layer the index of its group, and its index among the group's layers."""
+    return {layer: (group.index, index) for group in groups for index, layer in enumerate(group.layers)}

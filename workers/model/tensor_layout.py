@@ -1,4 +1,4 @@
-"""Which tensors a model's checkpoint has, and in what shapes: all of them, whoever reads them. Without torch.
+"""Which tensors a model's checkpoint has, and in what shapes: those of all ranks. Without torch.
 
 A family lists its layers' tensors part by part, as its layers read them. Knows nothing of shards or families.
 """

@@ -93,7 +93,7 @@ class ExpertMatrices:
 
 @dataclass(frozen=True, slots=True)
 class Quantised:
-    """Rows in 8 bits, as a norm or an activation leaves them for a product that wants them so."""
+    """Rows in 8 bits, as a norm or an activation leaves them for a product with an input_scheme."""
 
     values: Tensor  # [tokens, width], int8 or float8_e4m3fn
     scales: Tensor  # fp32 [tokens, 1], or [tokens, groups of 128]

@@ -1,9 +1,9 @@
 """Turns a plan into the tensors of one forward pass, at fixed addresses on the device.
 
-All inputs of a step but its block tables lie in one buffer, which is filled in page-locked host memory and travels in
-one copy that nobody waits for. Block tables stay on the device from step to step, one row per request, and plans bring
-what changed; a step whose rows do not lie together gathers them there. A step of the same padded shape has its inputs
-at the same addresses, so that a captured graph finds them. Knows nothing of weights.
+All inputs of a step but its block tables lie in one buffer. It is filled in page-locked host memory and copied to the
+device once, without a wait of the host. Block tables stay on the device from step to step, one row per request; plans
+bring the changes, and a step whose rows do not lie together gathers them there. A step of the same padded shape has its
+inputs at the same addresses, so that a captured graph finds them. Knows nothing of weights.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class PreparedBatch:
     num_tokens: int  # of the requests; the batch may have more rows, which stand for nothing
     sampling: SamplingRows  # one entry per wanted row of logits; the batch may have more logit_rows
     positions: Longs  # of the tokens that the rows choose, counted from the first of the completion
-    order: Longs  # place of each row among the plan's wanted logits
+    order: Longs  # index of each row among the plan's wanted logits
     last: tuple[Tensor, Tensor] | None  # of the wanted rows those that choose a request's next token, and their rows
     pending: tuple[Tensor, Tensor] | None  # token_ids that the step before chooses: where, and of which row
 
 
 @dataclass(frozen=True, slots=True)
 class Padding:
-    """The shape that a batch is filled up to; 0: as it is. Padding writes no slot and attends to nothing."""
+    """The shape that a batch is padded to; 0: as it is. Padding writes no slot and attends to nothing."""
 
     num_tokens: int = 0
     num_sequences: int = 0
@@ -76,7 +76,7 @@ _NARROW = frozenset(("seq_lens", "query_start_loc", "alignment"))  # int32; the 
 
 @lru_cache(maxsize=_MAX_SHAPES)
 def _spans(shape: _Shape) -> dict[str, slice]:
-    """Where each input lies in the buffer, in words. What a captured graph reads comes before what varies beside it."""
+    """Offsets of the inputs in the buffer, in words. Inputs of captured graphs come first."""
     sizes = {
         "token_ids": 2 * shape.num_tokens,
         "positions": 2 * shape.num_tokens,
@@ -140,22 +140,22 @@ class InputBuffers:
     def _copy_changes(self, plan: StepPlan) -> None:
         for group, table in enumerate(self._tables):
             width, changes = self.max_blocks, plan.new_blocks[plan.new_blocks[:, 0] == group]
-            places = [changes[:, 1].astype(np.int64) * width + changes[:, 2]]
+            indices = [changes[:, 1].astype(np.int64) * width + changes[:, 2]]
             values = [changes[:, 3]]
             for state in plan.new_rows:
                 block_ids = state.block_tables[group]
-                places.append(state.row * width + np.arange(len(block_ids)))
+                indices.append(state.row * width + np.arange(len(block_ids)))
                 values.append(np.asarray(block_ids, np.int32))
             where, what = (
                 torch.from_numpy(np.concatenate(parts)).pin_memory().to(self._device, non_blocking=True)
-                for parts in (places, values)
+                for parts in (indices, values)
             )
             table.view(-1).index_copy_(0, where, what)
 
     def fill(
         self, plan: StepPlan, block_size: int, all_as_prefills: bool = False, padding: Padding = NO_PADDING
     ) -> PreparedBatch:
-        """The plan's requests in the order that the attention kernels want: sequences with one token first.
+        """The plan's requests in the order that the attention kernels need: sequences with one token first.
 
         all_as_prefills: those with one token take the prefill kernel too. The batch is good until the next is filled.
         """
@@ -376,8 +376,8 @@ class _Logits:
         return _Logits(requests, behind, batch_rows, token_positions)
 
     def order(self, plan: StepPlan, order: Longs | None) -> Longs:
-        """The place of each row among the wanted rows of the plan."""
+        """The index of each row among the wanted rows of the plan."""
         if order is None:
             return np.arange(len(self.requests))
-        last_places = np.cumsum(plan.num_logits) - 1
-        return last_places[order[self.requests]] - self.behind
+        last_indices = np.cumsum(plan.num_logits) - 1
+        return last_indices[order[self.requests]] - self.behind

@@ -25,7 +25,7 @@ LoadedRunner = TorchModelRunner | FakeModelRunner
 
 
 def kv_fingerprint(engine: EngineConfig, model: ModelConfig, dtype: torch.dtype, weights: str) -> bytes:
-    """Names what the bytes of a KV block mean: the weights, and everything that the model's files say of their use.
+    """Fingerprint of all that the bytes of a KV block depend on: the weights, and the model's configuration.
 
     In batch-invariant mode also how they were summed: a block from a worker that sums otherwise has other bits. And
     what they lose on their way: a block that travelled in 8 bits is another block.

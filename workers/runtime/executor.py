@@ -24,7 +24,7 @@ _MAX_SEQUENCE = (1 << 31) - 1
 class GroupExecutor:
     """The leader's side.
 
-    in_thread: steps are started in a thread of their own, for a device that computes while it is told what to. One
+    in_thread: steps are started in a thread of their own, for a device that computes while the host launches. One
     thread, so that steps and the messages of all ranks keep their order.
     """
 
@@ -39,7 +39,7 @@ class GroupExecutor:
             self._thread = ThreadPoolExecutor(1, "step", torch.set_num_threads, (torch.get_num_threads(),))
 
     def start(self, plan: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
-        """Send the plan to all ranks and begin our share; what is returned waits for its end."""
+        """Send the plan to all ranks, and begin this rank's part; the returned call waits for its end."""
         self._sequence = self._sequence % _MAX_SEQUENCE + 1
         polls = self._runner.ended_transfers() if self._groups.world_size > 1 else ()
         words = encode_plan(plan, self._sequence, self._is_full, polls)

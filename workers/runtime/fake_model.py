@@ -3,7 +3,7 @@
 Every token of a stream leaves one 32-bit hash, of the token, its position and all hashes before it. A slot of the cache
 holds that hash spread over all layers, heads, keys and values: word e of the slot is A[e] * hash + B[e] (mod 2^32),
 with other A and B for each e. Reading goes back: the sum of W[e] * word[e] gives the hash again, if and only if every
-word is the right one in its right place (but for chance, 1 in 2^32). The next token is a hash of the sum over all
+word is the right one in its slot (but for chance, 1 in 2^32). The next token is a hash of the sum over all
 positions, so one wrong, stale or exchanged byte anywhere in a stream's cache changes its tokens from there on.
 
 The tokens do not depend on the shape of the cache. Knows nothing of blocks, plans or tensors.

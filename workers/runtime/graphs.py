@@ -1,4 +1,4 @@
-"""Runs a pipeline stage from captured graphs, at a set of capture sizes: one launch where there were hundreds.
+"""Runs a pipeline stage from captured graphs, at a set of capture sizes: one launch instead of hundreds.
 
 A batch of decodes is one graph. In a mixed batch everything between two attentions is a graph, and attention runs
 eagerly between them, since its grid depends on the batch. A batch is padded to the next capture size; what pads it
@@ -155,7 +155,7 @@ class GraphedStage:
 
     # ------------------------------------------------------------------------------------------------------- one step
     def padding_for(self, plan: StepPlan) -> Padding | None:
-        """What to fill a step's batch up to; None: it is too large for a graph."""
+        """The capture size that a step's batch is padded to; None: it is too large for a graph."""
         num_tokens = int(plan.num_tokens.sum())
         if num_tokens == plan.num_requests:
             size = _next_size(self._decode_capture_sizes, num_tokens)
@@ -187,7 +187,7 @@ class GraphedStage:
         return Padding(size, size, self._inputs.max_blocks)
 
     def _received_rows(self, size: int) -> Tensor | None:
-        """Where a stage behind the first finds its input."""
+        """The input buffer of a stage after the first."""
         if self._stage.is_first:
             return None
         hidden = self._stage.hidden_size

@@ -17,7 +17,7 @@ import grpc
 from switchyard.v1 import generation_pb2, worker_pb2, worker_pb2_grpc
 
 from checkpoint.identity import ServedModel
-from kvstore.connect import open_directory, place_of, reaches
+from kvstore.connect import locations_of, open_directory, reaches
 from kvstore.control.directory import WorkerRecord
 from kvstore.network.addresses import join_host_port
 from kvstore.store import FragmentStore
@@ -37,7 +37,7 @@ _WIRE_ROLES = {
     "prefill": worker_pb2.WORKER_ROLE_PREFILL,
     "decode": worker_pb2.WORKER_ROLE_DECODE,
 }
-_MAX_TTFTS = 4096  # that nobody has asked for yet
+_MAX_TTFTS = 4096  # not reported yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ class WorkerLeader:
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.so_reuseport", 0),
-                # A router whose host vanished says nothing: without these its requests would stay until TCP gives up.
+                # A router whose host vanished closes nothing: without these its requests would stay until TCP gives up.
                 ("grpc.keepalive_time_ms", 10_000),
                 ("grpc.keepalive_timeout_ms", 5_000),
                 ("grpc.http2.ping_timeout_ms", 5_000),  # without it a minute, whatever keepalive says
@@ -177,7 +177,7 @@ class WorkerLeader:
 
     def _locations(self) -> Sequence[str]:
         """Where what this worker publishes is now, as the directory names locations."""
-        return [place for tier in self._tiers if tier.is_up for place in place_of(tier, self._spec.node_id)]
+        return [location for tier in self._tiers if tier.is_up for location in locations_of(tier, self._spec.node_id)]
 
     def _reaches(self, locations: frozenset[str]) -> bool:
         """Whether a block at these locations can be pulled by this worker now."""
@@ -188,8 +188,8 @@ class WorkerLeader:
         """Load and counters; fragments and bytes are this rank's own."""
         stats = self._store.stats()
         rejected = dict(stats.rejected)
-        ahead = self._prefetcher.stats() if self._prefetcher is not None else PrefetchStats({}, {}, 0, {})
-        for reason, count in ahead.rejected.items():
+        prefetched = self._prefetcher.stats() if self._prefetcher is not None else PrefetchStats({}, {}, 0, {})
+        for reason, count in prefetched.rejected.items():
             rejected[reason] = rejected.get(reason, 0) + count
         snapshot = {} if self._loop is None else asdict(self._loop.load)
         return worker_pb2.WorkerLoad(
@@ -199,9 +199,9 @@ class WorkerLeader:
             published_bytes=dict(stats.published_bytes),
             tier_is_up=dict(stats.tier_is_up),
             tier_problems=dict(stats.tier_problems),
-            num_prefetched_fragments=dict(ahead.num_fragments),
-            prefetched_bytes=dict(ahead.num_bytes),
-            num_useless_prefetched_fragments=ahead.num_useless,
+            num_prefetched_fragments=dict(prefetched.num_fragments),
+            prefetched_bytes=dict(prefetched.num_bytes),
+            num_useless_prefetched_fragments=prefetched.num_useless,
         )
 
     def metrics(self) -> dict[str, float | list[float]]:

@@ -63,7 +63,7 @@ def _wait_for_ranks(pipes: list[Connection]) -> str | None:
             del waiting[rank]
             try:
                 state, detail = pipe.recv()
-            except EOFError:  # perhaps because another rank refused: let that one speak
+            except EOFError:  # perhaps because another rank refused: report that one's error
                 died, died_s = died or f"rank {rank} died while it started", time.monotonic()
                 continue
             if state == "refused":

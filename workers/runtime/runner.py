@@ -60,7 +60,7 @@ def pick_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
 
 
 def schedules_async(config: EngineConfig, device: torch.device) -> bool:
-    """Whether steps are planned ahead: what the config says, else on CUDA, where there is one stage."""
+    """Whether async scheduling is on: as configured, else on CUDA with one pipeline stage."""
     if config.async_scheduling is not None:
         return config.async_scheduling
     return device.type == "cuda" and config.pp == 1
@@ -160,14 +160,14 @@ class TorchModelRunner:
         return CPU_CACHE_BYTES // self._groups.world_size
 
     def _free_bytes_beside_steps(self) -> int:
-        """What is free on the device when the largest steps have what they need: tried out, on a cache of one block."""
+        """Free device memory beside the largest steps; measured by a warm-up on a cache of one block."""
         before, _ = torch.cuda.mem_get_info(self._device)
         self.cache = self._make_cache([1] * len(self._layout.groups))
         self.attach(KVConnector(self.cache.memories(0, "none"), self.cache.grids(0), FragmentStore(())))
         self.warm_up()
         torch.cuda.synchronize(self._device)
         needed = before - torch.cuda.mem_get_info(self._device)[0]
-        self._graphs = None  # they know the addresses of the small cache
+        self._graphs = None  # captured with the addresses of the small cache
         del self._layer_caches, self.cache, self._connector
         gc.collect()
         torch.cuda.empty_cache()
@@ -182,7 +182,7 @@ class TorchModelRunner:
         return self._connector.ended()
 
     def warm_up(self) -> None:
-        """Set up what the first steps would pay for, and record the graphs. On all ranks at once.
+        """Does the one-time work of the first steps and captures the graphs. On all ranks at once.
 
         Its first step writes into block 0, which no request owns yet.
         """
@@ -269,8 +269,8 @@ class TorchModelRunner:
         def wait() -> ModelRunnerOutput:
             token_ids = read()
             sampled = [0] * len(token_ids)
-            for place, token_id in zip(order if token_ids else (), token_ids, strict=True):
-                sampled[place] = token_id
+            for index, token_id in zip(order if token_ids else (), token_ids, strict=True):
+                sampled[index] = token_id
             if is_alone:
                 with torch.inference_mode(), self._on_device():
                     ended.extend(finish_ended(plan, self._connector))
@@ -287,7 +287,7 @@ class TorchModelRunner:
         batch, received = prepared.batch, None
         if prepared.pending is not None:
             where, rows = prepared.pending
-            # After NO_TOKEN nobody wants what is computed here.
+            # After NO_TOKEN the results of this step are not used.
             batch.token_ids.index_copy_(0, where, self._last_tokens[rows].clamp(min=0))
         if not self._stage.is_first:
             shape = (2, len(batch.token_ids), self._stage.hidden_size)

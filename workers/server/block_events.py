@@ -1,6 +1,6 @@
 """Tells routers which blocks this worker's device holds: a snapshot, then what changed, for each at its own pace.
 
-Nothing is noted while nobody listens. Lives on the server's asyncio loop. Knows nothing of tensors, or of why a block
+Nothing is recorded without a follower. Lives on the server's asyncio loop. Knows nothing of tensors, or of why a block
 came or went.
 """
 
@@ -27,29 +27,29 @@ class BlockFeed:
         self._post = post
         self._log = BlockLog()
         self._is_live = False  # the log is what the engine holds
-        self._followers: set[asyncio.Event] = set()  # each is set when there may be news
+        self._followers: set[asyncio.Event] = set()  # each is set when there may be changes
 
     async def follow(self, write: Write) -> None:
-        """Write all that a router has to know, until cancelled. A slow one is sent a snapshot now and then."""
-        news = asyncio.Event()
-        self._followers.add(news)
+        """Writes the block events of one router, until cancelled. A slow router gets a snapshot now and then."""
+        has_changes = asyncio.Event()
+        self._followers.add(has_changes)
         if len(self._followers) == 1:
             self._post(FollowBlocks(True))
         try:
-            await self._follow(write, news)
+            await self._follow(write, has_changes)
         finally:
-            self._followers.discard(news)
+            self._followers.discard(has_changes)
             if not self._followers:
                 self._is_live = False
                 self._post(FollowBlocks(False))
 
-    async def _follow(self, write: Write, news: asyncio.Event) -> None:
+    async def _follow(self, write: Write, has_changes: asyncio.Event) -> None:
         position = -1
         while True:
-            news.clear()
+            has_changes.clear()
             changes = self._log.since(position)
             if not self._is_live or (changes is not None and changes.sequence == position):
-                await news.wait()
+                await has_changes.wait()
                 continue
             if changes is None:
                 snapshot = self._log.snapshot()
@@ -84,5 +84,5 @@ class BlockFeed:
             self._log.append(events.block_changes)
         else:
             return
-        for news in self._followers:
-            news.set()
+        for has_changes in self._followers:
+            has_changes.set()

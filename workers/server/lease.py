@@ -120,5 +120,5 @@ class LeaseKeeper:
         while not self._withdrawn.wait(LEASE_RENEWAL_S):
             try:
                 self._renew()
-            except Exception:  # a worker whose lease nobody renews is lost to the cluster
+            except Exception:  # without renewals the worker's lease ends, and the cluster loses it
                 log.exception("the lease was not renewed")

@@ -39,7 +39,7 @@ from kvstore.tiers.disk.segments import (
     whole_pages,
 )
 
-_LOG = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 SEGMENT_BYTES = 64 * 1024 * 1024
 _BATCH_BYTES = 4 * 1024 * 1024  # written at once
@@ -148,19 +148,19 @@ class DiskTier:
     def read(self, key: bytes) -> memoryview | Rejected | None:
         """A verified copy of header and payload; None when absent, Rejected, and dropped, when bad."""
         with self._lock:
-            place = self._index.use(key) if self.is_up else None
-            if place is None:
+            location = self._index.use(key) if self.is_up else None
+            if location is None:
                 return None
         try:
-            copy = self._read(place)
+            copy = self._read(location)
         except OSError as error:
-            self._read_failed(key, place, error)
+            self._read_failed(key, location, error)
             return None
-        sealed = self._verified(copy, key, place)
+        sealed = self._verified(copy, key, location)
         with self._lock:
             if isinstance(sealed, Rejected):
                 self._rejected[sealed.reason] += 1
-                self._index.forget(key, place)
+                self._index.forget(key, location)
             else:
                 self._num_read += 1
         return sealed
@@ -188,7 +188,7 @@ class DiskTier:
                 if was_up:
                     self._writer.complete()
             except OSError as error:
-                _LOG.warning("disk tier in %s: %s", self._folder, one_line(error))
+                log.warning("disk tier in %s: %s", self._folder, one_line(error))
             self._writer.abandon()
             self._unlock()
 
@@ -199,41 +199,41 @@ class DiskTier:
         if not is_full(error):
             self._availability.lost(error)
         elif self._refuses_until_s == 0.0:
-            _LOG.warning("disk tier in %s takes no more fragments: %s", self._folder, one_line(error))
+            log.warning("disk tier in %s takes no more fragments: %s", self._folder, one_line(error))
         self._refuses_until_s = self._clock() + _REFUSAL_S
         with self._lock:
             self._num_refused += num_refused
 
     # -- reading
 
-    def _read(self, place: StoredFragment) -> memoryview:
-        size = 1 << (place.num_page_bytes - 1).bit_length()
+    def _read(self, location: StoredFragment) -> memoryview:
+        size = 1 << (location.num_page_bytes - 1).bit_length()
         buffers = self._read_buffers.get(size)
         if buffers is None:
             buffers = self._read_buffers[size] = CopyBuffers(size, self._batch_bytes)
-        target = buffers.take()[: place.num_page_bytes]
-        file_descriptor = open_file(segment_path(self._folder, place.segment), os.O_RDONLY)
+        target = buffers.take()[: location.num_page_bytes]
+        file_descriptor = open_file(segment_path(self._folder, location.segment), os.O_RDONLY)
         try:
-            num_read = read_pages(file_descriptor, target, place.offset)
+            num_read = read_pages(file_descriptor, target, location.offset)
         finally:
             os.close(file_descriptor)
-        return target[: min(num_read, place.stored_bytes)]
+        return target[: min(num_read, location.stored_bytes)]
 
-    def _verified(self, copy: memoryview, key: bytes, place: StoredFragment) -> memoryview | Rejected:
-        if len(copy) < place.stored_bytes:
+    def _verified(self, copy: memoryview, key: bytes, location: StoredFragment) -> memoryview | Rejected:
+        if len(copy) < location.stored_bytes:
             return Rejected("truncated")
         sealed, tag = copy[:-TAG_BYTES], copy[-TAG_BYTES:]
-        content = unseal_stored(sealed, key, place.segment)
+        content = unseal_stored(sealed, key, location.segment)
         if isinstance(content, Rejected):
             return content
         if not self._authenticator.is_genuine(sealed, tag):
             return Rejected("forged")
         return decompress(sealed, key, self._max_payload_bytes) if is_compressed(sealed) else sealed
 
-    def _read_failed(self, key: bytes, place: StoredFragment, error: OSError) -> None:
+    def _read_failed(self, key: bytes, location: StoredFragment, error: OSError) -> None:
         with self._lock:
-            # If only its place on the disk is broken, the rest goes on.
-            if not self._index.forget(key, place):
+            # If only its location on the disk is broken, the rest goes on.
+            if not self._index.forget(key, location):
                 return  # its segment went while it was read
         self._availability.lost(error)
 
@@ -254,7 +254,7 @@ class DiskTier:
         except OSError as error:
             if not self._has_warned:
                 self._has_warned = True
-                _LOG.warning("disk tier in %s is not available: %s", self._folder, one_line(error))
+                log.warning("disk tier in %s is not available: %s", self._folder, one_line(error))
             raise
         self._has_warned = False
 
@@ -286,27 +286,27 @@ class DiskTier:
             self._writer.skip_number(header.number)
             with self._lock:
                 self._index.resize(header.number, path.stat().st_size)
-                for key, place in fragments:
-                    self._index.remember(key, place)
+                for key, location in fragments:
+                    self._index.remember(key, location)
             if not header.end:
                 self._repair(path, header, fragments)
         self._writer.make_room(0)
 
-    def _is_whole(self, key: bytes, place: StoredFragment) -> bool:
+    def _is_whole(self, key: bytes, location: StoredFragment) -> bool:
         try:
-            return not isinstance(self._verified(self._read(place), key, place), Rejected)
+            return not isinstance(self._verified(self._read(location), key, location), Rejected)
         except OSError:  # a page that cannot be read is this fragment's loss, not the tier's
             return False
 
     def _repair(self, path: Path, header: SegmentHeader, found: Sequence[tuple[bytes, StoredFragment]]) -> None:
         """Completes a segment whose writer was killed: what does not verify is dropped."""
         end = PAGE_BYTES
-        for key, place in found:
-            if self._is_whole(key, place):
-                end = place.offset + place.num_page_bytes
+        for key, location in found:
+            if self._is_whole(key, location):
+                end = location.offset + location.num_page_bytes
             else:
                 with self._lock:
-                    self._index.forget(key, place)
+                    self._index.forget(key, location)
         if end == PAGE_BYTES:
             with self._lock:
                 self._index.remove(header.number)

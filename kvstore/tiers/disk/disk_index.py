@@ -21,13 +21,13 @@ class DiskIndex:
     """Not thread-safe."""
 
     def __init__(self) -> None:
-        self._places: dict[bytes, StoredFragment] = {}
+        self._fragments: dict[bytes, StoredFragment] = {}
         self._segments: OrderedDict[int, _Segment] = OrderedDict()  # next to go first
 
     @property
     def num_fragments(self) -> int:
         """Fragments that can be read."""
-        return len(self._places)
+        return len(self._fragments)
 
     @property
     def num_segments(self) -> int:
@@ -41,7 +41,7 @@ class DiskIndex:
 
     def clear(self) -> None:
         """As if nothing had been written."""
-        self._places.clear()
+        self._fragments.clear()
         self._segments.clear()
 
     def resize(self, number: int, file_bytes: int) -> None:
@@ -51,9 +51,9 @@ class DiskIndex:
     def remove(self, number: int) -> None:
         """Forgets a segment and what is in it."""
         for key in self._segments.pop(number).keys:
-            place = self._places.get(key)
-            if place is not None and place.segment == number:
-                del self._places[key]
+            stored = self._fragments.get(key)
+            if stored is not None and stored.segment == number:
+                del self._fragments[key]
 
     def evict(self) -> int:
         """Forgets the segment that is next to go; its number. There must be one."""
@@ -65,25 +65,25 @@ class DiskIndex:
             segment.num_reads = 0
             self._segments.move_to_end(number)
 
-    def remember(self, key: bytes, place: StoredFragment) -> None:
+    def remember(self, key: bytes, stored: StoredFragment) -> None:
         """A fragment of a segment that is known; the one that was written last counts."""
-        self._places[key] = place
-        self._segments[place.segment].keys.append(key)
+        self._fragments[key] = stored
+        self._segments[stored.segment].keys.append(key)
 
-    def forget(self, key: bytes, place: StoredFragment) -> bool:
-        """The fragment in this place is of no use; False when it is elsewhere now, or nowhere."""
-        if self._places.get(key) != place:
+    def forget(self, key: bytes, stored: StoredFragment) -> bool:
+        """The fragment at this location is of no use; False when it is elsewhere now, or nowhere."""
+        if self._fragments.get(key) != stored:
             return False
-        del self._places[key]
+        del self._fragments[key]
         return True
 
     def has(self, key: bytes) -> bool:
         """Whether there is such a fragment; no use of it."""
-        return key in self._places
+        return key in self._fragments
 
     def use(self, key: bytes) -> StoredFragment | None:
         """Where the fragment is, which is to be read."""
-        place = self._places.get(key)
-        if place is not None:
-            self._segments[place.segment].num_reads += 1
-        return place
+        stored = self._fragments.get(key)
+        if stored is not None:
+            self._segments[stored.segment].num_reads += 1
+        return stored

@@ -98,11 +98,11 @@ class SegmentWriter:
             self.complete()
             segment = self._start()
         reseal(sealed, segment.number)
-        place = StoredFragment(segment.number, segment.end + self._staged_bytes, sealed.nbytes)
+        location = StoredFragment(segment.number, segment.end + self._staged_bytes, sealed.nbytes)
         target = self._batch[self._staged_bytes : self._staged_bytes + num_page_bytes]
         target[: sealed.nbytes] = sealed
         target[sealed.nbytes :] = self._authenticator.tag(sealed).ljust(num_page_bytes - sealed.nbytes, b"\0")
-        self._staged.append((key, place))
+        self._staged.append((key, location))
         self._staged_bytes += num_page_bytes
 
     def flush(self) -> None:
@@ -113,8 +113,8 @@ class SegmentWriter:
         write_all(segment.file_descriptor, self._batch[: self._staged_bytes], segment.end)
         segment.end += self._staged_bytes
         with self._index_lock:
-            for key, place in self._staged:
-                self._index.remember(key, place)
+            for key, location in self._staged:
+                self._index.remember(key, location)
             self.num_written += len(self._staged)
         self._staged, self._staged_bytes = [], 0
 

@@ -5,7 +5,7 @@
                format.compression), a tag, zeros
 
 A fragment's generation is the number of its segment. Numbers are never used again, so bytes that were brought here from
-another segment, or from another life of this folder, are stale. Knows which bytes are where, not who wants them.
+another segment, or from another life of this folder, are stale. Knows which bytes are where, not what they are for.
 """
 
 import errno
@@ -27,7 +27,7 @@ LOCK_NAME = "lock"  # of the file in a tier's folder that its process has locked
 
 _MAGIC = b"SYdisk2\0"
 _HEADER = struct.Struct("<8sQ8sQ")
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +72,8 @@ def segment_path(folder: Path, number: int) -> Path:
 
 
 def is_full(error: OSError) -> bool:
-    """Whether the file system, a quota or a limit has no room, as opposed to being broken or away."""
-    return error.errno in _NO_ROOM
+    """Whether the file system, a quota or a limit has no space left, as opposed to being broken or away."""
+    return error.errno in _NO_SPACE
 
 
 def lock_file(path: Path) -> int:
@@ -116,7 +116,7 @@ def open_file(path: Path, flags: int) -> int:
 
 
 def create_segment(folder: Path, number: int, segment_bytes: int, key_id: str, page: memoryview) -> int:
-    """A descriptor of a new, open segment that has its room on disk already. `page`: a page to write from."""
+    """A descriptor of a new, open segment that has its disk space already. `page`: a page to write from."""
     path = segment_path(folder, number)
     file_descriptor = open_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
@@ -180,7 +180,7 @@ def _end_direct_io(file_descriptor: int) -> bool:
 
 
 def scan_segment(path: Path, key_id: str) -> tuple[SegmentHeader, list[tuple[bytes, StoredFragment]]] | None:
-    """The header, and key and place of each fragment as far as headers follow one another; None: not one of ours.
+    """The header, and key and location of each fragment as far as headers follow one another; None: not one of ours.
 
     Reads headers only, so payloads may be bad all the same: that is found out when they are read.
     """

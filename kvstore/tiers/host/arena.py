@@ -4,7 +4,7 @@
     slot i      at 4096 + i * stride: the 64-byte header of kvstore.format.sealing, then up to slot_bytes of payload
 
 The node process holds an exclusive lock on the file as long as it lives; the kernel lets go of it when the process is
-killed, which is how a stale file is told from a live one. The file is unlinked, never shortened: a worker's mapping
+killed, which is how a new node recognises a stale file. The file is unlinked, never shortened: a worker's mapping
 stays valid (and useless) after the node is gone. Knows which bytes are where, not which slot holds which fragment.
 """
 
@@ -77,30 +77,32 @@ class Arena:
             return False
 
     def reserve(self, slot: int, generation: int) -> None:
-        """Invalidates the slot's content for whoever still has its older generation."""
+        """Invalidates the slot's content for readers that have its older generation."""
         reserve_at(self._view, self._offset(slot), generation)
 
     def is_reserved_as(self, slot: int, generation: int) -> bool:
-        """Whether this mapping shows the reservation: the slot is there to be written to, and is nobody else's yet."""
+        """Whether this mapping shows the reservation: the slot may be written to, and has not been reserved again."""
         return 0 <= slot < self.num_slots and generation_at(self._view, self._offset(slot)) == generation
 
     def write(self, slots: Sequence[int], fragments: Sequence[Fragment], generations: Sequence[int]) -> None:
         """Fills reserved slots."""
-        places = [self._place(slot, fragment.num_bytes) for slot, fragment in zip(slots, fragments, strict=True)]
+        regions = [
+            self._sealed_region(slot, fragment.num_bytes) for slot, fragment in zip(slots, fragments, strict=True)
+        ]
         payloads, keys = [fragment.payload for fragment in fragments], [fragment.key for fragment in fragments]
-        seal_all_into(places, payloads, keys, generations)
+        seal_all_into(regions, payloads, keys, generations)
 
     def read_into(
-        self, slots: Sequence[int], keys: Sequence[bytes], generations: Sequence[int], rooms: Sequence[Bytes]
+        self, slots: Sequence[int], keys: Sequence[bytes], generations: Sequence[int], buffers: Sequence[Bytes]
     ) -> list[Rejected | None]:
         """Copies payloads into buffers of this process, which hold anything unless the copy is right: None."""
         results: list[Rejected | None] = [Rejected("layout")] * len(slots)
         fitting = [
-            i for i, slot in enumerate(slots) if 0 <= slot < self.num_slots and rooms[i].nbytes <= self.slot_bytes
+            i for i, slot in enumerate(slots) if 0 <= slot < self.num_slots and buffers[i].nbytes <= self.slot_bytes
         ]
         copied = unseal_into(
-            [rooms[i] for i in fitting],
-            [self._place(slots[i], rooms[i].nbytes) for i in fitting],
+            [buffers[i] for i in fitting],
+            [self._sealed_region(slots[i], buffers[i].nbytes) for i in fitting],
             [keys[i] for i in fitting],
             [generations[i] for i in fitting],
         )
@@ -134,16 +136,16 @@ class Arena:
             return payload_bytes
         if payload_bytes > self.slot_bytes:
             return Rejected("layout")
-        return self._place(slot, payload_bytes)
+        return self._sealed_region(slot, payload_bytes)
 
     def adopt(self, slot: int, sealed: memoryview, generation: int) -> None:
         """Fills a reserved slot with a verified copy of header and payload, whose generation is changed."""
         reseal(sealed, generation)
-        place = self._place(slot, len(sealed) - HEADER_BYTES)
-        place[HEADER_BYTES:] = sealed[HEADER_BYTES:]
-        place[:HEADER_BYTES] = sealed[:HEADER_BYTES]  # last: until then the slot holds nothing
+        region = self._sealed_region(slot, len(sealed) - HEADER_BYTES)
+        region[HEADER_BYTES:] = sealed[HEADER_BYTES:]
+        region[:HEADER_BYTES] = sealed[:HEADER_BYTES]  # last: until then the slot holds nothing
 
-    def _place(self, slot: int, payload_bytes: int) -> memoryview:
+    def _sealed_region(self, slot: int, payload_bytes: int) -> memoryview:
         """Header and payload."""
         start = self._offset(slot)
         return self._view[start : start + HEADER_BYTES + payload_bytes]
@@ -167,7 +169,7 @@ class OwnedArena:
 
 
 def arena_path(arena_dir: str, node_id: str) -> Path:
-    """The usual place of a node's arena."""
+    """The usual path of a node's arena."""
     return Path(arena_dir) / f"{ARENA_PREFIX}{node_id}{ARENA_SUFFIX}"
 
 
@@ -185,7 +187,7 @@ def create_arena(path: Path, node_id: str, slot_bytes: int, num_slots: int) -> O
     """Makes and locks the file; arenas that dead node processes left behind in the folder are removed first.
 
     Its memory is committed here: without that, a full tmpfs would kill whichever process writes next. Raises ArenaInUse
-    when another node process is alive, OSError when there is no room.
+    when another node process is alive, OSError when there is no space.
     """
     neighbours = (*path.parent.glob(f"*{ARENA_SUFFIX}"), *path.parent.glob(f"{ARENA_PREFIX}*"))
     for candidate in sorted({path, *neighbours}):
@@ -207,7 +209,7 @@ def create_arena(path: Path, node_id: str, slot_bytes: int, num_slots: int) -> O
 
 
 def arena_holder(path: Path) -> int:
-    """The node process that made this arena, if somebody holds it; 0 when nobody does."""
+    """The node process that made this arena, if one holds it; 0 when none does."""
     try:
         file_descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
@@ -245,7 +247,7 @@ def _remove_if_stale(candidate: Path, path: Path, node_id: str) -> None:
             return
         file_descriptor = os.open(candidate, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
-        return  # not there, or somebody else's
+        return  # not there, or another user's
     try:
         header = _read_header(file_descriptor)
         is_same_node = header is not None and header.node_id == node_id.encode()

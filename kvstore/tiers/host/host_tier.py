@@ -26,11 +26,11 @@ from kvstore.tiers.host.arena import Arena, ArenaMismatch, attach_arena
 from kvstore.tiers.host.slot_calls import SlotCalls
 from kvstore.tiers.host.slot_table import NO_SLOT, RESERVATION_S, SEALED_ALREADY
 
-_LOG = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _ERRORS: tuple[type[Exception], ...] = (*NODE_ERRORS, OSError, ArenaMismatch)
 
-_MAX_PREPARED = 8  # puts
+_MAX_PREPARED = 8  # stores
 _PREPARED_S = RESERVATION_S / 3  # there must be time to write; a step that takes longer reserves when it is through
 
 _Result = TypeVar("_Result")
@@ -52,7 +52,7 @@ class _Prepared:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What the node said of the keys' places in this arena."""
+    """What the node said of the keys' slots in this arena."""
 
     arena: Arena
     keys: Sequence[bytes]
@@ -94,7 +94,7 @@ class HostTier:
 
     @property
     def problems_behind(self) -> Mapping[str, str]:
-        """As in NearTier: of the disk behind the node's arena, as the node said it last."""
+        """As in HostMemoryTier: of the disk behind the node's arena, as the node said it last."""
         return {"disk": self.problem or self._disk_problem} if self._has_disk else {}
 
     @property
@@ -126,7 +126,7 @@ class HostTier:
         return [False] * len(keys) if found is None else [slot >= 0 for slot in found.slots]
 
     def prepare(self, keys: Sequence[bytes]) -> None:
-        """As in NearTier: the node makes room meanwhile."""
+        """As in HostMemoryTier: the node frees slots meanwhile."""
         _check_keys(keys)
         arena, now_s = self._arena, time.monotonic()
         if not keys or arena is None or not self._availability.is_up or self._is_arena_too_small:
@@ -139,27 +139,27 @@ class HostTier:
         try:
             call = self._calls.begin_reserve(kvnode_pb2.ReserveRequest(keys=keys))
         except _ERRORS:
-            return  # the put will find out what is the matter
+            return  # store() will report the error
         with self._prepared_lock:
             self._prepared.append(_Prepared(arena, keys, call, now_s))
 
-    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
+    def store(self, fragments: Sequence[Fragment]) -> list[bool]:
         """As in Tier. A fragment larger than a slot is not kept."""
         _check_keys([fragment.key for fragment in fragments])
-        stored = self._on_arena(lambda arena: self._put(arena, fragments)) if fragments else []
+        stored = self._on_arena(lambda arena: self._store(arena, fragments)) if fragments else []
         return [False] * len(fragments) if stored is None else stored
 
-    def get(self, keys: Sequence[bytes]) -> Iterator[memoryview | Rejected | None]:
+    def load(self, keys: Sequence[bytes]) -> Iterator[memoryview | Rejected | None]:
         """As in Tier, one by one."""
         _check_keys(keys)
         found = self._on_arena(lambda arena: self._look_up(arena, keys)) if keys else None
         return iter([None] * len(keys)) if found is None else self._read(found)
 
-    def get_into(self, keys: Sequence[bytes], rooms: Sequence[Bytes]) -> Iterator[bool | Rejected]:
-        """As in NearTier."""
+    def load_into(self, keys: Sequence[bytes], buffers: Sequence[Bytes]) -> Iterator[bool | Rejected]:
+        """As in HostMemoryTier."""
         _check_keys(keys)
         found = self._on_arena(lambda arena: self._look_up(arena, keys)) if keys else None
-        return iter([False] * len(keys)) if found is None else self._read_into(found, rooms)
+        return iter([False] * len(keys)) if found is None else self._read_into(found, buffers)
 
     def close(self) -> None:
         """As in Tier."""
@@ -201,7 +201,7 @@ class HostTier:
                 self._node_id = reply.node_id
                 self._peer_address = reply.peer_address
 
-    def _put(self, arena: Arena, fragments: Sequence[Fragment]) -> list[bool]:
+    def _store(self, arena: Arena, fragments: Sequence[Fragment]) -> list[bool]:
         stored = [False] * len(fragments)
         wanted = [i for i, fragment in enumerate(fragments) if fragment.num_bytes <= arena.slot_bytes]
         if len(wanted) < len(fragments):
@@ -213,7 +213,9 @@ class HostTier:
         slots: list[int] = []
         generations: list[int] = []
         for i, (slot, generation) in zip(wanted, refs, strict=True):
-            if arena.is_reserved_as(slot, generation):  # or this process stood still until somebody else had it
+            if arena.is_reserved_as(
+                slot, generation
+            ):  # or this process stood still until the slot was reserved by another
                 written.append(i)
                 slots.append(slot)
                 generations.append(generation)
@@ -245,7 +247,7 @@ class HostTier:
             if prepared is None:
                 return []
             self._prepared.remove(prepared)
-        # A reservation that may have expired is no place to write to.
+        # A reservation that may have expired is no slot to write to.
         if prepared.arena is not arena or time.monotonic() - prepared.since_s > _PREPARED_S:
             prepared.call.give_up()
             return []
@@ -278,13 +280,13 @@ class HostTier:
             yield payload
             del payload  # or its buffer would be in use while the next one is read
 
-    def _read_into(self, found: _Found, rooms: Sequence[Bytes]) -> Iterator[bool | Rejected]:
+    def _read_into(self, found: _Found, buffers: Sequence[Bytes]) -> Iterator[bool | Rejected]:
         there = [i for i, slot in enumerate(found.slots) if slot >= 0]
         rejected = found.arena.read_into(
             [found.slots[i] for i in there],
             [found.keys[i] for i in there],
             [found.generations[i] for i in there],
-            [rooms[i] for i in there],
+            [buffers[i] for i in there],
         )
         results: list[bool | Rejected] = [False] * len(found.keys)
         bad: list[int] = []
@@ -315,7 +317,7 @@ class HostTier:
     def _warn_of_size(self, arena: Arena) -> None:
         if not self._is_arena_too_small:
             self._is_arena_too_small = True
-            _LOG.warning("a fragment is larger than the arena's slots of %d bytes and is not kept", arena.slot_bytes)
+            log.warning("a fragment is larger than the arena's slots of %d bytes and is not kept", arena.slot_bytes)
 
 
 def _check_keys(keys: Sequence[bytes]) -> None:

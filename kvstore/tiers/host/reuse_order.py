@@ -1,16 +1,16 @@
-"""The order in which fragments are given up: what is asked for again later stays longer than what was handed off.
+"""The order of eviction: fragments that are used again later stay longer than those of one KV transfer.
 
-A segmented LRU (Karedla, Love and Wherry, 1994). A hand-off puts a fragment in and takes it out, once or several times
-within seconds, and most fragments are never asked for again; one that is belongs to a prefix that others share, or to a
-conversation that went on. Those are kept apart, so that a burst of prompts that nobody repeats pushes out its like and
-not them. What is asked for soon after it came is one use with its coming (the correlated references of O'Neil, O'Neil
-and Weikum's LRU-K, 1993). Pure. Knows nothing of slots or sizes.
+A segmented LRU (Karedla, Love and Wherry, 1994). A KV transfer stores a fragment and loads it, once or several times
+within seconds, and most fragments are never used again. One that is used again belongs to a prefix that requests share,
+or to a conversation that went on. Those form a segment of their own, so that a burst of prompts that nobody repeats
+evicts only its like. A use soon after the fragment came counts as one use with its coming (the correlated references of
+O'Neil, O'Neil and Weikum's LRU-K, 1993). Pure. Knows nothing of slots or sizes.
 """
 
 from collections import OrderedDict
 from collections.abc import Iterator
 
-_HAND_OFF_S = 10.0  # for so long after it came, what asks for it is the hand-off that it came for
+_KV_TRANSFER_S = 10.0  # for so long after it came, a use belongs to the KV transfer that stored it
 _SHARE_KEPT = 0.5  # of all, for what was used again; what is being handed off always has the rest
 
 
@@ -35,7 +35,7 @@ class ReuseOrder:
         """It was asked for."""
         if key in self._reused:
             self._reused.move_to_end(key)
-        elif now_s - self._came_s[key] < _HAND_OFF_S or self._max_reused == 0:
+        elif now_s - self._came_s[key] < _KV_TRANSFER_S or self._max_reused == 0:
             self._came_s.move_to_end(key)
         else:
             del self._came_s[key]

@@ -1,4 +1,4 @@
-"""The calls of KVNodeService that a hand-off waits for, made over kvstore.network.quick_calls.
+"""The calls of KVNodeService that a KV transfer waits for, made over kvstore.network.quick_calls.
 
 Both ends' list of what they are called there. Knows nothing of slots.
 """

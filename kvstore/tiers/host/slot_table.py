@@ -3,7 +3,7 @@
     free  --reserve-->  reserved  --seal-->  sealed  --evicted by a reserve, or dropped-->  free
                         reserved  --not sealed in time-->  free
 
-Every reservation has a generation of its own, greater than all before it, so a reader that was told (slot, generation)
+Every reservation has a generation of its own, greater than all before it, so a reader that got (slot, generation)
 finds out when the slot has been given to another fragment. Pure, clock injected; knows nothing of memory or files.
 """
 
@@ -76,7 +76,7 @@ class SlotTable:
         held = wanted & self._sealed.keys()
         for key in held:
             self._order.use(key, now_s)
-        self._make_room(sum(key not in held for key in keys) if held else len(keys), wanted)
+        self._free_slots_for(sum(key not in held for key in keys) if held else len(keys), wanted)
         deadline_s = now_s + self._reservation_ttl_s
         return [self._reserve(key, deadline_s) for key in keys]
 
@@ -124,14 +124,14 @@ class SlotTable:
         return num_dropped
 
     def check(self) -> None:
-        """Re-derives the books; raises AssertionError when a slot is owned twice or by nobody."""
+        """Re-derives the books; raises AssertionError when a slot is owned twice or not at all."""
         owned = [*self._free, *self._reserved, *(ref.slot for ref in self._sealed.values())]
-        assert sorted(owned) == list(range(self.num_slots)), "a slot is owned twice or by nobody"
-        assert sorted(self._order) == sorted(self._sealed), "a fragment has no place in the order, or two"
+        assert sorted(owned) == list(range(self.num_slots)), "a slot is owned twice or not at all"
+        assert sorted(self._order) == sorted(self._sealed), "a fragment is missing from the order, or in it twice"
         deadlines = [reservation.deadline_s for reservation in self._reserved.values()]
         assert deadlines == sorted(deadlines), "reservations are out of order"
 
-    def _make_room(self, count: int, wanted: set[bytes]) -> None:
+    def _free_slots_for(self, count: int, wanted: set[bytes]) -> None:
         """Frees so many slots, of fragments that are not wanted now; what is next to go, first."""
         missing = count - len(self._free)
         if missing > 0:

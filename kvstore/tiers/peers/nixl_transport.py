@@ -38,7 +38,7 @@ from kvstore.tiers.peers.peer_wire import (
 )
 from kvstore.tiers.peers.transport import Pulled
 
-_LOG = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 # NIXL's own have no base in common; RuntimeError and ValueError are how its binding passes on those of C++.
 _ERRORS: tuple[type[Exception], ...] = (
@@ -119,7 +119,7 @@ class NixlReader:
         self._lock = threading.Lock()
         self._remotes: dict[bytes, _Remote] = {}
         self._given_up: list[_Read] = []
-        self._unused: deque[mmap.mmap] = deque()  # filled by whoever lets go of a buffer, without the lock
+        self._unused: deque[mmap.mmap] = deque()  # filled when a buffer is released, without the lock
         self._num_kept = 0
         with _nixl_errors():
             self._agent = _make_agent()
@@ -145,16 +145,16 @@ class NixlReader:
                 try:
                     self._agent.remove_remote_agent(remote.name)
                 except _ERRORS as error:  # it is gone already
-                    _LOG.debug("NIXL: %s", error)
+                    log.debug("NIXL: %s", error)
 
-    def start(self, remote: _Remote, places: Sequence[tuple[int, int]]) -> _Read:
+    def start(self, remote: _Remote, ranges: Sequence[tuple[int, int]]) -> _Read:
         """Begins to read (address, bytes) one behind the other into a private buffer."""
-        num_bytes = sum(size for _, size in places)
+        num_bytes = sum(size for _, size in ranges)
         with self._lock, _nixl_errors(remote):
             self._look_after_given_up()
             buffer, registered = self._take(num_bytes)
             try:
-                handle = self._prepare(remote, places, _address_of(buffer))
+                handle = self._prepare(remote, ranges, _address_of(buffer))
             except _ERRORS:
                 if registered is not None:
                     self._agent.deregister_memory(registered)
@@ -180,9 +180,9 @@ class NixlReader:
             self._given_up.append(read)
             self._look_after_given_up()
 
-    def _prepare(self, remote: _Remote, places: Sequence[tuple[int, int]], first: int) -> Any:
+    def _prepare(self, remote: _Remote, ranges: Sequence[tuple[int, int]], first: int) -> Any:
         here, there = [], []
-        for address, size in places:
+        for address, size in ranges:
             here.append((first, size, 0))
             there.append((address, size, 0))
             first += size
@@ -214,7 +214,7 @@ class NixlReader:
         self._given_up = kept
 
     def _take(self, num_bytes: int) -> tuple[memoryview, Any]:
-        """A buffer that is nobody's, and its registration where that is for this once."""
+        """An unused buffer, and its registration if that is for this read only."""
         if num_bytes <= GROUP_BYTES and self._unused:
             return self._lend(self._unused.popleft()), None
         mapping = mmap.mmap(-1, max(num_bytes, GROUP_BYTES))
@@ -241,7 +241,7 @@ class NixlTransport:
         try:
             description = self._channel.describe()
             if not description:
-                raise ProtocolError("a peer from whose memory nobody may read: kvstore.peer_transport is tcp there")
+                raise ProtocolError("a peer whose memory cannot be read: kvstore.peer_transport is tcp there")
             self._remote = reader.connect(description)
         except BaseException:
             self._channel.close()

@@ -1,6 +1,6 @@
-"""One authenticated TCP connection to another host's node process: requests about fragments, and what it says of them.
+"""One authenticated TCP connection to another host's node process: requests about fragments, and the answers.
 
-Nothing that the other end says is trusted: sizes are bounded, every wait has an end, and what does not fit closes the
+No answer is trusted: sizes are bounded, every wait has an end, and what does not fit closes the
 connection. Knows nothing of how the fragments' bytes travel.
 """
 
@@ -93,7 +93,7 @@ class PeerChannel:
         description = bytes(self.receive_exactly(num_bytes, deadline_s))
         # Native code will take it apart: it must be the peer's own, and made for this connection.
         if not self._authenticator.is_genuine(memoryview(self._challenge + description), tag):
-            raise ProtocolError("a description by somebody who does not know the secret")
+            raise ProtocolError("a description without the cluster's secret")
         self._sequence += 1
         return description
 
@@ -124,7 +124,7 @@ class PeerChannel:
     def _receive_trailers(self, num_fragments: int, deadline_s: float) -> list[tuple[bool, bytes]]:
         """For each fragment of a group whether its slot was still its own, and its tag."""
         raw = memoryview(self.receive_exactly(TRAILER_BYTES * num_fragments, deadline_s))
-        return [unpack_trailer(raw, place) for place in range(num_fragments)]
+        return [unpack_trailer(raw, index) for index in range(num_fragments)]
 
     def _send_request(self, kind: int, keys: Sequence[bytes], deadline_s: float) -> None:
         """Sends it, and takes the head of its answer."""

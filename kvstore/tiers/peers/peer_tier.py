@@ -1,7 +1,7 @@
 """The tier that other hosts are: fragments pulled from the arenas of their node processes.
 
-The directory says which peer has a block (place `peer:HOST:PORT`). Nothing is put here: what a host has is there for
-the others once it is in its own arena and announced. A peer that is away or hangs is left alone for a while; the others
+The directory says which peer has a block (location `peer:HOST:PORT`). Nothing is stored here: the others can load what
+a host has once it is in its own arena and announced. A peer that is away or hangs is left alone for a while; the others
 go on. Knows nothing of what carries the bytes, nor of slots.
 """
 
@@ -24,15 +24,15 @@ from kvstore.tiers.peers.peer_wire import GROUP_BYTES
 from kvstore.tiers.peers.tcp_transport import TcpTransport
 from kvstore.tiers.peers.transport import Pulled, Transport
 
-_LOG = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
-PEER_PLACE = "peer:"
-"""Before the HOST:PORT of a node process: a place, as the directory names them."""
+PEER_LOCATION = "peer:"
+"""Before the HOST:PORT of a node process: a location, as the directory names them."""
 
 _MAX_CONNECTIONS = 4  # to each peer, used at once; one fills a slow network, and two share one core's time
 _CORES_PER_CONNECTION = 4
 _MIN_KEYS = 16  # for each of them
-_PULL_S = 5.0  # for all that one get asks of the peers
+_PULL_S = 5.0  # for all that one load asks of the peers
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 10.0
 _NUM_PEERS_ASKED = 2  # for one fragment, one after the other
@@ -80,17 +80,17 @@ class PeerTier:
         """As in Tier."""
         return self._availability.problem
 
-    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
+    def store(self, fragments: Sequence[Fragment]) -> list[bool]:
         """As in Tier; nothing is kept."""
         return [False] * len(fragments)
 
-    def get(self, keys: Sequence[bytes]) -> list[memoryview | Rejected | None]:
+    def load(self, keys: Sequence[bytes]) -> list[memoryview | Rejected | None]:
         """As in Tier."""
         payloads: list[memoryview | Rejected | None] = [None] * len(keys)
         if not self.is_up or not keys:
             return payloads
         try:
-            places = self._locate([key[:NAME_BYTES] for key in keys])
+            locations = self._locate([key[:NAME_BYTES] for key in keys])
         except DirectoryUnavailable as error:
             self._availability.lost(error)
             return payloads
@@ -99,13 +99,13 @@ class PeerTier:
         for _ in range(_NUM_PEERS_ASKED):
             wanted: dict[str, list[int]] = {}
             for i in (i for i in range(len(keys)) if payloads[i] is None):
-                peer = self._choose(places[i] - asked[i], keys[i])
+                peer = self._choose(locations[i] - asked[i], keys[i])
                 if peer is not None:
                     asked[i].add(peer)
                     wanted.setdefault(peer, []).append(i)
             if not wanted:
                 break
-            self._get_from(wanted, keys, payloads, deadline_s)
+            self._load_from(wanted, keys, payloads, deadline_s)
         return payloads
 
     def close(self) -> None:
@@ -131,8 +131,9 @@ class PeerTier:
         distinct = list(dict.fromkeys(names))
         found = dict(zip(distinct, self._directory.locate(distinct), strict=True))
         addresses = {
-            name: {place.removeprefix(PEER_PLACE) for place in places if place.startswith(PEER_PLACE)} - {own}
-            for name, places in found.items()
+            name: {location.removeprefix(PEER_LOCATION) for location in locations if location.startswith(PEER_LOCATION)}
+            - {own}
+            for name, locations in found.items()
         }
         return [addresses[name] for name in names]
 
@@ -145,7 +146,7 @@ class PeerTier:
 
     # -- pulling
 
-    def _get_from(
+    def _load_from(
         self,
         wanted: dict[str, list[int]],
         keys: Sequence[bytes],
@@ -175,8 +176,8 @@ class PeerTier:
                 transport = self._take(address, is_used)
                 num_pulled = 0
                 try:
-                    for place, pulled in transport.pull([keys[i] for i in indices], deadline_s):
-                        payloads[indices[place]] = self._verified(pulled, keys[indices[place]])
+                    for index, pulled in transport.pull([keys[i] for i in indices], deadline_s):
+                        payloads[indices[index]] = self._verified(pulled, keys[indices[index]])
                         num_pulled += 1
                     self._report_bad(transport, indices, keys, payloads, deadline_s)
                     break
@@ -240,7 +241,7 @@ class PeerTier:
         transport.close()
 
     def _lost(self, address: str, error: OSError) -> None:
-        _LOG.warning("peer at %s is left alone for a while: %s", address, one_line(error))
+        log.warning("peer at %s is left alone for a while: %s", address, one_line(error))
         with self._lock:
             peer = self._peers.setdefault(address, _Peer())
             idle, peer.idle = peer.idle, []

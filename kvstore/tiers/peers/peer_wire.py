@@ -1,4 +1,4 @@
-"""What two hosts say to each other when one pulls fragments from the other's arena, over TCP. Little-endian.
+"""The wire protocol by which one host pulls fragments from another's arena, over TCP. Little-endian.
 
     server  hello     magic, challenge                           once per connection
     client  request   magic, sequence, kind, number of keys, keys, tag over challenge and all of it
@@ -91,7 +91,7 @@ class TableEntry:
 
 
 def tune(connection: socket.socket) -> None:
-    """No waiting for more to send. Sizes of buffers are left alone: the kernel adapts those that nobody set."""
+    """No waiting for more to send. Sizes of buffers are left alone: the kernel adapts those that are not set."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 

@@ -50,7 +50,7 @@ class ReadableMemory(Protocol):
         """All that a reader needs to know, but for where a fragment lies."""
 
     def address_of(self, slot: int) -> int:
-        """Where the slot's header begins, as readers name places."""
+        """Where the slot's header begins, as an address that readers use."""
 
     def progress(self) -> None:
         """Does what a read in progress needs from this end; called again and again while there is one."""

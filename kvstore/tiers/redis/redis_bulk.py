@@ -1,9 +1,7 @@
-"""Large values to and from a Redis without copies in between: what a client library does piece by piece, on one of its
-connections.
+"""Large values to and from a Redis without copies in between, on a connection of a client library.
 
-A value goes out from where it lies, and comes in right where it is to stay. Redis always has a few to work on, never
-many: what waits in its sockets leaves the processor's caches, and costs it twice the time. Knows nothing of what values
-are.
+A value is sent from its own memory and received into its destination. Redis always has a few to work on, never many:
+what waits in its sockets leaves the processor's caches, and costs it twice the time. Knows nothing of what values are.
 """
 
 import socket

@@ -1,8 +1,8 @@
 """The shared tier in a Redis cluster: each fragment on the node that its key's hash slot belongs to.
 
 Every node of the cluster is a tier of its own (kvstore.tiers.redis.redis_tier) with its own connections, and a batch
-goes to all of them at once. One that is away costs its fragments alone. Who owns which slots is asked every second, by
-a thread of its own; what a node refuses because a slot has moved is tried once more at the owner that it names, if that
+goes to all of them at once. One that is away costs its fragments alone. A thread reads the owners of slots every
+second; a fragment that a node refuses because its slot has moved is tried once more at the owner that it names, if that
 is known already. Knows nothing of what is kept.
 """
 
@@ -39,7 +39,7 @@ class RedisClusterTier:
         self._seeds = seeds
         # What follows until _clients is replaced whole, so that readers need no lock. Nobody waits for a node under it.
         self._lock = threading.Lock()
-        self._owners: tuple[str, ...] = ("",) * NUM_HASH_SLOTS  # HOST:PORT by slot; empty: nobody
+        self._owners: tuple[str, ...] = ("",) * NUM_HASH_SLOTS  # HOST:PORT by slot; empty: no owner
         self._nodes: dict[str, RedisTier] = {}  # by HOST:PORT; only _look replaces it
         self._named: frozenset[str] = frozenset()  # HOST:PORT of owners that nodes named since the last _look
         self._clients: dict[str, RedisClient] = {}  # of _look: that are asked who owns what, by HOST:PORT
@@ -59,14 +59,14 @@ class RedisClusterTier:
         ours = (f"{address}: {node.problem}" for address, node in nodes.items() if node.problem)
         return self._availability.problem or next(ours, "" if nodes else "no node answers")
 
-    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
+    def store(self, fragments: Sequence[Fragment]) -> list[bool]:
         """As in Tier."""
         keys = [fragment.key for fragment in fragments]
-        return self._at_owners(keys, lambda node, batch: node.put([fragments[i] for i in batch]), False)
+        return self._at_owners(keys, lambda node, batch: node.store([fragments[i] for i in batch]), False)
 
-    def get(self, keys: Sequence[bytes]) -> list[memoryview | Rejected | None]:
+    def load(self, keys: Sequence[bytes]) -> list[memoryview | Rejected | None]:
         """As in Tier."""
-        return self._at_owners(keys, lambda node, batch: list(node.get([keys[i] for i in batch])), None)
+        return self._at_owners(keys, lambda node, batch: list(node.load([keys[i] for i in batch])), None)
 
     def close(self) -> None:
         """As in Tier."""
@@ -110,14 +110,14 @@ class RedisClusterTier:
         *others, last = batches.items() if batches else [("", [])]
         asked = [(batch, self._threads.submit(call, nodes[address], batch)) for address, batch in others]
         if last[1]:
-            _put_at(results, last[1], call(nodes[last[0]], last[1]))
+            _set_at(results, last[1], call(nodes[last[0]], last[1]))
         for batch, answer in asked:
-            _put_at(results, batch, answer.result())
+            _set_at(results, batch, answer.result())
 
     def _follow(self) -> tuple[str, ...]:
-        """Takes the owners that nodes have named: others may hear of a slot's move later than its former owner.
+        """Takes the owners that nodes have named: others may learn of a slot's move later than its former owner.
 
-        One that is not known yet is left to _look: whoever wants a fragment waits for no new node.
+        One that is not known yet is left to _look: a load waits for no new node.
         """
         with self._lock:
             named: dict[int, str] = {}
@@ -133,7 +133,7 @@ class RedisClusterTier:
             return self._owners
 
     def _look(self) -> None:
-        """Asks who owns which slots. Raises one of REDIS_ERRORS when nobody answers. For one thread."""
+        """Asks which node owns which slots. Raises one of REDIS_ERRORS when none answers. For one thread."""
         owners = self._ask_owners()
         with self._lock:
             named, self._named = self._named, frozenset()
@@ -141,7 +141,7 @@ class RedisClusterTier:
         known = self._nodes
         nodes = {address: known.get(address) or self._tier_of(address) for address in sorted(addresses)}
         with self._lock:
-            self._nodes = nodes  # before the owners: whoever finds an address finds its node
+            self._nodes = nodes  # before the owners, so that every address there has its node
             self._owners = owners
         now_s = time.monotonic()
         self._retired += [(now_s, node) for address, node in known.items() if address not in addresses]
@@ -165,6 +165,6 @@ class RedisClusterTier:
         raise error
 
 
-def _put_at(results: list[_Result], places: Sequence[int], answers: Sequence[_Result]) -> None:
-    for i, answer in zip(places, answers, strict=True):
+def _set_at(results: list[_Result], indices: Sequence[int], answers: Sequence[_Result]) -> None:
+    for i, answer in zip(indices, answers, strict=True):
         results[i] = answer

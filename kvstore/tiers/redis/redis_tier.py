@@ -1,14 +1,14 @@
 """The tier that hosts share: fragments as values in a Redis that may evict them.
 
 A value is a whole sealed fragment (header and payload, see kvstore.format.sealing, or that compressed) and a tag that
-only who knows the cluster's secret can make (kvstore.format.authenticity), under a key with the format's version and
-the secret's id. Redis forgets it when nobody wrote it for `ttl_s`. Redis works on one value while the next is made or
+only the cluster's secret can make (kvstore.format.authenticity), under a key with the format's version and the
+secret's id. Redis forgets it when it was not written for `ttl_s`. Redis works on one value while the next is made or
 verified.
 
-A get verifies the tag alone. It covers header, checksum and payload, and is made right after the checksum, of the same
+A load verifies the tag alone. It covers header, checksum and payload, and is made right after the checksum, of the same
 private buffer: a value whose tag fits is, bit for bit, what a writer with the secret hashed, and hashing it again would
-tell no more than whether that writer's memory failed in between. The checksum is looked at where a tag does not fit, to
-tell a fault from a forgery.
+only show whether that writer's memory failed in between. The checksum is compared where a tag does not fit, to
+distinguish a fault from a forgery.
 
 Knows nothing of leases and the directory, which live in a Redis that must not evict.
 """
@@ -36,15 +36,15 @@ from kvstore.network.availability import Availability, one_line
 from kvstore.redis_client import REDIS_ERRORS, address_of, connect, redirection, refused_commands
 from kvstore.tiers.redis.redis_bulk import ValueBuffers, get_values, set_values
 
-_LOG = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 KEY_PREFIX = b"switchyard:kv3:"
 
 _MAX_CHUNK_KEYS = 1024
 _FIRST_GUESS_BYTES = 256 * 1024
-_NUM_WRITERS = 2  # of one put: more than two gained nothing
+_NUM_WRITERS = 2  # of one store: more than two gained nothing
 _LEAST_VALUES = 4  # of one of them
-_MOST_HELPERS = 4  # of puts that run at once
+_MOST_HELPERS = 4  # of stores that run at once
 
 
 def key_prefix_of(secret: str) -> bytes:
@@ -65,7 +65,7 @@ class RedisTier:
         compression: str = "none",
         is_cluster_node: bool = False,
     ) -> None:
-        """compression: of what is put; both forms are read. is_cluster_node: no command may then have two keys."""
+        """compression: of what is stored; both forms are read. is_cluster_node: no command may then have two keys."""
         self._client = connect(url)
         self._authenticator = FragmentAuthenticator(secret)
         self.key_prefix = key_prefix_of(secret)
@@ -77,7 +77,7 @@ class RedisTier:
         self._value_bytes = _FIRST_GUESS_BYTES  # of the value seen last: how many are asked for ahead
         self._buffers = ValueBuffers(page_at=HEADER_BYTES)
         self._num_writers = 1 if is_cluster_node else _NUM_WRITERS  # a cluster's nodes have a thread each
-        self._threads = ThreadPoolExecutor(_MOST_HELPERS, "kv-redis-put")
+        self._threads = ThreadPoolExecutor(_MOST_HELPERS, "kv-redis-store")
         self._has_warned_of_refusal = False
         self._refusal = ""  # why fragments are not taken, though Redis answers
         name = f"redis tier at {address_of(self._client)}"
@@ -93,7 +93,7 @@ class RedisTier:
         """As in Tier."""
         return self._availability.problem or self._refusal
 
-    def put(self, fragments: Sequence[Fragment]) -> list[bool]:
+    def store(self, fragments: Sequence[Fragment]) -> list[bool]:
         """As in Tier. What is there already lives for another ttl_s."""
         stored = [False] * len(fragments)
         if not self.is_up or not fragments:
@@ -106,7 +106,7 @@ class RedisTier:
             self._availability.lost(error)
         return stored
 
-    def get(self, keys: Sequence[bytes]) -> Iterator[memoryview | Rejected | None]:
+    def load(self, keys: Sequence[bytes]) -> Iterator[memoryview | Rejected | None]:
         """As in Tier, one by one."""
         return self._read(keys) if self.is_up and keys else repeat(None, len(keys))
 
@@ -125,7 +125,7 @@ class RedisTier:
 
     def _check(self) -> None:
         """Asks in small for all that will be asked: a user without the right to write, or a memory that is full, shows
-        before a fragment is lost to it. Raises what a get would."""
+        before a fragment is lost to it. Raises what a load would."""
         refusal = refused_commands(self._client, self.key_prefix + b"check")
         self._refusal = f"takes no fragments: {one_line(refusal)}" if refusal is not None else ""
 
@@ -211,7 +211,7 @@ class RedisTier:
                 payload = self._checked(next(values), key)
                 if isinstance(payload, Rejected):
                     bad.append(name)
-                if num_given + 1 == len(keys):  # nobody has to ask for more than there is
+                if num_given + 1 == len(keys):  # the last one: there is nothing more to take
                     next(values, None)
                     self._delete(bad)
                 num_given += 1
@@ -265,4 +265,4 @@ class RedisTier:
         self._refusal = f"refuses fragments: {one_line(reply)}"
         if not self._has_warned_of_refusal:
             self._has_warned_of_refusal = True
-            _LOG.warning("redis tier at %s refuses fragments: %s", address_of(self._client), reply)
+            log.warning("redis tier at %s refuses fragments: %s", address_of(self._client), reply)

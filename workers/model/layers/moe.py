@@ -17,7 +17,7 @@ class MixtureOfExperts:
     The router is whole on every rank, and in fp32 from its logits on, as in Qwen3MoeSparseMoeBlock.
     """
 
-    input_scheme = None  # the router wants its rows as they are
+    input_scheme = None  # the router takes its rows unquantised
 
     def __init__(self, source: LayerSource, prefix: str, config: ExpertsConfig) -> None:
         hidden = source.model.hidden_size

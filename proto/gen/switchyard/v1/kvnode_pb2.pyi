@@ -195,12 +195,12 @@ class ListWorkersResponse(_message.Message):
     def __init__(self, workers: _Optional[_Iterable[_Union[WorkerRecord, _Mapping]]] = ..., epochs: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class PublishRequest(_message.Message):
-    __slots__ = ("block_names", "place")
+    __slots__ = ("block_names", "location")
     BLOCK_NAMES_FIELD_NUMBER: _ClassVar[int]
-    PLACE_FIELD_NUMBER: _ClassVar[int]
+    LOCATION_FIELD_NUMBER: _ClassVar[int]
     block_names: _containers.RepeatedScalarFieldContainer[bytes]
-    place: str
-    def __init__(self, block_names: _Optional[_Iterable[bytes]] = ..., place: _Optional[str] = ...) -> None: ...
+    location: str
+    def __init__(self, block_names: _Optional[_Iterable[bytes]] = ..., location: _Optional[str] = ...) -> None: ...
 
 class PublishResponse(_message.Message):
     __slots__ = ()
@@ -213,12 +213,12 @@ class LocateRequest(_message.Message):
     def __init__(self, block_names: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class LocateResponse(_message.Message):
-    __slots__ = ("places",)
-    PLACES_FIELD_NUMBER: _ClassVar[int]
-    places: _containers.RepeatedCompositeFieldContainer[Places]
-    def __init__(self, places: _Optional[_Iterable[_Union[Places, _Mapping]]] = ...) -> None: ...
+    __slots__ = ("locations",)
+    LOCATIONS_FIELD_NUMBER: _ClassVar[int]
+    locations: _containers.RepeatedCompositeFieldContainer[Locations]
+    def __init__(self, locations: _Optional[_Iterable[_Union[Locations, _Mapping]]] = ...) -> None: ...
 
-class Places(_message.Message):
+class Locations(_message.Message):
     __slots__ = ("names",)
     NAMES_FIELD_NUMBER: _ClassVar[int]
     names: _containers.RepeatedScalarFieldContainer[str]

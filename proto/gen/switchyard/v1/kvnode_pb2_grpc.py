@@ -384,14 +384,14 @@ class ControlServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Publish(self, request, context):
-        """Announces blocks that a place holds whole.
+        """Announces blocks that a location holds whole.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Locate(self, request, context):
-        """Places that hold the blocks.
+        """Locations that hold the blocks.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,4 +1,4 @@
-"""The gRPC face over real sockets, with fake workers behind it."""
+"""The gRPC API over real sockets, with fake workers behind it."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ async def test_a_worker_alone_takes_whole_requests(model_dir: Path, role: str) -
 async def test_a_prefill_pool_alone_is_not_enough(model_dir: Path) -> None:
     worker = FakeWorker("prefill-0", "prefill")
     async with running_cluster(model_dir, worker, config=config_with(new_request_wait_s=0.1)) as cluster:
-        with pytest.raises(GenerationError, match="only prefill workers live") as caught:
+        with pytest.raises(GenerationError, match="only prefill workers are up") as caught:
             await collect(cluster.grpc_address, request())
     assert caught.value.status == "UNAVAILABLE"
     assert caught.value.retry_after_s is not None
@@ -130,7 +130,7 @@ async def test_a_stop_text_ends_the_stream_before_it_is_shown(model_dir: Path) -
     stop = whole[60:70]
     async with running_cluster(model_dir, worker) as cluster:
         _, ids, text, finished = await collect(cluster.grpc_address, request(max_tokens=200, stop=(stop,)))
-        await until(lambda: worker.num_live == 0, "the worker was told to stop")
+        await until(lambda: worker.num_live == 0, "the worker got the cancel")
     assert text == whole[: whole.index(stop)]
     assert finished.reason is FinishReason.STOP
     assert len(ids) < 200
@@ -160,7 +160,7 @@ async def test_a_cancelled_call_stops_its_workers(model_dir: Path) -> None:
                 break
         call.cancel()
         cancelled_s = time.monotonic()
-        await until(lambda: decode.num_live == 0, "the decode worker was told")
+        await until(lambda: decode.num_live == 0, "the decode worker got the cancel")
         assert time.monotonic() - cancelled_s < 1.0  # the contract: a second
         assert decode.cancels == [decode.submits[0].stream_id]
 
@@ -172,7 +172,7 @@ async def test_a_cancel_while_prefilling_reaches_both_workers(model_dir: Path) -
         answer = asyncio.create_task(collect(cluster.grpc_address, request()))
         await until(lambda: decode.num_live == 1 and prefill.num_live == 1, "both were given their part")
         answer.cancel()
-        await until(lambda: decode.num_live == 0 and prefill.num_live == 0, "both were told")
+        await until(lambda: decode.num_live == 0 and prefill.num_live == 0, "both got the cancel")
 
 
 async def test_a_deadline_ends_the_stream_everywhere(model_dir: Path) -> None:
@@ -182,7 +182,7 @@ async def test_a_deadline_ends_the_stream_everywhere(model_dir: Path) -> None:
         order = GenerationRequest(PROMPT, SamplingParams(max_tokens=2000), deadline_s=0.2)
         with pytest.raises(GenerationError, match="DEADLINE_EXCEEDED"):
             await collect(cluster.grpc_address, order)
-        await until(lambda: worker.num_live == 0, "the worker was told")
+        await until(lambda: worker.num_live == 0, "the worker got the cancel")
     assert 0 < worker.submits[0].deadline_s < 1.3
 
 
@@ -297,6 +297,6 @@ async def test_a_hundred_streams_at_once(model_dir: Path) -> None:
         assert all(worker.submits for worker in cluster.workers)
 
 
-def test_model_files_are_what_the_faces_announce(model_dir: Path) -> None:
+def test_model_files_are_what_the_apis_announce(model_dir: Path) -> None:
     files = ModelFiles.load(model_dir, MODEL)
     assert (files.context_tokens, files.vocab_size) == (CONTEXT_TOKENS, VOCAB_SIZE)

@@ -1,4 +1,4 @@
-"""The HTTP face over real sockets, with fake workers behind it: the openai client, httpx, and raw bytes."""
+"""The HTTP API over real sockets, with fake workers behind it: the openai client, httpx, and raw bytes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from router.service.text import TextCodec
 from tests.router.conftest import MODEL, Cluster, config_with, pair, running_cluster, until
 from tests.router.fake_worker import CONTEXT_TOKENS, VOCAB_SIZE, FakeWorker, expected_tokens
-from tests.router.test_grpc_face import PROMPT
+from tests.router.test_grpc_api import PROMPT
 
 TEXT = "def fibonacci(n):"
 BASE = {"model": MODEL, "prompt": TEXT, "max_tokens": 12, "temperature": 0}
@@ -120,7 +120,7 @@ async def test_stop_texts_and_seed(model_dir: Path) -> None:
     assert worker.submits[0].sampling.ignore_eos
 
 
-async def test_the_cost_of_a_request_is_told(model_dir: Path) -> None:
+async def test_the_cost_of_a_request_is_reported(model_dir: Path) -> None:
     async with served(model_dir, *pair()) as (_, client):
         answer = (await client.post("/v1/completions", json=BASE)).json()
         chunks = await sse(
@@ -142,12 +142,12 @@ async def test_a_client_that_disconnects_stops_its_stream(model_dir: Path, is_st
         await until(lambda: decode.num_sent >= 3, "it runs")
         post.cancel()
         left_s = time.monotonic()
-        await until(lambda: decode.num_live == 0, "the worker was told")
+        await until(lambda: decode.num_live == 0, "the worker got the cancel")
         assert time.monotonic() - left_s < 1.0  # the contract: a second
         assert decode.num_sent < 1000
 
 
-async def test_a_failure_in_mid_stream_is_told_in_the_stream(model_dir: Path) -> None:
+async def test_a_failure_in_mid_stream_is_reported_in_the_stream(model_dir: Path) -> None:
     worker = FakeWorker("mixed-0", "mixed")
     worker.die_after = 5
     async with served(model_dir, worker, replacement_wait_s=0.05, new_request_wait_s=0.05) as (_, client):
@@ -305,8 +305,8 @@ async def test_metrics_count_requests_and_show_workers(model_dir: Path) -> None:
         "switchyard_time_to_first_token_seconds_count 1.0",
         "switchyard_time_per_output_token_seconds_count 1.0",
         "switchyard_queue_seconds_count 1.0",
-        "switchyard_handoff_seconds_count 1.0",
-        "switchyard_handoff_relay_seconds_count 1.0",
+        "switchyard_kv_transfer_seconds_count 1.0",
+        "switchyard_kv_transfer_relay_seconds_count 1.0",
         "switchyard_inflight_requests 0.0",
         "switchyard_directory_up 1.0",
         f"{worker('up')} 1.0",
