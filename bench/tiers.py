@@ -49,8 +49,7 @@ class BandwidthRow:
 
     name: str
     """memcpy, loopback_tcp, redis_set, redis_mget, redis_benchmark_set, redis_benchmark_get, or TIER_put, TIER_get,
-    TIER_kv_transfer (put and get, one after the other); two_hosts_tcp, two_hosts_peer_get: between network
-    namespaces."""
+    TIER_kv_transfer (put, then get); two_hosts_tcp, two_hosts_peer_get: between network namespaces."""
     num_bytes: int
     """Payload of one run."""
     fragment_bytes: int
@@ -393,8 +392,7 @@ def node_process(arena_dir: str, shape: BenchShape, other: OtherHost = HERE) -> 
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         try:
             assert process.stdout is not None
-            line = process.stdout.readline()
-            if not line:
+            if not (line := process.stdout.readline()):
                 raise BenchFailed("the node process did not start")
             yield json.loads(line)["host_address"]
         finally:

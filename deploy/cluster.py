@@ -92,7 +92,7 @@ class Cluster:
     def check(self) -> FoundModel:
         """See whether it can be started, without starting anything. Raises ConfigError or StartError."""
         model = check_model(self._config)
-        layers_per_fragment(self._config, model.config.num_hidden_layers)
+        layers_per_fragment(self._config, model.config.cache_specs)
         check_ports(self._config.endpoints, self._config.ray)
         check_control(self._config.kvstore.control, self._name(model))
         check_peer_transport(self._config.kvstore)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from deploy.config import ClusterConfig, PoolConfig
@@ -17,6 +17,7 @@ from kvstore.config import KVStoreConfig
 from kvstore.tiers.disk.disk import least_disk_bytes
 from kvstore.tiers.host.arena import num_slots_for
 from workers.config import EngineConfig, WorkerSpec, kv_row_bytes
+from workers.model.cache_spec import CacheSpec, cache_groups
 from workers.model.config import ModelConfig
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -91,7 +92,7 @@ def make_plan(
     dtype = _dtype(config, set(devices.values()))
     _check_invariance(config, devices)
     block_size = config.kvstore.block_size or (64 if "cuda" in devices.values() else 16)
-    layers = layers_per_fragment(config, model.num_hidden_layers)
+    layers = layers_per_fragment(config, model.cache_specs)
     name = model_name(config, model_dir)
     pools = []
     for pool_name, pool in config.pools.items():
@@ -108,8 +109,12 @@ def make_plan(
             cluster=cluster,
         )
         pools.append(_pool_plan(spec, pool))
-    row_bytes = kv_row_bytes(config.kvstore.kv_encoding, model.cache_specs[0].head_dim, DTYPE_BYTES[dtype])
-    arena = _arena(config.kvstore, slot_bytes=layers * 2 * block_size * row_bytes)
+    encoding, element_bytes = config.kvstore.kv_encoding, DTYPE_BYTES[dtype]
+    slot_bytes = max(
+        layers * spec.num_planes * block_size * kv_row_bytes(encoding, spec.head_dim, element_bytes)
+        for spec in model.cache_specs
+    )
+    arena = _arena(config.kvstore, slot_bytes)
     return ClusterPlan(cluster, name, tuple(pools), arena)
 
 
@@ -207,12 +212,14 @@ def _check_invariance(config: ClusterConfig, devices: Mapping[str, str]) -> None
 # ---- layers that travel together
 
 
-def layers_per_fragment(config: ClusterConfig, num_layers: int) -> int:
+def layers_per_fragment(config: ClusterConfig, cache_specs: Sequence[CacheSpec]) -> int:
     """The configured number, checked, or the greatest that every stage boundary of every pool is a multiple of.
 
-    A stage then owns whole fragments, whatever the pipelines of the worker that wrote a block and of the one that
-    reads it. Raises ConfigError.
+    Boundaries are counted in the layers of each cache group, because a fragment has layers of one group. A stage then
+    owns whole fragments, whatever the pipelines of the worker that wrote a block and of the one that reads it. Raises
+    ConfigError.
     """
+    num_layers = len(cache_specs)
     depths = {pool.pp for pool in config.pools.values()}
     wanted = config.kvstore.layers_per_fragment
     if depths == {1}:
@@ -221,7 +228,8 @@ def layers_per_fragment(config: ClusterConfig, num_layers: int) -> int:
         from workers.parallel import stage_layers  # brings torch: two seconds that a cluster without stages saves
 
         boundaries = stage_boundaries(depths, num_layers, stage_layers)
-    greatest = math.gcd(*boundaries)
+    groups = cache_groups(cache_specs)
+    greatest = math.gcd(*(sum(layer < edge for layer in group.layers) for edge in boundaries for group in groups))
     if wanted and greatest % wanted:
         raise ConfigError(
             f"kvstore.layers_per_fragment: {wanted} does not divide the stages of the pools, which begin and end at "

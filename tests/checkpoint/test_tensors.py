@@ -308,3 +308,10 @@ print(digest.file_digest(Path({str(path)!r})))
 def test_a_file_that_is_not_there_is_named(tmp_path: Path, memory: Path) -> None:
     with pytest.raises(CheckpointError, match=r"nothing: No such file"):
         file_digest(tmp_path / "nothing")
+
+
+def test_a_scalar_is_read(tmp_path: Path) -> None:
+    """Scales of 8-bit weights may be one."""
+    save_file({"scale": torch.tensor(0.25)}, tmp_path / "model.safetensors")
+    read = Checkpoint(tmp_path, torch.float32, CPU).read("scale", ())
+    assert (read.shape, float(read)) == ((), 0.25)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
@@ -23,8 +23,12 @@ from kvstore.config import KVStoreConfig, NodeSpec
 from kvstore.tiers.host.arena import arena_bytes
 from router.config import RouterConfig, RouterSpec
 from workers.config import EngineConfig, EngineOptions, WorkerSpec
+from workers.kv.grid import fragment_grid
+from workers.model.cache_spec import CacheSpec, cache_groups
 from workers.model.registry import load_config
 from workers.parallel import stage_layers
+
+FULL = CacheSpec(2, 8)
 
 
 def plan(tiny_model: Path, *overrides: str, num_gpus: float = 0) -> ClusterPlan:
@@ -126,7 +130,7 @@ def test_the_greatest_group_of_layers_that_no_stage_cuts(
     num_layers: int, depths: tuple[int, int], expected: int
 ) -> None:
     made = config.load(None, [f"pools.prefill.pp={depths[0]}", f"pools.decode.pp={depths[1]}"])
-    found = layers_per_fragment(made, num_layers)
+    found = layers_per_fragment(made, [FULL] * num_layers)
     assert found == expected
     boundaries = stage_boundaries(depths, num_layers, stage_layers)
     fits = [g for g in range(1, num_layers + 1) if all(edge % g == 0 for edge in boundaries)]
@@ -135,12 +139,40 @@ def test_the_greatest_group_of_layers_that_no_stage_cuts(
 
 def test_a_configured_group_of_layers_is_checked() -> None:
     made = config.load(None, ["pools.prefill.pp=2", "kvstore.layers_per_fragment=2"])
-    assert layers_per_fragment(made, 8) == 2
+    assert layers_per_fragment(made, [FULL] * 8) == 2
     wrong = config.load(None, ["pools.prefill.pp=2", "kvstore.layers_per_fragment=3"])
     with pytest.raises(
         ConfigError, match=r"kvstore\.layers_per_fragment: 3 does not divide .* 4, 8; 4 is the greatest"
     ):
-        layers_per_fragment(wrong, 8)
+        layers_per_fragment(wrong, [FULL] * 8)
+
+
+@pytest.mark.parametrize(("num_layers", "depth", "expected"), [(4, 1, 2), (8, 2, 2), (6, 1, 3), (6, 2, 1), (2, 2, 1)])
+def test_fragments_have_layers_of_one_cache_group(num_layers: int, depth: int, expected: int) -> None:
+    """A model of alternating layers did not start: its fragments had as many layers as the whole model."""
+    specs = [CacheSpec(2, 8, window=index % 2 * 16) for index in range(num_layers)]
+    made = config.load(None, [f"pools.prefill.pp={depth}", f"pools.decode.pp={depth}"])
+    assert layers_per_fragment(made, specs) == expected
+    for group in cache_groups(specs):
+        for stage in range(depth):
+            held = stage_layers(num_layers, depth, stage)
+            grid = fragment_grid(group, held, expected, range(2))
+            assert len(grid.keys(b"n" * 16)) == len(grid.layers) // expected * 2
+
+
+def test_slots_hold_the_largest_groups_fragments(tiny_model: Path) -> None:
+    made = config.load(None)
+    narrow, wide = CacheSpec(2, 8), CacheSpec(2, 64, window=16)
+    model = replace(load_config(tiny_model), num_hidden_layers=2, decoder=Specs((narrow, wide)))
+    plan = make_plan(made, model, "/models/m", 0, "")
+    assert plan.arena.slot_bytes == 1 * 2 * 16 * 64 * 4
+
+
+@dataclass(frozen=True)
+class Specs:
+    """A decoder of which only the cache matters."""
+
+    cache_specs: tuple[CacheSpec, ...]
 
 
 def test_a_hub_id_is_the_models_name(tiny_model: Path) -> None:

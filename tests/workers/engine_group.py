@@ -70,7 +70,7 @@ def run_to_end(engine: Engine, requests: Sequence[Request]) -> dict[str, list[in
         engine.submit(request)
     for _ in range(10_000):
         events = engine.step()
-        if events is None and not engine.awaits_transfers:
+        if events is None and not engine.scheduler.transfers:
             break
         for token in events.tokens if events is not None else ():
             assert token.position == len(tokens[token.request_id]), "positions follow each other without gaps"

@@ -180,7 +180,6 @@ def test_drafts_and_ranks_that_join_change_no_token(is_async, shapes, num_blocks
     for new in requests():
         engine.submit(new)
     tokens: dict[str, list[int]] = {name: [] for name in expected}
-    num_right = 0
     for step in range(3000):
         for name, (num_tokens, wrong) in zip(sorted(engine.scheduler.requests), drafts[step : step + 4], strict=False):
             coming = expected[name][len(tokens[name]) :][:num_tokens]
@@ -194,7 +193,6 @@ def test_drafts_and_ranks_that_join_change_no_token(is_async, shapes, num_blocks
         for token in events.tokens if events else ():
             assert token.position == len(tokens[token.request_id])
             tokens[token.request_id].append(token.token_id)
-            num_right += 1
     assert tokens == expected
     assert engine.scheduler.pool.num_referenced == 0
     engine.scheduler.pool.check()

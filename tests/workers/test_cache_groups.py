@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -157,3 +159,35 @@ def test_a_tier_keeps_blocks_of_all_groups():
     by_group = [{name for of, name in runner.tier if of == group} for group in range(2)]
     assert by_group[0] == by_group[1]
     assert len(by_group[0]) == 5
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("length", [60, 200])
+def test_a_window_with_as_few_blocks_as_a_worker_accepts(is_async, length):
+    """With async scheduling a second chunk is planned before the first has left the window: it preempted itself."""
+    window, budget = 8, 16
+    num_blocks = -(-(window + budget * (1 + is_async)) // BLOCK_SIZE) + 2
+    engine, _ = make(num_blocks, budget, is_async, windows=(window,))
+    engine.scheduler.config = replace(engine.scheduler.config, max_model_len=250)
+    new = request("r", length, 5)
+    engine.submit(new)
+    assert len(run(engine, 300)["r"]) == 5
+    assert new.num_preemptions == 0
+
+
+def test_requests_that_wait_for_window_blocks_of_each_other_go_on():
+    """Each held some of a windowed group and waited for more, and nothing else ran."""
+    engine, runner = make(40, 8, False, windows=(0, 16))
+    pool = engine.scheduler.pool
+    pool.pools = (pool.pools[0], BlockPool(8, BLOCK_SIZE))
+    source, store = make(40, 8, False, windows=(0, 16))
+    for name, start in (("a", 0), ("b", 7)):
+        source.submit(request(name, 26, 9, RequestRole.PREFILL, start))
+    first = run(source)
+    runner.tier = store.tier
+    for name, start in (("a", 0), ("b", 7)):
+        engine.submit(request(name, 26, 9, RequestRole.DECODE, start))
+        engine.continue_request(name, first[name])
+    tokens = run(engine, 400)
+    for name, start in (("a", 0), ("b", 7)):
+        assert [*first[name], *tokens[name]] == alone(request(name, 26, 9, start=start), (0, 16))

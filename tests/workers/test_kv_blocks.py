@@ -1,11 +1,14 @@
 """Fragments out of the cache and into it: in place for a host's cache, through a buffer for a device's."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from workers.engine.step import BlockTransfer
-from workers.kv.blocks import HostBlocks, StagedBlocks
+from workers.errors import ModelError
+from workers.kv.blocks import HostBlocks, StagedBlocks, block_memory
 
 LAYERS, BLOCKS, HEADS, BLOCK_SIZE, HEAD_DIM, GROUP = 6, 9, 2, 4, 8, 3
 TRANSFER = BlockTransfer(1, 0, [b""] * 3, [7, 2, 5], [BLOCK_SIZE, BLOCK_SIZE, 3])
@@ -85,3 +88,26 @@ def test_in_eight_bits_blocks_are_nearly_what_they_were_and_others_untouched(enc
     assert ((target - right).abs() <= largest / 14).all()
     assert torch.equal(target[:, 0], right[:, 0])
     assert not torch.equal(target, right)
+
+
+@pytest.mark.parametrize("encoding", ["none", "int8"])
+def test_a_stage_without_layers_of_a_group_moves_nothing(encoding: str) -> None:
+    memory = block_memory(torch.zeros(0, BLOCKS, HEADS, 2, BLOCK_SIZE, HEAD_DIM), 1, encoding)
+    assert memory.gather(TRANSFER)() == []
+    filling = memory.fill(TRANSFER)
+    assert filling.fragments == []
+    filling.finish(3)
+
+
+def test_what_is_copied_stays_when_the_blocks_are_reused() -> None:
+    cache = a_cache(torch.float32)
+    right = [fragment.clone() for fragment in expected(cache)]
+    gathered = HostBlocks(cache, GROUP).gather(replace(TRANSFER, is_copied=True))
+    cache.zero_()
+    assert all(a.tobytes() == b.numpy().tobytes() for a, b in zip(gathered(), right, strict=True))
+
+
+def test_a_latent_cache_is_refused_by_name() -> None:
+    latent = torch.zeros(1, BLOCKS, 1, 1, BLOCK_SIZE, HEAD_DIM)
+    with pytest.raises(ModelError, match="a latent cache is not moved to the tiers yet"):
+        block_memory(latent, 1, "int8")

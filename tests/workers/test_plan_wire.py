@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,7 +16,7 @@ from workers.engine.request import Request
 from workers.engine.scheduler import Scheduler, SchedulerConfig
 from workers.engine.step import BlockTransfer, ModelRunnerOutput, RowState, SchedulerOutput, TransferDone
 from workers.runtime.rank_state import PlanGap, RankState
-from workers.sampling.params import SamplingParams
+from workers.sampling.params import SamplingParams, SamplingRows
 
 SAMPLING = SamplingParams(temperature=0.7, top_p=0.25, top_k=2**31 - 1, seed=2**64 - 3)
 
@@ -33,7 +35,7 @@ def test_round_trip():
         new_blocks=[0, 0, 10, 77, 1, 0, 10, 78],
         loads=[BlockTransfer(1, 1, names, [7, 8], [16, 3])],
         ends_prompts=True,
-        stores=[BlockTransfer(2, 0, names[:1], [0], [16]), BlockTransfer(3, 0, names[1:], [1], [2])],
+        stores=[BlockTransfer(2, 0, names[:1], [0], [16], is_copied=True), BlockTransfer(3, 0, names[1:], [1], [2])],
     )
     found = decode_plan(encode_plan(plan, 17, is_full=True, polls=[4, 9]))
     assert (found.sequence, found.is_full, found.polls) == (17, True, [4, 9])
@@ -41,8 +43,8 @@ def test_round_trip():
         assert getattr(found, column).tolist() == getattr(plan, column), column
     (row,) = found.new_rows
     assert (row.row, row.num_prompt_tokens, row.block_tables) == (3, 9, [[3, 1, 4], [1]])
-    for name in ("temperature", "top_p", "top_k", "seed"):
-        assert getattr(row.sampling, name) == getattr(SAMPLING, name), name
+    for field in fields(SamplingRows):  # whatever the sampler goes by
+        assert getattr(row.sampling, field.name) == getattr(SAMPLING, field.name), field.name
     assert found.new_blocks.tolist() == [[0, 0, 10, 77], [1, 0, 10, 78]]
     assert (found.loads, found.stores, found.ends_prompts) == (plan.loads, plan.stores, True)
 

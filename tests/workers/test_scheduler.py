@@ -384,7 +384,7 @@ class EngineMachine(RuleBasedStateMachine):
         queued = [*scheduler.waiting, *scheduler.waiting_for_kv, *scheduler.running, *scheduler.queues.storing]
         assert len(queued) == len(set(map(id, queued))) == len(self.live)
         owned = [b for r in queued for table in r.block_tables for b in table.held]
-        owned += [b for transfer in self.runner.begun for b in transfer.block_ids]
+        owned += [b for transfer in self.runner.begun for b in transfer.block_ids if not transfer.is_copied]
         assert scheduler.pool.num_referenced == len(set(owned))
 
     def teardown(self):
@@ -410,3 +410,60 @@ def test_a_request_whose_logits_are_no_numbers_fails():
     engine.submit(make_request("a", 5))
     assert finish_all(engine) == {"a": FinishReason.FAILED}
     assert engine.scheduler.pool.num_referenced == 0
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 4])
+def test_a_client_that_does_not_read_gives_its_blocks_to_one_that_waits(max_num_seqs):
+    """It held them for as long as it did not read, and nobody else was admitted."""
+    engine, _ = make_engine(num_blocks=6, max_num_seqs=max_num_seqs, context=24)
+    slow = make_request("slow", 18, max_tokens=5)
+    slow.window_tokens = 1
+    engine.submit(slow)
+    while engine.step() is not None:
+        pass
+    assert slow.is_stalled
+    engine.submit(make_request("quick", 11, max_tokens=3, arrival=1.0, start=20))
+    assert finish_all(engine) == {"quick": FinishReason.LENGTH}
+    engine.credit("slow", 100)
+    assert finish_all(engine) == {"slow": FinishReason.LENGTH}
+
+
+def test_continue_up_to_the_context_ends_the_request():
+    engine, _ = make_engine(context=12)
+    engine.submit(make_request("d", 11, max_tokens=9, role=RequestRole.DECODE))
+    end = engine.continue_request("d", [3])
+    assert end is not None
+    assert end.reason is FinishReason.LENGTH
+
+
+def test_what_is_written_back_holds_no_blocks_behind_its_step():
+    """A tier that says nothing kept blocks of ended requests, and streams that did not need it were preempted."""
+    engine, runner = make_engine(num_blocks=16, context=60, budget=100, writes_back=True)
+    runner.holds_back = True
+    engine.submit(make_request("ended", 14, max_tokens=3))
+    while engine.scheduler.requests:
+        engine.step()
+    assert runner.begun
+    assert engine.scheduler.pool.num_referenced == 0
+    engine.submit(make_request("other", 40, max_tokens=16, start=3))
+    while engine.scheduler.requests:
+        engine.step()
+    assert engine.scheduler.num_preemptions == 0
+    runner.holds_back = False
+    assert finish_all(engine) == {}
+    engine.scheduler.pool.check()
+
+
+def test_a_request_that_comes_back_takes_no_drafts_and_no_planned_blocks():
+    """An earlier request that was admitted late took the blocks of a later one that the same plan had."""
+    engine, runner = make_engine(num_blocks=4, budget=20, context=16)
+    engine.submit(make_request("late", 6, max_tokens=9, arrival=1.0))
+    engine.step()
+    early = make_request("early", 7, max_tokens=9, start=20)
+    engine.submit(early)
+    engine.scheduler.propose("early", [7, 7, 7])
+    engine.step()
+    plan = runner.plans[-1]
+    assert len(set(plan.rows)) == len(plan.rows) == 2
+    assert not plan.has_preempted
+    assert set(finish_all(engine)) == {"early", "late"}

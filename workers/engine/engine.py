@@ -19,7 +19,7 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True, slots=True)
 class StepEvents:
-    """What one step has to tell."""
+    """What one step produced."""
 
     tokens: TokenOutputs = field(default_factory=TokenOutputs)
     ended: list[RequestEnd] = field(default_factory=list)
@@ -81,7 +81,7 @@ class Engine:
         if request is not None and request.continued_time_s is None:
             request.continued_time_s = self._clock()
         self.scheduler.continue_request(request_id, token_ids)
-        if request is not None and request.num_output_tokens >= request.sampling.max_tokens:
+        if request is not None and request.num_tokens >= request.max_num_tokens:
             return self._end(request, FinishReason.LENGTH)
         return None
 
@@ -118,16 +118,11 @@ class Engine:
         if before is not None:
             return self._take(*before)
         # Who was preempted may come back at once.
-        return StepEvents() if self._in_flight is not None or plan.preempted_ids else None
-
-    @property
-    def awaits_transfers(self) -> bool:
-        """Blocks are on their way to or from the tiers."""
-        return bool(self.scheduler.transfers)
+        return StepEvents() if self._in_flight is not None or plan.has_preempted else None
 
     @property
     def awaits_ranks(self) -> bool:
-        """A transfer has ended here, but not yet on every rank: only a step tells."""
+        """A transfer has ended here, but not yet on every rank: a step finds out."""
         return self._executor.has_ended_transfers
 
     def resend_state(self) -> None:

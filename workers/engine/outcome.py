@@ -51,6 +51,7 @@ class StepOutcomes:
     def update(self, plan: SchedulerOutput, output: ModelRunnerOutput) -> UpdateResult:
         """Apply a step's outcome to the requests. A plan's requests may be gone, or preempted, meanwhile."""
         result = UpdateResult()
+        self._transfers.release_copied(plan.stores)
         for done in output.transfers:
             if (transfer := self._transfers.end(done)) is not None:
                 self._end_transfer(transfer, result)

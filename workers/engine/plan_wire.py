@@ -94,14 +94,14 @@ def _decode_row(reader: _Reader) -> RowState:
 
 
 def _encode_transfer(transfer: BlockTransfer) -> Iterator[int]:
-    yield from (transfer.transfer_id, transfer.group, len(transfer.block_names))
+    yield from (transfer.transfer_id, transfer.group, int(transfer.is_copied), len(transfer.block_names))
     yield from np.frombuffer(b"".join(transfer.block_names), np.int32).tolist()
     yield from transfer.block_ids
     yield from transfer.num_tokens
 
 
 def _decode_transfer(reader: _Reader) -> BlockTransfer:
-    transfer_id, group, count = reader.take(3)
+    transfer_id, group, is_copied, count = reader.take(4)
     joined = reader.array(count * NAME_WORDS).tobytes()
     names = [joined[i : i + 4 * NAME_WORDS] for i in range(0, len(joined), 4 * NAME_WORDS)]
-    return BlockTransfer(transfer_id, group, names, reader.take(count), reader.take(count))
+    return BlockTransfer(transfer_id, group, names, reader.take(count), reader.take(count), bool(is_copied))

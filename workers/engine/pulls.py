@@ -46,6 +46,14 @@ class Pulls:
         """Those that need not wait any longer."""
         return [r for r in waiting_for_kv if not r.has_load_in_flight and self.is_ready(r)]
 
+    def is_stuck(self, waiting_for_kv: Iterable[Request]) -> bool:
+        """Some have all but the blocks that their windows need, and there are none for them."""
+        return any(
+            r.is_announced and not r.has_load_in_flight and r.num_ready_blocks >= self.num_awaited(r)
+            for r in waiting_for_kv
+            if not self.is_ready(r)
+        )
+
     def start(self, waiting_for_kv: Iterable[Request]) -> list[BlockTransfer]:
         """Pull announced blocks; after the last announcement, try the missing ones once."""
         loads: list[BlockTransfer] = []

@@ -30,7 +30,7 @@ from workers.engine.transfers import TransferKind, Transfers
 # has to pull after the last chunk is then a few blocks, and all else has travelled while the prompt was computed.
 LAST_CHUNK_TOKENS = 64
 MIN_CHUNKS_FOR_A_SHORT_LAST_ONE = 16
-MAX_WRITTEN_BACK_SHARE = 4  # one block in so many may be on its way to the tiers for a later turn
+MAX_WRITTEN_BACK_BLOCKS = 256  # copied, and on their way to the tiers for a later turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,15 +161,28 @@ class Scheduler:
             self._start_with_what_came(request)
         budget = self._schedule_running(plan, budget)
         for request in [r for r in self.waiting if not (r.is_stalled or r.awaits_lookup)]:
-            if plan.preempted_ids or max(self.queues.num_active, len(plan.requests)) >= self.config.max_num_seqs:
+            if plan.has_preempted or max(self.queues.num_active, len(plan.requests)) >= self.config.max_num_seqs:
                 break
-            if (budget <= 0 and request.role is not RequestRole.DECODE) or not self._admit(request, budget):
+            if budget <= 0 and request.role is not RequestRole.DECODE:
+                break
+            while not (is_admitted := self._admit(request, budget)) and self._preempt_stalled(plan):
+                pass
+            if not is_admitted:
                 break
             self.waiting.remove(request)
             if request.status is RequestStatus.RUNNING and budget > 0:
                 budget -= self._plan_chunk(plan, request, self._num_left(request), budget)
         plan.loads += self._pulls.start(self.waiting_for_kv)
+        if not (plan.requests or self.transfers) and self._pulls.is_stuck(self.waiting_for_kv):
+            self._preempt(plan, self.queues.victim())  # they hold what the others wait for
         return plan
+
+    def _preempt_stalled(self, plan: SchedulerOutput) -> bool:
+        """Take the blocks of a client that does not read, for one that waits; False when there is none."""
+        stalled = [request for request in self.running if request.is_stalled]
+        if stalled:
+            self._preempt(plan, stalled[-1])
+        return bool(stalled)
 
     def _schedule_running(self, plan: SchedulerOutput, budget: int) -> int:
         """Chunks of requests that run already, in their order; returns what is left of the budget.
@@ -240,8 +253,8 @@ class Scheduler:
 
     def _take_drafts(self, request: Request, budget: int) -> Sequence[int]:
         """As many of the proposed tokens as may be sent and fit, while none of its own is being chosen."""
-        if request.num_pending_tokens or request.role is RequestRole.PREFILL:
-            return ()
+        if request.num_pending_tokens or request.row < 0 or request.role is RequestRole.PREFILL:
+            return ()  # without a row it was admitted just now, and later requests are planned already
         num_drafts = min(budget, request.window_tokens - 1, request.max_num_tokens - 1 - request.num_tokens)
         drafts, request.draft_token_ids = request.draft_token_ids[: max(0, num_drafts)], []
         request.drafts_in_flight = drafts
@@ -307,8 +320,7 @@ class Scheduler:
         num_blocks = -(-num_tokens // self.pool.block_size)
         while not self.pool.can_extend(request.block_tables, num_blocks, self._all_groups):
             victim = self.queues.victim()
-            self._preempt(victim)
-            plan.preempted_ids.append(victim.request_id)
+            self._preempt(plan, victim)
             if victim is request:
                 return False
         before = [len(table.block_ids) for table in request.block_tables]
@@ -319,7 +331,8 @@ class Scheduler:
                     plan.new_blocks += (group, request.row, index, table.block_ids[index])
         return True
 
-    def _preempt(self, request: Request) -> None:
+    def _preempt(self, plan: SchedulerOutput, request: Request) -> None:
+        plan.has_preempted = True
         self.queues.leave(request)
         self._release_blocks(request)
         request.window_tokens += request.num_pending_tokens  # what is being chosen is chosen again
@@ -350,7 +363,7 @@ class Scheduler:
             plan.ends_prompts |= is_last
         elif not self.config.writes_back:
             return
-        elif self.transfers.num_written_back_blocks * MAX_WRITTEN_BACK_SHARE > self.pool.num_blocks:
+        elif self.transfers.num_written_back_blocks >= MAX_WRITTEN_BACK_BLOCKS:
             self.num_dropped_write_backs += last - first
             return
         plan.stores += self.transfers.start(kind, request, names[first:last], first, self._all_groups, num_named_tokens)

@@ -29,6 +29,7 @@ class BlockTransfer:
     block_names: Sequence[bytes]
     block_ids: Sequence[int]
     num_tokens: Sequence[int]  # filled slots of each block
+    is_copied: bool = False  # a store whose blocks may be reused when the step is through; nothing waits for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ class SchedulerOutput:
     loads: list[BlockTransfer] = field(default_factory=list)
     stores: list[BlockTransfer] = field(default_factory=list)
     ends_prompts: bool = False  # tokens are sent when stores of this step have ended
-    preempted_ids: list[str] = field(default_factory=list)
+    has_preempted: bool = False  # requests lost their blocks, and may come back in the next plan
 
     @property
     def total_num_scheduled_tokens(self) -> int:
@@ -155,7 +156,6 @@ class ModelRunnerOutput:
 
     sampled_token_ids: Sequence[int] = ()  # one per wanted row of logits, in the plan's order
     transfers: Sequence[TransferDone] = ()  # of those that were polled: the ones that ended on every rank
-    duration_s: float = field(default=0.0, compare=False)
 
 
 class ModelRunner(Protocol):

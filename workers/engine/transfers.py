@@ -77,11 +77,19 @@ class Transfers:
             self._last_id = self._last_id % _MAX_ID + 1
             block_ids = request.block_tables[group].block_ids[first:last]
             self._pools.pools[group].acquire(block_ids)
-            transfer.parts[self._last_id] = BlockTransfer(self._last_id, group, names, block_ids, num_tokens)
+            is_copied = kind is TransferKind.WRITE_BACK
+            part = BlockTransfer(self._last_id, group, names, block_ids, num_tokens, is_copied)
+            transfer.parts[self._last_id] = part
             self._of_part[self._last_id] = transfer
         self.num_transfers += 1
         self._count(transfer, len(names))
         return list(transfer.parts.values())
+
+    def release_copied(self, stores: Sequence[BlockTransfer]) -> None:
+        """The step that began these stores is through: what is copied needs its blocks no longer."""
+        for part in stores:
+            if part.is_copied:
+                self._pools.pools[part.group].release(part.block_ids)
 
     def end(self, done: TransferDone) -> Transfer | None:
         """A part is over on all ranks; the transfer, when it was its last part."""
@@ -94,7 +102,8 @@ class Transfers:
             ):
                 if num_tokens == self._pools.block_size:
                     pool.register(block_id, name)
-        pool.release(part.block_ids)
+        if not part.is_copied:
+            pool.release(part.block_ids)
         transfer.num_blocks = min(transfer.num_blocks, done.num_blocks)
         if transfer.parts:
             return None

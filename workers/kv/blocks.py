@@ -19,6 +19,7 @@ from torch import Tensor
 from kernels import gather_kv_blocks, scatter_kv_blocks
 from workers.config import kv_row_bytes
 from workers.engine.step import BlockTransfer
+from workers.errors import ModelError
 from workers.kv.codec import decode, encode
 
 FragmentBytes = npt.NDArray[np.uint8]
@@ -41,7 +42,7 @@ class BlockMemory(Protocol):
     def gather(self, transfer: BlockTransfer) -> Callable[[], list[FragmentBytes]]:
         """The blocks as they are now; the call may come from another thread, and waits until they can be read.
 
-        In host memory it is the cache itself that is read: the blocks must not change meanwhile.
+        In host memory the cache itself is read, so the blocks must not change meanwhile; not with is_copied.
         """
 
     def fill(self, transfer: BlockTransfer) -> Filling:
@@ -50,9 +51,25 @@ class BlockMemory(Protocol):
 
 def block_memory(cache: Tensor, layers_per_fragment: int, encoding: str) -> BlockMemory:
     """cache: of a cache group, [layers, blocks, kv_heads, 2, block_size, head_dim]. encoding: of workers.kv.codec."""
+    if not len(cache):
+        return NoBlocks()
     if cache.device.type == "cpu" and encoding == "none":
         return HostBlocks(cache, layers_per_fragment)
+    if cache.shape[3] != 2:
+        raise ModelError(f"kv_encoding={encoding} on {cache.device.type}: a latent cache is not moved to the tiers yet")
     return StagedBlocks(cache, layers_per_fragment, encoding)
+
+
+class NoBlocks:
+    """As BlockMemory, of a stage that has no layer of the cache group."""
+
+    def gather(self, transfer: BlockTransfer) -> Callable[[], list[FragmentBytes]]:
+        """As in BlockMemory."""
+        return list
+
+    def fill(self, transfer: BlockTransfer) -> Filling:
+        """As in BlockMemory."""
+        return Filling([], lambda num_blocks: None)
 
 
 class HostBlocks:
@@ -72,7 +89,10 @@ class HostBlocks:
 
     def gather(self, transfer: BlockTransfer) -> Callable[[], list[FragmentBytes]]:
         """As in BlockMemory."""
-        return lambda: self._fragments(transfer)
+        if not transfer.is_copied:
+            return lambda: self._fragments(transfer)
+        copied = [fragment.copy() for fragment in self._fragments(transfer)]
+        return lambda: copied
 
     def fill(self, transfer: BlockTransfer) -> Filling:
         """As in BlockMemory."""
@@ -80,13 +100,18 @@ class HostBlocks:
 
 
 class StagedBlocks:
-    """As BlockMemory, through a buffer; for a cache on a device a pinned one, on the current stream."""
+    """As BlockMemory, through a buffer; for a cache on a device a pinned one.
+
+    Gathers and scatters run on the current stream, in the order of the steps. Copies between device and host run on a
+    stream of their own, so that a step's tokens do not wait for them.
+    """
 
     def __init__(self, cache: Tensor, layers_per_fragment: int, encoding: str = "none") -> None:
         self._cache = cache
         self._layers_per_fragment = layers_per_fragment
         self._encoding = encoding
         self._is_cuda = cache.is_cuda
+        self._copies = torch.cuda.Stream(cache.device) if cache.is_cuda else None
 
     def gather(self, transfer: BlockTransfer) -> Callable[[], list[FragmentBytes]]:
         """As in BlockMemory."""
@@ -94,11 +119,8 @@ class StagedBlocks:
         for block_ids, num_tokens in _runs(transfer):
             gathered = gather_kv_blocks(self._cache, self._ids(block_ids), self._layers_per_fragment, num_tokens)
             encoded = encode(gathered.flatten(0, 2), self._encoding)
-            pinned = torch.empty_like(encoded, device="cpu", pin_memory=self._is_cuda)
-            staged.append(pinned.copy_(encoded, non_blocking=True))
-        copied = torch.cuda.Event() if self._is_cuda else None
-        if copied is not None:
-            copied.record()
+            staged.append(self._to_host(encoded))
+        copied = None if self._copies is None else self._copies.record_event()
 
         def wait() -> list[FragmentBytes]:
             if copied is not None:
@@ -121,9 +143,29 @@ class StagedBlocks:
                 num_blocks -= count
                 if count:
                     whole = buffer[: count * self._fragments_per_block]
-                    self._scatter(whole.to(self._cache.device, non_blocking=True), block_ids[:count], num_tokens)
+                    self._scatter(self._to_device(whole), block_ids[:count], num_tokens)
 
         return Filling([fragment for _, _, buffer in staged for fragment in buffer.numpy()], finish)
+
+    def _to_host(self, encoded: Tensor) -> Tensor:
+        if self._copies is None:
+            return encoded
+        pinned = torch.empty_like(encoded, device="cpu", pin_memory=True)
+        self._copies.wait_stream(torch.cuda.current_stream(self._cache.device))
+        with torch.cuda.stream(self._copies):
+            pinned.copy_(encoded, non_blocking=True)
+        encoded.record_stream(self._copies)  # not reused for another tensor before it is copied
+        return pinned
+
+    def _to_device(self, pinned: Tensor) -> Tensor:
+        if self._copies is None:
+            return pinned
+        with torch.cuda.stream(self._copies):
+            encoded = pinned.to(self._cache.device, non_blocking=True)
+        computing = torch.cuda.current_stream(self._cache.device)
+        computing.wait_stream(self._copies)
+        encoded.record_stream(computing)
+        return encoded
 
     @property
     def _fragments_per_block(self) -> int:
@@ -145,7 +187,8 @@ class StagedBlocks:
         scatter_kv_blocks(rows.view(shape), self._ids(block_ids), self._cache)
 
     def _ids(self, block_ids: Sequence[int]) -> Tensor:
-        return torch.tensor(block_ids, dtype=torch.int32, device=self._cache.device)
+        ids = torch.tensor(block_ids, dtype=torch.int32)
+        return ids.pin_memory().to(self._cache.device, non_blocking=True) if self._is_cuda else ids
 
 
 def _runs(transfer: BlockTransfer) -> Iterator[tuple[Sequence[int], int]]:

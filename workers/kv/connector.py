@@ -28,7 +28,11 @@ PENDING = -1
 
 
 class KVConnector:
-    """One memory and one grid per cache group. start_*, finish: on the thread that runs steps."""
+    """One memory and one grid per cache group.
+
+    start_load and start_store run on the thread that runs steps; finish runs there too, or on the engine's thread when
+    the step is through.
+    """
 
     def __init__(self, memories: Sequence[BlockMemory], grids: Sequence[FragmentGrid], store: FragmentStore) -> None:
         self._memories = tuple(memories)
@@ -40,6 +44,7 @@ class KVConnector:
         self._prepared: dict[int, Future[None]] = {}
         self._loaders = ThreadPoolExecutor(LOAD_THREADS, "kv-load")
         self._storers = ThreadPoolExecutor(STORE_THREADS, "kv-store")
+        self._write_backs = ThreadPoolExecutor(1, "kv-write-back")  # first tokens do not wait behind them
         self.on_ended: Callable[[], None] = lambda: None
         """Called on a thread of the connector whenever a transfer has ended here."""
 
@@ -63,7 +68,7 @@ class KVConnector:
                 prepared.result()  # before it ends, its slots are not free for any store, nor for this one
             return self._store_fragments(transfer, gathered())
 
-        self._storers.submit(self._run, transfer, store)
+        (self._write_backs if transfer.is_copied else self._storers).submit(self._run, transfer, store)
 
     def wait(self, transfers: Sequence[BlockTransfer], timeout_s: float) -> None:
         """Return when these have ended on this rank, or when the time is over."""
@@ -91,6 +96,7 @@ class KVConnector:
     def close(self) -> None:
         """End the transfers that have begun, and let the threads go."""
         self._loaders.shutdown()
+        self._write_backs.shutdown()
         self._storers.shutdown()
 
     def _run(self, transfer: BlockTransfer, move: Callable[[], Sequence[bool]]) -> None:

@@ -52,7 +52,8 @@ class Checkpoint:
             raise ModelError(f"{stored.path}: {name} is {list(stored.shape)}, config.json says {list(shape)}")
         if not as_stored and stored.dtype not in FLOAT_DTYPES:
             raise ModelError(f"{stored.path}: {name} is {stored.dtype}, where a floating-point tensor is wanted")
-        tensor: Tensor = self._files[stored.path].get_slice(name)[part or slice(None)]
+        file = self._files[stored.path]
+        tensor: Tensor = file.get_slice(name)[part or slice(None)] if shape else file.get_tensor(name)
         tensor = tensor.to(device=self._device, dtype=tensor.dtype if as_stored else self.dtype).contiguous()
         # With one such weight all logits become NaN, and the arg max of those is id 0: an answer like any other.
         if not _is_finite(tensor):

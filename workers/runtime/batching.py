@@ -196,8 +196,9 @@ class InputBuffers:
         if arrays is None:
             parts = {name: self._hosts[self._turn].numpy()[span] for name, span in _spans(shape).items()}
             arrays = {name: part.view(np.int64) if _is_wide(name) else part for name, part in parts.items()}
-            if len(self._arrays_of) < _MAX_SHAPES:
-                self._arrays_of[shape, self._turn] = arrays
+            if len(self._arrays_of) >= _MAX_SHAPES:
+                self._arrays_of.clear()  # mixed steps have any shape, decodes only a few
+            self._arrays_of[shape, self._turn] = arrays
         return arrays
 
     def _write(
@@ -273,8 +274,9 @@ class InputBuffers:
         if views is None:
             words = {name: self._words[span] for name, span in _spans(shape).items()}
             views = {name: w.view(torch.int64) if _is_wide(name) else w for name, w in words.items()}
-            if len(self._views_of) < _MAX_SHAPES:
-                self._views_of[shape] = views
+            if len(self._views_of) >= _MAX_SHAPES:
+                self._views_of.clear()
+            self._views_of[shape] = views
         return views
 
     def _block_tables(

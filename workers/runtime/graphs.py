@@ -5,7 +5,7 @@ eagerly between them, since its grid depends on the batch. A batch is padded to 
 writes no slot, attends to nothing and is cut off again. Large batches run eagerly: there the GPU is slower than Python.
 
 On a CPU a "graph" is the same call made again, with its results copied to where the first ones lie, so that buffers,
-padding and ladders are the same code there. Knows nothing of requests' lives.
+padding and capture sizes are the same code there. Knows nothing of requests' lives.
 """
 
 from __future__ import annotations

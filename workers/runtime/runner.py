@@ -6,7 +6,6 @@ The only file between the scheduler and the tensors. Knows nothing of requests b
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 from kvstore.store import FragmentStore
 from workers.config import EngineConfig
 from workers.engine.direct_plan import DirectChunk, direct_plan
-from workers.engine.step import ModelRunnerOutput, StepPlan, TransferDone
+from workers.engine.step import BlockTransfer, ModelRunnerOutput, StepPlan, TransferDone
 from workers.errors import ModelError
 from workers.kv.connector import PENDING, KVConnector
 from workers.kv.paged_cache import CacheLayout, PagedCache
@@ -148,10 +147,14 @@ class TorchModelRunner:
         return counts
 
     def _blocks_of_a_window(self, window: int) -> int:
-        """What one request may hold in a group with this window, while its longest chunk is computed. 0: no window."""
+        """What one request may hold in a group with this window, while its longest chunks are computed. 0: no window.
+
+        With async scheduling a second chunk is planned before the first is through.
+        """
         if not window:
             return 0
-        num_tokens = min(window + self._config.max_num_batched_tokens, self._context_tokens)
+        num_chunks = 2 if self._keeps_tokens else 1
+        num_tokens = min(window + num_chunks * self._config.max_num_batched_tokens, self._context_tokens)
         return -(-num_tokens // self._config.block_size) + 2
 
     def _free_bytes(self) -> int:
@@ -240,13 +243,13 @@ class TorchModelRunner:
             return self._start(plan)
 
     def _start(self, plan: StepPlan) -> Callable[[], ModelRunnerOutput]:
-        started = time.perf_counter()
         self._inputs.apply(plan)
         ended = poll_transfers(plan.polls, self._connector, self._groups)
         for load in plan.loads:
             self._connector.start_load(load)
         for store in plan.stores:
-            self._connector.prepare(store)
+            if not store.is_copied:
+                self._connector.prepare(store)
         tokens: Tensor | None = None
         order: list[int] = []
         if plan.num_requests:
@@ -258,13 +261,13 @@ class TorchModelRunner:
             if tokens is not None and prepared.last is not None and self._keeps_tokens:
                 at, rows = prepared.last
                 self._last_tokens.index_copy_(0, rows, tokens if len(at) == len(tokens) else tokens[at])
+        read = _read_later(tokens)  # before the gathers, which follow on the same stream
         for store in plan.stores:
             self._connector.start_store(store)
         is_alone = self._groups.world_size == 1
         if plan.ends_prompts and not is_alone and self._device.type == "cpu":
-            self._connector.wait(plan.stores, STORE_GRACE_S)
-            ended += poll_transfers([store.transfer_id for store in plan.stores], self._connector, self._groups)
-        read = _read_later(tokens)
+            self._connector.wait(_awaited(plan), STORE_GRACE_S)
+            ended += poll_transfers([store.transfer_id for store in _awaited(plan)], self._connector, self._groups)
 
         def wait() -> ModelRunnerOutput:
             token_ids = read()
@@ -274,7 +277,7 @@ class TorchModelRunner:
             if is_alone:
                 with torch.inference_mode(), self._on_device():
                     ended.extend(finish_ended(plan, self._connector))
-            return ModelRunnerOutput(sampled, ended, time.perf_counter() - started)
+            return ModelRunnerOutput(sampled, ended)
 
         return wait
 
@@ -318,10 +321,14 @@ def poll_transfers(transfer_ids: Sequence[int], connector: KVConnector, groups: 
     return ended
 
 
+def _awaited(plan: StepPlan) -> list[BlockTransfer]:
+    return [store for store in plan.stores if not store.is_copied]
+
+
 def finish_ended(plan: StepPlan, connector: KVConnector) -> list[TransferDone]:
     """The same for a worker of one rank, after a step: all that have ended, and that could be soon."""
     if plan.ends_prompts:
-        connector.wait(plan.stores, STORE_GRACE_S)
+        connector.wait(_awaited(plan), STORE_GRACE_S)
     ended = [TransferDone(transfer_id, connector.poll(transfer_id)) for transfer_id in connector.ended()]
     for done in ended:
         connector.finish(done)

@@ -1,7 +1,7 @@
 """Sampling parameters of one request, from the worker's admission to the sampler. Without torch.
 
-A new option is a field of the message SamplingParams, a field of the class here under the same name, and what the
-sampler, or the scheduler, does with it.
+A new option is a field of the message SamplingParams and a field of the class here under the same name. If the sampler
+goes by it, it is also a column of SamplingRows and a part of a plan's row (workers.engine.plan_wire).
 """
 
 from __future__ import annotations

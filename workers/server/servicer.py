@@ -147,8 +147,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                     await self._submit(message.submit, connection)
                 else:
                     self._handle(message, connection)
-        except (grpc.RpcError, asyncio.CancelledError):
-            pass  # the stream broke, or Connect ended
+        except grpc.RpcError:
+            pass  # the stream broke
         finally:
             connection.outbox.close()
 
