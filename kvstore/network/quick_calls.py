@@ -1,4 +1,4 @@
-"""The slot calls of KVNodeService over a plain socket: same requests, same answers, a fraction of the time.
+"""Calls over a plain socket, for which those of gRPC take too long: the slot calls of a KV node.
 
     request   kind (uint8), bytes of the message (uint32), the message
     answer    0 and the message, or 1 and why there is none, in the same form

@@ -1,9 +1,9 @@
-"""The two gRPC services of a node process: slots of its arena, and the directory of a cluster without Redis.
+"""The two gRPC services of a node process: its arena, and the directory of a cluster without Redis.
 
 Knows nothing of processes and sockets. `ClusterGuard` refuses the callers of other clusters.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 
 import grpc
@@ -11,21 +11,19 @@ from switchyard.v1 import kvnode_pb2, kvnode_pb2_grpc
 
 from kvstore.control.directory import MemoryDirectory
 from kvstore.control.remote_directory import worker_message, worker_record
-from kvstore.names import FRAGMENT_KEY_BYTES
 from kvstore.network.channels import CLUSTER_METADATA
 from kvstore.node.node_slots import NodeSlots
-from kvstore.tiers.host.slot_table import SlotRef
 
 
 class KVNodeServicer(kvnode_pb2_grpc.KVNodeServiceServicer):
-    """Hands out slots. Bytes never pass through here."""
+    """Tells workers where the arena and its slot calls are, and reports counters."""
 
     def __init__(self, slots: NodeSlots, node_id: str, peer_address: str = "") -> None:
         self._slots = slots
         self._node_id = node_id
         self._peer_address = peer_address
         self.call_address = ""
-        """Where the slot calls are answered over a plain socket, too; set before serving."""
+        """Where the slot calls are answered; set before serving."""
 
     def GetArena(
         self, request: kvnode_pb2.GetArenaRequest, context: grpc.ServicerContext
@@ -43,33 +41,6 @@ class KVNodeServicer(kvnode_pb2_grpc.KVNodeServiceServicer):
             has_disk=disk is not None,
             disk_problem=disk.problem if disk is not None else "",
         )
-
-    def Reserve(self, request: kvnode_pb2.ReserveRequest, context: grpc.ServicerContext) -> kvnode_pb2.ReserveResponse:
-        """See kvnode.proto."""
-        keys = list(request.keys)  # once: a message makes them anew whenever it is asked
-        if set(map(len, keys)) - {FRAGMENT_KEY_BYTES}:
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"keys: must have {FRAGMENT_KEY_BYTES} bytes each")
-        refs = self._slots.reserve(keys)
-        return kvnode_pb2.ReserveResponse(
-            slots=[ref.slot for ref in refs], generations=[ref.generation for ref in refs]
-        )
-
-    def Seal(self, request: kvnode_pb2.SealRequest, context: grpc.ServicerContext) -> kvnode_pb2.SealResponse:
-        """See kvnode.proto."""
-        _check_same_length(context, request.keys, request.slots)
-        _check_same_length(context, request.keys, request.generations)
-        refs = [SlotRef(slot, generation) for slot, generation in zip(request.slots, request.generations, strict=True)]
-        return kvnode_pb2.SealResponse(num_sealed=self._slots.seal(list(request.keys), refs))
-
-    def Lookup(self, request: kvnode_pb2.LookupRequest, context: grpc.ServicerContext) -> kvnode_pb2.LookupResponse:
-        """See kvnode.proto."""
-        refs = self._slots.lookup(list(request.keys))
-        return kvnode_pb2.LookupResponse(slots=[ref.slot for ref in refs], generations=[ref.generation for ref in refs])
-
-    def Drop(self, request: kvnode_pb2.DropRequest, context: grpc.ServicerContext) -> kvnode_pb2.DropResponse:
-        """See kvnode.proto."""
-        _check_same_length(context, request.keys, request.generations)
-        return kvnode_pb2.DropResponse(num_dropped=self._slots.drop(request.keys, request.generations))
 
     def GetStats(
         self, request: kvnode_pb2.GetStatsRequest, context: grpc.ServicerContext
@@ -149,8 +120,3 @@ class ClusterGuard(grpc.ServerInterceptor):  # type: ignore[misc]  # unannotated
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, message)
 
         return grpc.unary_unary_rpc_method_handler(refuse)
-
-
-def _check_same_length(context: grpc.ServicerContext, keys: Sequence[bytes], values: Sequence[int]) -> None:
-    if len(keys) != len(values):
-        context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"{len(keys)} keys with {len(values)} values")

@@ -29,9 +29,9 @@ from kvstore.network.quick_calls import UNIX, CallServer
 from kvstore.node.node_service import ClusterGuard, ControlServicer, KVNodeServicer
 from kvstore.node.node_slots import NodeSlots
 from kvstore.node.peer_server import PeerServer
+from kvstore.node.slot_service import SlotService
 from kvstore.tiers.disk.disk import DiskTier
 from kvstore.tiers.host.arena import Arena, ArenaInUse, create_arena
-from kvstore.tiers.host.slot_calls import serve_slot_calls
 from kvstore.tiers.host.slot_table import SlotTable
 from kvstore.tiers.peers.transport import ReadableMemory
 from settings.loading import SettingsError, load
@@ -128,7 +128,7 @@ def _serve_slots(spec: NodeSpec, slots: NodeSlots, peer_address: str) -> tuple[g
     servicer = KVNodeServicer(slots, spec.node_id, peer_address)
     call_address = address + CALLS_SUFFIX if address.startswith(UNIX) else with_port(address, 0)
     try:
-        calls = serve_slot_calls(call_address, servicer)
+        calls = SlotService(slots).serve(call_address)
     except OSError as error:
         raise StartError(f"cannot listen on {call_address}: {error}") from error
     servicer.call_address = calls.address

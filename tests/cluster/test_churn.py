@@ -10,17 +10,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import grpc
 import psutil
 import pytest
-from switchyard.v1 import kvnode_pb2, kvnode_pb2_grpc
+from switchyard.v1 import kvnode_pb2
 
+from kvstore.config import CALLS_SUFFIX
+from kvstore.tiers.host.slot_calls import SlotCalls
 from tests.fake_cluster import VOCAB_SIZE, FakeCluster, expected
-from tests.processes import DEADLINE_S, KVNode, RedisServer, redis_executable, wait_until
+from tests.processes import KVNode, RedisServer, redis_executable, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.redis]
 
@@ -102,15 +103,14 @@ def footprints(cluster: FakeCluster) -> dict[str, Footprint]:
 
 def num_reservable(node: KVNode) -> int:
     """Slots of an arena that can be had: all, unless one got lost. What is reserved here can be evicted again."""
-    with grpc.insecure_channel(node.host_address) as channel:
-        stub = kvnode_pb2_grpc.KVNodeServiceStub(channel)
+    with closing(SlotCalls(node.host_address + CALLS_SUFFIX)) as calls:
         keys = [random.randbytes(22) for _ in range(node.num_slots)]
-        reply = stub.Reserve(kvnode_pb2.ReserveRequest(keys=keys), timeout=DEADLINE_S)
+        reply = calls.reserve(kvnode_pb2.ReserveRequest(keys=keys))
         got = [(k, s, g) for k, s, g in zip(keys, reply.slots, reply.generations, strict=True) if s >= 0]
         sealed = kvnode_pb2.SealRequest(
             keys=[k for k, _, _ in got], slots=[s for _, s, _ in got], generations=[g for _, _, g in got]
         )
-        assert stub.Seal(sealed, timeout=DEADLINE_S).num_sealed == len(got)
+        assert calls.seal(sealed).num_sealed == len(got)
         return len({s for _, s, _ in got})
 
 

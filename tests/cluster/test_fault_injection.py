@@ -22,12 +22,14 @@ import grpc
 import pytest
 from switchyard.v1 import kvnode_pb2, kvnode_pb2_grpc, worker_pb2
 
+from kvstore.config import CALLS_SUFFIX
 from kvstore.connect import open_directory
 from kvstore.format.authenticity import FragmentAuthenticator
 from kvstore.format.fragment import Rejected
 from kvstore.format.sealing import HEADER_BYTES
 from kvstore.names import NAME_BYTES, block_names, root_name
 from kvstore.tiers.disk.disk import DiskTier
+from kvstore.tiers.host.slot_calls import SlotCalls
 from kvstore.tiers.peers.peer_tier import PEER_LOCATION
 from kvstore.tiers.redis.redis_tier import KEY_PREFIX, RedisTier
 from tests.fake_cluster import VOCAB_SIZE, FakeCluster, expected
@@ -162,6 +164,7 @@ class DiskWay(Way):
     def make_injector(self) -> FaultInjector:
         """The process."""
         self._node = kvnode_pb2_grpc.KVNodeServiceStub(grpc.insecure_channel(self.cluster.node.host_address))
+        self._calls = SlotCalls(self.cluster.node.host_address + CALLS_SUFFIX)
         self._folder = Path(f"{self.cluster.folder}/disk-0")
         self._num_damaged = 0
         return FaultInjector("--disk", str(self._folder))
@@ -187,12 +190,12 @@ class DiskWay(Way):
         if sum(self._disk().rejected.values()) >= self._num_damaged:
             return True
         self._drop(keys)  # what the worker computed is in memory again
-        self._node.Lookup(kvnode_pb2.LookupRequest(keys=keys))
+        self._calls.lookup(kvnode_pb2.LookupRequest(keys=keys))
         return False
 
     def _drop(self, keys: Sequence[bytes]) -> None:
-        found = self._node.Lookup(kvnode_pb2.LookupRequest(keys=keys))
-        self._node.Drop(kvnode_pb2.DropRequest(keys=keys, generations=found.generations))
+        found = self._calls.lookup(kvnode_pb2.LookupRequest(keys=keys))
+        self._calls.drop(kvnode_pb2.DropRequest(keys=keys, generations=found.generations))
 
     def _disk(self) -> kvnode_pb2.DiskStats:
         return self._node.GetStats(kvnode_pb2.GetStatsRequest()).disk

@@ -3,13 +3,12 @@
 import uuid
 from collections.abc import Iterator
 
-import grpc
 import pytest
-from switchyard.v1 import kvnode_pb2, kvnode_pb2_grpc
+from switchyard.v1 import kvnode_pb2
 
+from kvstore.config import CALLS_SUFFIX
 from kvstore.format.fragment import Fragment, Rejected
 from kvstore.names import FRAGMENT_KEY_BYTES
-from kvstore.network.channels import dial
 from kvstore.network.quick_calls import CallRefused
 from kvstore.tiers.host import host_tier
 from kvstore.tiers.host.host_tier import HostTier
@@ -33,9 +32,10 @@ def tier(node: KVNode) -> Iterator[HostTier]:
 
 
 @pytest.fixture
-def stub(node: KVNode) -> Iterator[kvnode_pb2_grpc.KVNodeServiceStub]:
-    with dial(node.host_address) as channel:
-        yield kvnode_pb2_grpc.KVNodeServiceStub(channel)
+def calls(node: KVNode) -> Iterator[SlotCalls]:
+    calls = SlotCalls(node.host_address + CALLS_SUFFIX)
+    yield calls
+    calls.close()
 
 
 def test_knows_its_node(tier: HostTier, node: KVNode) -> None:
@@ -116,12 +116,12 @@ def test_what_was_there_when_it_was_prepared_and_has_gone_is_written(tier: HostT
 
 
 def test_a_slot_that_was_given_to_another_writer_is_not_written_to(
-    tier: HostTier, stub: kvnode_pb2_grpc.KVNodeServiceStub, monkeypatch: pytest.MonkeyPatch
+    tier: HostTier, calls: SlotCalls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when this process stood still for longer than a reservation lasts."""
     (kept,) = make_fragments(1)
     assert tier.store([kept]) == [True]
-    found = stub.Lookup(kvnode_pb2.LookupRequest(keys=[kept.key]))
+    found = calls.lookup(kvnode_pb2.LookupRequest(keys=[kept.key]))
     monkeypatch.setattr(tier, "_reserve", lambda arena, keys: [(found.slots[0], found.generations[0] - 1)])
     assert tier.store(make_fragments(1)) == [False]
     assert list(tier.load([kept.key])) == [kept.payload]
@@ -175,12 +175,10 @@ def test_a_key_of_another_length_is_the_callers_error(tier: HostTier) -> None:
         tier.store([Fragment(b"short", memoryview(b"x"))])
 
 
-def test_a_slot_given_to_another_fragment_is_stale_for_its_former_reader(
-    tier: HostTier, stub: kvnode_pb2_grpc.KVNodeServiceStub
-) -> None:
+def test_a_slot_given_to_another_fragment_is_stale_for_its_former_reader(tier: HostTier, calls: SlotCalls) -> None:
     (fragment,) = make_fragments(1)
     tier.store([fragment])
-    found = stub.Lookup(kvnode_pb2.LookupRequest(keys=[fragment.key]))
+    found = calls.lookup(kvnode_pb2.LookupRequest(keys=[fragment.key]))
     for _ in range(3):
         tier.store(make_fragments(16))
     arena = tier._arena
@@ -188,59 +186,41 @@ def test_a_slot_given_to_another_fragment_is_stale_for_its_former_reader(
     assert arena.read(found.slots[0], fragment.key, found.generations[0]) == Rejected("stale")
 
 
-def test_a_reservation_in_progress_is_not_readable(tier: HostTier, stub: kvnode_pb2_grpc.KVNodeServiceStub) -> None:
+def test_a_reservation_in_progress_is_not_readable(tier: HostTier, calls: SlotCalls) -> None:
     (fragment,) = make_fragments(1)
-    reserved = stub.Reserve(kvnode_pb2.ReserveRequest(keys=[fragment.key]))
+    reserved = calls.reserve(kvnode_pb2.ReserveRequest(keys=[fragment.key]))
     assert list(tier.load([fragment.key])) == [None]
     assert tier.store([fragment]) == [True]  # another writer does not wait for it
     assert list(tier.load([fragment.key])) == [fragment.payload]
-    stub.Seal(
+    calls.seal(
         kvnode_pb2.SealRequest(keys=[fragment.key], slots=reserved.slots, generations=reserved.generations)
     )  # late and empty-handed: changes nothing
     assert list(tier.load([fragment.key])) == [fragment.payload]
 
 
-def test_a_seal_without_a_reservation_makes_nothing_readable(stub: kvnode_pb2_grpc.KVNodeServiceStub) -> None:
+def test_a_seal_without_a_reservation_makes_nothing_readable(calls: SlotCalls) -> None:
     (fragment,) = make_fragments(1)
-    reply = stub.Seal(kvnode_pb2.SealRequest(keys=[fragment.key], slots=[0], generations=[1]))
+    reply = calls.seal(kvnode_pb2.SealRequest(keys=[fragment.key], slots=[0], generations=[1]))
     assert reply.num_sealed == 0
-    assert list(stub.Lookup(kvnode_pb2.LookupRequest(keys=[fragment.key])).slots) == [-1]
+    assert list(calls.lookup(kvnode_pb2.LookupRequest(keys=[fragment.key])).slots) == [-1]
 
 
-def test_a_fragment_that_was_sealed_but_never_written_is_refused(
-    tier: HostTier, stub: kvnode_pb2_grpc.KVNodeServiceStub
-) -> None:
+def test_a_fragment_that_was_sealed_but_never_written_is_refused(tier: HostTier, calls: SlotCalls) -> None:
     (fragment,) = make_fragments(1)
-    reserved = stub.Reserve(kvnode_pb2.ReserveRequest(keys=[fragment.key]))
-    stub.Seal(kvnode_pb2.SealRequest(keys=[fragment.key], slots=reserved.slots, generations=reserved.generations))
+    reserved = calls.reserve(kvnode_pb2.ReserveRequest(keys=[fragment.key]))
+    calls.seal(kvnode_pb2.SealRequest(keys=[fragment.key], slots=reserved.slots, generations=reserved.generations))
     (got,) = tier.load([fragment.key])
     assert isinstance(got, Rejected)
     assert list(tier.load([fragment.key])) == [None]
 
 
-@pytest.mark.parametrize(
-    ("method", "request_"),
-    [
-        ("Reserve", kvnode_pb2.ReserveRequest(keys=[b"short"])),
-        ("Seal", kvnode_pb2.SealRequest(keys=[bytes(FRAGMENT_KEY_BYTES)], slots=[1])),
-        ("Drop", kvnode_pb2.DropRequest(keys=[bytes(FRAGMENT_KEY_BYTES)])),
-    ],
-)
-def test_bad_requests_are_refused(
-    stub: kvnode_pb2_grpc.KVNodeServiceStub, method: str, request_: kvnode_pb2.ReserveRequest
-) -> None:
-    with pytest.raises(grpc.RpcError) as caught:
-        getattr(stub, method)(request_)
-    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-    assert "keys" in caught.value.details()
-
-
-def test_bad_slot_calls_are_refused(stub: kvnode_pb2_grpc.KVNodeServiceStub) -> None:
-    calls = SlotCalls(stub.GetArena(kvnode_pb2.GetArenaRequest()).call_address)
-    with pytest.raises(CallRefused, match="keys"):
+def test_bad_slot_calls_are_refused(calls: SlotCalls) -> None:
+    with pytest.raises(CallRefused, match="keys: must have 22 bytes each"):
         calls.reserve(kvnode_pb2.ReserveRequest(keys=[b"short"]))
     with pytest.raises(CallRefused, match="1 keys with 0 values"):
         calls.seal(kvnode_pb2.SealRequest(keys=[bytes(FRAGMENT_KEY_BYTES)]))
+    with pytest.raises(CallRefused, match="1 keys with 0 values"):
+        calls.drop(kvnode_pb2.DropRequest(keys=[bytes(FRAGMENT_KEY_BYTES)]))
     assert list(calls.lookup(kvnode_pb2.LookupRequest(keys=[bytes(FRAGMENT_KEY_BYTES)])).slots) == [-1]
     calls.close()
 

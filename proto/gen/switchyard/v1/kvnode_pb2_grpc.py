@@ -26,7 +26,9 @@ if _version_not_supported:
 
 
 class KVNodeServiceStub(object):
-    """The host tier: slots of the shared-memory arena. Bytes never pass through it, workers copy them in and out of the arena.
+    """The host tier: the shared-memory arena. Bytes never pass through the service, workers copy them in and out of the arena.
+    The slot calls (Reserve, Seal, Lookup, Drop) are made over the plain socket at call_address: a request and a response of
+    those names below, framed as kvstore/network/quick_calls.py says.
     """
 
     def __init__(self, channel):
@@ -40,26 +42,6 @@ class KVNodeServiceStub(object):
                 request_serializer=switchyard_dot_v1_dot_kvnode__pb2.GetArenaRequest.SerializeToString,
                 response_deserializer=switchyard_dot_v1_dot_kvnode__pb2.GetArenaResponse.FromString,
                 _registered_method=True)
-        self.Reserve = channel.unary_unary(
-                '/switchyard.v1.KVNodeService/Reserve',
-                request_serializer=switchyard_dot_v1_dot_kvnode__pb2.ReserveRequest.SerializeToString,
-                response_deserializer=switchyard_dot_v1_dot_kvnode__pb2.ReserveResponse.FromString,
-                _registered_method=True)
-        self.Seal = channel.unary_unary(
-                '/switchyard.v1.KVNodeService/Seal',
-                request_serializer=switchyard_dot_v1_dot_kvnode__pb2.SealRequest.SerializeToString,
-                response_deserializer=switchyard_dot_v1_dot_kvnode__pb2.SealResponse.FromString,
-                _registered_method=True)
-        self.Lookup = channel.unary_unary(
-                '/switchyard.v1.KVNodeService/Lookup',
-                request_serializer=switchyard_dot_v1_dot_kvnode__pb2.LookupRequest.SerializeToString,
-                response_deserializer=switchyard_dot_v1_dot_kvnode__pb2.LookupResponse.FromString,
-                _registered_method=True)
-        self.Drop = channel.unary_unary(
-                '/switchyard.v1.KVNodeService/Drop',
-                request_serializer=switchyard_dot_v1_dot_kvnode__pb2.DropRequest.SerializeToString,
-                response_deserializer=switchyard_dot_v1_dot_kvnode__pb2.DropResponse.FromString,
-                _registered_method=True)
         self.GetStats = channel.unary_unary(
                 '/switchyard.v1.KVNodeService/GetStats',
                 request_serializer=switchyard_dot_v1_dot_kvnode__pb2.GetStatsRequest.SerializeToString,
@@ -68,39 +50,13 @@ class KVNodeServiceStub(object):
 
 
 class KVNodeServiceServicer(object):
-    """The host tier: slots of the shared-memory arena. Bytes never pass through it, workers copy them in and out of the arena.
+    """The host tier: the shared-memory arena. Bytes never pass through the service, workers copy them in and out of the arena.
+    The slot calls (Reserve, Seal, Lookup, Drop) are made over the plain socket at call_address: a request and a response of
+    those names below, framed as kvstore/network/quick_calls.py says.
     """
 
     def GetArena(self, request, context):
         """The arena's path and shape.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Reserve(self, request, context):
-        """A slot for each named fragment that is not there yet; the caller copies the bytes in, then calls Seal.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Seal(self, request, context):
-        """Makes reserved slots readable.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Lookup(self, request, context):
-        """Where the named fragments are; those that only the disk has are brought into slots first.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Drop(self, request, context):
-        """Frees the slots of fragments that a reader found damaged.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -121,26 +77,6 @@ def add_KVNodeServiceServicer_to_server(servicer, server):
                     request_deserializer=switchyard_dot_v1_dot_kvnode__pb2.GetArenaRequest.FromString,
                     response_serializer=switchyard_dot_v1_dot_kvnode__pb2.GetArenaResponse.SerializeToString,
             ),
-            'Reserve': grpc.unary_unary_rpc_method_handler(
-                    servicer.Reserve,
-                    request_deserializer=switchyard_dot_v1_dot_kvnode__pb2.ReserveRequest.FromString,
-                    response_serializer=switchyard_dot_v1_dot_kvnode__pb2.ReserveResponse.SerializeToString,
-            ),
-            'Seal': grpc.unary_unary_rpc_method_handler(
-                    servicer.Seal,
-                    request_deserializer=switchyard_dot_v1_dot_kvnode__pb2.SealRequest.FromString,
-                    response_serializer=switchyard_dot_v1_dot_kvnode__pb2.SealResponse.SerializeToString,
-            ),
-            'Lookup': grpc.unary_unary_rpc_method_handler(
-                    servicer.Lookup,
-                    request_deserializer=switchyard_dot_v1_dot_kvnode__pb2.LookupRequest.FromString,
-                    response_serializer=switchyard_dot_v1_dot_kvnode__pb2.LookupResponse.SerializeToString,
-            ),
-            'Drop': grpc.unary_unary_rpc_method_handler(
-                    servicer.Drop,
-                    request_deserializer=switchyard_dot_v1_dot_kvnode__pb2.DropRequest.FromString,
-                    response_serializer=switchyard_dot_v1_dot_kvnode__pb2.DropResponse.SerializeToString,
-            ),
             'GetStats': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStats,
                     request_deserializer=switchyard_dot_v1_dot_kvnode__pb2.GetStatsRequest.FromString,
@@ -155,7 +91,9 @@ def add_KVNodeServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class KVNodeService(object):
-    """The host tier: slots of the shared-memory arena. Bytes never pass through it, workers copy them in and out of the arena.
+    """The host tier: the shared-memory arena. Bytes never pass through the service, workers copy them in and out of the arena.
+    The slot calls (Reserve, Seal, Lookup, Drop) are made over the plain socket at call_address: a request and a response of
+    those names below, framed as kvstore/network/quick_calls.py says.
     """
 
     @staticmethod
@@ -175,114 +113,6 @@ class KVNodeService(object):
             '/switchyard.v1.KVNodeService/GetArena',
             switchyard_dot_v1_dot_kvnode__pb2.GetArenaRequest.SerializeToString,
             switchyard_dot_v1_dot_kvnode__pb2.GetArenaResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Reserve(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/switchyard.v1.KVNodeService/Reserve',
-            switchyard_dot_v1_dot_kvnode__pb2.ReserveRequest.SerializeToString,
-            switchyard_dot_v1_dot_kvnode__pb2.ReserveResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Seal(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/switchyard.v1.KVNodeService/Seal',
-            switchyard_dot_v1_dot_kvnode__pb2.SealRequest.SerializeToString,
-            switchyard_dot_v1_dot_kvnode__pb2.SealResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Lookup(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/switchyard.v1.KVNodeService/Lookup',
-            switchyard_dot_v1_dot_kvnode__pb2.LookupRequest.SerializeToString,
-            switchyard_dot_v1_dot_kvnode__pb2.LookupResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Drop(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/switchyard.v1.KVNodeService/Drop',
-            switchyard_dot_v1_dot_kvnode__pb2.DropRequest.SerializeToString,
-            switchyard_dot_v1_dot_kvnode__pb2.DropResponse.FromString,
             options,
             channel_credentials,
             insecure,
