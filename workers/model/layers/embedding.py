@@ -3,10 +3,10 @@ sampling."""
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import kernels
 from workers.model.layers.source import LayerSource
 
 
@@ -27,9 +27,7 @@ class VocabParallel:
         """[tokens] -> [tokens, hidden]."""
         if self._arithmetic.shard.tp == 1:
             return F.embedding(token_ids, self.weight)
-        local = token_ids - self.first_id
-        mine = (local >= 0) & (local < self.weight.shape[0])
-        x = F.embedding(torch.where(mine, local, 0), self.weight) * mine[:, None]
+        x = kernels.vocab_embedding(self.weight, token_ids, self.first_id)
         return self._arithmetic.groups.all_reduce(x)  # one rank's row and zeros: exact in any order
 
     def logits(self, x: Tensor) -> Tensor:
