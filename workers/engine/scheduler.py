@@ -178,11 +178,14 @@ class Scheduler:
         return plan
 
     def _preempt_stalled(self, plan: SchedulerOutput) -> bool:
-        """Take the blocks of a client that does not read, for one that waits; False when there is none."""
-        stalled = [request for request in self.running if request.is_stalled]
-        if stalled:
-            self._preempt(plan, stalled[-1])
-        return bool(stalled)
+        """Take the blocks of a client that does not read, for one that waits; False when there is no such client.
+
+        Only while nothing else runs: blocks of requests that run come free, and most clients are slow for a moment only.
+        """
+        if plan.requests or self.queues.num_active or not self.running:
+            return False
+        self._preempt(plan, self.running[-1])
+        return True
 
     def _schedule_running(self, plan: SchedulerOutput, budget: int) -> int:
         """Chunks of requests that run already, in their order; returns what is left of the budget.
