@@ -180,7 +180,7 @@ class Scheduler:
     def _preempt_stalled(self, plan: SchedulerOutput) -> bool:
         """Take the blocks of a client that does not read, for one that waits; False when there is no such client.
 
-        Only while nothing else runs: blocks of requests that run come free, and most clients are slow for a moment only.
+        Only while nothing else runs: running requests free their blocks, and most clients are slow for a moment only.
         """
         if plan.requests or self.queues.num_active or not self.running:
             return False
