@@ -149,6 +149,7 @@ def test_metrics_come_out_of_rays_port(cluster: Running) -> None:
     quiet = {
         "cached_prompt_tokens",
         "recomputed_prompt_tokens",
+        "dropped_write_back_blocks",
         "preemptions",
         "prefixes_fetched",
         "prefixes_recomputed",
