@@ -17,7 +17,7 @@
 {{/* What tells the pods of one component from all others. Selectors cannot be changed later: neither can this. */}}
 {{- define "switchyard.selectorLabels" -}}
 app.kubernetes.io/name: {{ .root.Chart.Name }}
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 {{- with .component }}
 app.kubernetes.io/component: {{ . }}
 {{- end }}
