@@ -20,7 +20,9 @@ from settings.docs import json_schema
 CHART = ROOT / "helm" / "switchyard"
 BASE = ROOT / "helm" / "values.schema.yaml"
 BEGIN, END = "<!-- values:begin -->", "<!-- values:end -->"
-_CLUSTER = "The whole configuration of the cluster (`docs/configuration.md`), printed as it is. Some keys are the chart's."
+_CLUSTER = (
+    "The whole configuration of the cluster (`docs/configuration.md`), printed as it is. Some keys are the chart's."
+)
 
 
 def schema() -> dict[str, Any]:

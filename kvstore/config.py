@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, quote, urlsplit
 
 from kvstore.network.quick_calls import UNIX
 from settings.docs import CHOICES
@@ -22,6 +22,7 @@ CALLS_SUFFIX = ".calls"  # behind the path of a node's host address: the socket 
 _LEAST_DISK_BYTES = 16 * 1024 * 1024
 _LONGEST_SOCKET_PATH = 107  # bytes; the kernel's limit
 PEER_TRANSPORTS = ("tcp", "nixl")
+PASSWORD_FILE = "password_file"  # of a Redis, in the query of its URL
 
 
 def check_peer_transport(name: str) -> None:
@@ -120,10 +121,28 @@ class KVStoreConfig:
                 check_redis_protocol(getattr(self, name))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
+            self._check_password_file(name)
         if self.prefix_fetch not in PREFIX_FETCH:
             raise ValueError(f"prefix_fetch: must be one of {', '.join(PREFIX_FETCH)}, not {self.prefix_fetch!r}")
         if not (math.isfinite(self.tier_ttl_s) and self.tier_ttl_s >= 1):
             raise ValueError(f"tier_ttl_s: must be at least 1 second, not {self.tier_ttl_s}")
+
+    def _check_password_file(self, name: str) -> None:
+        url, path = getattr(self, name), getattr(self, f"{name}_password_file")
+        if path and not (is_redis(url) or is_redis_cluster(url)):
+            raise ValueError(f"{name}_password_file: {name} must be the URL of a Redis, not {url!r}")
+        if path and urlsplit(url).password:
+            raise ValueError(f"{name}_password_file: the URL of {name} has a password too")
+
+    @property
+    def control_url(self) -> str:
+        """`control`, with where its password is."""
+        return with_password_file(self.control, self.control_password_file)
+
+    @property
+    def tier_url(self) -> str:
+        """`tier`, with where its password is."""
+        return with_password_file(self.tier, self.tier_password_file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +191,12 @@ def is_redis(url: str) -> bool:
 def is_redis_cluster(url: str) -> bool:
     """Whether this is the URL of a Redis cluster."""
     return url.startswith(("redis+cluster://", "rediss+cluster://"))
+
+
+def with_password_file(url: str, path: str) -> str:
+    """The URL of a Redis with the file that has its password, for kvstore.redis_client: a URL may be printed, and is
+    handed to other processes."""
+    return f"{url}{'&' if urlsplit(url).query else '?'}{PASSWORD_FILE}={quote(path)}" if path else url
 
 
 def check_redis_protocol(url: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import click
 import ray
-from ray._raylet import GcsClient
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.core.generated import autoscaler_pb2
 from ray.util.state import list_actors
 

@@ -96,7 +96,7 @@ def of_kind(items: Sequence[Manifest], *kinds: str) -> list[Manifest]:
 def is_core(item: Manifest) -> bool:
     """Whether Kubernetes itself knows the kind."""
     group = item["apiVersion"].rpartition("/")[0]
-    return "." not in group or group.endswith(".k8s.io") and not group.startswith("gateway.")
+    return "." not in group or (group.endswith(".k8s.io") and not group.startswith("gateway."))
 
 
 @dataclass(frozen=True)

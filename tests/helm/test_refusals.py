@@ -29,7 +29,11 @@ from tests.helm.rendering import refusal
         ("cpu", ["cluster.pools.decode.drain_timeout_s=7"], "cluster.pools.decode.drain_timeout_s: 7 is shorter than"),
         ("cpu", ["images.router.tag=latest"], "images.router.tag: Must not validate the schema"),
         ("cpu", ["images.ray.digest=sha256:12"], "images.ray.digest: Does not match pattern"),
-        ("cpu", ["cluster.pools.Mixed_1.role=mixed"], "cluster.pools.Mixed_1: the name of a pool becomes part of names"),
+        (
+            "cpu",
+            ["cluster.pools.Mixed_1.role=mixed"],
+            "cluster.pools.Mixed_1: the name of a pool becomes part of names",
+        ),
         ("cpu", [f"cluster.pools.{'a' * 21}.role=mixed"], f"cluster.pools.{'a' * 21}: the name of a pool"),
         ("cpu", ["cluster.pools.router.role=mixed"], "cluster.pools.router: another object of the chart has this name"),
         ("cpu", ["pools.mixed.shmSize=1Gi"], "pools.mixed: there is no cluster.pools.mixed (there is decode, prefill)"),
