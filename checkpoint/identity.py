@@ -19,7 +19,8 @@ class ServedModel:
     model: str
     """Name that clients use."""
     weights: str
-    """Digest of all weight files, and of what the config files say of the model (workers.model.identity)."""
+    """Digest of all weight files, and of what the config files say of the model (workers.model.identity). Empty in
+    what a router says that takes over its workers': any."""
     tokenizer: str
     """Digest of tokenizer.json; empty where there is none."""
 
@@ -27,7 +28,8 @@ class ServedModel:
         """The first field in which the two differ, with both values; "" when they are the same."""
         for field in fields(self):
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if mine != theirs:
+            is_open = field.name == "weights" and not (mine and theirs)
+            if mine != theirs and not is_open:
                 return f"{field.name}: {theirs or 'none'} there, {mine or 'none'} here"
         return ""
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from deploy.commands.models import models
+from deploy.commands.router import router
 from deploy.errors import ConfigError, DeployError, StartError, one_line
 from deploy.processes.front import run_behind_front
 from deploy.processes.interrupts import Interrupts
@@ -152,6 +154,10 @@ def bench(
     return 1 if report.num_failed else 0
 
 
+cli.add_command(router)
+cli.add_command(models)
+
+
 def _run_cluster(cluster: Cluster, steps: Steps, once: str | None, as_json: bool, out: TextIO) -> None:
     """Start it, show a completion, stay unless `once`, and end what was started."""
     from deploy.processes.routers import target_of
@@ -239,8 +245,8 @@ def _show_endpoints(endpoints: Any, as_json: bool, out: TextIO) -> None:
     if as_json:
         return
     lines = [""]
-    for router in endpoints.routers:
-        lines += [f"gRPC       {router.grpc}", f"HTTP       http://{router.http}/v1"]
+    for listening in endpoints.routers:
+        lines += [f"gRPC       {listening.grpc}", f"HTTP       http://{listening.http}/v1"]
     if endpoints.dashboard:
         lines.append(f"Dashboard  {endpoints.dashboard}/#/serve")
     lines += [f"Metrics    {endpoints.metrics}", f"Ray        {endpoints.ray_address}", "Ctrl-C stops the cluster."]

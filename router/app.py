@@ -22,6 +22,7 @@ from router.api.http_api import HttpApi, HttpParts
 from router.config import RouterSpec
 from router.errors import ConfigError, StartupError
 from router.fleet.fleet import Fleet
+from router.fleet.identity import ServedIdentity
 from router.fleet.membership import Membership
 from router.fleet.worker_connection import ConnectionOptions, end_task
 from router.metrics import Metrics
@@ -55,8 +56,10 @@ class Router:
         fleet = Fleet(POLICIES[config.policy], rates)
         self._dispatcher = Dispatcher(fleet, config, time.monotonic, self._metrics)
         self._journal = JournalWriter(journal)
-        self._served = ServedModel(spec.cluster, spec.model_name, spec.weights, files.tokenizer)
+        served = ServedModel(spec.cluster, spec.model_name, spec.weights, files.tokenizer)
+        self._served = ServedIdentity(served, config.replacement_wait_s, time.monotonic)
         self._generation = Generation(files, self._served, config, self._dispatcher, self._journal, self._metrics)
+        self._dispatcher.weights = lambda: self._served.now.weights
         self._membership: Membership | None = None
         self._metrics.watch(
             self._dispatcher,
@@ -75,7 +78,7 @@ class Router:
     def readiness(self) -> Readiness:
         """Whether it can serve, and what is missing."""
         return readiness(
-            self._served,
+            self._served.now,
             self._dispatcher,
             ControlState(self._directory_is_up, self._journal.is_up, self._journal.is_missing),
             self._membership.refusals if self._membership is not None else (),

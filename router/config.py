@@ -106,7 +106,7 @@ class RouterSpec:
     cluster: str = ""
     """Name of the cluster: workers, KV nodes and streams of others are refused."""
     weights: str = ""
-    """Digest of the weights that workers must have."""
+    """Digest of the weights that workers must have; empty means those of the first worker that connects."""
     ignore_keys: tuple[str, ...] = ()
     """As model.ignore_keys."""
     model_limits: ModelLimits = field(default_factory=ModelLimits)

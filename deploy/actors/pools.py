@@ -54,13 +54,17 @@ def deploy_pools(pools: Sequence[PoolPlan], kv_nodes: KVNodeSettings) -> None:
     if taken:
         raise StartError(f"this Ray cluster already has a Serve application {', '.join(sorted(taken))}")
     targets = [
-        serve.RunTarget(_deployment(pool).bind(pool, kv_nodes), name=pool.name, route_prefix=None) for pool in pools
+        serve.RunTarget(
+            pool_application(pool, kv_nodes), name=pool.name, route_prefix=None, external_scaler_enabled=True
+        )
+        for pool in pools
     ]
     serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
 
-def _deployment(pool: PoolPlan) -> serve.Deployment:
-    return serve.deployment(
+def pool_application(pool: PoolPlan, kv_nodes: KVNodeSettings) -> serve.Application:
+    """A pool as Serve knows it."""
+    deployment = serve.deployment(
         WorkerReplica,
         name=pool.name,
         num_replicas=pool.replicas,
@@ -72,6 +76,7 @@ def _deployment(pool: PoolPlan) -> serve.Deployment:
         graceful_shutdown_timeout_s=pool.drain_timeout_s + 5.0,
         graceful_shutdown_wait_loop_s=0.1,
     )
+    return deployment.bind(pool, kv_nodes)
 
 
 def wait_running(pools: Sequence[PoolPlan], timeout_s: float, warn: Callable[[str], None]) -> None:

@@ -22,6 +22,7 @@ from kvstore.control.directory import LeasedWorker
 from kvstore.network.channels import dial_async
 from router.fleet.block_events import BlockListener, watch_blocks
 from router.fleet.fleet import WorkerInfo
+from router.fleet.identity import ServedIdentity
 from router.fleet.messages import PartOrder, part_report, submit_message, worker_info
 from router.placement.streams import PartReport
 
@@ -57,7 +58,7 @@ class ConnectionOptions:
 
     router_id: str
     next_epoch: Callable[[], int]  # grows with every dial
-    served: ServedModel  # a worker that serves something else is left
+    served: ServedIdentity  # a worker that serves something else is left
     silence_s: float  # a worker that sends nothing for so long is lost
     max_message_bytes: int
 
@@ -179,7 +180,7 @@ class WorkerConnection:
         hello = worker_pb2.RouterHello(
             router_id=self._options.router_id,
             epoch=self._options.next_epoch(),
-            served=self._options.served.message(),
+            served=self._options.served.configured.message(),
         )
         try:
             async with asyncio.timeout(self._options.silence_s):
@@ -201,7 +202,7 @@ class WorkerConnection:
             raise ConnectionBroken(f"another worker answers there: {info.worker_id}")
         if 0 < hello.lease_epoch < self.lease_epoch:
             raise ConnectionBroken(f"it goes by lease {hello.lease_epoch}, the directory by {self.lease_epoch}")
-        difference = self._options.served.difference(ServedModel.of(hello.served))
+        difference = self._options.served.join(ServedModel.of(hello.served))
         if difference:
             raise WorkerRefused(f"it serves something else: {difference}")
         self.lease_epoch = max(self.lease_epoch, hello.lease_epoch)
@@ -218,6 +219,7 @@ class WorkerConnection:
         if not self.is_up:
             return
         self.is_up = False
+        self._options.served.leave()
         self._outbox.clear()
         lost, self._sinks = self._sinks, {}
         # on_down first: it stops placement on this worker before the lost streams are placed anew.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from switchyard.v1 import worker_pb2
@@ -23,25 +22,12 @@ from router.fleet.worker_connection import CLOSED, WorkerConnection
 from router.placement.affinity import BlockEvent, SnapshotPart
 from router.placement.policy import Placement, Reject, RejectReason, RouteRequest
 from router.placement.streams import Action, CancelPart, ContinuePart, KVTransfer, PartReport, Phase, Stream, SubmitPart
-from router.sampling import SamplingParams
+from router.service.token_request import TokenRequest
 
 log = logging.getLogger(__name__)
 
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.05, 1.0
 _WORKER_DEADLINE_SLACK_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class TokenRequest:
-    """A request that was checked, encoded and admitted."""
-
-    stream_id: str
-    token_ids: Sequence[int]
-    sampling: SamplingParams  # settled: nothing is left open
-    names: BlockNames
-    arrived_s: float  # on the dispatcher's clock
-    deadline_s: float | None  # on the dispatcher's clock
-    tenant_salt: bytes  # of the names, and of those of all that is generated
 
 
 class DispatchObserver(Protocol):
@@ -74,6 +60,7 @@ class Dispatcher:
         self.loads: dict[str, worker_pb2.WorkerLoad] = {}
         self.waiting: set[LiveStream] = set()  # for any change of the fleet
         self.on_fleet_change: Callable[[], None] = lambda: None
+        self.weights: Callable[[], str] = lambda: ""  # that the workers serve now
 
     def open(self, request: TokenRequest, emitted: Sequence[int] = (), num_given: int = 0) -> LiveStream:
         """A stream, not yet placed. Ends with its close().
@@ -241,6 +228,9 @@ class LiveStream:
         wait_s = dispatcher.config.new_request_wait_s if is_new else dispatcher.config.replacement_wait_s
         give_up_s = dispatcher.clock() + wait_s
         while state.phase is Phase.PLACING:
+            if dispatcher.weights() != self._request.weights:
+                self._do(state.fail(WorkersLost("the weights that the stream began with are not served any more")))
+                return
             result = self._pick()
             if isinstance(result, Placement):
                 self._on_placed(result)

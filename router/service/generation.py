@@ -17,11 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
-from checkpoint.identity import ServedModel
 from kvstore.control.journal import JournalEntry
 from router.config import RouterConfig
 from router.errors import (
     InvalidRequest,
+    NoWorker,
     Overloaded,
     PromptTooLarge,
     RouterError,
@@ -32,6 +32,7 @@ from router.errors import (
 )
 from router.events import Event, Finished, FinishReason, GenerationRequest, RequestStats, ResumeRequest, Started, Tokens
 from router.fleet.fleet import BlockNames, KvLayout, name_blocks
+from router.fleet.identity import ServedIdentity
 from router.fleet.messages import journal_header, journal_record
 from router.model_files import ModelFiles
 from router.sampling import check_repeated_sampling, check_sampling, check_text, check_token_ids
@@ -43,9 +44,10 @@ from router.service.checks import (
     check_resumption,
 )
 from router.service.defaults import end_token_ids, settled
-from router.service.dispatch import Dispatcher, TokenRequest
+from router.service.dispatch import Dispatcher
 from router.service.journal import JournalWriter, StreamLog
 from router.service.text import Detokenizer, StopTexts, TextCodec
+from router.service.token_request import TokenRequest
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +82,7 @@ class Generation:
     def __init__(
         self,
         files: ModelFiles,
-        served: ServedModel,
+        served: ServedIdentity,
         config: RouterConfig,
         dispatcher: Dispatcher,
         journal: JournalWriter,
@@ -137,13 +139,14 @@ class Generation:
         commits_first: no token comes before the journal has it, for clients that cannot say what they have.
         """
         with self._accounted() as account, self._admitted(self._check(request)):
+            await self._know_weights()
             order = await self._order(request)
             account.num_prompt_tokens = len(order.token_ids)
             deadline_unix_s = None if order.deadline_s is None else order.deadline_s - order.arrived_s + time.time()
             settled = dataclasses.replace(
                 request, prompt=tuple(order.token_ids), sampling=order.sampling, model=self.files.name
             )
-            header = journal_header(settled, self._served, deadline_unix_s)
+            header = journal_header(settled, self._served.now, deadline_unix_s)
             log = self._journal.open(order.stream_id, header)
             async with contextlib.aclosing(self._carry(order, log, _FROM_THE_START, account, commits_first)) as events:
                 async for event in events:
@@ -152,6 +155,7 @@ class Generation:
     async def resume(self, request: ResumeRequest, commits_first: bool = False) -> AsyncGenerator[Event, None]:
         """The rest of a stream that this or another router began: Started again, then what the client lacks."""
         with self._accounted() as account, self._admitted(0):
+            await self._know_weights()
             # Read before the claim: a refused request must not take the stream from its router.
             begun = self._check_resumption(request, await self._journal.look_up(request.stream_id))
             if request.repeated is not None:
@@ -161,10 +165,11 @@ class Generation:
             log = self._journal.adopt(request.stream_id, entry)
             if not log.ending:
                 log.add(0, request.token_ids)
-            first, _, deadline_unix_s = journal_record(entry.header)
+            first, served, deadline_unix_s = journal_record(entry.header)
             order = await self._order(first)
             order = dataclasses.replace(
                 order,
+                weights=served.weights,
                 # To workers it is another stream: nothing that they still say of the earlier one can be taken for this.
                 stream_id=f"{request.stream_id}.{entry.epoch}",
                 deadline_s=None if deadline_unix_s is None else order.arrived_s + deadline_unix_s - time.time(),
@@ -237,6 +242,11 @@ class Generation:
 
     # -- steps
 
+    async def _know_weights(self) -> None:
+        """A stream is begun, and gone on with, by the same weights only; they are known when a worker has come."""
+        if not await self._served.known(self._config.new_request_wait_s):
+            raise NoWorker("no worker has come since this router started", retry_after_s=1.0)
+
     def _check(self, request: GenerationRequest) -> int:
         """All that can be said before encoding; the prompt's size in bytes."""
         self.check_model(request.model)
@@ -254,7 +264,7 @@ class Generation:
         begun, served, _ = journal_record(entry.header)
         if begun.tenant_salt != request.tenant_salt:
             raise UnknownStream(unknown, param="stream_id")
-        if difference := self._served.difference(served):
+        if difference := self._served.now.difference(served):
             # Its tokens are another model's: what followed them would be an answer that neither gives.
             message = f"stream_id: {request.stream_id!r} was begun where something else is served: {difference}"
             raise UnknownStream(message, param="stream_id")
@@ -290,6 +300,7 @@ class Generation:
             arrived_s=arrived_s,
             deadline_s=self._deadline_s(request, arrived_s),
             tenant_salt=request.tenant_salt,
+            weights=self._served.now.weights,
         )
 
     def _deadline_s(self, request: GenerationRequest, now_s: float) -> float | None:

@@ -6,20 +6,18 @@ A host is a network, process and mount namespace with a /dev/shm of its own; not
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import redis
 
+from tests.deploy.hosts import Host, require, wired_hosts
 from tests.processes import REPOSITORY, python_environment, redis_executable, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.netns, pytest.mark.redis, pytest.mark.timeout(600)]
@@ -27,60 +25,13 @@ pytestmark = [pytest.mark.cluster, pytest.mark.netns, pytest.mark.redis, pytest.
 EXAMPLE = REPOSITORY / "deploy" / "examples" / "two-hosts.yaml"
 HEAD, OTHER = "10.98.0.1", "10.98.0.2"
 RAY_PORT, REDIS_PORT = 6399, 6379
-_MAKE_HOST = "mount -t tmpfs -o size=1g tmpfs /dev/shm && ip link set lo up && echo ready && exec sleep infinity"
-
-
-class Host:
-    """Namespaces that live as long as their first process; when it is killed, all that runs in them is."""
-
-    def __init__(self) -> None:
-        namespaces = ["--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        self._process = subprocess.Popen(["unshare", *namespaces, "sh", "-c", _MAKE_HOST], stdout=subprocess.PIPE)
-        assert self._process.stdout is not None
-        assert self._process.stdout.readline() == b"ready\n"
-        (first,) = psutil.Process(self._process.pid).children()
-        self.pid = first.pid
-
-    def command(self, arguments: Sequence[str]) -> list[str]:
-        """The command line that runs another one in here."""
-        return ["nsenter", "-t", str(self.pid), "--net", "--mount", "--pid", "--", *arguments]
-
-    def run(self, *arguments: str) -> None:
-        """Run to its end."""
-        subprocess.run(self.command(arguments), check=True)
-
-    def close(self) -> None:
-        """Everything in here ends."""
-        psutil.Process(self.pid).kill()
-        self._process.wait(30)
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-
-
-def require(condition: bool, what: str) -> None:
-    """Skip, or in CI fail, unless the machine has what it takes."""
-    if not condition:
-        if os.environ.get("CI") == "true":
-            pytest.fail(what)
-        pytest.skip(what)
 
 
 @pytest.fixture
 def hosts() -> Iterator[tuple[Host, Host]]:
     """Two hosts with a wire between them."""
-    require(os.geteuid() == 0, "network namespaces need root")
-    require(all(shutil.which(tool) for tool in ("ip", "unshare", "nsenter")), "no ip, unshare or nsenter")
-    with ExitStack() as stack:
-        made = []
-        for _ in range(2):
-            made.append(Host())
-            stack.callback(made[-1].close)
-        wire = f"ip link add wire netns {made[0].pid} type veth peer name wire netns {made[1].pid}"
-        subprocess.run(wire.split(), check=True)
-        for host, address in zip(made, (HEAD, OTHER), strict=True):
-            host.run("ip", "address", "add", f"{address}/24", "dev", "wire")
-            host.run("ip", "link", "set", "wire", "up")
-        yield made[0], made[1]
+    with wired_hosts((HEAD, OTHER)) as (head, other):
+        yield head, other
 
 
 @pytest.fixture

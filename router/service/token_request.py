@@ -1,0 +1,25 @@
+"""A request as it goes to workers: checked, encoded, admitted, with nothing left open."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from router.fleet.fleet import BlockNames
+from router.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRequest:
+    """One stream's request. Times are on the dispatcher's clock."""
+
+    stream_id: str
+    token_ids: Sequence[int]
+    sampling: SamplingParams
+    names: BlockNames
+    arrived_s: float
+    deadline_s: float | None
+    tenant_salt: bytes
+    """Of the names, and of those of all that is generated."""
+    weights: str
+    """Digest of the weights that compute the stream, from its first token to its last."""
