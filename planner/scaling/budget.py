@@ -34,13 +34,10 @@ class Move:
     """Fewest workers."""
     gpus_per_worker: int
     """Of one worker."""
+    step: int = 1
+    """Most workers that it gives away in one decision."""
     held: bool = False
     """Neither gives workers to other pools nor takes any of theirs."""
-
-    @property
-    def step(self) -> int:
-        """Most workers that it gives away in one decision."""
-        return max(1, self.current // 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +196,7 @@ class _Work:
                 self.targets[move.pool] = move.current
 
     def replace_within_budget(self, replaces: Callable[[str, str], bool]) -> None:
-        """A pool that takes over for another is ready before that one shrinks: both fit the budget, or neither moves."""
+        """What takes over for a pool is ready before it shrinks: the budget has room for both, or neither moves."""
         moves = self._moves.values()
         kept = {m.pool: m.current - sum(n for (source, _), n in self.flips.items() if source == m.pool) for m in moves}
         shrinking = [m for m in moves if self.targets[m.pool] < kept[m.pool] and not m.held]

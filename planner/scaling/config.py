@@ -50,6 +50,8 @@ class AutoscalingConfig:
     """How long fewer workers must have sufficed before a pool shrinks; at least as long as a worker takes to start."""
     flip_delay_s: float = 60.0
     """How long fewer workers must have sufficed before a pool gives a worker to another pool of the same shape."""
+    shrink_share: float = 0.25
+    """Most of a pool's workers that it loses in one decision; it may always lose one."""
     metrics_max_age_s: float = 30.0
     """Older metrics are not acted on: the pool is held."""
     warmup_s: float = 30.0
@@ -83,4 +85,5 @@ class AutoscalingConfig:
         for name in ("headroom", "tolerance"):
             _require(0 <= getattr(self, name) < 1, name, f"must be in [0, 1), not {getattr(self, name)}")
         _require(0 < self.max_utilisation < 1, "max_utilisation", f"must be in (0, 1), not {self.max_utilisation}")
-        _require(0 < self.down_margin <= 1, "down_margin", f"must be in (0, 1], not {self.down_margin}")
+        for name in ("down_margin", "shrink_share"):
+            _require(0 < getattr(self, name) <= 1, name, f"must be in (0, 1], not {getattr(self, name)}")

@@ -68,6 +68,11 @@ def down_window_s(pool: PoolObservation, memory: PoolMemory, config: Autoscaling
     return float(max(config.down_delay_s, pool.startup_s) * 2**memory.num_reversals)
 
 
+def shrink_step(current: int, config: AutoscalingConfig) -> int:
+    """Most workers that a pool loses in one decision; never the last one together with others."""
+    return max(1, min(int(current * config.shrink_share), current - 1))
+
+
 def remember(
     memory: PoolMemory, want: Want, pool: PoolObservation, config: AutoscalingConfig, now_s: float
 ) -> PoolMemory:
@@ -92,7 +97,7 @@ def damp(pool: PoolObservation, memory: PoolMemory, config: AutoscalingConfig, n
         target, goal = min(needed, current + max(4, current)), needed
         reason = f"{newest.least} needed" + ("" if target == needed else ", grown step by step")
     elif enough is not None and enough < current:
-        target, goal = max(enough, current - max(1, current // 4)), enough
+        target, goal = max(enough, current - shrink_step(current, config)), enough
         reason = f"{enough} have been enough for {down_window_s(pool, memory, config):.0f} s"
     else:
         target = goal = current

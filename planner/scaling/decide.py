@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from planner.scaling.budget import Arrangement, Move, arrange
 from planner.scaling.config import AutoscalingConfig
-from planner.scaling.damping import Damped, PoolMemory, damp, down_window_s, follow_starts, moved, remember
+from planner.scaling.damping import Damped, PoolMemory, damp, down_window_s, follow_starts, moved, remember, shrink_step
 from planner.scaling.forecast import observe
 from planner.scaling.observation import Observation, PoolObservation, why_unusable
 from planner.scaling.plan import FLIP, GROW, RETIRE, Explanation, Plan, PoolExplanation, Step
@@ -114,7 +114,9 @@ def _judge(
         return _stay(pool, max(current, minimum), "hold", want.reason), held
     memory = remember(memory, want, pool, config, now_s)
     damped = damp(pool, memory, config, now_s)
-    return _bounded(pool, want, damped, minimum, _num_missing(pool, memory, config, now_s)), memory
+    verdict = _bounded(pool, want, damped, minimum, _num_missing(pool, memory, config, now_s))
+    move = dataclasses.replace(verdict.move, step=shrink_step(current, config))
+    return dataclasses.replace(verdict, move=move), memory
 
 
 def _learn(pool: PoolObservation, learned: Learned, config: AutoscalingConfig, now_s: float) -> Learned:

@@ -3,8 +3,8 @@
 A worker that changes its pool (a flip) leaves the routers' tables, drains, takes the new role under a new epoch and is
 announced; its weights and cache stay. One that retires drains before Ray Serve is asked for one less. Growth waits
 until the budget has room for it, with draining workers counted; a pool that another one replaces waits until that one
-is ready. Everything is derived from what is seen, so an action that got lost is sent again, and an autoscaler that starts
-anew finishes or undoes what it finds half done. Pure: knows nothing of Serve, leases or clocks.
+is ready. Everything is derived from what is seen, so an action that got lost is sent again, and an autoscaler that
+starts anew finishes or undoes what it finds half done. Pure: knows nothing of Serve, leases or clocks.
 """
 
 from __future__ import annotations
@@ -120,6 +120,37 @@ def advance(state: RolloutState, progress: Progress) -> tuple[RolloutState, tupl
     return work.outcome()
 
 
+@dataclass(frozen=True, slots=True)
+class WorkerCounts:
+    """The counts of a PoolObservation."""
+
+    num_ready: int = 0
+    num_starting: int = 0
+    num_flipping_in: int = 0
+    num_draining: int = 0
+
+
+def count_workers(state: RolloutState, progress: Progress) -> dict[str, WorkerCounts]:
+    """What an observation says of each pool while a plan is under way. Workers that Serve was asked for and that do not
+    exist yet are starting."""
+    pools = {w.pool for w in progress.workers} | set(progress.replicas) | set(state.plan.targets if state.plan else ())
+    counted = {pool: [0, 0, 0, 0] for pool in pools}
+    for worker in progress.workers:
+        errand = state.errands.get(worker.worker_id)
+        flips = errand is not None and bool(errand.to_pool) and worker.pool != errand.to_pool
+        if errand is not None and flips:
+            counted.setdefault(errand.to_pool, [0, 0, 0, 0])[2] += 1
+        elif worker.status == SWITCHED:
+            counted[worker.pool][2] += 1
+        elif worker.status in (DRAINING, DRAINED) or (errand is not None and not errand.to_pool):
+            counted[worker.pool][3] += 1
+        else:
+            counted[worker.pool][0 if worker.status == READY else 1] += 1
+    for pool, replicas in (progress.replicas | state.replicas).items():
+        counted[pool][1] += max(0, replicas - sum(w.home_pool == pool for w in progress.workers))
+    return {pool: WorkerCounts(*counts) for pool, counts in counted.items()}
+
+
 def is_carried_out(state: RolloutState, progress: Progress) -> bool:
     """Every pool has as many ready workers as the plan says, and nothing is under way."""
     if state.plan is None or state.errands:
@@ -232,11 +263,42 @@ class _Work:
             worker = self._workers[worker_id]
             if errand.to_pool:
                 self._follow_flip(worker, errand)
-            elif worker.status == DRAINED and not errand.released:
-                self._replicas[worker.home_pool] -= 1
-                self._errands[worker_id] = Errand(released=True)
-            elif worker.status == READY:
+            elif worker.status == READY and not errand.released:
                 self._actions.append(Drain(worker_id))
+        for home in self._replicas:
+            self._release_drained(home)
+
+    def _release_drained(self, home: str) -> None:
+        """Serve is asked for fewer workers only while the ones that it ends first are drained. Workers that serve in
+        another pool are passed over: should Serve end one, its streams go on elsewhere, as after any failure."""
+        order = [
+            w
+            for w in self._workers.values()
+            if w.home_pool == home and (self._retires(w) or (w.pool == home and w.worker_id not in self._errands))
+        ]
+        drained = [w for w in order if self._retires(w) and w.status == DRAINED]
+        for worker in order:
+            if not drained:
+                return
+            if worker in drained:
+                drained.remove(worker)
+            elif self._retires(worker):
+                return
+            else:  # it started later, and Serve would end it first: it changes places with one that drained
+                last = drained.pop()
+                del self._errands[last.worker_id]
+                self._serve_again(last)
+                if worker.status == READY:
+                    self._errands[worker.worker_id] = Errand()
+                    self._actions.append(Drain(worker.worker_id))
+                    return
+            self._replicas[home] -= 1
+            self._errands[worker.worker_id] = Errand(released=True)
+
+    def _retires(self, worker: WorkerProgress) -> bool:
+        """Drains to end, and Serve does not know."""
+        errand = self._errands.get(worker.worker_id)
+        return errand is not None and not errand.to_pool and not errand.released
 
     def _follow_flip(self, worker: WorkerProgress, errand: Errand) -> None:
         match worker.status:
