@@ -27,6 +27,7 @@ from deploy.preflight import (
     check_control,
     check_host_memory,
     check_model,
+    check_password_files,
     check_peer_transport,
     check_ports,
     check_ray,
@@ -94,7 +95,8 @@ class Cluster:
         model = check_model(self._config)
         layers_per_fragment(self._config, model.config.cache_specs)
         check_ports(self._config.endpoints, self._config.ray)
-        check_control(self._config.kvstore.control, self._name(model))
+        check_password_files(self._config.kvstore)
+        check_control(self._config.kvstore.control_url, self._name(model))
         check_peer_transport(self._config.kvstore)
         secret = tier_secret(self._config.kvstore.tier_secret_file)
         self._tier_secret = cluster_secret(secret, self._name(model))
@@ -114,7 +116,7 @@ class Cluster:
         remove_leftovers(Path(self._config.ray.temp_dir))  # they may hold what is checked now
         model = self.check()
         kvstore = self._config.kvstore
-        for warning in (tier_warning(kvstore.tier), disk_warning(kvstore), control_warning(kvstore)):
+        for warning in (tier_warning(kvstore.tier_url), disk_warning(kvstore), control_warning(kvstore)):
             if warning:
                 self._steps.note(f"warning: {warning}")
         with self._steps.step("Reading the weights"):  # a digest is remembered: quick from the second start on
@@ -233,7 +235,7 @@ class Cluster:
 
     def _control(self, ray: RayRuntime) -> tuple[str, str]:
         """URL of the control service, and the address that our KV node is to serve it on ("": it is elsewhere)."""
-        url = self._config.kvstore.control
+        url = self._config.kvstore.control_url
         if url != "memory://":
             return url, ""
         address = join_host_port(ray.node_ip, free_port(ray.node_ip))

@@ -22,6 +22,7 @@ from kvstore.network.addresses import is_ipv6
 from router.config import RouterConfig
 from router.model_files import GENERATION_CONFIG
 from settings import loading
+from settings.docs import CHOICES
 from settings.loading import SettingsError
 from workers.config import DTYPES, ROLES, RUNNERS, EngineOptions
 
@@ -43,7 +44,7 @@ class ModelSource:
     """Directory in the Hugging Face layout, or a Hub id (org/name). Empty means the demo model."""
     name: str = ""
     """Name that clients use. Empty means the directory's name, or the Hub id."""
-    dtype: str = "auto"
+    dtype: str = field(default="auto", metadata={CHOICES: DTYPES})
     """float32, bfloat16 or float16; auto means float32 on CPU and bfloat16 on CUDA. KV blocks are kept in it."""
     max_model_len: int = 0
     """Most tokens of prompt and completion together; 0 means what the model allows."""
@@ -56,7 +57,7 @@ class ModelSource:
     plugins: tuple[str, ...] = ()
     """Python modules that bring further model families or weight formats. Every process of the cluster imports them, so
     they must be installed wherever one runs."""
-    generation_config: str = "auto"
+    generation_config: str = field(default="auto", metadata={CHOICES: GENERATION_CONFIG})
     """Whether the model's generation_config.json gives requests their defaults: temperature, top_p, top_k, and
     max_new_tokens for chats that name no limit. auto means where it has them, none means never."""
 
@@ -94,11 +95,15 @@ class EndpointsConfig:
 class PoolConfig(EngineOptions):
     """Workers of one kind: one Ray Serve deployment, each replica a worker of tp x pp ranks."""
 
-    role: str
+    role: str = field(metadata={CHOICES: ROLES})
     """prefill, decode or mixed: what its workers take at first."""
     replicas: int = 1
     """Workers."""
-    device: str = "auto"
+    min_replicas: int = 0
+    """Fewest workers that an autoscaler leaves; 0 means as replicas."""
+    max_replicas: int = 0
+    """Most workers that it asks for; 0 means as replicas."""
+    device: str = field(default="auto", metadata={CHOICES: DEVICES})
     """cpu or cuda; auto means cuda where the Ray cluster has GPUs."""
     cpus_per_rank: float = 1.0
     """CPUs that Ray reserves for a rank."""
@@ -116,6 +121,11 @@ class PoolConfig(EngineOptions):
         _require(self.role in ROLES, "role", f"must be one of {', '.join(ROLES)}, not {self.role!r}")
         _require(self.device in DEVICES, "device", f"must be one of {', '.join(DEVICES)}, not {self.device!r}")
         _require(self.replicas >= 1, "replicas", f"must be at least 1, not {self.replicas}")
+        for name in ("min_replicas", "max_replicas"):
+            _require(getattr(self, name) >= 0, name, f"must be >= 0, not {getattr(self, name)}")
+        least, most = self.min_replicas or self.replicas, self.max_replicas or self.replicas
+        within = f"must be between min_replicas={least} and max_replicas={most}, not {self.replicas}"
+        _require(least <= self.replicas <= most, "replicas", within)
         _require(self.cpus_per_rank >= 0, "cpus_per_rank", f"must be >= 0, not {self.cpus_per_rank}")
         for name in ("gpus_per_rank", "drain_timeout_s", "progress_timeout_s"):
             _require(0 < getattr(self, name) < float("inf"), name, f"must be > 0, not {getattr(self, name)}")
@@ -163,7 +173,7 @@ class RayConfig:
 class EngineSettings:
     """What computes the tokens, in all pools alike."""
 
-    runner: str = "torch"
+    runner: str = field(default="torch", metadata={CHOICES: RUNNERS})
     """torch: the model. fake: hashes of the history, kept in a real KV cache that moves as a model's would; needs the
     model's config and tokenizer but no weights. For tests of everything else, and for rehearsals of faults."""
     fake_step_s: float = 0.0

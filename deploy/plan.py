@@ -167,17 +167,22 @@ def _engine(
 
 def _pool_plan(spec: WorkerSpec, pool: PoolConfig) -> PoolPlan:
     on_gpu = spec.engine.device == "cuda"
-    stage = {"CPU": pool.tp * pool.cpus_per_rank, "GPU": pool.tp * pool.gpus_per_rank if on_gpu else 0.0}
-    bundles = [{"CPU": REPLICA_CPUS}, *[stage] * pool.pp]
     return PoolPlan(
         spec=spec,
         replicas=pool.replicas,
-        bundles=tuple({k: v for k, v in {**bundle, **pool.resources}.items() if v} for bundle in bundles),
+        bundles=bundles(pool, on_gpu),
         cpus_per_rank=pool.cpus_per_rank,
         gpus_per_rank=pool.gpus_per_rank if on_gpu else 0.0,
         drain_timeout_s=pool.drain_timeout_s,
         progress_timeout_s=pool.progress_timeout_s,
     )
+
+
+def bundles(pool: PoolConfig, on_gpu: bool) -> tuple[dict[str, float], ...]:
+    """What Ray reserves for a worker: for the replica itself, then for each pipeline stage with all its ranks."""
+    stage = {"CPU": pool.tp * pool.cpus_per_rank, "GPU": pool.tp * pool.gpus_per_rank if on_gpu else 0.0}
+    wanted = [{"CPU": REPLICA_CPUS}, *[stage] * pool.pp]
+    return tuple({k: v for k, v in {**bundle, **pool.resources}.items() if v} for bundle in wanted)
 
 
 def num_cpus_needed(config: ClusterConfig) -> int:

@@ -21,6 +21,7 @@ from deploy.errors import ConfigError, StartError
 from deploy.ports import wanted_ports
 from kvstore.config import KVStoreConfig, is_redis
 from kvstore.network.addresses import bare_host, join_host_port, listen, split_host_port
+from kvstore.redis_client import read_password
 from kvstore.trial import TierMisconfigured, memory_risk, try_control, try_disk, try_tier
 from router.errors import ModelFilesError
 from router.model_files import ModelFiles, ModelLimits
@@ -125,6 +126,18 @@ def free_port(host: str, first: int = 0, reserved: Collection[int] = ()) -> int:
         return int(probe.getsockname()[1])
 
 
+def check_password_files(kvstore: KVStoreConfig) -> None:
+    """See that the passwords of both Redis servers can be read. Raises ConfigError."""
+    for key in ("control_password_file", "tier_password_file"):
+        path = getattr(kvstore, key)
+        try:
+            password = read_password(path) if path else "none"
+        except ValueError as error:
+            raise ConfigError(f"kvstore.{key}: {error}") from None
+        if not password:
+            raise ConfigError(f"kvstore.{key}: {path}: is empty")
+
+
 def check_control(url: str, cluster: str) -> None:
     """See that a Redis that is to hold leases, the directory and the journal does that. Raises DeployError."""
     if not is_redis(url):
@@ -194,7 +207,7 @@ def control_warning(kvstore: KVStoreConfig) -> str:
     """One line when a full Redis could take the leases, and with them all workers; else ""."""
     if not is_redis(kvstore.control):
         return ""
-    risk = memory_risk(kvstore.control, kvstore.tier)
+    risk = memory_risk(kvstore.control_url, kvstore.tier_url)
     return f"kvstore.control: {risk}; give it a Redis of its own without a limit" if risk else ""
 
 

@@ -9,10 +9,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, quote, urlsplit
 
 from kvstore.network.quick_calls import UNIX
+from settings.docs import CHOICES
 
+DISK_WRITES = ("back", "through")
 PREFIX_FETCH = ("cheapest", "always", "never")
 KV_ENCODINGS = ("none", "int8", "fp8")  # of keys and values, with loss
 COMPRESSIONS = ("none", "zstd")  # of the bytes of a fragment, without
@@ -20,6 +22,7 @@ CALLS_SUFFIX = ".calls"  # behind the path of a node's host address: the socket 
 _LEAST_DISK_BYTES = 16 * 1024 * 1024
 _LONGEST_SOCKET_PATH = 107  # bytes; the kernel's limit
 PEER_TRANSPORTS = ("tcp", "nixl")
+PASSWORD_FILE = "password_file"  # of a Redis, in the query of its URL
 
 
 def check_peer_transport(name: str) -> None:
@@ -47,23 +50,23 @@ class KVStoreConfig:
     """Bound of each host's disk tier, which takes what does not fit into the arena; 0: there is none."""
     disk_dir: str = ""
     """Folder of the disk tier, kept from one start to the next; each host and each cluster needs its own."""
-    disk_write: str = "back"
+    disk_write: str = field(default="back", metadata={CHOICES: DISK_WRITES})
     """back: fragments go to disk before the arena gives their slots away; through: as soon as they are complete."""
-    kv_encoding: str = "none"
+    kv_encoding: str = field(default="none", metadata={CHOICES: KV_ENCODINGS})
     """none, or int8 or fp8 (e4m3): keys and values travel, and lie in all tiers, as 8-bit numbers with a scale per
     row. A fourth of the bytes of float32, half of bfloat16's; some tokens change (`python -m bench.kv_loss`)."""
-    disk_compression: str = "none"
+    disk_compression: str = field(default="none", metadata={CHOICES: COMPRESSIONS})
     """none, or zstd: without loss, where it saves whole pages. Of what is written from now on; both forms are read."""
     peers: bool = False
     """Whether hosts pull fragments from each other. Bytes are tagged and verified, but not encrypted."""
-    peer_transport: str = "tcp"
+    peer_transport: str = field(default="tcp", metadata={CHOICES: PEER_TRANSPORTS})
     """How peers pull: tcp, or nixl (the nixl package reads from other hosts' memory, over RDMA where there is such a
     network). With nixl, a process that can read a host's memory can also write there: its network must be
     private."""
     tier: str = ""
     """redis:// or rediss:// URL of the tier that hosts share, or redis+cluster://HOST:PORT,HOST:PORT (rediss+cluster)
     with any nodes of a Redis cluster; empty means shared memory alone."""
-    tier_compression: str = "none"
+    tier_compression: str = field(default="none", metadata={CHOICES: COMPRESSIONS})
     """As disk_compression, of the values in the shared tier."""
     tier_secret_file: str = ""
     """File with the secret under which fragments outside of a host's memory (on disk, between hosts, in the shared
@@ -71,9 +74,14 @@ class KVStoreConfig:
     starts are not used."""
     control: str = "memory://"
     """Where leases and the block directory live: memory:// (a node process of this cluster) or a redis:// URL."""
+    control_password_file: str = ""
+    """File with the password of the Redis of `control`, such as a mounted Kubernetes Secret. Empty: the URL has it, or
+    there is none."""
+    tier_password_file: str = ""
+    """The same for `tier`."""
     tier_ttl_s: float = 3600.0
     """Seconds after which the shared tier may forget a fragment that was not written again."""
-    prefix_fetch: str = "cheapest"
+    prefix_fetch: str = field(default="cheapest", metadata={CHOICES: PREFIX_FETCH})
     """Whether a worker pulls a prefix that only the tiers have: always, never, or when that is cheaper than computing
     it, by what each worker measured at its start. The KV transfer from prefill to decode is not affected."""
 
@@ -90,7 +98,7 @@ class KVStoreConfig:
             raise ValueError(f"disk_bytes: must be 0 or at least 16 MiB, not {self.disk_bytes}")
         if (self.disk_bytes or self.disk_dir) and not self.disk_dir.startswith("/"):
             raise ValueError(f"disk_dir: must be an absolute path where there is a disk tier, not {self.disk_dir!r}")
-        if self.disk_write not in ("back", "through"):
+        if self.disk_write not in DISK_WRITES:
             raise ValueError(f"disk_write: must be back or through, not {self.disk_write!r}")
         try:
             check_peer_transport(self.peer_transport)
@@ -113,10 +121,28 @@ class KVStoreConfig:
                 check_redis_protocol(getattr(self, name))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
+            self._check_password_file(name)
         if self.prefix_fetch not in PREFIX_FETCH:
             raise ValueError(f"prefix_fetch: must be one of {', '.join(PREFIX_FETCH)}, not {self.prefix_fetch!r}")
         if not (math.isfinite(self.tier_ttl_s) and self.tier_ttl_s >= 1):
             raise ValueError(f"tier_ttl_s: must be at least 1 second, not {self.tier_ttl_s}")
+
+    def _check_password_file(self, name: str) -> None:
+        url, path = getattr(self, name), getattr(self, f"{name}_password_file")
+        if path and not (is_redis(url) or is_redis_cluster(url)):
+            raise ValueError(f"{name}_password_file: {name} must be the URL of a Redis, not {url!r}")
+        if path and urlsplit(url).password:
+            raise ValueError(f"{name}_password_file: the URL of {name} has a password too")
+
+    @property
+    def control_url(self) -> str:
+        """`control`, with where its password is."""
+        return with_password_file(self.control, self.control_password_file)
+
+    @property
+    def tier_url(self) -> str:
+        """`tier`, with where its password is."""
+        return with_password_file(self.tier, self.tier_password_file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +191,12 @@ def is_redis(url: str) -> bool:
 def is_redis_cluster(url: str) -> bool:
     """Whether this is the URL of a Redis cluster."""
     return url.startswith(("redis+cluster://", "rediss+cluster://"))
+
+
+def with_password_file(url: str, path: str) -> str:
+    """The URL of a Redis with the file that has its password, for kvstore.redis_client: a URL may be printed, and is
+    handed to other processes."""
+    return f"{url}{'&' if urlsplit(url).query else '?'}{PASSWORD_FILE}={quote(path)}" if path else url
 
 
 def check_redis_protocol(url: str) -> None:

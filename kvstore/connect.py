@@ -76,7 +76,7 @@ def open_tiers(
         tiers.append(PeerTier(directory, secret, lambda: host.peer_address if host is not None else "", connect))
     if store.tier:
         make = RedisClusterTier if is_redis_cluster(store.tier) else RedisTier
-        tiers.append(make(store.tier, secret, store.tier_ttl_s, store.tier_compression))
+        tiers.append(make(store.tier_url, secret, store.tier_ttl_s, store.tier_compression))
     return tiers
 
 

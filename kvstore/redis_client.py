@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv6Address
+from pathlib import Path
 from typing import Any, TypeAlias
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import redis
 from redis.backoff import NoBackoff
@@ -17,7 +19,7 @@ from redis.commands.core import Script
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 from redis.retry import Retry
 
-from kvstore.config import check_redis_protocol
+from kvstore.config import PASSWORD_FILE, check_redis_protocol
 from kvstore.network.addresses import join_host_port
 
 RedisClient: TypeAlias = redis.Redis
@@ -44,8 +46,10 @@ def connect(url: str) -> RedisClient:
     A pooled connection that died since its last use is replaced and the call made once more; nothing else is retried.
     """
     check_redis_protocol(url)
+    url, password = _with_password(url)
     return redis.Redis.from_url(
         url,
+        **password,
         protocol=2,
         socket_connect_timeout=_CONNECT_TIMEOUT_S,
         socket_timeout=_CALL_TIMEOUT_S,
@@ -53,6 +57,25 @@ def connect(url: str) -> RedisClient:
         socket_read_size=_READ_BYTES,
         retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
     )
+
+
+def _with_password(url: str) -> tuple[str, dict[str, str]]:
+    """The URL without its password file, and what the file says."""
+    parts = urlsplit(url)
+    query = parse_qsl(parts.query, keep_blank_values=True)
+    paths = [value for key, value in query if key == PASSWORD_FILE]
+    if not paths:
+        return url, {}
+    left = urlencode([(key, value) for key, value in query if key != PASSWORD_FILE])
+    return urlunsplit(parts._replace(query=left)), {"password": read_password(paths[-1])}
+
+
+def read_password(path: str) -> str:
+    """What a password file holds, less a line's end. Raises ValueError with the path."""
+    try:
+        return Path(path).read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from router.model_files import GENERATION_CONFIG, ModelLimits
 from router.placement.policy import POLICIES
+from settings.docs import CHOICES
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
 
@@ -16,7 +17,7 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
 class RouterConfig:
     """How routers place and serve requests."""
 
-    policy: str = "cheapest"
+    policy: str = field(default="cheapest", metadata={CHOICES: tuple(POLICIES)})
     """How a request is placed: cheapest, by what is predicted to take the least time, or least_loaded."""
     window_tokens: int = 64
     """How far a worker may be ahead of the client that reads its stream."""

@@ -29,8 +29,11 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.01)
 
 
+_given_ports: set[int] = set()
+
+
 def free_port() -> int:
-    """A TCP port of the loopback interface that no process listens on.
+    """A TCP port of the loopback interface that no process listens on, a new one with each call.
 
     Below those that the kernel gives to outgoing connections, which would take it before the server does.
     """
@@ -38,7 +41,9 @@ def free_port() -> int:
         port = random.randrange(20_000, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            return port
+            if port not in _given_ports:
+                _given_ports.add(port)
+                return port
 
 
 def python_environment() -> dict[str, str]:

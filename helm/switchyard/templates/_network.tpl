@@ -1,0 +1,28 @@
+{{/* Parts of network policies. */}}
+
+{{- define "switchyard.peers" -}}
+- podSelector:
+    matchLabels:
+      {{- include "switchyard.selectorLabels" (dict "root" .root) | nindent 6 }}
+    matchExpressions:
+      - {key: app.kubernetes.io/component, operator: In, values: {{ toJson .components }}}
+{{- end -}}
+
+{{- define "switchyard.dnsEgress" -}}
+- ports: [{port: {{ int .Values.networkPolicy.dnsPort }}, protocol: UDP}, {port: {{ int .Values.networkPolicy.dnsPort }}, protocol: TCP}]
+{{- with .Values.networkPolicy.extraEgress }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{/* The ports of the servers that are configured; where they stand is not known here. */}}
+{{- define "switchyard.redisEgress" -}}
+{{- $kvstore := .Values.cluster.kvstore | default dict -}}
+{{- $ports := list (include "switchyard.redisPort" $kvstore.control) -}}
+{{- with $kvstore.tier -}}{{- $ports = append $ports (include "switchyard.redisPort" .) -}}{{- end -}}
+{{- if .Values.ray.gcsFaultTolerance.enabled -}}{{- $ports = append $ports (include "switchyard.redisPort" (include "switchyard.gcsAddress" .)) -}}{{- end -}}
+- ports:
+    {{- range uniq $ports }}
+    - {port: {{ . }}, protocol: TCP}
+    {{- end }}
+{{- end -}}
