@@ -41,7 +41,7 @@ class AutoscalingConfig:
     max_utilisation: float = 0.8
     """Most of a prefill worker's time that may be used: beyond it waits grow without warning."""
     down_margin: float = 0.8
-    """A pool shrinks only if the smaller pool would keep to this share of the objectives."""
+    """A pool shrinks only to a size at which the expected arrivals would be this share of what it can take."""
     recovery_s: float = 30.0
     """A queue of prompts should be worked off within this time."""
     up_delay_s: float = 20.0

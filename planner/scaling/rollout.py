@@ -342,11 +342,25 @@ class _Work:
         for pool in self._plan.targets:
             if not self._replacement_is_ready(pool):
                 continue
-            # Serve ends its own choice of the home pool, most likely the first of its order.
-            ready = sorted(self._serving(pool, (READY,)), key=lambda w: w.home_pool != pool)
-            for worker in ready[: max(0, self._excess(pool))]:
-                self._errands[worker.worker_id] = Errand()
-                self._actions.append(Drain(worker.worker_id))
+            while self._excess(pool) > 0 and self._retire_one(pool):
+                pass
+
+    def _retire_one(self, pool: str) -> bool:
+        """Drain the worker that Serve would end. If that one serves in another pool, one of this pool replaces it
+        there; False: none can be drained."""
+        serving = self._serving(pool, (READY,))
+        if not serving:
+            return False
+        free = [w for w in self._workers.values() if w.status == READY and w.worker_id not in self._errands]
+        at_home = [w for w in free if w.home_pool == pool]
+        home = pool if at_home else serving[0].home_pool
+        victim = next(w for w in free if w.home_pool == home)
+        self._errands[victim.worker_id] = Errand()
+        self._actions.append(Drain(victim.worker_id))
+        if victim.pool != pool:
+            self._errands[serving[-1].worker_id] = Errand(to_pool=victim.pool)
+            self._actions.append(Drain(serving[-1].worker_id))
+        return True
 
     def _replacement_is_ready(self, pool: str) -> bool:
         after = [other for s in self._plan.steps if s.kind == RETIRE and s.pool == pool for other in s.after]
