@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-MODES = ("advise", "act", "off")
+from settings.docs import CHOICES
+
+MODES = ("off", "advise", "act")
 POLICIES = ("slo", "queue_depth", "fixed")
 
 
@@ -18,9 +20,10 @@ def _require(holds: bool, name: str, message: str) -> None:
 class AutoscalingConfig:
     """How many workers each pool should have, and who acts on it."""
 
-    mode: str = "advise"
-    """advise: plans are logged and exported, and nothing is changed. act: they are carried out. off: none are made."""
-    policy: str = "slo"
+    mode: str = field(default="off", metadata={CHOICES: MODES})
+    """off: no plans are made. advise: plans are recorded and exported, and nothing is changed. act: they are carried
+    out. The Helm chart sets advise."""
+    policy: str = field(default="slo", metadata={CHOICES: POLICIES})
     """slo: the fewest GPUs for which the objectives below hold. queue_depth: requests per worker, as HPA and KEDA do.
     fixed: the pools' `replicas`."""
     interval_s: float = 10.0
