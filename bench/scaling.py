@@ -24,7 +24,8 @@ from pathlib import Path
 
 from bench.dynamo_law import DynamoLaw
 from bench.rows import ROOT, Measurement, append_rows
-from planner.fleet_simulation import FleetPool, FleetResult, simulate
+from planner.fleet.parts import FleetPool, FleetResult
+from planner.fleet.simulation import simulate
 from planner.scaling.config import AutoscalingConfig
 from planner.scaling.observation import PoolObservation, StepSample
 from planner.scaling.policies.policy import Learned

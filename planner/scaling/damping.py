@@ -16,6 +16,7 @@ from planner.scaling.observation import PoolObservation
 from planner.scaling.policies.policy import Learned, Want
 
 _MOST_DOUBLINGS = 2
+_PAUSE_INTERVALS = 3  # decisions further apart than this many intervals leave a gap
 _REVERSAL_WINDOWS = 4  # growth this many down windows after a shrink, or sooner, reverses it
 
 
@@ -76,9 +77,11 @@ def shrink_step(current: int, config: AutoscalingConfig) -> int:
 def remember(
     memory: PoolMemory, want: Want, pool: PoolObservation, config: AutoscalingConfig, now_s: float
 ) -> PoolMemory:
-    """With one more want, and without those that no window needs."""
+    """With one more want, and without those that no window needs. After a pause (a hold, a restart) nothing is known of
+    the time between, and the windows begin anew."""
     longest_s = max(down_window_s(pool, memory, config), config.up_delay_s, config.flip_delay_s)
-    samples = [*memory.recent, Wanted(now_s, want.least, want.enough)]
+    paused = bool(memory.recent) and now_s - memory.recent[-1].at_s > _PAUSE_INTERVALS * config.interval_s
+    samples = [*(() if paused else memory.recent), Wanted(now_s, want.least, want.enough)]
     while len(samples) > 1 and samples[1].at_s <= now_s - longest_s:
         samples.pop(0)
     return dataclasses.replace(memory, recent=tuple(samples))

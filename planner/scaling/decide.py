@@ -135,7 +135,7 @@ def _bounded(pool: PoolObservation, want: Want, damped: Damped, minimum: int, nu
     if target == current and not want.least <= current <= want.enough:
         binding = "damping"
     most = max(minimum, pool.max_workers)
-    if num_missing and target > current:
+    if num_missing and target >= current:
         target, binding = current, "not_reached"
         reason = f"{num_missing} workers are not to be had; no more are asked for ({reason})"
     if target > most or (target == most and want.least > most):
@@ -156,7 +156,7 @@ def _bounded(pool: PoolObservation, want: Want, damped: Damped, minimum: int, nu
         minimum=minimum,
         gpus_per_worker=pool.gpus_per_worker,
     )
-    return _Verdict(move, binding, reason, want.terms, num_missing)
+    return _Verdict(move, binding, reason, want.terms, max(0, num_missing - (current - target)))
 
 
 def _stay(pool: PoolObservation, target: int, binding: str, reason: str) -> _Verdict:

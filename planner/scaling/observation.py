@@ -142,7 +142,7 @@ _DEMAND = ("arrivals_per_s", "num_waiting", "num_running", "num_queued_tokens", 
 # Means over requests: without requests there is nothing to average, and NaN is no fault.
 _PER_REQUEST = (
     *("uncached_tokens_mean", "uncached_tokens_square_mean", "context_tokens_mean", "output_tokens_mean"),
-    *("interarrival_cv2", "queue_imbalance", "handoff_s"),
+    *("interarrival_cv2", "queue_imbalance", "handoff_s", "kv_bytes_per_token", "link_bytes_per_s"),
 )
 
 

@@ -91,12 +91,3 @@ class Explanation:
     """The budget."""
     pools: tuple[PoolExplanation, ...]
     """In the observation's order."""
-
-    def lines(self) -> list[str]:
-        """For people: one line for the plan, one for each pool."""
-        head = f"plan {self.plan_id} ({self.policy}, {self.mode}): {self.num_gpus} -> {self.target_gpus} GPUs"
-        return [f"{head} of {self.max_gpus}"] + [
-            f"{pool.pool}: {pool.num_workers} -> {pool.target} workers; {pool.binding}: {pool.reason}"
-            + (f"; {pool.num_missing} missing" if pool.num_missing else "")
-            for pool in self.pools
-        ]
