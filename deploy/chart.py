@@ -30,8 +30,6 @@ def schema() -> dict[str, Any]:
     made: dict[str, Any] = yaml.safe_load(BASE.read_text())
     cluster = json.loads(json.dumps(json_schema(ClusterConfig)).replace("#/$defs/", "#/definitions/"))
     made["definitions"] |= cluster.pop("$defs")
-    # Until the planner's branch is part of the configuration, the chart prints it unchecked.
-    cluster["properties"].setdefault("autoscaling", {"type": "object", "description": "What the autoscaler does."})
     made["properties"]["cluster"] = {**cluster, "description": _CLUSTER}
     return made
 

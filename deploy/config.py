@@ -19,6 +19,7 @@ from deploy.errors import ConfigError
 from deploy.ports import clash, wanted_ports
 from kvstore.config import KVStoreConfig
 from kvstore.network.addresses import is_ipv6
+from planner.scaling.config import AutoscalingConfig
 from router.config import RouterConfig
 from router.model_files import GENERATION_CONFIG
 from settings import loading
@@ -211,6 +212,8 @@ class ClusterConfig:
     """Workers, by the names of their pools. By default one prefill and one decode worker."""
     kvstore: KVStoreConfig = field(default_factory=KVStoreConfig)
     """KV blocks and their tiers."""
+    autoscaling: AutoscalingConfig = field(default_factory=AutoscalingConfig)
+    """How many workers the pools have, between min_replicas and max_replicas."""
     ray: RayConfig = field(default_factory=RayConfig)
     """The Ray cluster below."""
 
@@ -235,6 +238,10 @@ class ClusterConfig:
         for name, pool in self.pools.items():
             is_one = pool.tp * pool.pp == 1
             _require(is_one or self.engine.runner != "fake", f"pools.{name}", "engine.runner=fake takes tp=1 and pp=1")
+        budget = self.autoscaling.max_gpus
+        least = sum((pool.min_replicas or pool.replicas) * pool.tp * pool.pp for pool in self.pools.values())
+        enough = f"must be 0 or at least {least}, which the pools need at their smallest, not {budget}"
+        _require(budget == 0 or budget >= least, "autoscaling.max_gpus", enough)
         problem = clash(wanted_ports(self.endpoints, self.ray))
         if problem:
             raise ValueError(problem)

@@ -6,10 +6,14 @@ Reads the public formats (Azure LLM inference CSV, Mooncake JSON lines) and make
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import TextIO
 
 
 class TraceError(Exception):
@@ -33,13 +37,22 @@ _OUTPUT = ("out_tokens", "num_decode_tokens", "GeneratedTokens")
 
 
 def load_trace(path: Path) -> list[TraceRequest]:
-    """Read a .csv or .jsonl trace, in order of arrival. Raises TraceError naming the file and the line."""
+    """Read a .csv or .jsonl trace, compressed if its name ends in .gz, in order of arrival.
+
+    Raises TraceError naming the file and the line.
+    """
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = _csv_rows(file) if path.suffix == ".csv" else _jsonl_rows(file)
+        with _open(path) as file:
+            rows = _csv_rows(file) if ".csv" in path.suffixes else _jsonl_rows(file)
             return sorted(_numbered(rows, path), key=lambda r: r.arrival_s)
-    except OSError as error:
-        raise TraceError(f"{path}: {error.strerror}") from None
+    except (OSError, EOFError) as error:
+        raise TraceError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _open(path: Path) -> TextIO:
+    if path.suffix == ".gz":
+        return io.TextIOWrapper(gzip.GzipFile(path), encoding="utf-8", newline="")
+    return path.open(encoding="utf-8", newline="")
 
 
 def _numbered(rows: Iterator[TraceRequest], path: Path) -> Iterator[TraceRequest]:
@@ -56,10 +69,17 @@ def _numbered(rows: Iterator[TraceRequest], path: Path) -> Iterator[TraceRequest
 
 
 def _csv_rows(file: Iterator[str]) -> Iterator[TraceRequest]:
+    start: datetime | None = None
     for row in csv.DictReader(file):
-        yield TraceRequest(
-            float(_first(row, _ARRIVAL)), int(float(_first(row, _PROMPT))), int(float(_first(row, _OUTPUT)))
-        )
+        said = _first(row, _ARRIVAL)
+        if "-" in said:  # a date and a time, with seven digits of a second: the first request arrives at 0
+            whole, _, fraction = said.partition(".")
+            moment = datetime.fromisoformat(whole)
+            start = start or moment
+            arrival_s = (moment - start).total_seconds() + float(f"0.{fraction or 0}")
+        else:
+            arrival_s = float(said)
+        yield TraceRequest(arrival_s, int(float(_first(row, _PROMPT))), int(float(_first(row, _OUTPUT))))
 
 
 def _first(row: dict[str, str], names: tuple[str, ...]) -> str:

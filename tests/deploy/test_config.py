@@ -37,6 +37,7 @@ def test_defaults_are_the_laptops_cluster() -> None:
     assert made.kvstore.control == "memory://"
     assert made.kvstore.tier == ""
     assert made.ray.address == ""
+    assert made.autoscaling.mode == "off"
 
 
 def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
@@ -98,6 +99,17 @@ def test_the_laptop_example_says_what_the_defaults_are() -> None:
         ("endpoints: {grpc_port: 70000}", "endpoints.grpc_port: must be 0 or a port number"),
         ("endpoints: {grpc_port: 7999, routers: 2}", "http_port: port 8000 is one of endpoints.grpc_port"),
         ("ray: {metrics_export_port: 12000}", "ray.metrics_export_port: must lie outside 10002-19999"),
+        ("autoscaling: {mode: on-call}", "autoscaling.mode: must be one of off, advise, act, not 'on-call'"),
+        ("autoscaling: {policy: hpa}", "autoscaling.policy: must be one of slo, queue_depth, fixed, not 'hpa'"),
+        ("autoscaling: {slo_ttft_ms: 0}", "autoscaling.slo_ttft_ms: must be positive, not 0"),
+        ("autoscaling: {slo_ttft_quantile: 1}", "autoscaling.slo_ttft_quantile: must be in [0.5, 1), not 1"),
+        ("autoscaling: {max_utilisation: 1}", "autoscaling.max_utilisation: must be in (0, 1), not 1"),
+        ("autoscaling: {down_margin: .nan}", "autoscaling.down_margin: must be in (0, 1], not nan"),
+        ("autoscaling: {up_delay: 5}", "autoscaling.up_delay: unknown key (did you mean up_delay_s?)"),
+        (
+            "autoscaling: {max_gpus: 3}\npools: {m: {role: mixed, tp: 2, replicas: 2}}",
+            "autoscaling.max_gpus: must be 0 or at least 4, which the pools need at their smallest, not 3",
+        ),
         ("[1]", "must hold keys and values, not a list"),
         ("a: b: c", "not YAML"),
         ("router: {drain_s: 5}\nendpoints: {}\nrouter: {window_tokens: 9}", ":3: not YAML (router is given twice)"),

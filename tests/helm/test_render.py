@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from deploy import config
-from deploy.config import ClusterConfig
 from tests.helm.rendering import (
     CHART,
     PROFILES,
@@ -107,8 +106,6 @@ def test_check_27_what_cannot_be_upgraded_is_as_released(profile: str) -> None:
 @each_profile
 def test_the_configuration_of_the_pods_loads(profile: str) -> None:
     raw = cluster_yaml(objects(profile))
-    if "autoscaling" not in ClusterConfig.__dataclass_fields__:
-        raw.pop("autoscaling")  # comes with the planner
     read = config.parse(raw)
     assert read.name
     assert read.endpoints.grpc_host == read.endpoints.http_host == "0.0.0.0"

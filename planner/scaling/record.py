@@ -1,0 +1,170 @@
+"""Decisions as JSON lines, and making them again: the same observations must give the same plans.
+
+A line is a start (the configuration, and the state that the next decision begins with) or a decision (an observation,
+and what was decided). Each start of an autoscaler writes a start line, and so does each new file. A file begun by a
+newer version is refused by the name of the unknown key. The only module of planner.scaling that touches files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from planner.scaling.config import AutoscalingConfig
+from planner.scaling.decide import ScalingState, decide
+from planner.scaling.observation import Observation
+from planner.scaling.plan import Explanation, Plan
+from planner.scaling.rollout import RolloutState
+from settings.loading import SettingsError, build
+
+T = TypeVar("T")
+
+
+class RecordError(Exception):
+    """A line that cannot be read; the message has its number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What the next decision begins with."""
+
+    config: AutoscalingConfig
+    state: ScalingState
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionRecord:
+    """One decision."""
+
+    now_s: float
+    """Unix time."""
+    observation: Observation
+    plan: Plan
+    explanation: Explanation
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """All that an autoscaler keeps over a restart: written with to_line, read with saved_from_line."""
+
+    scaling: ScalingState = field(default_factory=ScalingState)
+    rollout: RolloutState = field(default_factory=RolloutState)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A decision that comes out differently."""
+
+    line: int
+    recorded: Plan
+    replayed: Plan
+
+
+# ---- writing
+
+
+def to_line(value: Start | DecisionRecord | Saved) -> str:
+    """One line of JSON without its end. NaN is written as NaN: a record has what was observed."""
+    return json.dumps({_KINDS[type(value)]: dataclasses.asdict(value)}, separators=(",", ":"))
+
+
+class DecisionLog:
+    """Appends decisions to a file. A full one is renamed to NAME.1, in place of an older one, and a new one begun."""
+
+    def __init__(self, path: Path, start: Start, max_bytes: int = 64 * 2**20) -> None:
+        self._path, self._config, self._max_bytes = path, start.config, max_bytes
+        self._append(to_line(start))
+
+    def write(self, record: DecisionRecord, state: ScalingState) -> None:
+        """Append one decision. state: what it left to the next one."""
+        self._append(to_line(record))
+        if self._path.stat().st_size >= self._max_bytes:
+            self._path.replace(self._path.with_name(self._path.name + ".1"))
+            self._append(to_line(Start(self._config, state)))
+
+    def _append(self, line: str) -> None:
+        with self._path.open("a+b") as file:
+            end = file.seek(0, 2)
+            file.seek(max(0, end - 1))
+            torn = end > 0 and file.read(1) != b"\n"  # the writer died within a line
+            file.write(b"\n" * torn + line.encode() + b"\n")
+
+
+# ---- reading
+
+
+def saved_from_line(line: str) -> Saved:
+    """What to_line wrote. Raises RecordError."""
+    read = _read(line, 1)
+    if not isinstance(read, Saved):
+        raise RecordError("line 1: no saved state")
+    return read
+
+
+def decisions(lines: Iterable[str]) -> Iterator[DecisionRecord]:
+    """The decisions of a file, oldest first. Raises RecordError."""
+    return (read for _, read in _entries(lines) if isinstance(read, DecisionRecord))
+
+
+def replay(lines: Iterable[str]) -> Iterator[Difference]:
+    """Make the decisions of a file again; yields those whose plans differ. Raises RecordError."""
+    start, state = None, ScalingState()
+    for number, read in _entries(lines):
+        if isinstance(read, Start):
+            start, state = read, read.state
+        elif isinstance(read, DecisionRecord):
+            if start is None:
+                raise RecordError(f"line {number}: a decision before the start that says with which configuration")
+            plan, state, _ = decide(read.observation, state, read.now_s, start.config)
+            if plan != read.plan:
+                yield Difference(number, read.plan, plan)
+
+
+def _entries(lines: Iterable[str]) -> Iterator[tuple[int, Start | DecisionRecord | Saved]]:
+    """Every line with its number. The last line before a start or before the end may be torn, and is left out."""
+    torn: RecordError | None = None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            read = _read(line, number)
+        except _NotJson as error:
+            torn = torn or error
+            continue
+        if torn is not None and not isinstance(read, Start):
+            raise torn
+        torn = None
+        yield number, read
+
+
+class _NotJson(RecordError):
+    """Perhaps a line that was not written to its end."""
+
+
+_KINDS: dict[type, str] = {Start: "start", DecisionRecord: "decision", Saved: "saved"}
+
+
+def _read(line: str, number: int) -> Start | DecisionRecord | Saved:
+    try:
+        raw: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise _NotJson(f"line {number}: not JSON ({error.msg})") from None
+    match raw:
+        case {"start": dict(content)}:
+            return _build(Start, content, number)
+        case {"decision": dict(content)}:
+            return _build(DecisionRecord, content, number)
+        case {"saved": dict(content)}:
+            return _build(Saved, content, number)
+    raise RecordError(f"line {number}: neither a start nor a decision")
+
+
+def _build(expected: type[T], raw: dict[str, Any], number: int) -> T:
+    try:
+        return build(expected, raw, f"line {number}")
+    except SettingsError as error:
+        raise RecordError(str(error)) from None

@@ -1,0 +1,373 @@
+"""Carries a plan out, action by action: the plan and what is seen of workers -> what to do next.
+
+A worker that changes its pool (a flip) leaves the routers' tables, drains, takes the new role under a new epoch and is
+announced; its weights and cache stay. One that retires drains before Ray Serve is asked for one less. Growth waits
+until the budget has room for it, with draining workers counted; a pool that another one replaces waits until that one
+is ready. Everything is derived from what is seen, so an action that got lost is sent again, and an autoscaler that
+starts anew finishes or undoes what it finds half done. Pure: knows nothing of Serve, leases or clocks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from planner.scaling.plan import FLIP, RETIRE, Plan
+
+STARTING, READY, DRAINING, DRAINED, SWITCHED = "starting", "ready", "draining", "drained", "switched"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerProgress:
+    """One worker as it is seen now."""
+
+    worker_id: str
+    home_pool: str
+    """The pool that it was started in: the Serve deployment that counts it."""
+    pool: str
+    """The pool that it serves in now, or will when it is ready or announced."""
+    status: str
+    """starting; ready: takes requests; draining: takes none, and some still run; drained: none runs; switched: has a
+    new role, and routers do not know it yet."""
+    epoch: int = 0
+    """Of its lease: grows with each change of role."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """The cluster as it is seen now."""
+
+    workers: tuple[WorkerProgress, ...]
+    """In the order in which Serve would end them: starting ones first, then the newest."""
+    replicas: dict[str, int]
+    """What Serve was asked for, by home pool."""
+
+
+@dataclass(frozen=True, slots=True)
+class SetReplicas:
+    """Ask Serve for this many workers of a home pool."""
+
+    pool: str
+    num_replicas: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Take the worker off the routers' tables; its requests run to their end, or are moved at the drain's timeout."""
+
+    worker_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchRole:
+    """Give a drained worker its new role, under a new epoch."""
+
+    worker_id: str
+    to_pool: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Announce:
+    """Let routers send requests to a worker: one with a new role, or one that drained and is needed after all."""
+
+    worker_id: str
+    epoch: int
+
+
+Action = SetReplicas | Drain | SwitchRole | Announce
+
+
+@dataclass(frozen=True, slots=True)
+class Errand:
+    """What is being done with one worker."""
+
+    to_pool: str = ""
+    """Of a flip; empty: the worker retires."""
+    released: bool = False
+    """Serve was asked for one less: the worker is about to end."""
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutState:
+    """What is under way. Serialisable; a lost one is derived again from what is seen."""
+
+    plan: Plan | None = None
+    errands: dict[str, Errand] = field(default_factory=dict)
+    replicas: dict[str, int] = field(default_factory=dict)
+    """What Serve should have been asked for, by home pool."""
+
+
+def adopt(state: RolloutState, plan: Plan) -> RolloutState:
+    """Follow this plan from now on. What the last one began is finished or undone, as this one needs it."""
+    return dataclasses.replace(state, plan=plan)
+
+
+def advance(state: RolloutState, progress: Progress) -> tuple[RolloutState, tuple[Action, ...]]:
+    """The next actions; none when the plan is carried out or something must be waited for."""
+    if state.plan is None:
+        return state, ()
+    work = _Work(state, state.plan, progress)
+    work.notice_who_leaves()
+    work.undo()
+    work.adopt_orphans()
+    work.follow_errands()
+    work.flip()
+    work.cancel_starting()
+    work.retire()
+    work.grow()
+    return work.outcome()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerCounts:
+    """The counts of a PoolObservation."""
+
+    num_ready: int = 0
+    num_starting: int = 0
+    num_flipping_in: int = 0
+    num_draining: int = 0
+
+
+def count_workers(state: RolloutState, progress: Progress) -> dict[str, WorkerCounts]:
+    """What an observation says of each pool while a plan is under way. Workers that Serve was asked for and that do not
+    exist yet are starting."""
+    pools = {w.pool for w in progress.workers} | set(progress.replicas) | set(state.plan.targets if state.plan else ())
+    counted = {pool: [0, 0, 0, 0] for pool in pools}
+    for worker in progress.workers:
+        errand = state.errands.get(worker.worker_id)
+        flips = errand is not None and bool(errand.to_pool) and worker.pool != errand.to_pool
+        if errand is not None and flips:
+            counted.setdefault(errand.to_pool, [0, 0, 0, 0])[2] += 1
+        elif worker.status == SWITCHED:
+            counted[worker.pool][2] += 1
+        elif worker.status in (DRAINING, DRAINED) or (errand is not None and not errand.to_pool):
+            counted[worker.pool][3] += 1
+        else:
+            counted[worker.pool][0 if worker.status == READY else 1] += 1
+    for pool, replicas in (progress.replicas | state.replicas).items():
+        counted[pool][1] += max(0, replicas - sum(w.home_pool == pool for w in progress.workers))
+    return {pool: WorkerCounts(*counts) for pool, counts in counted.items()}
+
+
+def is_carried_out(state: RolloutState, progress: Progress) -> bool:
+    """Every pool has as many ready workers as the plan says, and nothing is under way."""
+    if state.plan is None or state.errands:
+        return state.plan is None
+    ready = [worker.pool for worker in progress.workers if worker.status == READY]
+    quiet = len(ready) == len(progress.workers)
+    return quiet and all(ready.count(pool) == count for pool, count in state.plan.targets.items())
+
+
+class _Work:
+    """One call of advance."""
+
+    def __init__(self, state: RolloutState, plan: Plan, progress: Progress) -> None:
+        self._plan, self._progress = plan, progress
+        self._workers = {worker.worker_id: worker for worker in progress.workers}
+        self._errands = {name: errand for name, errand in state.errands.items() if name in self._workers}
+        self._replicas = progress.replicas | state.replicas
+        self._actions: list[Action] = []
+
+    def outcome(self) -> tuple[RolloutState, tuple[Action, ...]]:
+        """The state and the actions. What Serve was asked for is said again when it says otherwise: a redeployment sets
+        it back to the configuration's count."""
+        changed = [
+            SetReplicas(pool, count)
+            for pool, count in sorted(self._replicas.items())
+            if self._progress.replicas.get(pool) != count
+        ]
+        return RolloutState(self._plan, self._errands, self._replicas), (*self._actions, *changed)
+
+    # ---- counts
+
+    def _serving(self, pool: str, status: tuple[str, ...] = (STARTING, READY)) -> list[WorkerProgress]:
+        """Its workers with no errand, in Serve's order."""
+        workers = self._workers.values()
+        return [w for w in workers if w.pool == pool and w.status in status and w.worker_id not in self._errands]
+
+    def _asked(self, pool: str) -> int:
+        """Workers of a home pool that Serve was asked for and that do not exist yet; they will serve in it."""
+        existing = sum(
+            1
+            for w in self._workers.values()
+            if w.home_pool == pool and not self._errands.get(w.worker_id, Errand()).released
+        )
+        return max(0, self._replicas.get(pool, 0) - existing)
+
+    def _have(self, pool: str) -> int:
+        """Workers that serve in a pool, or will, when all errands are done."""
+        incoming = sum(1 for errand in self._errands.values() if errand.to_pool == pool)
+        return len(self._serving(pool)) + self._asked(pool) + incoming
+
+    def _excess(self, pool: str) -> int:
+        """More than the target; negative: fewer. A pool that the plan does not know keeps what it has."""
+        have = self._have(pool)
+        return have - self._plan.targets.get(pool, have)
+
+    def _gpus(self) -> int:
+        """Held or asked for: every worker that exists, and those that Serve will add."""
+        gpus = self._plan.gpus_per_worker
+        held = sum(gpus.get(w.home_pool, 0) for w in self._workers.values())
+        return held + sum(gpus.get(pool, 0) * self._asked(pool) for pool in self._replicas)
+
+    # ---- errands
+
+    def notice_who_leaves(self) -> None:
+        """Serve ends as many workers of a home pool as exist beyond its replicas, by its own choice. Those are leaving;
+        one that was to leave and lives on, since Serve chose another, is taken care of as an orphan."""
+        for home, count in self._replicas.items():
+            existing = [w.worker_id for w in self._workers.values() if w.home_pool == home]
+            released = [name for name in existing if name in self._errands and self._errands[name].released]
+            leaving = max(0, len(existing) - count)
+            for name in released[leaving:]:
+                del self._errands[name]
+            others = [name for name in existing if name not in released]
+            for name in others[: max(0, leaving - len(released))]:
+                self._errands[name] = Errand(released=True)
+
+    def undo(self) -> None:
+        """Bring back workers that the plan needs where they were."""
+        for worker_id, errand in list(self._errands.items()):
+            worker = self._workers[worker_id]
+            undoable = not errand.released and worker.status in (READY, DRAINING, DRAINED)
+            useless = not errand.to_pool or self._excess(errand.to_pool) > 0
+            if undoable and useless and worker.pool != errand.to_pool and self._excess(worker.pool) < 0:
+                del self._errands[worker_id]
+                if worker.status != READY:
+                    self._serve_again(worker)
+
+    def adopt_orphans(self) -> None:
+        """Workers that somebody began to flip or to retire, of which nothing is remembered."""
+        for worker in list(self._workers.values()):
+            if worker.worker_id in self._errands or worker.status not in (DRAINING, DRAINED, SWITCHED):
+                continue
+            if worker.status == SWITCHED:
+                self._errands[worker.worker_id] = Errand(to_pool=worker.pool)
+                continue
+            # It is not counted where it served. Needed there: it serves again. Else it flips, or retires.
+            to_pool = next((to for to in self._takers(worker.pool) if self._excess(to) < 0), "")
+            if self._excess(worker.pool) < 0 and not to_pool:
+                self._serve_again(worker)
+            else:
+                self._errands[worker.worker_id] = Errand(to_pool=to_pool)
+
+    def _serve_again(self, worker: WorkerProgress) -> None:
+        self._actions.append(Announce(worker.worker_id, worker.epoch + 1))
+        self._workers[worker.worker_id] = dataclasses.replace(worker, status=READY)
+
+    def follow_errands(self) -> None:
+        """The next action for each worker under way."""
+        for worker_id, errand in list(self._errands.items()):
+            worker = self._workers[worker_id]
+            if errand.to_pool:
+                self._follow_flip(worker, errand)
+            elif worker.status == READY and not errand.released:
+                self._actions.append(Drain(worker_id))
+        for home in self._replicas:
+            self._release_drained(home)
+
+    def _release_drained(self, home: str) -> None:
+        """Serve is asked for fewer workers only while the ones that it ends first are drained. Workers that serve in
+        another pool are passed over: should Serve end one, its streams go on elsewhere, as after any failure."""
+        order = [
+            w
+            for w in self._workers.values()
+            if w.home_pool == home and (self._retires(w) or (w.pool == home and w.worker_id not in self._errands))
+        ]
+        drained = [w for w in order if self._retires(w) and w.status == DRAINED]
+        for worker in order:
+            if not drained:
+                return
+            if worker in drained:
+                drained.remove(worker)
+            elif self._retires(worker):
+                return
+            else:  # it started later, and Serve would end it first: it changes places with one that drained
+                last = drained.pop()
+                del self._errands[last.worker_id]
+                self._serve_again(last)
+                if worker.status == READY:
+                    self._errands[worker.worker_id] = Errand()
+                    self._actions.append(Drain(worker.worker_id))
+                    return
+            self._replicas[home] -= 1
+            self._errands[worker.worker_id] = Errand(released=True)
+
+    def _retires(self, worker: WorkerProgress) -> bool:
+        """Drains to end, and Serve does not know."""
+        errand = self._errands.get(worker.worker_id)
+        return errand is not None and not errand.to_pool and not errand.released
+
+    def _follow_flip(self, worker: WorkerProgress, errand: Errand) -> None:
+        match worker.status:
+            case "ready" if worker.pool == errand.to_pool:
+                del self._errands[worker.worker_id]
+            case "ready":
+                self._actions.append(Drain(worker.worker_id))
+            case "drained":
+                self._actions.append(SwitchRole(worker.worker_id, errand.to_pool, worker.epoch + 1))
+            case "switched":
+                self._actions.append(Announce(worker.worker_id, worker.epoch))
+
+    def _takers(self, pool: str) -> Sequence[str]:
+        """Pools that the plan flips workers of this pool to."""
+        return [step.to_pool for step in self._plan.steps if step.kind == FLIP and step.pool == pool]
+
+    # ---- the plan
+
+    def flip(self) -> None:
+        """Begin flips: workers that return home first."""
+        for pool in self._plan.targets:
+            for to_pool in self._takers(pool):
+                count = min(self._excess(pool), -self._excess(to_pool))
+                ready = sorted(self._serving(pool, (READY,)), key=lambda w: w.home_pool != to_pool)
+                for worker in ready[: max(0, count)]:
+                    self._errands[worker.worker_id] = Errand(to_pool=to_pool)
+                    self._actions.append(Drain(worker.worker_id))
+
+    def cancel_starting(self) -> None:
+        """Workers that nobody waits for any more go first: they serve nobody."""
+        for pool in self._plan.targets:
+            starting = self._asked(pool) + sum(w.home_pool == pool for w in self._serving(pool, (STARTING,)))
+            cancelled = min(max(0, self._excess(pool)), starting)
+            existing = max(0, cancelled - self._asked(pool))
+            self._replicas[pool] = self._replicas.get(pool, 0) - cancelled
+            for worker in [w for w in self._serving(pool, (STARTING,)) if w.home_pool == pool][:existing]:
+                self._errands[worker.worker_id] = Errand(released=True)
+
+    def retire(self) -> None:
+        """Begin to drain what is too much, but a pool that is replaced waits for its replacement."""
+        for pool in self._plan.targets:
+            if not self._replacement_is_ready(pool):
+                continue
+            while self._excess(pool) > 0 and self._retire_one(pool):
+                pass
+
+    def _retire_one(self, pool: str) -> bool:
+        """Drain the worker that Serve would end. If that one serves in another pool, one of this pool replaces it
+        there; False: none can be drained."""
+        serving = self._serving(pool, (READY,))
+        if not serving:
+            return False
+        free = [w for w in self._workers.values() if w.status == READY and w.worker_id not in self._errands]
+        at_home = [w for w in free if w.home_pool == pool]
+        home = pool if at_home else serving[0].home_pool
+        victim = next(w for w in free if w.home_pool == home)
+        self._errands[victim.worker_id] = Errand()
+        self._actions.append(Drain(victim.worker_id))
+        if victim.pool != pool:
+            self._errands[serving[-1].worker_id] = Errand(to_pool=victim.pool)
+            self._actions.append(Drain(serving[-1].worker_id))
+        return True
+
+    def _replacement_is_ready(self, pool: str) -> bool:
+        after = [other for s in self._plan.steps if s.kind == RETIRE and s.pool == pool for other in s.after]
+        return all(len(self._serving(other, (READY,))) >= self._plan.targets.get(other, 0) for other in after)
+
+    def grow(self) -> None:
+        """Ask Serve for more, as far as the budget has room now: what drains still holds its GPUs."""
+        for pool, gpus in sorted(self._plan.gpus_per_worker.items()):
+            while self._excess(pool) < 0 and self._gpus() + gpus <= self._plan.max_gpus:
+                self._replicas[pool] = self._replicas.get(pool, 0) + 1
