@@ -25,6 +25,15 @@ Spec = dict[str, Any]
 # As KubeRay 1.7 sets them (ray-operator/controllers/ray/common/pod.go).
 _OPERATORS = {"RAY_TIMEOUT_MS_TASK_WAIT_FOR_DEATH_INFO": "0", "RAY_gcs_server_request_timeout_seconds": "5"}
 
+# As the kubelet's gRPC probe.
+_ASK_HEALTH = """
+import sys, grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+stub = health_pb2_grpc.HealthStub(grpc.insecure_channel(f"127.0.0.1:{sys.argv[1]}"))
+status = stub.Check(health_pb2.HealthCheckRequest(), timeout=3).status
+sys.exit(status != health_pb2.HealthCheckResponse.SERVING)
+"""
+
 
 class Pod:
     """One pod's container on a host."""
@@ -73,7 +82,7 @@ class Pod:
         if "httpGet" in probe:
             port = {p["name"]: p["containerPort"] for p in self.container["ports"]}[probe["httpGet"]["port"]]
             return self.run(["curl", "-sf", f"http://127.0.0.1:{port}{probe['httpGet']['path']}"]).returncode == 0
-        raise NotImplementedError(f"a probe of another kind: {probe}")
+        return self.run([sys.executable, "-c", _ASK_HEALTH, str(probe["grpc"]["port"])]).returncode == 0
 
     def kill(self) -> None:
         """SIGKILL to all of its processes, as when its node is lost."""
@@ -106,6 +115,7 @@ class Pod:
                 f"mount -t overlay -o lowerdir={lower},upperdir={upper}/upper,workdir={upper}/work none {lower}"
             )
         lines.append("cp /etc/hosts /etc/hosts.made && mv /etc/hosts.made /etc/hosts")
+        lines.append("echo nameserver 127.0.0.1 > /etc/resolv.made && mv /etc/resolv.made /etc/resolv.conf")  # refuses
         lines += [f"echo {address} {name} >> /etc/hosts" for name, address in services.items()]
         by_name = {volume["name"]: volume for volume in spec["volumes"]}
         for mount in self.container["volumeMounts"]:

