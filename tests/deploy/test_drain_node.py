@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from deploy.config import ROOT, child_environment, prepare_ray_environment
+from tests.processes import free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 _ON_NODE = """
@@ -36,7 +37,8 @@ def two_nodes() -> Iterator[Any]:
     from ray import serve
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True})
+    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": free_port()}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         for name in ("one", "two"):
             cluster.add_node(num_cpus=1, resources={name: 1})

@@ -42,6 +42,9 @@ async def until(condition: Callable[[], bool], what: str) -> None:
         await asyncio.sleep(0.005)
 
 
+WEIGHTS = "digest-of-weights"
+
+
 class Cluster:
     """One router and its workers."""
 
@@ -52,6 +55,7 @@ class Cluster:
         journal: StreamJournal | None,
         clock: Callable[[], float],
         generation_config: str,
+        weights: str,
     ) -> None:
         self.directory = MemoryDirectory(clock)
         self.workers: list[FakeWorker] = []
@@ -64,6 +68,7 @@ class Cluster:
             http_port=0,
             generation_config=generation_config,
             config=config,
+            weights=weights,
         )
         self.router = Router(self.spec, journal)
         self.grpc_address = ""
@@ -120,9 +125,10 @@ async def running_cluster(
     journal: StreamJournal | None = None,
     clock: Callable[[], float] = time.monotonic,
     generation_config: str = "auto",
+    weights: str = WEIGHTS,
 ) -> AsyncIterator[Cluster]:
     """A started router with these workers; afterwards its books must balance. clock: of the directory."""
-    cluster = Cluster(model_dir, config, journal, clock, generation_config)
+    cluster = Cluster(model_dir, config, journal, clock, generation_config, weights)
     addresses = await cluster.router.start(lambda: cluster.directory)
     cluster.grpc_address = addresses.grpc_address
     cluster.http_url = f"http://{addresses.http_address}"

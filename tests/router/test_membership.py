@@ -11,7 +11,7 @@ import pytest
 
 from checkpoint.identity import ServedModel, tokenizer_digest
 from kvstore.control.directory import DirectoryUnavailable, LeasedWorker, WorkerRecord
-from tests.router.conftest import MODEL, Cluster, running_cluster, until
+from tests.router.conftest import MODEL, WEIGHTS, Cluster, running_cluster, until
 from tests.router.fake_worker import FakeWorker, expected_tokens
 from tests.router.test_grpc_api import PROMPT, collect, request
 
@@ -84,7 +84,7 @@ async def test_strangers_are_not_used(model_dir: Path, how: str, monkeypatch: py
 async def test_a_worker_that_serves_something_else_is_named_and_not_used(model_dir: Path, field: str) -> None:
     stranger, good = FakeWorker("a", "mixed"), FakeWorker("b", "mixed")
     async with running_cluster(model_dir) as cluster:
-        ours = ServedModel("", MODEL, "", tokenizer_digest(model_dir))
+        ours = ServedModel("", MODEL, WEIGHTS, tokenizer_digest(model_dir))
         stranger.served = dataclasses.replace(ours, **{field: "another"}).message()
         await stranger.start()
         cluster.workers.append(stranger)
