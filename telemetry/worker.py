@@ -45,6 +45,14 @@ ENGINE = (
         "num_dropped_write_backs",
     ),
     _state("transfers", "", "Batches of KV blocks on their way to or from the tiers.", "num_transfers"),
+    _count("step_seconds", "seconds", "Time in engine steps.", "step_seconds"),
+    _count("step_requests", "requests", "Running requests, added up over the steps.", "step_requests"),
+    _count(
+        "step_context_tokens",
+        "tokens",
+        "KV cache that running requests take up, added up over the steps.",
+        "step_context_tokens",
+    ),
     _count("preemptions", "", "Requests preempted for want of KV blocks.", "num_preemptions"),
     _count("published_blocks", "blocks", "KV blocks published.", "num_published_blocks"),
     _count("transferred_blocks", "blocks", "KV blocks pulled, verified and used.", "num_transferred_blocks"),
@@ -62,6 +70,27 @@ ENGINE = (
     ),
 )
 """On Ray's metrics port and on each router's /metrics."""
+
+DEMAND = (
+    _count("requests", "requests", "Requests that came.", "num_requests"),
+    _count("prompt_tokens", "tokens", "Tokens of the prompts that came.", "num_prompt_tokens"),
+    _count("ended_requests", "requests", "Requests that ended here.", "num_ended_requests"),
+    _count(
+        "uncached_tokens_squared",
+        "",
+        "Squares of the computed prompt tokens of each request that ended here.",
+        "uncached_tokens_squared",
+    ),
+    _count("kv_wait_requests", "requests", "Requests that waited for KV blocks of another worker.", "num_kv_waits"),
+    _count("kv_wait_seconds", "seconds", "From the end of their prefill to their first step here.", "kv_wait_seconds"),
+    _count(
+        "moved_requests",
+        "requests",
+        "Requests moved to other workers because a drain took too long.",
+        "num_moved_streams",
+    ),
+)
+"""On Ray's metrics port and on each router's /metrics: what autoscaling goes by, and what a drain cost."""
 
 TIME_TO_FIRST = seconds(
     f"{_PREFIX}time_to_first_token_seconds",
@@ -97,8 +126,8 @@ TIER_OK = _state("tier_ok", "", "1 while a tier does all that it should; /readyz
 UP = _state("up", "", "1 for each worker that takes requests.")
 KNOWN_BLOCKS = _state("known_blocks", "blocks", "KV blocks that the worker said it holds; absent while guessed.")
 
-RAY_METRICS = (*ENGINE, TIME_TO_FIRST)
+RAY_METRICS = (*ENGINE, *DEMAND, TIME_TO_FIRST)
 """On Ray's metrics port."""
 
-ROUTER_METRICS = (*ENGINE, *STORE, TIER_OK, UP, KNOWN_BLOCKS)
+ROUTER_METRICS = (*ENGINE, *DEMAND, *STORE, TIER_OK, UP, KNOWN_BLOCKS)
 """On each router's /metrics, from the worker's last load report."""

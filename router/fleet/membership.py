@@ -90,7 +90,8 @@ class Membership:
                 log.warning("worker %s registered anew, its old connection is dropped", worker_id)
                 await self._drop(worker_id, member)
                 continue
-            is_wanted = entry is not None and entry.record.address == member.connection.address
+            is_there = entry is not None and entry.record.address == member.connection.address
+            is_wanted = is_there and not member.connection.is_retired  # what was read may be older than what it said
             member.connection.stays = is_wanted
             self._fleet.retire(worker_id, not is_wanted)
             if member.task.done():

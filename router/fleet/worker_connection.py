@@ -49,6 +49,8 @@ class WorkerListener(BlockListener, Protocol):
 
     def on_load(self, worker_id: str, load: worker_pb2.WorkerLoad) -> None: ...
 
+    def on_retired(self, worker_id: str) -> None: ...
+
     def on_down(self, connection: WorkerConnection, why: str) -> None: ...
 
 
@@ -86,6 +88,7 @@ class WorkerConnection:
         self.pool = leased.record.pool
         self.lease_epoch = leased.epoch  # the greatest that the directory or the worker named; it never goes back
         self.is_up = False
+        self.is_retired = False  # the worker says that it has left the directory
         self.refusal = ""  # why the two do not belong together, while they do not
         self.stays = True  # redial when it breaks; membership turns it off when the directory no longer has the worker
         self._options = options
@@ -261,6 +264,10 @@ class WorkerConnection:
             self._finish(message.finished)
         elif kind == "load":
             self._events.on_load(self.worker_id, message.load)
+        elif kind == "retired":
+            self.is_retired = True
+            self._events.on_retired(self.worker_id)
+            self._send(worker_pb2.ConnectRequest(retired_seen=worker_pb2.RetiredSeen()))
 
     def _fan_out(self, batch: worker_pb2.TokenBatch) -> None:
         epochs = batch.epochs

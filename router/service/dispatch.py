@@ -83,6 +83,10 @@ class Dispatcher:
         self.loads[worker_id] = load
         self.fleet.report(worker_id, load_report(load))
 
+    def on_retired(self, worker_id: str) -> None:
+        self.fleet.retire(worker_id, True)
+        self.on_fleet_change()
+
     def on_blocks(self, worker_id: str, event: BlockEvent) -> bool:
         was_known, is_snapshot = self.fleet.num_reported_blocks(worker_id) is not None, isinstance(event, SnapshotPart)
         fits = self.fleet.apply_block_event(worker_id, event)

@@ -36,6 +36,9 @@ class EngineCounters:
     num_generated_tokens: int = 0
     num_published_blocks: int = 0
     num_transferred_blocks: int = 0
+    step_seconds: float = 0.0
+    step_requests: int = 0  # running ones, added up over the steps
+    step_context_tokens: int = 0  # space that their contexts take up, added up likewise
 
 
 class Engine:
@@ -46,6 +49,7 @@ class Engine:
     ) -> None:
         self.scheduler = scheduler
         self.counters = EngineCounters()
+        self._step_began_s = 0.0
         self._executor = executor
         self._vocab_size = vocab_size
         self._clock = clock
@@ -111,7 +115,7 @@ class Engine:
         plan = self.scheduler.schedule()
         is_due = not plan.is_empty or (before is None and self._executor.has_ended_transfers)
         if is_due:
-            self._note_start(plan)
+            self._note_start(plan, is_first=before is None)
             self._in_flight = plan, self._executor.start(plan)
         if before is None and not self._async_scheduling:
             before, self._in_flight = self._in_flight, None
@@ -131,8 +135,10 @@ class Engine:
         self.scheduler.rows.resend()
         self._executor.resend()
 
-    def _note_start(self, plan: SchedulerOutput) -> None:
+    def _note_start(self, plan: SchedulerOutput, is_first: bool) -> None:
         now = self._clock()
+        if is_first:
+            self._step_began_s = now
         for request in plan.requests:
             if request.first_step_time_s is None:
                 request.first_step_time_s = now
@@ -145,7 +151,8 @@ class Engine:
         for request in update.tokens.requests:
             if request.first_token_time_s is None:
                 request.first_token_time_s = now
-        self.counters.num_steps += not plan.is_empty
+        if not plan.is_empty:
+            self._count_step(now)
         self.counters.num_generated_tokens += len(update.tokens)
         self.counters.num_published_blocks += len(update.published_names)
         self.counters.num_transferred_blocks += update.num_transferred_blocks
@@ -153,6 +160,17 @@ class Engine:
         if plan.is_empty and not output.transfers:
             return None  # it asked for transfers that have not ended everywhere
         return StepEvents(update.tokens, ended, update.published_names)
+
+    def _count_step(self, now_s: float) -> None:
+        """With async scheduling the next step has begun; it counts from here on."""
+        counters, scheduler = self.counters, self.scheduler
+        counters.num_steps += 1
+        counters.step_seconds += now_s - self._step_began_s
+        self._step_began_s = now_s
+        counters.step_requests += len(scheduler.running)
+        counters.step_context_tokens += (
+            scheduler.pool.num_blocks - scheduler.pool.num_free
+        ) * scheduler.pool.block_size
 
     def close(self) -> None:
         """Let the other ranks go; no step may follow."""

@@ -122,6 +122,9 @@ class LoadSnapshot:
     num_prefixes_recomputed: int = 0
     num_dropped_write_backs: int = 0
     num_transfers: int = 0
+    step_seconds: float = 0.0
+    step_requests: int = 0
+    step_context_tokens: int = 0
 
 
 class EngineLoop:
@@ -312,6 +315,9 @@ class EngineLoop:
             num_prefixes_recomputed=scheduler.num_prefixes_recomputed,
             num_dropped_write_backs=scheduler.num_dropped_write_backs,
             num_transfers=scheduler.transfers.num_transfers,
+            step_seconds=counters.step_seconds,
+            step_requests=counters.step_requests,
+            step_context_tokens=counters.step_context_tokens,
         )
 
     # ------------------------------------------------------------------------------------------ the directory's threads

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from threading import Thread
+from typing import Any
 
 import grpc
 from switchyard.v1 import generation_pb2, worker_pb2, worker_pb2_grpc
@@ -29,14 +30,9 @@ from workers.engine.engine import Engine
 from workers.engine.loop import EngineLoop, LoopEvents, TransfersEnded
 from workers.engine.prefetch import QueuePrefetch
 from workers.kv.connector import KVConnector
-from workers.server.lease import LeaseKeeper
-from workers.server.servicer import MAX_MESSAGE_BYTES, WorkerServicer
+from workers.server.duty import Duty
+from workers.server.servicer import MAX_MESSAGE_BYTES, WIRE_ROLES, WorkerServicer
 
-_WIRE_ROLES = {
-    "mixed": worker_pb2.WORKER_ROLE_MIXED,
-    "prefill": worker_pb2.WORKER_ROLE_PREFILL,
-    "decode": worker_pb2.WORKER_ROLE_DECODE,
-}
 _MAX_TTFTS = 4096  # not reported yet
 
 
@@ -70,7 +66,8 @@ class WorkerLeader:
         self._on_failure = on_failure
         self._ttft_s: deque[float] = deque(maxlen=_MAX_TTFTS)  # filled by the engine, drained by metrics
         self._directory = open_directory(spec.control, spec.cluster) if spec.control else None
-        self._lease: LeaseKeeper | None = None
+        self._servicer: WorkerServicer | None = None
+        self._duty: Duty | None = None
         self._prefetcher: Prefetcher | None = None
         self._loop: EngineLoop | None = None
         self._asyncio: asyncio.AbstractEventLoop | None = None
@@ -81,19 +78,12 @@ class WorkerLeader:
         connector: of this rank. all_keys: keys of a block's fragments on all ranks of the worker.
         """
         self._connector = connector
-        started: Future[tuple[str, WorkerServicer]] = Future()
+        started: Future[str] = Future()
         queue_prefetch = self._prefetch_for_queue(all_keys)
         Thread(target=self._serve_asyncio, args=(queue_prefetch, started), name="grpc", daemon=True).start()
-        address, servicer = started.result()
-        if self._directory is not None:
-            spec = self._spec
-            record = WorkerRecord(spec.worker_id, address, spec.pool, spec.role, spec.node_id)
-            assert self._asyncio is not None
-            self._lease = LeaseKeeper(self._directory, record, servicer.lease, self._asyncio)
-            self._lease.start()
-        return address
+        return started.result()
 
-    def _serve_asyncio(self, queue_prefetch: QueuePrefetch | None, started: Future[tuple[str, WorkerServicer]]) -> None:
+    def _serve_asyncio(self, queue_prefetch: QueuePrefetch | None, started: Future[str]) -> None:
         try:
             asyncio.run(self._serve_grpc(queue_prefetch, started))
         except BaseException as error:
@@ -101,12 +91,10 @@ class WorkerLeader:
                 started.set_exception(error)
             self._on_failure(error)
 
-    async def _serve_grpc(
-        self, queue_prefetch: QueuePrefetch | None, started: Future[tuple[str, WorkerServicer]]
-    ) -> None:
+    async def _serve_grpc(self, queue_prefetch: QueuePrefetch | None, started: Future[str]) -> None:
         self._asyncio = asyncio.get_running_loop()
         self._closed = asyncio.Event()
-        servicer = WorkerServicer(self._hello(), self.wire_load, time.monotonic)
+        self._servicer = servicer = WorkerServicer(self._hello(), self.wire_load, time.monotonic)
         self._loop = loop = EngineLoop(
             self._engine,
             self._directory,
@@ -117,7 +105,6 @@ class WorkerLeader:
             time.monotonic,
             queue_prefetch,
         )
-        servicer.attach(loop)
         self._connector.on_ended = lambda: loop.post(TransfersEnded())
         server = grpc.aio.server(
             options=[
@@ -132,9 +119,23 @@ class WorkerLeader:
         )
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server)
         port = server.add_insecure_port(join_host_port(self._spec.listen_host, 0))
+        address = join_host_port(self._spec.listen_host, port)
+        spec = self._spec
+        self._duty = Duty(
+            self._directory,
+            WorkerRecord(spec.worker_id, address, spec.pool, spec.role, spec.node_id),
+            servicer.lease,
+            servicer.take_role,
+            lambda: servicer.num_requests,
+            servicer.retire,
+            lambda: servicer.is_quiet,
+            servicer.move_streams,
+        )
+        servicer.attach(loop, self._duty)
         await server.start()
         loop.start()
-        started.set_result((join_host_port(self._spec.listen_host, port), servicer))
+        await self._duty.announce()
+        started.set_result(address)
         await self._closed.wait()
         await server.stop(grace=0.5)
 
@@ -161,7 +162,7 @@ class WorkerLeader:
         spec, facts = self._spec, self._facts
         return worker_pb2.WorkerHello(
             worker_id=spec.worker_id,
-            role=_WIRE_ROLES[spec.role],
+            role=WIRE_ROLES[spec.role],
             model=generation_pb2.ModelInfo(
                 name=spec.model_name,
                 context_tokens=self._engine.scheduler.config.max_model_len,
@@ -194,6 +195,7 @@ class WorkerLeader:
         snapshot = {} if self._loop is None else asdict(self._loop.load)
         return worker_pb2.WorkerLoad(
             **snapshot,
+            **self._demand(),
             num_rejected_fragments=rejected,
             pulled_bytes=dict(stats.pulled_bytes),
             published_bytes=dict(stats.published_bytes),
@@ -204,18 +206,22 @@ class WorkerLeader:
             num_useless_prefetched_fragments=prefetched.num_useless,
         )
 
+    def _demand(self) -> dict[str, Any]:
+        return {} if self._servicer is None else asdict(self._servicer.demand)
+
     def metrics(self) -> dict[str, float | list[float]]:
         """Scalars of the load, "step_age_s", and under "ttft_s" the times to first token (s) since the last call."""
         ttft_s = [self._ttft_s.popleft() for _ in range(len(self._ttft_s))]
         if self._loop is None:
             return {"ttft_s": ttft_s}
-        return {**asdict(self._loop.load), "step_age_s": self._loop.step_age_s, "ttft_s": ttft_s}
+        step_age_s = self._loop.step_age_s
+        return {**asdict(self._loop.load), **self._demand(), "step_age_s": step_age_s, "ttft_s": ttft_s}
 
     # ------------------------------------------------------------------------------------------------------------ end
     def retire(self) -> None:
         """Take no new work: leave the directory while the requests that are here run on."""
-        if self._lease is not None:
-            self._lease.withdraw()
+        if self._duty is not None:
+            self._duty.withdraw()
 
     def stop_engine(self) -> None:
         """Finish the step in progress, and let the other ranks go."""

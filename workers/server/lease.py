@@ -92,7 +92,8 @@ class LeaseKeeper:
     def withdraw(self) -> None:
         """Leave the directory."""
         self._withdrawn.set()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
         try:
             self._directory.withdraw(self._record.worker_id)
         except DirectoryUnavailable as error:
@@ -112,7 +113,7 @@ class LeaseKeeper:
             self._loop.call_soon_threadsafe(self._on_epoch, epoch, is_new)
 
     async def _pulse(self) -> None:
-        while True:
+        while not self._withdrawn.is_set():
             self._lease.pulse()
             await asyncio.sleep(LEASE_PULSE_S)
 

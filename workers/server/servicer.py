@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -17,12 +18,15 @@ from switchyard.v1 import worker_pb2 as pb
 from switchyard.v1 import worker_pb2_grpc
 
 from checkpoint.identity import ServedModel
+from kvstore.control.directory import WorkerRecord
 from workers.engine.engine import Clock
 from workers.engine.loop import Cancel, Continue, Credit, EngineLoop, FollowBlocks, LoopEvents, Submit
 from workers.engine.request import FinishReason, Request, RequestEnd, RequestRole
 from workers.errors import InvalidRequest
 from workers.sampling.params import SamplingParams
 from workers.server.block_events import BlockFeed
+from workers.server.demand import Demand
+from workers.server.duty import Duty, NotDrained, Phase
 from workers.server.outbox import Outbox
 
 log = logging.getLogger(__name__)
@@ -35,6 +39,18 @@ _ROLES = {
     pb.REQUEST_ROLE_MIXED: RequestRole.MIXED,
     pb.REQUEST_ROLE_PREFILL: RequestRole.PREFILL,
     pb.REQUEST_ROLE_DECODE: RequestRole.DECODE,
+}
+WIRE_ROLES = {
+    "mixed": pb.WORKER_ROLE_MIXED,
+    "prefill": pb.WORKER_ROLE_PREFILL,
+    "decode": pb.WORKER_ROLE_DECODE,
+}
+_ROLE_NAMES = {role: name for name, role in WIRE_ROLES.items()}
+_PHASES = {
+    Phase.READY: pb.WORKER_PHASE_READY,
+    Phase.DRAINING: pb.WORKER_PHASE_DRAINING,
+    Phase.DRAINED: pb.WORKER_PHASE_DRAINED,
+    Phase.SWITCHED: pb.WORKER_PHASE_SWITCHED,
 }
 _OUTCOMES = {
     FinishReason.STOP: pb.REQUEST_OUTCOME_STOP,
@@ -56,6 +72,7 @@ class Connection:
     epoch: int
     outbox: Outbox = field(default_factory=Outbox)
     request_ids: dict[str, str] = field(default_factory=dict)  # by stream id
+    is_quiet: bool = False  # the router has seen that the worker retired: nothing new comes from it
 
 
 class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
@@ -65,15 +82,18 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._hello = hello
         self._load = load
         self._clock = clock
+        self._began_s = clock()
         self._engine: EngineLoop | None = None
+        self._duty: Duty | None = None
         self._asyncio = asyncio.get_running_loop()
         self._connections: dict[str, Connection] = {}  # by router id
         self._owners: dict[str, tuple[Connection, str]] = {}  # request id -> connection, stream id
         self._blocks = BlockFeed(hello.worker_id, self._post)
+        self.demand = Demand()
 
-    def attach(self, engine: EngineLoop) -> None:
-        """Give the servicer the loop that serves its requests."""
-        self._engine = engine
+    def attach(self, engine: EngineLoop, duty: Duty) -> None:
+        """Give the servicer the loop that serves its requests, and its worker's place in the cluster."""
+        self._engine, self._duty = engine, duty
 
     def lease(self, epoch: int, is_new: bool) -> None:
         """Go by this epoch of the lease; a new registration ends what routers have begun: they place it elsewhere."""
@@ -83,6 +103,35 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                 self._abandon(connection)
                 connection.outbox.close()
 
+    @property
+    def num_requests(self) -> int:
+        """Requests that run here or wait to."""
+        return len(self._owners)
+
+    def retire(self) -> None:
+        """Tell the routers that the worker has left the directory."""
+        for connection in self._connections.values():
+            self._tell_retired(connection)
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether all routers have seen it."""
+        return all(connection.is_quiet for connection in self._connections.values())
+
+    def _tell_retired(self, connection: Connection) -> None:
+        connection.outbox.put(pb.ConnectResponse(retired=pb.Retired()))
+
+    def move_streams(self) -> None:
+        """End the connections that streams run over: their routers place them elsewhere."""
+        for connection in [c for c in self._connections.values() if c.request_ids]:
+            self.demand.num_moved_streams += len(connection.request_ids)
+            self._abandon(connection)
+            connection.outbox.close()
+
+    def take_role(self, record: WorkerRecord) -> None:
+        """Say so to routers from now on."""
+        self._hello.role = WIRE_ROLES[record.role]
+
     def _post(self, command: Submit | Cancel | Continue | Credit | FollowBlocks) -> None:
         assert self._engine is not None
         self._engine.post(command)
@@ -90,7 +139,45 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     # --------------------------------------------------------------------------------------------------------- the RPCs
     async def GetLoad(self, request: pb.GetLoadRequest, context: grpc.aio.ServicerContext) -> pb.GetLoadResponse:
         """What the worker is doing now."""
-        return pb.GetLoadResponse(worker=self._hello, load=self._load())
+        return pb.GetLoadResponse(worker=self._hello, load=self._load(), status=self._status())
+
+    async def Drain(self, request: pb.DrainRequest, context: grpc.aio.ServicerContext) -> pb.WorkerStatus:
+        """Leave the directory."""
+        if not 0 <= request.timeout_s < math.inf:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"timeout_s: must be >= 0, not {request.timeout_s}")
+        await self._placed.drain(request.timeout_s)
+        return self._status()
+
+    async def SwitchRole(self, request: pb.SwitchRoleRequest, context: grpc.aio.ServicerContext) -> pb.WorkerStatus:
+        """Take another pool and role."""
+        role = _ROLE_NAMES.get(request.role, "")
+        if not role or not request.pool:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "pool and role: both must be given")
+        try:
+            await self._placed.switch(request.pool, role)
+        except NotDrained as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        return self._status()
+
+    async def Announce(self, request: pb.AnnounceRequest, context: grpc.aio.ServicerContext) -> pb.WorkerStatus:
+        """Enter the directory."""
+        await self._placed.announce()
+        return self._status()
+
+    @property
+    def _placed(self) -> Duty:
+        assert self._duty is not None, "attach() comes first"
+        return self._duty
+
+    def _status(self) -> pb.WorkerStatus:
+        return pb.WorkerStatus(
+            phase=_PHASES[self._placed.phase],
+            pool=self._placed.record.pool,
+            role=self._hello.role,
+            lease_epoch=self._hello.lease_epoch,
+            num_requests=self.num_requests,
+            age_seconds=self._clock() - self._began_s,
+        )
 
     async def WatchBlocks(
         self,
@@ -120,6 +207,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         ]
         try:
             yield pb.ConnectResponse(hello=self._hello)
+            if self._placed.phase is not Phase.READY:
+                self._tell_retired(connection)
             while (message := await connection.outbox.get()) is not None:
                 yield message
         finally:
@@ -163,6 +252,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             case "credit":
                 num_tokens = message.credit.num_tokens
                 self._with_request(connection, message.credit.stream_id, lambda r: Credit(r, num_tokens))
+            case "retired_seen":
+                connection.is_quiet = True
             case "ping":
                 connection.outbox.put(pb.ConnectResponse(pong=pb.Pong(nonce=message.ping.nonce)))
 
@@ -196,6 +287,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             deadline_s=self._clock() + submit.deadline_s if submit.deadline_s > 0 else float("inf"),
             window_tokens=submit.window_tokens or _NO_LIMIT,
         )
+        self.demand.came(request)
         if request.num_tokens >= _LONG_PROMPT_TOKENS:
             await asyncio.to_thread(self._check, request)
             if connection.request_ids.get(submit.stream_id) != request_id:
@@ -237,6 +329,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         for connection, batch in self._token_batches(events):
             connection.outbox.put(pb.ConnectResponse(tokens=batch))
         for end in events.step.ended:
+            self.demand.ended(end)
             self._finish(end)
         for refused in events.refused:
             owner = self._owners.pop(refused.request.request_id, None)

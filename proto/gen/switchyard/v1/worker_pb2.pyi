@@ -31,6 +31,14 @@ class RequestOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REQUEST_OUTCOME_CANCELLED: _ClassVar[RequestOutcome]
     REQUEST_OUTCOME_PREFILLED: _ClassVar[RequestOutcome]
     REQUEST_OUTCOME_FAILED: _ClassVar[RequestOutcome]
+
+class WorkerPhase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    WORKER_PHASE_UNSPECIFIED: _ClassVar[WorkerPhase]
+    WORKER_PHASE_READY: _ClassVar[WorkerPhase]
+    WORKER_PHASE_DRAINING: _ClassVar[WorkerPhase]
+    WORKER_PHASE_DRAINED: _ClassVar[WorkerPhase]
+    WORKER_PHASE_SWITCHED: _ClassVar[WorkerPhase]
 REQUEST_ROLE_UNSPECIFIED: RequestRole
 REQUEST_ROLE_MIXED: RequestRole
 REQUEST_ROLE_PREFILL: RequestRole
@@ -45,21 +53,28 @@ REQUEST_OUTCOME_LENGTH: RequestOutcome
 REQUEST_OUTCOME_CANCELLED: RequestOutcome
 REQUEST_OUTCOME_PREFILLED: RequestOutcome
 REQUEST_OUTCOME_FAILED: RequestOutcome
+WORKER_PHASE_UNSPECIFIED: WorkerPhase
+WORKER_PHASE_READY: WorkerPhase
+WORKER_PHASE_DRAINING: WorkerPhase
+WORKER_PHASE_DRAINED: WorkerPhase
+WORKER_PHASE_SWITCHED: WorkerPhase
 
 class ConnectRequest(_message.Message):
-    __slots__ = ("hello", "submit", "cancel", "credit", "ping")
+    __slots__ = ("hello", "submit", "cancel", "credit", "ping", "retired_seen")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     CONTINUE_FIELD_NUMBER: _ClassVar[int]
     CREDIT_FIELD_NUMBER: _ClassVar[int]
     PING_FIELD_NUMBER: _ClassVar[int]
+    RETIRED_SEEN_FIELD_NUMBER: _ClassVar[int]
     hello: RouterHello
     submit: Submit
     cancel: Cancel
     credit: Credit
     ping: Ping
-    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., **kwargs) -> None: ...
+    retired_seen: RetiredSeen
+    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., retired_seen: _Optional[_Union[RetiredSeen, _Mapping]] = ..., **kwargs) -> None: ...
 
 class RouterHello(_message.Message):
     __slots__ = ("router_id", "epoch", "served")
@@ -121,19 +136,29 @@ class Ping(_message.Message):
     nonce: int
     def __init__(self, nonce: _Optional[int] = ...) -> None: ...
 
+class RetiredSeen(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class ConnectResponse(_message.Message):
-    __slots__ = ("hello", "tokens", "finished", "load", "pong")
+    __slots__ = ("hello", "tokens", "finished", "load", "pong", "retired")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     PONG_FIELD_NUMBER: _ClassVar[int]
+    RETIRED_FIELD_NUMBER: _ClassVar[int]
     hello: WorkerHello
     tokens: TokenBatch
     finished: RequestFinished
     load: WorkerLoad
     pong: Pong
-    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., tokens: _Optional[_Union[TokenBatch, _Mapping]] = ..., finished: _Optional[_Union[RequestFinished, _Mapping]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ...) -> None: ...
+    retired: Retired
+    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., tokens: _Optional[_Union[TokenBatch, _Mapping]] = ..., finished: _Optional[_Union[RequestFinished, _Mapping]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., retired: _Optional[_Union[Retired, _Mapping]] = ...) -> None: ...
+
+class Retired(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class WorkerHello(_message.Message):
     __slots__ = ("worker_id", "role", "model", "num_blocks", "block_size", "kv_fingerprint", "tensor_parallel_size", "pipeline_parallel_size", "lease_epoch", "served")
@@ -214,7 +239,7 @@ class Pong(_message.Message):
     def __init__(self, nonce: _Optional[int] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_waiting_for_kv", "num_free_blocks", "num_queued_tokens", "num_steps", "num_computed_prompt_tokens", "num_cached_prompt_tokens", "num_recomputed_prompt_tokens", "num_generated_tokens", "num_preemptions", "num_published_blocks", "num_transferred_blocks", "num_rejected_fragments", "pulled_bytes", "published_bytes", "tier_is_up", "num_prefixes_fetched", "num_prefixes_recomputed", "num_prefetched_fragments", "prefetched_bytes", "num_useless_prefetched_fragments", "tier_problems", "num_dropped_write_backs", "num_transfers")
+    __slots__ = ("num_running", "num_waiting", "num_waiting_for_kv", "num_free_blocks", "num_queued_tokens", "num_steps", "num_computed_prompt_tokens", "num_cached_prompt_tokens", "num_recomputed_prompt_tokens", "num_generated_tokens", "num_preemptions", "num_published_blocks", "num_transferred_blocks", "num_rejected_fragments", "pulled_bytes", "published_bytes", "tier_is_up", "num_prefixes_fetched", "num_prefixes_recomputed", "num_prefetched_fragments", "prefetched_bytes", "num_useless_prefetched_fragments", "tier_problems", "num_dropped_write_backs", "num_transfers", "num_requests", "num_prompt_tokens", "num_ended_requests", "uncached_tokens_squared", "num_kv_waits", "kv_wait_seconds", "num_moved_streams", "step_seconds", "step_requests", "step_context_tokens")
     class NumRejectedFragmentsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -289,6 +314,16 @@ class WorkerLoad(_message.Message):
     TIER_PROBLEMS_FIELD_NUMBER: _ClassVar[int]
     NUM_DROPPED_WRITE_BACKS_FIELD_NUMBER: _ClassVar[int]
     NUM_TRANSFERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ENDED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    UNCACHED_TOKENS_SQUARED_FIELD_NUMBER: _ClassVar[int]
+    NUM_KV_WAITS_FIELD_NUMBER: _ClassVar[int]
+    KV_WAIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_MOVED_STREAMS_FIELD_NUMBER: _ClassVar[int]
+    STEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    STEP_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    STEP_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_waiting_for_kv: int
@@ -314,7 +349,51 @@ class WorkerLoad(_message.Message):
     tier_problems: _containers.ScalarMap[str, str]
     num_dropped_write_backs: int
     num_transfers: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_for_kv: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_queued_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_computed_prompt_tokens: _Optional[int] = ..., num_cached_prompt_tokens: _Optional[int] = ..., num_recomputed_prompt_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_published_blocks: _Optional[int] = ..., num_transferred_blocks: _Optional[int] = ..., num_rejected_fragments: _Optional[_Mapping[str, int]] = ..., pulled_bytes: _Optional[_Mapping[str, int]] = ..., published_bytes: _Optional[_Mapping[str, int]] = ..., tier_is_up: _Optional[_Mapping[str, bool]] = ..., num_prefixes_fetched: _Optional[int] = ..., num_prefixes_recomputed: _Optional[int] = ..., num_prefetched_fragments: _Optional[_Mapping[str, int]] = ..., prefetched_bytes: _Optional[_Mapping[str, int]] = ..., num_useless_prefetched_fragments: _Optional[int] = ..., tier_problems: _Optional[_Mapping[str, str]] = ..., num_dropped_write_backs: _Optional[int] = ..., num_transfers: _Optional[int] = ...) -> None: ...
+    num_requests: int
+    num_prompt_tokens: int
+    num_ended_requests: int
+    uncached_tokens_squared: float
+    num_kv_waits: int
+    kv_wait_seconds: float
+    num_moved_streams: int
+    step_seconds: float
+    step_requests: int
+    step_context_tokens: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_for_kv: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_queued_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_computed_prompt_tokens: _Optional[int] = ..., num_cached_prompt_tokens: _Optional[int] = ..., num_recomputed_prompt_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_published_blocks: _Optional[int] = ..., num_transferred_blocks: _Optional[int] = ..., num_rejected_fragments: _Optional[_Mapping[str, int]] = ..., pulled_bytes: _Optional[_Mapping[str, int]] = ..., published_bytes: _Optional[_Mapping[str, int]] = ..., tier_is_up: _Optional[_Mapping[str, bool]] = ..., num_prefixes_fetched: _Optional[int] = ..., num_prefixes_recomputed: _Optional[int] = ..., num_prefetched_fragments: _Optional[_Mapping[str, int]] = ..., prefetched_bytes: _Optional[_Mapping[str, int]] = ..., num_useless_prefetched_fragments: _Optional[int] = ..., tier_problems: _Optional[_Mapping[str, str]] = ..., num_dropped_write_backs: _Optional[int] = ..., num_transfers: _Optional[int] = ..., num_requests: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_ended_requests: _Optional[int] = ..., uncached_tokens_squared: _Optional[float] = ..., num_kv_waits: _Optional[int] = ..., kv_wait_seconds: _Optional[float] = ..., num_moved_streams: _Optional[int] = ..., step_seconds: _Optional[float] = ..., step_requests: _Optional[int] = ..., step_context_tokens: _Optional[int] = ...) -> None: ...
+
+class WorkerStatus(_message.Message):
+    __slots__ = ("phase", "pool", "role", "lease_epoch", "num_requests", "age_seconds")
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    LEASE_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    AGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    phase: WorkerPhase
+    pool: str
+    role: WorkerRole
+    lease_epoch: int
+    num_requests: int
+    age_seconds: float
+    def __init__(self, phase: _Optional[_Union[WorkerPhase, str]] = ..., pool: _Optional[str] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., lease_epoch: _Optional[int] = ..., num_requests: _Optional[int] = ..., age_seconds: _Optional[float] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ("timeout_s",)
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    timeout_s: float
+    def __init__(self, timeout_s: _Optional[float] = ...) -> None: ...
+
+class SwitchRoleRequest(_message.Message):
+    __slots__ = ("pool", "role")
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    pool: str
+    role: WorkerRole
+    def __init__(self, pool: _Optional[str] = ..., role: _Optional[_Union[WorkerRole, str]] = ...) -> None: ...
+
+class AnnounceRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class WatchBlocksRequest(_message.Message):
     __slots__ = ()
@@ -359,9 +438,11 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetLoadResponse(_message.Message):
-    __slots__ = ("worker", "load")
+    __slots__ = ("worker", "load", "status")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
     worker: WorkerHello
     load: WorkerLoad
-    def __init__(self, worker: _Optional[_Union[WorkerHello, _Mapping]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ...) -> None: ...
+    status: WorkerStatus
+    def __init__(self, worker: _Optional[_Union[WorkerHello, _Mapping]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., status: _Optional[_Union[WorkerStatus, _Mapping]] = ...) -> None: ...

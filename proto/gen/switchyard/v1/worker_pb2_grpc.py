@@ -50,6 +50,21 @@ class WorkerServiceStub(object):
                 request_serializer=switchyard_dot_v1_dot_worker__pb2.GetLoadRequest.SerializeToString,
                 response_deserializer=switchyard_dot_v1_dot_worker__pb2.GetLoadResponse.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/switchyard.v1.WorkerService/Drain',
+                request_serializer=switchyard_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
+                response_deserializer=switchyard_dot_v1_dot_worker__pb2.WorkerStatus.FromString,
+                _registered_method=True)
+        self.SwitchRole = channel.unary_unary(
+                '/switchyard.v1.WorkerService/SwitchRole',
+                request_serializer=switchyard_dot_v1_dot_worker__pb2.SwitchRoleRequest.SerializeToString,
+                response_deserializer=switchyard_dot_v1_dot_worker__pb2.WorkerStatus.FromString,
+                _registered_method=True)
+        self.Announce = channel.unary_unary(
+                '/switchyard.v1.WorkerService/Announce',
+                request_serializer=switchyard_dot_v1_dot_worker__pb2.AnnounceRequest.SerializeToString,
+                response_deserializer=switchyard_dot_v1_dot_worker__pb2.WorkerStatus.FromString,
+                _registered_method=True)
 
 
 class WorkerServiceServicer(object):
@@ -80,6 +95,30 @@ class WorkerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """Takes the worker out of the directory: routers send nothing new, and what runs goes on. What still runs at the
+        time-out is moved to other workers by its router. Answers at once; a second call changes the time-out.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SwitchRole(self, request, context):
+        """Gives a drained worker another pool and role; its weights and its cache stay. FAILED_PRECONDITION when it is not
+        drained. A second call with the same values changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Announce(self, request, context):
+        """Puts the worker into the directory under a new epoch: after a drain that is called off, or with a new role. A worker
+        that is there already stays as it is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -97,6 +136,21 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.GetLoad,
                     request_deserializer=switchyard_dot_v1_dot_worker__pb2.GetLoadRequest.FromString,
                     response_serializer=switchyard_dot_v1_dot_worker__pb2.GetLoadResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=switchyard_dot_v1_dot_worker__pb2.DrainRequest.FromString,
+                    response_serializer=switchyard_dot_v1_dot_worker__pb2.WorkerStatus.SerializeToString,
+            ),
+            'SwitchRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.SwitchRole,
+                    request_deserializer=switchyard_dot_v1_dot_worker__pb2.SwitchRoleRequest.FromString,
+                    response_serializer=switchyard_dot_v1_dot_worker__pb2.WorkerStatus.SerializeToString,
+            ),
+            'Announce': grpc.unary_unary_rpc_method_handler(
+                    servicer.Announce,
+                    request_deserializer=switchyard_dot_v1_dot_worker__pb2.AnnounceRequest.FromString,
+                    response_serializer=switchyard_dot_v1_dot_worker__pb2.WorkerStatus.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -181,6 +235,87 @@ class WorkerService(object):
             '/switchyard.v1.WorkerService/GetLoad',
             switchyard_dot_v1_dot_worker__pb2.GetLoadRequest.SerializeToString,
             switchyard_dot_v1_dot_worker__pb2.GetLoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/switchyard.v1.WorkerService/Drain',
+            switchyard_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
+            switchyard_dot_v1_dot_worker__pb2.WorkerStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SwitchRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/switchyard.v1.WorkerService/SwitchRole',
+            switchyard_dot_v1_dot_worker__pb2.SwitchRoleRequest.SerializeToString,
+            switchyard_dot_v1_dot_worker__pb2.WorkerStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Announce(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/switchyard.v1.WorkerService/Announce',
+            switchyard_dot_v1_dot_worker__pb2.AnnounceRequest.SerializeToString,
+            switchyard_dot_v1_dot_worker__pb2.WorkerStatus.FromString,
             options,
             channel_credentials,
             insecure,
