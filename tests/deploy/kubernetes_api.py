@@ -7,17 +7,29 @@ kubernetes_contract.py.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
+from kubernetes import client as official
+
+from deploy.kubernetes.client import KubernetesApi
 from tests.deploy.kubernetes_store import KINDS, Json, Kind, StatusError, Store
 
 _PATCHES = ("application/json-patch+json", "application/merge-patch+json", "application/strategic-merge-patch+json")
@@ -49,7 +61,8 @@ class _Asked:
 class FakeKubernetes:
     """The server. `tokens` says who is who, `roles` what each user may do; the admin may do everything."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self._tls = tls
         self.store = Store()
         self.tokens = {ADMIN: "admin"}
         self.roles: dict[str, Sequence[Json]] = {}
@@ -62,11 +75,13 @@ class FakeKubernetes:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._port}"
+        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self._port}"
 
     def start(self) -> None:
         """Listens, again on the port of the first time."""
         self._server = _Server(("127.0.0.1", self._port), self)
+        if self._tls is not None:
+            self._server.socket = self._tls.wrap_socket(self._server.socket, server_side=True)
         self._port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
@@ -88,8 +103,10 @@ class FakeKubernetes:
         verb = _verb(method, asked)
         try:
             self._authorize(user, verb, asked)
-            if not asked.kind.plural or (method == "POST") == bool(asked.name):
+            if not asked.kind.plural:
                 raise StatusError(404, "NotFound", "the server could not find the requested resource")
+            if method != "GET" and (method == "POST") == bool(asked.name):
+                raise StatusError(405, "MethodNotAllowed", "the server does not allow this method on the resource")
             status, answer = self._carry_out(method, verb, asked, content_type, body)
         except StatusError as error:
             status, answer = error.code, error.body()
@@ -152,29 +169,30 @@ class FakeKubernetes:
         if len(items) > limit:
             metadata["continue"] = f"{metadata['resourceVersion']}/{items[limit - 1]['metadata']['name']}"
         kind = asked.kind
-        return {"kind": f"{kind.kind}List", "apiVersion": kind.api_version, "metadata": metadata, "items": items[:limit]}
+        return {
+            "kind": f"{kind.kind}List",
+            "apiVersion": kind.api_version,
+            "metadata": metadata,
+            "items": items[:limit],
+        }
 
     def _watch(self, asked: _Asked) -> Iterator[Json]:
         version = int(asked.query.get("resourceVersion") or self.store.version)
         ends_at = time.monotonic() + float(asked.query.get("timeoutSeconds") or 3600)
         while time.monotonic() < ends_at:
-            if self.store.is_gone(version):
-                message = f"too old resource version: {version} ({self.store.version})"
+            with self.store.changed:
+                news = list(self.store.events_since(asked.kind, asked.namespace, version))
+                gone, latest = self.store.is_gone(version), self.store.version
+                if not news and not gone:
+                    self.store.changed.wait(_BOOKMARK_S)
+            if gone:
+                message = f"too old resource version: {version} ({latest})"
                 yield {"type": "ERROR", "object": StatusError(410, "Expired", message).body()}
                 return
-            for number, what, item in self.store.events_since(asked.kind, asked.namespace, version):
-                version = number
-                if _selected(item, asked.query):
-                    yield {"type": what, "object": item}
-            with self.store.changed:
-                if version >= self.store.version:
-                    self.store.changed.wait(_BOOKMARK_S)
-                version = max(version, self.store.version) if not self._news(asked, version) else version
+            version = latest
+            yield from ({"type": what, "object": item} for what, item in news if _selected(item, asked.query))
             if asked.query.get("allowWatchBookmarks") == "true":
                 yield {"type": "BOOKMARK", "object": _bookmark(asked.kind, version)}
-
-    def _news(self, asked: _Asked, version: int) -> bool:
-        return any(True for _ in self.store.events_since(asked.kind, asked.namespace, version))
 
 
 def _bookmark(kind: Kind, version: int) -> Json:
@@ -286,3 +304,30 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Not to stderr."""
+
+
+def api_of(fake: FakeKubernetes, token: str = ADMIN, timeout_s: float = 5.0) -> KubernetesApi:
+    """Reaches the fake with a token."""
+    configuration = official.Configuration(host=fake.url)
+    configuration.api_key["BearerToken"] = f"bearer {token}"
+    return KubernetesApi(configuration, timeout_s)
+
+
+def self_signed(folder: Path) -> ssl.SSLContext:
+    """For a server on 127.0.0.1; `ca.crt` in the folder is what its clients trust."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fake")])
+    now = datetime.now(UTC)
+    loopback = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + timedelta(days=1))
+        .add_extension(loopback, critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    (folder / "ca.crt").write_bytes(made.public_bytes(Encoding.PEM))
+    secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (folder / "key.pem").write_bytes(secret)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "ca.crt", folder / "key.pem")
+    return context

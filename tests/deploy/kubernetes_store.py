@@ -70,7 +70,7 @@ def _micro_times(item: Json, *values: object) -> None:
 def check_lease(item: Json, is_new: bool) -> None:
     spec = item.get("spec") or {}
     _micro_times(item, spec.get("acquireTime"), spec.get("renewTime"))
-    if (spec.get("leaseDurationSeconds") or 1) <= 0 or (spec.get("leaseTransitions") or 0) < 0:
+    if spec.get("leaseDurationSeconds", 1) <= 0 or (spec.get("leaseTransitions") or 0) < 0:
         raise invalid("spec: must be greater than 0")
 
 
@@ -190,11 +190,11 @@ class Store:
     def is_gone(self, version: int) -> bool:
         return version < self._compacted or version < 100  # the versions before the first were another life's
 
-    def events_since(self, kind: Kind, namespace: str, version: int) -> Iterator[tuple[int, str, Json]]:
+    def events_since(self, kind: Kind, namespace: str, version: int) -> Iterator[tuple[str, Json]]:
         with self.changed:
             for number, what, of, item in list(self._history):
                 if number > version and of == kind and namespace in ("", item["metadata"].get("namespace")):
-                    yield number, what, copy.deepcopy(item)
+                    yield what, copy.deepcopy(item)
 
     def _checked(self, kind: Kind, namespace: str, item: Any) -> Json:
         if not isinstance(item, dict) or item.get("kind") != kind.kind or item.get("apiVersion") != kind.api_version:
