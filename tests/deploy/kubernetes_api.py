@@ -104,7 +104,8 @@ class FakeKubernetes:
         try:
             self._authorize(user, verb, asked)
             if not asked.kind.plural:
-                raise StatusError(404, "NotFound", "the server could not find the requested resource")
+                known = any(kind.group == asked.kind.group for kind in KINDS)
+                raise StatusError(404, "NotFound" if known else "", "the server could not find the requested resource")
             if method != "GET" and (method == "POST") == bool(asked.name):
                 raise StatusError(405, "MethodNotAllowed", "the server does not allow this method on the resource")
             status, answer = self._carry_out(method, verb, asked, content_type, body)

@@ -87,8 +87,6 @@ def check_event(item: Json, is_new: bool) -> None:
         raise invalid("note: can have at most 1024 bytes")
     if series is not None and series.get("count", 0) < 2:
         raise invalid("series.count: should be at least 2")
-    if item.get("regarding", {}).get("namespace", "default") != item["metadata"]["namespace"]:
-        raise invalid("regarding.namespace: does not match event.namespace")
 
 
 KINDS = (
@@ -166,7 +164,7 @@ class Store:
                 item = _json_patch(before, body)
             else:
                 if not isinstance(body, dict):
-                    raise StatusError(400, "BadRequest", "json: cannot unmarshal array into an object")
+                    raise invalid("json: cannot unmarshal array into an object")
                 item = _merge(before, body)
             if item["metadata"]["resourceVersion"] != before["metadata"]["resourceVersion"]:
                 raise StatusError(409, "Conflict", f'Operation cannot be fulfilled on {kind.full_name} "{name}"')
