@@ -182,11 +182,11 @@ class Store:
         """Forgets the history: watches and lists of older versions get 410."""
         with self.changed:
             self._compacted = self._version
-            self._history.clear()
+            self._history = [entry for entry in self._history if entry[0] >= self._compacted]
             self.changed.notify_all()
 
     def is_gone(self, version: int) -> bool:
-        return version < self._compacted or version < 100  # the versions before the first were another life's
+        return version + 1 < self._compacted
 
     def events_since(self, kind: Kind, namespace: str, version: int) -> Iterator[tuple[str, Json]]:
         with self.changed:

@@ -79,8 +79,8 @@ def test_the_fake_watches_with_bookmarks_and_says_what_is_gone(fake: FakeKuberne
     assert contract.outline(seen) == contract.WATCHED
     assert seen[-1]["type"] == "BOOKMARK"
     assert seen[-1]["object"]["metadata"]["resourceVersion"] == str(fake.store.version)
-    fake.store.compact()
     fake.add(contract.config_map("two"), contract.NAMESPACE)
+    fake.store.compact()
     (gone,) = contract.watched(fake.url, urllib3.PoolManager(), ADMIN, version)
     assert (gone["type"], gone["object"]["code"], gone["object"]["reason"]) == ("ERROR", 410, "Expired")
 

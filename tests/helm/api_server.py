@@ -47,6 +47,7 @@ class ApiServer:
     def __init__(self, programs: Binaries, folder: Path) -> None:
         self.folder = folder
         self.url = f"https://127.0.0.1:{free_port()}"
+        self._etcd_url = f"http://127.0.0.1:{free_port()}"
         self._kinds: dict[tuple[str, str], Json] = {}
         self._processes: list[subprocess.Popen[bytes]] = []
         self.certificate = folder / "apiserver.crt"
@@ -91,6 +92,12 @@ class ApiServer:
         assert got.status == 201, got.message
         return str(got.body["status"]["token"])
 
+    def compact(self, version: int) -> None:
+        """Forgets what was before a version."""
+        body = json.dumps({"revision": version})
+        got = self.pool.request("POST", f"{self._etcd_url}/v3/kv/compaction", body=body, timeout=30, retries=False)
+        assert got.status == 200, got.data
+
     def helm(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Runs helm against this server, with what is rendered converted to the server's age."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HELM_", "KUBE"))}
@@ -129,7 +136,7 @@ class ApiServer:
                 process.wait()
 
     def _start_all(self, programs: Binaries) -> None:
-        etcd = f"http://127.0.0.1:{free_port()}"
+        etcd = self._etcd_url
         self._start(
             str(programs.etcd),
             f"--data-dir={self.folder / 'etcd'}",
