@@ -74,13 +74,14 @@ class Facts:
     def num_oom_killed(self) -> int:
         return sum(pod.num_oom_killed for pod in self.pods)
 
-    def explain(self, pool: str) -> str:
-        """Why not all pods of a pool run, in one line; empty if they do."""
+    def explain(self, pool: str, num_wanted: int = 0) -> str:
+        """Why not all pods of a pool run, or fewer than are wanted, in one line; empty if nothing is wrong."""
         made = [pod for pod in self.of_pool(pool) if not pod.is_ending]
         if not made:
             return f"no pod of {pool} has been made: see the RayCluster and the Ray operator"
         lacking = [pod for pod in made if not pod.is_ready]
-        said = [f"{len(lacking)} of {len(made)} pods of {pool} are not ready"] if lacking else []
+        said = [f"{len(made)} of {num_wanted} pods of {pool} have been made"] if len(made) < num_wanted else []
+        said += [f"{len(lacking)} of {len(made)} pods of {pool} are not ready"] if lacking else []
         reasons = Counter(pod.reason or f"{pod.phase}, starting" for pod in lacking)
         said += [f"{count} x {reason}" if count > 1 else reason for reason, count in reasons.most_common(3)]
         killed = sum(pod.num_oom_killed for pod in made)

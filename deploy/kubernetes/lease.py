@@ -88,9 +88,9 @@ class LeaseHolder:
         return held
 
     def release(self) -> None:
-        """Lets another take the Lease at once, if this process has it. Never raises."""
-        was_held, self._held_until_s = self.is_held, float("-inf")
-        if not was_held:
+        """Lets another take the Lease at once, if it names this process. Never raises."""
+        self._held_until_s = float("-inf")
+        if self._record is None or self._record.holder != self._identity:
             return
         try:
             item = self._api.get(LEASES, self._namespace, self._name)

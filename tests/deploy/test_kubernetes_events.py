@@ -1,4 +1,4 @@
-"""Check 29, second half: Events and facts of the autoscaler against a fake Kubernetes API."""
+"""Check 29: Events and facts of the autoscaler against a fake Kubernetes API."""
 
 from __future__ import annotations
 
@@ -268,7 +268,8 @@ def test_pods_say_why_they_do_not_run(cluster: FakeKubernetes) -> None:
         'nvidia.com/gpu.; ImagePullBackOff: Back-off pulling image "x"; Running, starting; '
         "1 containers were ended for lack of memory"
     )
-    assert facts.explain("mixed") == ""
+    assert facts.explain("mixed") == facts.explain("mixed", num_wanted=1) == ""
+    assert facts.explain("mixed", num_wanted=2) == "1 of 2 pods of mixed have been made"
     assert facts.explain("none") == "no pod of none has been made: see the RayCluster and the Ray operator"
 
 

@@ -71,7 +71,7 @@ def _build(folder: Path, made: Binaries) -> None:
     packages = _download(run, work)
     tree = _unpack(run, work, packages)
     _compile(run, work, tree, made.kube_apiserver)
-    shutil.copy2(work / "root/usr/bin/etcd", made.etcd)
+    shutil.move(work / "root/usr/bin/etcd", made.etcd)
     shutil.rmtree(work, ignore_errors=True)  # more than a gigabyte
 
 

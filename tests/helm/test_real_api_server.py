@@ -9,6 +9,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -262,6 +263,21 @@ def test_the_lease_is_held_by_one(autoscaler: Callable[[], KubernetesApi], insta
     assert second.problem == ""
     assert first.hold(), first.problem
     print(f"Lease {lease_name(installed)}: one -> two -> released -> one")
+
+
+def test_of_many_that_race_one_wins(autoscaler: Callable[[], KubernetesApi], installed: Json) -> None:
+    now_s = [0.0]
+    contenders = [
+        LeaseHolder(autoscaler(), "prod", lease_name(installed), f"racer-{number}", clock=lambda: now_s[0])
+        for number in range(6)
+    ]
+    for contender in contenders:
+        contender.hold()  # all have seen the record: fifteen seconds later whoever is first takes it
+    for _ in range(10):
+        now_s[0] += 15
+        with ThreadPoolExecutor(len(contenders)) as threads:
+            took = list(threads.map(LeaseHolder.hold, contenders))
+        assert sum(took) == sum(contender.is_held for contender in contenders) == 1
 
 
 def test_a_lease_of_another_name_is_not_its_own(autoscaler: Callable[[], KubernetesApi]) -> None:
