@@ -14,13 +14,16 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from deploy.kubernetes.client import EVENTS, ApiRefused, Json, KubernetesApi, KubernetesError, Resource
+from deploy.kubernetes.client import EVENTS, ApiRefused, ApiUnreachable, Json, KubernetesApi, KubernetesError, Resource
 from deploy.kubernetes.lease import micro_time
 
 SERIES_S = 600.0
 MAX_NOTE_BYTES = 1024  # the server refuses more
 _MAX_SERIES = 256
 _RETRY_S = 60.0
+_AWAY_S = 10.0
+_FORBIDDEN = 403
+_NOT_FOUND = 404
 _CUT = "..."
 
 _log = logging.getLogger(__name__)
@@ -61,7 +64,11 @@ class _Series:
 
 
 class EventLog:
-    """Sends Events about one object. A failure is kept in `problem` and logged once; nothing is raised."""
+    """Sends Events about one object. A failure is kept in `problem` and logged once; nothing is raised.
+
+    An Event that cannot be sent is lost. While the API is away it is asked once in ten seconds, so that whoever has
+    much to say does not wait for a time-out each time. Of one thread.
+    """
 
     def __init__(
         self,
@@ -83,6 +90,8 @@ class EventLog:
         self._wall_clock = wall_clock
         self._series: dict[Statement, _Series] = {}
         self._ask_uid = not about.uid
+        self._uid_problem = ""
+        self._away_until_s = float("-inf")
         self.problem = ""
         """Why the last Event could not be sent."""
 
@@ -129,31 +138,41 @@ class EventLog:
             self._series[said] = series
 
     def _send(self, said: Statement, at: str, series: _Series | None = None) -> bool:
+        if self._clock() < self._away_until_s:
+            return False
         try:
-            about = self._with_uid()
-            self._api.create(EVENTS, self._namespace, self._event(about, said, at, series))
+            self._find_uid()
+            self._api.create(EVENTS, self._namespace, self._event(said, at, series))
         except KubernetesError as error:
             if not self.problem:
                 _log.warning("events are not sent: %s", error)
             self.problem = str(error)
+            if isinstance(error, ApiUnreachable):
+                self._away_until_s = self._clock() + _AWAY_S
             return False
         if self.problem:
             _log.info("events are sent again")
         self.problem = ""
         return True
 
-    def _with_uid(self) -> ObjectReference:
-        if self._ask_uid:
-            try:
-                found = self._api.get(self._about.resource, self._namespace, self._about.name)
-            except ApiRefused as error:
+    def _find_uid(self) -> None:
+        if not self._ask_uid:
+            return
+        try:
+            found = self._api.get(self._about.resource, self._namespace, self._about.name)
+        except ApiRefused as error:
+            if error.status not in (_FORBIDDEN, _NOT_FOUND):
+                raise
+            if not self._uid_problem:
                 _log.warning("events do not show under %s %s: %s", self._about.resource.kind, self._about.name, error)
-            else:
-                self._about = dataclasses.replace(self._about, uid=found["metadata"]["uid"])
+            self._uid_problem = str(error)
+            self._ask_uid = error.status == _NOT_FOUND  # it may be made later
+        else:
+            self._about = dataclasses.replace(self._about, uid=found["metadata"]["uid"])
             self._ask_uid = False
-        return self._about
 
-    def _event(self, about: ObjectReference, said: Statement, at: str, series: _Series | None) -> Json:
+    def _event(self, said: Statement, at: str, series: _Series | None) -> Json:
+        about = self._about
         regarding = {
             "apiVersion": about.resource.api_version,
             "kind": about.resource.kind,

@@ -69,6 +69,8 @@ class FakeKubernetes:
         self.seen: list[Seen] = []
         self.before_write: Callable[[], None] | None = None
         """Called once, before the next write is looked at: another writer that is faster."""
+        self.intercept: Callable[[], None] | None = None
+        """While set: called for each request, which then gets no answer."""
         self._server: _Server | None = None
         self._port = 0
         self.start()
@@ -282,6 +284,10 @@ class _Handler(BaseHTTPRequestHandler):
         scheme, _, token = (self.headers.get("Authorization") or "").partition(" ")
         token = token.strip() if scheme.lower() == "bearer" else ""
         content_type = (self.headers.get("Content-Type") or "application/json").partition(";")[0].strip()
+        if self.server.api.intercept is not None:
+            self.server.api.intercept()
+            self.close_connection = True
+            return
         try:
             status, answer = self.server.api.answer(self.command, self.path, token, content_type, body)
         except StatusError as error:
@@ -310,7 +316,7 @@ class _Handler(BaseHTTPRequestHandler):
 def api_of(fake: FakeKubernetes, token: str = ADMIN, timeout_s: float = 5.0) -> KubernetesApi:
     """Reaches the fake with a token."""
     configuration = official.Configuration(host=fake.url)
-    configuration.api_key["BearerToken"] = f"bearer {token}"
+    configuration.api_key["authorization"] = f"bearer {token}"
     return KubernetesApi(configuration, timeout_s)
 
 

@@ -137,6 +137,8 @@ def test_a_failure_is_kept_and_logged_once(
     assert log.problem.startswith("could not get rayservices.ray.io chat in namespace prod: ")
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     fake.start()
+    assert not log.emit("Reason", "note", "Action")  # not asked yet
+    clock.now_s = 10
     assert log.emit("Reason", "note", "Action")
     assert log.problem == ""
     assert len(sent(fake)) == 1
@@ -173,6 +175,35 @@ def test_without_the_object_events_are_sent_all_the_same(
     assert "uid" not in sent(fake)[0]["regarding"]
     assert len(caplog.records) == 1
     assert "404 NotFound" in caplog.text
+    uid = fake.add(ray_service("chat"))["metadata"]["uid"]
+    assert log.emit("Reason", "c", "Action")
+    assert sent(fake)[2]["regarding"]["uid"] == uid
+
+
+def test_without_the_right_to_the_object_it_is_asked_for_once(fake: FakeKubernetes, clock: Clock) -> None:
+    fake.tokens["limited"] = "limited"
+    fake.roles["limited"] = [{"apiGroups": ["events.k8s.io"], "resources": ["events"], "verbs": ["create"]}]
+    log = event_log(fake, clock, token="limited")
+    assert log.emit("Reason", "a", "Action")
+    assert log.emit("Reason", "b", "Action")
+    assert [seen.verb for seen in fake.seen] == ["get", "create", "create"]
+
+
+def test_an_api_that_is_away_is_asked_once_for_many_events(fake: FakeKubernetes, clock: Clock) -> None:
+    log = event_log(fake, clock, about=ObjectReference(RAY_SERVICES, "chat", "uid"))
+    for number in range(20):
+        log.emit("Reason", str(number), "Action")
+        log.emit("Reason", str(number), "Action")
+    clock.now_s = 600
+    asked = []
+    fake.intercept = lambda: asked.append(1)
+    log.flush()
+    log.close()
+    assert len(asked) == 1
+    fake.intercept = None
+    clock.now_s = 660
+    log.flush()
+    assert len(sent(fake)) == 40
 
 
 def test_series_do_not_grow_without_end(fake: FakeKubernetes, clock: Clock) -> None:
