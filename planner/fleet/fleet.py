@@ -222,6 +222,11 @@ class Fleet:
         self._expect_end(worker)
         self.serve()
 
+    def num_under_way(self) -> int:
+        """Requests that have arrived and have not ended."""
+        held = sum((worker.prompt is not None) + len(worker.streams) for worker in self.workers)
+        return len(self._prompts) + len(self._waiting) + held
+
     # ---- what is observed
 
     def observe(self, counted: Mapping[str, WorkerCounts]) -> Observation:

@@ -211,6 +211,7 @@ class Loop:
     demand: Callable[[float], Mapping[str, Mapping[str, object]]] = lambda now_s: {}
     scaling: ScalingState = field(default_factory=ScalingState)
     rollout: RolloutState = field(default_factory=RolloutState)
+    observations: list[Observation] = field(default_factory=list)
     plans: list[Plan] = field(default_factory=list)
     explanations: list[Explanation] = field(default_factory=list)
 
@@ -235,7 +236,9 @@ class Loop:
         while self.cluster.now_s < end_s:
             self.cluster.pass_time(5.0)
             if self.cluster.now_s % self.config.interval_s == 0:
-                plan, self.scaling, explanation = decide(self.observe(), self.scaling, self.cluster.now_s, self.config)
+                seen, now_s = self.observe(), self.cluster.now_s
+                plan, self.scaling, explanation = decide(seen, self.scaling, now_s, self.config)
+                self.observations.append(seen)
                 self.plans.append(plan)
                 self.explanations.append(explanation)
                 self.rollout = adopt(self.rollout, plan)

@@ -234,6 +234,7 @@ def test_a_plan_that_nodes_cannot_carry_is_not_reached_and_asks_for_no_more() ->
     asked = loop.plans[-1].targets["prefill"]
     part = explained(loop.explanations[-1], "prefill")
     assert asked > 3
+    assert all(explained(earlier, "prefill").num_missing == 0 for earlier in loop.explanations[:60])
     assert (part.binding, part.num_missing) == ("not_reached", asked - 3)
     rates["prefill"] = {"arrivals_per_s": 120.0}
     loop.run(600)
