@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -74,6 +75,14 @@ def test_both_or_neither() -> None:
     """d's two GPUs would not make room for p's worker of eight: d keeps them."""
     moves = [move("p", 1, 2, gpus_per_worker=8), move("d", 4, 2, goal=2)]
     assert arranged(moves, 12, flips=False).targets == {"p": 1, "d": 4}
+
+
+@pytest.mark.parametrize(("max_gpus", "targets"), [(4, {"m": 2, "d": 0}), (2, {"m": 0, "d": 2})])
+def test_what_replaces_a_pool_fits_beside_it_or_neither_moves(max_gpus: int, targets: dict[str, int]) -> None:
+    """Mixed workers take over from decode ones, which go only when those are ready: for a while both hold GPUs."""
+    moves = [move("m", 0, 2, minimum=0), move("d", 2, 0, minimum=0)]
+    got = arrange(moves, lambda a, b: False, lambda a, b: (a, b) == ("m", "d"), max_gpus)
+    assert got.targets == targets
 
 
 names = ("a", "b", "c")

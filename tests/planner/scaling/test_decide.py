@@ -172,6 +172,16 @@ def test_a_shrink_keeps_a_margin_of_arrivals() -> None:
     assert plan.targets["prefill"] < 8
 
 
+def test_a_lull_shorter_than_the_window_shrinks_nothing() -> None:
+    """Every four minutes a burst needs all six workers: the down window of five minutes always has one in it."""
+    config, state = act(), ScalingState()
+    for tick in range(200):
+        rate = 60.0 if tick % 24 == 0 else 2.0
+        seen = Observation((pool(num_ready=6, arrivals_per_s=rate),))
+        plan, state, _ = decide(seen, state, 10.0 * tick, config)
+        assert plan.targets == {"prefill": 6}
+
+
 def test_a_shrink_waits_at_least_as_long_as_a_start_takes() -> None:
     slow = pool(num_ready=6, arrivals_per_s=0.5, startup_s=900.0)
     plan, state, _ = repeat([slow], act(), 890)

@@ -41,6 +41,8 @@ def test_pending_workers_are_counted() -> None:
     targets = {plan.targets["prefill"] for plan in loop.plans}
     assert len(targets) == 2
     assert len(cluster.workers) == max(targets) == loop.plans[-1].targets["prefill"]
+    part = explained(loop.explanations[-1], "prefill")
+    assert (part.num_workers, part.num_gpus) == (max(targets), max(targets))
 
 
 def test_a_short_budget_keeps_the_ratio_of_prefill_to_decode() -> None:

@@ -116,6 +116,7 @@ def test_a_new_plan_brings_draining_workers_back() -> None:
     assert ready(made, "decode") == {"decode": 4}
     assert len({worker.worker_id for worker in made.workers}) == 4
     assert sorted(worker.epoch for worker in made.workers) == [1, 1, 2, 2]
+    assert not [line for line in made.history if line.startswith("SetReplicas")]
 
 
 def test_a_redeployment_that_reset_the_count_is_corrected() -> None:
