@@ -28,6 +28,8 @@ from planner.trace import TraceRequest
 
 
 class Fleet:
+    """Pools, workers and requests at one time; `simulation` asks it for the next event."""
+
     def __init__(self, trace: Sequence[TraceRequest], pools: Sequence[FleetPool], seed: int) -> None:
         self.now_s = 0.0
         self.pools = {pool.name: pool for pool in pools}
@@ -50,10 +52,12 @@ class Fleet:
     # ---- time
 
     def at(self, time_s: float, kind: str, subject: object = None) -> None:
+        """Let something happen then."""
         self._number += 1
         heapq.heappush(self._events, (time_s, self._number, kind, subject))
 
     def next(self) -> tuple[str, object]:
+        """The next event; the time is now its time."""
         time_s, _, kind, subject = heapq.heappop(self._events)
         self.now_s = max(self.now_s, time_s)
         return kind, subject
@@ -65,6 +69,7 @@ class Fleet:
         self._charged_s = self.now_s
 
     def num_gpus(self) -> int:
+        """Of workers that exist, in whatever state."""
         return sum(self.pools[worker.home].gpus_per_worker for worker in self.workers)
 
     # ---- workers
@@ -80,6 +85,7 @@ class Fleet:
         return worker
 
     def become_ready(self, worker: Worker) -> None:
+        """A start is over, unless the worker was ended before."""
         if worker in self.workers and worker.status == STARTING:
             worker.status, worker.ready_at_s = READY, self.now_s
             self.serve()
@@ -108,6 +114,7 @@ class Fleet:
         return sorted(self.workers, key=lambda w: (w.status != STARTING, -w.number))
 
     def progress(self) -> Progress:
+        """What the rollout sees. Workers that have drained, or should have by now, count as drained."""
         for worker in self.workers:
             if worker.status == DRAINING:
                 if self.now_s - worker.draining_since_s > self.pools[worker.pool].drain_timeout_s:
@@ -121,6 +128,7 @@ class Fleet:
         return Progress(seen, dict(self.replicas))
 
     def act(self, actions: Sequence[Action]) -> None:
+        """Carry out what the rollout asks for."""
         by_id = {worker.worker_id: worker for worker in self.workers}
         for action in actions:
             match action:
@@ -145,6 +153,7 @@ class Fleet:
     # ---- requests
 
     def arrive(self, request: TraceRequest) -> None:
+        """One more request."""
         self._meter.arrived(request)
         self._prompts.append(Stream(request))
         self.serve()
@@ -166,6 +175,7 @@ class Fleet:
             self._waiting.popleft()
 
     def prefilled(self, worker: Worker, stream: Stream) -> None:
+        """A prompt is computed, and its first token is out."""
         if worker.prompt is not stream:
             return  # it ended before
         worker.prompt = None
@@ -208,6 +218,7 @@ class Fleet:
             self.at(self.now_s + left * self._step_s(worker), "decoded", (worker, worker.version))
 
     def decoded(self, worker: Worker, version: int) -> None:
+        """Streams of a worker end now, unless its batch has changed since this was expected."""
         if version != worker.version:
             return
         self._decoded(worker)
@@ -221,6 +232,11 @@ class Fleet:
         worker.context = max(0.0, worker.context) if worker.streams else 0.0
         self._expect_end(worker)
         self.serve()
+
+    def num_under_way(self) -> int:
+        """Requests that have arrived and have not ended."""
+        held = sum((worker.prompt is not None) + len(worker.streams) for worker in self.workers)
+        return len(self._prompts) + len(self._waiting) + held
 
     # ---- what is observed
 

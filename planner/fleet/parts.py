@@ -48,6 +48,8 @@ class FleetResult:
     """Streams whose worker ended under them, and that went on elsewhere."""
     num_moved_streams: int = 0
     """Streams whose worker did not drain in time, and that went on elsewhere."""
+    num_unfinished: int = 0
+    """Requests that were still under way when the simulation ended."""
     num_flips: int = 0
     duration_s: float = 0.0
     counts: dict[str, list[int]] = field(default_factory=dict)

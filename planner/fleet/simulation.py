@@ -58,5 +58,5 @@ def simulate(
                 rollout, actions = advance(rollout, progress)
                 fleet.act(actions)
     fleet.charge()
-    fleet.result.duration_s = fleet.now_s
+    fleet.result.duration_s, fleet.result.num_unfinished = fleet.now_s, fleet.num_under_way()
     return fleet.result

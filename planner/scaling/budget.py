@@ -213,3 +213,6 @@ class _Work:
                 need -= grower.gpus_per_worker
             if not self._starts(grower):
                 self.targets[shrinker.pool] = kept[shrinker.pool]
+        # Others may have counted on the GPUs of a pool that stays after all.
+        self.trim_growth()
+        self.shrink_to_budget()

@@ -156,7 +156,7 @@ def _bounded(pool: PoolObservation, want: Want, damped: Damped, minimum: int, nu
         minimum=minimum,
         gpus_per_worker=pool.gpus_per_worker,
     )
-    return _Verdict(move, binding, reason, want.terms, max(0, num_missing - (current - target)))
+    return _Verdict(move, binding, reason, want.terms, max(0, num_missing - max(0, current - target)))
 
 
 def _stay(pool: PoolObservation, target: int, binding: str, reason: str) -> _Verdict:

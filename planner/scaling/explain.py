@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -9,7 +10,6 @@ from datetime import UTC, datetime
 from planner.scaling.plan import FLIP, GROW, Explanation, Plan, PoolExplanation, Step
 from planner.scaling.record import decisions
 
-# Longest first: `_per_s` ends in `_s` too.
 _UNITS = {"_per_s": "/s", "_ms": " ms", "_gpus": " GPUs"}
 
 
@@ -40,10 +40,11 @@ def _pool(pool: PoolExplanation) -> str:
 
 
 def _term(name: str, value: float) -> str:
+    number = f"{value:,.0f}" if 1000 <= abs(value) < math.inf else f"{value:.4g}"
     for ending, unit in _UNITS.items():
         if name.endswith(ending):
-            return f"{name.removesuffix(ending)} {value:.4g}{unit}"
-    return f"{name} {value:.4g}"
+            return f"{name.removesuffix(ending)} {number}{unit}"
+    return f"{name} {number}"
 
 
 def _actions(explanation: Explanation, plan: Plan) -> str:

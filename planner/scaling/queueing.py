@@ -12,6 +12,8 @@ import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
+_NEVER = 1e-15  # a chance that further servers only lower
+
 
 @dataclass(frozen=True, slots=True)
 class ServiceTime:
@@ -39,6 +41,8 @@ def erlang_c(num_servers: int, offered_load: float) -> float:
     blocking = 1.0  # Erlang B, by its recursion over servers
     for servers in range(1, num_servers + 1):
         blocking = offered_load * blocking / (servers + offered_load * blocking)
+        if blocking < _NEVER:
+            return 0.0
     utilisation = offered_load / num_servers
     return blocking / (1 - utilisation + utilisation * blocking)
 

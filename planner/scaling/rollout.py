@@ -228,15 +228,19 @@ class _Work:
                 self._errands[name] = Errand(released=True)
 
     def undo(self) -> None:
-        """Bring back workers that the plan needs where they were."""
+        """Bring back workers that the plan needs where they were, or at home."""
         for worker_id, errand in list(self._errands.items()):
             worker = self._workers[worker_id]
             undoable = not errand.released and worker.status in (READY, DRAINING, DRAINED)
             useless = not errand.to_pool or self._excess(errand.to_pool) > 0
-            if undoable and useless and worker.pool != errand.to_pool and self._excess(worker.pool) < 0:
+            if not undoable or not useless or worker.pool == errand.to_pool:
+                continue
+            if self._excess(worker.pool) < 0:
                 del self._errands[worker_id]
                 if worker.status != READY:
                     self._serve_again(worker)
+            elif worker.home_pool != worker.pool and self._excess(worker.home_pool) < 0:
+                self._errands[worker_id] = Errand(to_pool=worker.home_pool)
 
     def adopt_orphans(self) -> None:
         """Workers that somebody began to flip or to retire, of which nothing is remembered."""
@@ -247,7 +251,8 @@ class _Work:
                 self._errands[worker.worker_id] = Errand(to_pool=worker.pool)
                 continue
             # It is not counted where it served. Needed there: it serves again. Else it flips, or retires.
-            to_pool = next((to for to in self._takers(worker.pool) if self._excess(to) < 0), "")
+            takers = [*self._takers(worker.pool), worker.home_pool]
+            to_pool = next((to for to in takers if to != worker.pool and self._excess(to) < 0), "")
             if self._excess(worker.pool) < 0 and not to_pool:
                 self._serve_again(worker)
             else:
@@ -269,31 +274,35 @@ class _Work:
             self._release_drained(home)
 
     def _release_drained(self, home: str) -> None:
-        """Serve is asked for fewer workers only while the ones that it ends first are drained. Workers that serve in
-        another pool are passed over: should Serve end one, its streams go on elsewhere, as after any failure."""
-        order = [
-            w
-            for w in self._workers.values()
-            if w.home_pool == home and (self._retires(w) or (w.pool == home and w.worker_id not in self._errands))
-        ]
+        """Serve is asked for fewer workers only while the ones that it ends first are drained, wherever they serve. One
+        that it would end before changes places with one that drained."""
+        order = [w for w in self._workers.values() if w.home_pool == home and not self._is_released(w)]
         drained = [w for w in order if self._retires(w) and w.status == DRAINED]
         for worker in order:
-            if not drained:
+            waits = worker.worker_id in self._errands and worker not in drained
+            if not drained or waits:
                 return
             if worker in drained:
                 drained.remove(worker)
-            elif self._retires(worker):
-                return
-            else:  # it started later, and Serve would end it first: it changes places with one that drained
-                last = drained.pop()
-                del self._errands[last.worker_id]
-                self._serve_again(last)
+            else:
+                self._take_over(drained.pop(), worker.pool)
                 if worker.status == READY:
                     self._errands[worker.worker_id] = Errand()
                     self._actions.append(Drain(worker.worker_id))
                     return
             self._replicas[home] -= 1
             self._errands[worker.worker_id] = Errand(released=True)
+
+    def _take_over(self, drained: WorkerProgress, pool: str) -> None:
+        """A worker that was to retire serves in a pool instead."""
+        if drained.pool == pool:
+            del self._errands[drained.worker_id]
+            self._serve_again(drained)
+        else:
+            self._errands[drained.worker_id] = Errand(to_pool=pool)
+
+    def _is_released(self, worker: WorkerProgress) -> bool:
+        return self._errands.get(worker.worker_id, Errand()).released
 
     def _retires(self, worker: WorkerProgress) -> bool:
         """Drains to end, and Serve does not know."""
@@ -318,14 +327,20 @@ class _Work:
     # ---- the plan
 
     def flip(self) -> None:
-        """Begin flips: workers that return home first."""
+        """Begin flips. Home is always a way; else the oldest go, since Serve ends the newest when the pool shrinks."""
         for pool in self._plan.targets:
+            for worker in self._serving(pool, (READY,)):
+                home = worker.home_pool
+                if home != pool and self._excess(pool) > 0 and self._excess(home) < 0:
+                    self._begin_flip(worker, home)
             for to_pool in self._takers(pool):
                 count = min(self._excess(pool), -self._excess(to_pool))
-                ready = sorted(self._serving(pool, (READY,)), key=lambda w: w.home_pool != to_pool)
-                for worker in ready[: max(0, count)]:
-                    self._errands[worker.worker_id] = Errand(to_pool=to_pool)
-                    self._actions.append(Drain(worker.worker_id))
+                for worker in self._serving(pool, (READY,))[::-1][: max(0, count)]:
+                    self._begin_flip(worker, to_pool)
+
+    def _begin_flip(self, worker: WorkerProgress, to_pool: str) -> None:
+        self._errands[worker.worker_id] = Errand(to_pool=to_pool)
+        self._actions.append(Drain(worker.worker_id))
 
     def cancel_starting(self) -> None:
         """Workers that nobody waits for any more go first: they serve nobody."""
