@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from kvstore.control.directory import Directory, DirectoryUnavailable, LeasedWorker
+from kvstore.control.directory import RETIRED, Directory, DirectoryUnavailable, LeasedWorker
 from router.fleet.fleet import Fleet
 from router.fleet.worker_connection import ConnectionOptions, WorkerConnection, WorkerListener, end_task
 
@@ -90,7 +90,9 @@ class Membership:
                 log.warning("worker %s registered anew, its old connection is dropped", worker_id)
                 await self._drop(worker_id, member)
                 continue
-            is_there = entry is not None and entry.record.address == member.connection.address
+            is_there = (
+                entry is not None and _takes_requests(entry) and entry.record.address == member.connection.address
+            )
             is_wanted = is_there and not member.connection.is_retired  # what was read may be older than what it said
             member.connection.stays = is_wanted
             self._fleet.retire(worker_id, not is_wanted)
@@ -101,7 +103,7 @@ class Membership:
             elif not is_wanted and member.connection.num_streams == 0:
                 member.task.cancel()
         for worker_id, entry in workers.items():
-            if worker_id not in self._members:
+            if worker_id not in self._members and _takes_requests(entry):
                 connection = WorkerConnection(entry, self._options, self._events)
                 self._members[worker_id] = _Member(
                     connection, asyncio.create_task(connection.run(), name=f"connection {worker_id}")
@@ -112,3 +114,7 @@ class Membership:
         member.task.cancel()
         await asyncio.wait([member.task])
         del self._members[worker_id]
+
+
+def _takes_requests(entry: LeasedWorker) -> bool:
+    return entry.record.role != RETIRED
