@@ -90,10 +90,10 @@ class Membership:
                 log.warning("worker %s registered anew, its old connection is dropped", worker_id)
                 await self._drop(worker_id, member)
                 continue
-            is_there = (
-                entry is not None and _takes_requests(entry) and entry.record.address == member.connection.address
-            )
-            is_wanted = is_there and not member.connection.is_retired  # what was read may be older than what it said
+            is_there = entry is not None and entry.record.address == member.connection.address
+            # What the directory said may be older than what the worker has said since.
+            is_retired = member.connection.is_retired or (entry is not None and _is_retired(entry))
+            is_wanted = is_there and not is_retired
             member.connection.stays = is_wanted
             self._fleet.retire(worker_id, not is_wanted)
             if member.task.done():
@@ -103,7 +103,7 @@ class Membership:
             elif not is_wanted and member.connection.num_streams == 0:
                 member.task.cancel()
         for worker_id, entry in workers.items():
-            if worker_id not in self._members and _takes_requests(entry):
+            if worker_id not in self._members and not _is_retired(entry):
                 connection = WorkerConnection(entry, self._options, self._events)
                 self._members[worker_id] = _Member(
                     connection, asyncio.create_task(connection.run(), name=f"connection {worker_id}")
@@ -116,5 +116,5 @@ class Membership:
         del self._members[worker_id]
 
 
-def _takes_requests(entry: LeasedWorker) -> bool:
-    return entry.record.role != RETIRED
+def _is_retired(entry: LeasedWorker) -> bool:
+    return entry.record.role == RETIRED

@@ -132,7 +132,8 @@ class Duty:
         lease, self._lease = self._lease, None
         if lease is not None:
             lease.withdraw()
-            self._asyncio.call_soon_threadsafe(self._retire)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the worker is stopping
+                self._asyncio.call_soon_threadsafe(self._retire)
 
     async def _move_when_over(self, timeout_s: float) -> None:
         deadline_s = time.monotonic() + timeout_s
@@ -144,6 +145,5 @@ class Duty:
 
     def _stop_waiting(self) -> None:
         if self._end_of_drain is not None:
-            with contextlib.suppress(RuntimeError):
-                self._end_of_drain.cancel()
+            self._end_of_drain.cancel()
             self._end_of_drain = None
