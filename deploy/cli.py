@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from deploy.commands.autoscaler import autoscaler
 from deploy.commands.models import models
 from deploy.commands.router import router
+from deploy.commands.scale import scale
 from deploy.errors import ConfigError, DeployError, StartError, one_line
 from deploy.processes.front import run_behind_front
 from deploy.processes.interrupts import Interrupts
@@ -154,8 +156,8 @@ def bench(
     return 1 if report.num_failed else 0
 
 
-cli.add_command(router)
-cli.add_command(models)
+for command in (router, autoscaler, scale, models):
+    cli.add_command(command)
 
 
 def _run_cluster(cluster: Cluster, steps: Steps, once: str | None, as_json: bool, out: TextIO) -> None:

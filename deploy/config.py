@@ -339,3 +339,18 @@ def _import_environment() -> dict[str, str]:
     caches = {name: os.environ[name] for name in ("HF_HOME", "HF_HUB_CACHE") if os.environ.get(name)}
     caches = {name: os.path.abspath(os.path.expanduser(path)) for name, path in caches.items()}
     return {**caches, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
+
+
+def ray_token() -> str:
+    """What a Ray cluster with RAY_AUTH_MODE=token asks of its callers; "" when none is set. Raises ConfigError."""
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH", "")
+    try:
+        from_file = Path(path).read_text(encoding="utf-8").strip() if path else ""
+    except OSError as error:
+        raise ConfigError(f"RAY_AUTH_TOKEN_PATH: {path}: {error.strerror}") from None
+    return os.environ.get("RAY_AUTH_TOKEN", "") or from_file
+
+
+def own_pod() -> str:
+    """Name of the pod that this process runs in; "" outside Kubernetes."""
+    return os.environ.get("POD_NAME", "")
