@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 from deploy.autoscaling.memory import Memory, MemoryUnavailable
@@ -102,15 +103,16 @@ class Autoscaler:
             if self._saved is None:
                 return _IDLE_S
         try:
-            pools = {name: pool for name, pool in self._serve.pools().items() if name in self._config.pools}
+            state = self._serve.state()
         except ServeUnavailable as error:
             self._note_problem("serve", str(error))
             return _IDLE_S
         sights = self._watch.look()
         if self._watch.problem:
             self._note_problem("directory", self._watch.problem)
-        progress = progress_of(pools, sights)
-        self._observer.note_starts(progress, pools, self._wall_clock())
+        known = {name: pool for name, pool in state.pools.items() if name in self._config.pools}
+        progress = progress_of(replace(state, pools=known), sights)
+        self._observer.note_starts(progress, state, self._wall_clock())
         self.metrics.show_progress(progress, self._config.pools)
         if self._clock() - self._decided_s >= self._config.autoscaling.interval_s:
             self._decide(progress, sights)

@@ -6,12 +6,13 @@ Rates and means come from the differences of the workers' counters between two o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from switchyard.v1 import worker_pb2
 
-from deploy.autoscaling.serve_api import RUNNING, STOPPING, ServePool, ServeReplica
+from deploy.autoscaling.serve_api import RUNNING, STOPPING, ServeReplica, ServeState
 from deploy.autoscaling.workers import WorkerSight
 from deploy.config import ClusterConfig, PoolConfig
 from planner.scaling.observation import Observation, PoolObservation, StepSample
@@ -41,18 +42,38 @@ def worker_id_of(pool: str, replica: ServeReplica) -> str:
     return f"{pool}-{replica.replica_id}"
 
 
-def progress_of(pools: Mapping[str, ServePool], sights: Mapping[str, WorkerSight]) -> Progress:
-    """The workers that Serve counts, in the order in which it would end them: starting ones first, then the newest.
-
-    Those that Serve ends already come before all others.
-    """
-    rank = {STOPPING: 0, RUNNING: 2}
+def progress_of(state: ServeState, sights: Mapping[str, WorkerSight]) -> Progress:
+    """The workers that Serve counts, in the order in which it would end them, and those that it ends already first."""
     workers = [
         _progress(name, replica, sights.get(worker_id_of(name, replica)))
-        for name, pool in pools.items()
-        for replica in sorted(pool.replicas, key=lambda r: (rank.get(r.state, 1), -r.start_time_s))
+        for name, pool in state.pools.items()
+        for replica in _ending_order(pool.replicas, _node_order(state))
     ]
-    return Progress(tuple(workers), {name: pool.target_num_replicas for name, pool in pools.items()})
+    return Progress(tuple(workers), {name: pool.target_num_replicas for name, pool in state.pools.items()})
+
+
+def _ending_order(replicas: Sequence[ServeReplica], nodes: Mapping[str, int]) -> list[ServeReplica]:
+    """As Serve 2.60 chooses (DeploymentScheduler._get_replicas_to_stop): those that do not run yet, then node by node,
+    of one node the newest first."""
+    rank = {STOPPING: 0, RUNNING: 2}
+    last = len(nodes)
+    return sorted(
+        replicas, key=lambda r: (rank.get(r.state, 1), nodes.get(r.node_id, last), -r.start_time_s, r.replica_id)
+    )
+
+
+def _node_order(state: ServeState) -> dict[str, int]:
+    """Place of each node in the order in which Serve empties them: the head last, those with fewest replicas first, and
+    of equal ones that first on which a worker ran first. With a node for each worker that is the oldest worker's."""
+    running = [
+        replica
+        for pool in state.pools.values()
+        for replica in sorted(pool.replicas, key=lambda r: r.start_time_s)
+        if replica.state == RUNNING
+    ]
+    counts = Counter(replica.node_id for replica in running)  # in the order of its first use, and sorted() is stable
+    ordered = sorted(counts, key=lambda node: (node == state.head_node_id, counts[node]))
+    return {node: place for place, node in enumerate(ordered)}
 
 
 def _progress(pool: str, replica: ServeReplica, sight: WorkerSight | None) -> WorkerProgress:
@@ -104,9 +125,9 @@ class Observer:
         self._startup_s: dict[str, float] = {}
         self._starting: dict[str, float] = {}  # Unix time of the start, by worker id
 
-    def note_starts(self, progress: Progress, pools: Mapping[str, ServePool], now_unix_s: float) -> None:
+    def note_starts(self, progress: Progress, state: ServeState, now_unix_s: float) -> None:
         """Measure how long workers take to start."""
-        began = {worker_id_of(n, r): r.start_time_s for n, pool in pools.items() for r in pool.replicas}
+        began = {worker_id_of(n, r): r.start_time_s for n, pool in state.pools.items() for r in pool.replicas}
         for worker in progress.workers:
             if worker.status == STARTING:
                 self._starting.setdefault(worker.worker_id, began[worker.worker_id])

@@ -34,6 +34,8 @@ class ServeReplica:
     """STARTING, RUNNING or STOPPING; others are taken for STARTING."""
     start_time_s: float
     """Unix time."""
+    node_id: str
+    """Ray's name of the node of its replica actor; "" before it is placed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,15 @@ class ServePool:
     replicas: tuple[ServeReplica, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class ServeState:
+    """All pools at one time."""
+
+    pools: dict[str, ServePool]
+    head_node_id: str
+    """Where Serve's controller is."""
+
+
 class ServeApi:
     """The API of one Ray cluster. url: of its dashboard, such as http://HOST:8265."""
 
@@ -53,14 +64,15 @@ class ServeApi:
         self._url = url.rstrip("/")
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
-    def pools(self) -> dict[str, ServePool]:
-        """The pools that Serve runs, by name. Raises ServeUnavailable."""
+    def state(self) -> ServeState:
+        """The pools that Serve runs. Raises ServeUnavailable."""
         found = self._call("GET", "/api/serve/applications/")
-        return {
+        pools = {
             name: _pool(application, application["deployments"][name])
             for name, application in found.get("applications", {}).items()
             if name in application.get("deployments", {})
         }
+        return ServeState(pools, str((found.get("controller_info") or {}).get("node_id") or ""))
 
     def set_replicas(self, pool: str, num_replicas: int) -> None:
         """Ask for a number of workers; Serve starts or ends them later. Raises ServeUnavailable."""
@@ -94,7 +106,7 @@ def _authorization() -> dict[str, str]:
 
 def _pool(application: dict[str, Any], deployment: dict[str, Any]) -> ServePool:
     replicas = tuple(
-        ServeReplica(str(r["replica_id"]), _state(r["state"]), float(r["start_time_s"]))
+        ServeReplica(str(r["replica_id"]), _state(r["state"]), float(r["start_time_s"]), str(r.get("node_id") or ""))
         for r in deployment.get("replicas", ())
     )
     message = str(deployment.get("message") or application.get("message") or "")
