@@ -217,6 +217,7 @@ class _Work:
     def notice_who_leaves(self) -> None:
         """Serve ends as many workers of a home pool as exist beyond its replicas, by its own choice. Those are leaving;
         one that was to leave and lives on, since Serve chose another, is taken care of as an orphan."""
+        self._revoke_unheard()
         for home, count in self._replicas.items():
             existing = [w.worker_id for w in self._workers.values() if w.home_pool == home]
             released = [name for name in existing if name in self._errands and self._errands[name].released]
@@ -226,6 +227,15 @@ class _Work:
             others = [name for name in existing if name not in released]
             for name in others[: max(0, leaving - len(released))]:
                 self._errands[name] = Errand(released=True)
+
+    def _revoke_unheard(self) -> None:
+        """A start that was cancelled, of which Serve has not heard, became ready: it serves, so it drains first."""
+        for worker in self._workers.values():
+            home = worker.home_pool
+            unheard = self._progress.replicas.get(home, 0) > self._replicas.get(home, 0)
+            if unheard and worker.status == READY and self._is_released(worker):
+                del self._errands[worker.worker_id]
+                self._replicas[home] += 1
 
     def undo(self) -> None:
         """Bring back workers that the plan needs where they were, or at home."""
@@ -287,9 +297,7 @@ class _Work:
             else:
                 self._take_over(drained.pop(), worker.pool)
                 if worker.status == READY:
-                    self._errands[worker.worker_id] = Errand()
-                    self._actions.append(Drain(worker.worker_id))
-                    return
+                    return  # it is one too many now, and retires once the other one serves
             self._replicas[home] -= 1
             self._errands[worker.worker_id] = Errand(released=True)
 
@@ -331,10 +339,10 @@ class _Work:
         for pool in self._plan.targets:
             for worker in self._serving(pool, (READY,)):
                 home = worker.home_pool
-                if home != pool and self._excess(pool) > 0 and self._excess(home) < 0:
+                if home != pool and min(self._excess(pool), self._spare(pool), -self._excess(home)) > 0:
                     self._begin_flip(worker, home)
             for to_pool in self._takers(pool):
-                count = min(self._excess(pool), -self._excess(to_pool))
+                count = min(self._excess(pool), self._spare(pool), -self._excess(to_pool))
                 for worker in self._serving(pool, (READY,))[::-1][: max(0, count)]:
                     self._begin_flip(worker, to_pool)
 
@@ -361,21 +369,24 @@ class _Work:
                 pass
 
     def _retire_one(self, pool: str) -> bool:
-        """Drain the worker that Serve would end. If that one serves in another pool, one of this pool replaces it
-        there; False: none can be drained."""
-        serving = self._serving(pool, (READY,))
-        if not serving:
+        """Drain the worker that Serve would end. If that one serves in another pool, one of this pool replaces it there
+        first, and it retires once that is ready. False: none can be spared now."""
+        if self._spare(pool) <= 0:
             return False
+        serving = self._serving(pool, (READY,))
         free = [w for w in self._workers.values() if w.status == READY and w.worker_id not in self._errands]
-        at_home = [w for w in free if w.home_pool == pool]
-        home = pool if at_home else serving[0].home_pool
+        home = pool if any(w.home_pool == pool for w in free) else serving[0].home_pool
         victim = next(w for w in free if w.home_pool == home)
-        self._errands[victim.worker_id] = Errand()
-        self._actions.append(Drain(victim.worker_id))
-        if victim.pool != pool:
-            self._errands[serving[-1].worker_id] = Errand(to_pool=victim.pool)
-            self._actions.append(Drain(serving[-1].worker_id))
+        if victim.pool == pool:
+            self._errands[victim.worker_id] = Errand()
+            self._actions.append(Drain(victim.worker_id))
+        else:
+            self._begin_flip(serving[-1], victim.pool)
         return True
+
+    def _spare(self, pool: str) -> int:
+        """Ready workers beyond the target: those that start or flip in replace nobody yet."""
+        return len(self._serving(pool, (READY,))) - self._plan.targets.get(pool, 0)
 
     def _replacement_is_ready(self, pool: str) -> bool:
         after = [other for s in self._plan.steps if s.kind == RETIRE and s.pool == pool for other in s.after]

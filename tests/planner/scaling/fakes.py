@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -110,6 +111,8 @@ class FakeWorker:
     epoch: int = 1
     since_s: float = 0.0
     """Of its status."""
+    ends_at_s: float = math.inf
+    """Serve has chosen it."""
 
 
 @dataclass(slots=True)
@@ -119,6 +122,8 @@ class FakeCluster:
     gpus_per_worker: dict[str, int]
     startup_s: float = 60.0
     drain_s: float = 20.0
+    end_s: float = 0.0
+    """From Serve's choice of a worker to its end."""
     most_nodes_gpus: int = 10**6
     """GPUs of the nodes that can be had: beyond them workers start for ever."""
     now_s: float = 0.0
@@ -156,6 +161,7 @@ class FakeCluster:
 
     def pass_time(self, seconds: float) -> None:
         self.now_s += seconds
+        self.workers = [worker for worker in self.workers if worker.ends_at_s > self.now_s]
         used = sum(self.gpus_per_worker[w.home] for w in self.workers if w.status != STARTING)
         for worker in self.workers:
             elapsed_s = self.now_s - worker.since_s
@@ -192,11 +198,13 @@ class FakeCluster:
 
     def _scale(self, name: str, count: int) -> None:
         self.replicas[name] = count
-        existing = [worker for worker in self.order() if worker.home == name]
+        existing = [w for w in self.order() if w.home == name and w.ends_at_s == math.inf]
         for worker in existing[: max(0, len(existing) - count)]:
             if worker.status not in (STARTING, DRAINED):
                 self.ended_while_serving.append(worker.worker_id)
-            self.workers.remove(worker)
+            worker.ends_at_s = self.now_s + self.end_s
+            if not self.end_s:
+                self.workers.remove(worker)
         for _ in range(count - len(existing)):
             self._add(name)
 
