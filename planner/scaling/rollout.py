@@ -13,70 +13,21 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from planner.scaling.actions import (
+    DRAINED,
+    DRAINING,
+    READY,
+    STARTING,
+    SWITCHED,
+    Action,
+    Announce,
+    Drain,
+    Progress,
+    SetReplicas,
+    SwitchRole,
+    WorkerProgress,
+)
 from planner.scaling.plan import FLIP, RETIRE, Plan
-
-STARTING, READY, DRAINING, DRAINED, SWITCHED = "starting", "ready", "draining", "drained", "switched"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerProgress:
-    """One worker as it is seen now."""
-
-    worker_id: str
-    home_pool: str
-    """The pool that it was started in: the Serve deployment that counts it."""
-    pool: str
-    """The pool that it serves in now, or will when it is ready or announced."""
-    status: str
-    """starting; ready: takes requests; draining: takes none, and some still run; drained: none runs; switched: has a
-    new role, and routers do not know it yet."""
-    epoch: int = 0
-    """Of its lease: grows with each change of role."""
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """The cluster as it is seen now."""
-
-    workers: tuple[WorkerProgress, ...]
-    """In the order in which Serve would end them: starting ones first, then the newest."""
-    replicas: dict[str, int]
-    """What Serve was asked for, by home pool."""
-
-
-@dataclass(frozen=True, slots=True)
-class SetReplicas:
-    """Ask Serve for this many workers of a home pool."""
-
-    pool: str
-    num_replicas: int
-
-
-@dataclass(frozen=True, slots=True)
-class Drain:
-    """Take the worker off the routers' tables; its requests run to their end, or are moved at the drain's timeout."""
-
-    worker_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class SwitchRole:
-    """Give a drained worker its new role, under a new epoch."""
-
-    worker_id: str
-    to_pool: str
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class Announce:
-    """Let routers send requests to a worker: one with a new role, or one that drained and is needed after all."""
-
-    worker_id: str
-    epoch: int
-
-
-Action = SetReplicas | Drain | SwitchRole | Announce
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,14 +320,18 @@ class _Work:
                 pass
 
     def _retire_one(self, pool: str) -> bool:
-        """Drain the worker that Serve would end. If that one serves in another pool, one of this pool replaces it there
-        first, and it retires once that is ready. False: none can be spared now."""
+        """Drain a worker that Serve would end first of its home. If all such ones serve in other pools, a worker of
+        this pool replaces one there first, and that one retires once it is ready. False: none can be spared now."""
         if self._spare(pool) <= 0:
             return False
         serving = self._serving(pool, (READY,))
-        free = [w for w in self._workers.values() if w.status == READY and w.worker_id not in self._errands]
-        home = pool if any(w.home_pool == pool for w in free) else serving[0].home_pool
-        victim = next(w for w in free if w.home_pool == home)
+        first: dict[str, WorkerProgress] = {}
+        for worker in self._workers.values():
+            if worker.status == READY and worker.worker_id not in self._errands:
+                first.setdefault(worker.home_pool, worker)
+        homes = dict.fromkeys([pool, *(worker.home_pool for worker in serving)])
+        victims = [first[home] for home in homes if home in first]
+        victim = next((worker for worker in victims if worker.pool == pool), victims[0])
         if victim.pool == pool:
             self._errands[victim.worker_id] = Errand()
             self._actions.append(Drain(victim.worker_id))

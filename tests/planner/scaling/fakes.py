@@ -8,11 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from planner.scaling.config import AutoscalingConfig
-from planner.scaling.decide import ScalingState, decide
-from planner.scaling.observation import Observation, PoolObservation, StepSample
-from planner.scaling.plan import Explanation, Plan, PoolExplanation
-from planner.scaling.rollout import (
+from planner.scaling.actions import (
     DRAINED,
     DRAINING,
     READY,
@@ -22,14 +18,15 @@ from planner.scaling.rollout import (
     Announce,
     Drain,
     Progress,
-    RolloutState,
     SetReplicas,
     SwitchRole,
     WorkerProgress,
-    adopt,
-    advance,
-    count_workers,
 )
+from planner.scaling.config import AutoscalingConfig
+from planner.scaling.decide import ScalingState, decide
+from planner.scaling.observation import Observation, PoolObservation, StepSample
+from planner.scaling.plan import Explanation, Plan, PoolExplanation
+from planner.scaling.rollout import RolloutState, adopt, advance, count_workers
 from planner.scaling.step_cost import StepCost
 
 COSTS = {
@@ -157,7 +154,8 @@ class FakeCluster:
         return sorted(self.workers, key=lambda w: (w.status != STARTING, -w.number))
 
     def ready(self, name: str) -> int:
-        return sum(worker.pool == name and worker.status == READY for worker in self.workers)
+        """Those that Serve is ending are left out."""
+        return sum(w.pool == name and w.status == READY and w.ends_at_s == math.inf for w in self.workers)
 
     def pass_time(self, seconds: float) -> None:
         self.now_s += seconds

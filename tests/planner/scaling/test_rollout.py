@@ -9,17 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from planner.scaling.actions import Drain, SetReplicas
 from planner.scaling.plan import FLIP, GROW, RETIRE, Plan, Step
 from planner.scaling.record import Saved, saved_from_line, to_line
-from planner.scaling.rollout import (
-    Drain,
-    RolloutState,
-    SetReplicas,
-    adopt,
-    advance,
-    count_workers,
-    is_carried_out,
-)
+from planner.scaling.rollout import RolloutState, adopt, advance, count_workers, is_carried_out
 from tests.planner.scaling.fakes import FakeCluster
 
 
@@ -279,7 +272,8 @@ def test_a_restart_at_any_step_undoes_the_plan(name: str, remembered: bool) -> N
 @given(st.integers(0, 2**32), st.integers(0, 6))
 def test_any_sequence_of_plans_keeps_the_budget_and_ends_no_stream(seed: int, extra: int) -> None:
     """Plans follow each other at any time, actions get lost and the autoscaler forgets everything: GPUs stay within the
-    budget, Serve ends only workers that start or have drained, and the last plan is carried out."""
+    budget, Serve ends only workers that start or have drained, no pool has fewer ready workers on the way than before
+    and after, and the last plan is carried out."""
     rng = random.Random(seed)
     counts = {"prefill": rng.randrange(1, 5), "decode": rng.randrange(1, 5)}
     max_gpus = sum(counts.values()) + extra
@@ -293,6 +287,7 @@ def test_any_sequence_of_plans_keeps_the_budget_and_ends_no_stream(seed: int, ex
         pairs = (("prefill", "decode"), ("decode", "prefill"))
         steps = tuple(Step(FLIP, source, 1, to) for source, to in pairs if rng.random() < 0.7)
         state = adopt(state, plan(targets, *steps, max_gpus=max_gpus, plan_id=number + 1))
+        before = ready(made, *targets)
         for _ in range(rng.randrange(1, 40)):
             state, actions = advance(state, made.progress())
             if rng.random() < 0.9:
@@ -302,7 +297,16 @@ def test_any_sequence_of_plans_keeps_the_budget_and_ends_no_stream(seed: int, ex
             made.pass_time(5.0)
             assert made.most_gpus <= max_gpus
             assert made.ended_while_serving == []
+            assert all(made.ready(name) >= min(before[name], targets[name]) for name in targets)
     settle(made, state, 1200)
     assert ready(made, *targets) == targets
     assert made.most_gpus <= max_gpus
     assert made.ended_while_serving == []
+
+
+@pytest.mark.slow
+@settings(max_examples=20_000, deadline=None)
+@given(st.integers(0, 2**32), st.integers(0, 6))
+def test_any_sequence_of_plans_at_length(seed: int, extra: int) -> None:
+    """The same, many times."""
+    test_any_sequence_of_plans_keeps_the_budget_and_ends_no_stream.hypothesis.inner_test(seed, extra)
