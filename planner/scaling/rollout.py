@@ -189,19 +189,15 @@ class _Work:
                 self._replicas[home] += 1
 
     def undo(self) -> None:
-        """Bring back workers that the plan needs where they were, or at home."""
+        """Bring back workers that the plan needs where they were."""
         for worker_id, errand in list(self._errands.items()):
             worker = self._workers[worker_id]
             undoable = not errand.released and worker.status in (READY, DRAINING, DRAINED)
             useless = not errand.to_pool or self._excess(errand.to_pool) > 0
-            if not undoable or not useless or worker.pool == errand.to_pool:
-                continue
-            if self._excess(worker.pool) < 0:
+            if undoable and useless and worker.pool != errand.to_pool and self._excess(worker.pool) < 0:
                 del self._errands[worker_id]
                 if worker.status != READY:
                     self._serve_again(worker)
-            elif worker.home_pool != worker.pool and self._excess(worker.home_pool) < 0:
-                self._errands[worker_id] = Errand(to_pool=worker.home_pool)
 
     def adopt_orphans(self) -> None:
         """Workers that somebody began to flip or to retire, of which nothing is remembered."""
