@@ -22,6 +22,7 @@ from deploy.commands.autoscaler import autoscaler
 from deploy.commands.models import models
 from deploy.commands.router import router
 from deploy.commands.scale import scale
+from deploy.commands.status import status
 from deploy.errors import ConfigError, DeployError, StartError, one_line
 from deploy.processes.front import run_behind_front
 from deploy.processes.interrupts import Interrupts
@@ -156,7 +157,7 @@ def bench(
     return 1 if report.num_failed else 0
 
 
-for command in (router, autoscaler, scale, models):
+for command in (status, router, autoscaler, scale, models):
     cli.add_command(command)
 
 

@@ -14,11 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from checkpoint.identity import ServedModel
+from kvstore.config import is_redis
 from kvstore.connect import open_directory, open_journal
+from kvstore.control.decision_log import DecisionLog
 from kvstore.control.directory import Directory
 from kvstore.control.journal import JournalUnavailable, StreamJournal
 from router.api.grpc_api import GrpcApi
 from router.api.http_api import HttpApi, HttpParts
+from router.api.status_api import StatusServicer
 from router.config import RouterSpec
 from router.errors import ConfigError, StartupError
 from router.fleet.fleet import Fleet
@@ -67,7 +70,10 @@ class Router:
             lambda: self._directory_is_up,
             lambda: self._journal.is_up,
         )
-        self._grpc = GrpcApi(self._generation, self._metrics, config.max_message_bytes)
+        self._decisions = DecisionLog(spec.control, spec.cluster) if is_redis(spec.control) else None
+        admission = self._generation.admission
+        status = StatusServicer(self.readiness, self._dispatcher, lambda: admission.num_inflight, self._decisions)
+        self._grpc = GrpcApi(self._generation, self._metrics, status, config.max_message_bytes)
         self._http = HttpApi(
             HttpParts(self._generation, self._metrics, self.readiness, config.max_message_bytes, config.cors_origins)
         )
@@ -118,6 +124,8 @@ class Router:
             await end_task(task)
         await self._journal.stop()
         self._generation.close()
+        if self._decisions is not None:
+            self._decisions.close()
 
     def _join(self, directory: Directory) -> Membership:
         config = self._spec.config

@@ -20,20 +20,11 @@ from deploy.autoscaling.observe import Observer, progress_of
 from deploy.autoscaling.serve_api import ServeApi, ServeUnavailable
 from deploy.autoscaling.workers import WorkerSight, WorkerUnavailable, WorkerWatch
 from deploy.config import ClusterConfig
+from planner.scaling.actions import Action, Announce, Drain, Progress, SetReplicas, SwitchRole
 from planner.scaling.decide import decide
 from planner.scaling.plan import FLIP, GROW, RETIRE, Explanation, Plan
 from planner.scaling.record import DecisionLog, DecisionRecord, Saved
-from planner.scaling.rollout import (
-    Action,
-    Announce,
-    Drain,
-    Progress,
-    SetReplicas,
-    SwitchRole,
-    adopt,
-    advance,
-    count_workers,
-)
+from planner.scaling.rollout import adopt, advance, count_workers
 
 log = logging.getLogger(__name__)
 

@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Callable
 from typing import Any
 
+from kvstore.control.decision_log import PREFIX, DecisionLog, DecisionsUnavailable
 from kvstore.redis_client import REDIS_ERRORS, address_of, connect
 from planner.scaling.config import AutoscalingConfig
 from planner.scaling.decide import ScalingState
@@ -21,8 +22,6 @@ from planner.scaling.record import (
     to_line,
 )
 
-_PREFIX = "switchyard:autoscaler1:"
-_MAX_LINES = 2000
 _START_EVERY = 100  # decisions: those that are kept can be made again from one of these lines on
 _LOCK_MS = 15_000
 _RENEW = """
@@ -43,7 +42,8 @@ class Memory:
 
     def __init__(self, url: str, cluster: str) -> None:
         self._redis = connect(url)
-        self._prefix = f"{_PREFIX}{cluster}:"
+        self._prefix = f"{PREFIX}{cluster}:"
+        self._decisions = DecisionLog(url, cluster)
         self._num_written = 0
         self._identity = secrets.token_hex(8)
         self._renew = self._redis.register_script(_RENEW)
@@ -71,20 +71,17 @@ class Memory:
         if self._num_written % _START_EVERY == 0:
             lines.insert(0, to_line(Start(config, before)))
         self._num_written += 1
-        key = self._prefix + "decisions"
-
-        def append() -> None:
-            pipeline = self._redis.pipeline()
-            pipeline.rpush(key, *lines)
-            pipeline.ltrim(key, -_MAX_LINES, -1)
-            pipeline.execute()
-
-        self._call(append)
+        try:
+            self._decisions.append(lines)
+        except DecisionsUnavailable as error:
+            raise MemoryUnavailable(str(error)) from None
 
     def lines(self) -> list[str]:
         """The decisions that are kept, oldest first, from a start on."""
-        raw = self._call(lambda: self._redis.lrange(self._prefix + "decisions", 0, -1))
-        lines = [line.decode() for line in raw]
+        try:
+            lines = self._decisions.last()
+        except DecisionsUnavailable as error:
+            raise MemoryUnavailable(str(error)) from None
         first = next((i for i, line in enumerate(lines) if line.startswith('{"start"')), len(lines))
         return lines[first:]
 
@@ -114,8 +111,9 @@ class Memory:
         self._call(lambda: self._release(keys=[self._prefix + "lock"], args=[self._identity]))
 
     def close(self) -> None:
-        """Give up the connection."""
+        """Give up the connections."""
         self._redis.close()
+        self._decisions.close()
 
     def _call(self, call: Callable[[], Any]) -> Any:
         try:

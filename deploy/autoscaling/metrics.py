@@ -9,8 +9,8 @@ from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, make_wsgi_app
 
+from planner.scaling.actions import Progress
 from planner.scaling.plan import Explanation
-from planner.scaling.rollout import Progress
 from telemetry import autoscaler as declared
 from telemetry.metric import Metric
 

@@ -15,17 +15,17 @@ from switchyard.v1 import worker_pb2
 from deploy.autoscaling.serve_api import RUNNING, STOPPING, ServeReplica, ServeState
 from deploy.autoscaling.workers import WorkerSight
 from deploy.config import ClusterConfig, PoolConfig
-from planner.scaling.observation import Observation, PoolObservation, StepSample
-from planner.scaling.rollout import (
+from planner.scaling.actions import (
     DRAINED,
     DRAINING,
     READY,
     STARTING,
     SWITCHED,
     Progress,
-    WorkerCounts,
     WorkerProgress,
 )
+from planner.scaling.observation import Observation, PoolObservation, StepSample
+from planner.scaling.rollout import WorkerCounts
 
 _STATUS = {
     worker_pb2.WORKER_PHASE_READY: READY,
