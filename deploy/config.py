@@ -6,9 +6,11 @@ model can be cut as a pool asks is checked in `preflight`, and derived numbers a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -320,6 +322,21 @@ def prepare_ray_environment() -> None:
         os.environ.setdefault(name, value)
     # Ray's processes send each other metrics by gRPC, which would go through http_proxy; empty means through none.
     os.environ.update({**_import_environment(), "grpc_proxy": ""})
+
+
+@contextlib.contextmanager
+def temporary_files_in(folder: Path) -> Iterator[None]:
+    """Processes that are started meanwhile, and those below them, keep their temporary files there."""
+    tempfile.gettempdir()  # looks once: our own stay where they are
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = before
 
 
 def child_environment() -> dict[str, str]:
