@@ -181,6 +181,7 @@ def _run_cluster(cluster: Cluster, steps: Steps, once: str | None, as_json: bool
             threading.Event().wait()
     except (Exception, KeyboardInterrupt, SystemExit) as error:  # Ray makes SystemExit of a signal while it starts
         if interrupts.was_asked and is_up:
+            steps.note(cluster.stopping)
             return
         if interrupts.was_asked:
             raise StartError("interrupted") from None

@@ -90,6 +90,12 @@ class Cluster:
         self.id = secrets.token_hex(4)
         self.run_dir = Path(config.ray.temp_dir) / f"{FOLDER_PREFIX}{self.id}"
 
+    @property
+    def stopping(self) -> str:
+        """What an orderly end means, for whoever asked for it."""
+        drain_s = self._config.router.drain_s
+        return f"stopping: streams may go on for {drain_s:g} s (router.drain_s); a second signal stops at once"
+
     def check(self) -> FoundModel:
         """See whether it can be started, without starting anything. Raises ConfigError or StartError."""
         model = check_model(self._config)
