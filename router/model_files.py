@@ -146,8 +146,8 @@ def _sampling_defaults(generation: dict[str, Any], directory: Path) -> SamplingD
             raise ModelFilesError(f"{directory}/generation_config.json: {field} must be {wanted}, not {value!r}")
         return value
 
-    top_k = number("top_k", "an integer >= -1", lambda value: value == int(value) and -1 <= value < 2**32)
-    limit = number("max_new_tokens", "a positive integer", lambda value: value == int(value) and 0 < value < 2**63)
+    top_k = number("top_k", "an integer >= -1", lambda value: -1 <= value < 2**32 and value == int(value))
+    limit = number("max_new_tokens", "a positive integer", lambda value: 0 < value < 2**63 and value == int(value))
     return SamplingDefaults(
         temperature=number("temperature", "a finite number >= 0", lambda value: 0 <= value <= LARGEST_FLOAT32),
         top_p=number("top_p", "in (0, 1]", lambda value: 0 < value <= 1),

@@ -59,6 +59,25 @@ def test_bad_size_names_the_field(directory, value):
         load_config(edit(directory, hidden_size=value))
 
 
+@pytest.mark.parametrize(
+    "name", ["num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings"]
+)
+def test_absurd_sizes_are_refused_before_anything_is_built(directory, name):
+    with pytest.raises(ModelError, match=rf"config\.json: {name} must be at most \d+, not 1000000000000$"):
+        load_config(edit(directory, **{name: 10**12}))
+
+
+def test_a_number_that_is_no_float_names_the_field(directory):
+    with pytest.raises(ModelError, match="rms_norm_eps must be a positive number"):
+        load_config(edit(directory, rms_norm_eps=10**400))
+
+
+def test_absurdly_many_tensors_are_refused(directory, monkeypatch):
+    monkeypatch.setattr("workers.model.tensor_layout._MOST_TENSORS", 10)
+    with pytest.raises(ModelError, match=r"config\.json: num_hidden_layers=\d: the first 1 have more than 10 tensors"):
+        check_split(load_config(directory), 1, 1)
+
+
 def test_unsupported_rope_scaling(directory):
     with pytest.raises(ModelError, match="rope scaling 'yarn' is not supported"):
         load_config(edit(directory, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}))
