@@ -84,7 +84,7 @@ def _check_texts(directory: Path, config: ClusterConfig, limits: ModelLimits) ->
     files = ModelFiles.load(directory, directory.name, config.model.generation_config, config.model.ignore_keys, limits)
     TextCodec(files.tokenizer_json)
     if files.chat_template:
-        ChatTemplate(files.chat_template, files.special_tokens)
+        ChatTemplate(files.chat_template, files.special_tokens, files.chat_template_where)
 
 
 def check_ports(endpoints: EndpointsConfig, ray: RayConfig) -> None:

@@ -93,7 +93,7 @@ class Generation:
         self._journal = journal
         self.admission = Admission(config.max_inflight_requests, config.max_prompt_bytes)
         self._codec = TextCodec(files.tokenizer_json)
-        self._chat = ChatTemplate(files.chat_template, files.special_tokens) if files.chat_template else None
+        self._chat = _chat_template(files)
         self._end_token_ids = end_token_ids(files, self._codec, self._chat)
         self._config = config
         self._dispatcher = dispatcher
@@ -361,6 +361,12 @@ class Generation:
             raise
         finally:
             self._observer.ended(account)
+
+
+def _chat_template(files: ModelFiles) -> ChatTemplate | None:
+    if not files.chat_template:
+        return None
+    return ChatTemplate(files.chat_template, files.special_tokens, files.chat_template_where)
 
 
 class _TextOut:
