@@ -33,7 +33,6 @@ from router.service.generation import Generation
 from router.service.journal import JournalWriter
 from router.service.readiness import ControlState, Readiness, readiness
 
-
 _PARTING_S = 0.5  # for what streams are told at the end of their time to drain to reach their clients
 
 

@@ -18,7 +18,6 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-
 _MOST_STEPS = 1_000_000  # turns of loops and calls of macros in one rendering: about a second
 _MOST_REPEATED = 10_000_000  # characters or items that one * makes
 _MOST_BITS = 10_000  # of a product or a power

@@ -12,7 +12,6 @@ from workers.errors import ModelError
 from workers.model.config import Decoder, ModelConfig
 from workers.model.weight_format import WeightFormat
 
-
 # Far above those of any model. Something is built per layer, expert or position before a weight file is looked at.
 _LARGEST = {"num_hidden_layers": 4096, "num_experts": 4096, "max_position_embeddings": 2**27}
 _LARGEST_OTHER = 2**24
