@@ -17,6 +17,10 @@ RUNNERS = ("torch", "fake")
 KV_SCALE_BYTES = 4  # fp32, one for each row that is kept in 8 bits
 
 
+# Buffers and processes are made for so many before a request has come.
+_LARGEST = {"tp": 1024, "pp": 1024, "max_num_seqs": 65536, "max_num_batched_tokens": 2**20, "num_threads": 1024}
+
+
 def resolve_model(model: str) -> Path:
     """A local directory as it is; anything else is a Hugging Face Hub id and is fetched into its cache.
 
@@ -72,9 +76,11 @@ class EngineOptions:
     first stage has no tokens before the last is through."""
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "max_num_seqs", "max_num_batched_tokens", "num_threads"):
+        for name, largest in _LARGEST.items():
             _require(getattr(self, name) >= 1, name, f"must be at least 1, not {getattr(self, name)}")
+            _require(getattr(self, name) <= largest, name, f"must be at most {largest}, not {getattr(self, name)}")
         _require(self.num_blocks >= 0, "num_blocks", f"must be >= 0, not {self.num_blocks}")
+        _require(self.num_blocks < 2**31, "num_blocks", f"must be less than 2^31, not {self.num_blocks}")
         _require(not self.async_scheduling or self.pp == 1, "async_scheduling", "needs pp=1")
 
     def options(self) -> dict[str, Any]:
