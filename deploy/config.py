@@ -281,7 +281,7 @@ def set_key(raw: dict[str, Any], assignment: str) -> None:
         raise ConfigError(f"--set {assignment}: must look like a.b=c")
     try:
         value = text if is_ipv6(text) else yaml.safe_load(text)  # to YAML, [::1] is a broken list and :: a mapping
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"--set {assignment}: the value is not YAML") from None
     branch = raw
     for depth, part in enumerate(parts[:-1]):
