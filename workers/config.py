@@ -26,11 +26,14 @@ def resolve_model(model: str) -> Path:
 
     Raises ModelError when it is neither.
     """
-    path = Path(model).expanduser()
-    if path.exists() or model.startswith((".", "/", "~")):
-        if not path.is_dir():
-            raise ModelError(f"{model}: no such model directory")
-        return path
+    try:
+        path = Path(model).expanduser()
+        if path.exists() or model.startswith((".", "/", "~")):
+            if not path.is_dir():
+                raise ModelError(f"{model}: no such model directory")
+            return path
+    except (OSError, RuntimeError) as error:  # a name that is too long, a user that there is not
+        raise ModelError(f"model.path: {model[:100]!r}: {getattr(error, 'strerror', None) or error}") from None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

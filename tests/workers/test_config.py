@@ -48,6 +48,18 @@ def test_no_directory():
         resolve_model("./does/not/exist")
 
 
+@pytest.mark.parametrize("path", ["/" + "m" * 5000, "~no-such-user/m"])
+def test_a_path_that_cannot_be_one_names_the_key(path):
+    with pytest.raises(ModelError, match=r"^model\.path: '.{1,100}': "):
+        resolve_model(path)
+
+
+def test_a_config_that_is_nested_too_deep(directory):
+    (directory / "config.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+    with pytest.raises(ModelError, match=r"config\.json: not readable as JSON"):
+        load_config(directory)
+
+
 def test_unsupported_architecture_names_what_is_supported(directory):
     with pytest.raises(ModelError, match=r"architecture GPT2LMHeadModel is not supported.*LlamaForCausalLM"):
         load_config(edit(directory, architectures=["GPT2LMHeadModel"]))
