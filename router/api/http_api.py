@@ -10,8 +10,10 @@ import contextlib
 import dataclasses
 import math
 import socket
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -36,6 +38,7 @@ from router.metrics import Metrics
 from router.service.generation import Generation
 from router.service.readiness import Readiness
 
+_HEADER_S = 30.0  # for the header of a request
 _PARTING_S = 0.5  # for answers to what is cut at the end to go out
 
 # The most specific entry wins.
@@ -109,9 +112,33 @@ class HttpApi:
 
 
 class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._waiting: dict[Any, tuple[object, float]] = {}  # by connection: its last request, and since when it waits
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield  # the process handles signals, not the API
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second."""
+        if counter % 10 == 0:
+            self._close_silent(time.monotonic())
+        return await super().on_tick(counter)
+
+    def _close_silent(self, now_s: float) -> None:
+        """Close connections without a whole header of a request for too long: uvicorn bounds only what follows an
+        answer, and not when the next header has begun. A body that comes slowly, or not at all, is not bounded."""
+        waiting = {}
+        for connection in self.server_state.connections:
+            last = getattr(connection, "cycle", None)
+            if last is None or last.response_complete:
+                before, since_s = self._waiting.get(connection, (None, now_s))
+                waiting[connection] = (last, since_s if before is last else now_s)
+        self._waiting = waiting
+        for connection, (_, since_s) in waiting.items():
+            if now_s - since_s > _HEADER_S:
+                connection.transport.close()
 
 
 def make_app(parts: HttpParts) -> ASGIApp:

@@ -77,12 +77,18 @@ class _Steps(Extension):
 
     def counted(self, tree: nodes.Template) -> nodes.Template:
         """The template, with a call of `_step` wherever something is repeated."""
-        for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
+        repeated: list[nodes.For | nodes.Macro | nodes.CallBlock] = [
+            *tree.find_all(nodes.For),
+            *tree.find_all(nodes.Macro),
+            *tree.find_all(nodes.CallBlock),
+        ]
+        for node in repeated:
             node.body.insert(0, nodes.ExprStmt(self.call_method("_step")))
             if isinstance(node, nodes.For) and node.test is not None:
                 node.test = nodes.And(self.call_method("_step"), node.test)
             node.set_lineno(node.lineno)
-        return tree.set_environment(self.environment)
+        tree.set_environment(self.environment)
+        return tree
 
     def _step(self) -> bool:
         self.num_left -= 1
