@@ -132,8 +132,8 @@ class PoolConfig(EngineOptions):
         for name in ("min_replicas", "max_replicas"):
             _require(getattr(self, name) >= 0, name, f"must be >= 0, not {getattr(self, name)}")
         for name in ("replicas", "min_replicas", "max_replicas"):
-            most = f"must be at most {_MOST_REPLICAS}, not {getattr(self, name)}"
-            _require(getattr(self, name) <= _MOST_REPLICAS, name, most)
+            few = f"must be at most {_MOST_REPLICAS}, not {getattr(self, name)}"
+            _require(getattr(self, name) <= _MOST_REPLICAS, name, few)
         least, most = self.min_replicas or self.replicas, self.max_replicas or self.replicas
         within = f"must be between min_replicas={least} and max_replicas={most}, not {self.replicas}"
         _require(least <= self.replicas <= most, "replicas", within)
