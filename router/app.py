@@ -36,6 +36,8 @@ from router.service.generation import Generation
 from router.service.journal import JournalWriter
 from router.service.readiness import ControlState, Readiness, readiness
 
+_PARTING_S = 0.5  # for what streams are told at the end of their time to drain to reach their clients
+
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
@@ -107,19 +109,22 @@ class Router:
             raise
         self._tasks = [
             asyncio.create_task(self._membership.run(), name="membership"),
-            asyncio.create_task(self._http.serve(self._spec.config.drain_s), name="http"),
+            asyncio.create_task(self._http.serve(self._spec.config.drain_s + _PARTING_S), name="http"),
             asyncio.create_task(self._tell_health(), name="health"),
             asyncio.create_task(self._journal.run(), name="journal"),
         ]
         return Addresses(grpc_address, http_address)
 
     async def stop(self) -> None:
-        """Refuse what is new, give running streams drain_s to end, then cancel them and let go of everything."""
+        """Refuse what is new, give running streams drain_s to end, then fail them and let go of everything."""
         self._generation.admission.is_stopping = True
         self._changed.set()
         self._http.stop()
         membership, http, health, journal = self._tasks
-        await asyncio.gather(self._grpc.stop(self._spec.config.drain_s), http)
+        drain_s = self._spec.config.drain_s
+        parting = asyncio.get_running_loop().call_later(drain_s, self._generation.end_streams)
+        await asyncio.gather(self._grpc.stop(drain_s + _PARTING_S), http)
+        parting.cancel()
         for task in (health, membership, journal):
             await end_task(task)
         await self._journal.stop()
