@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -79,7 +79,7 @@ class Fleet:
     def __init__(self, host: Host, folder: Path) -> None:
         self._host, self._folder = host, folder
         self._config = folder / "cluster.yaml"
-        self._autoscaler: subprocess.Popen[bytes] | None = None
+        self._autoscalers: list[subprocess.Popen[bytes]] = []
         model = write_fake_model(folder / "model")
         pool = {"min_replicas": 1, "max_replicas": 3, "drain_timeout_s": 30.0, "num_blocks": 1024}
         self._config.write_text(
@@ -155,14 +155,26 @@ class Fleet:
         wait_until(lambda: "Ray runtime started" in self.log("ray"), "Ray's head runs")
 
     def start_autoscaler(self, *settings: str) -> None:
-        """`switchyard autoscaler`, in place of the one that ran."""
-        if self._autoscaler is not None:
-            (process,) = psutil.Process(self._autoscaler.pid).children()  # of the one that entered the host
-            process.terminate()
-            self._autoscaler.wait(30)
+        """`switchyard autoscaler`, in place of those that ran."""
+        self.stop_autoscalers()
+        self._start_autoscaler("autoscaler", 9300, settings)
+
+    def start_second_autoscaler(self) -> None:
+        """Beside the first one."""
+        self._start_autoscaler("second-autoscaler", 9301, ())
+
+    def _start_autoscaler(self, name: str, port: int, settings: Sequence[str]) -> None:
         command = [str(BIN / "switchyard"), "autoscaler", "--config", str(self._config), "--ray-dashboard", DASHBOARD]
-        command += [part for setting in settings for part in ("--set", setting)]
-        self._autoscaler = self._run("autoscaler", command)
+        command += ["--port", str(port), *[part for setting in settings for part in ("--set", setting)]]
+        self._autoscalers.append(self._run(name, command))
+
+    def stop_autoscalers(self) -> None:
+        """SIGTERM to those that run."""
+        while self._autoscalers:
+            entered = self._autoscalers.pop()
+            (process,) = psutil.Process(entered.pid).children()  # the other one has only entered the host
+            process.terminate()
+            entered.wait(30)
 
     @contextmanager
     def streams(self, num_streams: int, num_tokens: int) -> Iterator[dict[str, Any]]:
@@ -205,9 +217,9 @@ class Fleet:
         answer = json.loads(self.curl(f"{DASHBOARD}/api/v0/nodes?{alive}"))
         return len(answer["data"]["result"]["result"]) - 1
 
-    def metrics(self) -> str:
-        """The autoscaler's own."""
-        return self.curl("http://127.0.0.1:9300/metrics")
+    def metrics(self, port: int = 9300) -> str:
+        """An autoscaler's own."""
+        return self.curl(f"http://127.0.0.1:{port}/metrics")
 
     def scale(self, *options: str) -> str:
         """`switchyard scale`."""
@@ -238,12 +250,27 @@ class Fleet:
         return {**python_environment(), **more, "RAY_metrics_report_interval_ms": "1000"}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def fleet() -> Iterator[Fleet]:
     with wired_hosts((ADDRESS,)) as (host,), tempfile.TemporaryDirectory(prefix="sya-", dir="/tmp") as folder:
         started = Fleet(host, Path(folder))
         started.start()
         yield started
+
+
+def test_an_advisor_changes_nothing_and_a_second_autoscaler_waits(fleet: Fleet) -> None:
+    fleet.start_autoscaler("autoscaling.mode=advise")
+    with fleet.streams(NUM_STREAMS, 100) as seen:
+        wait_until(lambda: "(advice, not carried out)" in fleet.scale("--explain"), "more workers are advised")
+        assert "start 2 in decode" in fleet.scale("--explain")
+        fleet.start_second_autoscaler()
+        wait_until(lambda: "switchyard_autoscaler_leader 1.0" in fleet.metrics(), "the first one acts")
+        time.sleep(3.0)  # three of its rounds
+        assert "switchyard_autoscaler_leader 0.0" in fleet.metrics(port=9301)
+        assert "switchyard_autoscaler_decisions_total 0.0" in fleet.metrics(port=9301)
+        assert fleet.workers() == {"prefill": 1, "decode": 1}
+    assert seen["wrong"] == []
+    fleet.stop_autoscalers()
 
 
 def test_pools_follow_the_load_and_roles_switch(fleet: Fleet, measured: Callable[[str, float], None]) -> None:
@@ -262,7 +289,7 @@ def test_pools_follow_the_load_and_roles_switch(fleet: Fleet, measured: Callable
     assert calm["wrong"] == []
     wait_until(lambda: fleet.num_nodes() == 2, "Ray's autoscaler has removed the idle nodes")
     measured("and their nodes removed", time.monotonic() - began_s)
-    assert "requests" in fleet.scale("--explain")
+    assert "queue_depth: 1 have been enough" in fleet.scale("--explain", "--last", "20")
     assert "0 came out differently" in fleet.scale("--replay")
 
     # A role switches where the plan wants one worker less here and one more there: no worker starts.
@@ -286,3 +313,12 @@ def test_pools_follow_the_load_and_roles_switch(fleet: Fleet, measured: Callable
 def _logged_at(log: str, action: str) -> list[float]:
     lines = re.findall(rf"^(\S+ \S+) INFO \S+: {action}\(", log, re.MULTILINE)
     return [datetime.strptime(line, "%Y-%m-%d %H:%M:%S,%f").timestamp() for line in lines]
+
+
+def test_workers_that_cannot_be_had_are_counted_and_no_more_asked_for(fleet: Fleet) -> None:
+    """Ray may have three nodes for decode, and the plan wants five workers."""
+    more = ("pools.decode.max_replicas=6", "pools.decode.replicas=5", "autoscaling.not_reached_after_s=5")
+    fleet.start_autoscaler("autoscaling.policy=fixed", *more)
+    wait_until(lambda: "not reached: 2 workers missing" in fleet.scale("--explain"), "they are missed")
+    assert 'switchyard_autoscaler_missing_workers{pool="decode"} 2.0' in fleet.metrics()
+    fleet.stop_autoscalers()
