@@ -17,7 +17,7 @@ from typing import Protocol
 from deploy.autoscaling.memory import Memory, MemoryUnavailable
 from deploy.autoscaling.metrics import AutoscalerMetrics
 from deploy.autoscaling.observe import Observer, progress_of
-from deploy.autoscaling.serve_api import ServeApi, ServeUnavailable
+from deploy.autoscaling.serve_api import ServeApi, ServeState, ServeUnavailable
 from deploy.autoscaling.workers import WorkerSight, WorkerUnavailable, WorkerWatch
 from deploy.config import ClusterConfig
 from planner.scaling.actions import Action, Announce, Drain, Progress, SetReplicas, SwitchRole
@@ -88,6 +88,7 @@ class Autoscaler:
         try:
             if self._saved is None:
                 self._saved = self._was_saved = self._memory.load()
+                self._observer.startup_s = self._memory.startups()
             self._pins = self._memory.pins()
         except MemoryUnavailable as error:
             self._note_problem("memory", str(error))
@@ -103,7 +104,7 @@ class Autoscaler:
             self._note_problem("directory", self._watch.problem)
         known = {name: pool for name, pool in state.pools.items() if name in self._config.pools}
         progress = progress_of(replace(state, pools=known), sights)
-        self._observer.note_starts(progress, state, self._wall_clock())
+        self._note_starts(progress, state)
         self.metrics.show_progress(progress, self._config.pools)
         if self._clock() - self._decided_s >= self._config.autoscaling.interval_s:
             self._decide(progress, sights)
@@ -137,6 +138,15 @@ class Autoscaler:
         self._is_ours = is_ours
         self.metrics.show_leader(is_ours)
         return is_ours
+
+    def _note_starts(self, progress: Progress, state: ServeState) -> None:
+        before = dict(self._observer.startup_s)
+        self._observer.note_starts(progress, state, self._wall_clock())
+        if self._observer.startup_s != before:
+            try:
+                self._memory.save_startups(self._observer.startup_s)
+            except MemoryUnavailable as error:
+                self._note_problem("memory", str(error))
 
     # ---- deciding
 

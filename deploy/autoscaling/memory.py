@@ -6,7 +6,7 @@ Any later autoscaler, on any host, goes on from there, and `switchyard scale` re
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from kvstore.control.decision_log import PREFIX, DecisionLog, DecisionsUnavailable
@@ -62,6 +62,16 @@ class Memory:
     def save(self, saved: Saved) -> None:
         """Replace it."""
         self._call(lambda: self._redis.set(self._prefix + "saved", to_line(saved)))
+
+    def startups(self) -> dict[str, float]:
+        """Seconds that workers of each pool took to start."""
+        found = self._call(lambda: self._redis.hgetall(self._prefix + "startups"))
+        return {pool.decode(): float(seconds) for pool, seconds in found.items()}
+
+    def save_startups(self, startup_s: Mapping[str, float]) -> None:
+        """Replace those that are given."""
+        values = {pool: str(seconds) for pool, seconds in startup_s.items()}
+        self._call(lambda: self._redis.hset(self._prefix + "startups", mapping=values))
 
     # ---- decisions
 

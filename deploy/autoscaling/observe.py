@@ -122,7 +122,8 @@ class Observer:
         self._config = config
         self._before: dict[str, WorkerSight] = {}
         self._means: dict[str, _Means] = {name: _Means() for name in config.pools}
-        self._startup_s: dict[str, float] = {}
+        self.startup_s: dict[str, float] = {}
+        """By pool, as measured; kept over a restart by whoever made this."""
         self._starting: dict[str, float] = {}  # Unix time of the start, by worker id
 
     def note_starts(self, progress: Progress, state: ServeState, now_unix_s: float) -> None:
@@ -133,8 +134,8 @@ class Observer:
                 self._starting.setdefault(worker.worker_id, began[worker.worker_id])
             elif worker.status == READY and worker.worker_id in self._starting:
                 took_s = max(0.0, now_unix_s - self._starting.pop(worker.worker_id))
-                before_s = self._startup_s.get(worker.home_pool, took_s)
-                self._startup_s[worker.home_pool] = before_s + _SMOOTHING * (took_s - before_s)
+                before_s = self.startup_s.get(worker.home_pool, took_s)
+                self.startup_s[worker.home_pool] = before_s + _SMOOTHING * (took_s - before_s)
         alive = {worker.worker_id for worker in progress.workers}
         self._starting = {name: s for name, s in self._starting.items() if name in alive}
 
@@ -186,7 +187,7 @@ class Observer:
             num_starting=counts.num_starting,
             num_flipping_in=counts.num_flipping_in,
             num_draining=counts.num_draining,
-            startup_s=self._startup_s.get(name, _FIRST_STARTUP_S),
+            startup_s=self.startup_s.get(name, _FIRST_STARTUP_S),
             metrics_age_s=max((now_s - sight.at_s for sight in sights), default=0.0),
             arrivals_per_s=sums.requests_per_s,
             uncached_tokens_mean=means.uncached_tokens,

@@ -157,6 +157,8 @@ def test_the_next_autoscaler_goes_on_where_the_last_one_was(redis_server: RedisS
     found = Memory(redis_server.url, "c").load()
     assert found == Saved(state, rollout)
     assert count_workers(found.rollout, progress) == count_workers(rollout, progress)
+    memory.save_startups({"decode": 6.5})
+    assert Memory(redis_server.url, "c").startups() == {"decode": 6.5}
     assert Memory(redis_server.url, "another").load() == Saved()
     with redis_server.client() as client:
         client.set("switchyard:autoscaler1:c:saved", b"of a later version")
@@ -207,5 +209,5 @@ def test_a_redis_that_is_away_is_one_line(redis_server: RedisServer) -> None:
     memory = Memory(redis_server.url, "c")
     redis_server.kill()
     for call in (memory.load, memory.pins, memory.hold, memory.lines, lambda: memory.save(Saved())):
-        with pytest.raises(MemoryUnavailable, match="127.0.0.1"):
+        with pytest.raises(MemoryUnavailable, match=r"127\.0\.0\.1"):
             call()
