@@ -171,11 +171,12 @@ class _Work:
         for home, count in self._replicas.items():
             existing = [w.worker_id for w in self._workers.values() if w.home_pool == home]
             released = [name for name in existing if name in self._errands and self._errands[name].released]
-            leaving = max(0, len(existing) - count)
-            for name in released[leaving:]:
-                del self._errands[name]
+            if self._progress.replicas.get(home) == count == len(existing):
+                for name in released:  # Serve has as many as it should: it ended others
+                    del self._errands[name]
+                continue
             others = [name for name in existing if name not in released]
-            for name in others[: max(0, leaving - len(released))]:
+            for name in others[: max(0, len(existing) - count - len(released))]:
                 self._errands[name] = Errand(released=True)
 
     def _revoke_unheard(self) -> None:
