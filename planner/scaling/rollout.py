@@ -35,7 +35,7 @@ class Errand:
     """What is being done with one worker."""
 
     to_pool: str = ""
-    """Of a flip; empty: the worker retires."""
+    """Of a flip, or where it drained and is to serve again; empty: the worker retires."""
     released: bool = False
     """Serve was asked for one less: the worker is about to end."""
 
@@ -88,8 +88,7 @@ def count_workers(state: RolloutState, progress: Progress) -> dict[str, WorkerCo
     counted = {pool: [0, 0, 0, 0] for pool in pools}
     for worker in progress.workers:
         errand = state.errands.get(worker.worker_id)
-        flips = errand is not None and bool(errand.to_pool) and worker.pool != errand.to_pool
-        if errand is not None and flips:
+        if errand is not None and errand.to_pool and (worker.pool, worker.status) != (errand.to_pool, READY):
             counted.setdefault(errand.to_pool, [0, 0, 0, 0])[2] += 1
         elif worker.status == SWITCHED:
             counted[worker.pool][2] += 1
@@ -172,11 +171,12 @@ class _Work:
         for home, count in self._replicas.items():
             existing = [w.worker_id for w in self._workers.values() if w.home_pool == home]
             released = [name for name in existing if name in self._errands and self._errands[name].released]
-            leaving = max(0, len(existing) - count)
-            for name in released[leaving:]:
-                del self._errands[name]
+            if self._progress.replicas.get(home) == count == len(existing):
+                for name in released:  # Serve has as many as it should: it ended others
+                    del self._errands[name]
+                continue
             others = [name for name in existing if name not in released]
-            for name in others[: max(0, leaving - len(released))]:
+            for name in others[: max(0, len(existing) - count - len(released))]:
                 self._errands[name] = Errand(released=True)
 
     def _revoke_unheard(self) -> None:
@@ -216,8 +216,7 @@ class _Work:
                 self._errands[worker.worker_id] = Errand(to_pool=to_pool)
 
     def _serve_again(self, worker: WorkerProgress) -> None:
-        self._actions.append(Announce(worker.worker_id, worker.epoch + 1))
-        self._workers[worker.worker_id] = dataclasses.replace(worker, status=READY)
+        self._errands[worker.worker_id] = Errand(to_pool=worker.pool)
 
     def follow_errands(self) -> None:
         """The next action for each worker under way."""
@@ -242,19 +241,11 @@ class _Work:
             if worker in drained:
                 drained.remove(worker)
             else:
-                self._take_over(drained.pop(), worker.pool)
+                self._errands[drained.pop().worker_id] = Errand(to_pool=worker.pool)
                 if worker.status == READY:
                     return  # it is one too many now, and retires once the other one serves
             self._replicas[home] -= 1
             self._errands[worker.worker_id] = Errand(released=True)
-
-    def _take_over(self, drained: WorkerProgress, pool: str) -> None:
-        """A worker that was to retire serves in a pool instead."""
-        if drained.pool == pool:
-            del self._errands[drained.worker_id]
-            self._serve_again(drained)
-        else:
-            self._errands[drained.worker_id] = Errand(to_pool=pool)
 
     def _is_released(self, worker: WorkerProgress) -> bool:
         return self._errands.get(worker.worker_id, Errand()).released
@@ -270,6 +261,8 @@ class _Work:
                 del self._errands[worker.worker_id]
             case "ready":
                 self._actions.append(Drain(worker.worker_id))
+            case "draining" | "drained" if worker.pool == errand.to_pool:
+                self._actions.append(Announce(worker.worker_id, worker.epoch + 1))
             case "drained":
                 self._actions.append(SwitchRole(worker.worker_id, errand.to_pool, worker.epoch + 1))
             case "switched":
