@@ -1,7 +1,8 @@
-"""`python -m tests.deploy.kubernetes_process FOLDER`: the fake API server as a process, for a pod on another host.
+"""`python -m tests.deploy.kubernetes_process FOLDER`: the fake API server as a process, for a pod elsewhere.
 
-FOLDER has what a pod gets to see (`token`, `ca.crt` with its `key.pem`, `namespace`), `rules.json`, the rules of the Role
-that the token has, and `objects.json`, what is there at first. Prints its port; when standard input ends, all objects.
+FOLDER has what a pod gets to see (`token`, `ca.crt` with its `key.pem`, `namespace`), `rules.json`, the rules of the
+Role that the token has, and `objects.json`, what is there at first. Prints its port; when standard input ends, the
+calls that were made.
 """
 
 from __future__ import annotations
