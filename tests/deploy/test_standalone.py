@@ -1,4 +1,4 @@
-"""Parts of a cluster that are started apart from one YAML: what is refused, and that a Redis which is away is waited for."""
+"""Parts of a cluster that are started apart from one YAML: what is refused, and that a Redis is waited for."""
 
 from __future__ import annotations
 
