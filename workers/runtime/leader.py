@@ -31,7 +31,8 @@ from workers.engine.loop import EngineLoop, LoopEvents, TransfersEnded
 from workers.engine.prefetch import QueuePrefetch
 from workers.kv.connector import KVConnector
 from workers.server.duty import Duty
-from workers.server.servicer import MAX_MESSAGE_BYTES, WIRE_ROLES, WorkerServicer
+from workers.server.duty_servicer import WIRE_ROLES
+from workers.server.servicer import MAX_MESSAGE_BYTES, WorkerServicer
 
 _MAX_TTFTS = 4096  # not reported yet
 

@@ -87,6 +87,11 @@ class Duty:
         is_settled = self._is_quiet() or time.monotonic() - self._left_s >= _SETTLE_S
         return Phase.DRAINED if is_settled and not self._num_requests() else Phase.DRAINING
 
+    @property
+    def num_requests(self) -> int:
+        """How many run here."""
+        return self._num_requests()
+
     async def announce(self) -> None:
         """Take requests: enter the directory under a new epoch, unless it is there or has left for good."""
         async with self._turn:

@@ -8,17 +8,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 import grpc
 from switchyard.v1 import worker_pb2 as pb
-from switchyard.v1 import worker_pb2_grpc
 
 from checkpoint.identity import ServedModel
-from kvstore.control.directory import WorkerRecord
 from workers.engine.engine import Clock
 from workers.engine.loop import Cancel, Continue, Credit, EngineLoop, FollowBlocks, LoopEvents, Submit
 from workers.engine.request import FinishReason, Request, RequestEnd, RequestRole
@@ -26,11 +23,13 @@ from workers.errors import InvalidRequest
 from workers.sampling.params import SamplingParams
 from workers.server.block_events import BlockFeed
 from workers.server.demand import Demand
-from workers.server.duty import Duty, NotDrained, Phase
+from workers.server.duty import Duty, Phase
+from workers.server.duty_servicer import DutyServicer
 from workers.server.outbox import Outbox
 
 log = logging.getLogger(__name__)
 
+MAX_REQUESTS = 1 << 14  # of all routers: bounds what waits for the engine's thread
 MAX_MESSAGE_BYTES = 64 << 20  # a submit carries a whole prompt as token ids
 _LOAD_PERIOD_S = 0.05
 _LOAD_MAX_AGE_S = 1.0
@@ -39,18 +38,6 @@ _ROLES = {
     pb.REQUEST_ROLE_MIXED: RequestRole.MIXED,
     pb.REQUEST_ROLE_PREFILL: RequestRole.PREFILL,
     pb.REQUEST_ROLE_DECODE: RequestRole.DECODE,
-}
-WIRE_ROLES = {
-    "mixed": pb.WORKER_ROLE_MIXED,
-    "prefill": pb.WORKER_ROLE_PREFILL,
-    "decode": pb.WORKER_ROLE_DECODE,
-}
-_ROLE_NAMES = {role: name for name, role in WIRE_ROLES.items()}
-_PHASES = {
-    Phase.READY: pb.WORKER_PHASE_READY,
-    Phase.DRAINING: pb.WORKER_PHASE_DRAINING,
-    Phase.DRAINED: pb.WORKER_PHASE_DRAINED,
-    Phase.SWITCHED: pb.WORKER_PHASE_SWITCHED,
 }
 _OUTCOMES = {
     FinishReason.STOP: pb.REQUEST_OUTCOME_STOP,
@@ -75,16 +62,13 @@ class Connection:
     is_quiet: bool = False  # the router has seen that the worker retired: nothing new comes from it
 
 
-class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
+class WorkerServicer(DutyServicer):
     """Lives on one asyncio loop; the engine's thread reports to it through `deliver`."""
 
     def __init__(self, hello: pb.WorkerHello, load: Callable[[], pb.WorkerLoad], clock: Clock) -> None:
-        self._hello = hello
+        super().__init__(hello, clock)
         self._load = load
-        self._clock = clock
-        self._began_s = clock()
         self._engine: EngineLoop | None = None
-        self._duty: Duty | None = None
         self._asyncio = asyncio.get_running_loop()
         self._connections: dict[str, Connection] = {}  # by router id
         self._owners: dict[str, tuple[Connection, str]] = {}  # request id -> connection, stream id
@@ -128,10 +112,6 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             self._abandon(connection)
             connection.outbox.close()
 
-    def take_role(self, record: WorkerRecord) -> None:
-        """Say so to routers from now on."""
-        self._hello.role = WIRE_ROLES[record.role]
-
     def _post(self, command: Submit | Cancel | Continue | Credit | FollowBlocks) -> None:
         assert self._engine is not None
         self._engine.post(command)
@@ -140,44 +120,6 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     async def GetLoad(self, request: pb.GetLoadRequest, context: grpc.aio.ServicerContext) -> pb.GetLoadResponse:
         """What the worker is doing now."""
         return pb.GetLoadResponse(worker=self._hello, load=self._load(), status=self._status())
-
-    async def Drain(self, request: pb.DrainRequest, context: grpc.aio.ServicerContext) -> pb.WorkerStatus:
-        """Leave the directory."""
-        if not 0 <= request.timeout_s < math.inf:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"timeout_s: must be >= 0, not {request.timeout_s}")
-        await self._placed.drain(request.timeout_s)
-        return self._status()
-
-    async def SwitchRole(self, request: pb.SwitchRoleRequest, context: grpc.aio.ServicerContext) -> pb.WorkerStatus:
-        """Take another pool and role."""
-        role = _ROLE_NAMES.get(request.role, "")
-        if not role or not request.pool:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "pool and role: both must be given")
-        try:
-            await self._placed.switch(request.pool, role)
-        except NotDrained as error:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
-        return self._status()
-
-    async def Announce(self, request: pb.AnnounceRequest, context: grpc.aio.ServicerContext) -> pb.WorkerStatus:
-        """Enter the directory."""
-        await self._placed.announce()
-        return self._status()
-
-    @property
-    def _placed(self) -> Duty:
-        assert self._duty is not None, "attach() comes first"
-        return self._duty
-
-    def _status(self) -> pb.WorkerStatus:
-        return pb.WorkerStatus(
-            phase=_PHASES[self._placed.phase],
-            pool=self._placed.record.pool,
-            role=self._hello.role,
-            lease_epoch=self._hello.lease_epoch,
-            num_requests=self.num_requests,
-            age_seconds=self._clock() - self._began_s,
-        )
 
     async def WatchBlocks(
         self,
@@ -268,6 +210,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         role = _ROLES.get(submit.role)
         if role is None:
             self._refuse(connection, submit.stream_id, submit.epoch, f"role: {submit.role} is not a role")
+            return
+        if self.num_requests >= MAX_REQUESTS:
+            why = f"this worker has {self.num_requests} requests already"
+            self._refuse(connection, submit.stream_id, submit.epoch, why, is_invalid=False)
             return
         old = connection.request_ids.get(submit.stream_id)
         if old is not None:  # a newer placement of the stream on the same worker
@@ -387,12 +333,12 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             first_token_s=unix_s(end.first_token_time_s),
         )
 
-    def _refuse(self, connection: Connection, stream_id: str, epoch: int, error: str) -> None:
+    def _refuse(self, connection: Connection, stream_id: str, epoch: int, error: str, is_invalid: bool = True) -> None:
         finished = pb.RequestFinished(
             stream_id=stream_id,
             epoch=epoch,
             outcome=pb.REQUEST_OUTCOME_FAILED,
             error=error,
-            is_invalid_request=True,
+            is_invalid_request=is_invalid,
         )
         connection.outbox.put(pb.ConnectResponse(finished=finished))
