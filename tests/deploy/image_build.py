@@ -21,7 +21,7 @@ from platformdirs import user_cache_path
 
 from deploy.config import ROOT
 from tests.deploy import dockerfiles
-from tests.deploy.dockerfiles import Dockerfile, Instruction, Mount, Stage
+from tests.deploy.dockerfiles import Dockerfile, Instruction, Stage
 
 MIRROR = "http://deb.debian.org/debian"
 SUITE = "bookworm"

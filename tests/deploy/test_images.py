@@ -77,7 +77,8 @@ def test_each_image_of_the_chart_has_a_dockerfile() -> None:
     assert set(IMAGES) == values.keys() - {"registry"}
     for image in IMAGES:
         (title,) = [
-            dockerfiles.pairs_of(one)["org.opencontainers.image.title"] for one in of_word(read(image).stages[-1], "LABEL")
+            dockerfiles.pairs_of(one)["org.opencontainers.image.title"]
+            for one in of_word(read(image).stages[-1], "LABEL")
         ]
         assert title == values[image]["repository"]
 
@@ -203,7 +204,7 @@ def test_the_pins_are_those_that_the_tests_run_with() -> None:
     ],
 )
 def test_what_the_reader_does_not_know_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="line|within"):
+    with pytest.raises(ValueError, match=r"line|within"):
         dockerfiles.parse(text)
 
 
@@ -281,7 +282,11 @@ class TestBuilt:
     def test_neither_compilers_nor_pip_settings_stay(self, image: tuple[str, Image]) -> None:
         made = image[1]
         assert out(made, "sh", "-c", "command -v gcc cc g++ || echo none").strip() == "none"
-        left = [path for path in ("etc/pip.conf", ".pip.conf", "root/.cache", "build", "source") if (made.root / path).exists()]
+        left = [
+            path
+            for path in ("etc/pip.conf", ".pip.conf", "root/.cache", "build", "source")
+            if (made.root / path).exists()
+        ]
         assert left == []
         assert not list((made.root / "var/lib/apt/lists").glob("*Packages*"))
 
