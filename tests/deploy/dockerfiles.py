@@ -146,7 +146,7 @@ def unquoted(text: str) -> str:
 
 
 def sent_files(root: Path, ignore: Sequence[str]) -> list[Path]:
-    """Files of the build context, relative to root: those that .dockerignore leaves, the last pattern that fits counts."""
+    """Files of the build context, relative to root: what .dockerignore leaves. The last pattern that fits counts."""
     patterns = [line for line in ignore if line and not line.startswith("#")]
     kept = {pattern[1:].split("/")[0] for pattern in patterns if pattern.startswith("!")}
     found = []

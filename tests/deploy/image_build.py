@@ -51,6 +51,8 @@ class Image:
         """As a pod of the chart does: the image's user, a read-only root, /tmp and HOME writable, no network but lo."""
         home = self.environment["HOME"]
         inside = [f"mount -t tmpfs -o mode=1777 none {self.root}/{path}" for path in ("tmp", "dev/shm", home)]
+        # The runtime brings these.
+        inside.append(f"echo 127.0.0.1 localhost > {self.root}/etc/hosts; : > {self.root}/etc/resolv.conf")
         inside.append(f"mount -o remount,bind,ro {self.root}")
         user, _, group = self.user.partition(":")
         identity = f"setpriv --reuid={user} --regid={group} --clear-groups --no-new-privs --inh-caps=-all"
@@ -87,6 +89,8 @@ def base_root(packages: Sequence[str] = ()) -> Path:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_RUN_TIMEOUT_S)
         if done.returncode != 0:
             raise CannotBuild(f"debootstrap: {done.stdout.strip().splitlines()[-1]}")
+        for left in ("var/lib/apt/lists", "var/cache/apt"):
+            shutil.rmtree(half / left)
         half.rename(made)
     return made
 

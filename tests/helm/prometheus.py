@@ -54,14 +54,19 @@ def _unpack(folder: Path) -> str:
     """Why Debian's package could not be unpacked there, or ""."""
     half = folder.with_name("prometheus.half")
     shutil.rmtree(half, ignore_errors=True)
-    half.mkdir(parents=True)
-    for command in (["apt-get", "-qq", "download", "prometheus"], ["sh", "-c", "dpkg -x prometheus_*.deb ."]):
+    (half / "lists/partial").mkdir(parents=True)
+    # The machine's lists may be missing or old: these are ours.
+    apt = ["apt-get", "-qq", "-o", f"Dir::State::lists={half / 'lists'}", "-o", f"Dir::Cache={half}"]
+    if os.getuid() == 0:
+        apt += ["-o", "APT::Sandbox::User=root"]  # the usual user cannot write to this folder
+    for command in ([*apt, "update"], [*apt, "download", "prometheus"], ["sh", "-c", "dpkg -x prometheus_*.deb ."]):
         try:
             done = subprocess.run(command, cwd=half, capture_output=True, text=True, check=False, timeout=300)
         except (OSError, subprocess.TimeoutExpired) as error:
             return str(error)
         if done.returncode != 0:
             return (done.stderr.strip().splitlines() or ["it failed"])[-1]
+    shutil.rmtree(half / "lists")
     shutil.rmtree(folder, ignore_errors=True)
     half.rename(folder)
     return ""
