@@ -40,7 +40,7 @@ def read_json(path: Path, is_required: bool = False, ignored: Collection[str] = 
         if is_required:
             raise CheckpointError(f"{path}: missing") from None
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the latter of what is nested thousands of times
         raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a JSON object")

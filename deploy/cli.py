@@ -18,8 +18,11 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from deploy.commands.autoscaler import autoscaler
 from deploy.commands.models import models
 from deploy.commands.router import router
+from deploy.commands.scale import scale
+from deploy.commands.status import status
 from deploy.errors import ConfigError, DeployError, StartError, one_line
 from deploy.processes.front import run_behind_front
 from deploy.processes.interrupts import Interrupts
@@ -31,6 +34,20 @@ if TYPE_CHECKING:
 SAMPLE_PROMPT = "def fibonacci(n):"
 _SAMPLE_TOKENS = 64
 _CALLERS_FAULT = ("INVALID_ARGUMENT", "NOT_FOUND")
+
+
+def _check_targets(context: click.Context, option: click.Parameter, value: Any) -> Any:
+    """Refuse what cannot be dialled: gRPC would resolve and try it for a minute."""
+    from kvstore.network.addresses import split_host_port
+
+    for target in (value,) if isinstance(value, str) else value:
+        try:
+            is_right = split_host_port(target)[1] > 0
+        except ValueError:
+            is_right = False
+        if not is_right:
+            raise ConfigError(f"--target: must be HOST:PORT, not {target[:100]!r}")
+    return value
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=False)
@@ -87,12 +104,23 @@ def schema() -> int:
     default=["127.0.0.1:50051"],
     metavar="HOST:PORT",
     show_default=True,
+    callback=_check_targets,
     help="A router's gRPC address; of several, the next one goes on with a stream whose router dies.",
 )
 @click.option("--prompt", required=True, metavar="TEXT", help="What to continue.")
-@click.option("--max-tokens", type=int, metavar="N", help="Most tokens to generate. Default: up to the context length.")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1, 2**63 - 1),
+    metavar="N",
+    help="Most tokens to generate. Default: up to the context length.",
+)
 @click.option("--temperature", type=float, metavar="T", help="0 is greedy. Default: the model's.")
-@click.option("--seed", type=int, metavar="S", help="Makes sampling repeatable. Default: the router draws one.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**64 - 1),
+    metavar="S",
+    help="Makes sampling repeatable. Default: the router draws one.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def generate(
     targets: tuple[str, ...],
@@ -119,7 +147,12 @@ def generate(
 
 @cli.command()
 @click.option(
-    "--target", default="127.0.0.1:50051", metavar="HOST:PORT", show_default=True, help="A router's gRPC address."
+    "--target",
+    default="127.0.0.1:50051",
+    metavar="HOST:PORT",
+    show_default=True,
+    callback=_check_targets,
+    help="A router's gRPC address.",
 )
 @click.option("--trace", metavar="FILE", help="Requests to play: .csv (Azure) or .jsonl (Mooncake).")
 @click.option("--synthetic", metavar="SPEC", help="Made-up ones, such as requests=32,prompt=128,output=64,rate=4.")
@@ -154,8 +187,8 @@ def bench(
     return 1 if report.num_failed else 0
 
 
-cli.add_command(router)
-cli.add_command(models)
+for command in (status, router, autoscaler, scale, models):
+    cli.add_command(command)
 
 
 def _run_cluster(cluster: Cluster, steps: Steps, once: str | None, as_json: bool, out: TextIO) -> None:
@@ -181,6 +214,7 @@ def _run_cluster(cluster: Cluster, steps: Steps, once: str | None, as_json: bool
             threading.Event().wait()
     except (Exception, KeyboardInterrupt, SystemExit) as error:  # Ray makes SystemExit of a signal while it starts
         if interrupts.was_asked and is_up:
+            steps.note(cluster.stopping)
             return
         if interrupts.was_asked:
             raise StartError("interrupted") from None

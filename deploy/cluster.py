@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any
 from deploy.actors.ray_runtime import RayRuntime, close_ray, open_ray
 from deploy.config import ClusterConfig
 from deploy.errors import ConfigError, StartError, one_line
-from deploy.plan import ClusterPlan, cluster_name, layers_per_fragment, make_plan, num_cpus_needed
+from deploy.plan import ClusterPlan, check_cpu_memory, cluster_name, layers_per_fragment, make_plan, num_cpus_needed
 from deploy.ports import wanted_ports
 from deploy.preflight import (
     FoundModel,
-    check_arena_dir,
     check_control,
+    check_folder,
     check_host_memory,
     check_model,
+    check_node_ip,
     check_password_files,
     check_peer_transport,
     check_ports,
@@ -34,6 +35,8 @@ from deploy.preflight import (
     control_warning,
     disk_warning,
     free_port,
+    has_gpu_driver,
+    memory_bytes,
     read_weights,
     tier_secret,
     tier_warning,
@@ -90,10 +93,19 @@ class Cluster:
         self.id = secrets.token_hex(4)
         self.run_dir = Path(config.ray.temp_dir) / f"{FOLDER_PREFIX}{self.id}"
 
+    @property
+    def stopping(self) -> str:
+        """What an orderly end means, for whoever asked for it."""
+        drain_s = self._config.router.drain_s
+        return f"stopping: streams may go on for {drain_s:g} s (router.drain_s); a second signal stops at once"
+
     def check(self) -> FoundModel:
         """See whether it can be started, without starting anything. Raises ConfigError or StartError."""
         model = check_model(self._config)
         layers_per_fragment(self._config, model.config.cache_specs)
+        check_folder("ray.temp_dir", self._config.ray.temp_dir)
+        if not self._config.ray.address:
+            check_node_ip(self._config.ray.node_ip)
         check_ports(self._config.endpoints, self._config.ray)
         check_password_files(self._config.kvstore)
         check_control(self._config.kvstore.control_url, self._name(model))
@@ -103,8 +115,10 @@ class Cluster:
         if self._config.ray.address:
             check_ray(self._config.ray.address)
         else:
-            check_host_memory(self._config.kvstore.host_bytes)
-        check_arena_dir(self._config.kvstore.arena_dir)
+            check_host_memory("kvstore.host_bytes", self._config.kvstore.host_bytes)
+            check_host_memory("ray.object_store_bytes", self._config.ray.object_store_bytes)
+            check_cpu_memory(self._config, model.config, memory_bytes(), has_gpu_driver())
+        check_folder("kvstore.arena_dir", self._config.kvstore.arena_dir)
         return model
 
     def _name(self, model: FoundModel) -> str:

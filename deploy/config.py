@@ -6,9 +6,11 @@ model can be cut as a pool asks is checked in `preflight`, and derived numbers a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,10 @@ from workers.config import DTYPES, ROLES, RUNNERS, EngineOptions
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_MODEL = ROOT / "models" / "demo"
 DEVICES = ("auto", "cpu", "cuda")
+_MOST_ROUTERS = 1000
+_MOST_REPLICAS = 10_000
+_MOST_CPUS = 100_000
+_LONGEST_NAME = 63  # of a pool: it becomes a part of file and metric names
 
 
 def _require(condition: bool, key: str, message: str) -> None:
@@ -87,6 +93,7 @@ class EndpointsConfig:
 
     def __post_init__(self) -> None:
         _require(self.routers >= 1, "routers", f"must be at least 1, not {self.routers}")
+        _require(self.routers <= _MOST_ROUTERS, "routers", f"must be at most {_MOST_ROUTERS}, not {self.routers}")
         for name in ("grpc_port", "http_port"):
             port = getattr(self, name)
             _require(0 <= port <= 65535 - self.routers, name, f"must be 0 or a port number, not {port}")
@@ -124,14 +131,19 @@ class PoolConfig(EngineOptions):
         _require(self.replicas >= 1, "replicas", f"must be at least 1, not {self.replicas}")
         for name in ("min_replicas", "max_replicas"):
             _require(getattr(self, name) >= 0, name, f"must be >= 0, not {getattr(self, name)}")
+        for name in ("replicas", "min_replicas", "max_replicas"):
+            few = f"must be at most {_MOST_REPLICAS}, not {getattr(self, name)}"
+            _require(getattr(self, name) <= _MOST_REPLICAS, name, few)
         least, most = self.min_replicas or self.replicas, self.max_replicas or self.replicas
         within = f"must be between min_replicas={least} and max_replicas={most}, not {self.replicas}"
         _require(least <= self.replicas <= most, "replicas", within)
         _require(self.cpus_per_rank >= 0, "cpus_per_rank", f"must be >= 0, not {self.cpus_per_rank}")
+        few_cpus = f"must be at most {_MOST_CPUS}, not {self.cpus_per_rank}"
+        _require(self.cpus_per_rank <= _MOST_CPUS, "cpus_per_rank", few_cpus)
         for name in ("gpus_per_rank", "drain_timeout_s", "progress_timeout_s"):
             _require(0 < getattr(self, name) < float("inf"), name, f"must be > 0, not {getattr(self, name)}")
         for resource, amount in self.resources.items():
-            _require(amount > 0, f"resources.{resource}", f"must be > 0, not {amount}")
+            _require(0 < amount < float("inf"), f"resources.{resource}", f"must be > 0, not {amount}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +176,7 @@ class RayConfig:
         worker_port = 10002 <= self.metrics_export_port <= 19999
         _require(not worker_port, "metrics_export_port", "must lie outside 10002-19999, where Ray's workers listen")
         _require(self.num_cpus >= 0, "num_cpus", f"must be >= 0, not {self.num_cpus}")
+        _require(self.num_cpus <= _MOST_CPUS, "num_cpus", f"must be at most {_MOST_CPUS}, not {self.num_cpus}")
         smallest = 80 * 1024 * 1024
         _require(self.object_store_bytes >= smallest, "object_store_bytes", f"must be at least {smallest} (80 MiB)")
         _require(self.temp_dir.startswith("/"), "temp_dir", f"must be an absolute path, not {self.temp_dir!r}")
@@ -226,7 +239,9 @@ class ClusterConfig:
         _require(complete, "pools", "need a mixed pool, or a prefill and a decode pool")
         for name in self.pools:
             valid = name.isascii() and name.replace("-", "").replace("_", "").isalnum()
-            _require(valid, "pools", f"a pool's name is made of letters, digits, - and _, not {name!r}")
+            _require(valid, "pools", f"a pool's name is made of letters, digits, - and _, not {name[:100]!r}")
+            is_short = len(name) <= _LONGEST_NAME
+            _require(is_short, "pools", f"a pool's name has at most {_LONGEST_NAME} characters, not {len(name)}")
         lossy = self.kvstore.kv_encoding
         exact = "model.batch_invariant" if self.model.batch_invariant else "engine.runner=fake"
         needs_exact = self.model.batch_invariant or self.engine.runner == "fake"
@@ -266,7 +281,7 @@ def set_key(raw: dict[str, Any], assignment: str) -> None:
         raise ConfigError(f"--set {assignment}: must look like a.b=c")
     try:
         value = text if is_ipv6(text) else yaml.safe_load(text)  # to YAML, [::1] is a broken list and :: a mapping
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"--set {assignment}: the value is not YAML") from None
     branch = raw
     for depth, part in enumerate(parts[:-1]):
@@ -322,6 +337,21 @@ def prepare_ray_environment() -> None:
     os.environ.update({**_import_environment(), "grpc_proxy": ""})
 
 
+@contextlib.contextmanager
+def temporary_files_in(folder: Path) -> Iterator[None]:
+    """Processes that are started meanwhile, and those below them, keep their temporary files there."""
+    tempfile.gettempdir()  # looks once: our own stay where they are
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = before
+
+
 def child_environment() -> dict[str, str]:
     """For processes that we start: this one's, and our packages can be imported."""
     return {**os.environ, **_import_environment()}
@@ -339,3 +369,18 @@ def _import_environment() -> dict[str, str]:
     caches = {name: os.environ[name] for name in ("HF_HOME", "HF_HUB_CACHE") if os.environ.get(name)}
     caches = {name: os.path.abspath(os.path.expanduser(path)) for name, path in caches.items()}
     return {**caches, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
+
+
+def ray_token() -> str:
+    """What a Ray cluster with RAY_AUTH_MODE=token asks of its callers; "" when none is set. Raises ConfigError."""
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH", "")
+    try:
+        from_file = Path(path).read_text(encoding="utf-8").strip() if path else ""
+    except OSError as error:
+        raise ConfigError(f"RAY_AUTH_TOKEN_PATH: {path}: {error.strerror}") from None
+    return os.environ.get("RAY_AUTH_TOKEN", "") or from_file
+
+
+def own_pod() -> str:
+    """Name of the pod that this process runs in; "" outside Kubernetes."""
+    return os.environ.get("POD_NAME", "")

@@ -22,6 +22,7 @@ from workers.model.config import ModelConfig
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 REPLICA_CPUS = 0.1  # the replica only watches over its ranks
+_CPU_BLOCK_TOKENS = 16
 StageLayers = Callable[[int, int, int], range]  # (num_layers, pp, stage)
 
 
@@ -91,7 +92,7 @@ def make_plan(
     devices = {name: _device(config, pool, num_gpus) for name, pool in config.pools.items()}
     dtype = _dtype(config, set(devices.values()))
     _check_invariance(config, devices)
-    block_size = config.kvstore.block_size or (64 if "cuda" in devices.values() else 16)
+    block_size = config.kvstore.block_size or (64 if "cuda" in devices.values() else _CPU_BLOCK_TOKENS)
     layers = layers_per_fragment(config, model.cache_specs)
     name = model_name(config, model_dir)
     pools = []
@@ -188,6 +189,28 @@ def bundles(pool: PoolConfig, on_gpu: bool) -> tuple[dict[str, float], ...]:
 def num_cpus_needed(config: ClusterConfig) -> int:
     """CPUs that all pools reserve together."""
     return math.ceil(sum(p.replicas * (REPLICA_CPUS + p.tp * p.pp * p.cpus_per_rank) for p in config.pools.values()))
+
+
+def check_cpu_memory(config: ClusterConfig, model: ModelConfig, memory_bytes: int, has_gpus: bool) -> None:
+    """See that a machine's memory has space for what is asked of workers that are sure to run on its CPUs.
+
+    What a GPU has space for is known to the worker that finds it. Raises ConfigError.
+    """
+    pools = {name: pool for name, pool in config.pools.items() if _device(config, pool, float(has_gpus)) == "cpu"}
+    numbers_per_token = sum(spec.num_planes * spec.num_kv_heads * spec.head_dim for spec in model.cache_specs)
+    element_bytes = DTYPE_BYTES.get(config.model.dtype, DTYPE_BYTES["float32"])
+    block_bytes = (config.kvstore.block_size or _CPU_BLOCK_TOKENS) * numbers_per_token * element_bytes
+    if pools and block_bytes > memory_bytes:
+        raise ConfigError(f"kvstore.block_size: one block takes {block_bytes} bytes, more than this machine's memory")
+    for name, pool in pools.items():
+        if pool.num_blocks * block_bytes > memory_bytes:
+            blocks = f"{pool.num_blocks} blocks of {block_bytes} bytes"
+            raise ConfigError(f"pools.{name}.num_blocks: {blocks} are more than this machine's memory ({memory_bytes})")
+    longest = model.max_position_embeddings
+    table_bytes = 4 * longest * max(spec.head_dim for spec in model.cache_specs)  # of positions, see layers.rope
+    if pools and table_bytes > memory_bytes:
+        table = f"a table of {table_bytes} bytes, more than this machine's memory ({memory_bytes})"
+        raise ConfigError(f"config.json: max_position_embeddings={longest} takes {table}")
 
 
 def _device(config: ClusterConfig, pool: PoolConfig, num_gpus: float) -> str:

@@ -9,6 +9,7 @@ import errno
 import os
 import secrets
 import socket
+import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -84,7 +85,7 @@ def _check_texts(directory: Path, config: ClusterConfig, limits: ModelLimits) ->
     files = ModelFiles.load(directory, directory.name, config.model.generation_config, config.model.ignore_keys, limits)
     TextCodec(files.tokenizer_json)
     if files.chat_template:
-        ChatTemplate(files.chat_template, files.special_tokens)
+        ChatTemplate(files.chat_template, files.special_tokens, files.chat_template_where)
 
 
 def check_ports(endpoints: EndpointsConfig, ray: RayConfig) -> None:
@@ -109,12 +110,20 @@ def _bind_problem(host: str, port: int) -> str:
         except PermissionError:
             return f"not allowed to listen on port {port}"
         except OSError as error:
-            return (
-                f"port {port} on {host} is in use"
-                if error.errno == errno.EADDRINUSE
-                else f"{join_host_port(host, port)}: {error.strerror}"
-            )
+            if error.errno == errno.EADDRNOTAVAIL:
+                return f"{host} is not an address of this machine"
+            is_taken = error.errno == errno.EADDRINUSE
+            return f"port {port} on {host} is in use" if is_taken else f"{join_host_port(host, port)}: {error.strerror}"
     return ""
+
+
+def check_node_ip(node_ip: str) -> None:
+    """See that Ray can listen there; on another machine's address its start would hang. Raises ConfigError."""
+    if bare_host(node_ip) in ("0.0.0.0", "::"):
+        raise ConfigError(f"ray.node_ip: {node_ip} stands for all addresses, and others must be told one of them")
+    problem = _bind_problem(node_ip, 0) if node_ip else ""
+    if problem:
+        raise ConfigError(f"ray.node_ip: {problem}")
 
 
 def free_port(host: str, first: int = 0, reserved: Collection[int] = ()) -> int:
@@ -161,20 +170,34 @@ def check_ray(address: str) -> None:
         raise StartError(f"ray.address: no Ray cluster at {address} ({problem})")
 
 
-def check_arena_dir(folder: str) -> None:
-    """See that the arena's file can be made. Raises ConfigError."""
+def check_folder(key: str, folder: str) -> None:
+    """See that files can be made in a folder that is there, by making one without a name. Raises ConfigError."""
     if not os.path.isdir(folder):
         why = "not a folder" if os.path.exists(folder) else "no such folder"
-        raise ConfigError(f"kvstore.arena_dir: {folder}: {why}")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ConfigError(f"kvstore.arena_dir: {folder}: not allowed to make files there")
+        raise ConfigError(f"{key}: {folder}: {why}")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except PermissionError:
+        raise ConfigError(f"{key}: {folder}: not allowed to make files there") from None
+    except OSError as error:
+        raise ConfigError(f"{key}: {folder}: no files can be made there ({error.strerror})") from None
 
 
-def check_host_memory(host_bytes: int) -> None:
+def check_host_memory(key: str, num_bytes: int) -> None:
     """See that this machine has so much memory at all. Raises ConfigError."""
-    memory_bytes = psutil.virtual_memory().total
-    if host_bytes > memory_bytes:
-        raise ConfigError(f"kvstore.host_bytes: {host_bytes} is more than this machine's memory ({memory_bytes})")
+    if num_bytes > memory_bytes():
+        raise ConfigError(f"{key}: {num_bytes} is more than this machine's memory ({memory_bytes()})")
+
+
+def memory_bytes() -> int:
+    """All of this machine's memory."""
+    return int(psutil.virtual_memory().total)
+
+
+def has_gpu_driver() -> bool:
+    """Whether Ray may find GPUs on this machine."""
+    return os.path.exists("/dev/nvidiactl")
 
 
 def tier_secret(path: str) -> str:

@@ -20,6 +20,8 @@ KV_ENCODINGS = ("none", "int8", "fp8")  # of keys and values, with loss
 COMPRESSIONS = ("none", "zstd")  # of the bytes of a fragment, without
 CALLS_SUFFIX = ".calls"  # behind the path of a node's host address: the socket for slot calls
 _LEAST_DISK_BYTES = 16 * 1024 * 1024
+_MOST_BLOCK_TOKENS = 65536
+_MOST_TTL_S = 1e9
 _LONGEST_SOCKET_PATH = 107  # bytes; the kernel's limit
 PEER_TRANSPORTS = ("tcp", "nixl")
 PASSWORD_FILE = "password_file"  # of a Redis, in the query of its URL
@@ -88,6 +90,8 @@ class KVStoreConfig:
     def __post_init__(self) -> None:
         if self.block_size < 0:
             raise ValueError(f"block_size: must be >= 0, not {self.block_size}")
+        if self.block_size > _MOST_BLOCK_TOKENS:
+            raise ValueError(f"block_size: must be at most {_MOST_BLOCK_TOKENS}, not {self.block_size}")
         if self.layers_per_fragment < 0:
             raise ValueError(f"layers_per_fragment: must be >= 0, not {self.layers_per_fragment}")
         if self.host_bytes < 1024 * 1024:
@@ -96,6 +100,8 @@ class KVStoreConfig:
             raise ValueError(f"arena_dir: must be an absolute path, not {self.arena_dir!r}")
         if self.disk_bytes and self.disk_bytes < _LEAST_DISK_BYTES:
             raise ValueError(f"disk_bytes: must be 0 or at least 16 MiB, not {self.disk_bytes}")
+        if self.disk_bytes >= 2**62:
+            raise ValueError(f"disk_bytes: must be less than 2^62, not {self.disk_bytes}")
         if (self.disk_bytes or self.disk_dir) and not self.disk_dir.startswith("/"):
             raise ValueError(f"disk_dir: must be an absolute path where there is a disk tier, not {self.disk_dir!r}")
         if self.disk_write not in DISK_WRITES:
@@ -118,6 +124,7 @@ class KVStoreConfig:
             raise ValueError(f"control: must be memory:// or a redis:// URL, not {self.control!r}")
         for name in ("tier", "control"):
             try:
+                check_redis_url(getattr(self, name))
                 check_redis_protocol(getattr(self, name))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
@@ -126,6 +133,8 @@ class KVStoreConfig:
             raise ValueError(f"prefix_fetch: must be one of {', '.join(PREFIX_FETCH)}, not {self.prefix_fetch!r}")
         if not (math.isfinite(self.tier_ttl_s) and self.tier_ttl_s >= 1):
             raise ValueError(f"tier_ttl_s: must be at least 1 second, not {self.tier_ttl_s}")
+        if self.tier_ttl_s > _MOST_TTL_S:
+            raise ValueError(f"tier_ttl_s: must be at most {_MOST_TTL_S:.0f} seconds, not {self.tier_ttl_s}")
 
     def _check_password_file(self, name: str) -> None:
         url, path = getattr(self, name), getattr(self, f"{name}_password_file")
@@ -197,6 +206,23 @@ def with_password_file(url: str, path: str) -> str:
     """The URL of a Redis with the file that has its password, for kvstore.redis_client: a URL may be printed, and is
     handed to other processes."""
     return f"{url}{'&' if urlsplit(url).query else '?'}{PASSWORD_FILE}={quote(path)}" if path else url
+
+
+def check_redis_url(url: str) -> None:
+    """Raises ValueError when the URL of one Redis has no such port or database as there can be."""
+    if not is_redis(url):
+        return
+    parts = urlsplit(url)
+    try:
+        is_right = parts.port is None or parts.port > 0
+    except ValueError:
+        is_right = False
+    if not is_right:
+        raise ValueError("its port must be a number from 1 to 65535")
+    databases = [parts.path.strip("/"), *parse_qs(parts.query).get("db", ())]
+    for database in filter(None, databases):
+        if not re.fullmatch(r"[0-9]{1,9}", database):
+            raise ValueError(f"the database behind the port must be a number, not {database!r}")
 
 
 def check_redis_protocol(url: str) -> None:

@@ -125,6 +125,8 @@ def _try_redis(url: str, trial: Callable[[], None]) -> str:
         if url.startswith("rediss://") and _speaks_plainly(url):
             raise TierMisconfigured(f"Redis at {where}: does not speak TLS: its URL begins with redis://") from None
         return f"Redis at {where}: {one_line(error)}"
+    except (TypeError, ValueError) as error:  # the client's library, of an option that it does not know or understand
+        raise TierMisconfigured(f"Redis at {where}: {one_line(error)}") from None
     return ""
 
 

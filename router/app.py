@@ -14,11 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from checkpoint.identity import ServedModel
+from kvstore.config import is_redis
 from kvstore.connect import open_directory, open_journal
+from kvstore.control.decision_log import DecisionLog
 from kvstore.control.directory import Directory
 from kvstore.control.journal import JournalUnavailable, StreamJournal
 from router.api.grpc_api import GrpcApi
 from router.api.http_api import HttpApi, HttpParts
+from router.api.status_api import StatusServicer
 from router.config import RouterSpec
 from router.errors import ConfigError, StartupError
 from router.fleet.fleet import Fleet
@@ -32,6 +35,8 @@ from router.service.dispatch import Dispatcher
 from router.service.generation import Generation
 from router.service.journal import JournalWriter
 from router.service.readiness import ControlState, Readiness, readiness
+
+_PARTING_S = 0.5  # for what streams are told at the end of their time to drain to reach their clients
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,10 @@ class Router:
             lambda: self._directory_is_up,
             lambda: self._journal.is_up,
         )
-        self._grpc = GrpcApi(self._generation, self._metrics, config.max_message_bytes)
+        self._decisions = DecisionLog(spec.control, spec.cluster) if is_redis(spec.control) else None
+        admission = self._generation.admission
+        status = StatusServicer(self.readiness, self._dispatcher, lambda: admission.num_inflight, self._decisions)
+        self._grpc = GrpcApi(self._generation, self._metrics, status, config.max_message_bytes)
         self._http = HttpApi(
             HttpParts(self._generation, self._metrics, self.readiness, config.max_message_bytes, config.cors_origins)
         )
@@ -101,23 +109,28 @@ class Router:
             raise
         self._tasks = [
             asyncio.create_task(self._membership.run(), name="membership"),
-            asyncio.create_task(self._http.serve(self._spec.config.drain_s), name="http"),
+            asyncio.create_task(self._http.serve(self._spec.config.drain_s + _PARTING_S), name="http"),
             asyncio.create_task(self._tell_health(), name="health"),
             asyncio.create_task(self._journal.run(), name="journal"),
         ]
         return Addresses(grpc_address, http_address)
 
     async def stop(self) -> None:
-        """Refuse what is new, give running streams drain_s to end, then cancel them and let go of everything."""
+        """Refuse what is new, give running streams drain_s to end, then fail them and let go of everything."""
         self._generation.admission.is_stopping = True
         self._changed.set()
         self._http.stop()
         membership, http, health, journal = self._tasks
-        await asyncio.gather(self._grpc.stop(self._spec.config.drain_s), http)
+        drain_s = self._spec.config.drain_s
+        parting = asyncio.get_running_loop().call_later(drain_s, self._generation.end_streams)
+        await asyncio.gather(self._grpc.stop(drain_s + _PARTING_S), http)
+        parting.cancel()
         for task in (health, membership, journal):
             await end_task(task)
         await self._journal.stop()
         self._generation.close()
+        if self._decisions is not None:
+            self._decisions.close()
 
     def _join(self, directory: Directory) -> Membership:
         config = self._spec.config

@@ -58,6 +58,8 @@ class RouterConfig:
         _require(self.policy in POLICIES, "policy", f"must be one of {', '.join(POLICIES)}, not {self.policy!r}")
         for name in ("window_tokens", "max_inflight_requests", "max_prompt_bytes", "max_message_bytes"):
             _require(getattr(self, name) >= 1, name, f"must be at least 1, not {getattr(self, name)}")
+        for name in ("window_tokens", "max_message_bytes"):  # the wire and gRPC have 32 bits for them
+            _require(getattr(self, name) < 2**31, name, f"must be less than 2^31, not {getattr(self, name)}")
         _require(self.max_replacements >= 0, "max_replacements", f"must be >= 0, not {self.max_replacements}")
         for name in (
             "directory_poll_s",

@@ -110,6 +110,11 @@ class Stopping(Unavailable):
     code = "stopping"
 
 
+def stopping() -> Stopping:
+    """For whatever comes, or still runs, when the router goes down: the next one is up, or will be soon."""
+    return Stopping("this router is going down", retry_after_s=1.0)
+
+
 class JournalAway(Unavailable):
     """The stream journal does not answer, so no stream may be taken over."""
 

@@ -50,6 +50,7 @@ class ModelFiles:
     vocab_size: int
     tokenizer_json: Path
     chat_template: str | None
+    chat_template_where: str  # its file and key
     special_tokens: dict[str, str]  # "bos_token", "eos_token", ... as a chat template may use them
     tokenizer: str  # digest of tokenizer.json
     eos_token_ids: tuple[int, ...] = ()  # of config.json and generation_config.json: those that workers stop at
@@ -80,15 +81,19 @@ class ModelFiles:
             check_tokenizer_files(directory, ignore_keys)
             if generation_config != "none":
                 check_keys(generation, GENERATION_KEYS, directory / "generation_config.json", _NO_DEFAULTS)
-            end_ids, tokenizer = end_token_ids(config, generation, directory), tokenizer_digest(directory)
+            vocab_size = limits.vocab_size or _positive(config, "vocab_size", directory)
+            end_ids = end_token_ids(config, generation, directory, vocab_size)
+            tokenizer = tokenizer_digest(directory)
         except CheckpointError as error:
             raise ModelFilesError(str(error)) from None
+        template, where = _chat_template(directory, tokenizer_config)
         return cls(
             name=name,
             context_tokens=limits.context_tokens or _positive(config, "max_position_embeddings", directory),
-            vocab_size=limits.vocab_size or _positive(config, "vocab_size", directory),
+            vocab_size=vocab_size,
             tokenizer_json=directory / "tokenizer.json",
-            chat_template=_chat_template(directory, tokenizer_config),
+            chat_template=template,
+            chat_template_where=where,
             special_tokens=_special_tokens(names),
             tokenizer=tokenizer,
             eos_token_ids=end_ids,
@@ -107,24 +112,31 @@ def _names(directory: Path, tokenizer_config: dict[str, Any], ignore_keys: Colle
 
 def _positive(config: dict[str, Any], field: str, directory: Path) -> int:
     value = config.get(field)
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ModelFilesError(f"{directory}/config.json: {field} must be a positive number, not {value!r}")
     return value
 
 
-def _chat_template(directory: Path, tokenizer_config: dict[str, Any]) -> str | None:
+def _chat_template(directory: Path, tokenizer_config: dict[str, Any]) -> tuple[str | None, str]:
+    """The template, and where it stands."""
     file = directory / "chat_template.jinja"
     try:
         if file.is_file():
-            return file.read_text(encoding="utf-8")
+            return file.read_text(encoding="utf-8"), str(file)
     except (OSError, UnicodeDecodeError) as error:
         raise ModelFilesError(f"{file}: not readable as text ({error})") from None
-    template = tokenizer_config.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+    template, where = tokenizer_config.get("chat_template"), f"{directory}/tokenizer_config.json: chat_template"
+    if isinstance(template, list) and all(map(_is_named_template, template)):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}
     if isinstance(template, dict):
         template = template.get("default")
-    return template if isinstance(template, str) else None
+    if not isinstance(template, str | None):
+        raise ModelFilesError(f"{where} must be a text, or a list of objects with name and template")
+    return template, where
+
+
+def _is_named_template(entry: object) -> bool:
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("name", "template"))
 
 
 def _special_tokens(tokenizer_config: dict[str, Any]) -> dict[str, str]:
@@ -146,8 +158,8 @@ def _sampling_defaults(generation: dict[str, Any], directory: Path) -> SamplingD
             raise ModelFilesError(f"{directory}/generation_config.json: {field} must be {wanted}, not {value!r}")
         return value
 
-    top_k = number("top_k", "an integer >= -1", lambda value: value == int(value) and -1 <= value < 2**32)
-    limit = number("max_new_tokens", "a positive integer", lambda value: value == int(value) and 0 < value < 2**63)
+    top_k = number("top_k", "an integer >= -1", lambda value: -1 <= value < 2**32 and value == int(value))
+    limit = number("max_new_tokens", "a positive integer", lambda value: 0 < value < 2**63 and value == int(value))
     return SamplingDefaults(
         temperature=number("temperature", "a finite number >= 0", lambda value: 0 <= value <= LARGEST_FLOAT32),
         top_p=number("top_p", "in (0, 1]", lambda value: 0 < value <= 1),

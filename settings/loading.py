@@ -20,6 +20,9 @@ from pydantic import TypeAdapter, ValidationError
 
 T = TypeVar("T")
 
+_MOST_LEVELS = 100
+_MOST_VALUES = 100_000
+
 
 class SettingsError(Exception):
     """A file, a key or a value is wrong; one line that names it."""
@@ -33,7 +36,7 @@ def load(expected: type[T], path: str | Path) -> T:
 def build(expected: type[T], raw: Mapping[str, Any], source: str = "") -> T:
     """Check the content of a file. Raises SettingsError; source: what the message begins with."""
     prefix = f"{source}: " if source else ""
-    problem = _unknown_key(raw, expected, "")
+    problem = _endless(raw) or _unknown_key(raw, expected, "")
     if problem:
         raise SettingsError(prefix + problem)
     try:
@@ -68,6 +71,8 @@ def read(path: str | Path) -> dict[str, Any]:
         raise SettingsError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
     except _GivenTwice as error:
         raise SettingsError(f"{path}: {error}") from None
+    except (ValueError, RecursionError) as error:  # a date or a number that is none; nested thousands of times
+        raise SettingsError(f"{path}: not readable ({error})") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -107,6 +112,22 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 # ---- what is wrong
+
+
+def _endless(raw: object) -> str | None:
+    """What is wrong with a content that would fill the memory when it is written out, or None: YAML's aliases may stand
+    for what they are in, or for many copies of many copies."""
+    left, num_values = [(raw, 0)], 0
+    while left:
+        value, depth = left.pop()
+        num_values += 1
+        if depth > _MOST_LEVELS:
+            return f"is nested in more than {_MOST_LEVELS} levels, or in itself"
+        if num_values > _MOST_VALUES:
+            return f"holds more than {_MOST_VALUES} values"
+        below = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+        left += [(each, depth + 1) for each in below]
+    return None
 
 
 def _unknown_key(value: object, expected: object, path: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from telemetry import node, router, worker
+from telemetry import autoscaler, node, router, worker
 from telemetry.metric import Metric
 
 _HEAD = """# Metrics
@@ -28,8 +28,10 @@ def render() -> str:
             _section(
                 "Workers and their tiers (routers)", (worker.UP, worker.KNOWN_BLOCKS, *worker.STORE, worker.TIER_OK)
             ),
+            _section("What is asked of workers (routers and Ray)", worker.DEMAND),
             _section("KV nodes (Ray)", node.ARENA),
             _section("Disk tiers of KV nodes (Ray)", node.DISK),
+            _section("An autoscaler", autoscaler.METRICS),
             _buckets((*router.METRICS, *worker.RAY_METRICS)),
         ]
     )

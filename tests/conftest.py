@@ -1,12 +1,14 @@
-"""Fixtures that several packages' tests use."""
+"""Fixtures that several packages' tests use, and what tests measured, printed at the end of the run."""
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.processes import KVNode, RedisServer, redis_executable
+
+_MEASURED = pytest.StashKey[dict[str, list[float]]]()
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +48,26 @@ def shared_kv_node() -> Iterator[KVNode]:
     node = KVNode(f"test-{uuid.uuid4().hex[:12]}", slot_bytes=64 * 1024, num_slots=256)
     yield node
     node.close()
+
+
+@pytest.fixture
+def measured(request: pytest.FixtureRequest) -> Callable[[str, float], None]:
+    """Takes a duration in seconds under a title, for the summary."""
+    found = request.config.stash.setdefault(_MEASURED, {})
+
+    def note(title: str, duration_s: float) -> None:
+        found.setdefault(title, []).append(duration_s)
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line for each title."""
+    found = terminalreporter.config.stash.get(_MEASURED, {})
+    if found:
+        terminalreporter.section("measured, not asserted")
+    for title, durations_s in sorted(found.items()):
+        ordered = sorted(durations_s)
+        p50, p99 = (1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))] for share in (0.5, 0.99))
+        most = 1000 * max(durations_s)
+        terminalreporter.line(f"{title}: p50 {p50:.0f} ms, p99 {p99:.0f} ms, max {most:.0f} ms of {len(durations_s)}")

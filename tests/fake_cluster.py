@@ -398,9 +398,3 @@ class FakeCluster:
 def expected(prompt: Sequence[int], num_tokens: int, temperature: float = 0.0, seed: int = 1) -> list[int]:
     """What every fake cluster makes of a prompt."""
     return fake_completion(prompt, num_tokens, VOCAB_SIZE, temperature, seed)
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The nearest rank."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]

@@ -67,10 +67,10 @@ def redis_executable() -> str | None:
 class RedisServer:
     """A redis-server on a free port, without persistence."""
 
-    def __init__(self, executable: str) -> None:
+    def __init__(self, executable: str, port: int = 0) -> None:
         self._executable = executable
         self._process: subprocess.Popen[bytes] | None = None
-        self.port = free_port()
+        self.port = port or free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.start()
 

@@ -17,16 +17,23 @@ RUNNERS = ("torch", "fake")
 KV_SCALE_BYTES = 4  # fp32, one for each row that is kept in 8 bits
 
 
+# Buffers and processes are made for so many before a request has come.
+_LARGEST = {"tp": 1024, "pp": 1024, "max_num_seqs": 65536, "max_num_batched_tokens": 2**20, "num_threads": 1024}
+
+
 def resolve_model(model: str) -> Path:
     """A local directory as it is; anything else is a Hugging Face Hub id and is fetched into its cache.
 
     Raises ModelError when it is neither.
     """
-    path = Path(model).expanduser()
-    if path.exists() or model.startswith((".", "/", "~")):
-        if not path.is_dir():
-            raise ModelError(f"{model}: no such model directory")
-        return path
+    try:
+        path = Path(model).expanduser()
+        if path.exists() or model.startswith((".", "/", "~")):
+            if not path.is_dir():
+                raise ModelError(f"{model}: no such model directory")
+            return path
+    except (OSError, RuntimeError) as error:  # a name that is too long, a user that there is not
+        raise ModelError(f"model.path: {model[:100]!r}: {getattr(error, 'strerror', None) or error}") from None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -72,9 +79,11 @@ class EngineOptions:
     first stage has no tokens before the last is through."""
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "max_num_seqs", "max_num_batched_tokens", "num_threads"):
+        for name, largest in _LARGEST.items():
             _require(getattr(self, name) >= 1, name, f"must be at least 1, not {getattr(self, name)}")
+            _require(getattr(self, name) <= largest, name, f"must be at most {largest}, not {getattr(self, name)}")
         _require(self.num_blocks >= 0, "num_blocks", f"must be >= 0, not {self.num_blocks}")
+        _require(self.num_blocks < 2**31, "num_blocks", f"must be less than 2^31, not {self.num_blocks}")
         _require(not self.async_scheduling or self.pp == 1, "async_scheduling", "needs pp=1")
 
     def options(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from switchyard.v1 import kvnode_pb2, kvnode_pb2_grpc
 from deploy.actors.metrics import RayMetrics
 from deploy.config import child_environment
 from deploy.plan import ArenaPlan
-from deploy.preflight import check_arena_dir
+from deploy.preflight import check_folder
 from deploy.processes.leftovers import end_predecessor, hold_folder, leave_folder, record_arena, remove_leftovers
 from deploy.processes.supervise import Ready, SupervisedProcess
 from kvstore.config import KVStoreConfig, NodeSpec
@@ -108,7 +108,7 @@ class KVNodeActor:
         remove_leftovers(run_dir.parent)
         hold_folder(run_dir)  # for as long as this process lives
         arena = Path(settings.arena.folder) / f"switchyard-{settings.cluster_id}-{self._node_id}"
-        check_arena_dir(settings.arena.folder)
+        check_folder("kvstore.arena_dir", settings.arena.folder)
         record_arena(run_dir, self._node_id, arena)
         end_predecessor(arena)  # before looking how much space there is
         self._num_slots = min(settings.arena.num_slots, slots_that_fit(settings.arena))

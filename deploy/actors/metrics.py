@@ -10,7 +10,7 @@ from typing import Any
 
 from telemetry.metric import Kind, Metric, samples
 
-Report = Mapping[str, float | list[float]]
+Report = Mapping[str, Any]
 """Of a worker: see workers.runtime.leader.WorkerLeader.metrics."""
 
 
@@ -30,6 +30,10 @@ class RayMetrics:
         self._metrics = [(metric, _make(metric)) for metric in metrics]
         self._labels = dict(labels)
         self._last: dict[tuple[str, tuple[str, ...]], float] = {}
+
+    def relabel(self, labels: Mapping[str, str]) -> None:
+        """What all samples have in common from now on. Gauges with the labels before go within two seconds."""
+        self._labels = dict(labels)
 
     def report(self, report: object) -> None:
         """Show a report; what it lacks is left as it was."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import ray
@@ -62,7 +62,7 @@ class RankActor:
         """HOST:PORT of the worker on rank 0, "" on the others."""
         return self._rank.serve()
 
-    def metrics(self) -> dict[str, float | list[float]]:
+    def metrics(self) -> dict[str, Any]:
         """Load and counters; rank 0 only."""
         return self._rank.metrics()
 

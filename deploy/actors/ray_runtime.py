@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.config import RayConfig, prepare_ray_environment
+from deploy.config import RayConfig, prepare_ray_environment, temporary_files_in
 from deploy.errors import StartError, one_line
 from deploy.preflight import free_port
 from kvstore.network.addresses import join_host_port
@@ -22,6 +22,7 @@ from kvstore.network.addresses import join_host_port
 _FIRST_DASHBOARD_PORT = 8265
 _FIRST_METRICS_PORT = 9101
 _ATTEMPTS = 3
+_TEMPORARY = "tmp"  # a short name: Python's servers of processes make sockets in folders of 14 characters below it
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,11 @@ def open_ray(config: RayConfig, num_cpus: int, temp_dir: Path, reserved: Collect
         except Exception as error:
             raise StartError(f"cannot join the Ray cluster at {config.address}: {one_line(error)}") from error
     else:
-        _start_here(lambda: _local_options(config, num_cpus, temp_dir, reserved))
+        # Ray kills its dashboard, whose temporary files would stay in the machine's folder for them.
+        temporary = temp_dir / _TEMPORARY
+        temporary.mkdir(parents=True, exist_ok=True)
+        with temporary_files_in(temporary):
+            _start_here(lambda: _local_options(config, num_cpus, temp_dir, reserved))
     return _describe(config)
 
 

@@ -45,8 +45,7 @@ class WorkerReplica:
         except Exception as error:
             raise ReplicaFailed(failure_of(error)) from error
         self._progress = Progress(plan.progress_timeout_s, time.monotonic())
-        labels = dict(zip(worker.LABELS, (self._worker_id, plan.name, plan.spec.role), strict=True))
-        self._metrics = RayMetrics(worker.RAY_METRICS, labels)
+        self._metrics = RayMetrics(worker.RAY_METRICS, self._labels(plan.name, plan.spec.role))
         self._tasks = [asyncio.create_task(self._watch(rank)) for rank in self._ranks]
         self._tasks.append(asyncio.create_task(self._report()))
 
@@ -111,6 +110,9 @@ class WorkerReplica:
         await asyncio.gather(*[rank.stop.remote() for rank in self._ranks], return_exceptions=True)
 
     # ---- watching
+    def _labels(self, pool: str, role: str) -> dict[str, str]:
+        return dict(zip(worker.LABELS, (self._worker_id, pool, role), strict=True))
+
     async def _load(self) -> Report:
         report: Report = await self._ranks[0].metrics.remote()
         return report
@@ -126,6 +128,7 @@ class WorkerReplica:
             except ray.exceptions.RayError:
                 return  # the rank is gone: its watcher acts
             self._progress.observe(report, time.monotonic())
+            self._metrics.relabel(self._labels(report["pool"], report["role"]))
             self._metrics.report(report)
             await asyncio.sleep(_REPORT_S)
 

@@ -21,7 +21,7 @@ from typing import NoReturn
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """What asks a command to end."""
 
-_SAME_S = 1.0  # `timeout` and a closed terminal send two signals at once and mean one
+_SAME_S = 0.3  # `timeout` signals its child and its group at once and means one; a double Ctrl-C is not so quick
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _KILLED = 128  # and the signal's number: what a shell says of a command that a signal has ended

@@ -18,7 +18,9 @@ from deploy.processes.front import SIGNALS, Asked, is_ignored
 
 _NUDGE = signal.SIGURG  # ignored by default, and used by no other code
 _NUDGE_S = 0.1
-_SAME_S = 0.5  # less than in deploy.processes.front, whose second signal is never one of two that mean one
+# Much less than in deploy.processes.front, whose second signal is never one of two that mean one: a busy interpreter
+# may note the first one late. A group's signal that reaches us directly as well comes within a moment of the front's.
+_SAME_S = 0.1
 
 
 class Interrupts:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+RETIRED = "retired"
 DEFAULT_MAX_BLOCKS = 1 << 18
 DEFAULT_BLOCK_TTL_S = 3600.0
 
@@ -30,7 +31,7 @@ class WorkerRecord:
     """HOST:PORT of its WorkerService."""
     pool: str
     role: str
-    """"prefill", "decode" or "mixed"."""
+    """"prefill", "decode" or "mixed"; "retired" while it takes no requests: routers pass it over."""
     node_id: str
     """KV node of its host."""
 

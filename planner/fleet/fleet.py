@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from planner.fleet.meter import Interval, Meter, observe_pool
 from planner.fleet.parts import FleetPool, FleetResult, Stream, Worker
-from planner.scaling.observation import Observation, PoolObservation
-from planner.scaling.rollout import (
+from planner.scaling.actions import (
     DRAINED,
     DRAINING,
     READY,
@@ -21,9 +20,10 @@ from planner.scaling.rollout import (
     Progress,
     SetReplicas,
     SwitchRole,
-    WorkerCounts,
     WorkerProgress,
 )
+from planner.scaling.observation import Observation, PoolObservation
+from planner.scaling.rollout import WorkerCounts
 from planner.trace import TraceRequest
 
 

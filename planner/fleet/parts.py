@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field
 
+from planner.scaling.actions import STARTING
 from planner.scaling.plan import Explanation
-from planner.scaling.rollout import STARTING
 from planner.scaling.step_cost import StepCost
 from planner.trace import TraceRequest
 

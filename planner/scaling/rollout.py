@@ -13,70 +13,21 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from planner.scaling.actions import (
+    DRAINED,
+    DRAINING,
+    READY,
+    STARTING,
+    SWITCHED,
+    Action,
+    Announce,
+    Drain,
+    Progress,
+    SetReplicas,
+    SwitchRole,
+    WorkerProgress,
+)
 from planner.scaling.plan import FLIP, RETIRE, Plan
-
-STARTING, READY, DRAINING, DRAINED, SWITCHED = "starting", "ready", "draining", "drained", "switched"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerProgress:
-    """One worker as it is seen now."""
-
-    worker_id: str
-    home_pool: str
-    """The pool that it was started in: the Serve deployment that counts it."""
-    pool: str
-    """The pool that it serves in now, or will when it is ready or announced."""
-    status: str
-    """starting; ready: takes requests; draining: takes none, and some still run; drained: none runs; switched: has a
-    new role, and routers do not know it yet."""
-    epoch: int = 0
-    """Of its lease: grows with each change of role."""
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """The cluster as it is seen now."""
-
-    workers: tuple[WorkerProgress, ...]
-    """In the order in which Serve would end them: starting ones first, then the newest."""
-    replicas: dict[str, int]
-    """What Serve was asked for, by home pool."""
-
-
-@dataclass(frozen=True, slots=True)
-class SetReplicas:
-    """Ask Serve for this many workers of a home pool."""
-
-    pool: str
-    num_replicas: int
-
-
-@dataclass(frozen=True, slots=True)
-class Drain:
-    """Take the worker off the routers' tables; its requests run to their end, or are moved at the drain's timeout."""
-
-    worker_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class SwitchRole:
-    """Give a drained worker its new role, under a new epoch."""
-
-    worker_id: str
-    to_pool: str
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class Announce:
-    """Let routers send requests to a worker: one with a new role, or one that drained and is needed after all."""
-
-    worker_id: str
-    epoch: int
-
-
-Action = SetReplicas | Drain | SwitchRole | Announce
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +35,7 @@ class Errand:
     """What is being done with one worker."""
 
     to_pool: str = ""
-    """Of a flip; empty: the worker retires."""
+    """Of a flip, or where it drained and is to serve again; empty: the worker retires."""
     released: bool = False
     """Serve was asked for one less: the worker is about to end."""
 
@@ -137,8 +88,7 @@ def count_workers(state: RolloutState, progress: Progress) -> dict[str, WorkerCo
     counted = {pool: [0, 0, 0, 0] for pool in pools}
     for worker in progress.workers:
         errand = state.errands.get(worker.worker_id)
-        flips = errand is not None and bool(errand.to_pool) and worker.pool != errand.to_pool
-        if errand is not None and flips:
+        if errand is not None and errand.to_pool and (worker.pool, worker.status) != (errand.to_pool, READY):
             counted.setdefault(errand.to_pool, [0, 0, 0, 0])[2] += 1
         elif worker.status == SWITCHED:
             counted[worker.pool][2] += 1
@@ -217,30 +167,37 @@ class _Work:
     def notice_who_leaves(self) -> None:
         """Serve ends as many workers of a home pool as exist beyond its replicas, by its own choice. Those are leaving;
         one that was to leave and lives on, since Serve chose another, is taken care of as an orphan."""
+        self._revoke_unheard()
         for home, count in self._replicas.items():
             existing = [w.worker_id for w in self._workers.values() if w.home_pool == home]
             released = [name for name in existing if name in self._errands and self._errands[name].released]
-            leaving = max(0, len(existing) - count)
-            for name in released[leaving:]:
-                del self._errands[name]
+            if self._progress.replicas.get(home) == count == len(existing):
+                for name in released:  # Serve has as many as it should: it ended others
+                    del self._errands[name]
+                continue
             others = [name for name in existing if name not in released]
-            for name in others[: max(0, leaving - len(released))]:
+            for name in others[: max(0, len(existing) - count - len(released))]:
                 self._errands[name] = Errand(released=True)
 
+    def _revoke_unheard(self) -> None:
+        """A start that was cancelled, of which Serve has not heard, became ready: it serves, so it drains first."""
+        for worker in self._workers.values():
+            home = worker.home_pool
+            unheard = self._progress.replicas.get(home, 0) > self._replicas.get(home, 0)
+            if unheard and worker.status == READY and self._is_released(worker):
+                del self._errands[worker.worker_id]
+                self._replicas[home] += 1
+
     def undo(self) -> None:
-        """Bring back workers that the plan needs where they were, or at home."""
+        """Bring back workers that the plan needs where they were."""
         for worker_id, errand in list(self._errands.items()):
             worker = self._workers[worker_id]
             undoable = not errand.released and worker.status in (READY, DRAINING, DRAINED)
             useless = not errand.to_pool or self._excess(errand.to_pool) > 0
-            if not undoable or not useless or worker.pool == errand.to_pool:
-                continue
-            if self._excess(worker.pool) < 0:
+            if undoable and useless and worker.pool != errand.to_pool and self._excess(worker.pool) < 0:
                 del self._errands[worker_id]
                 if worker.status != READY:
                     self._serve_again(worker)
-            elif worker.home_pool != worker.pool and self._excess(worker.home_pool) < 0:
-                self._errands[worker_id] = Errand(to_pool=worker.home_pool)
 
     def adopt_orphans(self) -> None:
         """Workers that somebody began to flip or to retire, of which nothing is remembered."""
@@ -259,8 +216,7 @@ class _Work:
                 self._errands[worker.worker_id] = Errand(to_pool=to_pool)
 
     def _serve_again(self, worker: WorkerProgress) -> None:
-        self._actions.append(Announce(worker.worker_id, worker.epoch + 1))
-        self._workers[worker.worker_id] = dataclasses.replace(worker, status=READY)
+        self._errands[worker.worker_id] = Errand(to_pool=worker.pool)
 
     def follow_errands(self) -> None:
         """The next action for each worker under way."""
@@ -285,21 +241,11 @@ class _Work:
             if worker in drained:
                 drained.remove(worker)
             else:
-                self._take_over(drained.pop(), worker.pool)
+                self._errands[drained.pop().worker_id] = Errand(to_pool=worker.pool)
                 if worker.status == READY:
-                    self._errands[worker.worker_id] = Errand()
-                    self._actions.append(Drain(worker.worker_id))
-                    return
+                    return  # it is one too many now, and retires once the other one serves
             self._replicas[home] -= 1
             self._errands[worker.worker_id] = Errand(released=True)
-
-    def _take_over(self, drained: WorkerProgress, pool: str) -> None:
-        """A worker that was to retire serves in a pool instead."""
-        if drained.pool == pool:
-            del self._errands[drained.worker_id]
-            self._serve_again(drained)
-        else:
-            self._errands[drained.worker_id] = Errand(to_pool=pool)
 
     def _is_released(self, worker: WorkerProgress) -> bool:
         return self._errands.get(worker.worker_id, Errand()).released
@@ -315,6 +261,8 @@ class _Work:
                 del self._errands[worker.worker_id]
             case "ready":
                 self._actions.append(Drain(worker.worker_id))
+            case "draining" | "drained" if worker.pool == errand.to_pool:
+                self._actions.append(Announce(worker.worker_id, worker.epoch + 1))
             case "drained":
                 self._actions.append(SwitchRole(worker.worker_id, errand.to_pool, worker.epoch + 1))
             case "switched":
@@ -331,10 +279,10 @@ class _Work:
         for pool in self._plan.targets:
             for worker in self._serving(pool, (READY,)):
                 home = worker.home_pool
-                if home != pool and self._excess(pool) > 0 and self._excess(home) < 0:
+                if home != pool and min(self._excess(pool), self._spare(pool), -self._excess(home)) > 0:
                     self._begin_flip(worker, home)
             for to_pool in self._takers(pool):
-                count = min(self._excess(pool), -self._excess(to_pool))
+                count = min(self._excess(pool), self._spare(pool), -self._excess(to_pool))
                 for worker in self._serving(pool, (READY,))[::-1][: max(0, count)]:
                     self._begin_flip(worker, to_pool)
 
@@ -361,21 +309,28 @@ class _Work:
                 pass
 
     def _retire_one(self, pool: str) -> bool:
-        """Drain the worker that Serve would end. If that one serves in another pool, one of this pool replaces it
-        there; False: none can be drained."""
-        serving = self._serving(pool, (READY,))
-        if not serving:
+        """Drain a worker that Serve would end first of its home. If all such ones serve in other pools, a worker of
+        this pool replaces one there first, and that one retires once it is ready. False: none can be spared now."""
+        if self._spare(pool) <= 0:
             return False
-        free = [w for w in self._workers.values() if w.status == READY and w.worker_id not in self._errands]
-        at_home = [w for w in free if w.home_pool == pool]
-        home = pool if at_home else serving[0].home_pool
-        victim = next(w for w in free if w.home_pool == home)
-        self._errands[victim.worker_id] = Errand()
-        self._actions.append(Drain(victim.worker_id))
-        if victim.pool != pool:
-            self._errands[serving[-1].worker_id] = Errand(to_pool=victim.pool)
-            self._actions.append(Drain(serving[-1].worker_id))
+        serving = self._serving(pool, (READY,))
+        first: dict[str, WorkerProgress] = {}
+        for worker in self._workers.values():
+            if worker.status == READY and worker.worker_id not in self._errands:
+                first.setdefault(worker.home_pool, worker)
+        homes = dict.fromkeys([pool, *(worker.home_pool for worker in serving)])
+        victims = [first[home] for home in homes if home in first]
+        victim = next((worker for worker in victims if worker.pool == pool), victims[0])
+        if victim.pool == pool:
+            self._errands[victim.worker_id] = Errand()
+            self._actions.append(Drain(victim.worker_id))
+        else:
+            self._begin_flip(serving[-1], victim.pool)
         return True
+
+    def _spare(self, pool: str) -> int:
+        """Ready workers beyond the target: those that start or flip in replace nobody yet."""
+        return len(self._serving(pool, (READY,))) - self._plan.targets.get(pool, 0)
 
     def _replacement_is_ready(self, pool: str) -> bool:
         after = [other for s in self._plan.steps if s.kind == RETIRE and s.pool == pool for other in s.after]

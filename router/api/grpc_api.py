@@ -14,11 +14,13 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from switchyard.v1 import generation_pb2, generation_pb2_grpc
+from switchyard.v1 import generation_pb2, generation_pb2_grpc, status_pb2_grpc
 
 from kvstore.network.addresses import join_host_port
 from router import errors
 from router.api.request_ids import REQUEST_ID, request_id
+from router.api.status_api import SERVICE as STATUS_SERVICE
+from router.api.status_api import StatusServicer
 from router.api.tenancy import tenant_salt
 from router.errors import PortInUse, RouterError, is_counted
 from router.events import Event
@@ -50,7 +52,9 @@ _Behaviour = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]
 class GrpcApi:
     """The listening gRPC server of one router."""
 
-    def __init__(self, generation: Generation, metrics: Metrics, max_message_bytes: int) -> None:
+    def __init__(
+        self, generation: Generation, metrics: Metrics, status: StatusServicer, max_message_bytes: int
+    ) -> None:
         options = [
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", max_message_bytes),
@@ -67,8 +71,9 @@ class GrpcApi:
         self._health = health.aio.HealthServicer()
         servicer = _Servicer(generation)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(servicer, self._server)
+        status_pb2_grpc.add_StatusServiceServicer_to_server(status, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (SERVICE, STATUS_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
 
     async def start(self, host: str, port: int) -> str:

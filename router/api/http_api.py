@@ -5,12 +5,15 @@ Knows HTTP; knows nothing of how a request is served.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import math
 import socket
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -19,7 +22,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvstore.network.addresses import join_host_port, listen
 from router import errors
@@ -29,11 +32,14 @@ from router.api.openai_messages import checked_messages
 from router.api.openai_schema import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, parse
 from router.api.request_ids import RequestIds
 from router.api.tenancy import tenant_salt
-from router.errors import InvalidRequest, PortInUse, RouterError, UnknownRoute, is_counted, mark_counted
+from router.errors import InvalidRequest, PortInUse, RouterError, UnknownRoute, is_counted, mark_counted, stopping
 from router.events import Event, GenerationRequest, ResumeRequest
 from router.metrics import Metrics
 from router.service.generation import Generation
 from router.service.readiness import Readiness
+
+_HEADER_S = 30.0  # for the header of a request
+_PARTING_S = 0.5  # for answers to what is cut at the end to go out
 
 # The most specific entry wins.
 STATUS_OF: dict[type[RouterError], int] = {
@@ -91,6 +97,8 @@ class HttpApi:
         )
         self._server = _Server(config)
         await self._server.serve(sockets=[self._socket])
+        if cut := list(self._server.server_state.tasks):
+            await asyncio.wait(cut, timeout=_PARTING_S)
 
     def close(self) -> None:
         """Let go of a port that is bound and was never served."""
@@ -104,9 +112,33 @@ class HttpApi:
 
 
 class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._waiting: dict[Any, tuple[object, float]] = {}  # by connection: its last request, and since when it waits
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield  # the process handles signals, not the API
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second."""
+        if counter % 10 == 0:
+            self._close_silent(time.monotonic())
+        return await super().on_tick(counter)
+
+    def _close_silent(self, now_s: float) -> None:
+        """Close connections without a whole header of a request for too long: uvicorn bounds only what follows an
+        answer, and not when the next header has begun. A body that comes slowly, or not at all, is not bounded."""
+        waiting = {}
+        for connection in self.server_state.connections:
+            last = getattr(connection, "cycle", None)
+            if last is None or last.response_complete:
+                before, since_s = self._waiting.get(connection, (None, now_s))
+                waiting[connection] = (last, since_s if before is last else now_s)
+        self._waiting = waiting
+        for connection, (_, since_s) in waiting.items():
+            if now_s - since_s > _HEADER_S:
+                connection.transport.close()
 
 
 def make_app(parts: HttpParts) -> ASGIApp:
@@ -137,7 +169,32 @@ def make_app(parts: HttpParts) -> ASGIApp:
             allow_headers=("*",),
             expose_headers=("X-Request-Id",),
         )
-    return RequestIds(app)
+    return RequestIds(_AnsweredWhenCut(app))
+
+
+class _AnsweredWhenCut:
+    """Answers requests that end with the server: such as have not been read, or wait for a journal that is away.
+
+    uvicorn cancels them when its time to stop is over, and would answer with a 500 without a body. What has begun to
+    stream was told by its stream, or does not read."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_begun = False
+
+        async def noting(message: Message) -> None:
+            nonlocal is_begun
+            is_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        except asyncio.CancelledError:
+            if is_begun:
+                raise
+            await _refusal(stopping())(scope, receive, send)
 
 
 class _Endpoints:
@@ -254,6 +311,14 @@ def _tenant_salt(request: Request) -> bytes:
     return tenant_salt(request.headers.get("authorization", ""))
 
 
+def _refusal(error: RouterError) -> Response:
+    status = next(STATUS_OF[kind] for kind in type(error).__mro__ if kind in STATUS_OF)
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+    return JSONResponse(error_body(error), status_code=status, headers=headers)
+
+
 class _Errors:
     """What becomes of errors: a status, a body, and one entry in the metrics for what never reached generation."""
 
@@ -263,11 +328,7 @@ class _Errors:
     async def on_router_error(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, RouterError), "registered for RouterError"
         self._count(error, error.code)
-        status = next(STATUS_OF[kind] for kind in type(error).__mro__ if kind in STATUS_OF)
-        headers = {}
-        if error.retry_after_s is not None:
-            headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
-        return JSONResponse(error_body(error), status_code=status, headers=headers)
+        return _refusal(error)
 
     async def on_http_error(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException), "registered for HTTPException"

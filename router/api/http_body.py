@@ -38,6 +38,9 @@ def _parse(data: bytes) -> object:
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:
+    too_large = PromptTooLarge(f"request body: more than the {max_bytes} bytes this router accepts")
+    if int(request.headers.get("content-length", 0)) > max_bytes:  # that it is a number was checked by the server
+        raise too_large  # before a byte is read: a client that waits for "100 Continue" sends none; others' are dropped
     chunks: list[bytes] = []
     num_bytes = 0
     try:
@@ -50,7 +53,7 @@ async def _read(request: Request, max_bytes: int) -> bytes:
     except ClientDisconnect:
         raise Cancelled("the client went away while sending its request") from None
     if num_bytes > max_bytes:
-        raise PromptTooLarge(f"request body: more than the {max_bytes} bytes this router accepts")
+        raise too_large
     return b"".join(chunks)
 
 

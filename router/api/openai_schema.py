@@ -72,14 +72,12 @@ class _Request(BaseModel):
     def sampling(self, default_max_tokens: int | None) -> SamplingParams:
         """The options that this request asks for; what it leaves open stays open, but for the limit."""
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        # OpenAI's seed is a signed number; ours is the same 64 bits.
-        seed = self.seed % 2**64 if self.seed is not None and -(2**63) <= self.seed < 0 else self.seed
         return SamplingParams(
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=0 if self.top_k == -1 else self.top_k,  # vLLM's "no limit"
             max_tokens=default_max_tokens if self.limit is None else self.limit,
-            seed=seed,
+            seed=self.seed,
             stop=tuple(stops),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),

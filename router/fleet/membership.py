@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from kvstore.control.directory import Directory, DirectoryUnavailable, LeasedWorker
+from kvstore.control.directory import RETIRED, Directory, DirectoryUnavailable, LeasedWorker
 from router.fleet.fleet import Fleet
 from router.fleet.worker_connection import ConnectionOptions, WorkerConnection, WorkerListener, end_task
 
@@ -91,7 +91,9 @@ class Membership:
                 await self._drop(worker_id, member)
                 continue
             is_there = entry is not None and entry.record.address == member.connection.address
-            is_wanted = is_there and not member.connection.is_retired  # what was read may be older than what it said
+            # What the directory said may be older than what the worker has said since.
+            is_retired = member.connection.is_retired or (entry is not None and _is_retired(entry))
+            is_wanted = is_there and not is_retired
             member.connection.stays = is_wanted
             self._fleet.retire(worker_id, not is_wanted)
             if member.task.done():
@@ -101,7 +103,7 @@ class Membership:
             elif not is_wanted and member.connection.num_streams == 0:
                 member.task.cancel()
         for worker_id, entry in workers.items():
-            if worker_id not in self._members:
+            if worker_id not in self._members and not _is_retired(entry):
                 connection = WorkerConnection(entry, self._options, self._events)
                 self._members[worker_id] = _Member(
                     connection, asyncio.create_task(connection.run(), name=f"connection {worker_id}")
@@ -112,3 +114,7 @@ class Membership:
         member.task.cancel()
         await asyncio.wait([member.task])
         del self._members[worker_id]
+
+
+def _is_retired(entry: LeasedWorker) -> bool:
+    return entry.record.role == RETIRED

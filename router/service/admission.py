@@ -33,7 +33,7 @@ class Admission:
     def admit(self, num_prompt_bytes: int) -> Refusal | None:
         """Take a request in, or say why not."""
         if self.is_stopping:
-            return Refusal("stopping", "this router is going down", _MIN_RETRY_S)
+            return Refusal("stopping", "this router is going down", None)
         if num_prompt_bytes > self._max_prompt_bytes:
             message = f"has {num_prompt_bytes} bytes, more than the {self._max_prompt_bytes} this router accepts"
             return Refusal("prompt_bytes", message, None)

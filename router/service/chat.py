@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import jinja2
 
 from router.errors import InvalidRequest, ModelFilesError
-from router.service.chat_environment import chat_environment
+from router.service.chat_environment import BoundedTemplate, TooMuchWork
 from router.service.chat_probes import ChatConventions, Json, Shape
 
 # Names under which clients send a message's reasoning; the first one is what most templates read, gpt-oss' read the
@@ -22,15 +22,19 @@ _ANSWER = "probeanswer"
 
 
 class ChatTemplate:
-    """One model's template, compiled and probed once."""
+    """One model's template, compiled and probed once. Raises ModelFilesError."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+    def __init__(self, source: str, special_tokens: Mapping[str, str], where: str = "chat template") -> None:
+        """where: file and key of the template, for errors."""
         self.uses_clock = "strftime_now" in source
         self._special_tokens = dict(special_tokens)
+        self._where = where
         try:
-            self._template = chat_environment().from_string(source)
-        except jinja2.TemplateError as error:
-            raise ModelFilesError(f"chat template, line {getattr(error, 'lineno', '?')}: {error}") from None
+            self._template = BoundedTemplate(source)
+        except Exception as error:  # jinja2's, or Python's of what jinja2 makes of a template: too deep, too large
+            line = getattr(error, "lineno", None) if isinstance(error, jinja2.TemplateError) else None
+            at_line = f", line {line}" if line else ""
+            raise ModelFilesError(f"{where}{at_line}: {error or type(error).__name__}") from None
         self._conventions = ChatConventions.of(self._try_render)
 
     def render(self, messages: Sequence[Mapping[str, object]], options: Mapping[str, object] | None = None) -> str:
@@ -56,6 +60,8 @@ class ChatTemplate:
     def _try_render(self, messages: Sequence[Json], options: Mapping[str, object] | None = None) -> str | None:
         try:
             return self._render(messages, options or {})
+        except TooMuchWork as error:  # of a conversation of three messages
+            raise ModelFilesError(f"{self._where}: does not come to an end: {error}") from None
         except Exception:  # as in render()
             return None
 

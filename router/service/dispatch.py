@@ -164,6 +164,11 @@ class LiveStream:
         """The reader has enough: a stop text was found."""
         self._do(self._state.end(FinishReason.STOP))
 
+    def fail(self, error: RouterError) -> None:
+        """End it by our own choice; its reader gets the error after the tokens that came before."""
+        self._do(self._state.fail(error))
+        self._wake.set()
+
     def close(self) -> None:
         """Let go of everything; a stream that runs is cancelled at its workers. Harmless when repeated."""
         if self._is_closed:
@@ -390,5 +395,4 @@ class LiveStream:
 
     def _on_deadline(self) -> None:
         waited_for = "placement" if self._state.phase is Phase.PLACING else self._state.phase.value
-        self._do(self._state.fail(DeadlineExceeded(f"deadline exceeded while {waited_for}")))
-        self._wake.set()
+        self.fail(DeadlineExceeded(f"deadline exceeded while {waited_for}"))

@@ -25,10 +25,10 @@ from router.errors import (
     Overloaded,
     PromptTooLarge,
     RouterError,
-    Stopping,
     UnknownModel,
     UnknownStream,
     mark_counted,
+    stopping,
 )
 from router.events import Event, Finished, FinishReason, GenerationRequest, RequestStats, ResumeRequest, Started, Tokens
 from router.fleet.fleet import BlockNames, KvLayout, name_blocks
@@ -44,7 +44,7 @@ from router.service.checks import (
     check_resumption,
 )
 from router.service.defaults import end_token_ids, settled
-from router.service.dispatch import Dispatcher
+from router.service.dispatch import Dispatcher, LiveStream
 from router.service.journal import JournalWriter, StreamLog
 from router.service.text import Detokenizer, StopTexts, TextCodec
 from router.service.token_request import TokenRequest
@@ -93,11 +93,12 @@ class Generation:
         self._journal = journal
         self.admission = Admission(config.max_inflight_requests, config.max_prompt_bytes)
         self._codec = TextCodec(files.tokenizer_json)
-        self._chat = ChatTemplate(files.chat_template, files.special_tokens) if files.chat_template else None
+        self._chat = _chat_template(files)
         self._end_token_ids = end_token_ids(files, self._codec, self._chat)
         self._config = config
         self._dispatcher = dispatcher
         self._observer = observer
+        self._live: set[LiveStream] = set()
         self._threads = ThreadPoolExecutor(_ENCODE_THREADS, thread_name_prefix="encode")
 
     @property
@@ -190,6 +191,7 @@ class Generation:
         text.push(0, log.token_ids[: given.num_tokens])
         account.num_output_tokens = given.num_tokens
         live = self._dispatcher.open(order, log.token_ids, given.num_tokens)
+        self._live.add(live)
         try:
             is_complete = bool(log.ending) or text.is_stopped or len(log.token_ids) == sampling.max_tokens
             if not is_complete:
@@ -224,7 +226,13 @@ class Generation:
         finally:
             log.close()
             live.close()
+            self._live.discard(live)
             account.stats = live.stats()
+
+    def end_streams(self) -> None:
+        """The router stops and waits no longer: what runs fails as Stopping; another router can go on with it."""
+        for live in tuple(self._live):
+            live.fail(stopping())
 
     def close(self) -> None:
         """Give up the threads."""
@@ -329,8 +337,9 @@ class Generation:
         if refusal is not None:
             if refusal.reason == "prompt_bytes":
                 raise PromptTooLarge(f"{param}: {refusal.message}", param=param)
-            kind = Stopping if refusal.reason == "stopping" else Overloaded
-            raise kind(refusal.message, retry_after_s=refusal.retry_after_s)
+            if refusal.reason == "stopping":
+                raise stopping()
+            raise Overloaded(refusal.message, retry_after_s=refusal.retry_after_s)
         since_s = self._dispatcher.clock()
         try:
             yield
@@ -352,6 +361,12 @@ class Generation:
             raise
         finally:
             self._observer.ended(account)
+
+
+def _chat_template(files: ModelFiles) -> ChatTemplate | None:
+    if not files.chat_template:
+        return None
+    return ChatTemplate(files.chat_template, files.special_tokens, files.chat_template_where)
 
 
 class _TextOut:

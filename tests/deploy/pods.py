@@ -22,6 +22,8 @@ from tests.processes import python_environment
 
 Spec = dict[str, Any]
 
+SERVICE_ACCOUNT = "/run/secrets/kubernetes.io/serviceaccount"  # /var/run is a link to /run
+
 # As KubeRay 1.7 sets them (ray-operator/controllers/ray/common/pod.go).
 _OPERATORS = {"RAY_TIMEOUT_MS_TASK_WAIT_FOR_DEATH_INFO": "0", "RAY_gcs_server_request_timeout_seconds": "5"}
 
@@ -47,15 +49,17 @@ class Pod:
         volumes: Mapping[str, Mapping[str, str]],
         services: Mapping[str, str],
         folder: Path,
+        service_account: Mapping[str, str] | None = None,
     ) -> None:
-        """volumes: files by the name of the ConfigMap or Secret. services: addresses by name. folder: for us."""
+        """volumes: files by the name of the ConfigMap or Secret. services: addresses by name. folder: for us.
+        service_account: files, for a pod that has its token mounted."""
         self._host = host
         (self.container,) = spec["containers"]
         self._folder = folder / name
         self._folder.mkdir(parents=True)
         fields = {"metadata.name": name, "metadata.namespace": "prod", "status.podIP": address}
         self._environment = {**_image_environment(), **{e["name"]: _value(e, fields) for e in self.container["env"]}}
-        self._mount(spec, volumes, services)
+        self._mount(spec, volumes, services, service_account or {})
         self._security = {**spec["securityContext"], **self.container["securityContext"]}
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -103,12 +107,18 @@ class Pod:
         user, group = self._security["runAsUser"], self._security["runAsGroup"]
         return ["setpriv", f"--reuid={user}", f"--regid={group}", "--clear-groups", "--no-new-privs", "--inh-caps=-all"]
 
-    def _mount(self, spec: Spec, volumes: Mapping[str, Mapping[str, str]], services: Mapping[str, str]) -> None:
+    def _mount(
+        self,
+        spec: Spec,
+        volumes: Mapping[str, Mapping[str, str]],
+        services: Mapping[str, str],
+        service_account: Mapping[str, str],
+    ) -> None:
         group = spec["securityContext"]["fsGroup"]
         # Mount points are made in a layer over this machine's folders, and Python may lie in a home that others cannot
         # enter; the layer's folder can be entered.
         lines = ["set -e"]
-        for number, lower in enumerate(["/etc", "/home", "/root"]):
+        for number, lower in enumerate(["/etc", "/home", "/root", "/run"]):
             upper = self._folder / f"layer{number}"
             lines.append(f"mkdir -p {upper}/upper {upper}/work && chmod 755 {upper}/upper")
             lines.append(
@@ -118,14 +128,18 @@ class Pod:
         lines.append("echo nameserver 127.0.0.1 > /etc/resolv.made && mv /etc/resolv.made /etc/resolv.conf")  # refuses
         lines += [f"echo {address} {name} >> /etc/hosts" for name, address in services.items()]
         by_name = {volume["name"]: volume for volume in spec["volumes"]}
+        mounted: dict[str, Mapping[str, str]] = {}
         for mount in self.container["volumeMounts"]:
-            path, volume = mount["mountPath"], by_name[mount["name"]]
-            lines.append(f"mkdir -p {path} && mount -t tmpfs -o mode=1777 none {path}")
+            volume = by_name[mount["name"]]
             source = volume.get("configMap", {}).get("name") or volume.get("secret", {}).get("secretName")
-            if source is None:
-                assert "emptyDir" in volume, volume
-                continue
-            for key, content in volumes[source].items():
+            assert source is not None or "emptyDir" in volume, volume
+            mounted[mount["mountPath"]] = volumes[source] if source is not None else {}
+        if service_account:
+            assert spec["automountServiceAccountToken"] is True
+            mounted[SERVICE_ACCOUNT] = service_account
+        for path, files in mounted.items():
+            lines.append(f"mkdir -p {path} && mount -t tmpfs -o mode=1777 none {path}")
+            for key, content in files.items():
                 target = shlex.quote(f"{path}/{key}")
                 lines.append(
                     f"printf %s {shlex.quote(content)} > {target} && chgrp {group} {target} && chmod 0440 {target}"

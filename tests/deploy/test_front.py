@@ -85,7 +85,7 @@ def test_two_signals_that_mean_one(front: Callable[..., Front]) -> None:
     """`timeout` signals its child and its group; shell and kernel both signal when a terminal is closed."""
     running = front(drain_s=2.5)
     running.process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
+    time.sleep(0.05)
     running.process.send_signal(signal.SIGTERM)
     time.sleep(1.2)
     running.process.send_signal(signal.SIGHUP)
@@ -93,10 +93,10 @@ def test_two_signals_that_mean_one(front: Callable[..., Front]) -> None:
     assert running.process.returncode == 0
 
 
-def test_a_second_one_later_ends_at_once(front: Callable[..., Front]) -> None:
+def test_a_second_one_as_of_a_double_ctrl_c_ends_at_once(front: Callable[..., Front]) -> None:
     running = front(drain_s=60)
     running.process.send_signal(signal.SIGINT)
-    time.sleep(1.3)
+    time.sleep(0.5)
     running.process.send_signal(signal.SIGTERM)
     assert running.end() == ["asked", "at once"]
     assert running.process.returncode == 1

@@ -13,6 +13,7 @@ from deploy.errors import ConfigError
 from deploy.plan import (
     ArenaPlan,
     ClusterPlan,
+    check_cpu_memory,
     cluster_name,
     layers_per_fragment,
     make_plan,
@@ -107,6 +108,33 @@ def test_custom_resources_tie_every_bundle(tiny_model: Path) -> None:
 def test_the_fake_engine_stays_on_the_cpu_and_knows_its_speed(tiny_model: Path) -> None:
     engine = plan(tiny_model, "engine.runner=fake", "engine.fake_step_s=0.01", num_gpus=8).pools[0].spec.engine
     assert (engine.runner, engine.fake_step_s, engine.device) == ("fake", 0.01, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("override", "positions", "complaint"),
+    [
+        (
+            "pools.decode.num_blocks=2147483647",
+            512,
+            r"^pools\.decode\.num_blocks: 2147483647 blocks of 16384 ",
+        ),
+        ("kvstore.block_size=65536", 512, r"^kvstore\.block_size: one block takes 67108864 bytes, more than"),
+        (
+            "model.dtype=auto",
+            2**27,
+            r"^config\.json: max_position_embeddings=134217728 takes a table of 8589934592",
+        ),
+    ],
+)
+def test_more_than_the_machines_memory_is_refused_on_cpus(
+    tiny_model: Path, override: str, positions: int, complaint: str
+) -> None:
+    model = replace(load_config(tiny_model), max_position_embeddings=positions)
+    made = config.load(None, [override])
+    with pytest.raises(ConfigError, match=complaint):
+        check_cpu_memory(made, model, 2**24, has_gpus=False)
+    check_cpu_memory(made, model, 2**24, has_gpus=True)
+    check_cpu_memory(config.load(None), load_config(tiny_model), 2**24, has_gpus=False)
 
 
 def test_cpus_needed_counts_every_rank() -> None:

@@ -14,10 +14,11 @@ from deploy.cluster import Cluster
 from deploy.config import EndpointsConfig, RayConfig
 from deploy.errors import ConfigError, StartError
 from deploy.preflight import (
-    check_arena_dir,
     check_control,
+    check_folder,
     check_host_memory,
     check_model,
+    check_node_ip,
     check_ports,
     check_ray,
     control_warning,
@@ -122,8 +123,15 @@ def test_rays_ports_are_not_ours_when_we_join(taken_port: int) -> None:
 
 
 def test_a_foreign_address_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"endpoints\.grpc_port: 203\.0\.113\.7:50051"):
+    with pytest.raises(ConfigError, match=r"endpoints\.grpc_port: 203\.0\.113\.7 is not an address of this machine"):
         check_ports(EndpointsConfig(grpc_host="203.0.113.7"), RayConfig())
+    for foreign in ("203.0.113.7", "no.such.host.invalid"):  # Ray's own start hung for 80 s
+        with pytest.raises(ConfigError, match=rf"^ray\.node_ip: {foreign} is not an address of this machine$"):
+            check_node_ip(foreign)
+    with pytest.raises(ConfigError, match=r"^ray\.node_ip: 0\.0\.0\.0 stands for all addresses"):
+        check_node_ip("0.0.0.0")
+    for ours in ("", "127.0.0.1", "::1", "[::1]"):
+        check_node_ip(ours)
 
 
 def test_free_ports(taken_port: int) -> None:
@@ -162,9 +170,9 @@ def test_the_tiers_secret_is_drawn_or_read(tmp_path: Path) -> None:
 
 
 def test_more_host_memory_than_there_is_is_refused() -> None:
-    check_host_memory(1 << 20)
+    check_host_memory("kvstore.host_bytes", 1 << 20)
     with pytest.raises(ConfigError, match=r"^kvstore\.host_bytes: 99999999999999999 is more than this machine"):
-        check_host_memory(99999999999999999)
+        check_host_memory("kvstore.host_bytes", 99999999999999999)
 
 
 def edit(path: Path, **changes: object) -> None:
@@ -182,7 +190,7 @@ def test_whatever_is_wrong_with_the_models_files_is_found_before_anything_starts
     assert refusal(path).startswith(f"{model}/tokenizer.json: not a tokenizer")
     (model / "tokenizer.json").write_text(tokenizer)
     edit(model / "tokenizer_config.json", chat_template="{% for %}")
-    assert refusal(path).startswith("chat template, line 1: ")
+    assert refusal(path).startswith(f"{model}/tokenizer_config.json: chat_template, line 1: ")
     edit(model / "tokenizer_config.json", chat_template=None, a_new_key=1)
     assert refusal(path).startswith(f"{model}/tokenizer_config.json: a_new_key: unknown key")
     assert check_model(config.load(None, [path, "model.ignore_keys=[a_new_key]"])).directory == model
@@ -250,16 +258,25 @@ def test_mistakes_with_tiers_end_the_start(redis_server: RedisServer, tmp_path: 
 
 
 def test_a_folder_for_the_arena_that_is_not_there(tmp_path: Path) -> None:
-    check_arena_dir(str(tmp_path))
+    check_folder("kvstore.arena_dir", str(tmp_path))
     with pytest.raises(ConfigError, match=r"^kvstore\.arena_dir: /no/such: no such folder$"):
-        check_arena_dir("/no/such")
+        check_folder("kvstore.arena_dir", "/no/such")
+    with pytest.raises(ConfigError, match=r"^kvstore\.arena_dir: /proc: no.* files .*there"):
+        check_folder("kvstore.arena_dir", "/proc")
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"^kvstore\.arena_dir: .*/file: not a folder$"):
-        check_arena_dir(str(tmp_path / "file"))
+        check_folder("kvstore.arena_dir", str(tmp_path / "file"))
     (tmp_path / "closed").mkdir(mode=0o555)
     if os.geteuid():
         with pytest.raises(ConfigError, match=r"^kvstore\.arena_dir: .*/closed: not allowed to make files there$"):
-            check_arena_dir(str(tmp_path / "closed"))
+            check_folder("kvstore.arena_dir", str(tmp_path / "closed"))
+
+
+def test_a_temp_dir_that_is_not_there_is_not_made(tiny_model: Path, tmp_path: Path) -> None:
+    options = [f"model.path={tiny_model}", "ray.temp_dir=/no/such", "endpoints.grpc_port=0", "endpoints.http_port=0"]
+    with pytest.raises(ConfigError, match=r"^ray\.temp_dir: /no/such: no such folder$"):
+        Cluster(config.load(None, options), Steps()).start()
+    assert not Path("/no").exists()
 
 
 def test_ports_on_ipv6() -> None:

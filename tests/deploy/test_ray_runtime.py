@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +91,21 @@ def test_a_port_that_another_cluster_takes_during_the_start(monkeypatch: pytest.
     robbed.thief.close()
     former, latter = robbed.ports
     assert former != latter
+
+
+@pytest.mark.usefixtures("described")
+def test_temporary_files_of_ray_lie_below_its_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its dashboard leaves a folder with a socket when it is killed, which is how Ray ends it."""
+    monkeypatch.setenv("TMPDIR", "/tmp/../tmp")
+    seen: list[str] = []
+
+    def look(**options: object) -> None:
+        code = "import tempfile; print(tempfile.gettempdir())"
+        seen.append(subprocess.check_output([sys.executable, "-c", code], text=True).strip())
+
+    before = tempfile.gettempdir()
+    monkeypatch.setattr(ray, "init", look)
+    ray_runtime.open_ray(RayConfig(), num_cpus=1, temp_dir=tmp_path / "ray")
+    assert seen == [str(tmp_path / "ray" / "tmp")]
+    assert os.environ["TMPDIR"] == "/tmp/../tmp"
+    assert tempfile.gettempdir() == before

@@ -1,6 +1,6 @@
 """The rendered chart runs: `pods` does KubeRay's and the kubelet's part, the rest is as `helm template` prints it.
 
-Head, prefill worker, decode worker and router have a host each. GCS fault tolerance is on.
+Head, prefill worker, decode worker, router and autoscaler have a host each. GCS fault tolerance is on.
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import secrets
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,53 @@ import pytest
 import yaml
 
 from tests.deploy.hosts import Host, require, wired_hosts
+from tests.deploy.kubernetes_api import self_signed
 from tests.deploy.pods import Pod, operator_environment, ray_start
 from tests.helm.rendering import objects
-from tests.processes import redis_executable, wait_until
+from tests.processes import python_environment, redis_executable, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.netns, pytest.mark.redis, pytest.mark.timeout(600)]
 
-HEAD, PREFILL, DECODE, FRONT = (f"10.97.0.{n}" for n in range(1, 5))
+CONFIG = "/etc/switchyard/cluster.yaml"
+HEAD, PREFILL, DECODE, FRONT, SCALER = (f"10.97.0.{n}" for n in range(1, 6))
+AUTOSCALER_POD = "r-switchyard-autoscaler-1"
 START_S = 60.0
 SETTINGS = ("ray.gcsFaultTolerance.enabled=true", "cluster.kvstore.host_bytes=33554432")
 PROMPT = "def walk(tree):\n    for name in sorted(tree):\n        yield name, tree[name]\n"
+
+
+class Kubernetes:
+    """The fake API server as a process on the host of the autoscaler, with the rendered Role."""
+
+    def __init__(self, host: Host, folder: Path, rendered: Sequence[dict[str, Any]]) -> None:
+        folder.mkdir()
+        self_signed(folder)
+        self.service_account = {
+            "token": "of-the-autoscaler",
+            "namespace": "prod",
+            "ca.crt": (folder / "ca.crt").read_text(),
+        }
+        (role,) = (o for o in rendered if o["kind"] == "Role" and "autoscaler" in o["metadata"]["name"])
+        labels = {"app.kubernetes.io/instance": "r"}
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": AUTOSCALER_POD, "labels": labels}}
+        for name, content in {
+            "token": self.service_account["token"],
+            "rules.json": json.dumps(role["rules"]),
+            "objects.json": json.dumps([pod]),
+        }.items():
+            (folder / name).write_text(content)
+        command = [sys.executable, "-m", "tests.deploy.kubernetes_process", str(folder)]
+        self._process = subprocess.Popen(
+            host.command(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=python_environment()
+        )
+        assert self._process.stdout is not None
+        port = self._process.stdout.readline().decode().strip()
+        self.environment = {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": port}
+
+    def end(self) -> set[tuple[str, str, int]]:
+        """Which calls were made: verb, kind, status."""
+        said, _ = self._process.communicate(timeout=30)
+        return {tuple(call) for call in json.loads(said)["seen"]}
 
 
 class Release:
@@ -44,10 +82,15 @@ class Release:
         def pod(number: int, name: str, address: str, spec: dict[str, Any]) -> Pod:
             return Pod(hosts[number], name, address, spec, volumes, services, folder)
 
+        self.kubernetes = Kubernetes(hosts[4], folder / "kubernetes", rendered)
         deployments = {o["metadata"]["name"]: o for o in rendered if o["kind"] == "Deployment"}
         router = deployments["r-switchyard-router"]["spec"]["template"]["spec"]
         self.head = pod(0, "head", HEAD, cluster["headGroupSpec"]["template"]["spec"])
         self.router = pod(3, "router", FRONT, router)
+        autoscaler = deployments["r-switchyard-autoscaler"]["spec"]["template"]["spec"]
+        self.autoscaler = Pod(
+            hosts[4], AUTOSCALER_POD, SCALER, autoscaler, volumes, services, folder, self.kubernetes.service_account
+        )
         groups = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
         self.workers = {
             name: pod(number, name, address, groups[name]["template"]["spec"])
@@ -100,6 +143,10 @@ class Release:
         said = self.router.run(["curl", "-s", "http://127.0.0.1:8000/readyz"])
         return {worker["worker_id"] for worker in json.loads(said.stdout)["workers"]}
 
+    def explain(self) -> str:
+        """The last decision of the autoscaler, as its pod tells it."""
+        return self.autoscaler.run(["switchyard", "scale", "--config", CONFIG, "--explain"]).stdout.decode()
+
     def generate(self, max_tokens: int) -> dict[str, Any]:
         """A streamed completion through the router."""
         command = ["switchyard", "generate", "--prompt", PROMPT, "--temperature", "0", "--json"]
@@ -110,7 +157,10 @@ class Release:
 
 @pytest.fixture
 def release() -> Iterator[Release]:
-    with wired_hosts((HEAD, PREFILL, DECODE, FRONT)) as hosts, tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+    with (
+        wired_hosts((HEAD, PREFILL, DECODE, FRONT, SCALER)) as hosts,
+        tempfile.TemporaryDirectory(dir="/var/tmp") as folder,
+    ):
         yield Release(hosts, Path(folder))
 
 
@@ -132,6 +182,10 @@ def test_the_release_serves_and_survives_its_head(release: Release) -> None:
     before = release.generate(32)
     assert before["num_transferred_blocks"] > 0
     workers = release.workers_seen()
+    release.autoscaler.start(release.autoscaler.container["command"], **release.kubernetes.environment)
+    wait_until(release.autoscaler.is_ready, "the autoscaler is ready")
+    wait_until(lambda: "plan 1" in release.explain(), "it has decided")
+    assert "(slo, advise)" in release.explain()
     release.head.kill()
     # Tokens pass neither the head nor Serve.
     assert release.generate(32)["token_ids"] == before["token_ids"]
@@ -139,3 +193,6 @@ def test_the_release_serves_and_survives_its_head(release: Release) -> None:
     release.wait_running()
     assert release.workers_seen() == workers
     assert release.generate(32)["token_ids"] == before["token_ids"]
+    calls = release.kubernetes.end()
+    assert ("create", "leases.coordination.k8s.io", 201) in calls
+    assert {status for _, _, status in calls} <= {200, 201, 404}, "nothing that its Role does not allow"

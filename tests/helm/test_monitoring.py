@@ -10,7 +10,7 @@ import yaml
 
 from deploy.actors.metrics import exported_names
 from deploy.config import ROOT
-from telemetry import node, router, worker
+from telemetry import autoscaler, node, router, worker
 from telemetry.metric import Kind, Metric
 from tests.helm.rendering import CHART, Manifest, objects, of_kind, text_of
 
@@ -25,10 +25,14 @@ def on_routers(metric: Metric) -> set[str]:
     return {metric.name}
 
 
-EXPORTED = {name for metric in (*router.METRICS, *worker.ROUTER_METRICS) for name in on_routers(metric)} | {
-    name for metric in (*worker.RAY_METRICS, *node.METRICS) for name in exported_names(metric)
+EXPORTED = {
+    name for metric in (*router.METRICS, *worker.ROUTER_METRICS, *autoscaler.METRICS) for name in on_routers(metric)
+} | {name for metric in (*worker.RAY_METRICS, *node.METRICS) for name in exported_names(metric)}
+LABELS = {
+    label
+    for metric in (*router.METRICS, *worker.ROUTER_METRICS, *node.METRICS, *autoscaler.METRICS)
+    for label in metric.labels
 }
-LABELS = {label for metric in (*router.METRICS, *worker.ROUTER_METRICS, *node.METRICS) for label in metric.labels}
 
 
 def rules() -> list[Manifest]:
@@ -129,4 +133,5 @@ def test_the_alerts_are_yaml_without_templates() -> None:
         "switchyard.requests",
         "switchyard.pools",
         "switchyard.kv",
+        "switchyard.autoscaler",
     }

@@ -52,6 +52,13 @@ def test_a_redis_that_does_it_all_is_left_as_it_was(users: RedisServer) -> None:
         assert client.keys("*") == []
 
 
+@pytest.mark.parametrize("option", ["socket_timeout=soon", "colour=red"])
+def test_options_that_the_client_does_not_know_are_mistakes(redis_server: RedisServer, option: str) -> None:
+    for trial in (try_tier, lambda url: try_control(url, "c")):
+        with pytest.raises(TierMisconfigured, match=option.partition("=")[0]):
+            trial(f"{redis_server.url}?{option}")
+
+
 @pytest.mark.parametrize(
     ("user", "password", "complaint"),
     [

@@ -112,7 +112,7 @@ async def test_stop_texts_and_seed(model_dir: Path) -> None:
     whole = decoded(model_dir, TEXT, 100)
     stop = whole[40:46]
     async with served(model_dir, worker) as (_, client):
-        body = {**BASE, "max_tokens": 100, "stop": [stop], "seed": -1, "ignore_eos": True}
+        body = {**BASE, "max_tokens": 100, "stop": [stop], "seed": 2**64 - 1, "ignore_eos": True}
         answer = (await client.post("/v1/completions", json=body)).json()
     assert answer["choices"][0]["text"] == whole[: whole.index(stop)]
     assert answer["choices"][0]["finish_reason"] == "stop"
@@ -182,6 +182,7 @@ BAD = [
     ({"top_p": 0}, 400, "top_p"),
     ({"top_k": -2}, 400, "top_k"),
     ({"seed": 2**64}, 400, "seed"),
+    ({"seed": -1}, 400, "seed"),
     ({"n": 2}, 400, "n"),
     ({"logprobs": 1}, 400, "logprobs"),
     ({"logprobs": 0}, 400, "logprobs"),

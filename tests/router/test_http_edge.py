@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import inspect
 import json
@@ -260,3 +261,32 @@ async def test_any_role_and_field_reaches_the_template(model_dir: Path, tmp_path
         assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
         codec = cluster.router._generation._codec
     assert codec.decode(list(worker.submits[0].token_ids)) == json.dumps(messages[0], sort_keys=True) + "calm"
+
+
+async def test_a_body_that_is_too_large_is_refused_by_its_header(model_dir: Path) -> None:
+    async with served(model_dir, FakeWorker("mixed-0", "mixed")) as (cluster, _):
+        for expecting in ("", "Expect: 100-continue\r\n"):
+            reader, writer = await asyncio.open_connection(*cluster.http_url.removeprefix("http://").split(":"))
+            length = f"Content-Length: {10**12}\r\n"
+            writer.write(f"POST /v1/completions HTTP/1.1\r\nHost: h\r\n{length}{expecting}\r\n".encode())
+            async with asyncio.timeout(5):
+                assert (await reader.readline()).startswith(b"HTTP/1.1 413 ")
+                answer = await reader.readuntil(b"}}")
+            assert b'"code":"prompt_too_large"' in answer
+            writer.close()
+
+
+async def test_connections_without_a_request_are_closed(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.api.http_api._HEADER_S", 1.5)
+    async with served(model_dir, FakeWorker("mixed-0", "mixed")) as (cluster, _):
+        address = cluster.http_url.removeprefix("http://").split(":")
+        silent, half, used = [await asyncio.open_connection(*address) for _ in range(3)]
+        half[1].write(b"GET /healthz HTTP/1.1\r\nHost")
+        reader, writer = used
+        for _ in range(8):  # more than the bound, but each request has its own
+            writer.write(b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n")
+            assert (await reader.readuntil(b"ok\n")).startswith(b"HTTP/1.1 200")
+            await asyncio.sleep(0.5)
+        async with asyncio.timeout(5):
+            assert await silent[0].read() == b""
+            assert await half[0].read() == b""

@@ -70,7 +70,9 @@ def test_sampling_defaults_are_read_and_can_be_turned_off(tmp_path: Path) -> Non
     assert ModelFiles.load(directory, "m", "none").sampling_defaults == SamplingDefaults()
     write_model(tmp_path, generation_config={"temperature": None, "top_k": -1})
     assert ModelFiles.load(directory, "m").sampling_defaults == SamplingDefaults(top_k=0)
-    for field, value in (("temperature", -1), ("top_p", 0), ("top_k", 2.5), ("max_new_tokens", 0), ("top_p", "x")):
+    wrong = [("temperature", -1), ("top_p", 0), ("top_k", 2.5), ("max_new_tokens", 0), ("top_p", "x")]
+    wrong += [("top_k", float("inf")), ("max_new_tokens", float("nan"))]
+    for field, value in wrong:
         write_model(tmp_path, generation_config={field: value})
         with pytest.raises(ModelFilesError, match=rf"generation_config\.json: {field} must be"):
             ModelFiles.load(directory, "m")

@@ -160,3 +160,30 @@ async def test_what_does_not_end_in_time_is_cancelled_when_the_router_stops(mode
             await answer
         await stopping
         await until(lambda: worker.num_live == 0, "the worker got the cancel")
+
+
+async def test_http_clients_that_are_cut_when_the_router_stops_get_to_know_why(model_dir: Path) -> None:
+    worker = FakeWorker("mixed-0", "mixed")
+    worker.step_s = 0.05
+    config = config_with(drain_s=0.3)
+    async with running_cluster(model_dir, worker, config=config) as cluster, httpx.AsyncClient(timeout=20) as client:
+        body = {"model": "", "prompt": list(PROMPT), "max_tokens": 100, "ignore_eos": True}
+        url = f"{cluster.http_url}/v1/completions"
+        whole = asyncio.create_task(client.post(url, json=body))
+        streamed = asyncio.create_task(client.post(url, json={**body, "stream": True}))
+        host, port = cluster.http_url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n\r\n{")
+        await until(lambda: worker.num_live == 2 and worker.num_sent > 2, "both run")
+        await cluster.router.stop()
+
+        refused = await whole
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "stopping"
+        assert refused.headers["retry-after"] == "1"
+        *_, last = (line for line in (await streamed).text.splitlines() if line)
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "stopping"
+        unread = (await reader.read()).decode()
+        assert unread.startswith("HTTP/1.1 503 ")
+        assert '"code":"stopping"' in unread
+        writer.close()

@@ -183,8 +183,36 @@ def test_templates_that_refuse_or_escape_become_a_refusal(source: str) -> None:
 
 
 def test_a_template_that_does_not_parse_is_the_models_fault() -> None:
-    with pytest.raises(ModelFilesError, match="chat template"):
-        ChatTemplate("{% for %}", {})
+    with pytest.raises(ModelFilesError, match=r"^m/chat_template\.jinja, line 2: Expected an expression"):
+        ChatTemplate("\n{% for %}", {}, "m/chat_template.jinja")
+    with pytest.raises(ModelFilesError, match=r"^m/chat_template\.jinja: too many statically nested blocks"):
+        ChatTemplate("{% for a in b %}" * 50 + "{% endfor %}" * 50, {}, "m/chat_template.jinja")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) if false %}x{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(100) }}",
+        "{{ 'x' * 1000000000000 }}",
+        "{{ 9 ** 999999999 }}",
+    ],
+)
+def test_a_template_without_an_end_is_found_at_load(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.service.chat_environment._MOST_STEPS", 200_000)
+    with pytest.raises(ModelFilesError, match=r"^m/chat_template\.jinja: does not come to an end: "):
+        ChatTemplate(source, {}, "m/chat_template.jinja")
+
+
+def test_a_request_cannot_keep_the_template_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.service.chat_environment._MOST_STEPS", 1000)
+    template = ChatTemplate("{% for i in range(n or 0) %}{{ i * 2 }}{% endfor %}", {})
+    messages = [{"role": "user", "content": "x"}]
+    for _ in range(3):  # each has its own bound
+        assert template.render(messages, {"n": 900}).startswith("024")
+    with pytest.raises(InvalidRequest, match="more than 1000 turns of its loops"):
+        template.render(messages, {"n": 1001})
 
 
 def write_model(directory: Path, config: object, tokenizer_config: object = None) -> None:
@@ -202,8 +230,23 @@ def test_model_files_find_the_chat_template_where_it_is(tmp_path: Path) -> None:
     write_model(tmp_path, config, {"chat_template": named, "bos_token": {"content": "<s>"}, "pad_token": None})
     files = ModelFiles.load(tmp_path, "m")
     assert (files.chat_template, files.special_tokens) == ("yes", {"bos_token": "<s>"})
+    assert files.chat_template_where == f"{tmp_path}/tokenizer_config.json: chat_template"
     (tmp_path / "chat_template.jinja").write_text("file")
-    assert ModelFiles.load(tmp_path, "m").chat_template == "file"
+    files = ModelFiles.load(tmp_path, "m")
+    assert (files.chat_template, files.chat_template_where) == ("file", f"{tmp_path}/chat_template.jinja")
+
+
+@pytest.mark.parametrize("template", [7, ["x"], [{"name": {}, "template": "x"}], [{"name": "default"}], {"default": 1}])
+def test_a_chat_template_that_is_none_is_refused(tmp_path: Path, template: object) -> None:
+    write_model(tmp_path, {"max_position_embeddings": 10, "vocab_size": 5}, {"chat_template": template})
+    with pytest.raises(ModelFilesError, match=r"tokenizer_config\.json: chat_template must be a text, or a list of"):
+        ModelFiles.load(tmp_path, "m")
+
+
+def test_an_end_token_outside_of_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    write_model(tmp_path, {"max_position_embeddings": 10, "vocab_size": 5, "eos_token_id": [4, 5]})
+    with pytest.raises(ModelFilesError, match=r"/config\.json: eos_token_id=5 is outside of the vocabulary \[0, 5\)"):
+        ModelFiles.load(tmp_path, "m")
 
 
 def test_model_files_name_what_is_wrong(tmp_path: Path) -> None:

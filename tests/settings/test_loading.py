@@ -46,6 +46,9 @@ def test_yaml_and_json_say_the_same(tmp_path: Path) -> None:
     assert load(Whole, tmp_path / "a.yaml") == load(Whole, tmp_path / "a.json") == Whole("a", branches={"b": Branch(7)})
 
 
+BOMB = "".join(f"a{i}: &a{i} [{f'*a{i - 1}, ' * 9 if i else 'x'}]\n" for i in range(9))
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -77,6 +80,10 @@ def test_yaml_and_json_say_the_same(tmp_path: Path) -> None:
         ("a.json", '{"name": "a", "secret": 12345678}', ": secret: must be a valid string"),
         ("a.yaml", "name: a\nname: b", ":2: not YAML (name is given twice)"),
         ("a.yaml", "\xff", ": not UTF-8 text"),
+        ("a.yaml", "name: 2020-99-99", ": not readable (month must be in 1..12)"),
+        ("a.yaml", "name: &a [*a]", ": is nested in more than 100 levels, or in itself"),
+        ("a.yaml", "branch: &a {num_steps: *a}", ": is nested in more than 100 levels, or in itself"),
+        ("a.yaml", BOMB, ": holds more than 100000 values"),
     ],
 )
 def test_one_line_says_what_is_wrong(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -85,6 +92,14 @@ def test_one_line_says_what_is_wrong(tmp_path: Path, name: str, text: str, messa
     with pytest.raises(SettingsError) as refused:
         load(Whole, path)
     assert str(refused.value) == f"{path}{message}"
+
+
+@pytest.mark.parametrize(("name", "unit"), [("a.json", '{"a":'), ("a.yaml", "{a: "), ("a.yaml", "[")])
+def test_what_is_nested_thousands_of_times_is_named(tmp_path: Path, name: str, unit: str) -> None:
+    close = "]" if unit == "[" else "}"
+    (tmp_path / name).write_text(unit * 5000 + "1" + close * 5000)
+    with pytest.raises(SettingsError, match=rf"/{name}: "):
+        load(Whole, tmp_path / name)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

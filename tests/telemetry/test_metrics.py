@@ -8,13 +8,26 @@ from pathlib import Path
 import pytest
 from switchyard.v1 import kvnode_pb2, worker_pb2
 
-from telemetry import node, router, table, worker
+from telemetry import autoscaler, node, router, table, worker
 from telemetry.metric import Kind, Metric, samples
 from workers.engine.loop import LoadSnapshot
 
 ROOT = Path(table.__file__).parents[1]
-ALL = (*router.METRICS, *worker.ROUTER_METRICS, worker.TIME_TO_FIRST, *node.METRICS)
-UNITS = {"seconds", "bytes", "requests", "tokens", "blocks", "fragments", "segments", "slots", "streams", "frames"}
+ALL = (*router.METRICS, *worker.ROUTER_METRICS, worker.TIME_TO_FIRST, *node.METRICS, *autoscaler.METRICS)
+UNITS = {
+    "workers",
+    "gpus",
+    "seconds",
+    "bytes",
+    "requests",
+    "tokens",
+    "blocks",
+    "fragments",
+    "segments",
+    "slots",
+    "streams",
+    "frames",
+}
 
 
 def test_the_document_is_fresh() -> None:

@@ -48,6 +48,18 @@ def test_no_directory():
         resolve_model("./does/not/exist")
 
 
+@pytest.mark.parametrize("path", ["/" + "m" * 5000, "~no-such-user/m"])
+def test_a_path_that_cannot_be_one_names_the_key(path):
+    with pytest.raises(ModelError, match=r"^model\.path: '.{1,100}': "):
+        resolve_model(path)
+
+
+def test_a_config_that_is_nested_too_deep(directory):
+    (directory / "config.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+    with pytest.raises(ModelError, match=r"config\.json: not readable as JSON"):
+        load_config(directory)
+
+
 def test_unsupported_architecture_names_what_is_supported(directory):
     with pytest.raises(ModelError, match=r"architecture GPT2LMHeadModel is not supported.*LlamaForCausalLM"):
         load_config(edit(directory, architectures=["GPT2LMHeadModel"]))
@@ -57,6 +69,25 @@ def test_unsupported_architecture_names_what_is_supported(directory):
 def test_bad_size_names_the_field(directory, value):
     with pytest.raises(ModelError, match="hidden_size must be a positive integer"):
         load_config(edit(directory, hidden_size=value))
+
+
+@pytest.mark.parametrize(
+    "name", ["num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings"]
+)
+def test_absurd_sizes_are_refused_before_anything_is_built(directory, name):
+    with pytest.raises(ModelError, match=rf"config\.json: {name} must be at most \d+, not 1000000000000$"):
+        load_config(edit(directory, **{name: 10**12}))
+
+
+def test_a_number_that_is_no_float_names_the_field(directory):
+    with pytest.raises(ModelError, match="rms_norm_eps must be a positive number"):
+        load_config(edit(directory, rms_norm_eps=10**400))
+
+
+def test_absurdly_many_tensors_are_refused(directory, monkeypatch):
+    monkeypatch.setattr("workers.model.tensor_layout._MOST_TENSORS", 10)
+    with pytest.raises(ModelError, match=r"config\.json: num_hidden_layers=\d: the first 1 have more than 10 tensors"):
+        check_split(load_config(directory), 1, 1)
 
 
 def test_unsupported_rope_scaling(directory):

@@ -25,6 +25,7 @@ from workers.parallel import ParallelGroups, Shard
 from workers.runtime.build import kv_fingerprint
 
 CPU = torch.device("cpu")
+WRONG_FAMILIES = r"model\.plugins: a_plugin: FAMILIES must be a tuple of Family, and has a value of type "
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,20 @@ CPU = torch.device("cpu")
     [
         (None, r"model\.plugins: a_plugin cannot be imported \(No module named 'a_plugin'\)"),
         ("1 / 0", r"model\.plugins: a_plugin cannot be imported \(division by zero\)"),
+        ("import sys; sys.exit(3)", r"model\.plugins: a_plugin cannot be imported \(it exits\)"),
+        ("FAMILIES = 5", WRONG_FAMILIES + "int"),
+        ("FAMILIES = {'LlamaForCausalLM': None}", WRONG_FAMILIES + "dict"),
+        ("FAMILIES = {5: {}}", WRONG_FAMILIES + "dict"),
+        ("FAMILIES = {'FooFor': object()}", WRONG_FAMILIES + "dict"),
+        ("FAMILIES = (object(),)", WRONG_FAMILIES + "object"),
+        (
+            "QUANT_METHODS = [1]",
+            r"model\.plugins: a_plugin: QUANT_METHODS must be a tuple of QuantMethod, and has a value of type int",
+        ),
+        (
+            "from workers.model.family import Family\nFAMILIES = (Family('A', 'a', {}, None),)",
+            r"model\.plugins: a_plugin: a Family of FAMILIES has a field of another type",
+        ),
         ("", r"model\.plugins: a_plugin has neither FAMILIES nor QUANT_METHODS of its own, so it adds nothing"),
         (
             "from workers.model.families.llama import FAMILIES",
@@ -53,6 +68,27 @@ def test_a_plugin_that_brings_nothing_is_one_line(
         (tmp_path / "a_plugin.py").write_text(source)
     with pytest.raises(ModelError, match=f"^{complaint}$"):
         load_registry(["a_plugin"])
+
+
+@pytest.mark.parametrize(
+    ("read", "complaint"),
+    [
+        ("1 / 0", r"model\.plugins: reading .*config\.json as A: division by zero"),
+        ("exit(3)", r"model\.plugins: reading .*config\.json as A: 3"),
+        ("7", r"model\.plugins: A: read gives a ModelConfig, not int"),
+    ],
+)
+def test_a_family_that_cannot_read_is_one_line(
+    read: str, complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "a_plugin", raising=False)
+    family = f"Family('A', 'a', {{'architectures': understood('x')}}, lambda fields: {read})"
+    imports = "from checkpoint.keys import understood\nfrom workers.model.family import Family"
+    (tmp_path / "a_plugin.py").write_text(f"{imports}\nFAMILIES = ({family},)")
+    (tmp_path / "config.json").write_text('{"architectures": ["A"]}')
+    with pytest.raises(ModelError, match=f"^{complaint}$"):
+        load_config(tmp_path, plugins=["a_plugin"])
 
 
 def test_plugins_add_to_what_is_built_in() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,10 @@ from typing import Any
 from workers.errors import ModelError
 from workers.model.config import Decoder, ModelConfig
 from workers.model.weight_format import WeightFormat
+
+# Far above those of any model. Something is built per layer, expert or position before a weight file is looked at.
+_LARGEST = {"num_hidden_layers": 4096, "num_experts": 4096, "max_position_embeddings": 2**27}
+_LARGEST_OTHER = 2**24
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +34,9 @@ class ConfigFields:
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise self.wrong(name, "a positive integer", value)
+        largest = _LARGEST.get(name, _LARGEST_OTHER)
+        if value > largest:
+            raise self.wrong(name, f"at most {largest}", value)
         return value
 
     def flag(self, name: str) -> bool:
@@ -42,7 +50,7 @@ class ConfigFields:
         """A positive number."""
         value = (self.raw if raw is None else raw).get(name)
         value = default if value is None else value
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
             raise self.wrong(name, "a positive number", value)
         return float(value)
 

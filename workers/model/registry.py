@@ -96,27 +96,69 @@ def load_config(directory: str | Path, ignore_keys: Collection[str] = (), plugin
     except CheckpointError as error:
         raise ModelError(str(error)) from None
     weight_format = registry.weight_format(raw, path)
-    return family.read(ConfigFields(raw, path, family.architecture, family.defaults, end_ids, weight_format))
+    fields = ConfigFields(raw, path, family.architecture, family.defaults, end_ids, weight_format)
+    is_built_in = any(family in _families(module) for module in _BUILT_IN)
+    return family.read(fields) if is_built_in else _read_by_plugin(family, fields)
+
+
+def _read_by_plugin(family: Family, fields: ConfigFields) -> ModelConfig:
+    try:
+        model = family.read(fields)
+    except ModelError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever its code does wrong
+        raise ModelError(f"model.plugins: reading {fields.path} as {family.architecture}: {_gist(error)}") from None
+    if not isinstance(model, ModelConfig):
+        wrong = type(model).__name__
+        raise ModelError(f"model.plugins: {family.architecture}: read gives a ModelConfig, not {wrong}")
+    return model
 
 
 def _import_plugin(name: str) -> ModuleType:
     try:
         module = import_module(name)
+    except SystemExit:
+        raise ModelError(f"model.plugins: {name} cannot be imported (it exits)") from None
     except Exception as error:  # whatever its code does wrong
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"model.plugins: {name} cannot be imported ({reason})") from None
+        raise ModelError(f"model.plugins: {name} cannot be imported ({_gist(error)})") from None
     built_in = [family for other in _BUILT_IN for family in _families(other)]
     if all(family in built_in for family in _families(module)) and not _quant_methods(module):
         raise ModelError(f"model.plugins: {name} has neither FAMILIES nor QUANT_METHODS of its own, so it adds nothing")
     return module
 
 
+def _gist(error: BaseException) -> str:
+    said = str(error).strip()
+    return said.splitlines()[0] if said else type(error).__name__
+
+
 def _families(module: ModuleType) -> tuple[Family, ...]:
-    return tuple(getattr(module, "FAMILIES", ()))
+    families = _listed(module, "FAMILIES", Family)
+    for family in families:
+        texts = (family.architecture, family.model_type)
+        is_whole = isinstance(family.keys, Mapping) and isinstance(family.defaults, Mapping) and callable(family.read)
+        if not is_whole or not all(isinstance(text, str) for text in texts):
+            raise ModelError(f"model.plugins: {module.__name__}: a Family of FAMILIES has a field of another type")
+    return families
 
 
 def _quant_methods(module: ModuleType) -> tuple[QuantMethod, ...]:
-    return tuple(getattr(module, "QUANT_METHODS", ()))
+    methods = _listed(module, "QUANT_METHODS", QuantMethod)
+    if not all(isinstance(method.name, str) and callable(method.read) for method in methods):
+        raise ModelError(
+            f"model.plugins: {module.__name__}: a QuantMethod of QUANT_METHODS has a field of another type"
+        )
+    return methods
+
+
+def _listed(module: ModuleType, name: str, kind: type[T]) -> tuple[T, ...]:
+    """What a module declares, which foreign code may do wrong."""
+    found = getattr(module, name, ())
+    wrong = [found] if not isinstance(found, tuple | list) else [each for each in found if not isinstance(each, kind)]
+    if wrong:
+        said = f"{name} must be a tuple of {kind.__name__}, and has a value of type {type(wrong[0]).__name__}"
+        raise ModelError(f"model.plugins: {module.__name__}: {said}")
+    return tuple(found)
 
 
 def _by_name(kind: str, entries: Iterable[tuple[str, T, ModuleType]]) -> dict[str, T]:

@@ -16,6 +16,7 @@ from workers.model.parts import AttentionConfig, ExpertsConfig, MlpConfig
 from workers.model.weight_format import Matrices, WeightFormat
 
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens", "lm_head", "model.norm"
+_MOST_TENSORS = 2**20  # several times those of the largest models, which list each expert's
 _HARMLESS = ("rotary_emb.inv_freq",)  # computed from config.json; old checkpoints store it
 
 
@@ -61,7 +62,7 @@ class TensorLayout:
 
 
 def tensor_layout(model: ModelConfig) -> TensorLayout:
-    """That of the whole model."""
+    """That of the whole model. Raises ModelError where it is absurd: layers times experts that no checkpoint has."""
     layout = TensorLayout(model.weight_format)
     hidden, vocab = model.hidden_size, model.vocab_size
     layout.tensor(EMBEDDING + ".weight", (vocab, hidden))
@@ -70,6 +71,9 @@ def tensor_layout(model: ModelConfig) -> TensorLayout:
         layout.tensor(HEAD + ".weight", (vocab, hidden))
     for index in range(model.num_hidden_layers):
         model.decoder.add_tensors(layout, model.hidden_size, index)
+        if len(layout.wanted) > _MOST_TENSORS:
+            layers = f"num_hidden_layers={model.num_hidden_layers}"
+            raise ModelError(f"config.json: {layers}: the first {index + 1} have more than {_MOST_TENSORS} tensors")
     return layout
 
 

@@ -209,13 +209,15 @@ class WorkerLeader:
     def _demand(self) -> dict[str, Any]:
         return {} if self._servicer is None else asdict(self._servicer.demand)
 
-    def metrics(self) -> dict[str, float | list[float]]:
-        """Scalars of the load, "step_age_s", and under "ttft_s" the times to first token (s) since the last call."""
+    def metrics(self) -> dict[str, Any]:
+        """Scalars of the load, "step_age_s", the "pool" and "role" of now, and under "ttft_s" the times to first token
+        (s) since the last call."""
         ttft_s = [self._ttft_s.popleft() for _ in range(len(self._ttft_s))]
+        now = self._duty.record if self._duty is not None else self._spec
+        report = {"ttft_s": ttft_s, "pool": now.pool, "role": now.role}
         if self._loop is None:
-            return {"ttft_s": ttft_s}
-        step_age_s = self._loop.step_age_s
-        return {**asdict(self._loop.load), **self._demand(), "step_age_s": step_age_s, "ttft_s": ttft_s}
+            return report
+        return {**asdict(self._loop.load), **self._demand(), "step_age_s": self._loop.step_age_s, **report}
 
     # ------------------------------------------------------------------------------------------------------------ end
     def retire(self) -> None:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -142,7 +143,7 @@ class Rank:
             keys += whole.keys(block_name)
         return keys
 
-    def metrics(self) -> dict[str, float | list[float]]:
+    def metrics(self) -> dict[str, Any]:
         """As WorkerLeader.metrics; nothing on other ranks."""
         return {} if self._leader is None else self._leader.metrics()
 

@@ -2,8 +2,9 @@
 
     ready -> draining -> drained -> (switched ->) ready
 
-A drained worker keeps its weights and its cache, so it can serve in another pool of the same shape at once. Every way
-back into the directory is a new registration with a new epoch: routers drop what they knew of the worker before.
+A drained worker keeps its weights and its cache, so it can serve in another pool of the same shape at once. It stays in
+the directory as retired, where an autoscaler finds it. Every way back is a new registration with a new epoch: routers
+drop what they knew of the worker before.
 Lives on the server's loop; calls to the directory, which may hang, run in threads.
 """
 
@@ -69,6 +70,8 @@ class Duty:
         self._move_streams = move_streams
         self._asyncio = asyncio.get_running_loop()
         self._lease: LeaseKeeper | None = None
+        self._is_ready = directory is None  # nobody is told, so nothing can be left
+        self._is_over = False
         self._left_s = 0.0
         self._is_switched = False
         self._end_of_drain: asyncio.Task[None] | None = None
@@ -77,7 +80,7 @@ class Duty:
     @property
     def phase(self) -> Phase:
         """Where it stands."""
-        if self._lease is not None or self._directory is None:
+        if self._is_ready:
             return Phase.READY
         if self._is_switched:
             return Phase.SWITCHED
@@ -85,27 +88,27 @@ class Duty:
         return Phase.DRAINED if is_settled and not self._num_requests() else Phase.DRAINING
 
     async def announce(self) -> None:
-        """Enter the directory, unless it is there."""
+        """Take requests: enter the directory under a new epoch, unless it is there or has left for good."""
         async with self._turn:
-            if self._lease is not None or self._directory is None:
+            if self._is_ready or self._is_over or self._directory is None:
                 return
             self._stop_waiting()
-            self._is_switched = False
-            lease = LeaseKeeper(self._directory, self.record, self._on_epoch, self._asyncio)
-            await asyncio.to_thread(lease.start)
-            self._lease = lease
+            if self._lease is not None:
+                await asyncio.to_thread(self._lease.withdraw)
+            self._lease = LeaseKeeper(self._directory, self.record, self._on_epoch, self._asyncio)
+            self._is_ready, self._is_switched = True, False
+            await asyncio.to_thread(self._lease.start)
 
     async def drain(self, timeout_s: float) -> None:
-        """Leave the directory; returns at once. After timeout_s what still runs is moved."""
+        """Take no more requests; returns at once. After timeout_s what still runs is moved."""
         async with self._turn:
-            if self._lease is not None:
-                lease, self._lease = self._lease, None
-                self._left_s = time.monotonic()
-                await asyncio.to_thread(lease.withdraw)
+            if self._is_ready and self._lease is not None:
+                self._is_ready, self._left_s = False, time.monotonic()
+                await asyncio.to_thread(self._lease.retire)
                 self._left_s = time.monotonic()
                 self._retire()
             self._stop_waiting()
-            if not self._is_switched:
+            if not self._is_ready and not self._is_switched:
                 self._end_of_drain = asyncio.create_task(self._move_when_over(timeout_s), name="drain")
 
     async def switch(self, pool: str, role: str) -> None:
@@ -125,10 +128,12 @@ class Duty:
 
     def withdraw(self) -> None:
         """Leave the directory for good; from any thread."""
+        self._is_over, self._is_ready, self._left_s = True, False, time.monotonic()
         lease, self._lease = self._lease, None
-        self._left_s = time.monotonic()
         if lease is not None:
             lease.withdraw()
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the worker is stopping
+                self._asyncio.call_soon_threadsafe(self._retire)
 
     async def _move_when_over(self, timeout_s: float) -> None:
         deadline_s = time.monotonic() + timeout_s
@@ -140,6 +145,5 @@ class Duty:
 
     def _stop_waiting(self) -> None:
         if self._end_of_drain is not None:
-            with contextlib.suppress(RuntimeError):
-                self._end_of_drain.cancel()
+            self._end_of_drain.cancel()
             self._end_of_drain = None

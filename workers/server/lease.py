@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import threading
 import time
 from collections.abc import Callable
 
-from kvstore.control.directory import Directory, DirectoryUnavailable, WorkerRecord
+from kvstore.control.directory import RETIRED, Directory, DirectoryUnavailable, WorkerRecord
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +89,11 @@ class LeaseKeeper:
         asyncio.run_coroutine_threadsafe(self._pulse(), self._loop)
         self._renew()
         self._thread.start()
+
+    def retire(self) -> None:
+        """Stay in the directory, under the same epoch, as one that takes no requests."""
+        self._record = dataclasses.replace(self._record, role=RETIRED)
+        self._renew()
 
     def withdraw(self) -> None:
         """Leave the directory."""

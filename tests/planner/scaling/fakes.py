@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from planner.scaling.config import AutoscalingConfig
-from planner.scaling.decide import ScalingState, decide
-from planner.scaling.observation import Observation, PoolObservation, StepSample
-from planner.scaling.plan import Explanation, Plan, PoolExplanation
-from planner.scaling.rollout import (
+from planner.scaling.actions import (
     DRAINED,
     DRAINING,
     READY,
@@ -21,14 +18,15 @@ from planner.scaling.rollout import (
     Announce,
     Drain,
     Progress,
-    RolloutState,
     SetReplicas,
     SwitchRole,
     WorkerProgress,
-    adopt,
-    advance,
-    count_workers,
 )
+from planner.scaling.config import AutoscalingConfig
+from planner.scaling.decide import ScalingState, decide
+from planner.scaling.observation import Observation, PoolObservation, StepSample
+from planner.scaling.plan import Explanation, Plan, PoolExplanation
+from planner.scaling.rollout import RolloutState, adopt, advance, count_workers
 from planner.scaling.step_cost import StepCost
 
 COSTS = {
@@ -110,6 +108,8 @@ class FakeWorker:
     epoch: int = 1
     since_s: float = 0.0
     """Of its status."""
+    ends_at_s: float = math.inf
+    """Serve has chosen it."""
 
 
 @dataclass(slots=True)
@@ -119,6 +119,8 @@ class FakeCluster:
     gpus_per_worker: dict[str, int]
     startup_s: float = 60.0
     drain_s: float = 20.0
+    end_s: float = 0.0
+    """From Serve's choice of a worker to its end."""
     most_nodes_gpus: int = 10**6
     """GPUs of the nodes that can be had: beyond them workers start for ever."""
     now_s: float = 0.0
@@ -152,10 +154,12 @@ class FakeCluster:
         return sorted(self.workers, key=lambda w: (w.status != STARTING, -w.number))
 
     def ready(self, name: str) -> int:
-        return sum(worker.pool == name and worker.status == READY for worker in self.workers)
+        """Those that Serve is ending are left out."""
+        return sum(w.pool == name and w.status == READY and w.ends_at_s == math.inf for w in self.workers)
 
     def pass_time(self, seconds: float) -> None:
         self.now_s += seconds
+        self.workers = [worker for worker in self.workers if worker.ends_at_s > self.now_s]
         used = sum(self.gpus_per_worker[w.home] for w in self.workers if w.status != STARTING)
         for worker in self.workers:
             elapsed_s = self.now_s - worker.since_s
@@ -192,11 +196,13 @@ class FakeCluster:
 
     def _scale(self, name: str, count: int) -> None:
         self.replicas[name] = count
-        existing = [worker for worker in self.order() if worker.home == name]
+        existing = [w for w in self.order() if w.home == name and w.ends_at_s == math.inf]
         for worker in existing[: max(0, len(existing) - count)]:
             if worker.status not in (STARTING, DRAINED):
                 self.ended_while_serving.append(worker.worker_id)
-            self.workers.remove(worker)
+            worker.ends_at_s = self.now_s + self.end_s
+            if not self.end_s:
+                self.workers.remove(worker)
         for _ in range(count - len(existing)):
             self._add(name)
 

@@ -207,6 +207,17 @@ def test_at_most_one_reversal_under_constant_load(seed: int) -> None:
     assert loop.reversals("decode") <= 1
 
 
+def test_a_load_that_comes_and_goes_is_followed_less_and_less() -> None:
+    """A minute of five times the load every eight minutes: the pool shrinks between bursts once or twice, then waits
+    longer before it does; without the longer windows it would turn round 58 times in four hours."""
+
+    def demand(now_s: float) -> dict[str, dict[str, object]]:
+        return {"prefill": {"arrivals_per_s": 20.0 if now_s % 480 < 60 else 4.0}}
+
+    loop = Loop(act(), [pool()], FakeCluster({"prefill": 1}).start_with({"prefill": 2}), demand).run(4 * 3600)
+    assert loop.reversals("prefill") < 15
+
+
 # ---- flips
 
 

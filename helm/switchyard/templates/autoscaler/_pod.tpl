@@ -17,6 +17,10 @@ main:
     - http://{{ include "switchyard.headService" . }}:8265
     - --lease
     - {{ $name }}-autoscaler
+    - --ray-service
+    - {{ $name }}
+    - --host
+    - 0.0.0.0
   {{- if and (eq .Values.ray.auth.mode "token") .Values.ray.auth.secretName }}
   env:
     - name: RAY_AUTH_TOKEN

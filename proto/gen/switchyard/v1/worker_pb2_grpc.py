@@ -96,7 +96,7 @@ class WorkerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Takes the worker out of the directory: routers send nothing new, and what runs goes on. What still runs at the
+        """Lists the worker as retired: routers send nothing new, and what runs goes on. What still runs at the
         time-out is moved to other workers by its router. Answers at once; a second call changes the time-out.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -112,8 +112,8 @@ class WorkerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Announce(self, request, context):
-        """Puts the worker into the directory under a new epoch: after a drain that is called off, or with a new role. A worker
-        that is there already stays as it is.
+        """Lets the worker take requests, under a new epoch: after a drain that is called off, or with a new role. A worker that
+        takes them already stays as it is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,0 +1,253 @@
+"""One autoscaler: looks, decides every `interval_s`, and carries the plan out, action by action.
+
+    Serve, workers -> observe -> planner.scaling.decide -> planner.scaling.rollout -> Serve, workers
+
+What it remembers is saved after every round, so that the next one goes on in mid-plan. It acts only while it holds the
+lock, and asks for that before each action. In mode advise it decides and tells, and changes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Protocol
+
+from deploy.autoscaling.memory import Memory, MemoryUnavailable
+from deploy.autoscaling.metrics import AutoscalerMetrics
+from deploy.autoscaling.observe import Observer, progress_of
+from deploy.autoscaling.serve_api import ServeApi, ServeState, ServeUnavailable
+from deploy.autoscaling.workers import WorkerSight, WorkerUnavailable, WorkerWatch
+from deploy.config import ClusterConfig
+from planner.scaling.actions import Action, Announce, Drain, Progress, SetReplicas, SwitchRole
+from planner.scaling.decide import decide
+from planner.scaling.plan import FLIP, GROW, RETIRE, Explanation, Plan
+from planner.scaling.record import DecisionLog, DecisionRecord, Saved
+from planner.scaling.rollout import adopt, advance, count_workers
+
+log = logging.getLogger(__name__)
+
+_IDLE_S = 1.0
+_BUSY_S = 0.1  # while workers drain or change roles: a stream waits for them
+
+
+class Lock(Protocol):
+    """Which of several autoscalers acts."""
+
+    def hold(self) -> bool: ...
+
+    def release(self) -> None: ...
+
+
+class Teller(Protocol):
+    """Where changes are told to people, such as Kubernetes Events. Names are single words."""
+
+    def tell(self, reason: str, note: str, action: str, is_warning: bool) -> None: ...
+
+    def why_missing(self, pool: str) -> str: ...
+
+
+class Autoscaler:
+    """`tick` is called again and again."""
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        serve: ServeApi,
+        watch: WorkerWatch,
+        memory: Memory,
+        lock: Lock,
+        teller: Teller | None = None,
+        decision_log: DecisionLog | None = None,
+        metrics: AutoscalerMetrics | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._config = config
+        self._serve = serve
+        self._watch = watch
+        self._memory = memory
+        self._lock = lock
+        self._teller = teller
+        self._decision_log = decision_log
+        self.metrics = metrics or AutoscalerMetrics()
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._observer = Observer(config)
+        self._saved: Saved | None = None  # None: not the one that acts, or not loaded yet
+        self._pins: dict[str, int] = {}
+        self._decided_s = -float("inf")
+        self._is_ours = False
+        self._was_saved: Saved | None = None
+
+    def tick(self) -> float:
+        """One round; the seconds until the next one. What does not answer is left for that."""
+        if not self._holds_lock():
+            return _IDLE_S
+        try:
+            if self._saved is None:
+                self._saved = self._was_saved = self._memory.load()
+                self._observer.startup_s = self._memory.startups()
+            self._pins = self._memory.pins()
+        except MemoryUnavailable as error:
+            self._note_problem("memory", str(error))
+            if self._saved is None:
+                return _IDLE_S
+        try:
+            state = self._serve.state()
+        except ServeUnavailable as error:
+            self._note_problem("serve", str(error))
+            return _IDLE_S
+        sights = self._watch.look()
+        if self._watch.problem:
+            self._note_problem("directory", self._watch.problem)
+        known = {name: pool for name, pool in state.pools.items() if name in self._config.pools}
+        progress = progress_of(replace(state, pools=known), sights)
+        self._note_starts(progress, state)
+        self.metrics.show_progress(progress, self._config.pools)
+        if self._clock() - self._decided_s >= self._config.autoscaling.interval_s:
+            self._decide(progress, sights)
+        has_acted = self._config.autoscaling.mode == "act" and self._carry_out(progress)
+        self._save()
+        if has_acted:
+            return 0.0
+        return _BUSY_S if self._saved is not None and self._saved.rollout.errands else _IDLE_S
+
+    def stop(self) -> None:
+        """Let another one act at once."""
+        if self._is_ours:
+            try:
+                self._lock.release()
+            except MemoryUnavailable as error:
+                log.warning("the lock was not released: %s", error)
+        self._is_ours = False
+        self.metrics.show_leader(False)
+
+    # ---- who acts
+
+    def _holds_lock(self) -> bool:
+        try:
+            is_ours = self._lock.hold()
+        except MemoryUnavailable as error:
+            self._note_problem("lease", str(error))
+            is_ours = False
+        if is_ours != self._is_ours:
+            log.info("this autoscaler acts now" if is_ours else "another autoscaler acts, or none may")
+            self._saved, self._decided_s = None, -float("inf")  # the other one may have changed it
+        self._is_ours = is_ours
+        self.metrics.show_leader(is_ours)
+        return is_ours
+
+    def _note_starts(self, progress: Progress, state: ServeState) -> None:
+        before = dict(self._observer.startup_s)
+        self._observer.note_starts(progress, state, self._wall_clock())
+        if self._observer.startup_s != before:
+            try:
+                self._memory.save_startups(self._observer.startup_s)
+            except MemoryUnavailable as error:
+                self._note_problem("memory", str(error))
+
+    # ---- deciding
+
+    def _decide(self, progress: Progress, sights: Mapping[str, WorkerSight]) -> None:
+        assert self._saved is not None
+        scaling, rollout = self._saved.scaling, self._saved.rollout
+        counts = count_workers(rollout, progress)
+        observation = self._observer.observe(sights, counts, self._pins, self._clock())
+        now_s = self._wall_clock()
+        plan, after, explanation = decide(observation, scaling, now_s, self._config.autoscaling)
+        record = DecisionRecord(now_s, observation, plan, explanation)
+        self._decided_s = self._clock()
+        if self._config.autoscaling.mode == "act":
+            rollout = adopt(rollout, plan)
+        self._tell_changes(scaling.plan, plan, explanation)
+        self._saved = Saved(after, rollout)
+        self.metrics.show_decision(explanation)
+        if self._decision_log is not None:
+            self._decision_log.write(record, after)
+        try:
+            self._memory.write(record, self._config.autoscaling, scaling)
+        except MemoryUnavailable as error:
+            self._note_problem("memory", str(error))
+
+    def _tell_changes(self, before: Plan | None, plan: Plan, explanation: Explanation) -> None:
+        for pool in explanation.pools:
+            if pool.num_missing:
+                why = self._teller.why_missing(pool.pool) if self._teller is not None else ""
+                self._tell("PlanNotReached", f"{pool.pool}: {pool.reason}" + (f"; {why}" if why else ""), "Hold", True)
+        if before is not None and plan.plan_id == before.plan_id:
+            return
+        reasons = {pool.pool: f"{pool.binding}: {pool.reason}" for pool in explanation.pools}
+        verb = "" if explanation.mode == "act" else " (advice)"
+        for step in plan.steps:
+            match step.kind:
+                case kind if kind == FLIP:
+                    note = f"{step.num_workers} of {step.pool} serve in {step.to_pool}"
+                    self._tell("RolesSwitch", f"{note}{verb}: {reasons[step.to_pool]}", "SwitchRole", False)
+                case kind if kind == GROW:
+                    note = f"{step.num_workers} more in {step.pool}"
+                    self._tell("PoolGrows", f"{note}{verb}: {reasons[step.pool]}", "Scale", False)
+                case kind if kind == RETIRE:
+                    note = f"{step.num_workers} of {step.pool} retire"
+                    self._tell("PoolShrinks", f"{note}{verb}: {reasons[step.pool]}", "Scale", False)
+
+    def _tell(self, reason: str, note: str, action: str, is_warning: bool) -> None:
+        log.log(logging.WARNING if is_warning else logging.INFO, "%s: %s", reason, note)
+        if self._teller is not None:
+            self._teller.tell(reason, note, action, is_warning)
+
+    # ---- acting
+
+    def _carry_out(self, progress: Progress) -> bool:
+        """Whether something was done, so that it is worth to look again at once."""
+        assert self._saved is not None
+        rollout, actions = advance(self._saved.rollout, progress)
+        self._saved = Saved(self._saved.scaling, rollout)
+        done = [self._act(action, progress) for action in actions if self._holds_lock()]
+        return any(done)
+
+    def _act(self, action: Action, progress: Progress) -> bool:
+        """Whether it was done. What fails is asked for again in a later round: actions come from what is seen."""
+        try:
+            match action:
+                case SetReplicas(pool, num_replicas):
+                    self._serve.set_replicas(pool, num_replicas)
+                    kind = "replicas"
+                case Drain(worker_id):
+                    self._watch.drain(worker_id, self._drain_timeout_s(worker_id, progress))
+                    kind = "drain"
+                case SwitchRole(worker_id, to_pool, _):
+                    self._watch.switch(worker_id, to_pool, self._config.pools[to_pool].role)
+                    kind = "switch"
+                case Announce(worker_id, _):
+                    self._watch.announce(worker_id)
+                    kind = "announce"
+        except ServeUnavailable as error:
+            self._note_problem("serve", str(error))
+            return False
+        except WorkerUnavailable as error:
+            self._note_problem("worker", str(error))
+            return False
+        log.info("%s", action)
+        self.metrics.count_action(kind)
+        return kind != "replicas"  # those take Serve seconds
+
+    def _drain_timeout_s(self, worker_id: str, progress: Progress) -> float:
+        home = next(worker.home_pool for worker in progress.workers if worker.worker_id == worker_id)
+        return self._config.pools[home].drain_timeout_s
+
+    # ---- the rest
+
+    def _save(self) -> None:
+        if self._saved is None or self._saved == self._was_saved:
+            return
+        try:
+            self._memory.save(self._saved)
+            self._was_saved = self._saved
+        except MemoryUnavailable as error:
+            self._note_problem("memory", str(error))
+
+    def _note_problem(self, part: str, message: str) -> None:
+        log.warning("%s: %s", part, message)
+        self.metrics.count_problem(part)

@@ -1,0 +1,132 @@
+"""What autoscalers of a cluster keep in its control Redis: state over a restart, decisions, an operator's pins, a lock.
+
+Any later autoscaler, on any host, goes on from there, and `switchyard scale` reads it.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from kvstore.control.decision_log import PREFIX, DecisionLog, DecisionsUnavailable
+from kvstore.redis_client import REDIS_ERRORS, address_of, connect
+from planner.scaling.config import AutoscalingConfig
+from planner.scaling.decide import ScalingState
+from planner.scaling.record import (
+    DecisionRecord,
+    RecordError,
+    Saved,
+    Start,
+    saved_from_line,
+    to_line,
+)
+
+_START_EVERY = 100  # decisions: those that are kept can be made again from one of these lines on
+_LOCK_MS = 15_000
+_RENEW = """
+if redis.call('GET', KEYS[1]) == ARGV[1] then
+  return redis.call('PEXPIRE', KEYS[1], ARGV[2])
+end
+return redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2], 'NX') and 1 or 0
+"""
+_RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
+
+
+class MemoryUnavailable(Exception):
+    """The Redis does not answer; the message is one line."""
+
+
+class Memory:
+    """Of one cluster. Every call may raise MemoryUnavailable."""
+
+    def __init__(self, url: str, cluster: str) -> None:
+        self._redis = connect(url)
+        self._prefix = f"{PREFIX}{cluster}:"
+        self._decisions = DecisionLog(url, cluster)
+        self._num_written = 0
+        self._identity = secrets.token_hex(8)
+        self._renew = self._redis.register_script(_RENEW)
+        self._release = self._redis.register_script(_RELEASE)
+
+    # ---- over a restart
+
+    def load(self) -> Saved:
+        """What was saved last; of a version that is not understood, or of nobody: an empty state."""
+        raw = self._call(lambda: self._redis.get(self._prefix + "saved"))
+        try:
+            return saved_from_line(raw.decode()) if raw else Saved()
+        except (RecordError, UnicodeDecodeError):
+            return Saved()  # the rollout derives what is under way from what it sees
+
+    def save(self, saved: Saved) -> None:
+        """Replace it."""
+        self._call(lambda: self._redis.set(self._prefix + "saved", to_line(saved)))
+
+    def startups(self) -> dict[str, float]:
+        """Seconds that workers of each pool took to start."""
+        found = self._call(lambda: self._redis.hgetall(self._prefix + "startups"))
+        return {pool.decode(): float(seconds) for pool, seconds in found.items()}
+
+    def save_startups(self, startup_s: Mapping[str, float]) -> None:
+        """Replace those that are given."""
+        values = {pool: str(seconds) for pool, seconds in startup_s.items()}
+        self._call(lambda: self._redis.hset(self._prefix + "startups", mapping=values))
+
+    # ---- decisions
+
+    def write(self, record: DecisionRecord, config: AutoscalingConfig, before: ScalingState) -> None:
+        """Append a decision. before: the state that it began with."""
+        lines = [to_line(record)]
+        if self._num_written % _START_EVERY == 0:
+            lines.insert(0, to_line(Start(config, before)))
+        self._num_written += 1
+        try:
+            self._decisions.append(lines)
+        except DecisionsUnavailable as error:
+            raise MemoryUnavailable(str(error)) from None
+
+    def lines(self) -> list[str]:
+        """The decisions that are kept, oldest first, from a start on."""
+        try:
+            lines = self._decisions.last()
+        except DecisionsUnavailable as error:
+            raise MemoryUnavailable(str(error)) from None
+        first = next((i for i, line in enumerate(lines) if line.startswith('{"start"')), len(lines))
+        return lines[first:]
+
+    # ---- an operator's counts
+
+    def pins(self) -> dict[str, int]:
+        """Numbers of workers that were set by hand, by pool."""
+        found = self._call(lambda: self._redis.hgetall(self._prefix + "pins"))
+        return {pool.decode(): int(count) for pool, count in found.items()}
+
+    def pin(self, pool: str, num_workers: int | None) -> None:
+        """Set one, or with None leave the pool to the policy again."""
+        key = self._prefix + "pins"
+        if num_workers is None:
+            self._call(lambda: self._redis.hdel(key, pool))
+        else:
+            self._call(lambda: self._redis.hset(key, pool, str(num_workers)))
+
+    # ---- one at a time, where there is no Lease of Kubernetes
+
+    def hold(self) -> bool:
+        """Whether this is the autoscaler that acts; to be asked at least every five seconds."""
+        return bool(self._call(lambda: self._renew(keys=[self._prefix + "lock"], args=[self._identity, _LOCK_MS])))
+
+    def release(self) -> None:
+        """Let another one act at once."""
+        self._call(lambda: self._release(keys=[self._prefix + "lock"], args=[self._identity]))
+
+    def close(self) -> None:
+        """Give up the connections."""
+        self._redis.close()
+        self._decisions.close()
+
+    def _call(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except REDIS_ERRORS as error:
+            raise MemoryUnavailable(f"{address_of(self._redis)}: {error}") from error

@@ -1,0 +1,112 @@
+"""`switchyard scale`: what the autoscaler decided and why, decisions made again, and counts set by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from deploy.errors import ConfigError, StartError
+
+if TYPE_CHECKING:
+    from deploy.autoscaling.memory import Memory
+
+
+@click.command()
+@click.option("--config", "config_path", metavar="FILE", help="YAML of the whole cluster: its decisions are in Redis.")
+@click.option("--set", "assignments", multiple=True, metavar="A.B=C", help="Set any key of the configuration.")
+@click.option("--from", "record", metavar="FILE", help="A record of `autoscaler --record`, in place of Redis.")
+@click.option("--explain", is_flag=True, help="Print the last decisions and why they were made.")
+@click.option("--last", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="How many.")
+@click.option("--replay", is_flag=True, help="Make all kept decisions again; exit code 1 if one comes out differently.")
+@click.option("--pin", metavar="POOL=N", help="Set a pool's number of workers by hand; the policy leaves it alone.")
+@click.option("--unpin", metavar="POOL", help="Leave a pool to the policy again.")
+def scale(
+    config_path: str | None,
+    assignments: tuple[str, ...],
+    record: str | None,
+    explain: bool,
+    last: int,
+    replay: bool,
+    pin: str | None,
+    unpin: str | None,
+) -> int:
+    """Show, check and override what the autoscaler does."""
+    from planner.scaling.explain import explain_last
+    from planner.scaling.record import RecordError
+
+    if not (explain or replay or pin or unpin):
+        raise ConfigError("one of --explain, --replay, --pin and --unpin must be given")
+    if pin or unpin:
+        _set_pin(config_path, assignments, pin, unpin)
+    if not (explain or replay):
+        return 0
+    lines = _lines(config_path, assignments, record)
+    try:
+        if explain:
+            click.echo(explain_last(lines, last) or "no decision yet")
+        return _replay(lines) if replay else 0
+    except RecordError as error:
+        raise ConfigError(f"{record or 'the decisions in Redis'}: {error}") from None
+
+
+def _replay(lines: Iterable[str]) -> int:
+    from planner.scaling.record import decisions, replay
+
+    lines = list(lines)
+    differences = list(replay(lines))
+    for found in differences:
+        click.echo(f"line {found.line}: recorded {found.recorded.targets}, made again {found.replayed.targets}")
+    click.echo(f"{sum(1 for _ in decisions(lines))} decisions made again, {len(differences)} came out differently")
+    return 1 if differences else 0
+
+
+def _lines(config_path: str | None, assignments: tuple[str, ...], record: str | None) -> list[str]:
+    from deploy.autoscaling.memory import MemoryUnavailable
+
+    if record is not None:
+        try:
+            return Path(record).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--from: {record}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
+    memory, _ = _open(config_path, assignments)
+    try:
+        return memory.lines()
+    except MemoryUnavailable as error:
+        raise StartError(f"kvstore.control: {error}") from None
+
+
+def _set_pin(config_path: str | None, assignments: tuple[str, ...], pin: str | None, unpin: str | None) -> None:
+    from deploy.autoscaling.memory import MemoryUnavailable
+
+    memory, pools = _open(config_path, assignments)
+    wanted: list[tuple[str, str, int | None]] = []
+    if pin:
+        pool, _, text = pin.partition("=")
+        if not text.isdecimal():
+            raise ConfigError(f"--pin: must be POOL=N, not {pin!r}")
+        wanted.append(("--pin", pool, int(text)))
+    if unpin:
+        wanted.append(("--unpin", unpin, None))
+    for option, pool, count in wanted:
+        if pool not in pools:
+            raise ConfigError(f"{option}: there is no pool {pool!r}, only {', '.join(pools)}")
+        try:
+            memory.pin(pool, count)
+        except MemoryUnavailable as error:
+            raise StartError(f"kvstore.control: {error}") from None
+        click.echo(f"{pool}: " + ("left to the policy" if count is None else f"{count} workers, by hand"))
+
+
+def _open(config_path: str | None, assignments: tuple[str, ...]) -> tuple[Memory, tuple[str, ...]]:
+    from deploy.autoscaling.memory import Memory
+    from deploy.config import load
+    from deploy.standalone import check_standalone
+
+    if config_path is None:
+        raise ConfigError("--config: the cluster's YAML is needed, or a record with --from")
+    config = load(config_path, assignments)
+    check_standalone(config)
+    return Memory(config.kvstore.control_url, config.name), tuple(config.pools)
