@@ -307,32 +307,34 @@ def folder_mb(folder: Path) -> int:
     return int(subprocess.check_output(["du", "-sxm", str(folder)], text=True).split()[0])
 
 
-def router_serves(made: Image) -> None:
-    """As its pod: the health that the probes ask for. Redis is not there, and may come later."""
-    code = """
+ANSWERS = """
 import subprocess, sys, time, urllib.request
-config = "{name: c, kvstore: {control: 'redis://127.0.0.1:6379/0'}, endpoints: {http_port: 8000}}"
-open("/tmp/cluster.yaml", "w").write(config)
-router = subprocess.Popen(["switchyard", "router", "--config", "/tmp/cluster.yaml"])
+port, *command = sys.argv[1:]
+control = "kvstore: {control: 'redis://127.0.0.1:6379/0'}"
+open("/tmp/cluster.yaml", "w").write(f"{{name: c, {control}, autoscaling: {{mode: advise}}}}")
+started = subprocess.Popen([*command, "--config", "/tmp/cluster.yaml"])
 for _ in range(300):
     time.sleep(0.1)
     try:
-        print(urllib.request.urlopen("http://127.0.0.1:8000/healthz", timeout=2).status)
+        print(urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=2).status)
         break
     except OSError:
-        assert router.poll() is None, "the router ended"
+        assert started.poll() is None, f"{command} ended"
 else:
     raise SystemExit("it does not answer")
 """
-    assert out(made, "python", "-c", code).strip().splitlines()[-1] == "200"
+"""Starts a command, as its pod does, until it answers the kubelet. Redis is away, and may come later."""
+
+
+def router_serves(made: Image) -> None:
+    said = out(made, "python", "-c", ANSWERS, "8000", "switchyard", "router")
+    assert said.strip().splitlines()[-1] == "200"
 
 
 def autoscaler_starts(made: Image) -> None:
-    """Its options; it needs a cluster for more."""
-    said = made.run("switchyard", "autoscaler", "--help")
-    if "No such command" in said.stderr:
-        pytest.skip("THE IMAGE HAS NO `switchyard autoscaler`, which its pod runs")
-    assert "--lease" in said.stdout
+    command = ("switchyard", "autoscaler", "--ray-dashboard", "http://127.0.0.1:8265")
+    assert out(made, "python", "-c", ANSWERS, "9300", *command).strip().splitlines()[-1] == "200"
+    out(made, "python", "-c", "from deploy.autoscaling import on_kubernetes")
 
 
 def ray_starts(made: Image) -> None:

@@ -9,11 +9,12 @@ import json
 import math
 import re
 import shutil
+import subprocess
 import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,7 +24,7 @@ import pytest
 
 from deploy.preflight import free_port
 from tests.deploy.conftest import write_tiny_model
-from tests.deploy.serving import LOOPBACK, Serving, Surroundings
+from tests.deploy.serving import LOOPBACK, SWITCHYARD, Serving, Surroundings
 from tests.helm.prometheus import Prometheus, programs, scrape_configs
 from tests.helm.rendering import CHART, Manifest, objects, of_kind, pods
 from tests.processes import RedisServer, wait_until
@@ -43,6 +44,7 @@ NOT_HERE = {
             "ray_switchyard_node_disk_refused_fragments_total",
             "ray_switchyard_node_promoted_fragments_total",
             "ray_switchyard_node_late_promotions_total",
+            "ray_switchyard_worker_moved_requests_total",
             "ray_switchyard_worker_recomputed_prompt_tokens_total",
             "ray_switchyard_worker_preemptions_total",
             "ray_switchyard_worker_prefixes_fetched_total",
@@ -153,33 +155,58 @@ def watched(redis_process: RedisServer, grafana: str, tmp_path_factory: pytest.T
     folder = Path(tempfile.mkdtemp(prefix="sym-", dir="/tmp"))  # a short path: Ray makes sockets far below it
     surroundings = Surroundings(folder, write_tiny_model(tmp_path_factory.mktemp("model") / "tiny"))
     metrics, dashboard = f"127.0.0.1:{free_port('127.0.0.1', 20500)}", f"127.0.0.1:{free_port('127.0.0.1', 21500)}"
-    command = surroundings.command(
-        settings=[
-            f"ray.metrics_export_port={metrics.rpartition(':')[2]}",
-            "ray.dashboard=true",
-            f"ray.dashboard_port={dashboard.rpartition(':')[2]}",
-            f"kvstore.control={redis_process.url}",
-            f"kvstore.tier={redis_process.url}",
-            "kvstore.disk_bytes=16777216",
-            f"kvstore.disk_dir={tmp_path_factory.mktemp('disk')}",
-            "kvstore.disk_write=through",
-            "engine.fake_step_s=0.002",
-        ]
-    )
+    secret = tmp_path_factory.mktemp("secret") / "secret"
+    secret.write_text("a secret of many characters")
+    of_cluster = [
+        "name=watched",
+        f"kvstore.control={redis_process.url}",
+        f"kvstore.tier={redis_process.url}",
+        f"kvstore.tier_secret_file={secret}",
+        "kvstore.disk_bytes=16777216",
+        f"kvstore.disk_dir={tmp_path_factory.mktemp('disk')}",
+        "kvstore.disk_write=through",
+        "autoscaling.mode=advise",
+    ]
+    of_ray = [
+        f"ray.metrics_export_port={metrics.rpartition(':')[2]}",
+        "ray.dashboard=true",
+        f"ray.dashboard_port={dashboard.rpartition(':')[2]}",
+        "engine.fake_step_s=0.002",
+    ]
+    command = surroundings.command(settings=[*of_cluster, *of_ray])
     environment = head_environment(grafana, f"http://{prometheus.address}")
     serving = Serving(command, tmp_path_factory.mktemp("cwd"), environment)
-    traffic = Traffic(serving.router["http"])
+    traffic, scaler = Traffic(serving.router["http"]), None
     try:
-        # AUTOSCALER: its address goes here once this cluster has one; the chart's ServiceMonitor and Service have it.
-        addresses = {"router": serving.router["http"], "worker": metrics}
+        scaler = Autoscaler(tmp_path_factory.mktemp("autoscaler"), f"http://{dashboard}", of_cluster)
+        addresses = {"router": serving.router["http"], "worker": metrics, "autoscaler": scaler.address}
         prometheus.write(quick(groups()), scrape_configs(rendered(), addresses))
         prometheus.start()
         yield Watched(serving, prometheus, dashboard)
     finally:
         traffic.has_ended.set()
         prometheus.stop()
+        if scaler is not None:
+            scaler.stop()
         serving.close()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+class Autoscaler:
+    """`switchyard autoscaler`, which only advises; its lock is in Redis, as there is no Kubernetes."""
+
+    def __init__(self, folder: Path, ray_dashboard: str, settings: Sequence[str]) -> None:
+        self.address = f"127.0.0.1:{free_port('127.0.0.1', 22500)}"
+        config = folder / "cluster.yaml"
+        config.write_text("{}\n")
+        options = ["--config", str(config), "--ray-dashboard", ray_dashboard, "--port", self.address.rpartition(":")[2]]
+        options += [part for setting in settings for part in ("--set", setting)]
+        with (folder / "log").open("wb") as log:
+            self._process = subprocess.Popen([SWITCHYARD, "autoscaler", *options], stdout=log, stderr=log, cwd=folder)
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait(30)
 
 
 def head_environment(grafana: str, prometheus: str) -> dict[str, str]:
@@ -210,7 +237,7 @@ def test_promtool_accepts_rules_and_configuration(watched: Watched) -> None:
 
 def test_each_expression_finds_data(watched: Watched) -> None:
     prometheus = watched.prometheus
-    wait_until(lambda: len(prometheus.targets()) >= 2, "there are targets")
+    wait_until(lambda: len(prometheus.targets()) >= 3, "there are targets")
     wait_until(lambda: set(prometheus.targets().values()) == {"up"}, "all targets are up")
     missing: dict[str, str] = {}
     deadline_s = time.monotonic() + 40
