@@ -1,10 +1,12 @@
 # Head and workers of the Ray cluster: Ray, torch, and everything of the router. Also fetches models.
-# CPU: --build-arg BASE=debian:bookworm-20250520-slim --build-arg KERNEL_TOOLS="", and a package index with CPU wheels.
+# CPU: see README.md.
 ARG BASE=nvidia/cuda:13.0.2-base-ubuntu24.04
 
 FROM ${BASE} AS dependencies
 ARG EXTRAS=cluster
 ARG CONSTRAINTS=deploy/docker/constraints.txt
+# The newest torch whose CUDA build wants the Triton that the kernels are written for (pyproject.toml).
+ARG TORCH=2.11.0
 # Compiled Python files then hold a digest of their source in place of a time.
 ARG SOURCE_DATE_EPOCH=0
 ENV PYTHONDONTWRITEBYTECODE=1
@@ -17,7 +19,7 @@ RUN python3 -m venv /opt/venv
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     python3 requirements.py pyproject.toml ${EXTRAS} > wanted.txt \
     && PIP_CONSTRAINT=/build/$(basename ${CONSTRAINTS}) \
-       /opt/venv/bin/python -m pip install --no-cache-dir -r wanted.txt
+       /opt/venv/bin/python -m pip install --no-cache-dir -r wanted.txt torch==${TORCH}
 
 FROM dependencies AS wheel
 RUN apt-get update \

@@ -27,6 +27,8 @@ from tests.helm.rendering import CHART, objects, pods, ray_service
 DOCKER = ROOT / "deploy" / "docker"
 IMAGES = tuple(sorted(path.name.removesuffix(".Dockerfile") for path in DOCKER.glob("*.Dockerfile")))
 PYPROJECT = ROOT / "pyproject.toml"
+CPU = {"KERNEL_TOOLS": "", "TORCH": "2.13.0"}
+"""Arguments of a `ray` image without CUDA; README.md names them."""
 PINNED = re.compile(r"[\w./-]+:[\w.-]*\d[\w.-]*(@sha256:[0-9a-f]{64})?")
 
 
@@ -54,18 +56,19 @@ def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def extras_of(image: str) -> str:
-    (extras,) = {
+def default_of(image: str, argument: str) -> str:
+    """Of a build argument."""
+    (found,) = {
         dockerfiles.unquoted(one.text.partition("=")[2])
         for stage in read(image).stages
         for one in of_word(stage, "ARG")
-        if one.text.startswith("EXTRAS=")
+        if one.text.startswith(f"{argument}=")
     }
-    return extras
+    return found
 
 
 def requirements_of(image: str) -> list[Requirement]:
-    command = [sys.executable, str(DOCKER / "requirements.py"), str(PYPROJECT), *extras_of(image).split()]
+    command = [sys.executable, str(DOCKER / "requirements.py"), str(PYPROJECT), *default_of(image, "EXTRAS").split()]
     return [Requirement(line) for line in subprocess.check_output(command, text=True).splitlines()]
 
 
@@ -176,7 +179,7 @@ def test_router_and_autoscaler_differ_in_extras_and_labels_only() -> None:
 
 @pytest.mark.parametrize("image", IMAGES)
 def test_all_that_is_needed_is_pinned(image: str) -> None:
-    pins = constraints()
+    pins = constraints() | {"torch": default_of("ray", "TORCH")}
     for needed in requirements_of(image):
         assert needed.specifier.contains(pins[normal(needed.name)]), needed
     names = {normal(needed.name) for needed in requirements_of(image)}
@@ -185,11 +188,13 @@ def test_all_that_is_needed_is_pinned(image: str) -> None:
 
 
 def test_the_pins_are_those_that_the_tests_run_with() -> None:
-    pins = constraints()
+    pins = constraints() | {"torch": CPU["TORCH"]}
     for line in (ROOT / "constraints-cpu.txt").read_text().splitlines():
         if line and not line.startswith("#"):
             needed = Requirement(line)
             assert needed.specifier.contains(pins[normal(needed.name)]), line
+    readme = (DOCKER / "README.md").read_text()
+    assert all(f"`{name}={value}`" in readme for name, value in CPU.items())
     assert pins["ray"] == yaml.safe_load((CHART / "values.yaml").read_text())["ray"]["version"]
 
 
@@ -216,7 +221,7 @@ def built(image: str, folder: Path) -> Image:
     try:
         is_ray = image == "ray"
         base = image_build.base_root() if is_ray else image_build.python_root()
-        return image_build.build(read(image), base, folder, {"KERNEL_TOOLS": ""} if is_ray else {})
+        return image_build.build(read(image), base, folder, CPU if is_ray else {})
     except CannotBuild as reason:
         if os.environ.get("CI") == "true" or not str(reason).startswith("needs"):
             pytest.fail(str(reason))
@@ -291,7 +296,7 @@ class TestBuilt:
     def test_packages_are_the_pinned_ones(self, image: tuple[str, Image]) -> None:
         name, made = image
         code = "from importlib.metadata import distributions as d; print(*[f'{i.name}=={i.version}' for i in d()])"
-        pins, seen = constraints(), {}
+        pins, seen = constraints() | {"torch": CPU["TORCH"]}, {}
         for pair in out(made, "python", "-c", code).split():
             package, _, version = pair.partition("==")
             seen[normal(package)] = version.partition("+")[0]
