@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from checkpoint.digest import files_digest
 from checkpoint.errors import CheckpointError
 from checkpoint.files import refuse_pointer
@@ -62,6 +60,9 @@ def weight_files(directory: Path) -> list[Path]:
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     """All tensors of the weight files, by name. Raises CheckpointError."""
+    # Here, since `switchyard router` imports this module and has no safetensors: it reads no weights.
+    from safetensors import SafetensorError, safe_open
+
     found: dict[str, StoredTensor] = {}
     for path in weight_files(directory):
         try:

@@ -28,6 +28,8 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._requests = self._counter(declared.REQUESTS)
+        for outcome in declared.FAILURES:
+            self._requests.labels(outcome)
         self._placements = self._counter(declared.PLACEMENTS)
         self._replacements = self._counter(declared.REPLACEMENTS)
         self._dropped = self._counter(declared.DROPPED_FRAMES)

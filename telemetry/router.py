@@ -8,6 +8,16 @@ from telemetry.metric import counter, gauge, seconds
 _USAGE = "gen_ai.client.token.usage"
 
 REQUESTS = counter("switchyard_requests_total", "requests", "Requests ended, by outcome.", ("outcome",))
+FAILURES = (
+    "internal_error",
+    "overloaded",
+    "unavailable",
+    "no_worker",
+    "workers_lost",
+    "journal_away",
+    "deadline_exceeded",
+)
+"""Outcomes that are the cluster's fault. Each is shown from the start: a rate misses the first count of a series."""
 INFLIGHT_REQUESTS = gauge("switchyard_inflight_requests", "requests", "Requests admitted and not ended.")
 PROMPT_TOKENS = counter(
     "switchyard_prompt_tokens_total",

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from tests.fake_cluster import FakeCluster, expected
-from tests.processes import DEADLINE_S, REPOSITORY
+from tests.processes import DEADLINE_S, REPOSITORY, free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -169,8 +169,31 @@ def test_a_router_alone_serves_the_streams_of_workers_elsewhere(
     assert json.loads(answer)["num_output_tokens"] == 3
 
 
+def test_the_command_of_a_routers_pod_needs_no_more(router_alone: Environment, tmp_path: Path) -> None:
+    config = tmp_path / "cluster.yaml"
+    config.write_text(
+        json.dumps(
+            {
+                "name": "c",
+                "model": {"path": str(REPOSITORY / "models" / "demo")},
+                "kvstore": {"control": f"redis://127.0.0.1:{free_port()}/0"},  # away: the router starts all the same
+                "endpoints": {"grpc_port": 0, "http_port": 0},
+            }
+        )
+    )
+    with router_alone.start("switchyard", "router", "--config", str(config), stderr=subprocess.PIPE) as router:
+        try:
+            assert router.stdout is not None
+            line = router.stdout.readline()
+            assert line, router.stderr and router.stderr.read()
+            assert json.loads(line)["grpc_address"]
+        finally:
+            router.kill()
+
+
 def test_a_command_that_needs_more_says_what_to_install(router_alone: Environment) -> None:
-    with router_alone.start("switchyard", "serve", "--once", "x", stderr=subprocess.PIPE) as command:
+    model = str(REPOSITORY / "models" / "demo")
+    with router_alone.start("switchyard", "serve", "--model", model, "--once", "x", stderr=subprocess.PIPE) as command:
         _, said = command.communicate(timeout=DEADLINE_S)
     assert command.returncode == 1
     assert "is not installed; pip install 'switchyard[cluster]'" in said

@@ -72,6 +72,12 @@ def test_alerts_link_to_runbooks_that_exist() -> None:
         assert rule["labels"]["severity"] in ("warning", "critical")
 
 
+def test_the_alert_about_failures_counts_those_that_are_the_clusters_fault() -> None:
+    (rule,) = [rule for rule in rules() if rule["alert"] == "SwitchyardRequestsFail"]
+    (counted,) = re.findall(r'outcome=~"([^"]*)"', rule["expr"])
+    assert counted.split("|") == list(router.FAILURES)
+
+
 def test_runbooks_name_alerts_and_values_that_exist() -> None:
     alerts = {rule["alert"] for rule in rules()}
     assert {path.stem for path in RUNBOOKS.glob("*.md")} == {

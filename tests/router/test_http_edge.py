@@ -103,7 +103,7 @@ async def test_a_failure_that_nobody_foresaw_is_counted_and_named_too(model_dir:
             answer = await client.post("/v1/completions", json=BASE)
             assert answer.status_code == 500
             assert len(answer.headers["x-request-id"]) == 32
-            assert await outcomes(client) == {"internal_error": 1}
+            assert {name: count for name, count in (await outcomes(client)).items() if count} == {"internal_error": 1}
 
 
 async def test_web_pages_of_named_origins_may_call(model_dir: Path) -> None:

@@ -26,3 +26,20 @@
     - {port: {{ . }}, protocol: TCP}
     {{- end }}
 {{- end -}}
+
+{{/* Grafana and Prometheus, which Ray's dashboard asks. */}}
+{{- define "switchyard.rayDashboardEgress" -}}
+{{- $ports := list -}}
+{{- with .Values.monitoring.rayDashboard -}}
+{{- range $url := list .grafanaHost .prometheusHost -}}
+{{- $port := regexFind ":[0-9]+" (regexReplaceAll "^https?:" $url "") | trimPrefix ":" -}}
+{{- if $url -}}{{- $ports = append $ports ($port | default (ternary "443" "80" (hasPrefix "https" $url))) -}}{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- with $ports | uniq -}}
+- ports:
+    {{- range . }}
+    - {port: {{ . }}, protocol: TCP}
+    {{- end }}
+{{- end -}}
+{{- end -}}

@@ -53,6 +53,11 @@
 {{- if and .Values.monitoring.prometheusRule.enabled (not .Values.monitoring.prometheusRule.runbookUrl) -}}
 {{- fail "monitoring.prometheusRule.runbookUrl: needed, the address under which deploy/runbooks/ can be read" -}}
 {{- end -}}
+{{- with .Values.monitoring.rayDashboard -}}
+{{- if and .grafanaHost (not .prometheusHost) -}}
+{{- fail "monitoring.rayDashboard.prometheusHost: needed with grafanaHost; Ray shows no panel unless it reaches both" -}}
+{{- end -}}
+{{- end -}}
 {{- if and (eq .Values.ray.auth.mode "token") (semverCompare "<2.52.0" .Values.ray.version) -}}
 {{- fail (printf "ray.auth.mode: token needs Ray 2.52, and ray.version is %s" .Values.ray.version) -}}
 {{- end -}}

@@ -33,6 +33,7 @@ main:
   name: ray-head
   env:
     {{- toYaml $shared.env | nindent 4 }}
+    {{- include "switchyard.rayDashboardEnv" . | nindent 4 }}
   ports:
     - {name: gcs-server, containerPort: 6379, protocol: TCP}
     - {name: dashboard, containerPort: 8265, protocol: TCP}
@@ -70,6 +71,21 @@ volumes:
   {{- with $shared.volumes }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
+{{- end -}}
+
+{{/* Where Ray's dashboard finds Grafana and Prometheus. It shows Grafana's panels only if it reaches both. */}}
+{{- define "switchyard.rayDashboardEnv" -}}
+{{- with .Values.monitoring.rayDashboard -}}
+{{- if .grafanaHost -}}
+- {name: RAY_GRAFANA_HOST, value: {{ .grafanaHost | quote }}}
+- {name: RAY_GRAFANA_IFRAME_HOST, value: {{ .grafanaIframeHost | default .grafanaHost | quote }}}
+- {name: RAY_GRAFANA_ORG_ID, value: {{ .grafanaOrgId | quote }}}
+{{- end -}}
+{{- if .prometheusHost }}
+- {name: RAY_PROMETHEUS_HOST, value: {{ .prometheusHost | quote }}}
+- {name: RAY_PROMETHEUS_NAME, value: {{ .prometheusName | quote }}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 
 {{/* (dict "root" $ "name" "decode" "pool" {...}) */}}
