@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from checkpoint.identity import ServedModel
 from kvstore.config import is_redis
 from kvstore.connect import open_directory, open_journal
-from kvstore.control.decision_log import DecisionLog
 from kvstore.control.directory import Directory
 from kvstore.control.journal import JournalUnavailable, StreamJournal
+from kvstore.control.redis_decision_log import RedisDecisionLog
 from router.api.grpc_api import GrpcApi
 from router.api.http_api import HttpApi, HttpParts
 from router.api.status_api import StatusServicer
@@ -36,7 +36,7 @@ from router.service.generation import Generation
 from router.service.journal import JournalWriter
 from router.service.readiness import ControlState, Readiness, readiness
 
-_PARTING_S = 0.5  # for what streams are told at the end of their time to drain to reach their clients
+_FLUSH_S = 0.5  # for the last messages of streams that the end of the drain cut off
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Router:
             lambda: self._directory_is_up,
             lambda: self._journal.is_up,
         )
-        self._decisions = DecisionLog(spec.control, spec.cluster) if is_redis(spec.control) else None
+        self._decisions = RedisDecisionLog(spec.control, spec.cluster) if is_redis(spec.control) else None
         admission = self._generation.admission
         status = StatusServicer(self.readiness, self._dispatcher, lambda: admission.num_inflight, self._decisions)
         self._grpc = GrpcApi(self._generation, self._metrics, status, config.max_message_bytes)
@@ -109,7 +109,7 @@ class Router:
             raise
         self._tasks = [
             asyncio.create_task(self._membership.run(), name="membership"),
-            asyncio.create_task(self._http.serve(self._spec.config.drain_s + _PARTING_S), name="http"),
+            asyncio.create_task(self._http.serve(self._spec.config.drain_s + _FLUSH_S), name="http"),
             asyncio.create_task(self._tell_health(), name="health"),
             asyncio.create_task(self._journal.run(), name="journal"),
         ]
@@ -123,7 +123,7 @@ class Router:
         membership, http, health, journal = self._tasks
         drain_s = self._spec.config.drain_s
         parting = asyncio.get_running_loop().call_later(drain_s, self._generation.end_streams)
-        await asyncio.gather(self._grpc.stop(drain_s + _PARTING_S), http)
+        await asyncio.gather(self._grpc.stop(drain_s + _FLUSH_S), http)
         parting.cancel()
         for task in (health, membership, journal):
             await end_task(task)

@@ -3,7 +3,7 @@
     Serve, workers -> observe -> planner.scaling.decide -> planner.scaling.rollout -> Serve, workers
 
 What it remembers is saved after every round, so that the next one goes on in mid-plan. It acts only while it holds the
-lock, and asks for that before each action. In mode advise it decides and tells, and changes nothing.
+lock, and asks for that before each action. In mode advise it decides and says so, and changes nothing.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from deploy.autoscaling.memory import Memory, MemoryUnavailable
 from deploy.autoscaling.metrics import AutoscalerMetrics
 from deploy.autoscaling.observe import Observer, progress_of
 from deploy.autoscaling.serve_api import ServeApi, ServeState, ServeUnavailable
-from deploy.autoscaling.workers import WorkerSight, WorkerUnavailable, WorkerWatch
+from deploy.autoscaling.workers import WorkerReport, WorkerUnavailable, WorkerWatch
 from deploy.config import ClusterConfig
 from planner.scaling.actions import Action, Announce, Drain, Progress, SetReplicas, SwitchRole
 from planner.scaling.decide import decide
-from planner.scaling.plan import FLIP, GROW, RETIRE, Explanation, Plan
+from planner.scaling.plan import FLIP, GROW, RETIRE, Explanation, Plan, Step
 from planner.scaling.record import DecisionLog, DecisionRecord, Saved
 from planner.scaling.rollout import adopt, advance, count_workers
 
@@ -30,6 +30,12 @@ log = logging.getLogger(__name__)
 
 _IDLE_S = 1.0
 _BUSY_S = 0.1  # while workers drain or change roles: a stream waits for them
+# Of a plan's step: reason and note of its Event, and the pool that it is for.
+_NOTES: dict[str, Callable[[Step], tuple[str, str, str]]] = {
+    FLIP: lambda s: ("RolesSwitch", f"{s.num_workers} of {s.pool} serve in {s.to_pool}", s.to_pool),
+    GROW: lambda s: ("PoolGrows", f"{s.num_workers} more in {s.pool}", s.pool),
+    RETIRE: lambda s: ("PoolShrinks", f"{s.num_workers} of {s.pool} retire", s.pool),
+}
 
 
 class Lock(Protocol):
@@ -40,10 +46,10 @@ class Lock(Protocol):
     def release(self) -> None: ...
 
 
-class Teller(Protocol):
-    """Where changes are told to people, such as Kubernetes Events. Names are single words."""
+class EventSink(Protocol):
+    """Shows changes to people, as Kubernetes Events do. A reason and an action are one word each."""
 
-    def tell(self, reason: str, note: str, action: str, is_warning: bool) -> None: ...
+    def emit(self, reason: str, note: str, action: str, is_warning: bool) -> None: ...
 
     def why_missing(self, pool: str) -> str: ...
 
@@ -58,9 +64,9 @@ class Autoscaler:
         watch: WorkerWatch,
         memory: Memory,
         lock: Lock,
-        teller: Teller | None = None,
+        metrics: AutoscalerMetrics,
+        events: EventSink | None = None,
         decision_log: DecisionLog | None = None,
-        metrics: AutoscalerMetrics | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -69,9 +75,9 @@ class Autoscaler:
         self._watch = watch
         self._memory = memory
         self._lock = lock
-        self._teller = teller
+        self._events = events
         self._decision_log = decision_log
-        self.metrics = metrics or AutoscalerMetrics()
+        self._metrics = metrics
         self._clock = clock
         self._wall_clock = wall_clock
         self._observer = Observer(config)
@@ -99,20 +105,20 @@ class Autoscaler:
         except ServeUnavailable as error:
             self._note_problem("serve", str(error))
             return _IDLE_S
-        sights = self._watch.look()
+        reports = self._watch.poll()
         if self._watch.problem:
             self._note_problem("directory", self._watch.problem)
         known = {name: pool for name, pool in state.pools.items() if name in self._config.pools}
-        progress = progress_of(replace(state, pools=known), sights)
+        progress = progress_of(replace(state, pools=known), reports)
         self._note_starts(progress, state)
-        self.metrics.show_progress(progress, self._config.pools)
+        self._metrics.show_progress(progress, self._config.pools)
         if self._clock() - self._decided_s >= self._config.autoscaling.interval_s:
-            self._decide(progress, sights)
+            self._decide(progress, reports)
         has_acted = self._config.autoscaling.mode == "act" and self._carry_out(progress)
         self._save()
         if has_acted:
             return 0.0
-        return _BUSY_S if self._saved is not None and self._saved.rollout.errands else _IDLE_S
+        return _BUSY_S if self._saved is not None and self._saved.rollout.transitions else _IDLE_S
 
     def stop(self) -> None:
         """Let another one act at once."""
@@ -122,7 +128,7 @@ class Autoscaler:
             except MemoryUnavailable as error:
                 log.warning("the lock was not released: %s", error)
         self._is_ours = False
-        self.metrics.show_leader(False)
+        self._metrics.show_leader(False)
 
     # ---- who acts
 
@@ -136,7 +142,7 @@ class Autoscaler:
             log.info("this autoscaler acts now" if is_ours else "another autoscaler acts, or none may")
             self._saved, self._decided_s = None, -float("inf")  # the other one may have changed it
         self._is_ours = is_ours
-        self.metrics.show_leader(is_ours)
+        self._metrics.show_leader(is_ours)
         return is_ours
 
     def _note_starts(self, progress: Progress, state: ServeState) -> None:
@@ -150,20 +156,20 @@ class Autoscaler:
 
     # ---- deciding
 
-    def _decide(self, progress: Progress, sights: Mapping[str, WorkerSight]) -> None:
+    def _decide(self, progress: Progress, reports: Mapping[str, WorkerReport]) -> None:
         assert self._saved is not None
         scaling, rollout = self._saved.scaling, self._saved.rollout
         counts = count_workers(rollout, progress)
-        observation = self._observer.observe(sights, counts, self._pins, self._clock())
+        observation = self._observer.observe(reports, counts, self._pins, self._clock())
         now_s = self._wall_clock()
         plan, after, explanation = decide(observation, scaling, now_s, self._config.autoscaling)
         record = DecisionRecord(now_s, observation, plan, explanation)
         self._decided_s = self._clock()
         if self._config.autoscaling.mode == "act":
             rollout = adopt(rollout, plan)
-        self._tell_changes(scaling.plan, plan, explanation)
+        self._emit_changes(scaling.plan, plan, explanation)
         self._saved = Saved(after, rollout)
-        self.metrics.show_decision(explanation)
+        self._metrics.show_decision(explanation)
         if self._decision_log is not None:
             self._decision_log.write(record, after)
         try:
@@ -171,31 +177,24 @@ class Autoscaler:
         except MemoryUnavailable as error:
             self._note_problem("memory", str(error))
 
-    def _tell_changes(self, before: Plan | None, plan: Plan, explanation: Explanation) -> None:
+    def _emit_changes(self, before: Plan | None, plan: Plan, explanation: Explanation) -> None:
         for pool in explanation.pools:
             if pool.num_missing:
-                why = self._teller.why_missing(pool.pool) if self._teller is not None else ""
-                self._tell("PlanNotReached", f"{pool.pool}: {pool.reason}" + (f"; {why}" if why else ""), "Hold", True)
+                why = self._events.why_missing(pool.pool) if self._events is not None else ""
+                self._emit("PlanNotReached", f"{pool.pool}: {pool.reason}" + (f"; {why}" if why else ""), "Hold", True)
         if before is not None and plan.plan_id == before.plan_id:
             return
         reasons = {pool.pool: f"{pool.binding}: {pool.reason}" for pool in explanation.pools}
         verb = "" if explanation.mode == "act" else " (advice)"
         for step in plan.steps:
-            match step.kind:
-                case kind if kind == FLIP:
-                    note = f"{step.num_workers} of {step.pool} serve in {step.to_pool}"
-                    self._tell("RolesSwitch", f"{note}{verb}: {reasons[step.to_pool]}", "SwitchRole", False)
-                case kind if kind == GROW:
-                    note = f"{step.num_workers} more in {step.pool}"
-                    self._tell("PoolGrows", f"{note}{verb}: {reasons[step.pool]}", "Scale", False)
-                case kind if kind == RETIRE:
-                    note = f"{step.num_workers} of {step.pool} retire"
-                    self._tell("PoolShrinks", f"{note}{verb}: {reasons[step.pool]}", "Scale", False)
+            reason, note, concerned = _NOTES[step.kind](step)
+            action = "SwitchRole" if step.kind == FLIP else "Scale"
+            self._emit(reason, f"{note}{verb}: {reasons[concerned]}", action, False)
 
-    def _tell(self, reason: str, note: str, action: str, is_warning: bool) -> None:
+    def _emit(self, reason: str, note: str, action: str, is_warning: bool) -> None:
         log.log(logging.WARNING if is_warning else logging.INFO, "%s: %s", reason, note)
-        if self._teller is not None:
-            self._teller.tell(reason, note, action, is_warning)
+        if self._events is not None:
+            self._events.emit(reason, note, action, is_warning)
 
     # ---- acting
 
@@ -230,7 +229,7 @@ class Autoscaler:
             self._note_problem("worker", str(error))
             return False
         log.info("%s", action)
-        self.metrics.count_action(kind)
+        self._metrics.count_action(kind)
         return kind != "replicas"  # those take Serve seconds
 
     def _drain_timeout_s(self, worker_id: str, progress: Progress) -> float:
@@ -250,4 +249,4 @@ class Autoscaler:
 
     def _note_problem(self, part: str, message: str) -> None:
         log.warning("%s: %s", part, message)
-        self.metrics.count_problem(part)
+        self._metrics.count_problem(part)

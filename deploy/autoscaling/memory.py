@@ -5,11 +5,13 @@ Any later autoscaler, on any host, goes on from there, and `switchyard scale` re
 
 from __future__ import annotations
 
-import secrets
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from kvstore.control.decision_log import PREFIX, DecisionLog, DecisionsUnavailable
+from redis.exceptions import LockError
+
+from kvstore.control.redis_decision_log import PREFIX, DecisionsUnavailable, RedisDecisionLog
 from kvstore.redis_client import REDIS_ERRORS, address_of, connect
 from planner.scaling.config import AutoscalingConfig
 from planner.scaling.decide import ScalingState
@@ -18,19 +20,13 @@ from planner.scaling.record import (
     RecordError,
     Saved,
     Start,
+    from_first_start,
     saved_from_line,
     to_line,
 )
 
 _START_EVERY = 100  # decisions: those that are kept can be made again from one of these lines on
-_LOCK_MS = 15_000
-_RENEW = """
-if redis.call('GET', KEYS[1]) == ARGV[1] then
-  return redis.call('PEXPIRE', KEYS[1], ARGV[2])
-end
-return redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2], 'NX') and 1 or 0
-"""
-_RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
+_LOCK_S = 15.0
 
 
 class MemoryUnavailable(Exception):
@@ -43,11 +39,9 @@ class Memory:
     def __init__(self, url: str, cluster: str) -> None:
         self._redis = connect(url)
         self._prefix = f"{PREFIX}{cluster}:"
-        self._decisions = DecisionLog(url, cluster)
+        self._decisions = RedisDecisionLog(url, cluster)
         self._num_written = 0
-        self._identity = secrets.token_hex(8)
-        self._renew = self._redis.register_script(_RENEW)
-        self._release = self._redis.register_script(_RELEASE)
+        self._lock = self._redis.lock(self._prefix + "lock", _LOCK_S, blocking=False, thread_local=False)
 
     # ---- over a restart
 
@@ -92,8 +86,7 @@ class Memory:
             lines = self._decisions.last()
         except DecisionsUnavailable as error:
             raise MemoryUnavailable(str(error)) from None
-        first = next((i for i, line in enumerate(lines) if line.startswith('{"start"')), len(lines))
-        return lines[first:]
+        return from_first_start(lines)
 
     # ---- an operator's counts
 
@@ -114,11 +107,18 @@ class Memory:
 
     def hold(self) -> bool:
         """Whether this is the autoscaler that acts; to be asked at least every five seconds."""
-        return bool(self._call(lambda: self._renew(keys=[self._prefix + "lock"], args=[self._identity, _LOCK_MS])))
+        return bool(self._call(self._renew_or_acquire))
+
+    def _renew_or_acquire(self) -> bool:
+        try:
+            return bool(self._lock.reacquire())
+        except LockError:  # not held, or held no more
+            return bool(self._lock.acquire())
 
     def release(self) -> None:
         """Let another one act at once."""
-        self._call(lambda: self._release(keys=[self._prefix + "lock"], args=[self._identity]))
+        with contextlib.suppress(LockError):  # it is another's
+            self._call(self._lock.release)
 
     def close(self) -> None:
         """Give up the connections."""
@@ -128,5 +128,7 @@ class Memory:
     def _call(self, call: Callable[[], Any]) -> Any:
         try:
             return call()
+        except LockError:
+            raise  # an answer of the Redis
         except REDIS_ERRORS as error:
             raise MemoryUnavailable(f"{address_of(self._redis)}: {error}") from error

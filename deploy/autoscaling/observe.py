@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from switchyard.v1 import worker_pb2
 
 from deploy.autoscaling.serve_api import RUNNING, STOPPING, ServeReplica, ServeState
-from deploy.autoscaling.workers import WorkerSight
+from deploy.autoscaling.workers import WorkerReport
 from deploy.config import ClusterConfig, PoolConfig
 from planner.scaling.actions import (
     DRAINED,
@@ -42,10 +42,10 @@ def worker_id_of(pool: str, replica: ServeReplica) -> str:
     return f"{pool}-{replica.replica_id}"
 
 
-def progress_of(state: ServeState, sights: Mapping[str, WorkerSight]) -> Progress:
+def progress_of(state: ServeState, reports: Mapping[str, WorkerReport]) -> Progress:
     """The workers that Serve counts, in the order in which it would end them, and those that it ends already first."""
     workers = [
-        _progress(name, replica, sights.get(worker_id_of(name, replica)))
+        _progress(name, replica, reports.get(worker_id_of(name, replica)))
         for name, pool in state.pools.items()
         for replica in _ending_order(pool.replicas, _node_order(state))
     ]
@@ -76,15 +76,15 @@ def _node_order(state: ServeState) -> dict[str, int]:
     return {node: place for place, node in enumerate(ordered)}
 
 
-def _progress(pool: str, replica: ServeReplica, sight: WorkerSight | None) -> WorkerProgress:
+def _progress(pool: str, replica: ServeReplica, report: WorkerReport | None) -> WorkerProgress:
     worker_id = worker_id_of(pool, replica)
     if replica.state == STOPPING:
         return WorkerProgress(worker_id=worker_id, home_pool=pool, pool=pool, status=DRAINING)
-    if sight is None:
+    if report is None:
         return WorkerProgress(worker_id=worker_id, home_pool=pool, pool=pool, status=STARTING)
-    status = _STATUS.get(sight.status.phase, STARTING)
+    status = _STATUS.get(report.status.phase, STARTING)
     return WorkerProgress(
-        worker_id=worker_id, home_pool=pool, pool=sight.status.pool, status=status, epoch=sight.leased.epoch
+        worker_id=worker_id, home_pool=pool, pool=report.status.pool, status=status, epoch=report.leased.epoch
     )
 
 
@@ -120,7 +120,7 @@ class Observer:
 
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
-        self._before: dict[str, WorkerSight] = {}
+        self._before: dict[str, WorkerReport] = {}
         self._means: dict[str, _Means] = {name: _Means() for name in config.pools}
         self.startup_s: dict[str, float] = {}
         """By pool, as measured; kept over a restart by whoever made this."""
@@ -141,37 +141,37 @@ class Observer:
 
     def observe(
         self,
-        sights: Mapping[str, WorkerSight],
+        reports: Mapping[str, WorkerReport],
         counts: Mapping[str, WorkerCounts],
         pins: Mapping[str, int],
         now_s: float,
     ) -> Observation:
         """All pools now. counts: as planner.scaling.rollout.count_workers has them. pins: set by an operator."""
-        by_pool: dict[str, list[WorkerSight]] = {name: [] for name in self._config.pools}
-        for sight in sights.values():
-            by_pool.setdefault(sight.status.pool, []).append(sight)
+        by_pool: dict[str, list[WorkerReport]] = {name: [] for name in self._config.pools}
+        for report in reports.values():
+            by_pool.setdefault(report.status.pool, []).append(report)
         observed = tuple(
             self._pool(name, pool, by_pool[name], counts.get(name, WorkerCounts()), pins.get(name), now_s)
             for name, pool in self._config.pools.items()
         )
-        self._before = dict(sights)
+        self._before = dict(reports)
         return Observation(observed)
 
     def _pool(
         self,
         name: str,
         pool: PoolConfig,
-        sights: list[WorkerSight],
+        reports: list[WorkerReport],
         counts: WorkerCounts,
         pinned: int | None,
         now_s: float,
     ) -> PoolObservation:
         sums = _Sums()
-        for sight in sights:
-            self._add(sums, sight)
+        for report in reports:
+            self._add(sums, report)
         means = self._update_means(name, pool.role, sums)
-        loads = [sight.said.load for sight in sights]
-        hellos = [sight.said.worker for sight in sights]
+        loads = [report.answer.load for report in reports]
+        hellos = [report.answer.worker for report in reports]
         return PoolObservation(
             name=name,
             role=pool.role,
@@ -188,7 +188,7 @@ class Observer:
             num_flipping_in=counts.num_flipping_in,
             num_draining=counts.num_draining,
             startup_s=self.startup_s.get(name, _FIRST_STARTUP_S),
-            metrics_age_s=max((now_s - sight.at_s for sight in sights), default=0.0),
+            metrics_age_s=max((now_s - report.at_s for report in reports), default=0.0),
             arrivals_per_s=sums.requests_per_s,
             uncached_tokens_mean=means.uncached_tokens,
             uncached_tokens_square_mean=means.uncached_tokens_square,
@@ -213,14 +213,14 @@ class Observer:
         return f"{pool.device}/{'/'.join(sorted(names)) or self._any_fingerprint()}"
 
     def _any_fingerprint(self) -> str:
-        return next((sight.said.worker.kv_fingerprint.hex() for sight in self._before.values()), "")
+        return next((report.answer.worker.kv_fingerprint.hex() for report in self._before.values()), "")
 
-    def _add(self, sums: _Sums, sight: WorkerSight) -> None:
+    def _add(self, sums: _Sums, report: WorkerReport) -> None:
         """What a worker counted since the last observation; a new worker's first interval begins with its start."""
-        before = self._before.get(sight.leased.record.worker_id)
-        now, age_s = sight.said.load, sight.status.age_seconds
-        then = before.said.load if before is not None else worker_pb2.WorkerLoad()
-        elapsed_s = sight.at_s - before.at_s if before is not None else age_s
+        before = self._before.get(report.leased.record.worker_id)
+        now, age_s = report.answer.load, report.status.age_seconds
+        then = before.answer.load if before is not None else worker_pb2.WorkerLoad()
+        elapsed_s = report.at_s - before.at_s if before is not None else age_s
         if elapsed_s <= 0:
             return
         num_requests = now.num_requests - then.num_requests

@@ -1,4 +1,4 @@
-"""The lock and the teller of an autoscaler on Kubernetes: a Lease, and Events about the RayService."""
+"""The lock and the events of an autoscaler on Kubernetes: a Lease, and Events about the RayService."""
 
 from __future__ import annotations
 
@@ -33,20 +33,15 @@ class KubernetesLock:
         """Let another one act at once."""
         self._holder.release()
 
-    @property
-    def problem(self) -> str:
-        """Why the API refuses; "" otherwise."""
-        return self._holder.problem
 
-
-class KubernetesTeller:
+class KubernetesEvents:
     """Events, and what pods and nodes say of workers that cannot be had."""
 
     def __init__(self, events: EventLog, facts: ClusterFacts | None) -> None:
         self._events = events
         self._facts = facts
 
-    def tell(self, reason: str, note: str, action: str, is_warning: bool) -> None:
+    def emit(self, reason: str, note: str, action: str, is_warning: bool) -> None:
         """Emit an Event."""
         self._events.emit(reason, note, action, is_warning)
         self._events.flush()
@@ -57,13 +52,13 @@ class KubernetesTeller:
         return found.explain(pool) if found is not None else ""
 
 
-def open_kubernetes(lease: str, ray_service: str, pod_name: str) -> tuple[KubernetesLock, KubernetesTeller]:
+def open_kubernetes(lease: str, ray_service: str, pod_name: str) -> tuple[KubernetesLock, KubernetesEvents]:
     """Of the cluster that this pod runs in. Raises ConfigError or StartError."""
     api, namespace = in_cluster(), own_namespace()
     identity = f"{pod_name or 'autoscaler'}_{secrets.token_hex(6)}"
     holder = LeaseHolder(api, namespace, lease, identity)
     events = EventLog(api, namespace, ObjectReference(RAY_SERVICES, ray_service), _REPORTER, identity)
-    return KubernetesLock(holder), KubernetesTeller(events, _facts(api, namespace, pod_name))
+    return KubernetesLock(holder), KubernetesEvents(events, _facts(api, namespace, pod_name))
 
 
 def _facts(api: KubernetesApi, namespace: str, pod_name: str) -> ClusterFacts | None:

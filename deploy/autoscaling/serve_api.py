@@ -17,7 +17,7 @@ from urllib.parse import quote
 from deploy.config import ray_token
 
 STARTING, RUNNING, STOPPING = "STARTING", "RUNNING", "STOPPING"
-_NOT_READY = ("UPDATING", "RECOVERING", "PENDING_MIGRATION")
+_RUNNING_TOO = ("UPDATING", "RECOVERING", "PENDING_MIGRATION")
 _TIMEOUT_S = 10.0
 
 
@@ -116,4 +116,4 @@ def _pool(application: dict[str, Any], deployment: dict[str, Any]) -> ServePool:
 def _state(state: str) -> str:
     if state in (RUNNING, STOPPING):
         return state
-    return RUNNING if state in _NOT_READY else STARTING
+    return RUNNING if state in _RUNNING_TOO else STARTING

@@ -35,7 +35,7 @@ def autoscaler(
     port: int,
 ) -> int:
     """Watch the pools, decide how many workers each needs, and say so or see to it (autoscaling.mode)."""
-    from deploy.autoscaling.autoscaler import Autoscaler, Lock, Teller
+    from deploy.autoscaling.autoscaler import Autoscaler, EventSink, Lock
     from deploy.autoscaling.memory import Memory
     from deploy.autoscaling.metrics import AutoscalerMetrics, HttpPort
     from deploy.autoscaling.serve_api import ServeApi
@@ -55,18 +55,18 @@ def autoscaler(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     memory = Memory(config.kvstore.control_url, config.name)
     lock: Lock = memory
-    teller: Teller | None = None
+    events: EventSink | None = None
     if lease is not None and ray_service is not None:
         from deploy.autoscaling.on_kubernetes import open_kubernetes
 
-        lock, teller = open_kubernetes(lease, ray_service, own_pod())
+        lock, events = open_kubernetes(lease, ray_service, own_pod())
     try:
         log = DecisionLog(Path(record), Start(config.autoscaling, ScalingState())) if record else None
     except OSError as error:
         raise ConfigError(f"--record: {record}: {error.strerror}") from None
     watch = WorkerWatch(open_directory(config.kvstore.control_url, config.name))
     metrics = AutoscalerMetrics()
-    acting = Autoscaler(config, ServeApi(ray_dashboard), watch, memory, lock, teller, log, metrics)
+    acting = Autoscaler(config, ServeApi(ray_dashboard), watch, memory, lock, metrics, events, log)
     ticked_s = [time.monotonic()]
     try:
         http = HttpPort(host, port, metrics.registry, lambda: time.monotonic() - ticked_s[0] < _STUCK_S)

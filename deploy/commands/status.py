@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from switchyard.v1 import status_pb2
 
 _TIMEOUT_S = 10.0
-_ROLES = {1: "mixed", 2: "prefill", 3: "decode"}
 
 
 @click.command()
@@ -104,7 +103,7 @@ def _pool_row(name: str, workers: Sequence[status_pb2.ListedWorker]) -> tuple[st
     loads = [worker.load for worker in workers]
     return (
         name,
-        "/".join(sorted({_ROLES.get(worker.role, "?") for worker in workers})),
+        "/".join(sorted({_role(worker) for worker in workers})),
         str(len(workers)),
         str(sum(load.num_running for load in loads)),
         str(sum(load.num_waiting + load.num_waiting_for_kv for load in loads)),
@@ -117,9 +116,14 @@ def _worker_row(worker: status_pb2.ListedWorker) -> tuple[str, ...]:
     load = worker.load
     tiers = ", ".join(tier if is_up else f"{tier} (down)" for tier, is_up in sorted(load.tier_is_up.items()))
     waiting = load.num_waiting + load.num_waiting_for_kv
-    role = _ROLES.get(worker.role, "?")
     counts = (str(load.num_running), str(waiting), _kv_used([worker]))
-    return (worker.worker_id, worker.pool, role, *counts, tiers or "none", worker.address)
+    return (worker.worker_id, worker.pool, _role(worker), *counts, tiers or "none", worker.address)
+
+
+def _role(worker: status_pb2.ListedWorker) -> str:
+    from kvstore.control.roles import ROLE_NAMES
+
+    return ROLE_NAMES.get(worker.role, "?")
 
 
 def _kv_used(workers: Iterable[status_pb2.ListedWorker]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -108,6 +108,12 @@ def saved_from_line(line: str) -> Saved:
 def decisions(lines: Iterable[str]) -> Iterator[DecisionRecord]:
     """The decisions of a file, oldest first. Raises RecordError."""
     return (read for _, read in _entries(lines) if isinstance(read, DecisionRecord))
+
+
+def from_first_start(lines: Sequence[str]) -> list[str]:
+    """Without the decisions at the beginning that cannot be made again, because their start is gone."""
+    first = next((i for i, line in enumerate(lines) if line.startswith('{"start"')), len(lines))
+    return list(lines[first:])
 
 
 def replay(lines: Iterable[str]) -> Iterator[Difference]:

@@ -31,7 +31,7 @@ from planner.scaling.plan import FLIP, RETIRE, Plan
 
 
 @dataclass(frozen=True, slots=True)
-class Errand:
+class Transition:
     """What is being done with one worker."""
 
     to_pool: str = ""
@@ -45,7 +45,7 @@ class RolloutState:
     """What is under way. Serialisable; a lost one is derived again from what is seen."""
 
     plan: Plan | None = None
-    errands: dict[str, Errand] = field(default_factory=dict)
+    transitions: dict[str, Transition] = field(default_factory=dict)
     replicas: dict[str, int] = field(default_factory=dict)
     """What Serve should have been asked for, by home pool."""
 
@@ -63,7 +63,7 @@ def advance(state: RolloutState, progress: Progress) -> tuple[RolloutState, tupl
     work.notice_who_leaves()
     work.undo()
     work.adopt_orphans()
-    work.follow_errands()
+    work.follow_transitions()
     work.flip()
     work.cancel_starting()
     work.retire()
@@ -87,12 +87,13 @@ def count_workers(state: RolloutState, progress: Progress) -> dict[str, WorkerCo
     pools = {w.pool for w in progress.workers} | set(progress.replicas) | set(state.plan.targets if state.plan else ())
     counted = {pool: [0, 0, 0, 0] for pool in pools}
     for worker in progress.workers:
-        errand = state.errands.get(worker.worker_id)
-        if errand is not None and errand.to_pool and (worker.pool, worker.status) != (errand.to_pool, READY):
-            counted.setdefault(errand.to_pool, [0, 0, 0, 0])[2] += 1
+        transition = state.transitions.get(worker.worker_id)
+        to_pool = transition.to_pool if transition is not None else ""
+        if to_pool and (worker.pool, worker.status) != (to_pool, READY):
+            counted.setdefault(to_pool, [0, 0, 0, 0])[2] += 1
         elif worker.status == SWITCHED:
             counted[worker.pool][2] += 1
-        elif worker.status in (DRAINING, DRAINED) or (errand is not None and not errand.to_pool):
+        elif worker.status in (DRAINING, DRAINED) or (transition is not None and not to_pool):
             counted[worker.pool][3] += 1
         else:
             counted[worker.pool][0 if worker.status == READY else 1] += 1
@@ -101,22 +102,15 @@ def count_workers(state: RolloutState, progress: Progress) -> dict[str, WorkerCo
     return {pool: WorkerCounts(*counts) for pool, counts in counted.items()}
 
 
-def is_carried_out(state: RolloutState, progress: Progress) -> bool:
-    """Every pool has as many ready workers as the plan says, and nothing is under way."""
-    if state.plan is None or state.errands:
-        return state.plan is None
-    ready = [worker.pool for worker in progress.workers if worker.status == READY]
-    quiet = len(ready) == len(progress.workers)
-    return quiet and all(ready.count(pool) == count for pool, count in state.plan.targets.items())
-
-
 class _Work:
     """One call of advance."""
 
     def __init__(self, state: RolloutState, plan: Plan, progress: Progress) -> None:
         self._plan, self._progress = plan, progress
         self._workers = {worker.worker_id: worker for worker in progress.workers}
-        self._errands = {name: errand for name, errand in state.errands.items() if name in self._workers}
+        self._transitions = {
+            name: transition for name, transition in state.transitions.items() if name in self._workers
+        }
         self._replicas = progress.replicas | state.replicas
         self._actions: list[Action] = []
 
@@ -128,27 +122,27 @@ class _Work:
             for pool, count in sorted(self._replicas.items())
             if self._progress.replicas.get(pool) != count
         ]
-        return RolloutState(self._plan, self._errands, self._replicas), (*self._actions, *changed)
+        return RolloutState(self._plan, self._transitions, self._replicas), (*self._actions, *changed)
 
     # ---- counts
 
     def _serving(self, pool: str, status: tuple[str, ...] = (STARTING, READY)) -> list[WorkerProgress]:
-        """Its workers with no errand, in Serve's order."""
+        """Its workers with no transition, in Serve's order."""
         workers = self._workers.values()
-        return [w for w in workers if w.pool == pool and w.status in status and w.worker_id not in self._errands]
+        return [w for w in workers if w.pool == pool and w.status in status and w.worker_id not in self._transitions]
 
     def _asked(self, pool: str) -> int:
         """Workers of a home pool that Serve was asked for and that do not exist yet; they will serve in it."""
         existing = sum(
             1
             for w in self._workers.values()
-            if w.home_pool == pool and not self._errands.get(w.worker_id, Errand()).released
+            if w.home_pool == pool and not self._transitions.get(w.worker_id, Transition()).released
         )
         return max(0, self._replicas.get(pool, 0) - existing)
 
     def _have(self, pool: str) -> int:
-        """Workers that serve in a pool, or will, when all errands are done."""
-        incoming = sum(1 for errand in self._errands.values() if errand.to_pool == pool)
+        """Workers that serve in a pool, or will, when all transitions are done."""
+        incoming = sum(1 for transition in self._transitions.values() if transition.to_pool == pool)
         return len(self._serving(pool)) + self._asked(pool) + incoming
 
     def _excess(self, pool: str) -> int:
@@ -162,7 +156,7 @@ class _Work:
         held = sum(gpus.get(w.home_pool, 0) for w in self._workers.values())
         return held + sum(gpus.get(pool, 0) * self._asked(pool) for pool in self._replicas)
 
-    # ---- errands
+    # ---- transitions
 
     def notice_who_leaves(self) -> None:
         """Serve ends as many workers of a home pool as exist beyond its replicas, by its own choice. Those are leaving;
@@ -170,14 +164,14 @@ class _Work:
         self._revoke_unheard()
         for home, count in self._replicas.items():
             existing = [w.worker_id for w in self._workers.values() if w.home_pool == home]
-            released = [name for name in existing if name in self._errands and self._errands[name].released]
+            released = [name for name in existing if name in self._transitions and self._transitions[name].released]
             if self._progress.replicas.get(home) == count == len(existing):
                 for name in released:  # Serve has as many as it should: it ended others
-                    del self._errands[name]
+                    del self._transitions[name]
                 continue
             others = [name for name in existing if name not in released]
             for name in others[: max(0, len(existing) - count - len(released))]:
-                self._errands[name] = Errand(released=True)
+                self._transitions[name] = Transition(released=True)
 
     def _revoke_unheard(self) -> None:
         """A start that was cancelled, of which Serve has not heard, became ready: it serves, so it drains first."""
@@ -185,46 +179,46 @@ class _Work:
             home = worker.home_pool
             unheard = self._progress.replicas.get(home, 0) > self._replicas.get(home, 0)
             if unheard and worker.status == READY and self._is_released(worker):
-                del self._errands[worker.worker_id]
+                del self._transitions[worker.worker_id]
                 self._replicas[home] += 1
 
     def undo(self) -> None:
         """Bring back workers that the plan needs where they were."""
-        for worker_id, errand in list(self._errands.items()):
+        for worker_id, transition in list(self._transitions.items()):
             worker = self._workers[worker_id]
-            undoable = not errand.released and worker.status in (READY, DRAINING, DRAINED)
-            useless = not errand.to_pool or self._excess(errand.to_pool) > 0
-            if undoable and useless and worker.pool != errand.to_pool and self._excess(worker.pool) < 0:
-                del self._errands[worker_id]
+            undoable = not transition.released and worker.status in (READY, DRAINING, DRAINED)
+            useless = not transition.to_pool or self._excess(transition.to_pool) > 0
+            if undoable and useless and worker.pool != transition.to_pool and self._excess(worker.pool) < 0:
+                del self._transitions[worker_id]
                 if worker.status != READY:
                     self._serve_again(worker)
 
     def adopt_orphans(self) -> None:
         """Workers that somebody began to flip or to retire, of which nothing is remembered."""
         for worker in list(self._workers.values()):
-            if worker.worker_id in self._errands or worker.status not in (DRAINING, DRAINED, SWITCHED):
+            if worker.worker_id in self._transitions or worker.status not in (DRAINING, DRAINED, SWITCHED):
                 continue
             if worker.status == SWITCHED:
-                self._errands[worker.worker_id] = Errand(to_pool=worker.pool)
+                self._transitions[worker.worker_id] = Transition(to_pool=worker.pool)
                 continue
             # It is not counted where it served. Needed there: it serves again. Else it flips, or retires.
             takers = [*self._takers(worker.pool), worker.home_pool]
-            to_pool = next((to for to in takers if to != worker.pool and self._excess(to) < 0), "")
+            to_pool = next((pool for pool in takers if pool != worker.pool and self._excess(pool) < 0), "")
             if self._excess(worker.pool) < 0 and not to_pool:
                 self._serve_again(worker)
             else:
-                self._errands[worker.worker_id] = Errand(to_pool=to_pool)
+                self._transitions[worker.worker_id] = Transition(to_pool=to_pool)
 
     def _serve_again(self, worker: WorkerProgress) -> None:
-        self._errands[worker.worker_id] = Errand(to_pool=worker.pool)
+        self._transitions[worker.worker_id] = Transition(to_pool=worker.pool)
 
-    def follow_errands(self) -> None:
+    def follow_transitions(self) -> None:
         """The next action for each worker under way."""
-        for worker_id, errand in list(self._errands.items()):
+        for worker_id, transition in list(self._transitions.items()):
             worker = self._workers[worker_id]
-            if errand.to_pool:
-                self._follow_flip(worker, errand)
-            elif worker.status == READY and not errand.released:
+            if transition.to_pool:
+                self._follow_flip(worker, transition)
+            elif worker.status == READY and not transition.released:
                 self._actions.append(Drain(worker_id))
         for home in self._replicas:
             self._release_drained(home)
@@ -235,36 +229,36 @@ class _Work:
         order = [w for w in self._workers.values() if w.home_pool == home and not self._is_released(w)]
         drained = [w for w in order if self._retires(w) and w.status == DRAINED]
         for worker in order:
-            waits = worker.worker_id in self._errands and worker not in drained
+            waits = worker.worker_id in self._transitions and worker not in drained
             if not drained or waits:
                 return
             if worker in drained:
                 drained.remove(worker)
             else:
-                self._errands[drained.pop().worker_id] = Errand(to_pool=worker.pool)
+                self._transitions[drained.pop().worker_id] = Transition(to_pool=worker.pool)
                 if worker.status == READY:
                     return  # it is one too many now, and retires once the other one serves
             self._replicas[home] -= 1
-            self._errands[worker.worker_id] = Errand(released=True)
+            self._transitions[worker.worker_id] = Transition(released=True)
 
     def _is_released(self, worker: WorkerProgress) -> bool:
-        return self._errands.get(worker.worker_id, Errand()).released
+        return self._transitions.get(worker.worker_id, Transition()).released
 
     def _retires(self, worker: WorkerProgress) -> bool:
         """Drains to end, and Serve does not know."""
-        errand = self._errands.get(worker.worker_id)
-        return errand is not None and not errand.to_pool and not errand.released
+        transition = self._transitions.get(worker.worker_id)
+        return transition is not None and not transition.to_pool and not transition.released
 
-    def _follow_flip(self, worker: WorkerProgress, errand: Errand) -> None:
+    def _follow_flip(self, worker: WorkerProgress, transition: Transition) -> None:
         match worker.status:
-            case "ready" if worker.pool == errand.to_pool:
-                del self._errands[worker.worker_id]
+            case "ready" if worker.pool == transition.to_pool:
+                del self._transitions[worker.worker_id]
             case "ready":
                 self._actions.append(Drain(worker.worker_id))
-            case "draining" | "drained" if worker.pool == errand.to_pool:
+            case "draining" | "drained" if worker.pool == transition.to_pool:
                 self._actions.append(Announce(worker.worker_id, worker.epoch + 1))
             case "drained":
-                self._actions.append(SwitchRole(worker.worker_id, errand.to_pool, worker.epoch + 1))
+                self._actions.append(SwitchRole(worker.worker_id, transition.to_pool, worker.epoch + 1))
             case "switched":
                 self._actions.append(Announce(worker.worker_id, worker.epoch))
 
@@ -287,7 +281,7 @@ class _Work:
                     self._begin_flip(worker, to_pool)
 
     def _begin_flip(self, worker: WorkerProgress, to_pool: str) -> None:
-        self._errands[worker.worker_id] = Errand(to_pool=to_pool)
+        self._transitions[worker.worker_id] = Transition(to_pool=to_pool)
         self._actions.append(Drain(worker.worker_id))
 
     def cancel_starting(self) -> None:
@@ -298,7 +292,7 @@ class _Work:
             existing = max(0, cancelled - self._asked(pool))
             self._replicas[pool] = self._replicas.get(pool, 0) - cancelled
             for worker in [w for w in self._serving(pool, (STARTING,)) if w.home_pool == pool][:existing]:
-                self._errands[worker.worker_id] = Errand(released=True)
+                self._transitions[worker.worker_id] = Transition(released=True)
 
     def retire(self) -> None:
         """Begin to drain what is too much, but a pool that is replaced waits for its replacement."""
@@ -316,13 +310,13 @@ class _Work:
         serving = self._serving(pool, (READY,))
         first: dict[str, WorkerProgress] = {}
         for worker in self._workers.values():
-            if worker.status == READY and worker.worker_id not in self._errands:
+            if worker.status == READY and worker.worker_id not in self._transitions:
                 first.setdefault(worker.home_pool, worker)
         homes = dict.fromkeys([pool, *(worker.home_pool for worker in serving)])
         victims = [first[home] for home in homes if home in first]
         victim = next((worker for worker in victims if worker.pool == pool), victims[0])
         if victim.pool == pool:
-            self._errands[victim.worker_id] = Errand()
+            self._transitions[victim.worker_id] = Transition()
             self._actions.append(Drain(victim.worker_id))
         else:
             self._begin_flip(serving[-1], victim.pool)

@@ -39,7 +39,7 @@ from router.service.generation import Generation
 from router.service.readiness import Readiness
 
 _HEADER_S = 30.0  # for the header of a request
-_PARTING_S = 0.5  # for answers to what is cut at the end to go out
+_FLUSH_S = 0.5  # for the answers to requests that the end of the drain cut off
 
 # The most specific entry wins.
 STATUS_OF: dict[type[RouterError], int] = {
@@ -98,7 +98,7 @@ class HttpApi:
         self._server = _Server(config)
         await self._server.serve(sockets=[self._socket])
         if cut := list(self._server.server_state.tasks):
-            await asyncio.wait(cut, timeout=_PARTING_S)
+            await asyncio.wait(cut, timeout=_FLUSH_S)
 
     def close(self) -> None:
         """Let go of a port that is bound and was never served."""

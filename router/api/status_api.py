@@ -8,17 +8,13 @@ from collections.abc import Callable
 import grpc
 from switchyard.v1 import status_pb2, status_pb2_grpc, worker_pb2
 
-from kvstore.control.decision_log import DecisionLog, DecisionsUnavailable
+from kvstore.control.redis_decision_log import DecisionsUnavailable, RedisDecisionLog
+from kvstore.control.roles import WIRE_ROLES
 from router.service.dispatch import Dispatcher
 from router.service.readiness import Readiness
 
 SERVICE = status_pb2.DESCRIPTOR.services_by_name["StatusService"].full_name
 _MAX_DECISIONS = 100
-_ROLES = {
-    "mixed": worker_pb2.WORKER_ROLE_MIXED,
-    "prefill": worker_pb2.WORKER_ROLE_PREFILL,
-    "decode": worker_pb2.WORKER_ROLE_DECODE,
-}
 
 
 class StatusServicer(status_pb2_grpc.StatusServiceServicer):
@@ -29,7 +25,7 @@ class StatusServicer(status_pb2_grpc.StatusServiceServicer):
         readiness: Callable[[], Readiness],
         dispatcher: Dispatcher,
         num_inflight: Callable[[], int],
-        decisions: DecisionLog | None,
+        decisions: RedisDecisionLog | None,
     ) -> None:
         self._readiness = readiness
         self._dispatcher = dispatcher
@@ -65,7 +61,7 @@ class StatusServicer(status_pb2_grpc.StatusServiceServicer):
             status_pb2.ListedWorker(
                 worker_id=worker.worker_id,
                 pool=worker.pool,
-                role=_ROLES[worker.role],
+                role=WIRE_ROLES[worker.role],
                 address=worker.address,
                 num_blocks=num_blocks.get(worker.worker_id, 0),
                 load=self._dispatcher.loads.get(worker.worker_id, worker_pb2.WorkerLoad()),

@@ -10,6 +10,7 @@ from switchyard.v1 import journal_pb2 as journal
 from switchyard.v1 import worker_pb2 as worker
 
 from checkpoint.identity import ServedModel
+from kvstore.control.roles import ROLE_NAMES
 from router.events import (
     Event,
     FinishReason,
@@ -25,11 +26,7 @@ from router.placement.policy import Role
 from router.placement.streams import Outcome, Part, PartReport, PartTimes
 from router.sampling import SamplingParams, sampling_message, sampling_params
 
-_ROLES = {
-    worker.WORKER_ROLE_MIXED: Role.MIXED,
-    worker.WORKER_ROLE_PREFILL: Role.PREFILL,
-    worker.WORKER_ROLE_DECODE: Role.DECODE,
-}
+_ROLES = {number: Role(name) for number, name in ROLE_NAMES.items()}
 _PARTS = {
     Part.WHOLE: worker.REQUEST_ROLE_MIXED,
     Part.PREFILL: worker.REQUEST_ROLE_PREFILL,

@@ -24,6 +24,7 @@ from router.config import RouterSpec
 from tests.cluster.test_kill_at_every_token import NUM_TOKENS, prompt
 from tests.fake_cluster import MODEL_NAME, QUICK, Shape, expected, write_fake_model
 from tests.forked import ForkedNode, Prefork, Server
+from tests.hosts import require
 from tests.processes import redis_executable, wait_until
 from workers.model.identity import weights_identity
 from workers.model.registry import load_config
@@ -59,14 +60,6 @@ class Host:
         self._process.wait(30)
         assert self._process.stdout is not None
         self._process.stdout.close()
-
-
-def require(condition: bool, what: str) -> None:
-    """Skip, or in CI fail, unless the machine has what it takes."""
-    if not condition:
-        if os.environ.get("CI") == "true":
-            pytest.fail(what)
-        pytest.skip(what)
 
 
 @pytest.fixture

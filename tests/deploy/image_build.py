@@ -20,11 +20,10 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from deploy.config import ROOT
+from tests.debian import SUITE, mirror
 from tests.deploy import dockerfiles
 from tests.deploy.dockerfiles import Dockerfile, Instruction, Stage
 
-MIRROR = "http://deb.debian.org/debian"
-SUITE = "bookworm"
 _START_ENV = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
 _RUN_TIMEOUT_S = 1800
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
@@ -78,6 +77,8 @@ def base_root(packages: Sequence[str] = ()) -> Path:
     missing = [tool for tool in ("debootstrap", "unshare", "chroot", "setpriv") if shutil.which(tool) is None]
     if missing:
         raise CannotBuild(f"needs {', '.join(missing)}")
+    if not mirror():
+        raise CannotBuild(f"needs an apt that knows a mirror of Debian's {SUITE}")
     name = "-".join([SUITE, *packages])
     made = user_cache_path("switchyard") / "roots" / name
     if not made.exists():
@@ -85,7 +86,7 @@ def base_root(packages: Sequence[str] = ()) -> Path:
         half = made.with_name(f"{name}.half")
         shutil.rmtree(half, ignore_errors=True)
         include = [f"--include={','.join(packages)}"] if packages else []
-        command = ["debootstrap", "--variant=minbase", *include, SUITE, str(half), MIRROR]
+        command = ["debootstrap", "--variant=minbase", *include, SUITE, str(half), mirror()]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_RUN_TIMEOUT_S)
         if done.returncode != 0:
             raise CannotBuild(f"debootstrap: {done.stdout.strip().splitlines()[-1]}")

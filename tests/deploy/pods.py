@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from tests.deploy.hosts import Host
+from tests.hosts import Host
 from tests.processes import python_environment
 
 Spec = dict[str, Any]
@@ -53,7 +53,7 @@ class Pod:
     ) -> None:
         """volumes: files by the name of the ConfigMap or Secret. services: addresses by name. folder: for us.
         service_account: files, for a pod that has its token mounted."""
-        self._host = host
+        self.host = host
         (self.container,) = spec["containers"]
         self._folder = folder / name
         self._folder.mkdir(parents=True)
@@ -67,7 +67,7 @@ class Pod:
         """Run the container's process, as the user and with the rights of its security context."""
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
-                self._host.command([*self._restricted(), *command]),
+                self.host.command([*self._restricted(), *command]),
                 stdout=output,
                 stderr=output,
                 env={**self._environment, **environment},
@@ -75,7 +75,7 @@ class Pod:
 
     def run(self, command: list[str]) -> subprocess.CompletedProcess[bytes]:
         """`kubectl exec`, and the probes."""
-        wrapped = self._host.command([*self._restricted(), *command])
+        wrapped = self.host.command([*self._restricted(), *command])
         return subprocess.run(wrapped, capture_output=True, env=self._environment, timeout=60, check=False)
 
     def is_ready(self) -> bool:
@@ -145,7 +145,7 @@ class Pod:
                     f"printf %s {shlex.quote(content)} > {target} && chgrp {group} {target} && chmod 0440 {target}"
                 )
         lines.append("mount -o remount,bind,ro /")
-        self._host.run("sh", "-c", "\n".join(lines))
+        self.host.run("sh", "-c", "\n".join(lines))
 
 
 def ray_start(kind: str, parameters: Mapping[str, str], head: str) -> list[str]:

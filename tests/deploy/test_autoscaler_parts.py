@@ -10,7 +10,7 @@ from switchyard.v1 import worker_pb2
 from deploy.autoscaling.memory import Memory, MemoryUnavailable
 from deploy.autoscaling.observe import Observer, progress_of
 from deploy.autoscaling.serve_api import RUNNING, STARTING, STOPPING, ServePool, ServeReplica, ServeState
-from deploy.autoscaling.workers import WorkerSight
+from deploy.autoscaling.workers import WorkerReport
 from deploy.config import ClusterConfig, PoolConfig
 from kvstore.control.directory import LeasedWorker, WorkerRecord
 from planner.scaling.config import AutoscalingConfig
@@ -61,27 +61,27 @@ def test_workers_that_do_not_run_come_before_those_that_do() -> None:
     assert order(replica("a", 2, "n2"), starting, ending) == ["e", "s", "a"]
 
 
-def sight(worker_id: str, pool: str, at_s: float, age_s: float, **load: float) -> WorkerSight:
+def report(worker_id: str, pool: str, at_s: float, age_s: float, **load: float) -> WorkerReport:
     record = WorkerRecord(worker_id, "h:1", pool, pool, "n")
     said = worker_pb2.GetLoadResponse(
         worker=worker_pb2.WorkerHello(num_blocks=100, block_size=16, kv_fingerprint=b"f"),
         load=worker_pb2.WorkerLoad(**{"num_free_blocks": 60, **load}),
         status=worker_pb2.WorkerStatus(phase=worker_pb2.WORKER_PHASE_READY, pool=pool, age_seconds=age_s),
     )
-    return WorkerSight(LeasedWorker(record, 1), said, at_s)
+    return WorkerReport(LeasedWorker(record, 1), said, at_s)
 
 
-def observe(observer: Observer, *sights: WorkerSight, now_s: float) -> dict[str, PoolObservation]:
+def observe(observer: Observer, *reports: WorkerReport, now_s: float) -> dict[str, PoolObservation]:
     counts = {"prefill": WorkerCounts(num_ready=1), "decode": WorkerCounts(num_ready=1)}
-    seen = {s.leased.record.worker_id: s for s in sights}
+    seen = {s.leased.record.worker_id: s for s in reports}
     return {pool.name: pool for pool in observer.observe(seen, counts, {}, now_s).pools}
 
 
 def test_rates_and_means_are_of_the_last_interval() -> None:
     observer = Observer(CONFIG)
-    before = sight("prefill-a", "prefill", 10.0, 100.0, num_requests=50, num_prompt_tokens=5000, num_ended_requests=50)
+    before = report("prefill-a", "prefill", 10.0, 100.0, num_requests=50, num_prompt_tokens=5000, num_ended_requests=50)
     observe(observer, before, now_s=10.0)
-    after = sight(
+    after = report(
         "prefill-a",
         "prefill",
         20.0,
@@ -113,16 +113,16 @@ def test_what_no_request_has_shown_yet_is_not_a_number_and_the_last_means_stay()
     empty = observe(observer, now_s=0.0)["decode"]
     assert math.isnan(empty.output_tokens_mean)
     assert (empty.arrivals_per_s, empty.metrics_age_s, empty.gpus_per_worker) == (0.0, 0.0, 2)
-    new = sight("decode-a", "decode", 10.0, 5.0, num_requests=10, num_ended_requests=5, num_generated_tokens=500)
+    new = report("decode-a", "decode", 10.0, 5.0, num_requests=10, num_ended_requests=5, num_generated_tokens=500)
     assert observe(observer, new, now_s=10.0)["decode"].arrivals_per_s == pytest.approx(2.0), "since it started"
-    later = sight("decode-a", "decode", 20.0, 15.0, num_requests=10, num_ended_requests=5, num_generated_tokens=500)
+    later = report("decode-a", "decode", 20.0, 15.0, num_requests=10, num_ended_requests=5, num_generated_tokens=500)
     pool = observe(observer, later, now_s=20.0)["decode"]
     assert (pool.arrivals_per_s, pool.output_tokens_mean) == (0.0, 100.0)
 
 
 def test_a_worker_counts_where_it_serves_now() -> None:
     observer = Observer(CONFIG)
-    flipped = sight("prefill-a", "decode", 10.0, 5.0, num_requests=10)
+    flipped = report("prefill-a", "decode", 10.0, 5.0, num_requests=10)
     seen = observe(observer, flipped, now_s=10.0)
     assert (seen["prefill"].arrivals_per_s, seen["decode"].arrivals_per_s) == (0.0, 2.0)
 
@@ -132,7 +132,7 @@ def test_starts_are_measured_from_the_request_to_the_first_readiness() -> None:
     starting = ServeState({"decode": ServePool("", "", 1, (replica("a", 100.0, "", STARTING),))}, "")
     observer.note_starts(progress_of(starting, {}), starting, 105.0)
     running = ServeState({"decode": ServePool("", "", 1, (replica("a", 100.0, "n"),))}, "")
-    ready = progress_of(running, {"decode-a": sight("decode-a", "decode", 0.0, 1.0)})
+    ready = progress_of(running, {"decode-a": report("decode-a", "decode", 0.0, 1.0)})
     observer.note_starts(ready, running, 130.0)
     assert observe(observer, now_s=0.0)["decode"].startup_s == pytest.approx(30.0)
 

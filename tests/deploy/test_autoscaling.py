@@ -23,8 +23,8 @@ import psutil
 import pytest
 import yaml
 
-from tests.deploy.hosts import Host, require, wired_hosts
 from tests.fake_cluster import write_fake_model
+from tests.hosts import Host, require, wired_hosts
 from tests.processes import python_environment, redis_executable, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.netns, pytest.mark.redis, pytest.mark.timeout(600)]

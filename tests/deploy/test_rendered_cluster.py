@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.hosts import Host, require, wired_hosts
 from tests.deploy.kubernetes_api import self_signed
 from tests.deploy.pods import Pod, operator_environment, ray_start
 from tests.helm.rendering import objects
+from tests.hosts import Host, require, wired_hosts
 from tests.processes import python_environment, redis_executable, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.netns, pytest.mark.redis, pytest.mark.timeout(600)]
@@ -173,7 +173,7 @@ def start_redis(host: Host) -> None:
 
 
 def test_the_release_serves_and_survives_its_head(release: Release) -> None:
-    start_redis(release.router._host)
+    start_redis(release.router.host)
     release.router.start(release.router.container["command"])
     release.start_head()
     release.start_workers()

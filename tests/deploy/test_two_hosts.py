@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from tests.deploy.hosts import Host, require, wired_hosts
+from tests.hosts import Host, require, wired_hosts
 from tests.processes import REPOSITORY, python_environment, redis_executable, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.netns, pytest.mark.redis, pytest.mark.timeout(600)]

@@ -19,9 +19,10 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
+from tests.debian import mirror
+
 VERSION = "1.20.2"
 _KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
-_MIRROR = "http://deb.debian.org/debian"
 _NEEDED = ("apt-get", "dpkg", "tar", "gzip")
 _BUILD_TIMEOUT_S = 3600
 _PACKAGE = "k8s.io/kubernetes"
@@ -62,6 +63,8 @@ def _build(folder: Path, made: Binaries) -> None:
         raise CannotBuild(f"needs a Debian with {', '.join(missing) or _KEYRING}")
     if os.uname().machine != "x86_64":
         raise CannotBuild("has only been tried on x86_64")
+    if not mirror():
+        raise CannotBuild("needs an apt that knows a mirror of Debian")
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
@@ -106,7 +109,7 @@ def _download(run: _Commands, work: Path) -> Path:
         made.mkdir(parents=True)
     lines = [("deb", "bookworm"), ("deb-src", "bookworm"), ("deb", "bullseye")]
     sources = state / "sources.list"
-    sources.write_text("".join(f"{kind} [signed-by={_KEYRING}] {_MIRROR} {suite} main\n" for kind, suite in lines))
+    sources.write_text("".join(f"{kind} [signed-by={_KEYRING}] {mirror()} {suite} main\n" for kind, suite in lines))
     options = {
         "Dir::Etc::sourcelist": sources,
         "Dir::Etc::sourceparts": state / "parts",

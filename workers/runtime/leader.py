@@ -20,6 +20,7 @@ from switchyard.v1 import generation_pb2, worker_pb2, worker_pb2_grpc
 from checkpoint.identity import ServedModel
 from kvstore.connect import locations_of, open_directory, reaches
 from kvstore.control.directory import WorkerRecord
+from kvstore.control.roles import WIRE_ROLES
 from kvstore.network.addresses import join_host_port
 from kvstore.store import FragmentStore
 from kvstore.tiers.host.host_tier import HostTier
@@ -30,8 +31,7 @@ from workers.engine.engine import Engine
 from workers.engine.loop import EngineLoop, LoopEvents, TransfersEnded
 from workers.engine.prefetch import QueuePrefetch
 from workers.kv.connector import KVConnector
-from workers.server.duty import Duty
-from workers.server.duty_servicer import WIRE_ROLES
+from workers.server.registration import Registration
 from workers.server.servicer import MAX_MESSAGE_BYTES, WorkerServicer
 
 _MAX_TTFTS = 4096  # not reported yet
@@ -68,7 +68,7 @@ class WorkerLeader:
         self._ttft_s: deque[float] = deque(maxlen=_MAX_TTFTS)  # filled by the engine, drained by metrics
         self._directory = open_directory(spec.control, spec.cluster) if spec.control else None
         self._servicer: WorkerServicer | None = None
-        self._duty: Duty | None = None
+        self._registration: Registration | None = None
         self._prefetcher: Prefetcher | None = None
         self._loop: EngineLoop | None = None
         self._asyncio: asyncio.AbstractEventLoop | None = None
@@ -122,7 +122,7 @@ class WorkerLeader:
         port = server.add_insecure_port(join_host_port(self._spec.listen_host, 0))
         address = join_host_port(self._spec.listen_host, port)
         spec = self._spec
-        self._duty = Duty(
+        self._registration = Registration(
             self._directory,
             WorkerRecord(spec.worker_id, address, spec.pool, spec.role, spec.node_id),
             servicer.lease,
@@ -132,10 +132,10 @@ class WorkerLeader:
             lambda: servicer.is_quiet,
             servicer.move_streams,
         )
-        servicer.attach(loop, self._duty)
+        servicer.attach(loop, self._registration)
         await server.start()
         loop.start()
-        await self._duty.announce()
+        await self._registration.announce()
         started.set_result(address)
         await self._closed.wait()
         await server.stop(grace=0.5)
@@ -214,7 +214,7 @@ class WorkerLeader:
         """Scalars of the load, "step_age_s", the "pool" and "role" of now, and under "ttft_s" the times to first token
         (s) since the last call."""
         ttft_s = [self._ttft_s.popleft() for _ in range(len(self._ttft_s))]
-        now = self._duty.record if self._duty is not None else self._spec
+        now = self._registration.record if self._registration is not None else self._spec
         report = {"ttft_s": ttft_s, "pool": now.pool, "role": now.role}
         if self._loop is None:
             return report
@@ -223,8 +223,8 @@ class WorkerLeader:
     # ------------------------------------------------------------------------------------------------------------ end
     def retire(self) -> None:
         """Take no new work: leave the directory while the requests that are here run on."""
-        if self._duty is not None:
-            self._duty.withdraw()
+        if self._registration is not None:
+            self._registration.withdraw()
 
     def stop_engine(self) -> None:
         """Finish the step in progress, and let the other ranks go."""

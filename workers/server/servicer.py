@@ -23,9 +23,9 @@ from workers.errors import InvalidRequest
 from workers.sampling.params import SamplingParams
 from workers.server.block_events import BlockFeed
 from workers.server.demand import Demand
-from workers.server.duty import Duty, Phase
-from workers.server.duty_servicer import DutyServicer
 from workers.server.outbox import Outbox
+from workers.server.registration import Phase, Registration
+from workers.server.registration_servicer import RegistrationServicer
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class Connection:
     is_quiet: bool = False  # the router has seen that the worker retired: nothing new comes from it
 
 
-class WorkerServicer(DutyServicer):
+class WorkerServicer(RegistrationServicer):
     """Lives on one asyncio loop; the engine's thread reports to it through `deliver`."""
 
     def __init__(self, hello: pb.WorkerHello, load: Callable[[], pb.WorkerLoad], clock: Clock) -> None:
@@ -75,9 +75,9 @@ class WorkerServicer(DutyServicer):
         self._blocks = BlockFeed(hello.worker_id, self._post)
         self.demand = Demand()
 
-    def attach(self, engine: EngineLoop, duty: Duty) -> None:
+    def attach(self, engine: EngineLoop, registration: Registration) -> None:
         """Give the servicer the loop that serves its requests, and its worker's place in the cluster."""
-        self._engine, self._duty = engine, duty
+        self._engine, self._registration = engine, registration
 
     def lease(self, epoch: int, is_new: bool) -> None:
         """Go by this epoch of the lease; a new registration ends what routers have begun: they place it elsewhere."""
@@ -149,7 +149,7 @@ class WorkerServicer(DutyServicer):
         ]
         try:
             yield pb.ConnectResponse(hello=self._hello)
-            if self._placed.phase is not Phase.READY:
+            if self._attached.phase is not Phase.READY:
                 self._tell_retired(connection)
             while (message := await connection.outbox.get()) is not None:
                 yield message

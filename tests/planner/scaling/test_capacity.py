@@ -69,7 +69,7 @@ def test_the_constraint_that_binds_is_named(role: str, changes: dict[str, object
 
 
 def test_rate_and_stock_are_separate_bounds() -> None:
-    """The same streams with a tenth of the KV blocks: the batch is bound by the stock, and both bounds are told."""
+    """The same streams with a tenth of the KV blocks: KV blocks limit the batch, and the terms name both limits."""
     terms = workers_for(pool("decode", kv_blocks_per_worker=500), 10.0, COSTS["decode"], OBJECTIVES).terms
     assert terms["batch"] == math.floor(terms["batch_by_kv_blocks"]) < terms["batch_by_tpot"]
 

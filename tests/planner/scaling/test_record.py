@@ -22,7 +22,7 @@ from planner.scaling.record import (
     saved_from_line,
     to_line,
 )
-from planner.scaling.rollout import Errand, RolloutState
+from planner.scaling.rollout import RolloutState, Transition
 from tests.planner.scaling.fakes import FakeCluster, Loop, act, pool, repeat
 
 
@@ -118,10 +118,10 @@ def test_a_decision_needs_a_start(tmp_path: Path) -> None:
 
 
 def test_what_is_saved_is_read_back() -> None:
-    """Both states, with a plan and errands in them."""
+    """Both states, with a plan and transitions in them."""
     cluster = FakeCluster({"prefill": 1, "decode": 1}).start_with({"prefill": 4, "decode": 1})
     loop = Loop(act(max_gpus=6), [pool("prefill"), pool("decode")], cluster, demand).run(400)
-    rollout = dataclasses.replace(loop.rollout, errands={"a": Errand("decode"), "b": Errand(released=True)})
+    rollout = dataclasses.replace(loop.rollout, transitions={"a": Transition("decode"), "b": Transition(released=True)})
     assert isinstance(rollout, RolloutState)
     assert saved_from_line(to_line(Saved(loop.scaling, rollout))) == Saved(loop.scaling, rollout)
     with pytest.raises(RecordError, match="no saved state"):

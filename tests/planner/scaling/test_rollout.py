@@ -9,11 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.scaling.actions import Drain, SetReplicas
+from planner.scaling.actions import READY, Drain, Progress, SetReplicas
 from planner.scaling.plan import FLIP, GROW, RETIRE, Plan, Step
 from planner.scaling.record import Saved, saved_from_line, to_line
-from planner.scaling.rollout import RolloutState, adopt, advance, count_workers, is_carried_out
+from planner.scaling.rollout import RolloutState, adopt, advance, count_workers
 from tests.planner.scaling.fakes import FakeCluster
+
+
+def is_carried_out(state: RolloutState, progress: Progress) -> bool:
+    """Whether every pool has as many ready workers as the plan says, and nothing is under way."""
+    if state.plan is None or state.transitions:
+        return state.plan is None
+    ready = [worker.pool for worker in progress.workers if worker.status == READY]
+    quiet = len(ready) == len(progress.workers)
+    return quiet and all(ready.count(pool) == count for pool, count in state.plan.targets.items())
 
 
 def plan(targets: dict[str, int], *steps: Step, max_gpus: int = 16, plan_id: int = 1) -> Plan:

@@ -23,6 +23,10 @@ _sym_db = _symbol_database.Default()
 
 
 from switchyard.v1 import worker_pb2 as switchyard_dot_v1_dot_worker__pb2
+try:
+  switchyard_dot_v1_dot_worker__load__pb2 = switchyard_dot_v1_dot_worker__pb2.switchyard_dot_v1_dot_worker__load__pb2
+except AttributeError:
+  switchyard_dot_v1_dot_worker__load__pb2 = switchyard_dot_v1_dot_worker__pb2.switchyard.v1.worker_load_pb2
 
 
 DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aswitchyard/v1/status.proto\x12\rswitchyard.v1\x1a\x1aswitchyard/v1/worker.proto\")\n\x10GetStatusRequest\x12\x15\n\rnum_decisions\x18\x01 \x01(\r\"\xa6\x02\n\x11GetStatusResponse\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x08is_ready\x18\x03 \x01(\x08\x12\x13\n\x0bis_degraded\x18\x04 \x01(\x08\x12\x17\n\x0f\x64irectory_is_up\x18\x05 \x01(\x08\x12\x1a\n\x12streams_can_resume\x18\x06 \x01(\x08\x12\x1d\n\x15num_inflight_requests\x18\x07 \x01(\r\x12,\n\x07workers\x18\x08 \x03(\x0b\x32\x1b.switchyard.v1.ListedWorker\x12\x35\n\x0fworkers_refused\x18\t \x03(\x0b\x32\x1c.switchyard.v1.RefusedWorker\x12\x11\n\tdecisions\x18\n \x03(\t\"\xa6\x01\n\x0cListedWorker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04pool\x18\x02 \x01(\t\x12\'\n\x04role\x18\x03 \x01(\x0e\x32\x19.switchyard.v1.WorkerRole\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x12\n\nnum_blocks\x18\x05 \x01(\r\x12\'\n\x04load\x18\x06 \x01(\x0b\x32\x19.switchyard.v1.WorkerLoad\"C\n\rRefusedWorker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t2_\n\rStatusService\x12N\n\tGetStatus\x12\x1f.switchyard.v1.GetStatusRequest\x1a .switchyard.v1.GetStatusResponseb\x06proto3')

@@ -1,4 +1,5 @@
 from switchyard.v1 import worker_pb2 as _worker_pb2
+from switchyard.v1 import worker_load_pb2 as _worker_load_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -50,8 +51,8 @@ class ListedWorker(_message.Message):
     role: _worker_pb2.WorkerRole
     address: str
     num_blocks: int
-    load: _worker_pb2.WorkerLoad
-    def __init__(self, worker_id: _Optional[str] = ..., pool: _Optional[str] = ..., role: _Optional[_Union[_worker_pb2.WorkerRole, str]] = ..., address: _Optional[str] = ..., num_blocks: _Optional[int] = ..., load: _Optional[_Union[_worker_pb2.WorkerLoad, _Mapping]] = ...) -> None: ...
+    load: _worker_load_pb2.WorkerLoad
+    def __init__(self, worker_id: _Optional[str] = ..., pool: _Optional[str] = ..., role: _Optional[_Union[_worker_pb2.WorkerRole, str]] = ..., address: _Optional[str] = ..., num_blocks: _Optional[int] = ..., load: _Optional[_Union[_worker_load_pb2.WorkerLoad, _Mapping]] = ...) -> None: ...
 
 class RefusedWorker(_message.Message):
     __slots__ = ("worker_id", "address", "reason")

@@ -1,11 +1,13 @@
 from switchyard.v1 import generation_pb2 as _generation_pb2
 from switchyard.v1 import identity_pb2 as _identity_pb2
+from switchyard.v1 import worker_load_pb2 as _worker_load_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+from switchyard.v1.worker_load_pb2 import WorkerLoad as WorkerLoad
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
@@ -151,10 +153,10 @@ class ConnectResponse(_message.Message):
     hello: WorkerHello
     tokens: TokenBatch
     finished: RequestFinished
-    load: WorkerLoad
+    load: _worker_load_pb2.WorkerLoad
     pong: Pong
     retired: Retired
-    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., tokens: _Optional[_Union[TokenBatch, _Mapping]] = ..., finished: _Optional[_Union[RequestFinished, _Mapping]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., retired: _Optional[_Union[Retired, _Mapping]] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., tokens: _Optional[_Union[TokenBatch, _Mapping]] = ..., finished: _Optional[_Union[RequestFinished, _Mapping]] = ..., load: _Optional[_Union[_worker_load_pb2.WorkerLoad, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., retired: _Optional[_Union[Retired, _Mapping]] = ...) -> None: ...
 
 class Retired(_message.Message):
     __slots__ = ()
@@ -238,129 +240,6 @@ class Pong(_message.Message):
     nonce: int
     def __init__(self, nonce: _Optional[int] = ...) -> None: ...
 
-class WorkerLoad(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_waiting_for_kv", "num_free_blocks", "num_queued_tokens", "num_steps", "num_computed_prompt_tokens", "num_cached_prompt_tokens", "num_recomputed_prompt_tokens", "num_generated_tokens", "num_preemptions", "num_published_blocks", "num_transferred_blocks", "num_rejected_fragments", "pulled_bytes", "published_bytes", "tier_is_up", "num_prefixes_fetched", "num_prefixes_recomputed", "num_prefetched_fragments", "prefetched_bytes", "num_useless_prefetched_fragments", "tier_problems", "num_dropped_write_backs", "num_transfers", "num_requests", "num_prompt_tokens", "num_ended_requests", "uncached_tokens_squared", "num_kv_waits", "kv_wait_seconds", "num_moved_streams", "step_seconds", "step_requests", "step_context_tokens")
-    class NumRejectedFragmentsEntry(_message.Message):
-        __slots__ = ("key", "value")
-        KEY_FIELD_NUMBER: _ClassVar[int]
-        VALUE_FIELD_NUMBER: _ClassVar[int]
-        key: str
-        value: int
-        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
-    class PulledBytesEntry(_message.Message):
-        __slots__ = ("key", "value")
-        KEY_FIELD_NUMBER: _ClassVar[int]
-        VALUE_FIELD_NUMBER: _ClassVar[int]
-        key: str
-        value: int
-        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
-    class PublishedBytesEntry(_message.Message):
-        __slots__ = ("key", "value")
-        KEY_FIELD_NUMBER: _ClassVar[int]
-        VALUE_FIELD_NUMBER: _ClassVar[int]
-        key: str
-        value: int
-        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
-    class TierIsUpEntry(_message.Message):
-        __slots__ = ("key", "value")
-        KEY_FIELD_NUMBER: _ClassVar[int]
-        VALUE_FIELD_NUMBER: _ClassVar[int]
-        key: str
-        value: bool
-        def __init__(self, key: _Optional[str] = ..., value: bool = ...) -> None: ...
-    class NumPrefetchedFragmentsEntry(_message.Message):
-        __slots__ = ("key", "value")
-        KEY_FIELD_NUMBER: _ClassVar[int]
-        VALUE_FIELD_NUMBER: _ClassVar[int]
-        key: str
-        value: int
-        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
-    class PrefetchedBytesEntry(_message.Message):
-        __slots__ = ("key", "value")
-        KEY_FIELD_NUMBER: _ClassVar[int]
-        VALUE_FIELD_NUMBER: _ClassVar[int]
-        key: str
-        value: int
-        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
-    class TierProblemsEntry(_message.Message):
-        __slots__ = ("key", "value")
-        KEY_FIELD_NUMBER: _ClassVar[int]
-        VALUE_FIELD_NUMBER: _ClassVar[int]
-        key: str
-        value: str
-        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
-    NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
-    NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
-    NUM_WAITING_FOR_KV_FIELD_NUMBER: _ClassVar[int]
-    NUM_FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
-    NUM_QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
-    NUM_COMPUTED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    NUM_CACHED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    NUM_RECOMPUTED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    NUM_GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
-    NUM_PUBLISHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
-    NUM_TRANSFERRED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
-    NUM_REJECTED_FRAGMENTS_FIELD_NUMBER: _ClassVar[int]
-    PULLED_BYTES_FIELD_NUMBER: _ClassVar[int]
-    PUBLISHED_BYTES_FIELD_NUMBER: _ClassVar[int]
-    TIER_IS_UP_FIELD_NUMBER: _ClassVar[int]
-    NUM_PREFIXES_FETCHED_FIELD_NUMBER: _ClassVar[int]
-    NUM_PREFIXES_RECOMPUTED_FIELD_NUMBER: _ClassVar[int]
-    NUM_PREFETCHED_FRAGMENTS_FIELD_NUMBER: _ClassVar[int]
-    PREFETCHED_BYTES_FIELD_NUMBER: _ClassVar[int]
-    NUM_USELESS_PREFETCHED_FRAGMENTS_FIELD_NUMBER: _ClassVar[int]
-    TIER_PROBLEMS_FIELD_NUMBER: _ClassVar[int]
-    NUM_DROPPED_WRITE_BACKS_FIELD_NUMBER: _ClassVar[int]
-    NUM_TRANSFERS_FIELD_NUMBER: _ClassVar[int]
-    NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
-    NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    NUM_ENDED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
-    UNCACHED_TOKENS_SQUARED_FIELD_NUMBER: _ClassVar[int]
-    NUM_KV_WAITS_FIELD_NUMBER: _ClassVar[int]
-    KV_WAIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
-    NUM_MOVED_STREAMS_FIELD_NUMBER: _ClassVar[int]
-    STEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
-    STEP_REQUESTS_FIELD_NUMBER: _ClassVar[int]
-    STEP_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    num_running: int
-    num_waiting: int
-    num_waiting_for_kv: int
-    num_free_blocks: int
-    num_queued_tokens: int
-    num_steps: int
-    num_computed_prompt_tokens: int
-    num_cached_prompt_tokens: int
-    num_recomputed_prompt_tokens: int
-    num_generated_tokens: int
-    num_preemptions: int
-    num_published_blocks: int
-    num_transferred_blocks: int
-    num_rejected_fragments: _containers.ScalarMap[str, int]
-    pulled_bytes: _containers.ScalarMap[str, int]
-    published_bytes: _containers.ScalarMap[str, int]
-    tier_is_up: _containers.ScalarMap[str, bool]
-    num_prefixes_fetched: int
-    num_prefixes_recomputed: int
-    num_prefetched_fragments: _containers.ScalarMap[str, int]
-    prefetched_bytes: _containers.ScalarMap[str, int]
-    num_useless_prefetched_fragments: int
-    tier_problems: _containers.ScalarMap[str, str]
-    num_dropped_write_backs: int
-    num_transfers: int
-    num_requests: int
-    num_prompt_tokens: int
-    num_ended_requests: int
-    uncached_tokens_squared: float
-    num_kv_waits: int
-    kv_wait_seconds: float
-    num_moved_streams: int
-    step_seconds: float
-    step_requests: int
-    step_context_tokens: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_for_kv: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_queued_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_computed_prompt_tokens: _Optional[int] = ..., num_cached_prompt_tokens: _Optional[int] = ..., num_recomputed_prompt_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_published_blocks: _Optional[int] = ..., num_transferred_blocks: _Optional[int] = ..., num_rejected_fragments: _Optional[_Mapping[str, int]] = ..., pulled_bytes: _Optional[_Mapping[str, int]] = ..., published_bytes: _Optional[_Mapping[str, int]] = ..., tier_is_up: _Optional[_Mapping[str, bool]] = ..., num_prefixes_fetched: _Optional[int] = ..., num_prefixes_recomputed: _Optional[int] = ..., num_prefetched_fragments: _Optional[_Mapping[str, int]] = ..., prefetched_bytes: _Optional[_Mapping[str, int]] = ..., num_useless_prefetched_fragments: _Optional[int] = ..., tier_problems: _Optional[_Mapping[str, str]] = ..., num_dropped_write_backs: _Optional[int] = ..., num_transfers: _Optional[int] = ..., num_requests: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_ended_requests: _Optional[int] = ..., uncached_tokens_squared: _Optional[float] = ..., num_kv_waits: _Optional[int] = ..., kv_wait_seconds: _Optional[float] = ..., num_moved_streams: _Optional[int] = ..., step_seconds: _Optional[float] = ..., step_requests: _Optional[int] = ..., step_context_tokens: _Optional[int] = ...) -> None: ...
-
 class WorkerStatus(_message.Message):
     __slots__ = ("phase", "pool", "role", "lease_epoch", "num_requests", "age_seconds")
     PHASE_FIELD_NUMBER: _ClassVar[int]
@@ -443,6 +322,6 @@ class GetLoadResponse(_message.Message):
     LOAD_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     worker: WorkerHello
-    load: WorkerLoad
+    load: _worker_load_pb2.WorkerLoad
     status: WorkerStatus
-    def __init__(self, worker: _Optional[_Union[WorkerHello, _Mapping]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., status: _Optional[_Union[WorkerStatus, _Mapping]] = ...) -> None: ...
+    def __init__(self, worker: _Optional[_Union[WorkerHello, _Mapping]] = ..., load: _Optional[_Union[_worker_load_pb2.WorkerLoad, _Mapping]] = ..., status: _Optional[_Union[WorkerStatus, _Mapping]] = ...) -> None: ...

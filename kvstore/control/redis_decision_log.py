@@ -18,7 +18,7 @@ class DecisionsUnavailable(Exception):
     """The Redis does not answer; the message is one line."""
 
 
-class DecisionLog:
+class RedisDecisionLog:
     """Of one cluster. Every call may raise DecisionsUnavailable."""
 
     def __init__(self, url: str, cluster: str) -> None:

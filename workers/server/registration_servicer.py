@@ -9,15 +9,10 @@ from switchyard.v1 import worker_pb2 as pb
 from switchyard.v1 import worker_pb2_grpc
 
 from kvstore.control.directory import WorkerRecord
+from kvstore.control.roles import ROLE_NAMES, WIRE_ROLES
 from workers.engine.engine import Clock
-from workers.server.duty import Duty, NotDrained, Phase
+from workers.server.registration import NotDrained, Phase, Registration
 
-WIRE_ROLES = {
-    "mixed": pb.WORKER_ROLE_MIXED,
-    "prefill": pb.WORKER_ROLE_PREFILL,
-    "decode": pb.WORKER_ROLE_DECODE,
-}
-_ROLE_NAMES = {role: name for name, role in WIRE_ROLES.items()}
 _PHASES = {
     Phase.READY: pb.WORKER_PHASE_READY,
     Phase.DRAINING: pb.WORKER_PHASE_DRAINING,
@@ -26,14 +21,14 @@ _PHASES = {
 }
 
 
-class DutyServicer(worker_pb2_grpc.WorkerServiceServicer):
-    """What a worker is to routers. hello: what they are told, kept up to date."""
+class RegistrationServicer(worker_pb2_grpc.WorkerServiceServicer):
+    """Base of WorkerServicer, since gRPC wants one class per service. hello: as routers get it, kept up to date."""
 
     def __init__(self, hello: pb.WorkerHello, clock: Clock) -> None:
         self._hello = hello
         self._clock = clock
         self._began_s = clock()
-        self._duty: Duty | None = None
+        self._registration: Registration | None = None
 
     def take_role(self, record: WorkerRecord) -> None:
         """Say so to routers from now on."""
@@ -43,36 +38,36 @@ class DutyServicer(worker_pb2_grpc.WorkerServiceServicer):
         """Leave the directory."""
         if not 0 <= request.timeout_s < math.inf:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"timeout_s: must be >= 0, not {request.timeout_s}")
-        await self._placed.drain(request.timeout_s)
+        await self._attached.drain(request.timeout_s)
         return self._status()
 
     async def SwitchRole(self, request: pb.SwitchRoleRequest, context: grpc.aio.ServicerContext) -> pb.WorkerStatus:
         """Take another pool and role."""
-        role = _ROLE_NAMES.get(request.role, "")
+        role = ROLE_NAMES.get(request.role, "")
         if not role or not request.pool:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "pool and role: both must be given")
         try:
-            await self._placed.switch(request.pool, role)
+            await self._attached.switch(request.pool, role)
         except NotDrained as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         return self._status()
 
     async def Announce(self, request: pb.AnnounceRequest, context: grpc.aio.ServicerContext) -> pb.WorkerStatus:
         """Enter the directory."""
-        await self._placed.announce()
+        await self._attached.announce()
         return self._status()
 
     @property
-    def _placed(self) -> Duty:
-        assert self._duty is not None, "attach() comes first"
-        return self._duty
+    def _attached(self) -> Registration:
+        assert self._registration is not None, "attach() comes first"
+        return self._registration
 
     def _status(self) -> pb.WorkerStatus:
         return pb.WorkerStatus(
-            phase=_PHASES[self._placed.phase],
-            pool=self._placed.record.pool,
+            phase=_PHASES[self._attached.phase],
+            pool=self._attached.record.pool,
             role=self._hello.role,
             lease_epoch=self._hello.lease_epoch,
-            num_requests=self._placed.num_requests,
+            num_requests=self._attached.num_requests,
             age_seconds=self._clock() - self._began_s,
         )

@@ -40,7 +40,7 @@ class NotDrained(Exception):
     """The worker still serves, so it cannot take another role."""
 
 
-class Duty:
+class Registration:
     """One worker's place in the cluster.
 
     on_epoch: see LeaseKeeper. on_role: the role has changed, before routers hear of it. num_requests: how many run
@@ -75,7 +75,7 @@ class Duty:
         self._left_s = 0.0
         self._is_switched = False
         self._end_of_drain: asyncio.Task[None] | None = None
-        self._turn = asyncio.Lock()  # calls come one after the other
+        self._lock = asyncio.Lock()  # calls come one after the other
 
     @property
     def phase(self) -> Phase:
@@ -94,7 +94,7 @@ class Duty:
 
     async def announce(self) -> None:
         """Take requests: enter the directory under a new epoch, unless it is there or has left for good."""
-        async with self._turn:
+        async with self._lock:
             if self._is_ready or self._is_over or self._directory is None:
                 return
             self._stop_waiting()
@@ -106,7 +106,7 @@ class Duty:
 
     async def drain(self, timeout_s: float) -> None:
         """Take no more requests; returns at once. After timeout_s what still runs is moved."""
-        async with self._turn:
+        async with self._lock:
             if self._is_ready and self._lease is not None:
                 self._is_ready, self._left_s = False, time.monotonic()
                 await asyncio.to_thread(self._lease.retire)
@@ -118,7 +118,7 @@ class Duty:
 
     async def switch(self, pool: str, role: str) -> None:
         """Take another pool and role. Raises NotDrained."""
-        async with self._turn:
+        async with self._lock:
             if (self.record.pool, self.record.role) == (pool, role):
                 return
             if self.phase not in (Phase.DRAINED, Phase.SWITCHED):
