@@ -55,7 +55,6 @@ from deploy.progress import Steps
 from kvstore.format.authenticity import cluster_secret
 from kvstore.network.addresses import join_host_port
 from router.config import RouterSpec
-from router.model_files import ModelLimits
 
 if TYPE_CHECKING:  # brings ray, which must find the environment that open_ray prepares
     from deploy.actors.kv_nodes import KVNodeSettings
@@ -268,7 +267,7 @@ class Cluster:
             cluster=plan.cluster,
             weights=self._weights,
             ignore_keys=self._config.model.ignore_keys,
-            model_limits=ModelLimits(model.config.max_position_embeddings, model.config.vocab_size),
+            model_limits=model.limits,
             generation_config=self._config.model.generation_config,
         )
         specs = router_specs(template, self._config.endpoints, self._config.router, self.id)

@@ -48,28 +48,42 @@ class FoundModel:
     directory: Path
     config: ModelConfig
 
+    @property
+    def limits(self) -> ModelLimits:
+        """What routers are told of its config."""
+        return ModelLimits(self.config.max_position_embeddings, self.config.vocab_size)
+
+
+def find_model(config: ClusterConfig) -> FoundModel:
+    """The model that the configuration names. Raises ConfigError."""
+    wanted = config.model.path or str(DEMO_MODEL)
+    try:
+        directory = resolve_model(wanted).resolve()
+        model = load_config(directory, config.model.ignore_keys, config.model.plugins)
+    except (ModelError, ModelFilesError) as error:
+        raise ConfigError(str(error)) from None
+    is_directory = Path(wanted).expanduser().is_dir()
+    return FoundModel(str(directory) if is_directory else wanted, directory, model)
+
 
 def check_model(config: ClusterConfig) -> FoundModel:
     """Find the model, see that all of its files are whole and understood, and that each pool can split it.
 
     Raises ConfigError.
     """
-    wanted = config.model.path or str(DEMO_MODEL)
+    model = find_model(config)
     try:
-        directory = resolve_model(wanted).resolve()
-        model = load_config(directory, config.model.ignore_keys, config.model.plugins)
-        _check_texts(directory, config, ModelLimits(model.max_position_embeddings, model.vocab_size))
+        _check_texts(model.directory, config, model.limits)
         if config.engine.runner != "fake":
-            check_checkpoint(directory, model)
+            check_checkpoint(model.directory, model.config)
     except (ModelError, ModelFilesError) as error:
         raise ConfigError(str(error)) from None
     for name, pool in config.pools.items():
         try:
-            check_split(model, pool.tp, pool.pp)
+            check_split(model.config, pool.tp, pool.pp)
         except ModelError as error:
             raise ConfigError(f"pools.{name}: {error}") from None
-    is_directory = Path(wanted).expanduser().is_dir()
-    return FoundModel(str(directory) if is_directory else wanted, directory, model)
+    return model
 
 
 def read_weights(config: ClusterConfig, model: FoundModel) -> str:

@@ -9,19 +9,14 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from deploy.config import DEMO_MODEL, ClusterConfig
+from deploy.config import ClusterConfig
 from deploy.errors import ConfigError
 from deploy.plan import model_name
-from deploy.preflight import check_password_files, tier_secret
+from deploy.preflight import check_password_files, find_model, tier_secret
 from deploy.processes.leftovers import FOLDER_PREFIX
 from kvstore.config import is_redis
 from kvstore.format.authenticity import cluster_secret
 from router.config import RouterSpec
-from router.errors import ModelFilesError
-from router.model_files import ModelLimits
-from workers.config import resolve_model
-from workers.errors import ModelError
-from workers.model.registry import load_config
 
 
 def check_standalone(config: ClusterConfig) -> None:
@@ -64,18 +59,12 @@ def router_spec(config: ClusterConfig, host_name: str) -> RouterSpec:
     It reads no weights: those that its workers serve are taken for the right ones.
     """
     check_standalone(config)
-    wanted = config.model.path or str(DEMO_MODEL)
-    try:
-        directory = resolve_model(wanted).resolve()
-        model = load_config(directory, config.model.ignore_keys, config.model.plugins)
-    except (ModelError, ModelFilesError) as error:
-        raise ConfigError(str(error)) from None
-    is_directory = Path(wanted).expanduser().is_dir()
+    model = find_model(config)
     endpoints, control = config.endpoints, config.kvstore.control_url
     return RouterSpec(
         router_id=f"router-{host_name}-{endpoints.grpc_port}",
-        model_dir=str(directory),
-        model_name=model_name(config, str(directory) if is_directory else wanted),
+        model_dir=str(model.directory),
+        model_name=model_name(config, model.reference),
         control=control,
         journal=control,
         grpc_host=endpoints.grpc_host,
@@ -86,5 +75,5 @@ def router_spec(config: ClusterConfig, host_name: str) -> RouterSpec:
         config=config.router,
         cluster=config.name,
         ignore_keys=config.model.ignore_keys,
-        model_limits=ModelLimits(model.max_position_embeddings, model.vocab_size),
+        model_limits=model.limits,
     )

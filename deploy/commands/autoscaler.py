@@ -10,14 +10,14 @@ from pathlib import Path
 
 import click
 
+from deploy.commands.options import cluster_options
 from deploy.errors import ConfigError
 
 _STUCK_S = 60.0
 
 
 @click.command()
-@click.option("--config", "config_path", required=True, metavar="FILE", help="YAML of the whole cluster.")
-@click.option("--set", "assignments", multiple=True, metavar="A.B=C", help="Set any key of the configuration.")
+@cluster_options()
 @click.option("--ray-dashboard", required=True, metavar="URL", help="Of Ray, whose Serve runs the pools.")
 @click.option("--lease", metavar="NAME", help="Kubernetes Lease of the autoscaler that acts. Default: a lock in Redis.")
 @click.option("--ray-service", metavar="NAME", help="RayService that Events are about; with --lease.")

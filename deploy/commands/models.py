@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from deploy.commands.options import cluster_options
+
 
 @click.group()
 def models() -> None:
@@ -11,8 +13,7 @@ def models() -> None:
 
 
 @models.command()
-@click.option("--config", "config_path", required=True, metavar="FILE", help="YAML of the whole cluster.")
-@click.option("--set", "assignments", multiple=True, metavar="A.B=C", help="Set any key of the configuration.")
+@cluster_options()
 def fetch(config_path: str, assignments: tuple[str, ...]) -> int:
     """Fetch a model of the Hub into the cache (HF_HOME) and check all of its files, so that workers load at once."""
     from deploy.config import load

@@ -8,12 +8,12 @@ import socket
 
 import click
 
+from deploy.commands.options import cluster_options
 from deploy.errors import ConfigError
 
 
 @click.command()
-@click.option("--config", "config_path", required=True, metavar="FILE", help="YAML of the whole cluster.")
-@click.option("--set", "assignments", multiple=True, metavar="A.B=C", help="Set any key of the configuration.")
+@cluster_options()
 def router(config_path: str, assignments: tuple[str, ...]) -> int:
     """Run one router. SIGTERM lets its streams end, for router.drain_s at the longest."""
     from deploy.config import load

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from deploy.commands.options import cluster_options
 from deploy.errors import ConfigError, StartError
 
 if TYPE_CHECKING:
@@ -15,8 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--config", "config_path", metavar="FILE", help="YAML of the whole cluster: its decisions are in Redis.")
-@click.option("--set", "assignments", multiple=True, metavar="A.B=C", help="Set any key of the configuration.")
+@cluster_options("YAML of the whole cluster: its decisions are in Redis.", required=False)
 @click.option("--from", "record", metavar="FILE", help="A record of `autoscaler --record`, in place of Redis.")
 @click.option("--explain", is_flag=True, help="Print the last decisions and why they were made.")
 @click.option("--last", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="How many.")
