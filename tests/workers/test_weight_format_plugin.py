@@ -57,8 +57,9 @@ def checkpoints(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 
 def assert_same(found: JobResult, expected: JobResult) -> None:
+    """A weight that is made anew for each product is not packed, so the products may round differently."""
     assert found.completions == expected.completions
-    assert all(map(torch.equal, found.logits, expected.logits))
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
 
 
 def test_logits_are_those_of_the_plain_weights(checkpoints: tuple[Path, Path]) -> None:

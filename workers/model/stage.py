@@ -66,11 +66,11 @@ class DecoderStage:
         self._embedding_scale = model.embedding_scale
         self._logit_scale, self._logit_soft_cap = model.logit_scale, model.logit_soft_cap
         self._embedding = self._head = None
-        if self.is_first or (self.is_last and model.tie_word_embeddings):
-            self._embedding = VocabParallel(source, EMBEDDING + ".weight")
+        has_tied_head = self.is_last and model.tie_word_embeddings
+        if self.is_first or has_tied_head:
+            self._embedding = VocabParallel(source, EMBEDDING + ".weight", self.is_first, has_tied_head)
         if self.is_last:
-            is_tied = model.tie_word_embeddings
-            self._head = self._embedding if is_tied else VocabParallel(source, HEAD + ".weight")
+            self._head = self._embedding if has_tied_head else VocabParallel(source, HEAD + ".weight", False, True)
             self._norm = RmsNorm(source, FINAL_NORM + ".weight")
         self.layers = [model.decoder.layer(source, index) for index in self.layer_range]
 

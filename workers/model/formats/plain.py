@@ -13,7 +13,7 @@ from workers.model.weight_format import ExpertMatrices, Matrices, Quantised, Spl
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from workers.model.arithmetic import Arithmetic
+    from workers.model.arithmetic import Arithmetic, Product
     from workers.model.loader import Weights
 
 
@@ -38,7 +38,7 @@ class PlainFormat:
             for piece in matrices.pieces(arithmetic.shard)
         ]
         weight = torch.cat(shares) if len(shares) > 1 else shares[0]
-        return PlainLinear(arithmetic, weight, [len(share) for share in shares], bias)
+        return PlainLinear(arithmetic.product(weight, bias), [len(share) for share in shares])
 
     def experts(self, experts: ExpertMatrices, weights: Weights, arithmetic: Arithmetic) -> PlainExperts:
         """As in WeightFormat."""
@@ -60,18 +60,16 @@ class PlainFormat:
 
 @dataclass(frozen=True, slots=True)
 class PlainLinear:
-    """The product with this rank's weight [outputs, inputs]."""
+    """The product with this rank's weight."""
 
-    arithmetic: Arithmetic
-    weight: Tensor
+    product: Product
     output_sizes: list[int]
-    bias: Tensor | None
     input_scheme: None = None
 
     def __call__(self, x: Tensor | Quantised) -> Tensor:
         """As in Linear."""
         assert not isinstance(x, Quantised), "input_scheme asks for none"
-        return self.arithmetic.linear(x, self.weight, self.bias)
+        return self.product(x)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ from workers.model.layers.source import LayerSource
 
 
 class VocabParallel:
-    """A [vocab, hidden] matrix split by rows, padded to a multiple of tp; serves as embedding and as head."""
+    """A [vocab, hidden] matrix split by rows, padded to a multiple of tp; serves as embedding, as head, or as both."""
 
-    def __init__(self, source: LayerSource, name: str) -> None:
+    def __init__(self, source: LayerSource, name: str, is_embedding: bool, is_head: bool) -> None:
         vocab_size, hidden = source.model.vocab_size, source.model.hidden_size
         self._arithmetic = source.arithmetic
         shard = source.arithmetic.shard
@@ -21,15 +21,19 @@ class VocabParallel:
         self.first_id = shard.tp_rank * share
         held = slice(min(self.first_id, vocab_size), min(self.first_id + share, vocab_size))
         weight = source.tensor(name, (vocab_size, hidden), (held,))
-        self.weight = F.pad(weight, (0, 0, 0, share - weight.shape[0]))
+        weight = F.pad(weight, (0, 0, 0, share - weight.shape[0]))
+        self._rows = weight if is_embedding else None
+        self._product = source.arithmetic.product(weight) if is_head else None
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[tokens] -> [tokens, hidden]."""
+        assert self._rows is not None
         if self._arithmetic.shard.tp == 1:
-            return F.embedding(token_ids, self.weight)
-        x = kernels.vocab_embedding(self.weight, token_ids, self.first_id)
+            return F.embedding(token_ids, self._rows)
+        x = kernels.vocab_embedding(self._rows, token_ids, self.first_id)
         return self._arithmetic.groups.all_reduce(x)  # one rank's row and zeros: exact in any order
 
     def logits(self, x: Tensor) -> Tensor:
         """[rows, hidden] -> [rows, vocab / tp], this rank's share; padded ids come out as 0."""
-        return self._arithmetic.linear(x, self.weight)
+        assert self._product is not None
+        return self._product(x)

@@ -23,13 +23,13 @@ class MixtureOfExperts:
         hidden = source.model.hidden_size
         self._arithmetic = source.arithmetic
         self._top_k, self._sums_to_one = config.num_experts_per_tok, config.norm_topk_prob
-        self.router = source.tensor(prefix + "gate.weight", (config.num_experts, hidden))
+        self._router = source.arithmetic.product(source.tensor(prefix + "gate.weight", (config.num_experts, hidden)))
         self.experts = source.experts(config.matrices(prefix, hidden))
 
     def __call__(self, x: Tensor | Quantised) -> Tensor:
         """As in Mlp."""
         assert isinstance(x, Tensor)
-        chances = torch.softmax(self._arithmetic.linear(x, self.router).float(), dim=-1)
+        chances = torch.softmax(self._router(x).float(), dim=-1)
         weights, experts = chances.topk(self._top_k, dim=-1)
         if self._sums_to_one:
             weights = weights / weights.sum(dim=-1, keepdim=True)
