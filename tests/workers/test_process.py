@@ -51,3 +51,42 @@ def test_a_worker_on_ipv6_in_a_folder_with_foreign_modules(tmp_path):
     _, said = process.communicate(timeout=60)
     assert not (tmp_path / "executed").exists(), (tmp_path / "executed").read_text()
     assert json.loads(line or "{}").get("address", said).startswith("[::1]:"), said
+
+
+def test_loading_leaves_no_team_of_openmp_behind(tmp_path):
+    """With a second team there are more threads than cores, and those of the engine sleep after every operation."""
+    engine = EngineConfig(str(make_checkpoint("gqa", tmp_path)), num_blocks=8, device="cpu", num_threads=2)
+    (tmp_path / "spec.json").write_text(json.dumps(asdict(WorkerSpec("w", "mixed", "mixed", engine))))
+    ended = subprocess.run(
+        [sys.executable, "-c", _THREADS_AFTER_LOADING, tmp_path / "spec.json"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    before, after = json.loads(ended.stdout)
+    assert after == before + 1, "loaded in a thread that lives on, it leaves its team; else it does not"
+
+
+_THREADS_AFTER_LOADING = """
+import json, os, sys, threading, time
+from pathlib import Path
+from settings.loading import load
+from workers.config import WorkerSpec
+from workers.runtime.rank import Rank
+
+def settled_count():
+    counts = [-1]
+    while len(counts) < 6 or len(set(counts[-5:])) > 1:  # a team ends after its thread
+        time.sleep(0.1)
+        counts.append(len(set(map(int, os.listdir("/proc/self/task"))) - {t.native_id for t in threading.enumerate()}))
+    return counts[-1]
+
+ranks = [Rank(load(WorkerSpec, Path(sys.argv[1])), 0) for _ in range(3)]
+ranks[0].connect()  # what torch starts once
+counts = []
+ranks[1].connect()
+counts.append(settled_count())
+ranks[2]._connect("", "")
+print(json.dumps([*counts, settled_count()]))
+"""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,16 @@ class Rank:
 
     # ---------------------------------------------------------------------------------------------------------- start
     def connect(self, init_method: str = "", interface: str = "") -> None:
-        """Join the other ranks, load the shard's weights, open the KV tiers."""
+        """Join the other ranks, load the shard's weights, open the KV tiers.
+
+        In a thread that ends with it. OpenMP keeps a team for each thread that has computed. When all teams together
+        have more threads than there are cores, they sleep between two operations instead of spinning, and the engine's
+        operations wait for wake-ups, on small models longer than they compute.
+        """
+        with ThreadPoolExecutor(1, "load") as thread:
+            thread.submit(self._connect, init_method, interface).result()
+
+    def _connect(self, init_method: str, interface: str) -> None:
         engine = self.spec.engine
         torch.set_num_threads(engine.num_threads)
         device = torch.device("cpu") if engine.runner == "fake" else pick_device(engine, self.shard.tp_rank)
