@@ -31,6 +31,10 @@ from kernels.cases import Draw, PagedShape
 from kernels.jit import Value, cdiv, constexpr, jit, next_power_of_2, tl
 from kernels.op import Case, Op, Target
 
+# Of one call of torch's attention on a CPU, which computes what its mask leaves out: the rows of a small tile share
+# nearly all of their keys.
+_CPU_QUERY_ROWS = 64
+
 
 @jit
 def _prefill_kernel(
@@ -252,10 +256,17 @@ def _attend_chunk(
     # The KV head is the batch and its group the heads, so that K and V are shared without a copy.
     rows = q.view(n, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
     k, v = (kv[:, i : i + 1].expand(-1, rows.shape[1], -1, -1) for i in range(2))
-    keys = torch.arange(first_key, length)
-    mask = None if n == 1 and not softmax.window else softmax.is_seen(keys[-n:], keys)
-    attended = softmax_attention(rows, k, v, mask, softmax, (num_kv_heads, -1, 1, 1))
-    return attended.permute(2, 0, 1, 3).reshape(n, num_q_heads, head_dim)
+    out = torch.empty(n, num_kv_heads, rows.shape[1], head_dim, dtype=q.dtype)
+    for begin in range(0, n, _CPU_QUERY_ROWS):
+        end = min(begin + _CPU_QUERY_ROWS, n)
+        first, last = softmax.first_key(length - n + begin), length - n + end
+        keys, seen = torch.arange(first, last), slice(first - first_key, last - first_key)
+        mask = None if end - begin == 1 and not softmax.window else softmax.is_seen(keys[begin - end :], keys)
+        attended = softmax_attention(
+            rows[:, :, begin:end], k[:, :, seen], v[:, :, seen], mask, softmax, (num_kv_heads, -1, 1, 1)
+        )
+        out[begin:end] = attended.permute(2, 0, 1, 3)
+    return out.view(n, num_q_heads, head_dim)
 
 
 def _cost(
