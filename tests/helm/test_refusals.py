@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.helm.rendering import refusal
+from tests.helm.rendering import objects, refusal
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,6 @@ from tests.helm.rendering import refusal
             "pools.decode.terminationGracePeriodSeconds: 660 must be more than 705",
         ),
         ("cpu", ["cluster.pools.decode.drain_timeout_s=7"], "cluster.pools.decode.drain_timeout_s: 7 is shorter than"),
-        ("cpu", ["images.router.tag=latest"], "images.router.tag: Must not validate the schema"),
         ("cpu", ["images.ray.digest=sha256:12"], "images.ray.digest: Does not match pattern"),
         (
             "cpu",
@@ -108,6 +107,19 @@ from tests.helm.rendering import refusal
 )
 def test_values_that_cannot_work_are_refused(profile: str, settings: list[str], message: str) -> None:
     assert message in refusal(profile, *settings)
+
+
+@pytest.mark.parametrize(
+    "tag", ["latest", "Latest", "latest-gpu", "stable", "main", "Nightly", "dev", "EDGE", "master"]
+)
+@pytest.mark.parametrize("image", ["autoscaler", "ray", "router"])
+def test_a_tag_that_moves_is_refused(image: str, tag: str) -> None:
+    assert f"images.{image}.tag: {tag} is a tag that moves" in refusal("cpu", f"images.{image}.tag={tag}")
+
+
+@pytest.mark.parametrize("settings", [("tag=main-3f2a1b",), ("tag=v1.2.3",), ("tag=main", f"digest=sha256:{'a' * 64}")])
+def test_a_version_or_a_digest_names_one_image(settings: tuple[str, ...]) -> None:
+    assert objects("cpu", tuple(f"images.ray.{setting}" for setting in settings))
 
 
 def test_no_values_at_all_are_refused_for_want_of_a_redis() -> None:

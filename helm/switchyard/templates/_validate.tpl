@@ -2,6 +2,7 @@
 
 {{- define "switchyard.validate" -}}
 {{- include "switchyard.validateCluster" . -}}
+{{- include "switchyard.validateImages" . -}}
 {{- include "switchyard.validatePorts" . -}}
 {{- include "switchyard.validateRedis" . -}}
 {{- include "switchyard.validateDrains" . -}}
@@ -65,6 +66,18 @@
 {{- end -}}
 {{- if and (eq .Values.ray.upgradeStrategy "NewClusterWithIncrementalUpgrade") (not .Values.ray.incrementalUpgrade) -}}
 {{- fail "ray.incrementalUpgrade: needed with ray.upgradeStrategy=NewClusterWithIncrementalUpgrade" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Pods of one release run one image: a tag that moves brings another one to each pod that starts later. */}}
+{{- define "switchyard.validateImages" -}}
+{{- $moving := list "latest" "stable" "unstable" "main" "master" "trunk" "head" "edge" "nightly" "daily" "dev" "devel" "develop" "development" "staging" "testing" "test" "prod" "production" "release" "current" "next" "canary" "rolling" "snapshot" "lts" -}}
+{{- range $name := list "autoscaler" "ray" "router" -}}
+{{- $image := index $.Values.images $name -}}
+{{- $tag := lower $image.tag -}}
+{{- if and (not $image.digest) (or (has $tag $moving) (hasPrefix "latest" $tag)) -}}
+{{- fail (printf "images.%s.tag: %s is a tag that moves; name a version, or set images.%s.digest" $name $image.tag $name) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 
