@@ -24,7 +24,7 @@ ACTIONS = counter(f"{_PREFIX}actions_total", "", "Actions carried out: drain, sw
 PROBLEMS = counter(
     f"{_PREFIX}problems_total",
     "",
-    "Looks or actions that failed: serve, directory, worker, memory, lease.",
+    "Looks or actions that failed: serve, directory, worker, memory, lease, record.",
     ("part",),
 )
 LAST_DECISION = gauge(f"{_PREFIX}last_decision_timestamp_seconds", "seconds", "When the last decision was made.")

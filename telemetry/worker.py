@@ -76,6 +76,13 @@ DEMAND = (
     _count("prompt_tokens", "tokens", "Tokens of the prompts that came.", "num_prompt_tokens"),
     _count("ended_requests", "requests", "Requests that ended here.", "num_ended_requests"),
     _count(
+        "ended_uncached_tokens",
+        "tokens",
+        "Computed prompt tokens of the requests that ended here.",
+        "num_ended_uncached_tokens",
+    ),
+    _count("ended_output_tokens", "tokens", "Tokens that ended requests got here.", "num_ended_output_tokens"),
+    _count(
         "uncached_tokens_squared",
         "",
         "Squares of the computed prompt tokens of each request that ended here.",

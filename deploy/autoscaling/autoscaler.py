@@ -3,7 +3,8 @@
     Serve, workers -> observe -> planner.scaling.decide -> planner.scaling.rollout -> Serve, workers
 
 What it remembers is saved after every round, so that the next one goes on in mid-plan. It acts only while it holds the
-lock, and asks for that before each action. In mode advise it decides and says so, and changes nothing.
+lock, and asks for that before each action. In mode advise it decides and says so, and changes nothing; in mode off it
+only shows where workers stand.
 """
 
 from __future__ import annotations
@@ -11,19 +12,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Protocol
 
 from deploy.autoscaling.memory import Memory, MemoryUnavailable
 from deploy.autoscaling.metrics import AutoscalerMetrics
-from deploy.autoscaling.observe import Observer, progress_of
+from deploy.autoscaling.observe import Observer
 from deploy.autoscaling.serve_api import ServeApi, ServeState, ServeUnavailable
 from deploy.autoscaling.workers import WorkerReport, WorkerUnavailable, WorkerWatch
 from deploy.config import ClusterConfig
 from planner.scaling.actions import Action, Announce, Drain, Progress, SetReplicas, SwitchRole
-from planner.scaling.decide import decide
+from planner.scaling.decide import ScalingState, decide
 from planner.scaling.plan import FLIP, GROW, RETIRE, Explanation, Plan, Step
-from planner.scaling.record import DecisionLog, DecisionRecord, Saved
+from planner.scaling.record import DecisionLog, DecisionRecord, Saved, Start
 from planner.scaling.rollout import adopt, advance, count_workers
 
 log = logging.getLogger(__name__)
@@ -41,9 +41,15 @@ _NOTES: dict[str, Callable[[Step], tuple[str, str, str]]] = {
 class Lock(Protocol):
     """Which of several autoscalers acts."""
 
-    def hold(self) -> bool: ...
+    @property
+    def problem(self) -> str:
+        """Why the last try to hold it failed; empty also when another autoscaler holds it."""
 
-    def release(self) -> None: ...
+    def hold(self) -> bool:
+        """Whether this one acts."""
+
+    def release(self) -> None:
+        """Let another one act at once. Never raises."""
 
 
 class EventSink(Protocol):
@@ -71,6 +77,7 @@ class Autoscaler:
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._config = config
+        self._mode = config.autoscaling.mode
         self._serve = serve
         self._watch = watch
         self._memory = memory
@@ -108,13 +115,12 @@ class Autoscaler:
         reports = self._watch.poll()
         if self._watch.problem:
             self._note_problem("directory", self._watch.problem)
-        known = {name: pool for name, pool in state.pools.items() if name in self._config.pools}
-        progress = progress_of(replace(state, pools=known), reports)
+        progress = self._observer.progress(state, reports)
         self._note_starts(progress, state)
         self._metrics.show_progress(progress, self._config.pools)
-        if self._clock() - self._decided_s >= self._config.autoscaling.interval_s:
+        if self._mode != "off" and self._clock() - self._decided_s >= self._config.autoscaling.interval_s:
             self._decide(progress, reports)
-        has_acted = self._config.autoscaling.mode == "act" and self._carry_out(progress)
+        has_acted = self._mode == "act" and self._carry_out(progress)
         self._save()
         if has_acted:
             return 0.0
@@ -123,23 +129,18 @@ class Autoscaler:
     def stop(self) -> None:
         """Let another one act at once."""
         if self._is_ours:
-            try:
-                self._lock.release()
-            except MemoryUnavailable as error:
-                log.warning("the lock was not released: %s", error)
+            self._lock.release()
         self._is_ours = False
         self._metrics.show_leader(False)
 
     # ---- who acts
 
     def _holds_lock(self) -> bool:
-        try:
-            is_ours = self._lock.hold()
-        except MemoryUnavailable as error:
-            self._note_problem("lease", str(error))
-            is_ours = False
+        is_ours = self._lock.hold()
+        if self._lock.problem:
+            self._note_problem("lease", self._lock.problem)
         if is_ours != self._is_ours:
-            log.info("this autoscaler acts now" if is_ours else "another autoscaler acts, or none may")
+            log.info("this autoscaler acts now" if is_ours else "this autoscaler waits: another one acts, or none may")
             self._saved, self._decided_s = None, -float("inf")  # the other one may have changed it
         self._is_ours = is_ours
         self._metrics.show_leader(is_ours)
@@ -165,17 +166,23 @@ class Autoscaler:
         plan, after, explanation = decide(observation, scaling, now_s, self._config.autoscaling)
         record = DecisionRecord(now_s, observation, plan, explanation)
         self._decided_s = self._clock()
-        if self._config.autoscaling.mode == "act":
+        if self._mode == "act":
             rollout = adopt(rollout, plan)
         self._emit_changes(scaling.plan, plan, explanation)
         self._saved = Saved(after, rollout)
         self._metrics.show_decision(explanation)
-        if self._decision_log is not None:
-            self._decision_log.write(record, after)
+        self._write(Start(self._config.autoscaling, scaling), record, after)
+
+    def _write(self, start: Start, record: DecisionRecord, after: ScalingState) -> None:
         try:
-            self._memory.write(record, self._config.autoscaling, scaling)
+            self._memory.write(start, record, after)
         except MemoryUnavailable as error:
             self._note_problem("memory", str(error))
+        try:
+            if self._decision_log is not None:
+                self._decision_log.write(start, record, after)
+        except OSError as error:
+            self._note_problem("record", f"{error.filename or 'the file of decisions'}: {error.strerror}")
 
     def _emit_changes(self, before: Plan | None, plan: Plan, explanation: Explanation) -> None:
         for pool in explanation.pools:
@@ -203,8 +210,12 @@ class Autoscaler:
         assert self._saved is not None
         rollout, actions = advance(self._saved.rollout, progress)
         self._saved = Saved(self._saved.scaling, rollout)
-        done = [self._act(action, progress) for action in actions if self._holds_lock()]
-        return any(done)
+        has_acted = False
+        for action in actions:
+            if not self._holds_lock():
+                break  # the next one that acts sees what is half done
+            has_acted = self._act(action, progress) or has_acted
+        return has_acted
 
     def _act(self, action: Action, progress: Progress) -> bool:
         """Whether it was done. What fails is asked for again in a later round: actions come from what is seen."""
@@ -233,8 +244,10 @@ class Autoscaler:
         return kind != "replicas"  # those take Serve seconds
 
     def _drain_timeout_s(self, worker_id: str, progress: Progress) -> float:
-        home = next(worker.home_pool for worker in progress.workers if worker.worker_id == worker_id)
-        return self._config.pools[home].drain_timeout_s
+        """Of the pool that it serves in, whose streams it has."""
+        worker = next(worker for worker in progress.workers if worker.worker_id == worker_id)
+        pools = self._config.pools
+        return pools[worker.pool if worker.pool in pools else worker.home_pool].drain_timeout_s
 
     # ---- the rest
 

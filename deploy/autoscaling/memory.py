@@ -13,10 +13,10 @@ from redis.exceptions import LockError
 
 from kvstore.control.redis_decision_log import PREFIX, DecisionsUnavailable, RedisDecisionLog
 from kvstore.redis_client import REDIS_ERRORS, address_of, connect
-from planner.scaling.config import AutoscalingConfig
 from planner.scaling.decide import ScalingState
 from planner.scaling.record import (
     DecisionRecord,
+    LineWriter,
     RecordError,
     Saved,
     Start,
@@ -34,13 +34,15 @@ class MemoryUnavailable(Exception):
 
 
 class Memory:
-    """Of one cluster. Every call may raise MemoryUnavailable."""
+    """Of one cluster. Every call but those of the lock may raise MemoryUnavailable."""
 
     def __init__(self, url: str, cluster: str) -> None:
         self._redis = connect(url)
         self._prefix = f"{PREFIX}{cluster}:"
         self._decisions = RedisDecisionLog(url, cluster)
-        self._num_written = 0
+        self._writer = LineWriter(_START_EVERY)
+        self.problem = ""
+        """Why the last try to hold the lock failed; empty also when another one holds it."""
         self._lock = self._redis.lock(self._prefix + "lock", _LOCK_S, blocking=False, thread_local=False)
 
     # ---- over a restart
@@ -69,15 +71,12 @@ class Memory:
 
     # ---- decisions
 
-    def write(self, record: DecisionRecord, config: AutoscalingConfig, before: ScalingState) -> None:
-        """Append a decision. before: the state that it began with."""
-        lines = [to_line(record)]
-        if self._num_written % _START_EVERY == 0:
-            lines.insert(0, to_line(Start(config, before)))
-        self._num_written += 1
+    def write(self, start: Start, record: DecisionRecord, after: ScalingState) -> None:
+        """Append a decision; see LineWriter."""
         try:
-            self._decisions.append(lines)
+            self._decisions.append(self._writer.lines(start, record, after))
         except DecisionsUnavailable as error:
+            self._writer.begin_anew()
             raise MemoryUnavailable(str(error)) from None
 
     def lines(self) -> list[str]:
@@ -107,7 +106,13 @@ class Memory:
 
     def hold(self) -> bool:
         """Whether this is the autoscaler that acts; to be asked at least every five seconds."""
-        return bool(self._call(self._renew_or_acquire))
+        try:
+            held = bool(self._call(self._renew_or_acquire))
+        except MemoryUnavailable as error:
+            self.problem = str(error)
+            return False
+        self.problem = ""
+        return held
 
     def _renew_or_acquire(self) -> bool:
         try:
@@ -117,7 +122,7 @@ class Memory:
 
     def release(self) -> None:
         """Let another one act at once."""
-        with contextlib.suppress(LockError):  # it is another's
+        with contextlib.suppress(LockError, MemoryUnavailable):  # it is another's, or runs out
             self._call(self._lock.release)
 
     def close(self) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
+from socketserver import ThreadingMixIn
 from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, make_server
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, make_wsgi_app
 
@@ -87,7 +88,7 @@ class HttpPort:
             start_response(status, [("Content-Type", "text/plain"), ("Content-Length", str(len(text)))])
             return [text]
 
-        self._server = make_server(host, port, app, handler_class=_Quiet)
+        self._server = make_server(host, port, app, _Server, _Handler)
         threading.Thread(target=self._server.serve_forever, name="http", daemon=True).start()
 
     @property
@@ -101,6 +102,12 @@ class HttpPort:
         self._server.server_close()
 
 
-class _Quiet(WSGIRequestHandler):
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True  # a connection that says nothing must not hold up the kubelet's
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = 10.0  # seconds of silence
+
     def log_message(self, format: str, *args: Any) -> None:  # the base class names it
         """Scrapes are not worth a line."""

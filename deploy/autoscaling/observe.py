@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from switchyard.v1 import worker_pb2
 
@@ -19,6 +19,7 @@ from planner.scaling.actions import (
     DRAINED,
     DRAINING,
     READY,
+    SILENT,
     STARTING,
     SWITCHED,
     Progress,
@@ -42,10 +43,15 @@ def worker_id_of(pool: str, replica: ServeReplica) -> str:
     return f"{pool}-{replica.replica_id}"
 
 
-def progress_of(state: ServeState, reports: Mapping[str, WorkerReport]) -> Progress:
-    """The workers that Serve counts, in the order in which it would end them, and those that it ends already first."""
+def progress_of(
+    state: ServeState, reports: Mapping[str, WorkerReport], last_pools: Mapping[str, str] | None = None
+) -> Progress:
+    """The workers that Serve counts, in the order in which it would end them, and those that it ends already first.
+
+    last_pools: where workers were last heard to serve, by id.
+    """
     workers = [
-        _progress(name, replica, reports.get(worker_id_of(name, replica)))
+        _progress(name, replica, reports.get(worker_id_of(name, replica)), last_pools or {})
         for name, pool in state.pools.items()
         for replica in _ending_order(pool.replicas, _node_order(state))
     ]
@@ -76,16 +82,18 @@ def _node_order(state: ServeState) -> dict[str, int]:
     return {node: place for place, node in enumerate(ordered)}
 
 
-def _progress(pool: str, replica: ServeReplica, report: WorkerReport | None) -> WorkerProgress:
-    worker_id = worker_id_of(pool, replica)
+def _progress(
+    home: str, replica: ServeReplica, report: WorkerReport | None, last_pools: Mapping[str, str]
+) -> WorkerProgress:
+    worker_id = worker_id_of(home, replica)
+    pool, epoch = last_pools.get(worker_id, home), 0
+    status = SILENT if replica.state == RUNNING else STARTING
+    if report is not None:
+        pool, epoch = report.status.pool, report.leased.epoch
+        status = _STATUS.get(report.status.phase, SILENT)
     if replica.state == STOPPING:
-        return WorkerProgress(worker_id=worker_id, home_pool=pool, pool=pool, status=DRAINING)
-    if report is None:
-        return WorkerProgress(worker_id=worker_id, home_pool=pool, pool=pool, status=STARTING)
-    status = _STATUS.get(report.status.phase, STARTING)
-    return WorkerProgress(
-        worker_id=worker_id, home_pool=pool, pool=report.status.pool, status=status, epoch=report.leased.epoch
-    )
+        status = DRAINING
+    return WorkerProgress(worker_id=worker_id, home_pool=home, pool=pool, status=status, epoch=epoch)
 
 
 @dataclass(slots=True)
@@ -98,11 +106,24 @@ class _Means:
     output_tokens: float = math.nan
     kv_wait_s: float = 0.0
 
+    def update(self, sums: _Sums) -> None:
+        """Take what an interval has shown."""
+        if sums.requests > 0:
+            self.context_tokens = sums.prompt_tokens / sums.requests
+        if sums.ended > 0:
+            self.uncached_tokens = sums.uncached_tokens / sums.ended
+            self.uncached_tokens_square = sums.uncached_tokens_squared / sums.ended
+            self.output_tokens = sums.output_tokens / sums.ended
+        if sums.kv_waits > 0:
+            self.kv_wait_s = sums.kv_wait_s / sums.kv_waits
+
 
 @dataclass(slots=True)
 class _Sums:
-    """Of one pool over one interval."""
+    """Over the workers of one pool and one interval. Tokens are those of requests that ended."""
 
+    num_measured: int = 0
+    """Workers whose counters are known from the interval's start on."""
     requests_per_s: float = 0.0
     requests: float = 0.0
     prompt_tokens: float = 0.0
@@ -114,20 +135,61 @@ class _Sums:
     kv_wait_s: float = 0.0
     steps: list[StepSample] = field(default_factory=list)
 
+    def arrivals_per_s(self, num_workers: int) -> float:
+        """As if all workers got what the measured ones got; NaN while none is measured."""
+        if not num_workers:
+            return 0.0
+        return self.requests_per_s * num_workers / self.num_measured if self.num_measured else math.nan
+
+    def add(self, report: WorkerReport, then: worker_pb2.WorkerLoad, elapsed_s: float) -> None:
+        """What a worker has counted since `then`."""
+        now = report.answer.load
+        self.num_measured += 1
+        self.requests_per_s += (now.num_requests - then.num_requests) / elapsed_s
+        self.requests += now.num_requests - then.num_requests
+        self.prompt_tokens += now.num_prompt_tokens - then.num_prompt_tokens
+        self.ended += now.num_ended_requests - then.num_ended_requests
+        self.uncached_tokens += now.num_ended_uncached_tokens - then.num_ended_uncached_tokens
+        self.uncached_tokens_squared += now.uncached_tokens_squared - then.uncached_tokens_squared
+        self.output_tokens += now.num_ended_output_tokens - then.num_ended_output_tokens
+        self.kv_waits += now.num_kv_waits - then.num_kv_waits
+        self.kv_wait_s += now.kv_wait_seconds - then.kv_wait_seconds
+        num_steps = now.num_steps - then.num_steps
+        if num_steps > 0:
+            self.steps.append(
+                StepSample(
+                    duration_s=(now.step_seconds - then.step_seconds) / num_steps,
+                    num_prefill_tokens=(now.num_computed_prompt_tokens - then.num_computed_prompt_tokens) / num_steps,
+                    num_decode_seqs=(now.num_generated_tokens - then.num_generated_tokens) / num_steps,
+                    num_context_tokens=(now.step_context_tokens - then.step_context_tokens) / num_steps,
+                    worker_age_s=max(0.0, report.status.age_seconds - elapsed_s),
+                )
+            )
+
 
 class Observer:
-    """Remembers the counters of the last observation."""
+    """Remembers the counters of the last observation, how long starts took, and where workers were last heard."""
 
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
+        self._observed_s = math.inf
         self._before: dict[str, WorkerReport] = {}
         self._means: dict[str, _Means] = {name: _Means() for name in config.pools}
+        self._last_pools: dict[str, str] = {}
         self.startup_s: dict[str, float] = {}
         """By pool, as measured; kept over a restart by whoever made this."""
         self._starting: dict[str, float] = {}  # Unix time of the start, by worker id
 
+    def progress(self, state: ServeState, reports: Mapping[str, WorkerReport]) -> Progress:
+        """Where the workers of the configured pools stand."""
+        pools = {name: pool for name, pool in state.pools.items() if name in self._config.pools}
+        ids = {worker_id_of(name, replica) for name, pool in pools.items() for replica in pool.replicas}
+        heard = self._last_pools | {name: report.status.pool for name, report in reports.items()}
+        self._last_pools = {name: pool for name, pool in heard.items() if name in ids}
+        return progress_of(ServeState(pools, state.head_node_id), reports, self._last_pools)
+
     def note_starts(self, progress: Progress, state: ServeState, now_unix_s: float) -> None:
-        """Measure how long workers take to start."""
+        """Measure how long workers take to start: those that were seen before they ran."""
         began = {worker_id_of(n, r): r.start_time_s for n, pool in state.pools.items() for r in pool.replicas}
         for worker in progress.workers:
             if worker.status == STARTING:
@@ -150,26 +212,39 @@ class Observer:
         by_pool: dict[str, list[WorkerReport]] = {name: [] for name in self._config.pools}
         for report in reports.values():
             by_pool.setdefault(report.status.pool, []).append(report)
-        observed = tuple(
-            self._pool(name, pool, by_pool[name], counts.get(name, WorkerCounts()), pins.get(name), now_s)
-            for name, pool in self._config.pools.items()
+        sums = {name: self._sum(by_pool[name]) for name in self._config.pools}
+        for name, means in self._means.items():
+            means.update(sums[name])
+        self._before, self._observed_s = dict(reports), now_s
+        return Observation(
+            tuple(
+                self._pool(name, by_pool[name], sums[name], counts.get(name, WorkerCounts()), pins.get(name), now_s)
+                for name in self._config.pools
+            )
         )
-        self._before = dict(reports)
-        return Observation(observed)
+
+    def _sum(self, reports: list[WorkerReport]) -> _Sums:
+        """Left out is a worker that this has not seen from the start of the interval on, or that served elsewhere."""
+        sums = _Sums()
+        for report in reports:
+            before = self._before.get(report.leased.record.worker_id)
+            if before is None:
+                if report.at_s - report.status.age_seconds >= self._observed_s:  # it has started since
+                    sums.add(report, worker_pb2.WorkerLoad(), report.status.age_seconds)
+            elif before.status.pool == report.status.pool and report.at_s > before.at_s:
+                sums.add(report, before.answer.load, report.at_s - before.at_s)
+        return sums
 
     def _pool(
         self,
         name: str,
-        pool: PoolConfig,
         reports: list[WorkerReport],
+        sums: _Sums,
         counts: WorkerCounts,
         pinned: int | None,
         now_s: float,
     ) -> PoolObservation:
-        sums = _Sums()
-        for report in reports:
-            self._add(sums, report)
-        means = self._update_means(name, pool.role, sums)
+        pool, means = self._config.pools[name], self._means[name]
         loads = [report.answer.load for report in reports]
         hellos = [report.answer.worker for report in reports]
         return PoolObservation(
@@ -183,13 +258,10 @@ class Observer:
             max_workers=pool.max_replicas or pool.replicas,
             configured_workers=pool.replicas,
             pinned_workers=pinned,
-            num_ready=counts.num_ready,
-            num_starting=counts.num_starting,
-            num_flipping_in=counts.num_flipping_in,
-            num_draining=counts.num_draining,
+            **asdict(counts),
             startup_s=self.startup_s.get(name, _FIRST_STARTUP_S),
             metrics_age_s=max((now_s - report.at_s for report in reports), default=0.0),
-            arrivals_per_s=sums.requests_per_s,
+            arrivals_per_s=sums.arrivals_per_s(len(reports)),
             uncached_tokens_mean=means.uncached_tokens,
             uncached_tokens_square_mean=means.uncached_tokens_square,
             context_tokens_mean=means.context_tokens,
@@ -202,9 +274,14 @@ class Observer:
             block_size=max((hello.block_size for hello in hellos), default=16),
             max_num_seqs=pool.max_num_seqs,
             max_num_batched_tokens=pool.max_num_batched_tokens,
-            handoff_s=means.kv_wait_s,
+            handoff_s=self._handoff_s() if pool.role == "prefill" else 0.0,
             step_samples=tuple(sums.steps),
         )
+
+    def _handoff_s(self) -> float:
+        """Decode workers measure it, and it is part of the time to first token, which prefill pools are sized for."""
+        waits = [m.kv_wait_s for name, m in self._means.items() if self._config.pools[name].role == "decode"]
+        return max(waits, default=0.0)
 
     def _fingerprint(self, pool: PoolConfig, hellos: list[worker_pb2.WorkerHello]) -> str:
         """Workers of equal fingerprints hold the same model in the same way on the same kind of device. An empty pool
@@ -214,47 +291,3 @@ class Observer:
 
     def _any_fingerprint(self) -> str:
         return next((report.answer.worker.kv_fingerprint.hex() for report in self._before.values()), "")
-
-    def _add(self, sums: _Sums, report: WorkerReport) -> None:
-        """What a worker counted since the last observation; a new worker's first interval begins with its start."""
-        before = self._before.get(report.leased.record.worker_id)
-        now, age_s = report.answer.load, report.status.age_seconds
-        then = before.answer.load if before is not None else worker_pb2.WorkerLoad()
-        elapsed_s = report.at_s - before.at_s if before is not None else age_s
-        if elapsed_s <= 0:
-            return
-        num_requests = now.num_requests - then.num_requests
-        sums.requests_per_s += num_requests / elapsed_s
-        sums.requests += num_requests
-        sums.prompt_tokens += now.num_prompt_tokens - then.num_prompt_tokens
-        sums.ended += now.num_ended_requests - then.num_ended_requests
-        uncached = now.num_computed_prompt_tokens - then.num_computed_prompt_tokens
-        sums.uncached_tokens += uncached
-        sums.uncached_tokens_squared += now.uncached_tokens_squared - then.uncached_tokens_squared
-        output = now.num_generated_tokens - then.num_generated_tokens
-        sums.output_tokens += output
-        sums.kv_waits += now.num_kv_waits - then.num_kv_waits
-        sums.kv_wait_s += now.kv_wait_seconds - then.kv_wait_seconds
-        num_steps = now.num_steps - then.num_steps
-        if num_steps > 0:
-            sums.steps.append(
-                StepSample(
-                    duration_s=(now.step_seconds - then.step_seconds) / num_steps,
-                    num_prefill_tokens=uncached / num_steps,
-                    num_decode_seqs=output / num_steps,
-                    num_context_tokens=(now.step_context_tokens - then.step_context_tokens) / num_steps,
-                    worker_age_s=max(0.0, age_s - elapsed_s),
-                )
-            )
-
-    def _update_means(self, name: str, role: str, sums: _Sums) -> _Means:
-        means = self._means[name]
-        if sums.requests > 0:
-            means.context_tokens = sums.prompt_tokens / sums.requests
-        if sums.ended > 0:
-            means.uncached_tokens = sums.uncached_tokens / sums.ended
-            means.uncached_tokens_square = sums.uncached_tokens_squared / sums.ended
-            means.output_tokens = 1.0 if role == "prefill" else sums.output_tokens / sums.ended
-        if sums.kv_waits > 0:
-            means.kv_wait_s = sums.kv_wait_s / sums.kv_waits
-        return means

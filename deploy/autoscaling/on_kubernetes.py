@@ -29,6 +29,11 @@ class KubernetesLock:
             self._holder.hold()
         return self._holder.is_held
 
+    @property
+    def problem(self) -> str:
+        """Why the last try failed; empty also when another one holds the Lease."""
+        return self._holder.problem
+
     def release(self) -> None:
         """Let another one act at once."""
         self._holder.release()

@@ -43,8 +43,7 @@ def autoscaler(
     from deploy.config import load, own_pod
     from deploy.standalone import check_standalone
     from kvstore.connect import open_directory
-    from planner.scaling.decide import ScalingState
-    from planner.scaling.record import DecisionLog, Start
+    from planner.scaling.record import DecisionLog
 
     if not ray_dashboard.startswith(("http://", "https://")):
         raise ConfigError(f"--ray-dashboard: must be an http:// URL, not {ray_dashboard!r}")
@@ -61,7 +60,7 @@ def autoscaler(
 
         lock, events = open_kubernetes(lease, ray_service, own_pod())
     try:
-        log = DecisionLog(Path(record), Start(config.autoscaling, ScalingState())) if record else None
+        log = DecisionLog(Path(record)) if record else None
     except OSError as error:
         raise ConfigError(f"--record: {record}: {error.strerror}") from None
     watch = WorkerWatch(open_directory(config.kvstore.control_url, config.name))

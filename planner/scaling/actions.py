@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-STARTING, READY, DRAINING, DRAINED, SWITCHED = "starting", "ready", "draining", "drained", "switched"
+STARTING, SILENT, READY = "starting", "silent", "ready"
+DRAINING, DRAINED, SWITCHED = "draining", "drained", "switched"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,10 +16,10 @@ class WorkerProgress:
     home_pool: str
     """The pool that it was started in: the Serve deployment that counts it."""
     pool: str
-    """The pool that it serves in now, or will when it is ready or announced."""
+    """The pool that it serves in now, or will when it is ready or announced; of a silent one as last heard."""
     status: str
-    """starting; ready: takes requests; draining: takes none, and some still run; drained: none runs; switched: has a
-    new role, and routers do not know it yet."""
+    """starting; silent: runs, and does not report; ready: takes requests; draining: takes none, and some still run;
+    drained: none runs; switched: has a new role, and routers do not know it yet."""
     epoch: int = 0
     """Of its lease: grows with each change of role."""
 

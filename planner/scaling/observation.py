@@ -55,6 +55,8 @@ class PoolObservation:
     """Workers that take requests."""
     num_starting: int = 0
     """Workers that were asked for and are not ready."""
+    num_silent: int = 0
+    """Workers that run and do not report: nothing is known of their load."""
     num_flipping_in: int = 0
     """Workers that leave another pool for this one: still draining there, or not yet announced here."""
     num_draining: int = 0
@@ -93,7 +95,7 @@ class PoolObservation:
     max_num_batched_tokens: int = 512
     """Most tokens of one step: the size of a chunk of prefill."""
     handoff_s: float = 0.0
-    """From the end of prefill to the first token at the client: the KV transfer, at the objective's quantile."""
+    """Of a prefill pool: mean time from the end of a prefill to the decode worker's first step, for the KV transfer."""
     kv_bytes_per_token: float = 0.0
     """Of keys and values that leave a prefill worker; 0: not known, and the link bounds nothing."""
     link_bytes_per_s: float = 0.0
@@ -110,7 +112,7 @@ class PoolObservation:
     @property
     def num_workers(self) -> int:
         """Those that serve, or will without another decision."""
-        return self.num_ready + self.num_starting + self.num_flipping_in
+        return self.num_ready + self.num_starting + self.num_silent + self.num_flipping_in
 
     @property
     def num_gpus(self) -> int:
@@ -147,6 +149,8 @@ _PER_REQUEST = (
 def why_unusable(pool: PoolObservation, max_age_s: float) -> str | None:
     """Why nothing may be concluded from this pool's figures, or None. A fresh zero is a zero."""
     names = _DEMAND if pool.is_idle else _DEMAND + _PER_REQUEST
+    if pool.num_silent:
+        return f"{pool.num_silent} workers run and do not report"
     bad = next((name for name in names if not 0 <= getattr(pool, name) < math.inf), None)
     if bad:
         return f"{bad} is {getattr(pool, bad)}"

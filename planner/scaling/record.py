@@ -1,8 +1,9 @@
 """Decisions as JSON lines, and making them again: the same observations must give the same plans.
 
 A line is a start (the configuration, and the state that the next decision begins with) or a decision (an observation,
-and what was decided). Each start of an autoscaler writes a start line, and so does each new file. A file begun by a
-newer version is refused by the name of the unknown key. The only module of planner.scaling that touches files.
+and what was decided). There is a start where a decision does not begin with what the one before it left: at the
+beginning of a file, and after another autoscaler has decided. A file begun by a newer version is refused by the name
+of the unknown key. The only module of planner.scaling that touches files.
 """
 
 from __future__ import annotations
@@ -72,19 +73,53 @@ def to_line(value: Start | DecisionRecord | Saved) -> str:
     return json.dumps({_KINDS[type(value)]: dataclasses.asdict(value)}, separators=(",", ":"))
 
 
+class LineWriter:
+    """Decisions as lines that can be made again."""
+
+    def __init__(self, start_every: int = 0) -> None:
+        self._start_every = start_every
+        self._after: ScalingState | None = None
+        self._num_since_start = 0
+
+    def lines(self, start: Start, record: DecisionRecord, after: ScalingState) -> list[str]:
+        """Of a decision, what it began with, and what it left to the next one. The start is among them where it is not
+        what the last decision left, as after a restart, and after start_every decisions (0: not for that)."""
+        is_due = 0 < self._start_every <= self._num_since_start
+        lines = [to_line(record)]
+        if start.state is not self._after or is_due:  # equal ones may differ in a NaN
+            lines.insert(0, to_line(start))
+            self._num_since_start = 0
+        self._num_since_start += 1
+        self._after = after
+        return lines
+
+    def begin_anew(self) -> None:
+        """What is written next begins with a start."""
+        self._after = None
+
+
 class DecisionLog:
-    """Appends decisions to a file. A full one is renamed to NAME.1, in place of an older one, and a new one begun."""
+    """Appends decisions to a file. A full one is renamed to NAME.1, in place of an older one, and a new one begun.
 
-    def __init__(self, path: Path, start: Start, max_bytes: int = 64 * 2**20) -> None:
-        self._path, self._config, self._max_bytes = path, start.config, max_bytes
-        self._append(to_line(start))
+    Raises OSError, also when a path cannot be written to at all.
+    """
 
-    def write(self, record: DecisionRecord, state: ScalingState) -> None:
-        """Append one decision. state: what it left to the next one."""
-        self._append(to_line(record))
-        if self._path.stat().st_size >= self._max_bytes:
+    def __init__(self, path: Path, max_bytes: int = 64 * 2**20) -> None:
+        self._path, self._max_bytes = path, max_bytes
+        self._writer = LineWriter()
+        path.open("ab").close()
+
+    def write(self, start: Start, record: DecisionRecord, after: ScalingState) -> None:
+        """Append one decision; see LineWriter."""
+        if self._path.exists() and self._path.stat().st_size >= self._max_bytes:
             self._path.replace(self._path.with_name(self._path.name + ".1"))
-            self._append(to_line(Start(self._config, state)))
+            self._writer.begin_anew()
+        try:
+            for line in self._writer.lines(start, record, after):
+                self._append(line)
+        except OSError:
+            self._writer.begin_anew()
+            raise
 
     def _append(self, line: str) -> None:
         with self._path.open("a+b") as file:

@@ -10,6 +10,7 @@ starts anew finishes or undoes what it finds half done. Pure: knows nothing of S
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ from planner.scaling.actions import (
     DRAINED,
     DRAINING,
     READY,
+    SILENT,
     STARTING,
     SWITCHED,
     Action,
@@ -51,8 +53,11 @@ class RolloutState:
 
 
 def adopt(state: RolloutState, plan: Plan) -> RolloutState:
-    """Follow this plan from now on. What the last one began is finished or undone, as this one needs it."""
-    return dataclasses.replace(state, plan=plan)
+    """Follow this plan from now on. What the last one began is finished or undone, as this one needs it; what it began
+    with pools that this one does not have, since they left the configuration, is forgotten."""
+    known = plan.targets
+    transitions = {name: t for name, t in state.transitions.items() if not t.to_pool or t.to_pool in known}
+    return RolloutState(plan, transitions, {pool: n for pool, n in state.replicas.items() if pool in known})
 
 
 def advance(state: RolloutState, progress: Progress) -> tuple[RolloutState, tuple[Action, ...]]:
@@ -77,29 +82,37 @@ class WorkerCounts:
 
     num_ready: int = 0
     num_starting: int = 0
+    num_silent: int = 0
     num_flipping_in: int = 0
     num_draining: int = 0
+
+
+_COUNTED_AS = {
+    STARTING: "num_starting",
+    SILENT: "num_silent",
+    READY: "num_ready",
+    SWITCHED: "num_flipping_in",
+}
 
 
 def count_workers(state: RolloutState, progress: Progress) -> dict[str, WorkerCounts]:
     """What an observation says of each pool while a plan is under way. Workers that Serve was asked for and that do not
     exist yet are starting."""
-    pools = {w.pool for w in progress.workers} | set(progress.replicas) | set(state.plan.targets if state.plan else ())
-    counted = {pool: [0, 0, 0, 0] for pool in pools}
+    counted: Counter[tuple[str, str]] = Counter()
     for worker in progress.workers:
         transition = state.transitions.get(worker.worker_id)
         to_pool = transition.to_pool if transition is not None else ""
         if to_pool and (worker.pool, worker.status) != (to_pool, READY):
-            counted.setdefault(to_pool, [0, 0, 0, 0])[2] += 1
-        elif worker.status == SWITCHED:
-            counted[worker.pool][2] += 1
+            counted[to_pool, "num_flipping_in"] += 1
         elif worker.status in (DRAINING, DRAINED) or (transition is not None and not to_pool):
-            counted[worker.pool][3] += 1
+            counted[worker.pool, "num_draining"] += 1
         else:
-            counted[worker.pool][0 if worker.status == READY else 1] += 1
+            counted[worker.pool, _COUNTED_AS[worker.status]] += 1
     for pool, replicas in (progress.replicas | state.replicas).items():
-        counted[pool][1] += max(0, replicas - sum(w.home_pool == pool for w in progress.workers))
-    return {pool: WorkerCounts(*counts) for pool, counts in counted.items()}
+        counted[pool, "num_starting"] += max(0, replicas - sum(w.home_pool == pool for w in progress.workers))
+    pools = {pool for pool, _ in counted} | set(state.plan.targets if state.plan else ())
+    fields = [field.name for field in dataclasses.fields(WorkerCounts)]
+    return {pool: WorkerCounts(**{name: counted[pool, name] for name in fields}) for pool in pools}
 
 
 class _Work:
@@ -126,7 +139,7 @@ class _Work:
 
     # ---- counts
 
-    def _serving(self, pool: str, status: tuple[str, ...] = (STARTING, READY)) -> list[WorkerProgress]:
+    def _serving(self, pool: str, status: tuple[str, ...] = (STARTING, SILENT, READY)) -> list[WorkerProgress]:
         """Its workers with no transition, in Serve's order."""
         workers = self._workers.values()
         return [w for w in workers if w.pool == pool and w.status in status and w.worker_id not in self._transitions]
@@ -146,9 +159,8 @@ class _Work:
         return len(self._serving(pool)) + self._asked(pool) + incoming
 
     def _excess(self, pool: str) -> int:
-        """More than the target; negative: fewer. A pool that the plan does not know keeps what it has."""
-        have = self._have(pool)
-        return have - self._plan.targets.get(pool, have)
+        """More than the target; negative: fewer. A pool that the plan does not have is to be empty."""
+        return self._have(pool) - self._plan.targets.get(pool, 0)
 
     def _gpus(self) -> int:
         """Held or asked for: every worker that exists, and those that Serve will add."""
@@ -268,9 +280,13 @@ class _Work:
 
     # ---- the plan
 
+    def _pools(self) -> list[str]:
+        """Those of the plan, and others that workers still serve in."""
+        return list(dict.fromkeys([*self._plan.targets, *(worker.pool for worker in self._workers.values())]))
+
     def flip(self) -> None:
         """Begin flips. Home is always a way; else the oldest go, since Serve ends the newest when the pool shrinks."""
-        for pool in self._plan.targets:
+        for pool in self._pools():
             for worker in self._serving(pool, (READY,)):
                 home = worker.home_pool
                 if home != pool and min(self._excess(pool), self._spare(pool), -self._excess(home)) > 0:
@@ -296,7 +312,7 @@ class _Work:
 
     def retire(self) -> None:
         """Begin to drain what is too much, but a pool that is replaced waits for its replacement."""
-        for pool in self._plan.targets:
+        for pool in self._pools():
             if not self._replacement_is_ready(pool):
                 continue
             while self._excess(pool) > 0 and self._retire_one(pool):

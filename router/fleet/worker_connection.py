@@ -265,7 +265,7 @@ class WorkerConnection:
         elif kind == "load":
             self._events.on_load(self.worker_id, message.load)
         elif kind == "retired":
-            self.is_retired = True
+            self.is_retired, self.stays = True, False
             self._events.on_retired(self.worker_id)
             self._send(worker_pb2.ConnectRequest(retired_seen=worker_pb2.RetiredSeen()))
 

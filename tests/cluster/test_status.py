@@ -17,7 +17,7 @@ from deploy.errors import ConfigError, StartError
 from planner.scaling.config import AutoscalingConfig
 from planner.scaling.decide import ScalingState, decide
 from planner.scaling.observation import Observation, PoolObservation
-from planner.scaling.record import DecisionRecord
+from planner.scaling.record import DecisionRecord, Start
 from tests.cluster.test_kill_at_every_token import prompt
 from tests.fake_cluster import FakeCluster
 from tests.processes import RedisServer, free_port, python_environment, wait_until
@@ -40,7 +40,7 @@ def test_status_on_one_screen_and_as_json(fake_cluster: Callable[..., FakeCluste
     observed = Observation((PoolObservation(name="decode", role="decode", num_ready=2, max_workers=3),))
     plan, _, explanation = decide(observed, ScalingState(), 1e9, AutoscalingConfig(mode="advise", policy="fixed"))
     record = DecisionRecord(1e9, observed, plan, explanation)
-    Memory(redis_server.url, "shown").write(record, AutoscalingConfig(), ScalingState())
+    Memory(redis_server.url, "shown").write(Start(AutoscalingConfig(), ScalingState()), record, ScalingState())
     code, text = run("--target", cluster.targets[0])
     assert code == 0
     lines = text.splitlines()

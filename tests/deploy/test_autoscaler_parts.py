@@ -13,10 +13,11 @@ from deploy.autoscaling.serve_api import RUNNING, STARTING, STOPPING, ServePool,
 from deploy.autoscaling.workers import WorkerReport
 from deploy.config import ClusterConfig, PoolConfig
 from kvstore.control.directory import LeasedWorker, WorkerRecord
+from planner.scaling.actions import SILENT
 from planner.scaling.config import AutoscalingConfig
 from planner.scaling.decide import ScalingState, decide
-from planner.scaling.observation import Observation, PoolObservation
-from planner.scaling.record import DecisionRecord, Saved, replay
+from planner.scaling.observation import Observation, PoolObservation, why_unusable
+from planner.scaling.record import DecisionRecord, Saved, Start, replay
 from planner.scaling.rollout import RolloutState, WorkerCounts, adopt, count_workers
 from tests.processes import RedisServer
 
@@ -89,7 +90,9 @@ def test_rates_and_means_are_of_the_last_interval() -> None:
         num_requests=70,
         num_prompt_tokens=5000 + 20 * 300,
         num_ended_requests=60,
-        num_computed_prompt_tokens=10 * 200,
+        num_ended_uncached_tokens=10 * 200,
+        num_ended_output_tokens=10,
+        num_computed_prompt_tokens=40 * 50,
         uncached_tokens_squared=10 * 50_000.0,
         num_steps=40,
         step_seconds=8.0,
@@ -113,18 +116,56 @@ def test_what_no_request_has_shown_yet_is_not_a_number_and_the_last_means_stay()
     empty = observe(observer, now_s=0.0)["decode"]
     assert math.isnan(empty.output_tokens_mean)
     assert (empty.arrivals_per_s, empty.metrics_age_s, empty.gpus_per_worker) == (0.0, 0.0, 2)
-    new = report("decode-a", "decode", 10.0, 5.0, num_requests=10, num_ended_requests=5, num_generated_tokens=500)
+    new = report("decode-a", "decode", 10.0, 5.0, num_requests=10, num_ended_requests=5, num_ended_output_tokens=500)
     assert observe(observer, new, now_s=10.0)["decode"].arrivals_per_s == pytest.approx(2.0), "since it started"
-    later = report("decode-a", "decode", 20.0, 15.0, num_requests=10, num_ended_requests=5, num_generated_tokens=500)
+    later = report("decode-a", "decode", 20.0, 15.0, num_requests=10, num_ended_requests=5, num_ended_output_tokens=500)
     pool = observe(observer, later, now_s=20.0)["decode"]
     assert (pool.arrivals_per_s, pool.output_tokens_mean) == (0.0, 100.0)
 
 
 def test_a_worker_counts_where_it_serves_now() -> None:
     observer = Observer(CONFIG)
-    flipped = report("prefill-a", "decode", 10.0, 5.0, num_requests=10)
-    seen = observe(observer, flipped, now_s=10.0)
+    observe(observer, now_s=0.0)
+    seen = observe(observer, report("prefill-a", "decode", 10.0, 5.0, num_requests=10), now_s=10.0)
     assert (seen["prefill"].arrivals_per_s, seen["decode"].arrivals_per_s) == (0.0, 2.0)
+
+
+def test_an_interval_that_was_not_seen_whole_gives_no_rate() -> None:
+    observer = Observer(CONFIG)
+    old = report("decode-a", "decode", 10.0, 3600.0, num_requests=7200)
+    first = observe(observer, old, now_s=10.0)["decode"]
+    assert math.isnan(first.arrivals_per_s), "the rate of an hour is not that of now, and no rate is not zero"
+    assert why_unusable(first, 60.0) == "arrivals_per_s is nan"
+    # Another one was seen in the prefill pool until now: it did not get these requests here.
+    flipped = [report("prefill-b", pool, at_s, at_s, num_requests=n) for pool, at_s, n in (
+        ("prefill", 20.0, 50), ("decode", 30.0, 90))]  # fmt: skip
+    calm = report("decode-a", "decode", 20.0, 3610.0, num_requests=7200)
+    observe(observer, calm, flipped[0], now_s=20.0)
+    after = report("decode-a", "decode", 30.0, 3620.0, num_requests=7230)
+    seen = observe(observer, after, flipped[1], now_s=30.0)
+    assert seen["decode"].arrivals_per_s == pytest.approx(6.0), "as if it got what the other one got"
+
+
+def test_the_wait_for_kv_is_part_of_what_prefill_pools_are_sized_for() -> None:
+    observer = Observer(CONFIG)
+    observe(observer, report("decode-a", "decode", 10.0, 100.0), now_s=10.0)
+    after = report("decode-a", "decode", 20.0, 110.0, num_kv_waits=10, kv_wait_seconds=2.5)
+    seen = observe(observer, after, now_s=20.0)
+    assert (seen["prefill"].handoff_s, seen["decode"].handoff_s) == pytest.approx((0.25, 0.0))
+
+
+def test_a_worker_that_is_not_heard_for_a_round_is_neither_starting_nor_gone() -> None:
+    observer = Observer(CONFIG)
+    state = ServeState({"prefill": ServePool("", "", 1, (replica("a", 100.0, "n"),))}, "")
+    flipped = {"prefill-a": report("prefill-a", "decode", 0.0, 1.0)}
+    observer.note_starts(observer.progress(state, flipped), state, 130.0)
+    (silent,) = observer.progress(state, {}).workers
+    assert (silent.status, silent.pool) == (SILENT, "decode")
+    observer.note_starts(observer.progress(state, {}), state, 5000.0)
+    observer.note_starts(observer.progress(state, flipped), state, 5001.0)
+    assert observer.startup_s == {}, "it started long ago"
+    counts = count_workers(RolloutState(), observer.progress(state, {}))["decode"]
+    assert counts == WorkerCounts(num_silent=1)
 
 
 def test_starts_are_measured_from_the_request_to_the_first_readiness() -> None:
@@ -171,7 +212,7 @@ def test_decisions_that_are_kept_can_be_made_again(redis_server: RedisServer) ->
     config = AutoscalingConfig(mode="act")
     for number in range(2300):  # more than are kept
         record, after = decided(float(number), state)
-        memory.write(record, config, state)
+        memory.write(Start(config, state), record, after)
         state = after
     lines = memory.lines()
     assert 1800 < len(lines) <= 2000
@@ -208,6 +249,9 @@ def test_one_autoscaler_holds_the_lock(redis_server: RedisServer) -> None:
 def test_a_redis_that_is_away_is_one_line(redis_server: RedisServer) -> None:
     memory = Memory(redis_server.url, "c")
     redis_server.kill()
-    for call in (memory.load, memory.pins, memory.hold, memory.lines, lambda: memory.save(Saved())):
+    for call in (memory.load, memory.pins, memory.lines, lambda: memory.save(Saved())):
         with pytest.raises(MemoryUnavailable, match=r"127\.0\.0\.1"):
             call()
+    assert not memory.hold()
+    assert "127.0.0.1" in memory.problem
+    memory.release()

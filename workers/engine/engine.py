@@ -155,6 +155,7 @@ class Engine:
             self._count_step(now)
         self.counters.num_generated_tokens += len(update.tokens)
         self.counters.num_published_blocks += len(update.published_names)
+        self.counters.num_computed_prompt_tokens += update.num_computed_prompt_tokens
         self.counters.num_transferred_blocks += update.num_transferred_blocks
         ended = [self._end(request, reason) for request, reason in update.finished]
         if plan.is_empty and not output.transfers:
@@ -182,7 +183,6 @@ class Engine:
 
     def _end(self, request: Request, reason: FinishReason) -> RequestEnd:
         self.scheduler.finish(request)
-        self.counters.num_computed_prompt_tokens += request.num_computed_prompt_tokens
         self.counters.num_cached_prompt_tokens += request.num_cached_prompt_tokens
         return RequestEnd(
             request.request_id,
@@ -190,6 +190,7 @@ class Engine:
             reason,
             request.num_cached_prompt_tokens,
             request.num_computed_prompt_tokens,
+            request.num_tokens - request.num_given_tokens,
             request.num_transferred_blocks,
             request.num_published_blocks,
             request.arrival_time_s,

@@ -26,6 +26,7 @@ class UpdateResult:
     finished: list[tuple[Request, FinishReason]] = field(default_factory=list)
     published_names: list[bytes] = field(default_factory=list)
     num_transferred_blocks: int = 0
+    num_computed_prompt_tokens: int = 0
 
 
 class StepOutcomes:
@@ -66,7 +67,7 @@ class StepOutcomes:
                 continue
             end = start + count
             if start < request.num_given_tokens:
-                self._count_computed(request, start, end)
+                result.num_computed_prompt_tokens += self._count_computed(request, start, end)
             if num_logits:
                 request.num_pending_tokens -= 1
                 if request.drafts_in_flight:
@@ -131,11 +132,12 @@ class StepOutcomes:
             if request.status is RequestStatus.STORING and not request.num_stores_in_flight:
                 self._send_last(request, result)
 
-    def _count_computed(self, request: Request, start: int, end: int) -> None:
+    def _count_computed(self, request: Request, start: int, end: int) -> int:
         prompt_tokens = min(end, request.num_given_tokens) - start
         request.num_computed_prompt_tokens += prompt_tokens
         if request.role is RequestRole.DECODE:
             self.num_recomputed_prompt_tokens += prompt_tokens
+        return prompt_tokens
 
     def _note_full_blocks(self, request: Request, num_computed_tokens: int) -> None:
         """Name the blocks that are full now, so that other requests find them; give back what left the windows."""

@@ -161,6 +161,7 @@ class RequestEnd:
     reason: FinishReason
     num_cached_prompt_tokens: int
     num_computed_prompt_tokens: int
+    num_generated_tokens: int
     num_transferred_blocks: int
     num_published_blocks: int
     arrival_time_s: float  # all on the engine's clock; None for what did not happen here

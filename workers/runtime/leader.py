@@ -122,16 +122,8 @@ class WorkerLeader:
         port = server.add_insecure_port(join_host_port(self._spec.listen_host, 0))
         address = join_host_port(self._spec.listen_host, port)
         spec = self._spec
-        self._registration = Registration(
-            self._directory,
-            WorkerRecord(spec.worker_id, address, spec.pool, spec.role, spec.node_id),
-            servicer.lease,
-            servicer.take_role,
-            lambda: servicer.num_requests,
-            servicer.retire,
-            lambda: servicer.is_quiet,
-            servicer.move_streams,
-        )
+        record = WorkerRecord(spec.worker_id, address, spec.pool, spec.role, spec.node_id)
+        self._registration = Registration(self._directory, record, servicer)
         servicer.attach(loop, self._registration)
         await server.start()
         loop.start()

@@ -47,6 +47,11 @@ class Lease:
                 self._held_epoch = 0
             self._pulse_s = now_s
 
+    def forget(self) -> None:
+        """What follows is a registration like the first one."""
+        with self._lock:
+            self.epoch = self._held_epoch = 0
+
     def renew(self, directory: Directory, record: WorkerRecord) -> bool:
         """Register, or renew. True: another epoch than before, what was begun under that is over.
 
@@ -64,7 +69,8 @@ class Lease:
 
 
 class LeaseKeeper:
-    """Renews a worker's lease from a thread of its own, and notices on the server's loop that the process runs.
+    """A worker's entry in the directory: renewed from a thread of its own, while the server's loop shows by a pulse
+    that the process runs. Thread-safe; what is asked for comes one after the other.
 
     on_epoch: called on that loop with the epoch after each renewal, and whether what was begun before it is over.
     """
@@ -72,40 +78,59 @@ class LeaseKeeper:
     def __init__(
         self,
         directory: Directory,
-        record: WorkerRecord,
         on_epoch: Callable[[int, bool], None],
         loop: asyncio.AbstractEventLoop,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._directory = directory
-        self._record = record
         self._on_epoch = on_epoch
         self._loop = loop
-        self._lease = Lease(LEASE_TTL_S, time.monotonic)
+        self._lease = Lease(LEASE_TTL_S, clock)
+        self._record: WorkerRecord | None = None
+        self._lock = threading.Lock()
         self._withdrawn = threading.Event()
         self._thread = threading.Thread(target=self._keep_alive, name="lease", daemon=True)
 
-    def start(self) -> None:
-        """Register, and renew from now on."""
-        asyncio.run_coroutine_threadsafe(self._pulse(), self._loop)
-        self._renew()
-        self._thread.start()
+    def register(self, record: WorkerRecord) -> None:
+        """Enter the directory under a new epoch, and renew from now on; nothing after withdraw().
+
+        A first entry that the directory does not take is tried again. Raises DirectoryUnavailable when it is not the
+        first, and then nothing has changed: the directory would take the old epoch for the new one.
+        """
+        with self._lock:
+            if self._withdrawn.is_set():
+                return
+            if self._record is not None:
+                self._directory.withdraw(record.worker_id)
+                self._lease.forget()
+            self._record = record
+            self._renew()
+            if self._thread.ident is None:
+                asyncio.run_coroutine_threadsafe(self._pulse(), self._loop)
+                self._thread.start()
 
     def retire(self) -> None:
         """Stay in the directory, under the same epoch, as one that takes no requests."""
-        self._record = dataclasses.replace(self._record, role=RETIRED)
-        self._renew()
+        with self._lock:
+            if self._record is not None and not self._withdrawn.is_set():
+                self._record = dataclasses.replace(self._record, role=RETIRED)
+                self._renew()
 
     def withdraw(self) -> None:
-        """Leave the directory."""
+        """Leave the directory for good."""
         self._withdrawn.set()
-        if self._thread.ident is not None:
-            self._thread.join()
+        with self._lock:
+            record, self._record = self._record, None
+        if record is None:
+            return
+        self._thread.join()
         try:
-            self._directory.withdraw(self._record.worker_id)
+            self._directory.withdraw(record.worker_id)
         except DirectoryUnavailable as error:
             log.warning("control is away: %s", error)
 
     def _renew(self) -> None:
+        assert self._record is not None
         before = self._lease.epoch
         try:
             is_new = self._lease.renew(self._directory, self._record)
@@ -126,6 +151,8 @@ class LeaseKeeper:
     def _keep_alive(self) -> None:
         while not self._withdrawn.wait(LEASE_RENEWAL_S):
             try:
-                self._renew()
+                with self._lock:
+                    if self._record is not None:
+                        self._renew()
             except Exception:  # without renewals the worker's lease ends, and the cluster loses it
                 log.exception("the lease was not renewed")

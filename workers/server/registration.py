@@ -16,9 +16,9 @@ import dataclasses
 import enum
 import logging
 import time
-from collections.abc import Callable
+from typing import Protocol
 
-from kvstore.control.directory import Directory, WorkerRecord
+from kvstore.control.directory import Directory, DirectoryUnavailable, WorkerRecord
 from workers.server.lease import LeaseKeeper
 
 log = logging.getLogger(__name__)
@@ -40,80 +40,93 @@ class NotDrained(Exception):
     """The worker still serves, so it cannot take another role."""
 
 
+class Routers(Protocol):
+    """The routers of one worker, as WorkerServicer knows them. For the server's loop."""
+
+    @property
+    def num_requests(self) -> int:
+        """How many of theirs run here."""
+
+    @property
+    def is_quiet(self) -> bool:
+        """They all know that the worker retired."""
+
+    def lease(self, epoch: int, is_new: bool) -> None:
+        """See LeaseKeeper."""
+
+    def take_role(self, record: WorkerRecord) -> None:
+        """The role has changed; they have not heard of it."""
+
+    def retire(self) -> None:
+        """Tell them that the worker takes no more requests."""
+
+    def move_streams(self) -> None:
+        """End the connections that streams run over, so that they are placed elsewhere."""
+
+
 class Registration:
-    """One worker's place in the cluster.
+    """One worker's place in the cluster. directory: None where a worker serves without one."""
 
-    on_epoch: see LeaseKeeper. on_role: the role has changed, before routers hear of it. num_requests: how many run
-    here. retire: tells routers that it has left. is_quiet: they all know. move_streams: ends the routers' connections,
-    so that they place their streams elsewhere.
-    """
-
-    def __init__(
-        self,
-        directory: Directory | None,
-        record: WorkerRecord,
-        on_epoch: Callable[[int, bool], None],
-        on_role: Callable[[WorkerRecord], None],
-        num_requests: Callable[[], int],
-        retire: Callable[[], None],
-        is_quiet: Callable[[], bool],
-        move_streams: Callable[[], None],
-    ) -> None:
+    def __init__(self, directory: Directory | None, record: WorkerRecord, routers: Routers) -> None:
         self.record = record
         """As it is, or will be, in the directory."""
-        self._directory = directory
-        self._on_epoch = on_epoch
-        self._on_role = on_role
-        self._num_requests = num_requests
-        self._retire = retire
-        self._is_quiet = is_quiet
-        self._move_streams = move_streams
+        self._routers = routers
         self._asyncio = asyncio.get_running_loop()
-        self._lease: LeaseKeeper | None = None
-        self._is_ready = directory is None  # nobody is told, so nothing can be left
+        self._lease = None if directory is None else LeaseKeeper(directory, routers.lease, self._asyncio)
+        self._serves = directory is None  # nobody is told, so nothing can be left
         self._is_over = False
         self._left_s = 0.0
         self._is_switched = False
+        self._entry_of_retired: asyncio.Task[None] | None = None
         self._end_of_drain: asyncio.Task[None] | None = None
         self._lock = asyncio.Lock()  # calls come one after the other
 
     @property
     def phase(self) -> Phase:
         """Where it stands."""
-        if self._is_ready:
+        if self._serves and not self._is_over:
             return Phase.READY
         if self._is_switched:
             return Phase.SWITCHED
-        is_settled = self._is_quiet() or time.monotonic() - self._left_s >= _SETTLE_S
-        return Phase.DRAINED if is_settled and not self._num_requests() else Phase.DRAINING
+        is_settled = self._routers.is_quiet or time.monotonic() - self._left_s >= _SETTLE_S
+        return Phase.DRAINED if is_settled and not self._routers.num_requests else Phase.DRAINING
 
     @property
     def num_requests(self) -> int:
         """How many run here."""
-        return self._num_requests()
+        return self._routers.num_requests
 
     async def announce(self) -> None:
-        """Take requests: enter the directory under a new epoch, unless it is there or has left for good."""
+        """Take requests: enter the directory under a new epoch, unless it is there or has left for good.
+
+        Raises DirectoryUnavailable when the entry as retired cannot be removed: routers would not see the new one.
+        """
         async with self._lock:
-            if self._is_ready or self._is_over or self._directory is None:
+            if self._serves or self._is_over or self._lease is None:
                 return
+            if self._entry_of_retired is not None:
+                await asyncio.wait([self._entry_of_retired])
+            was_switched = self._is_switched
+            self._serves, self._is_switched = True, False  # before routers can see it
+            try:
+                await asyncio.to_thread(self._lease.register, self.record)
+            except DirectoryUnavailable:
+                self._serves, self._is_switched = False, was_switched
+                raise
             self._stop_waiting()
-            if self._lease is not None:
-                await asyncio.to_thread(self._lease.withdraw)
-            self._lease = LeaseKeeper(self._directory, self.record, self._on_epoch, self._asyncio)
-            self._is_ready, self._is_switched = True, False
-            await asyncio.to_thread(self._lease.start)
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no more requests; returns at once. After timeout_s what still runs is moved."""
+        """Take no more requests; returns at once. After timeout_s what still runs is moved.
+
+        Routers are told over their connections, and the directory, which may not answer, beside that.
+        """
         async with self._lock:
-            if self._is_ready and self._lease is not None:
-                self._is_ready, self._left_s = False, time.monotonic()
-                await asyncio.to_thread(self._lease.retire)
-                self._left_s = time.monotonic()
-                self._retire()
+            if self._serves and self._lease is not None:
+                self._serves, self._left_s = False, time.monotonic()
+                self._routers.retire()
+                self._entry_of_retired = asyncio.create_task(asyncio.to_thread(self._lease.retire), name="retired")
             self._stop_waiting()
-            if not self._is_ready and not self._is_switched:
+            if not self._serves and not self._is_switched:
                 self._end_of_drain = asyncio.create_task(self._move_when_over(timeout_s), name="drain")
 
     async def switch(self, pool: str, role: str) -> None:
@@ -129,23 +142,22 @@ class Registration:
             log.info("%s: from pool %s to %s as %s", self.record.worker_id, self.record.pool, pool, role)
             self.record = dataclasses.replace(self.record, pool=pool, role=role)
             self._is_switched = True
-            self._on_role(self.record)
+            self._routers.take_role(self.record)
 
     def withdraw(self) -> None:
         """Leave the directory for good; from any thread."""
-        self._is_over, self._is_ready, self._left_s = True, False, time.monotonic()
-        lease, self._lease = self._lease, None
-        if lease is not None:
-            lease.withdraw()
+        self._is_over, self._left_s = True, time.monotonic()
+        if self._lease is not None:
+            self._lease.withdraw()
             with contextlib.suppress(RuntimeError):  # the loop is closed: the worker is stopping
-                self._asyncio.call_soon_threadsafe(self._retire)
+                self._asyncio.call_soon_threadsafe(self._routers.retire)
 
     async def _move_when_over(self, timeout_s: float) -> None:
         deadline_s = time.monotonic() + timeout_s
         while self.phase is Phase.DRAINING and time.monotonic() < deadline_s:
             await asyncio.sleep(_LOOK_S)
         while self.phase is Phase.DRAINING:  # also what a router still sent meanwhile
-            self._move_streams()
+            self._routers.move_streams()
             await asyncio.sleep(_LOOK_S)
 
     def _stop_waiting(self) -> None:

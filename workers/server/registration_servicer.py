@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+from collections.abc import Coroutine
+from typing import Any
 
 import grpc
 from switchyard.v1 import worker_pb2 as pb
 from switchyard.v1 import worker_pb2_grpc
 
-from kvstore.control.directory import WorkerRecord
+from kvstore.control.directory import DirectoryUnavailable, WorkerRecord
 from kvstore.control.roles import ROLE_NAMES, WIRE_ROLES
 from workers.engine.engine import Clock
 from workers.server.registration import NotDrained, Phase, Registration
@@ -29,6 +32,7 @@ class RegistrationServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._clock = clock
         self._began_s = clock()
         self._registration: Registration | None = None
+        self._changes: set[asyncio.Task[None]] = set()
 
     def take_role(self, record: WorkerRecord) -> None:
         """Say so to routers from now on."""
@@ -38,7 +42,7 @@ class RegistrationServicer(worker_pb2_grpc.WorkerServiceServicer):
         """Leave the directory."""
         if not 0 <= request.timeout_s < math.inf:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"timeout_s: must be >= 0, not {request.timeout_s}")
-        await self._attached.drain(request.timeout_s)
+        await self._to_its_end(self._attached.drain(request.timeout_s))
         return self._status()
 
     async def SwitchRole(self, request: pb.SwitchRoleRequest, context: grpc.aio.ServicerContext) -> pb.WorkerStatus:
@@ -47,15 +51,25 @@ class RegistrationServicer(worker_pb2_grpc.WorkerServiceServicer):
         if not role or not request.pool:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "pool and role: both must be given")
         try:
-            await self._attached.switch(request.pool, role)
+            await self._to_its_end(self._attached.switch(request.pool, role))
         except NotDrained as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         return self._status()
 
     async def Announce(self, request: pb.AnnounceRequest, context: grpc.aio.ServicerContext) -> pb.WorkerStatus:
         """Enter the directory."""
-        await self._attached.announce()
+        try:
+            await self._to_its_end(self._attached.announce())
+        except DirectoryUnavailable as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"the directory does not answer: {error}")
         return self._status()
+
+    async def _to_its_end(self, change: Coroutine[Any, Any, None]) -> None:
+        """Also when the caller has given up and its call is cancelled: half a change would be no phase."""
+        task = asyncio.create_task(change)
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+        await asyncio.shield(task)
 
     @property
     def _attached(self) -> Registration:

@@ -14,6 +14,7 @@ from planner.scaling.explain import explain_last, explanation_text
 from planner.scaling.record import (
     DecisionLog,
     DecisionRecord,
+    LineWriter,
     RecordError,
     Saved,
     Start,
@@ -39,14 +40,15 @@ def record_run(path: Path, restarts: bool = False, max_bytes: int = 10**9) -> Lo
     """Half an hour in the fake cluster, every decision in a file."""
     cluster = FakeCluster({"prefill": 1, "decode": 1}).start_with({"prefill": 2, "decode": 1})
     loop = Loop(act(max_gpus=9), [pool("prefill"), pool("decode")], cluster, demand)
-    log = DecisionLog(path, Start(loop.config, loop.scaling), max_bytes)
+    log = DecisionLog(path, max_bytes)
     while cluster.now_s < 1800:
         if restarts and cluster.now_s % 250 == 0:
             loop.scaling = saved_from_line(to_line(Saved(loop.scaling, loop.rollout))).scaling
-            log = DecisionLog(path, Start(loop.config, loop.scaling), max_bytes)
+            log = DecisionLog(path, max_bytes)
+        start = Start(loop.config, loop.scaling)
         loop.run(10.0)
         seen, plan, explanation = loop.observations[-1], loop.plans[-1], loop.explanations[-1]
-        log.write(DecisionRecord(explanation.at_s, seen, plan, explanation), loop.scaling)
+        log.write(start, DecisionRecord(explanation.at_s, seen, plan, explanation), loop.scaling)
     return loop
 
 
@@ -90,10 +92,28 @@ def test_a_torn_line_is_left_out_where_the_writer_died(tmp_path: Path) -> None:
     lines = whole.splitlines()
     path.write_text("\n".join(lines[:50]) + "\n" + lines[50][:300])
     assert len(list(decisions(path.read_text().splitlines()))) == 49
-    DecisionLog(path, Start(act(), ScalingState()))
+    (record, *_) = decisions(lines)
+    DecisionLog(path).write(Start(act(max_gpus=9), ScalingState()), record, ScalingState())
     assert list(replay(path.read_text().splitlines())) == []
     with pytest.raises(RecordError, match="line 51: not JSON"):
         list(replay([*lines[:50], lines[50][:300], *lines[51:]]))
+
+
+def test_a_start_comes_where_another_autoscaler_has_decided_in_between(tmp_path: Path) -> None:
+    record_run(tmp_path / "scale.jsonl")
+    (record, *_) = decisions((tmp_path / "scale.jsonl").read_text().splitlines())
+    own, others, after = ScalingState(), ScalingState(), ScalingState()
+    writer = LineWriter()
+
+    def starts(before: ScalingState) -> list[bool]:
+        return [line.startswith('{"start"') for line in writer.lines(Start(act(), before), record, after)]
+
+    assert starts(own) == [True, False]
+    assert starts(after) == [False]
+    assert starts(others) == [True, False]
+    assert starts(after) == [False]
+    writer.begin_anew()
+    assert starts(after) == [True, False]
 
 
 @pytest.mark.parametrize(
