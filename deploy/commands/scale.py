@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from deploy.errors import ConfigError, StartError
 
 if TYPE_CHECKING:
     from deploy.autoscaling.memory import Memory
+    from deploy.config import ClusterConfig, PoolConfig
 
 
 @click.command()
@@ -21,7 +23,11 @@ if TYPE_CHECKING:
 @click.option("--explain", is_flag=True, help="Print the last decisions and why they were made.")
 @click.option("--last", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="How many.")
 @click.option("--replay", is_flag=True, help="Make all kept decisions again; exit code 1 if one comes out differently.")
-@click.option("--pin", metavar="POOL=N", help="Set a pool's number of workers by hand; the policy leaves it alone.")
+@click.option(
+    "--pin",
+    metavar="POOL=N",
+    help="Set a pool's number of workers by hand, within its limits; the policy leaves it alone.",
+)
 @click.option("--unpin", metavar="POOL", help="Leave a pool to the policy again.")
 def scale(
     config_path: str | None,
@@ -81,26 +87,39 @@ def _lines(config_path: str | None, assignments: tuple[str, ...], record: str | 
 def _set_pin(config_path: str | None, assignments: tuple[str, ...], pin: str | None, unpin: str | None) -> None:
     from deploy.autoscaling.memory import MemoryUnavailable
 
-    memory, pools = _open(config_path, assignments)
-    wanted: list[tuple[str, str, int | None]] = []
+    memory, config = _open(config_path, assignments)
+    wanted: list[tuple[str, int | None]] = []
     if pin:
         pool, _, text = pin.partition("=")
-        if not text.isdecimal():
-            raise ConfigError(f"--pin: must be POOL=N, not {pin!r}")
-        wanted.append(("--pin", pool, int(text)))
+        wanted.append((_known_pool("--pin", pool, config), _pinned_count(config.pools[pool], pool, text)))
     if unpin:
-        wanted.append(("--unpin", unpin, None))
-    for option, pool, count in wanted:
-        if pool not in pools:
-            raise ConfigError(f"{option}: there is no pool {pool!r}, only {', '.join(pools)}")
+        wanted.append((_known_pool("--unpin", unpin, config), None))
+    mode = config.autoscaling.mode
+    unused = "" if mode == "act" else f" (autoscaling.mode is {mode}: nobody sees to it)"
+    for pool, count in wanted:
         try:
             memory.pin(pool, count)
         except MemoryUnavailable as error:
             raise StartError(f"kvstore.control: {error}") from None
-        click.echo(f"{pool}: " + ("left to the policy" if count is None else f"{count} workers, by hand"))
+        click.echo(f"{pool}: " + ("left to the policy" if count is None else f"{count} workers, by hand{unused}"))
 
 
-def _open(config_path: str | None, assignments: tuple[str, ...]) -> tuple[Memory, tuple[str, ...]]:
+def _known_pool(option: str, pool: str, config: ClusterConfig) -> str:
+    if pool not in config.pools:
+        raise ConfigError(f"{option}: there is no pool {pool[:100]!r}, only {', '.join(config.pools)}")
+    return pool
+
+
+def _pinned_count(pool: PoolConfig, name: str, text: str) -> int:
+    least, most = pool.min_replicas or pool.replicas, pool.max_replicas or pool.replicas
+    is_within = re.fullmatch(r"[0-9]{1,9}", text) is not None and least <= int(text) <= most
+    if not is_within:
+        limits = f"from {least} (min_replicas) to {most} (max_replicas)"
+        raise ConfigError(f"--pin: {name} must be a number {limits}, not {text[:100]!r}")
+    return int(text)
+
+
+def _open(config_path: str | None, assignments: tuple[str, ...]) -> tuple[Memory, ClusterConfig]:
     from deploy.autoscaling.memory import Memory
     from deploy.config import load
     from deploy.standalone import check_standalone
@@ -109,4 +128,4 @@ def _open(config_path: str | None, assignments: tuple[str, ...]) -> tuple[Memory
         raise ConfigError("--config: the cluster's YAML is needed, or a record with --from")
     config = load(config_path, assignments)
     check_standalone(config)
-    return Memory(config.kvstore.control_url, config.name), tuple(config.pools)
+    return Memory(config.kvstore.control_url, config.name), config
