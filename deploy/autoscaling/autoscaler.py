@@ -140,7 +140,8 @@ class Autoscaler:
         if self._lock.problem:
             self._note_problem("lease", self._lock.problem)
         if is_ours != self._is_ours:
-            log.info("this autoscaler acts now" if is_ours else "this autoscaler waits: another one acts, or none may")
+            why = "the lock cannot be held" if self._lock.problem else "another one acts"
+            log.info("this autoscaler acts now" if is_ours else f"this autoscaler waits: {why}")
             self._saved, self._decided_s = None, -float("inf")  # the other one may have changed it
         self._is_ours = is_ours
         self._metrics.show_leader(is_ours)

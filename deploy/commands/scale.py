@@ -13,8 +13,9 @@ from deploy.commands.options import cluster_options
 from deploy.errors import ConfigError, StartError
 
 if TYPE_CHECKING:
-    from deploy.autoscaling.memory import Memory
     from deploy.config import ClusterConfig, PoolConfig
+
+_NOTHING = "no decision is kept: none was made yet, or Redis was emptied since"
 
 
 @click.command()
@@ -52,42 +53,56 @@ def scale(
     lines = _lines(config_path, assignments, record)
     try:
         if explain:
-            click.echo(explain_last(lines, last) or "no decision yet")
+            click.echo(explain_last(lines, last) or _NOTHING)
         return _replay(lines) if replay else 0
     except RecordError as error:
         raise ConfigError(f"{record or 'the decisions in Redis'}: {error}") from None
 
 
 def _replay(lines: Iterable[str]) -> int:
-    from planner.scaling.record import decisions, replay
+    from planner.scaling.record import decisions, from_first_start, replay
 
     lines = list(lines)
-    differences = list(replay(lines))
+    kept = from_first_start(lines)
+    if lines and not kept:
+        raise StartError(
+            "no decision can be made again: the line with which they begin is gone, as after Redis was emptied; the "
+            "autoscaler writes another one at its next start, and every hundred decisions"
+        )
+    num_without = len(lines) - len(kept)
+    differences = list(replay(kept))
     for found in differences:
-        click.echo(f"line {found.line}: recorded {found.recorded.targets}, made again {found.replayed.targets}")
-    click.echo(f"{sum(1 for _ in decisions(lines))} decisions made again, {len(differences)} came out differently")
+        line = num_without + found.line
+        click.echo(f"line {line}: recorded {found.recorded.targets}, made again {found.replayed.targets}")
+    without = f"; the first {num_without} lines have no start and were left out" if num_without else ""
+    num_again = sum(1 for _ in decisions(kept))
+    click.echo(f"{num_again} decisions made again, {len(differences)} came out differently{without}")
     return 1 if differences else 0
 
 
 def _lines(config_path: str | None, assignments: tuple[str, ...], record: str | None) -> list[str]:
-    from deploy.autoscaling.memory import MemoryUnavailable
+    from kvstore.control.redis_decision_log import DecisionsUnavailable, RedisDecisionLog
 
     if record is not None:
         try:
             return Path(record).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--from: {record}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
-    memory, _ = _open(config_path, assignments)
+    config = _load(config_path, assignments)
+    kept = RedisDecisionLog(config.kvstore.control_url, config.name)
     try:
-        return memory.lines()
-    except MemoryUnavailable as error:
-        raise StartError(f"kvstore.control: {error}") from None
+        return kept.last()
+    except DecisionsUnavailable as error:
+        raise StartError(f"kvstore.control: Redis cannot be reached: {error}") from None
+    finally:
+        kept.close()
 
 
 def _set_pin(config_path: str | None, assignments: tuple[str, ...], pin: str | None, unpin: str | None) -> None:
-    from deploy.autoscaling.memory import MemoryUnavailable
+    from deploy.autoscaling.memory import Memory, MemoryUnavailable
 
-    memory, config = _open(config_path, assignments)
+    config = _load(config_path, assignments)
+    memory = Memory(config.kvstore.control_url, config.name)
     wanted: list[tuple[str, int | None]] = []
     if pin:
         pool, _, text = pin.partition("=")
@@ -100,7 +115,7 @@ def _set_pin(config_path: str | None, assignments: tuple[str, ...], pin: str | N
         try:
             memory.pin(pool, count)
         except MemoryUnavailable as error:
-            raise StartError(f"kvstore.control: {error}") from None
+            raise StartError(f"kvstore.control: Redis cannot be reached: {error}") from None
         click.echo(f"{pool}: " + ("left to the policy" if count is None else f"{count} workers, by hand{unused}"))
 
 
@@ -119,8 +134,7 @@ def _pinned_count(pool: PoolConfig, name: str, text: str) -> int:
     return int(text)
 
 
-def _open(config_path: str | None, assignments: tuple[str, ...]) -> tuple[Memory, ClusterConfig]:
-    from deploy.autoscaling.memory import Memory
+def _load(config_path: str | None, assignments: tuple[str, ...]) -> ClusterConfig:
     from deploy.config import load
     from deploy.standalone import check_standalone
 
@@ -128,4 +142,4 @@ def _open(config_path: str | None, assignments: tuple[str, ...]) -> tuple[Memory
         raise ConfigError("--config: the cluster's YAML is needed, or a record with --from")
     config = load(config_path, assignments)
     check_standalone(config)
-    return Memory(config.kvstore.control_url, config.name), config
+    return config

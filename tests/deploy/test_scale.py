@@ -8,6 +8,10 @@ import pytest
 
 from deploy import cli
 from deploy.autoscaling.memory import Memory
+from planner.scaling.config import AutoscalingConfig
+from planner.scaling.decide import ScalingState, decide
+from planner.scaling.observation import Observation, PoolObservation
+from planner.scaling.record import DecisionRecord, Start
 from tests.processes import RedisServer
 
 pytestmark = pytest.mark.redis
@@ -62,3 +66,38 @@ def test_a_count_is_set_and_left_again(
     assert (code, said) == (0, "decode: 3 workers, by hand (autoscaling.mode is advise: nobody sees to it)\n")
     assert scale(config_file, capsys, "--unpin", "decode") == (0, "decode: left to the policy\n")
     assert memory.pins() == {}
+
+
+def decide_once(memory: Memory) -> None:
+    observed = Observation((PoolObservation(name="decode", role="decode", num_ready=2, max_workers=4),))
+    config = AutoscalingConfig(mode="act", policy="fixed")
+    plan, after, explanation = decide(observed, ScalingState(), 1e9, config)
+    memory.write(Start(config, ScalingState()), DecisionRecord(1e9, observed, plan, explanation), after)
+
+
+def test_decisions_whose_start_is_gone_are_shown_and_not_made_again(
+    config_file: Path, redis_server: RedisServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory = Memory(redis_server.url, "c")
+    nothing = "no decision is kept: none was made yet, or Redis was emptied since\n"
+    assert scale(config_file, capsys, "--explain") == (0, nothing)
+    decide_once(memory)
+    assert "1 decisions made again, 0 came out differently" in scale(config_file, capsys, "--replay")[1]
+    with redis_server.client() as client:
+        client.ltrim("switchyard:autoscaler1:c:decisions", 1, -1)  # what an emptied Redis has after one more decision
+    code, said = scale(config_file, capsys, "--explain")
+    assert (code, said.startswith("plan 1 at 2001-09-09")) == (0, True)
+    code, said = scale(config_file, capsys, "--replay")
+    assert (code, said.startswith("switchyard: no decision can be made again: the line with which")) == (1, True)
+    decide_once(memory)
+    code, said = scale(config_file, capsys, "--replay")
+    assert (code, "1 decisions made again" in said, "the first 1 lines have no start" in said) == (0, True, True), said
+
+
+def test_a_redis_that_is_away_is_named(
+    config_file: Path, redis_server: RedisServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    redis_server.kill()
+    for options in (["--explain"], ["--pin", "decode=2"]):
+        code, said = scale(config_file, capsys, *options)
+        assert (code, said.startswith("switchyard: kvstore.control: Redis cannot be reached: 127.0.0.1:")) == (1, True)
