@@ -65,7 +65,7 @@ def autoscaler(
         raise ConfigError(f"--record: {record}: {error.strerror}") from None
     watch = WorkerWatch(open_directory(config.kvstore.control_url, config.name))
     metrics = AutoscalerMetrics()
-    acting = Autoscaler(config, ServeApi(ray_dashboard), watch, memory, lock, metrics, events, log)
+    acting = Autoscaler(config, ServeApi(ray_dashboard, tuple(config.pools)), watch, memory, lock, metrics, events, log)
     ticked_s = [time.monotonic()]
     try:
         http = HttpPort(host, port, metrics.registry, lambda: time.monotonic() - ticked_s[0] < _STUCK_S)
