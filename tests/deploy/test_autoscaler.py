@@ -224,11 +224,12 @@ def test_a_worker_that_served_in_such_a_pool_comes_home(world: World) -> None:
 
 
 def test_a_drain_lasts_as_long_as_the_streams_of_its_pool_may_take(world: World) -> None:
-    (flipped, _) = world.cluster.workers
-    flipped.pool = "b"
-    world.run(world.autoscaler(a=1, b=1), 200.0)  # a start is taken to last a minute
+    (away, _) = world.cluster.workers
+    away.pool = "b"
+    world.memory.save(Saved(rollout=RolloutState(None, {away.worker_id: Transition(to_pool="a")}, {"a": 1, "b": 1})))
+    world.run(world.autoscaler(a=1, b=1), 20.0)
     assert world.ready() == {"a": 1, "b": 1}
-    assert world.watch.drains == {flipped.worker_id: 22.0}
+    assert world.watch.drains == {away.worker_id: 22.0}
 
 
 def test_what_does_not_answer_changes_nothing(world: World) -> None:
