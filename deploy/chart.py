@@ -31,7 +31,22 @@ def schema() -> dict[str, Any]:
     cluster = json.loads(json.dumps(json_schema(ClusterConfig)).replace("#/$defs/", "#/definitions/"))
     made["definitions"] |= cluster.pop("$defs")
     made["properties"]["cluster"] = {**cluster, "description": _CLUSTER}
-    return made
+    return _with_defaults_required(made, made, values())
+
+
+def _with_defaults_required(whole: dict[str, Any], declared: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Every value with a default must be there: null takes it away, and templates would fail on what it held."""
+    target = _resolved(whole, declared)
+    if "properties" not in target or not given:
+        return declared
+    properties = {
+        key: _with_defaults_required(whole, below, given[key])
+        if key != "cluster" and isinstance(given.get(key), dict)
+        else below
+        for key, below in target["properties"].items()
+    }
+    own = {key: value for key, value in declared.items() if key != "$ref"}  # draft 7 reads nothing beside a $ref
+    return {**target, **own, "required": list(given), "properties": properties}
 
 
 def values() -> dict[str, Any]:

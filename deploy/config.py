@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 
@@ -25,7 +24,7 @@ from planner.scaling.config import AutoscalingConfig
 from router.config import RouterConfig
 from router.model_files import GENERATION_CONFIG
 from settings import loading
-from settings.docs import CHOICES
+from settings.limits import Bounds, Matches, OneOf, check_limits
 from settings.loading import SettingsError
 from workers.config import DTYPES, ROLES, RUNNERS, EngineOptions
 
@@ -35,6 +34,9 @@ DEVICES = ("auto", "cpu", "cuda")
 _MOST_ROUTERS = 1000
 _MOST_REPLICAS = 10_000
 _MOST_CPUS = 100_000
+_PORT = Bounds(at_least=0, at_most=65535)
+_NAME = Matches("[A-Za-z0-9._-]{0,63}", "at most 63 letters, digits, dots, - and _")
+_SHORT_FOLDER = Matches("/.{0,23}", "an absolute path of at most 24 characters: sockets are made below it")
 _LONGEST_NAME = 63  # of a pool: it becomes a part of file and metric names
 
 
@@ -51,9 +53,9 @@ class ModelSource:
     """Directory in the Hugging Face layout, or a Hub id (org/name). Empty means the demo model."""
     name: str = ""
     """Name that clients use. Empty means the directory's name, or the Hub id."""
-    dtype: str = field(default="auto", metadata={CHOICES: DTYPES})
+    dtype: Annotated[str, OneOf(DTYPES)] = "auto"
     """float32, bfloat16 or float16; auto means float32 on CPU and bfloat16 on CUDA. KV blocks are kept in it."""
-    max_model_len: int = 0
+    max_model_len: Annotated[int, Bounds(at_least=0)] = 0
     """Most tokens of prompt and completion together; 0 means what the model allows."""
     batch_invariant: bool = False
     """Whether a request gives the same bits alone, in any batch, after any preemption and on any worker. Slower; all
@@ -64,86 +66,66 @@ class ModelSource:
     plugins: tuple[str, ...] = ()
     """Python modules that bring further model families or weight formats. Every process of the cluster imports them, so
     they must be installed wherever one runs."""
-    generation_config: str = field(default="auto", metadata={CHOICES: GENERATION_CONFIG})
+    generation_config: Annotated[str, OneOf(GENERATION_CONFIG)] = "auto"
     """Whether the model's generation_config.json gives requests their defaults: temperature, top_p, top_k, and
     max_new_tokens for chats that name no limit. auto means where it has them, none means never."""
 
     def __post_init__(self) -> None:
-        kinds = ", ".join(GENERATION_CONFIG)
-        is_known = self.generation_config in GENERATION_CONFIG
-        _require(is_known, "generation_config", f"must be one of {kinds}, not {self.generation_config!r}")
-        _require(self.dtype in DTYPES, "dtype", f"must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
-        _require(self.max_model_len >= 0, "max_model_len", f"must be >= 0, not {self.max_model_len}")
+        check_limits(self)
 
 
 @dataclass(frozen=True, slots=True)
 class EndpointsConfig:
     """Where clients reach the cluster. Of several routers, each next one takes the next higher ports."""
 
-    routers: int = 1
+    routers: Annotated[int, Bounds(at_least=1, at_most=_MOST_ROUTERS)] = 1
     """Router processes."""
     grpc_host: str = "127.0.0.1"
     """Address that gRPC listens on."""
-    grpc_port: int = 50051
+    grpc_port: Annotated[int, _PORT] = 50051
     """Port of the first router's gRPC server; 0 means any free one."""
     http_host: str = "127.0.0.1"
     """Address that HTTP listens on."""
-    http_port: int = 8000
+    http_port: Annotated[int, _PORT] = 8000
     """Port of the first router's HTTP server; 0 means any free one."""
 
     def __post_init__(self) -> None:
-        _require(self.routers >= 1, "routers", f"must be at least 1, not {self.routers}")
-        _require(self.routers <= _MOST_ROUTERS, "routers", f"must be at most {_MOST_ROUTERS}, not {self.routers}")
+        check_limits(self)
         for name in ("grpc_port", "http_port"):
             port = getattr(self, name)
-            _require(0 <= port <= 65535 - self.routers, name, f"must be 0 or a port number, not {port}")
+            _require(port + self.routers <= 65536, name, f"{self.routers} routers have no ports from {port} on")
 
 
 @dataclass(frozen=True, slots=True)
 class PoolConfig(EngineOptions):
     """Workers of one kind: one Ray Serve deployment, each replica a worker of tp x pp ranks."""
 
-    role: str = field(metadata={CHOICES: ROLES})
+    role: Annotated[str, OneOf(ROLES)]
     """prefill, decode or mixed: what its workers take at first."""
-    replicas: int = 1
+    replicas: Annotated[int, Bounds(at_least=1, at_most=_MOST_REPLICAS)] = 1
     """Workers."""
-    min_replicas: int = 0
+    min_replicas: Annotated[int, Bounds(at_least=0, at_most=_MOST_REPLICAS)] = 0
     """Fewest workers that an autoscaler leaves; 0 means as replicas."""
-    max_replicas: int = 0
+    max_replicas: Annotated[int, Bounds(at_least=0, at_most=_MOST_REPLICAS)] = 0
     """Most workers that it asks for; 0 means as replicas."""
-    device: str = field(default="auto", metadata={CHOICES: DEVICES})
+    device: Annotated[str, OneOf(DEVICES)] = "auto"
     """cpu or cuda; auto means cuda where the Ray cluster has GPUs."""
-    cpus_per_rank: float = 1.0
+    cpus_per_rank: Annotated[float, Bounds(at_least=0, at_most=_MOST_CPUS)] = 1.0
     """CPUs that Ray reserves for a rank."""
-    gpus_per_rank: float = 1.0
+    gpus_per_rank: Annotated[float, Bounds(more_than=0)] = 1.0
     """GPUs that Ray reserves for a rank on cuda."""
-    resources: dict[str, float] = field(default_factory=dict)
+    resources: dict[str, Annotated[float, Bounds(more_than=0)]] = field(default_factory=dict)
     """Custom Ray resources that each bundle of a worker asks for besides: ties a pool to hosts that offer them."""
-    drain_timeout_s: float = 60.0
+    drain_timeout_s: Annotated[float, Bounds(more_than=0)] = 60.0
     """How long a worker that is taken out may go on with its streams."""
-    progress_timeout_s: float = 120.0
+    progress_timeout_s: Annotated[float, Bounds(more_than=0)] = 120.0
     """A worker with requests but no engine step for so long is replaced."""
 
     def __post_init__(self) -> None:
         EngineOptions.__post_init__(self)
-        _require(self.role in ROLES, "role", f"must be one of {', '.join(ROLES)}, not {self.role!r}")
-        _require(self.device in DEVICES, "device", f"must be one of {', '.join(DEVICES)}, not {self.device!r}")
-        _require(self.replicas >= 1, "replicas", f"must be at least 1, not {self.replicas}")
-        for name in ("min_replicas", "max_replicas"):
-            _require(getattr(self, name) >= 0, name, f"must be >= 0, not {getattr(self, name)}")
-        for name in ("replicas", "min_replicas", "max_replicas"):
-            few = f"must be at most {_MOST_REPLICAS}, not {getattr(self, name)}"
-            _require(getattr(self, name) <= _MOST_REPLICAS, name, few)
         least, most = self.min_replicas or self.replicas, self.max_replicas or self.replicas
         within = f"must be between min_replicas={least} and max_replicas={most}, not {self.replicas}"
         _require(least <= self.replicas <= most, "replicas", within)
-        _require(self.cpus_per_rank >= 0, "cpus_per_rank", f"must be >= 0, not {self.cpus_per_rank}")
-        few_cpus = f"must be at most {_MOST_CPUS}, not {self.cpus_per_rank}"
-        _require(self.cpus_per_rank <= _MOST_CPUS, "cpus_per_rank", few_cpus)
-        for name in ("gpus_per_rank", "drain_timeout_s", "progress_timeout_s"):
-            _require(0 < getattr(self, name) < float("inf"), name, f"must be > 0, not {getattr(self, name)}")
-        for resource, amount in self.resources.items():
-            _require(0 < amount < float("inf"), f"resources.{resource}", f"must be > 0, not {amount}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,50 +137,41 @@ class RayConfig:
     apart, are for the one started here."""
     node_ip: str = ""
     """Address of this machine that Ray uses; empty means Ray finds it."""
-    num_cpus: int = 0
+    num_cpus: Annotated[int, Bounds(at_least=0, at_most=_MOST_CPUS)] = 0
     """CPUs that Ray may hand out here; 0 means the machine's, but never fewer than the pools ask for."""
-    object_store_bytes: int = 100 * 1024 * 1024
+    object_store_bytes: Annotated[int, Bounds(at_least=80 * 1024 * 1024)] = 100 * 1024 * 1024
     """Ray's object store. Neither tokens nor KV blocks pass through it."""
     dashboard: bool = True
     """Whether Ray's dashboard runs."""
     dashboard_host: str = "127.0.0.1"
     """Address that the dashboard listens on. It lets anybody who reaches it run code: keep it private."""
-    dashboard_port: int = 0
+    dashboard_port: Annotated[int, _PORT] = 0
     """Its port; 0 means the first free one from 8265 up."""
-    metrics_export_port: int = 0
+    metrics_export_port: Annotated[int, _PORT] = 0
     """Port on which Ray and our workers export metrics for Prometheus; 0 means the first free one from 9101 up."""
-    temp_dir: str = "/tmp"
+    temp_dir: Annotated[str, _SHORT_FOLDER] = "/tmp"
     """Folder for logs and sockets. Keep it short: a Unix socket's path ends at 107 bytes."""
 
     def __post_init__(self) -> None:
-        for name in ("dashboard_port", "metrics_export_port"):
-            _require(0 <= getattr(self, name) <= 65535, name, f"must be 0 or a port number, not {getattr(self, name)}")
+        check_limits(self)
         worker_port = 10002 <= self.metrics_export_port <= 19999
         _require(not worker_port, "metrics_export_port", "must lie outside 10002-19999, where Ray's workers listen")
-        _require(self.num_cpus >= 0, "num_cpus", f"must be >= 0, not {self.num_cpus}")
-        _require(self.num_cpus <= _MOST_CPUS, "num_cpus", f"must be at most {_MOST_CPUS}, not {self.num_cpus}")
-        smallest = 80 * 1024 * 1024
-        _require(self.object_store_bytes >= smallest, "object_store_bytes", f"must be at least {smallest} (80 MiB)")
-        _require(self.temp_dir.startswith("/"), "temp_dir", f"must be an absolute path, not {self.temp_dir!r}")
-        _require(len(self.temp_dir) <= 24, "temp_dir", "must be at most 24 characters long: sockets are made below it")
 
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
     """What computes the tokens, in all pools alike."""
 
-    runner: str = field(default="torch", metadata={CHOICES: RUNNERS})
+    runner: Annotated[str, OneOf(RUNNERS)] = "torch"
     """torch: the model. fake: hashes of the history, kept in a real KV cache that moves as a model's would; needs the
     model's config and tokenizer but no weights. For tests of everything else, and for rehearsals of faults."""
-    fake_step_s: float = 0.0
+    fake_step_s: Annotated[float, Bounds(at_least=0)] = 0.0
     """How long each step of the fake engine takes."""
-    fake_token_s: float = 0.0
+    fake_token_s: Annotated[float, Bounds(at_least=0)] = 0.0
     """How much longer a step takes for each token of a prompt in it."""
 
     def __post_init__(self) -> None:
-        _require(self.runner in RUNNERS, "runner", f"must be one of {', '.join(RUNNERS)}, not {self.runner!r}")
-        for name in ("fake_step_s", "fake_token_s"):
-            _require(0 <= getattr(self, name) < float("inf"), name, f"must be >= 0, not {getattr(self, name)}")
+        check_limits(self)
 
 
 def _default_pools() -> dict[str, PoolConfig]:
@@ -209,7 +182,7 @@ def _default_pools() -> dict[str, PoolConfig]:
 class ClusterConfig:
     """Every option of `switchyard serve`. The defaults make the laptop's cluster."""
 
-    name: str = ""
+    name: Annotated[str, _NAME] = ""
     """Name of the cluster. What it keeps in a shared Redis lies under it, and processes of clusters with other names
     refuse each other. Empty means derived from this machine, the served model and the gRPC port: the same at the next
     start on this machine. In containers, which are new machines each time, set it."""
@@ -231,8 +204,7 @@ class ClusterConfig:
     """The Ray cluster below."""
 
     def __post_init__(self) -> None:
-        named = re.fullmatch(r"[A-Za-z0-9._-]{0,63}", self.name)
-        _require(named is not None, "name", f"at most 63 letters, digits, dots, - and _, not {self.name!r}")
+        check_limits(self)
         _require(bool(self.pools), "pools", "must name at least one pool")
         roles = {pool.role for pool in self.pools.values()}
         complete = "mixed" in roles or {"prefill", "decode"} <= roles

@@ -4,15 +4,15 @@ Knows nothing of how the other branches are read; numbers that are derived from 
 """
 
 import importlib.util
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 from urllib.parse import parse_qs, quote, urlsplit
 
 from kvstore.network.quick_calls import UNIX
-from settings.docs import CHOICES
+from settings.limits import Bounds, Matches, OneOf, check_limits
 
 DISK_WRITES = ("back", "through")
 PREFIX_FETCH = ("cheapest", "always", "never")
@@ -21,9 +21,12 @@ COMPRESSIONS = ("none", "zstd")  # of the bytes of a fragment, without
 CALLS_SUFFIX = ".calls"  # behind the path of a node's host address: the socket for slot calls
 _LEAST_DISK_BYTES = 16 * 1024 * 1024
 _MOST_BLOCK_TOKENS = 65536
-_MOST_TTL_S = 1e9
 _LONGEST_SOCKET_PATH = 107  # bytes; the kernel's limit
 PEER_TRANSPORTS = ("tcp", "nixl")
+_FOLDER = Matches("/.*", "an absolute path")
+_CONTROL = Matches("(memory://|rediss?://).*", "memory:// or a redis:// URL")
+_TIER = Matches(r"((rediss?|rediss?\+cluster)://.*)?", "empty or a redis:// URL")
+_NODE_ID = Matches("[A-Za-z0-9._-]{1,200}", "1 to 200 letters, digits, dots, - and _")
 PASSWORD_FILE = "password_file"  # of a Redis, in the query of its URL
 
 
@@ -39,89 +42,66 @@ def check_peer_transport(name: str) -> None:
 class KVStoreConfig:
     """Paging, naming and the tiers that fragments of KV blocks are kept in."""
 
-    block_size: int = 0
+    block_size: Annotated[int, Bounds(at_least=0, at_most=_MOST_BLOCK_TOKENS)] = 0
     """Tokens of a KV block: the unit of paging, naming and transfer. 0 means 16 on CPU, 64 on CUDA."""
-    layers_per_fragment: int = 0
+    layers_per_fragment: Annotated[int, Bounds(at_least=0)] = 0
     """Layers that travel in one fragment. 0 means derived from the model and the pools' pipeline stages."""
-    host_bytes: int = 512 * 1024 * 1024
+    host_bytes: Annotated[int, Bounds(at_least=1024 * 1024)] = 512 * 1024 * 1024
     """Size of each host's shared-memory arena, at most: no more than 0.8 of what is free in its folder, nor half of
     the memory that can be had."""
-    arena_dir: str = "/dev/shm"
+    arena_dir: Annotated[str, _FOLDER] = "/dev/shm"
     """Folder of the arena's file; one that is kept in memory."""
-    disk_bytes: int = 0
+    disk_bytes: Annotated[int, Bounds(at_least=_LEAST_DISK_BYTES, less_than=2**62, or_zero=True)] = 0
     """Bound of each host's disk tier, which takes what does not fit into the arena; 0: there is none."""
     disk_dir: str = ""
     """Folder of the disk tier, kept from one start to the next; each host and each cluster needs its own."""
-    disk_write: str = field(default="back", metadata={CHOICES: DISK_WRITES})
+    disk_write: Annotated[str, OneOf(DISK_WRITES)] = "back"
     """back: fragments go to disk before the arena gives their slots away; through: as soon as they are complete."""
-    kv_encoding: str = field(default="none", metadata={CHOICES: KV_ENCODINGS})
+    kv_encoding: Annotated[str, OneOf(KV_ENCODINGS)] = "none"
     """none, or int8 or fp8 (e4m3): keys and values travel, and lie in all tiers, as 8-bit numbers with a scale per
     row. A fourth of the bytes of float32, half of bfloat16's; some tokens change (`python -m bench.kv_loss`)."""
-    disk_compression: str = field(default="none", metadata={CHOICES: COMPRESSIONS})
+    disk_compression: Annotated[str, OneOf(COMPRESSIONS)] = "none"
     """none, or zstd: without loss, where it saves whole pages. Of what is written from now on; both forms are read."""
     peers: bool = False
     """Whether hosts pull fragments from each other. Bytes are tagged and verified, but not encrypted."""
-    peer_transport: str = field(default="tcp", metadata={CHOICES: PEER_TRANSPORTS})
+    peer_transport: Annotated[str, OneOf(PEER_TRANSPORTS)] = "tcp"
     """How peers pull: tcp, or nixl (the nixl package reads from other hosts' memory, over RDMA where there is such a
     network). With nixl, a process that can read a host's memory can also write there: its network must be
     private."""
-    tier: str = ""
+    tier: Annotated[str, _TIER] = ""
     """redis:// or rediss:// URL of the tier that hosts share, or redis+cluster://HOST:PORT,HOST:PORT (rediss+cluster)
     with any nodes of a Redis cluster; empty means shared memory alone."""
-    tier_compression: str = field(default="none", metadata={CHOICES: COMPRESSIONS})
+    tier_compression: Annotated[str, OneOf(COMPRESSIONS)] = "none"
     """As disk_compression, of the values in the shared tier."""
     tier_secret_file: str = ""
     """File with the secret under which fragments outside of a host's memory (on disk, between hosts, in the shared
     tier) are tagged, such as a mounted Kubernetes Secret. Empty: one is drawn at each start, and fragments of earlier
     starts are not used."""
-    control: str = "memory://"
+    control: Annotated[str, _CONTROL] = "memory://"
     """Where leases and the block directory live: memory:// (a node process of this cluster) or a redis:// URL."""
     control_password_file: str = ""
     """File with the password of the Redis of `control`, such as a mounted Kubernetes Secret. Empty: the URL has it, or
     there is none."""
     tier_password_file: str = ""
     """The same for `tier`."""
-    tier_ttl_s: float = 3600.0
+    tier_ttl_s: Annotated[float, Bounds(at_least=1, at_most=10**9)] = 3600.0
     """Seconds after which the shared tier may forget a fragment that was not written again."""
-    prefix_fetch: str = field(default="cheapest", metadata={CHOICES: PREFIX_FETCH})
+    prefix_fetch: Annotated[str, OneOf(PREFIX_FETCH)] = "cheapest"
     """Whether a worker pulls a prefix that only the tiers have: always, never, or when that is cheaper than computing
     it, by what each worker measured at its start. The KV transfer from prefill to decode is not affected."""
 
     def __post_init__(self) -> None:
-        if self.block_size < 0:
-            raise ValueError(f"block_size: must be >= 0, not {self.block_size}")
-        if self.block_size > _MOST_BLOCK_TOKENS:
-            raise ValueError(f"block_size: must be at most {_MOST_BLOCK_TOKENS}, not {self.block_size}")
-        if self.layers_per_fragment < 0:
-            raise ValueError(f"layers_per_fragment: must be >= 0, not {self.layers_per_fragment}")
-        if self.host_bytes < 1024 * 1024:
-            raise ValueError(f"host_bytes: must be at least 1 MiB, not {self.host_bytes}")
-        if not self.arena_dir.startswith("/"):
-            raise ValueError(f"arena_dir: must be an absolute path, not {self.arena_dir!r}")
-        if self.disk_bytes and self.disk_bytes < _LEAST_DISK_BYTES:
-            raise ValueError(f"disk_bytes: must be 0 or at least 16 MiB, not {self.disk_bytes}")
-        if self.disk_bytes >= 2**62:
-            raise ValueError(f"disk_bytes: must be less than 2^62, not {self.disk_bytes}")
+        if is_redis_cluster(self.control):
+            raise ValueError("control: must be one Redis, not a cluster: its scripts change keys of several hash slots")
+        check_limits(self)
         if (self.disk_bytes or self.disk_dir) and not self.disk_dir.startswith("/"):
             raise ValueError(f"disk_dir: must be an absolute path where there is a disk tier, not {self.disk_dir!r}")
-        if self.disk_write not in DISK_WRITES:
-            raise ValueError(f"disk_write: must be back or through, not {self.disk_write!r}")
         try:
             check_peer_transport(self.peer_transport)
         except ValueError as error:
             raise ValueError(f"peer_transport: {error}") from None
-        for name in ("kv_encoding", "disk_compression", "tier_compression"):
-            allowed = KV_ENCODINGS if name == "kv_encoding" else COMPRESSIONS
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         if is_redis_cluster(self.tier):
             redis_cluster_nodes(self.tier)
-        elif self.tier and not is_redis(self.tier):
-            raise ValueError(f"tier: must be empty or a redis:// URL, not {self.tier!r}")
-        if is_redis_cluster(self.control):
-            raise ValueError("control: must be one Redis, not a cluster: its scripts change keys of several hash slots")
-        if not self.control.startswith("memory://") and not is_redis(self.control):
-            raise ValueError(f"control: must be memory:// or a redis:// URL, not {self.control!r}")
         for name in ("tier", "control"):
             try:
                 check_redis_url(getattr(self, name))
@@ -129,12 +109,6 @@ class KVStoreConfig:
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
             self._check_password_file(name)
-        if self.prefix_fetch not in PREFIX_FETCH:
-            raise ValueError(f"prefix_fetch: must be one of {', '.join(PREFIX_FETCH)}, not {self.prefix_fetch!r}")
-        if not (math.isfinite(self.tier_ttl_s) and self.tier_ttl_s >= 1):
-            raise ValueError(f"tier_ttl_s: must be at least 1 second, not {self.tier_ttl_s}")
-        if self.tier_ttl_s > _MOST_TTL_S:
-            raise ValueError(f"tier_ttl_s: must be at most {_MOST_TTL_S:.0f} seconds, not {self.tier_ttl_s}")
 
     def _check_password_file(self, name: str) -> None:
         url, path = getattr(self, name), getattr(self, f"{name}_password_file")
@@ -158,13 +132,13 @@ class KVStoreConfig:
 class NodeSpec:
     """One KV node process: whose it is, its arena, where it listens, and the tiers behind it."""
 
-    node_id: str
+    node_id: Annotated[str, _NODE_ID]
     """Name of the host in the directory."""
     arena: Path
     """File to make, in a folder that is kept in memory."""
-    slot_bytes: int
+    slot_bytes: Annotated[int, Bounds(more_than=0)]
     """Largest payload of a fragment."""
-    num_slots: int
+    num_slots: Annotated[int, Bounds(more_than=0)]
     """Fragments that fit into the arena."""
     host_address: str
     """unix:PATH (or HOST:PORT) for the workers of this host."""
@@ -180,11 +154,7 @@ class NodeSpec:
     """Name of the cluster: callers of others are refused."""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", self.node_id):
-            raise ValueError(f"node_id: letters, digits, dot, dash and underscore, not {self.node_id!r}")
-        for name in ("slot_bytes", "num_slots"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: must be > 0, not {getattr(self, name)}")
+        check_limits(self)
         if (self.kvstore.disk_bytes or self.peer_address) and not self.secret:
             raise ValueError("secret: needed where there is a disk tier, or peers")
         path = (self.host_address.removeprefix(UNIX) + CALLS_SUFFIX).encode()

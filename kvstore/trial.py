@@ -66,8 +66,11 @@ def try_tier(url: str) -> str:
 
 
 def try_control(url: str, cluster: str) -> str:
-    """The same for leases, directory and stream journal."""
-    return _try_redis(url, partial(_run_control_script, url, cluster))
+    """The same for leases, directory and stream journal. A host that no name service knows is a mistake, too."""
+    problem = _try_redis(url, partial(_run_control_script, url, cluster))
+    if problem and _is_unknown_host(url):
+        raise TierMisconfigured(f"Redis at {_address(url)}: there is no host of this name")
+    return problem
 
 
 def memory_risk(control: str, tier: str) -> str:
@@ -149,6 +152,17 @@ def _run_control_script(url: str, cluster: str) -> None:
         script = client.register_script(_CONTROL_TRIAL)
         for prefix in (redis_directory.PREFIX, redis_journal.PREFIX):
             script(keys=[prefix + cluster.encode() + b":trial-" + secrets.token_hex(8).encode()])
+
+
+def _is_unknown_host(url: str) -> bool:
+    parts = urlsplit(url)
+    try:
+        socket.getaddrinfo(parts.hostname or "localhost", parts.port or 6379)
+    except socket.gaierror as error:
+        return error.errno == socket.EAI_NONAME  # others may pass, as when no name server answers
+    except UnicodeError:
+        return True  # cannot be the name of a host
+    return False
 
 
 def _speaks_tls(url: str) -> bool:

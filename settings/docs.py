@@ -17,9 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-CHOICES = "choices"
-"""Key of a field's metadata: the values that it may have, for the schema. The class itself checks them."""
-
 _NAMES = {str: "text", int: "integer", float: "number", bool: "true or false", Path: "path", type(None): "null"}
 
 
@@ -53,12 +50,8 @@ def json_schema(cls: type) -> dict[str, Any]:
     by_name = {branch.__name__: branch for branch in branches(cls)}
     for name, part in ((cls.__name__, schema), *schema.get("$defs", {}).items()):
         part["additionalProperties"] = False  # unknown keys are refused
-        fields = {field.name: field for field in dataclasses.fields(by_name[name])}
         for key, text in field_docs(by_name[name]).items():
-            declared = part["properties"][key]
-            declared["description"] = text
-            if CHOICES in fields[key].metadata:
-                declared["enum"] = list(fields[key].metadata[CHOICES])
+            part["properties"][key]["description"] = text
     return schema
 
 

@@ -1,6 +1,7 @@
 """Reads a JSON or YAML file into a dataclass, and writes one for another process to read.
 
-pydantic checks the types; ranges are checked by the dataclasses themselves, whose ValueErrors begin with "key: ".
+pydantic checks the types; ranges are checked by the dataclasses themselves (settings.limits), whose ValueErrors begin
+with "key: ".
 A field that is declared with repr=False holds a secret: what it holds is in no message.
 """
 
@@ -17,6 +18,8 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
+
+from settings.limits import OneOf, limits_of
 
 T = TypeVar("T")
 
@@ -41,7 +44,7 @@ def build(expected: type[T], raw: Mapping[str, Any], source: str = "") -> T:
         raise SettingsError(prefix + problem)
     try:
         # JSON's strict mode takes mappings for dataclasses, yet neither "2" for 2 nor 1 for true.
-        return TypeAdapter(expected).validate_json(json.dumps(raw, default=str), strict=True)
+        return TypeAdapter(expected).validate_json(json.dumps(_with_words(raw, expected), default=str), strict=True)
     except ValidationError as error:
         raise SettingsError(prefix + _first_problem(error, expected)) from None
     except (TypeError, ValueError) as error:
@@ -78,6 +81,25 @@ def read(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise SettingsError(f"{path}: must hold keys and values, not {_kind(content)}")
     return content
+
+
+# ---- words that YAML reads as booleans
+
+
+def _with_words(value: object, expected: object) -> object:
+    """With `off` where YAML has read false, and a field may be `off`. The keys are known to be right."""
+    for limit in limits_of(expected):
+        if isinstance(limit, OneOf):
+            return limit.as_word(value)
+    if not isinstance(value, Mapping):
+        return value
+    if typing.get_origin(expected) is dict:
+        below = typing.get_args(expected)[1]
+        return {key: _with_words(item, below) for key, item in value.items()}
+    if not (isinstance(expected, type) and dataclasses.is_dataclass(expected)):
+        return value
+    hints = typing.get_type_hints(expected, include_extras=True)
+    return {key: _with_words(item, hints[key]) for key, item in value.items()}
 
 
 # ---- keys that are given twice, of which both languages would keep the last one without a word

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from kvstore.config import KV_ENCODINGS, KVStoreConfig
+from settings.limits import Bounds, OneOf, check_limits
 from workers.errors import ModelError
 
 ROLES = ("prefill", "decode", "mixed")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 RUNNERS = ("torch", "fake")
 KV_SCALE_BYTES = 4  # fp32, one for each row that is kept in 8 bits
-
-
-# Buffers and processes are made for so many before a request has come.
-_LARGEST = {"tp": 1024, "pp": 1024, "max_num_seqs": 65536, "max_num_batched_tokens": 2**20, "num_threads": 1024}
 
 
 def resolve_model(model: str) -> Path:
@@ -58,19 +54,21 @@ def _require(holds: bool, name: str, message: str) -> None:
 class EngineOptions:
     """What an operator may choose for the engines of each pool. `pools.NAME` and an engine have these fields alike."""
 
-    tp: int = 1
+    # Upper bounds: buffers and processes are made for so many before a request has come.
+
+    tp: Annotated[int, Bounds(at_least=1, at_most=1024)] = 1
     """Tensor-parallel ranks of a pipeline stage; they share one host."""
-    pp: int = 1
+    pp: Annotated[int, Bounds(at_least=1, at_most=1024)] = 1
     """Pipeline stages."""
-    num_blocks: int = 0
+    num_blocks: Annotated[int, Bounds(at_least=0, less_than=2**31)] = 0
     """Device KV blocks of a worker; 0 means from the free memory."""
-    max_num_seqs: int = 32
+    max_num_seqs: Annotated[int, Bounds(at_least=1, at_most=65536)] = 32
     """Most requests in a running batch."""
-    max_num_batched_tokens: int = 512
+    max_num_batched_tokens: Annotated[int, Bounds(at_least=1, at_most=2**20)] = 512
     """Most tokens of one engine step."""
     enable_prefix_caching: bool = True
     """Whether finished blocks stay as cache."""
-    num_threads: int = 1
+    num_threads: Annotated[int, Bounds(at_least=1, at_most=1024)] = 1
     """CPU threads of a rank."""
     cuda_graphs: bool | None = None
     """Whether steps run from captured graphs; null means on cuda. On a CPU only their buffers are the same."""
@@ -79,11 +77,7 @@ class EngineOptions:
     first stage has no tokens before the last is through."""
 
     def __post_init__(self) -> None:
-        for name, largest in _LARGEST.items():
-            _require(getattr(self, name) >= 1, name, f"must be at least 1, not {getattr(self, name)}")
-            _require(getattr(self, name) <= largest, name, f"must be at most {largest}, not {getattr(self, name)}")
-        _require(self.num_blocks >= 0, "num_blocks", f"must be >= 0, not {self.num_blocks}")
-        _require(self.num_blocks < 2**31, "num_blocks", f"must be less than 2^31, not {self.num_blocks}")
+        check_limits(self)
         _require(not self.async_scheduling or self.pp == 1, "async_scheduling", "needs pp=1")
 
     def options(self) -> dict[str, Any]:
@@ -97,23 +91,23 @@ class EngineConfig(EngineOptions):
 
     model_dir: str
     """Directory of the model, or a Hub id."""
-    dtype: str = "auto"
+    dtype: Annotated[str, OneOf(DTYPES)] = "auto"
     """float32, bfloat16 or float16; auto means float32 on CPU and bfloat16 on CUDA."""
     device: str = "auto"
     """cpu or cuda; auto means cuda where there is one."""
-    block_size: int = 16
+    block_size: Annotated[int, Bounds(at_least=1)] = 16
     """Tokens of a KV block."""
-    max_model_len: int = 0
+    max_model_len: Annotated[int, Bounds(at_least=0)] = 0
     """Most tokens of prompt and completion together; 0 means what the model allows."""
-    runner: str = "torch"
+    runner: Annotated[str, OneOf(RUNNERS)] = "torch"
     """torch: the model. fake: tokens are hashes of the history, and no weights are read."""
-    fake_step_s: float = 0.0
+    fake_step_s: Annotated[float, Bounds(at_least=0)] = 0.0
     """How long each step of the fake runner takes."""
-    fake_token_s: float = 0.0
+    fake_token_s: Annotated[float, Bounds(at_least=0)] = 0.0
     """How much longer a step takes for each token of a prompt in it."""
     batch_invariant: bool = False
     """Whether a request's logits have the same bits whatever is computed beside it; slower."""
-    kv_encoding: str = "none"
+    kv_encoding: Annotated[str, OneOf(KV_ENCODINGS)] = "none"
     """none, int8 or fp8: how keys and values travel to the tiers and back."""
     ignore_keys: tuple[str, ...] = ()
     """Keys of the model's files that are passed over though nothing is known of them."""
@@ -122,19 +116,12 @@ class EngineConfig(EngineOptions):
 
     def __post_init__(self) -> None:
         EngineOptions.__post_init__(self)
-        _require(self.block_size >= 1, "block_size", f"must be at least 1, not {self.block_size}")
-        _require(self.max_model_len >= 0, "max_model_len", f"must be >= 0, not {self.max_model_len}")
-        for name, allowed in (("kv_encoding", KV_ENCODINGS), ("dtype", DTYPES), ("runner", RUNNERS)):
-            value = getattr(self, name)
-            _require(value in allowed, name, f"must be one of {', '.join(allowed)}, not {value!r}")
         needs_bits = self.batch_invariant or self.runner == "fake"
         _require(
             self.kv_encoding == "none" or not needs_bits,
             "kv_encoding",
             f"{self.kv_encoding} changes bits: neither batch_invariant nor runner=fake",
         )
-        for name in ("fake_step_s", "fake_token_s"):
-            _require(0 <= getattr(self, name) < math.inf, name, f"must be >= 0, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +132,7 @@ class WorkerSpec:
     """Unique for the life of the worker's process."""
     pool: str
     """Name of its pool."""
-    role: str
+    role: Annotated[str, OneOf(ROLES)]
     """prefill, decode or mixed: what it takes at first."""
     engine: EngineConfig
     """What it computes with."""
@@ -162,7 +149,7 @@ class WorkerSpec:
     """Of the tiers outside of the host's memory; needed where there is one, or peers."""
     control: str = ""
     """URL of the directory to register in and to announce blocks to; empty: in none."""
-    layers_per_fragment: int = 0
+    layers_per_fragment: Annotated[int, Bounds(at_least=0)] = 0
     """Layers that travel in one fragment; 0 means all layers of a stage."""
     listen_host: str = "127.0.0.1"
     """Address that the worker's server listens on."""
@@ -170,7 +157,7 @@ class WorkerSpec:
     """Name of the cluster: routers, KV nodes and peers of others are refused."""
 
     def __post_init__(self) -> None:
-        _require(self.role in ROLES, "role", f"must be one of {', '.join(ROLES)}, not {self.role!r}")
+        check_limits(self)
         needs_secret = bool(self.kvstore.tier or self.kvstore.peers)
         _require(
             bool(self.tier_secret) or not needs_secret, "tier_secret", "needed where there is a tier outside the host"

@@ -17,6 +17,7 @@ from typing import Protocol
 from deploy.autoscaling.memory import Memory, MemoryUnavailable
 from deploy.autoscaling.metrics import AutoscalerMetrics
 from deploy.autoscaling.observe import Observer
+from deploy.autoscaling.problems import Problems
 from deploy.autoscaling.serve_api import ServeApi, ServeState, ServeUnavailable
 from deploy.autoscaling.workers import WorkerReport, WorkerUnavailable, WorkerWatch
 from deploy.config import ClusterConfig
@@ -88,6 +89,7 @@ class Autoscaler:
         self._clock = clock
         self._wall_clock = wall_clock
         self._observer = Observer(config)
+        self._problems = Problems(clock)
         self._saved: Saved | None = None  # None: not the one that acts, or not loaded yet
         self._pins: dict[str, int] = {}
         self._decided_s = -float("inf")
@@ -103,6 +105,7 @@ class Autoscaler:
                 self._saved = self._was_saved = self._memory.load()
                 self._observer.startup_s = self._memory.startups()
             self._pins = self._memory.pins()
+            self._problems.over("memory")
         except MemoryUnavailable as error:
             self._note_problem("memory", str(error))
             if self._saved is None:
@@ -112,9 +115,12 @@ class Autoscaler:
         except ServeUnavailable as error:
             self._note_problem("serve", str(error))
             return _IDLE_S
+        self._problems.over("serve")
         reports = self._watch.poll()
         if self._watch.problem:
             self._note_problem("directory", self._watch.problem)
+        else:
+            self._problems.over("directory")
         progress = self._observer.progress(state, reports)
         self._note_starts(progress, state)
         self._metrics.show_progress(progress, self._config.pools)
@@ -139,8 +145,11 @@ class Autoscaler:
         is_ours = self._lock.hold()
         if self._lock.problem:
             self._note_problem("lease", self._lock.problem)
+        else:
+            self._problems.over("lease")
         if is_ours != self._is_ours:
-            log.info("this autoscaler acts now" if is_ours else "this autoscaler waits: another one acts, or none may")
+            why = "the lock cannot be held" if self._lock.problem else "another one acts"
+            log.info("this autoscaler acts now" if is_ours else f"this autoscaler waits: {why}")
             self._saved, self._decided_s = None, -float("inf")  # the other one may have changed it
         self._is_ours = is_ours
         self._metrics.show_leader(is_ours)
@@ -153,7 +162,7 @@ class Autoscaler:
             try:
                 self._memory.save_startups(self._observer.startup_s)
             except MemoryUnavailable as error:
-                self._note_problem("memory", str(error))
+                self._note_problem("memory", str(error), "what is saved")
 
     # ---- deciding
 
@@ -176,11 +185,13 @@ class Autoscaler:
     def _write(self, start: Start, record: DecisionRecord, after: ScalingState) -> None:
         try:
             self._memory.write(start, record, after)
+            self._problems.over("decisions in memory")
         except MemoryUnavailable as error:
-            self._note_problem("memory", str(error))
+            self._note_problem("memory", str(error), "decisions in memory")
         try:
             if self._decision_log is not None:
                 self._decision_log.write(start, record, after)
+                self._problems.over("record")
         except OSError as error:
             self._note_problem("record", f"{error.filename or 'the file of decisions'}: {error.strerror}")
 
@@ -234,11 +245,12 @@ class Autoscaler:
                     self._watch.announce(worker_id)
                     kind = "announce"
         except ServeUnavailable as error:
-            self._note_problem("serve", str(error))
+            self._note_problem("serve", str(error), "replicas")
             return False
         except WorkerUnavailable as error:
             self._note_problem("worker", str(error))
             return False
+        self._problems.over("replicas" if kind == "replicas" else "worker")
         log.info("%s", action)
         self._metrics.count_action(kind)
         return kind != "replicas"  # those take Serve seconds
@@ -257,9 +269,11 @@ class Autoscaler:
         try:
             self._memory.save(self._saved)
             self._was_saved = self._saved
+            self._problems.over("what is saved")
         except MemoryUnavailable as error:
-            self._note_problem("memory", str(error))
+            self._note_problem("memory", str(error), "what is saved")
 
-    def _note_problem(self, part: str, message: str) -> None:
-        log.warning("%s: %s", part, message)
+    def _note_problem(self, part: str, message: str, what: str = "") -> None:
+        """what: a part of the part that may fail while the rest works."""
+        self._problems.note(what or part, message)
         self._metrics.count_problem(part)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import queue
 import signal
-import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 import click
 
+from deploy.autoscaling.problems import Problems
 from deploy.commands.options import cluster_options
-from deploy.errors import ConfigError
+from deploy.errors import ConfigError, StartError
 
 _STUCK_S = 60.0
+_AWAY_S = 1.0  # between two tries to find Redis
 
 
 @click.command()
@@ -52,6 +57,8 @@ def autoscaler(
     config = load(config_path, assignments)
     check_standalone(config)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    problems = Problems()
+    has_memory = _finds_control(config.kvstore.control_url, config.name, problems)
     memory = Memory(config.kvstore.control_url, config.name)
     lock: Lock = memory
     events: EventSink | None = None
@@ -65,19 +72,19 @@ def autoscaler(
         raise ConfigError(f"--record: {record}: {error.strerror}") from None
     watch = WorkerWatch(open_directory(config.kvstore.control_url, config.name))
     metrics = AutoscalerMetrics()
-    acting = Autoscaler(config, ServeApi(ray_dashboard), watch, memory, lock, metrics, events, log)
+    serve = ServeApi(ray_dashboard, tuple(config.pools))
+    acting = Autoscaler(config, serve, watch, memory, lock, metrics, events, log)
     ticked_s = [time.monotonic()]
     try:
         http = HttpPort(host, port, metrics.registry, lambda: time.monotonic() - ticked_s[0] < _STUCK_S)
     except OSError as error:
         raise ConfigError(f"--port: {host}:{port}: {error.strerror}") from None
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    stop = _Stop(serve.close)
     click.echo(f"autoscaler of {config.name}: mode {config.autoscaling.mode}, metrics on port {http.port}")
     try:
-        while not stop.is_set():
-            wait_s = acting.tick()
+        while not stop.was_asked:
+            has_memory = has_memory or _finds_control(config.kvstore.control_url, config.name, problems)
+            wait_s = acting.tick() if has_memory and not stop.was_asked else _AWAY_S
             ticked_s[0] = time.monotonic()
             stop.wait(wait_s)
     finally:
@@ -86,3 +93,38 @@ def autoscaler(
         watch.close()
         memory.close()
     return 0
+
+
+def _finds_control(url: str, cluster: str, problems: Problems) -> bool:
+    """Whether the Redis does what it will be asked for; a warning while it is away. Raises ConfigError where that would
+    never happen."""
+    from deploy.preflight import check_control
+
+    try:
+        check_control(url, cluster)
+    except StartError as error:
+        problems.note("waits for Redis", str(error))
+        return False
+    problems.over("waits for Redis")
+    return True
+
+
+class _Stop:
+    """SIGTERM and SIGINT. A SimpleQueue, unlike an Event, may be put to by a signal's handler."""
+
+    def __init__(self, on_signal: Callable[[], None]) -> None:
+        self.was_asked = False
+        self._on_signal = on_signal
+        self._asked: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.was_asked = True
+        self._asked.put(None)
+        self._on_signal()
+
+    def wait(self, seconds: float) -> None:
+        """Until then, or until a signal."""
+        with contextlib.suppress(queue.Empty):
+            self._asked.get(timeout=seconds)

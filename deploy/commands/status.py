@@ -28,14 +28,22 @@ def status(target: str, decisions: int, as_json: bool, watch: bool) -> int:
     """Show pools, workers, roles, load, tiers and the last scaling decisions. Exit code 1: it cannot serve."""
     if watch and as_json:
         raise ConfigError("--watch and --json exclude each other")
-    while True:
-        found = _ask(target, decisions)
-        if watch:
+    if watch:
+        return _watch(target, decisions)
+    found = _ask(target, decisions)
+    click.echo(json.dumps(as_mapping(found)) if as_json else "\n".join(screen(found)))
+    return 0 if found.is_ready else 1
+
+
+def _watch(target: str, decisions: int) -> int:
+    try:
+        while True:
+            found = _ask(target, decisions)
             click.clear()
-        click.echo(json.dumps(as_mapping(found)) if as_json else "\n".join(screen(found)))
-        if not watch:
-            return 0 if found.is_ready else 1
-        time.sleep(1.0)
+            click.echo("\n".join(screen(found)))
+            time.sleep(1.0)
+    except KeyboardInterrupt:  # how it is meant to end
+        return 0
 
 
 def _ask(target: str, num_decisions: int) -> status_pb2.GetStatusResponse:

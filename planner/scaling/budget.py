@@ -81,6 +81,39 @@ def arrange(
     return Arrangement(work.targets, flips, frozenset(limited))
 
 
+@dataclass(frozen=True, slots=True)
+class Starts:
+    """What one pool may give up when the budget is short."""
+
+    pool: str
+    target: int
+    count: int
+    """Starts among the target."""
+    need: int
+    """The target over this is how well the pool would be served."""
+    gpus: int
+    """Of one worker."""
+
+    def above(self, level: int, unit: int) -> int:
+        """Starts without which the pool would still be served better than level / unit."""
+        left = level * self.need // unit + 1
+        return max(0, min(self.count, self.target - left))
+
+
+def given_up_surely(starts: Sequence[Starts], over: int) -> dict[str, int]:
+    """Starts by pool that `over` GPUs too many surely cost, if they are given up in the order of trim_growth. What is
+    left of them is a few for each pool. For targets of any size: the level of the last one is found by bisection."""
+    if over <= 0 or not starts:
+        return {}
+    unit = max(each.need for each in starts) ** 2 + 1  # two different levels are further apart than 1 / unit
+    low, high = -unit, max(each.target * unit // each.need for each in starts) + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        freed = sum(each.gpus * each.above(middle, unit) for each in starts)
+        low, high = (low, middle) if freed < over else (middle, high)
+    return {each.pool: each.above(high, unit) for each in starts}
+
+
 class _Work:
     """The targets while they are worked out."""
 
@@ -103,7 +136,10 @@ class _Work:
 
     def _served(self, move: Move, count: int) -> float:
         """How much of what it needs a pool would have: the measure of attainment when there are too few GPUs."""
-        return count / max(1, move.goal, move.pressure_floor)
+        return count / self._need(move)
+
+    def _need(self, move: Move) -> int:
+        return max(1, move.goal, move.pressure_floor)
 
     def _starts(self, move: Move) -> int:
         """Workers to be started: growth that no flip covers."""
@@ -154,6 +190,12 @@ class _Work:
 
     def trim_growth(self) -> None:
         """Starts are given up, one at a time, by the pool that would still be served best."""
+        starts = [
+            Starts(move.pool, self.targets[move.pool], self._starts(move), self._need(move), move.gpus_per_worker)
+            for move in self._growing()
+        ]
+        for pool, count in given_up_surely(starts, self.over).items():
+            self.targets[pool] -= count
         while self.over > 0:
             starting = [move for move in self._growing() if self._starts(move)]
             if not starting:
@@ -208,9 +250,10 @@ class _Work:
         )
         need += sum(m.gpus_per_worker * self._starts(m) for m in self._growing())
         for grower, shrinker in pairs:
-            while need > self._max_gpus and self._starts(grower):
-                self.targets[grower.pool] -= 1
-                need -= grower.gpus_per_worker
+            excess = max(0, need - self._max_gpus)
+            count = min(self._starts(grower), -(-excess // grower.gpus_per_worker))
+            self.targets[grower.pool] -= count
+            need -= count * grower.gpus_per_worker
             if not self._starts(grower):
                 self.targets[shrinker.pool] = kept[shrinker.pool]
         # Others may have counted on the GPUs of a pool that stays after all.

@@ -105,9 +105,9 @@ def damp(pool: PoolObservation, memory: PoolMemory, config: AutoscalingConfig, n
     else:
         target = goal = current
         reason = f"{newest.least} needed, {newest.enough} enough"
-        if newest.least > current:
+        if newest.least > current and current < pool.max_workers:
             reason += f"; grows when that lasts {config.up_delay_s:.0f} s"
-        elif newest.enough < current:
+        elif newest.enough < current and current > pool.min_workers:
             reason += f"; shrinks when that lasts {down_window_s(pool, memory, config):.0f} s"
     return Damped(target, goal, current if flip_floor is None else flip_floor, min(current, pressure_floor), reason)
 

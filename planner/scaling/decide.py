@@ -101,8 +101,7 @@ def _judge(
     if config.mode == "off":
         return _stay(pool, current, "off", "autoscaling is off"), memory
     if pool.pinned_workers is not None:
-        reason = f"an operator set {pool.pinned_workers}"
-        return _stay(pool, pool.pinned_workers, "pinned", reason), memory
+        return _pinned(pool, pool.pinned_workers), memory
     unusable = why_unusable(pool, config.metrics_max_age_s)
     if unusable is None:
         memory = dataclasses.replace(memory, learned=_learn(pool, memory.learned, config, now_s))
@@ -174,6 +173,13 @@ def _stay(pool: PoolObservation, target: int, binding: str, reason: str) -> _Ver
         held=True,
     )
     return _Verdict(move, binding, reason)
+
+
+def _pinned(pool: PoolObservation, count: int) -> _Verdict:
+    """The count that an operator set, within the pool's limits, which may have changed since."""
+    within = min(max(count, pool.min_workers), max(pool.min_workers, pool.max_workers))
+    limits = f", but the pool has from {pool.min_workers} to {pool.max_workers} workers" if within != count else ""
+    return _stay(pool, within, "pinned", f"an operator set {count}{limits}")
 
 
 def _minimum(pool: PoolObservation, observation: Observation, config: AutoscalingConfig) -> int:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
-from planner.scaling.plan import FLIP, GROW, Explanation, Plan, PoolExplanation, Step
+from planner.scaling.plan import FLIP, GROW, RETIRE, Explanation, Plan, PoolExplanation, Step
 from planner.scaling.record import decisions
 
 _UNITS = {"_per_s": "/s", "_ms": " ms", "_gpus": " GPUs"}
@@ -50,8 +50,32 @@ def _term(name: str, value: float) -> str:
 def _actions(explanation: Explanation, plan: Plan) -> str:
     if explanation.mode == "off":
         return "  actions: none, autoscaling is off"
-    steps = "; ".join(_step(step) for step in plan.steps) or "none"
-    return f"  actions: {steps}" + (" (advice, not carried out)" if explanation.mode == "advise" and plan.steps else "")
+    steps = _steps_left(explanation, plan)
+    said = "; ".join(_step(step) for step in steps) or "none"
+    if steps and explanation.mode == "advise":
+        said += " (advice, not carried out)"
+    ending = [
+        (pool.pool, pool.num_gpus // plan.gpus_per_worker[pool.pool] - pool.num_workers) for pool in explanation.pools
+    ]
+    draining = ", ".join(f"{count} of {name} drain" for name, count in ending if count > 0)
+    return f"  actions: {said}" + (f"; under way: {draining}" if draining else "")
+
+
+def _steps_left(explanation: Explanation, plan: Plan) -> list[Step]:
+    """What is still to do: a plan stays the same while it is carried out."""
+    change = {pool.pool: pool.target - pool.num_workers for pool in explanation.pools}
+    flips = []
+    for source, to, planned in plan.flips:
+        count = min(planned, -change[source], change[to])
+        if count > 0:
+            flips.append(Step(FLIP, source, count, to))
+            change[source] += count
+            change[to] -= count
+    after = {step.pool: step.after for step in plan.steps if step.kind == RETIRE}
+    retire = [Step(RETIRE, name, -count, after=after.get(name, ())) for name, count in change.items() if count < 0]
+    grow = [Step(GROW, name, count) for name, count in change.items() if count > 0]
+    at_once = [step for step in retire if not step.after]
+    return [*flips, *at_once, *grow, *(step for step in retire if step.after)]
 
 
 def _step(step: Step) -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -17,7 +20,7 @@ from planner.scaling.observation import Observation, PoolObservation
 from planner.scaling.record import DecisionRecord, Start
 from tests.cluster.test_kill_at_every_token import prompt
 from tests.fake_cluster import FakeCluster
-from tests.processes import RedisServer, free_port, wait_until
+from tests.processes import RedisServer, free_port, python_environment, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.redis, pytest.mark.timeout(300)]
 
@@ -56,6 +59,20 @@ def test_status_on_one_screen_and_as_json(fake_cluster: Callable[..., FakeCluste
     wait_until(lambda: run("--target", cluster.targets[0], "--json")[0] == 1, "it cannot serve any more")
     redis_server.kill()
     wait_until(lambda: "! the directory does not answer" in run("--target", cluster.targets[0])[1], "Redis is missed")
+
+
+def test_ctrl_c_ends_a_watch_without_a_word(fake_cluster: Callable[..., FakeCluster]) -> None:
+    cluster = fake_cluster(prefill=1, decode=1, routers=1, cluster="watched")
+    cluster.wait_complete()
+    command = [sys.executable, "-m", "deploy.cli", "status", "--watch", "--target", cluster.targets[0]]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=python_environment()
+    ) as watch:
+        assert watch.stdout is not None
+        assert watch.stdout.readline().startswith("watched: fake, ready")
+        watch.send_signal(signal.SIGINT)
+        _, said = watch.communicate()
+    assert (watch.returncode, said) == (0, "")
 
 
 def test_mistakes_are_one_line() -> None:

@@ -227,7 +227,7 @@ def test_a_clusters_name_is_its_own_and_stays(tiny_model: Path) -> None:
         make_plan(config.load(None), load_config(tiny_model), str(tiny_model), 0, "", cluster="c").pools[0].spec.cluster
         == "c"
     )
-    with pytest.raises(ConfigError, match=r"^name: at most 63 letters, digits, dots, - and _, not 'a b'"):
+    with pytest.raises(ConfigError, match=r"^name: must be at most 63 letters, digits, dots, - and _, not 'a b'"):
         config.load(None, ["name=a b"])
 
 

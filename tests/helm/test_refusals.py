@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.helm.rendering import refusal
+from tests.helm.rendering import objects, refusal
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,6 @@ from tests.helm.rendering import refusal
             "pools.decode.terminationGracePeriodSeconds: 660 must be more than 705",
         ),
         ("cpu", ["cluster.pools.decode.drain_timeout_s=7"], "cluster.pools.decode.drain_timeout_s: 7 is shorter than"),
-        ("cpu", ["images.router.tag=latest"], "images.router.tag: Must not validate the schema"),
         ("cpu", ["images.ray.digest=sha256:12"], "images.ray.digest: Does not match pattern"),
         (
             "cpu",
@@ -53,6 +52,45 @@ from tests.helm.rendering import refusal
             ["ray.gcsFaultTolerance.enabled=true", "ray.gcsFaultTolerance.redisAddress=redis://valkey-tier"],
             "ray.gcsFaultTolerance.redisAddress: is the address of cluster.kvstore.tier too",
         ),
+        (
+            "cpu",
+            ["cluster.pools.decode.role=prefill"],
+            "cluster.pools: need a mixed pool, or a prefill and a decode pool",
+        ),
+        ("cpu", ["cluster.pools.prefill.role=decode"], "there is only decode"),
+        ("tp", ["cluster.pools.mixed.role=decode"], "cluster.pools: need a mixed pool, or a prefill and a decode pool"),
+        (
+            "cpu",
+            ["cluster.endpoints.grpc_port=0"],
+            "cluster.endpoints.grpc_port: must be a port from 1 to 65535, not 0",
+        ),
+        (
+            "cpu",
+            ["cluster.endpoints.http_port=0"],
+            "cluster.endpoints.http_port: must be a port from 1 to 65535, not 0",
+        ),
+        (
+            "cpu",
+            ["cluster.endpoints.grpc_port=8000"],
+            "cluster.endpoints.http_port: port 8000 is cluster.endpoints.grpc_",
+        ),
+        ("cpu", ["cluster.autoscaling.max_gpus=1"], "cluster.autoscaling.max_gpus: must be 0 or at least 2, which"),
+        (
+            "cpu",
+            ["cluster.engine.runner=fake", "cluster.pools.decode.tp=2"],
+            "cluster.pools.decode: cluster.engine.run",
+        ),
+        ("cpu", ["images=null"], "images is required"),
+        ("cpu", ["images.router=null"], "images: router is required"),
+        ("cpu", ["pools=null"], "pools is required"),
+        ("cpu", ["pools.decode=null"], "pools.decode: Invalid type. Expected: object, given: null"),
+        ("cpu", ["cluster.pools=null"], "cluster.pools: Invalid type. Expected: object, given: null"),
+        ("cpu", ["cluster.pools.decode=null"], "cluster.pools.decode: Invalid type. Expected: object, given: null"),
+        (
+            "cpu",
+            ["poolDefaults.resources.limits.memory=null"],
+            "pools.decode.resources.limits.memory: needed here or in",
+        ),
         ("cpu", ["cluster.kvstore.control=redis://:pw@h:1/0"], "cluster.kvstore.control: holds a password"),
         ("cpu", ["secrets.tierTags.name="], "secrets.tierTags.name: needed where KV blocks leave a pod"),
         ("cpu", ["cluster.ray.address=h:1"], "cluster.ray.address: the chart sets it"),
@@ -69,6 +107,19 @@ from tests.helm.rendering import refusal
 )
 def test_values_that_cannot_work_are_refused(profile: str, settings: list[str], message: str) -> None:
     assert message in refusal(profile, *settings)
+
+
+@pytest.mark.parametrize(
+    "tag", ["latest", "Latest", "latest-gpu", "stable", "main", "Nightly", "dev", "EDGE", "master"]
+)
+@pytest.mark.parametrize("image", ["autoscaler", "ray", "router"])
+def test_a_tag_that_moves_is_refused(image: str, tag: str) -> None:
+    assert f"images.{image}.tag: {tag} is a tag that moves" in refusal("cpu", f"images.{image}.tag={tag}")
+
+
+@pytest.mark.parametrize("settings", [("tag=main-3f2a1b",), ("tag=v1.2.3",), ("tag=main", f"digest=sha256:{'a' * 64}")])
+def test_a_version_or_a_digest_names_one_image(settings: tuple[str, ...]) -> None:
+    assert objects("cpu", tuple(f"images.ray.{setting}" for setting in settings))
 
 
 def test_no_values_at_all_are_refused_for_want_of_a_redis() -> None:

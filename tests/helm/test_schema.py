@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from deploy import chart
-from tests.helm.rendering import CHART, PROFILES, is_core, objects, pods, ray_service, refusal
+from deploy import config as deploy_config
+from tests.helm.rendering import (
+    CHART,
+    PROFILES,
+    cluster_yaml,
+    is_core,
+    objects,
+    parse,
+    pods,
+    ray_service,
+    refusal,
+    template,
+)
 from tests.helm.schemas import core_problems, custom_definitions, custom_problems
 
 each_profile = pytest.mark.parametrize("profile", PROFILES)
@@ -84,10 +97,27 @@ def test_check_22_every_value_has_a_meaning() -> None:
         ("cluster.pools.decode.tpp=1", "cluster.pools.decode: Additional property tpp is not allowed"),
         ("cluster.pools.decode.role=both", "cluster.pools.decode.role must be one of the following"),
         ("cluster.pools.decode.tp=two", "cluster.pools.decode.tp: Invalid type. Expected: integer, given: string"),
+        ("cluster.pools.decode.tp=-2", "cluster.pools.decode.tp: Must be greater than or equal to 1"),
+        ("cluster.pools.decode.pp=0", "cluster.pools.decode.pp: Must be greater than or equal to 1"),
+        ("cluster.pools.decode.device=tpu", "cluster.pools.decode.device must be one of the following"),
+        ("cluster.autoscaling.slo_ttft_quantile=2", "cluster.autoscaling.slo_ttft_quantile: Must be less than 1"),
+        ("cluster.autoscaling.interval_s=0", "cluster.autoscaling.interval_s: Must be greater than 0"),
+        ("cluster.autoscaling.policy=hpa", "cluster.autoscaling.policy must be one of the following"),
+        ("cluster.kvstore.disk_bytes=5", "cluster.kvstore.disk_bytes: Must"),
+        ("cluster.kvstore.arena_dir=shm", "cluster.kvstore.arena_dir: Does not match pattern"),
+        ("cluster.router.window_tokens=0", "cluster.router.window_tokens: Must be greater than or equal to 1"),
         ("router.replicas=0", "router.replicas: Must be greater than or equal to 1"),
         ("router.autoscaling.kind=vpa", "router.autoscaling.kind must be one of the following"),
         ("podDefaults.tolerations.a=b", "podDefaults.tolerations: Invalid type. Expected: array"),
     ],
 )
-def test_check_22_a_wrong_key_is_refused_with_its_path(setting: str, message: str) -> None:
+def test_check_22_a_wrong_key_or_value_is_refused_with_its_path(setting: str, message: str) -> None:
     assert message in refusal("disaggregated", setting)
+
+
+def test_an_unquoted_off_is_off(tmp_path: Path) -> None:
+    values = tmp_path / "values.yaml"
+    values.write_text("cluster: {autoscaling: {mode: off}}")
+    done = template("cpu", more=["-f", str(values)])
+    assert done.returncode == 0, done.stderr
+    assert deploy_config.parse(cluster_yaml(parse(done.stdout))).autoscaling.mode == "off"

@@ -117,10 +117,10 @@ def test_a_folder_that_is_missing_is_one_line(kv_node: KVNode, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("node_id", "a/b", "node_id: letters, digits, dot, dash and underscore, not 'a/b'"),
-        ("node_id", "", "node_id: letters"),
-        ("slot_bytes", 0, "slot_bytes: must be > 0, not 0"),
-        ("num_slots", -1, "num_slots: must be > 0, not -1"),
+        ("node_id", "a/b", "node_id: must be 1 to 200 letters, digits, dots, - and _, not 'a/b'"),
+        ("node_id", "", "node_id: must be 1 to 200 letters"),
+        ("slot_bytes", 0, "slot_bytes: must be more than 0, not 0"),
+        ("num_slots", -1, "num_slots: must be more than 0, not -1"),
         ("num_slots", "many", "num_slots: must be a valid integer, not the text 'many'"),
         ("host_address", "unix:/" + "x" * 200, "host_address: longer than 107 bytes"),
         ("disk_compression", "zstd", "disk_compression: unknown key"),

@@ -84,7 +84,7 @@ def test_a_port_in_use_is_one_line_and_exit_code_2(tmp_path: Path, model_dir: Pa
     [
         ({"colour": "red"}, "colour: unknown key"),
         ({"grpc_port": "many"}, "grpc_port: must be a valid integer, not the text 'many'"),
-        ({"grpc_port": 70000}, "grpc_port: must be between"),
+        ({"grpc_port": 70000}, "grpc_port: must be at most 65535, not 70000"),
         ({"config": {"window": 3}}, "config.window: unknown key"),
         ({"config": {"window_tokens": True}}, "config.window_tokens: must be a valid integer, not true"),
         ({"config": {"window_tokens": 0}}, "config.window_tokens: must be at least 1"),

@@ -225,5 +225,5 @@ def test_what_it_cannot_do_is_one_line(model_dir: Path) -> None:
         load_runner(config_for(model_dir, tp=2), model, groups, CPU)
     with pytest.raises(ValueError, match=r"^runner: must be one of torch, fake, not 'vapour'"):
         config_for(model_dir, runner="vapour")
-    with pytest.raises(ValueError, match=r"^fake_step_s: must be >= 0, not -1.0"):
+    with pytest.raises(ValueError, match=r"^fake_step_s: must be at least 0, not -1.0"):
         config_for(model_dir, fake_step_s=-1.0)

@@ -2,6 +2,8 @@
 
 {{- define "switchyard.validate" -}}
 {{- include "switchyard.validateCluster" . -}}
+{{- include "switchyard.validateImages" . -}}
+{{- include "switchyard.validatePorts" . -}}
 {{- include "switchyard.validateRedis" . -}}
 {{- include "switchyard.validateDrains" . -}}
 {{- $pools := include "switchyard.pools" . | fromYaml -}}
@@ -10,6 +12,7 @@
 {{- fail (printf "pools.%s: there is no cluster.pools.%s (there is %s)" $name $name (keys $pools | sortAlpha | join ", ")) -}}
 {{- end -}}
 {{- end -}}
+{{- include "switchyard.validateRoles" (dict "root" $ "pools" $pools) -}}
 {{- range $name, $pool := $pools -}}
 {{- include "switchyard.validatePool" (dict "root" $ "name" $name "pool" $pool) -}}
 {{- end -}}
@@ -63,6 +66,52 @@
 {{- end -}}
 {{- if and (eq .Values.ray.upgradeStrategy "NewClusterWithIncrementalUpgrade") (not .Values.ray.incrementalUpgrade) -}}
 {{- fail "ray.incrementalUpgrade: needed with ray.upgradeStrategy=NewClusterWithIncrementalUpgrade" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Pods of one release run one image: a tag that moves brings another one to each pod that starts later. */}}
+{{- define "switchyard.validateImages" -}}
+{{- $moving := list "latest" "stable" "unstable" "main" "master" "trunk" "head" "edge" "nightly" "daily" "dev" "devel" "develop" "development" "staging" "testing" "test" "prod" "production" "release" "current" "next" "canary" "rolling" "snapshot" "lts" -}}
+{{- range $name := list "autoscaler" "ray" "router" -}}
+{{- $image := index $.Values.images $name -}}
+{{- $tag := lower $image.tag -}}
+{{- if and (not $image.digest) (or (has $tag $moving) (hasPrefix "latest" $tag)) -}}
+{{- fail (printf "images.%s.tag: %s is a tag that moves; name a version, or set images.%s.digest" $name $image.tag $name) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Services and probes need the numbers of both ports, which one pod listens on. */}}
+{{- define "switchyard.validatePorts" -}}
+{{- $endpoints := .Values.cluster.endpoints | default dict -}}
+{{- range list "grpc_port" "http_port" -}}
+{{- if and (hasKey $endpoints .) (not (index $endpoints .)) -}}
+{{- fail (printf "cluster.endpoints.%s: must be a port from 1 to 65535, not 0: the Service has to know it" .) -}}
+{{- end -}}
+{{- end -}}
+{{- if eq (include "switchyard.grpcPort" .) (include "switchyard.httpPort" .) -}}
+{{- fail (printf "cluster.endpoints.http_port: port %s is cluster.endpoints.grpc_port too" (include "switchyard.httpPort" .)) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* All pools together: a request finds its way through them, and they fit into the budget. */}}
+{{- define "switchyard.validateRoles" -}}
+{{- $cluster := .root.Values.cluster -}}
+{{- $roles := list -}}
+{{- $least := 0 -}}
+{{- range $name, $pool := .pools -}}
+{{- $roles = append $roles $pool.role -}}
+{{- $least = add $least (mul (int $pool.min) (int $pool.tp) (int $pool.hosts)) -}}
+{{- if and (eq (($cluster.engine | default dict).runner | default "torch") "fake") (gt (mul (int $pool.tp) (int $pool.hosts)) 1) -}}
+{{- fail (printf "cluster.pools.%s: cluster.engine.runner=fake takes tp=1 and pp=1" $name) -}}
+{{- end -}}
+{{- end -}}
+{{- if not (or (has "mixed" $roles) (and (has "prefill" $roles) (has "decode" $roles))) -}}
+{{- fail (printf "cluster.pools: need a mixed pool, or a prefill and a decode pool; there is only %s" ($roles | uniq | join ", ")) -}}
+{{- end -}}
+{{- $budget := int (($cluster.autoscaling | default dict).max_gpus | default 0) -}}
+{{- if and $budget (lt $budget (int $least)) -}}
+{{- fail (printf "cluster.autoscaling.max_gpus: must be 0 or at least %d, which the pools need at their smallest, not %d" (int $least) $budget) -}}
 {{- end -}}
 {{- end -}}
 
@@ -150,6 +199,9 @@
 {{- $host := float64 ((.root.Values.cluster.kvstore | default dict).host_bytes | default 536870912) -}}
 {{- if lt (mulf $shm 0.8) $host -}}
 {{- fail (printf "pools.%s.shmSize: %v is too small: the KV arena, cluster.kvstore.host_bytes=%d, takes at most 0.8 of it" $name $settings.shmSize (int64 $host)) -}}
+{{- end -}}
+{{- if not $settings.resources.limits.memory -}}
+{{- fail (printf "pools.%s.resources.limits.memory: needed here or in poolDefaults" $name) -}}
 {{- end -}}
 {{- $memory := include "switchyard.bytes" $settings.resources.limits.memory | float64 -}}
 {{- if le $memory $shm -}}

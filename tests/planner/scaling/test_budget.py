@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
+from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.scaling.budget import Arrangement, Move, arrange
+from planner.scaling.budget import Arrangement, Move, Starts, arrange, given_up_surely
 
 
 def move(pool: str, current: int, target: int, **changes: object) -> Move:
@@ -83,6 +85,44 @@ def test_what_replaces_a_pool_fits_beside_it_or_neither_moves(max_gpus: int, tar
     moves = [move("m", 0, 2, minimum=0), move("d", 2, 0, minimum=0)]
     got = arrange(moves, lambda a, b: False, lambda a, b: (a, b) == ("m", "d"), max_gpus)
     assert got.targets == targets
+
+
+@pytest.mark.parametrize("wanted", [10**3, 10**18, 10**400], ids=["10^3", "10^18", "10^400"])
+def test_a_target_of_any_size_is_cut_to_the_budget(wanted: int) -> None:
+    assert arranged([move("d", 2, wanted)], 12).targets == {"d": 12}
+    both = [move("p", 2, wanted), move("d", 6, wanted, gpus_per_worker=2)]
+    assert arranged(both, 20, flips=False).targets == {"p": 6, "d": 7}
+    replaced = [move("m", 0, wanted, minimum=0), move("d", 2, 0, minimum=0)]
+    assert arrange(replaced, lambda a, b: False, lambda a, b: (a, b) == ("m", "d"), 5).targets == {"m": 3, "d": 0}
+
+
+def given_up_one_at_a_time(starts: Sequence[Starts], over: int) -> tuple[list[str], int]:
+    """The pools, in order."""
+    left, given = {each.pool: each.count for each in starts}, []
+    by_name = {each.pool: each for each in starts}
+    while over > 0 and any(left.values()):
+        able = [each for each in starts if left[each.pool]]
+        best = max(able, key=lambda s: Fraction(s.target - s.count + left[s.pool] - 1, s.need))
+        left[best.pool] -= 1
+        over -= by_name[best.pool].gpus
+        given.append(best.pool)
+    return given, over
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30), st.integers(1, 30), st.sampled_from([1, 2, 4]))),
+    st.integers(0, 60),
+)
+def test_what_is_given_up_surely_is_what_goes_first_one_at_a_time(
+    sizes: list[tuple[int, int, int, int]], over: int
+) -> None:
+    starts = [Starts(str(i), kept + n, n, need, gpus) for i, (kept, n, need, gpus) in enumerate(sizes)]
+    given, _ = given_up_one_at_a_time(starts, over)
+    surely = given_up_surely(starts, over)
+    num_surely = sum(surely.values())
+    assert Counter(given[:num_surely]) == Counter({pool: count for pool, count in surely.items() if count})
+    assert len(given) - num_surely <= len(starts)
 
 
 names = ("a", "b", "c")

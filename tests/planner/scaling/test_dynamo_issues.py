@@ -136,3 +136,12 @@ def test_a_count_set_by_hand_is_left_alone() -> None:
     assert plan.targets["decode"] == 3
     assert explained(explanation, "prefill").binding == "pinned"
     assert explained(explanation, "prefill").reason == "an operator set 5"
+
+
+@pytest.mark.parametrize(("count", "target"), [(0, 2), (9, 4), (10**9, 4)])
+def test_a_count_set_by_hand_stays_within_limits_that_changed_since(count: int, target: int) -> None:
+    seen = [pool("prefill", num_ready=3, min_workers=2, max_workers=4, pinned_workers=count)]
+    plan, _, explanation = repeat(seen, act(), 0)
+    assert plan.targets == {"prefill": target}
+    reason = f"an operator set {count}, but the pool has from 2 to 4 workers"
+    assert (explained(explanation, "prefill").binding, explained(explanation, "prefill").reason) == ("pinned", reason)

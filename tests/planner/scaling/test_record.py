@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from planner.scaling.decide import ScalingState
+from planner.scaling.decide import ScalingState, decide
 from planner.scaling.explain import explain_last, explanation_text
+from planner.scaling.observation import Observation
 from planner.scaling.record import (
     DecisionLog,
     DecisionRecord,
@@ -167,12 +168,35 @@ def test_an_explanation_as_text() -> None:
     assert text[-1] == "  actions: 1 of prefill serve in decode"
 
 
-def test_advice_says_that_nothing_was_done(tmp_path: Path) -> None:
+def test_actions_are_those_that_are_left() -> None:
+    """The plan stays while it is carried out: first three are to retire, then they drain, then nothing is left."""
+    config = dataclasses.replace(act(), policy="fixed", down_delay_s=0.0, shrink_share=1.0)
+    state, said = ScalingState(), []
+    for now_s, (num_ready, num_draining) in enumerate([(4, 0), (1, 3), (1, 0)]):
+        counts = {"num_ready": num_ready, "num_draining": num_draining, "startup_s": 0.0}
+        seen = Observation((pool("decode", configured_workers=1, **counts),))
+        plan, state, explanation = decide(seen, state, 10.0 * now_s, config)
+        said.append((plan.plan_id, explanation_text(explanation, plan).splitlines()[-1]))
+    assert said == [
+        (1, "  actions: retire 3 of decode"),
+        (1, "  actions: none; under way: 3 of decode drain"),
+        (1, "  actions: none"),
+    ]
+
+
+def test_a_pool_at_its_limit_neither_shrinks_nor_grows_later() -> None:
+    for busy, limits in ((0.1, {"min_workers": 3}), (60.0, {"max_workers": 3})):
+        seen = [pool("decode", num_ready=3, arrivals_per_s=busy, **limits)]
+        _, _, explanation = repeat(seen, act(), 0)
+        text = "\n".join(part.reason for part in explanation.pools)
+        assert "when that lasts" not in text
+
+
+def test_advice_says_that_nothing_was_done() -> None:
     config = dataclasses.replace(act(), mode="advise")
-    cluster = FakeCluster({"prefill": 1}).start_with({"prefill": 1})
-    loop = Loop(config, [pool("prefill")], cluster, lambda now_s: {"prefill": {"arrivals_per_s": 60.0}})
-    loop.run(60)
-    assert "(advice, not carried out)" in explanation_text(loop.explanations[-1], loop.plans[-1])
+    plan, _, explanation = repeat([pool("prefill", arrivals_per_s=60.0)], config, 60)
+    said = explanation_text(explanation, plan).splitlines()[-1]
+    assert said == f"  actions: start {plan.targets['prefill'] - 1} in prefill (advice, not carried out)"
 
 
 def test_the_last_decisions_of_a_file(tmp_path: Path) -> None:
