@@ -37,8 +37,22 @@ def train(texts: list[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+# A model that knows Python alone: what others say are comments, and what it says is the code below them.
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+{%- if message.role == "assistant" %}
+{{- message.content + "\\n\\n\\n" }}
+{%- else %}
+{%- for line in message.content.split("\\n") %}
+{{- ("# " + line).rstrip() + "\\n" }}
+{%- endfor %}
+{%- endif %}
+{%- endfor -%}
+"""
+
+
 def save(tokenizer: Tokenizer, directory: Path, context_tokens: int) -> None:
-    """Write tokenizer.json and tokenizer_config.json in the Hugging Face layout."""
+    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja in the Hugging Face layout."""
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {
@@ -50,3 +64,4 @@ def save(tokenizer: Tokenizer, directory: Path, context_tokens: int) -> None:
         "model_max_length": context_tokens,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)

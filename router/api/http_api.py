@@ -1,4 +1,4 @@
-"""The HTTP API: OpenAI's completions and chat, metrics, health. Maps errors to statuses, once, here.
+"""The HTTP API: OpenAI's completions and chat, tokens, metrics, health. Maps errors to statuses, once, here.
 
 Knows HTTP; knows nothing of how a request is served.
 """
@@ -32,6 +32,7 @@ from router.api.openai_messages import checked_messages
 from router.api.openai_schema import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, parse
 from router.api.request_ids import RequestIds
 from router.api.tenancy import tenant_salt
+from router.api.tokenize_api import TokenizeApi
 from router.errors import InvalidRequest, PortInUse, RouterError, UnknownRoute, is_counted, mark_counted, stopping
 from router.events import Event, GenerationRequest, ResumeRequest
 from router.metrics import Metrics
@@ -148,6 +149,7 @@ def make_app(parts: HttpParts) -> ASGIApp:
         routes=[
             Route("/v1/completions", endpoints.completions, methods=["POST"]),
             Route("/v1/chat/completions", endpoints.chat_completions, methods=["POST"]),
+            *TokenizeApi(parts.generation, parts.max_body_bytes).routes(),
             Route("/v1/models", endpoints.models),
             Route("/v1/models/{name:path}", endpoints.model),
             Route("/metrics", endpoints.metrics),

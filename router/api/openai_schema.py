@@ -151,10 +151,7 @@ class ChatRequest(_Request):
 
     def template_options(self) -> Mapping[str, object]:
         """What the chat template is given besides the messages. Raises InvalidRequest."""
-        options = self.chat_template_kwargs or {}
-        if "messages" in options:
-            raise _invalid("chat_template_kwargs", "must not have messages: they are a field of the request")
-        return options
+        return template_options(self.chat_template_kwargs)
 
 
 # Values that ask for nothing, as JSON writes them; anything else in these fields is refused.
@@ -182,17 +179,31 @@ _NEUTRAL: dict[str, tuple[str, ...]] = {
     "response_format": ('{"type": "text"}',),
 }
 
+
+def template_options(given: dict[str, Any] | None) -> Mapping[str, object]:
+    """chat_template_kwargs. Raises InvalidRequest."""
+    if given and "messages" in given:
+        raise _invalid("chat_template_kwargs", "must not have messages: they are a field of the request")
+    return given or {}
+
+
+_M = TypeVar("_M", bound=BaseModel)
 _R = TypeVar("_R", bound=_Request)
+
+
+def validated(kind: type[_M], content: object) -> _M:
+    """A request whose fields have the right types. Raises InvalidRequest naming the field."""
+    if not isinstance(content, dict):
+        raise InvalidRequest("request body: must be a JSON object")
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise _refusal(error) from None
 
 
 def parse(kind: type[_R], content: object) -> _R:
     """A checked request. Raises InvalidRequest naming the field."""
-    if not isinstance(content, dict):
-        raise InvalidRequest("request body: must be a JSON object")
-    try:
-        request = kind.model_validate(content)
-    except ValidationError as error:
-        raise _refusal(error) from None
+    request = validated(kind, content)
     for field, neutral in _NEUTRAL.items():
         value = getattr(request, field, None)
         if value is not None and json.dumps(value) not in neutral:

@@ -128,11 +128,22 @@ class Generation:
             raise InvalidRequest(f"messages: model {self.files.name!r} has no chat template", param="messages")
         return self._chat.render(messages, options)
 
-    async def tokenize(self, model: str, text: str) -> Sequence[int]:
-        """Ids of a text, as a prompt would be encoded."""
+    async def tokenize(
+        self, model: str, text: str, add_special_tokens: bool = True, param: str = "text"
+    ) -> Sequence[int]:
+        """Ids of a text, as a prompt would be encoded. param: the field that it came in."""
         self.check_model(model)
-        with self._admitted(check_text("text", text), "text"):
-            return (await self._encode(text, True, frozenset(), b""))[0]
+        with self._admitted(check_text(param, text), param):
+            return (await self._encode(text, add_special_tokens, frozenset(), b""))[0]
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of ids, special tokens as they are spelled. Raises InvalidRequest."""
+        check_token_ids("tokens", token_ids, self.files.vocab_size)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._codec.spelled, token_ids)
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """How the vocabulary spells each of some ids that it has."""
+        return [self._codec.token_of(token_id) for token_id in token_ids]
 
     async def stream(self, request: GenerationRequest, commits_first: bool = False) -> AsyncGenerator[Event, None]:
         """Started, then Tokens, then Finished; or a RouterError. A caller that stops reading early must close it.

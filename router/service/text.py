@@ -68,6 +68,15 @@ class TextCodec:
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return text
 
+    def spelled(self, token_ids: Sequence[int]) -> str:
+        """As decode, with special tokens."""
+        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+        return text
+
+    def token_of(self, token_id: int) -> str:
+        """An id's own spelling in the vocabulary; "" for one that stands for nothing."""
+        return self._tokenizer.id_to_token(token_id) or ""
+
     def min_tokens(self, num_bytes: int) -> int:
         """No text of so many bytes has fewer tokens; 0 where the tokenizer allows no such bound."""
         return num_bytes // self._longest_token_bytes if self._longest_token_bytes else 0
