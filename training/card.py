@@ -77,6 +77,7 @@ something real on a laptop; it is no assistant and knows nothing but how the sta
 | shape | {shape.num_hidden_layers} layers, hidden {shape.hidden_size}, {shape.num_attention_heads} heads on \
 {shape.num_key_value_heads} KV heads of {shape.head_dim}, MLP {shape.intermediate_size}, tied head, bf16 |
 | tokenizer | byte-level BPE, {VOCAB_SIZE} tokens, trained on the same text |
+| chat | `chat_template.jinja`: what the user says becomes comments, and the code below them is the answer |
 | context | {CONTEXT_TOKENS} tokens (the last {plan.cooldown_steps} steps train on all of it) |
 | data | the CPython {platform.python_version()} standard library without generated tables: {sources:.1f} MB of \
 sources and {tests:.1f} MB of tests, half of each batch from either |
