@@ -39,7 +39,7 @@ from workers.model.decoder import LayerConfig, PreNormDecoder
 from workers.model.formats.plain import PlainFormat
 from workers.model.parts import AttentionConfig, ExpertsConfig, MlpConfig, RopeConfig
 from workers.parallel import ParallelGroups, Shard
-from workers.runtime.executor import GroupExecutor
+from workers.runtime.build import make_executor
 from workers.runtime.runner import TorchModelRunner, pick_device, pick_dtype, schedules_async
 from workers.sampling.params import SamplingParams
 
@@ -206,7 +206,7 @@ class Bench:
             frozenset(),
         )
         is_async = schedules_async(self._config, self.device)
-        executor = GroupExecutor(self._runner, self._groups, in_thread=is_async and self.device.type == "cpu")
+        executor = make_executor(self._config, self._runner, self._groups)
         return Engine(scheduler, executor, self._model.vocab_size, time.monotonic, is_async)
 
     def _submit(self, engine: Engine, number: int, num_tokens: int, max_tokens: int) -> None:

@@ -123,9 +123,18 @@ class PoolConfig(EngineOptions):
 
     def __post_init__(self) -> None:
         EngineOptions.__post_init__(self)
-        least, most = self.min_replicas or self.replicas, self.max_replicas or self.replicas
-        within = f"must be between min_replicas={least} and max_replicas={most}, not {self.replicas}"
-        _require(least <= self.replicas <= most, "replicas", within)
+        within = f"must be between min_replicas={self.fewest} and max_replicas={self.most}, not {self.replicas}"
+        _require(self.fewest <= self.replicas <= self.most, "replicas", within)
+
+    @property
+    def fewest(self) -> int:
+        """Workers that an autoscaler leaves."""
+        return self.min_replicas or self.replicas
+
+    @property
+    def most(self) -> int:
+        """Workers that an autoscaler asks for."""
+        return self.max_replicas or self.replicas
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +235,7 @@ class ClusterConfig:
             is_one = pool.tp * pool.pp == 1
             _require(is_one or self.engine.runner != "fake", f"pools.{name}", "engine.runner=fake takes tp=1 and pp=1")
         budget = self.autoscaling.max_gpus
-        least = sum((pool.min_replicas or pool.replicas) * pool.tp * pool.pp for pool in self.pools.values())
+        least = sum(pool.fewest * pool.tp * pool.pp for pool in self.pools.values())
         enough = f"must be 0 or at least {least}, which the pools need at their smallest, not {budget}"
         _require(budget == 0 or budget >= least, "autoscaling.max_gpus", enough)
         problem = clash(wanted_ports(self.endpoints, self.ray))

@@ -55,7 +55,7 @@ class Bounds:
         ):
             if bound is not None and not holds(value, bound):
                 return f"must be {words} {_number(bound)}, not {value}"
-        return "" if math.isfinite(value) else f"must be finite, not {value}"
+        return f"must be finite, not {value}" if isinstance(value, float) and not math.isfinite(value) else ""
 
     def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> dict[str, Any]:
         """The schema of a value, with this rule; pydantic asks for it."""

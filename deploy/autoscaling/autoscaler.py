@@ -145,7 +145,7 @@ class Autoscaler:
         is_ours = self._lock.hold()
         if self._lock.problem:
             self._note_problem("lease", self._lock.problem)
-        else:
+        elif is_ours:
             self._problems.over("lease")
         if is_ours != self._is_ours:
             why = "the lock cannot be held" if self._lock.problem else "another one acts"
@@ -274,6 +274,6 @@ class Autoscaler:
             self._note_problem("memory", str(error), "what is saved")
 
     def _note_problem(self, part: str, message: str, what: str = "") -> None:
-        """what: a part of the part that may fail while the rest works."""
+        """what: what it is logged under, where that is only some of what the part does."""
         self._problems.note(what or part, message)
         self._metrics.count_problem(part)

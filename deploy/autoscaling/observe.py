@@ -96,6 +96,10 @@ def _progress(
     return WorkerProgress(worker_id=worker_id, home_pool=home, pool=pool, status=status, epoch=epoch)
 
 
+def _is_ready(report: WorkerReport) -> bool:
+    return report.status.phase == worker_pb2.WORKER_PHASE_READY
+
+
 @dataclass(slots=True)
 class _Means:
     """Per request; what was seen last, while no request ends."""
@@ -122,9 +126,13 @@ class _Means:
 class _Sums:
     """Over the workers of one pool and one interval. Tokens are those of requests that ended."""
 
-    num_measured: int = 0
-    """Workers whose counters are known from the interval's start on."""
-    requests_per_s: float = 0.0
+    num_ready: int = 0
+    num_ready_measured: int = 0
+    """Those of them whose counters are known from the interval's start on."""
+    ready_requests_per_s: float = 0.0
+    """What the measured ones got."""
+    left_requests_per_s: float = 0.0
+    """What workers got that have left since, as far as that is known."""
     requests: float = 0.0
     prompt_tokens: float = 0.0
     ended: float = 0.0
@@ -135,17 +143,22 @@ class _Sums:
     kv_wait_s: float = 0.0
     steps: list[StepSample] = field(default_factory=list)
 
-    def arrivals_per_s(self, num_workers: int) -> float:
-        """As if all workers got what the measured ones got; NaN while none is measured."""
-        if not num_workers:
-            return 0.0
-        return self.requests_per_s * num_workers / self.num_measured if self.num_measured else math.nan
+    @property
+    def arrivals_per_s(self) -> float:
+        """As if all ready workers got what the measured ones got; NaN while none of them is measured."""
+        if self.num_ready and not self.num_ready_measured:
+            return math.nan
+        return self.left_requests_per_s + self.ready_requests_per_s * self.num_ready / max(1, self.num_ready_measured)
 
     def add(self, report: WorkerReport, then: worker_pb2.WorkerLoad, elapsed_s: float) -> None:
         """What a worker has counted since `then`."""
         now = report.answer.load
-        self.num_measured += 1
-        self.requests_per_s += (now.num_requests - then.num_requests) / elapsed_s
+        requests_per_s = (now.num_requests - then.num_requests) / elapsed_s
+        if _is_ready(report):
+            self.num_ready_measured += 1
+            self.ready_requests_per_s += requests_per_s
+        else:
+            self.left_requests_per_s += requests_per_s
         self.requests += now.num_requests - then.num_requests
         self.prompt_tokens += now.num_prompt_tokens - then.num_prompt_tokens
         self.ended += now.num_ended_requests - then.num_ended_requests
@@ -225,7 +238,7 @@ class Observer:
 
     def _sum(self, reports: list[WorkerReport]) -> _Sums:
         """Left out is a worker that this has not seen from the start of the interval on, or that served elsewhere."""
-        sums = _Sums()
+        sums = _Sums(num_ready=sum(map(_is_ready, reports)))
         for report in reports:
             before = self._before.get(report.leased.record.worker_id)
             if before is None:
@@ -254,14 +267,14 @@ class Observer:
             tp=pool.tp,
             pp=pool.pp,
             fingerprint=self._fingerprint(pool, hellos),
-            min_workers=pool.min_replicas or pool.replicas,
-            max_workers=pool.max_replicas or pool.replicas,
+            min_workers=pool.fewest,
+            max_workers=pool.most,
             configured_workers=pool.replicas,
             pinned_workers=pinned,
             **asdict(counts),
             startup_s=self.startup_s.get(name, _FIRST_STARTUP_S),
             metrics_age_s=max((now_s - report.at_s for report in reports), default=0.0),
-            arrivals_per_s=sums.arrivals_per_s(len(reports)),
+            arrivals_per_s=sums.arrivals_per_s,
             uncached_tokens_mean=means.uncached_tokens,
             uncached_tokens_square_mean=means.uncached_tokens_square,
             context_tokens_mean=means.context_tokens,

@@ -17,6 +17,9 @@ _REPORTER = "switchyard-autoscaler"
 class KubernetesLock:
     """A Lease, renewed no more often than it needs."""
 
+    problem = ""
+    """Why the last call did not hold it; empty also when another one holds it, or when the call did not try."""
+
     def __init__(self, holder: LeaseHolder) -> None:
         self._holder = holder
         self._tried_s = float("-inf")
@@ -24,15 +27,12 @@ class KubernetesLock:
     def hold(self) -> bool:
         """Whether this is the autoscaler that acts."""
         now_s = time.monotonic()
+        self.problem = ""
         if now_s - self._tried_s >= self._holder.retry_s:
             self._tried_s = now_s
             self._holder.hold()
+            self.problem = self._holder.problem
         return self._holder.is_held
-
-    @property
-    def problem(self) -> str:
-        """Why the last try failed; empty also when another one holds the Lease."""
-        return self._holder.problem
 
     def release(self) -> None:
         """Let another one act at once."""

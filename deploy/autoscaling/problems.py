@@ -43,4 +43,4 @@ class Problems:
         """It was tried and worked; nothing happens if it did before."""
         known = self._lasting.pop(part, None)
         if known is not None:
-            log.warning("%s: works again, after %.0f s", part, self._clock() - known.began_s)
+            log.info("%s: works again, after %.0f s", part, self._clock() - known.began_s)

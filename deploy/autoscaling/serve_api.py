@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import math
 import queue
 import threading
 import urllib.error
@@ -21,6 +20,7 @@ from urllib.parse import quote
 from deploy.config import ray_token
 
 STARTING, RUNNING, STOPPING = "STARTING", "RUNNING", "STOPPING"
+_LAST_S = 1e11  # Unix time, the year 5138
 _RUNNING_TOO = ("UPDATING", "RECOVERING", "PENDING_MIGRATION")
 _TIMEOUT_S = 10.0
 _MOST_BYTES = 64 * 2**20
@@ -181,7 +181,7 @@ def _pool(application: Mapping[str, object], said: object, above: str, where: st
 def _replica(said: object, where: str) -> ServeReplica:
     replica = _mapping(said, where)
     began_s = _part(replica, "start_time_s", where)
-    if not isinstance(began_s, int | float) or isinstance(began_s, bool) or not math.isfinite(began_s):
+    if not isinstance(began_s, int | float) or isinstance(began_s, bool) or not abs(began_s) <= _LAST_S:
         raise _Odd(f"{where}.start_time_s is {_shown(began_s)}, not a time")
     state = _text(replica, "state", where)
     known = state if state in (RUNNING, STOPPING) else RUNNING if state in _RUNNING_TOO else STARTING

@@ -126,10 +126,9 @@ def _known_pool(option: str, pool: str, config: ClusterConfig) -> str:
 
 
 def _pinned_count(pool: PoolConfig, name: str, text: str) -> int:
-    least, most = pool.min_replicas or pool.replicas, pool.max_replicas or pool.replicas
-    is_within = re.fullmatch(r"[0-9]{1,9}", text) is not None and least <= int(text) <= most
+    is_within = re.fullmatch(r"[0-9]{1,9}", text) is not None and pool.fewest <= int(text) <= pool.most
     if not is_within:
-        limits = f"from {least} (min_replicas) to {most} (max_replicas)"
+        limits = f"from {pool.fewest} (min_replicas) to {pool.most} (max_replicas)"
         raise ConfigError(f"--pin: {name} must be a number {limits}, not {text[:100]!r}")
     return int(text)
 

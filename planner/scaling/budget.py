@@ -100,9 +100,12 @@ class Starts:
         return max(0, min(self.count, self.target - left))
 
 
-def given_up_surely(starts: Sequence[Starts], over: int) -> dict[str, int]:
-    """Starts by pool that `over` GPUs too many surely cost, if they are given up in the order of trim_growth. What is
-    left of them is a few for each pool. For targets of any size: the level of the last one is found by bisection."""
+def given_up_at_least(starts: Sequence[Starts], over: int) -> dict[str, int]:
+    """Starts by pool that trim_growth gives up for certain when the targets have `over` GPUs too many.
+
+    It gives up a few more of each pool, one at a time. The level down to which all of them go is found by bisection, so
+    targets may be of any size.
+    """
     if over <= 0 or not starts:
         return {}
     unit = max(each.need for each in starts) ** 2 + 1  # two different levels are further apart than 1 / unit
@@ -194,7 +197,7 @@ class _Work:
             Starts(move.pool, self.targets[move.pool], self._starts(move), self._need(move), move.gpus_per_worker)
             for move in self._growing()
         ]
-        for pool, count in given_up_surely(starts, self.over).items():
+        for pool, count in given_up_at_least(starts, self.over).items():
             self.targets[pool] -= count
         while self.over > 0:
             starting = [move for move in self._growing() if self._starts(move)]

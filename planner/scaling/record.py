@@ -111,8 +111,10 @@ class DecisionLog:
 
     def write(self, start: Start, record: DecisionRecord, after: ScalingState) -> None:
         """Append one decision; see LineWriter."""
-        if self._path.exists() and self._path.stat().st_size >= self._max_bytes:
+        size = self._path.stat().st_size if self._path.exists() else 0
+        if size >= self._max_bytes:
             self._path.replace(self._path.with_name(self._path.name + ".1"))
+        if not 0 < size < self._max_bytes:
             self._writer.begin_anew()
         try:
             for line in self._writer.lines(start, record, after):

@@ -242,7 +242,8 @@ class _Work:
         drained = [w for w in order if self._retires(w) and w.status == DRAINED]
         for worker in order:
             waits = worker.worker_id in self._transitions and worker not in drained
-            if not drained or waits:
+            retires_soon = worker not in drained and worker.pool not in self._plan.targets
+            if not drained or waits or retires_soon:
                 return
             if worker in drained:
                 drained.remove(worker)
@@ -331,6 +332,8 @@ class _Work:
         homes = dict.fromkeys([pool, *(worker.home_pool for worker in serving)])
         victims = [first[home] for home in homes if home in first]
         victim = next((worker for worker in victims if worker.pool == pool), victims[0])
+        if victim.pool not in self._plan.targets and victim.pool != pool:
+            return False  # that pool is to be empty, so this worker retires from there first
         if victim.pool == pool:
             self._transitions[victim.worker_id] = Transition()
             self._actions.append(Drain(victim.worker_id))

@@ -223,6 +223,18 @@ def test_a_worker_that_served_in_such_a_pool_comes_home(world: World) -> None:
     assert len(world.cluster.workers) == 2, "without a start"
 
 
+def test_nothing_is_moved_to_such_a_pool(world: World) -> None:
+    """Serve would end the worker that serves there first, and its home has one too many."""
+    world.cluster.start_with({"a": 3})
+    world.cluster.replicas["a"] = 4
+    world.cluster.workers[-1].pool = "old"
+    world.memory.pin("a", 1)
+    world.run(world.autoscaler(a=1, b=1), 60.0)
+    assert world.ready() == {"a": 1, "b": 1}
+    assert not any("'old'" in action for action in world.cluster.history)
+    assert world.cluster.ended_while_serving == []
+
+
 def test_a_drain_lasts_as_long_as_the_streams_of_its_pool_may_take(world: World) -> None:
     (away, _) = world.cluster.workers
     away.pool = "b"
@@ -242,7 +254,7 @@ def test_what_does_not_answer_changes_nothing(world: World) -> None:
     assert world.ready() == {"a": 3, "b": 1}
 
 
-def test_a_file_of_decisions_replays_over_a_restart_and_a_full_disk_ends_nothing(world: World, tmp_path: Path) -> None:
+def test_a_file_of_decisions_replays_over_a_restart_and_its_loss_ends_nothing(world: World, tmp_path: Path) -> None:
     path = tmp_path / "decisions" / "log.jsonl"
     path.parent.mkdir()
     for counts in ({"a": 2}, {"a": 1}, {"b": 2}):

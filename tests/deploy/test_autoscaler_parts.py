@@ -146,6 +146,19 @@ def test_an_interval_that_was_not_seen_whole_gives_no_rate() -> None:
     assert seen["decode"].arrivals_per_s == pytest.approx(6.0), "as if it got what the other one got"
 
 
+def test_a_worker_that_drains_does_not_stand_for_those_that_were_not_heard() -> None:
+    observer = Observer(CONFIG)
+    observe(observer, report("decode-a", "decode", 10.0, 99.0), report("decode-b", "decode", 10.0, 99.0), now_s=10.0)
+    draining = report("decode-a", "decode", 20.0, 109.0, num_requests=40)
+    draining.answer.status.phase = worker_pb2.WORKER_PHASE_DRAINING
+    unheard = report("decode-b", "decode", 10.0, 99.0)
+    assert math.isnan(observe(observer, draining, unheard, now_s=20.0)["decode"].arrivals_per_s)
+    observer = Observer(CONFIG)
+    observe(observer, report("decode-a", "decode", 10.0, 99.0), report("decode-b", "decode", 10.0, 99.0), now_s=10.0)
+    heard = report("decode-b", "decode", 20.0, 109.0, num_requests=60)
+    assert observe(observer, draining, heard, now_s=20.0)["decode"].arrivals_per_s == pytest.approx(10.0)
+
+
 def test_the_wait_for_kv_is_part_of_what_prefill_pools_are_sized_for() -> None:
     observer = Observer(CONFIG)
     observe(observer, report("decode-a", "decode", 10.0, 100.0), now_s=10.0)

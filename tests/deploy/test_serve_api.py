@@ -114,6 +114,7 @@ def test_a_right_answer() -> None:
         (with_part((*DECODE, "replicas", 0, "state"), 3), ".replicas.0.state is 3, not a text"),
         (with_part((*DECODE, "replicas", 0, "start_time_s"), "now"), '.replicas.0.start_time_s is "now", not a time'),
         (with_part((*DECODE, "replicas", 0, "start_time_s"), float("nan")), ".start_time_s is NaN, not a time"),
+        (with_part((*DECODE, "replicas", 0, "start_time_s"), 10**400), "not a time"),
         (with_part((*DECODE, "replicas", 0, "node_id"), [1]), ".replicas.0.node_id is [1], not a text"),
         (with_part(("controller_info",), "x"), 'controller_info is "x", not keys and values'),
     ],

@@ -68,6 +68,11 @@ def test_values_on_the_bounds_are_right() -> None:
     jsonschema.validate(raw, json_schema(Example))
 
 
+def test_an_integer_may_have_any_size() -> None:
+    assert Bounds(at_least=0).problem(10**400) == ""
+    assert "at most 5" in Bounds(at_most=5).problem(10**400)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_number_is_finite(value: float) -> None:
     with pytest.raises(ValueError, match=r"^amounts\.x: must be (more than 0|finite), not"):

@@ -169,6 +169,48 @@ async def test_a_directory_that_keeps_the_old_entry_holds_an_announcement_up() -
         assert world.directory.entry() == ("decode", "decode", 11)
 
 
+async def test_a_failed_announcement_leaves_the_drain_as_it_was() -> None:
+    async with announced() as world:
+        world.routers.num_requests = 3
+        await world.registration.drain(0.5)
+        await entry_is(world, ("prefill", RETIRED, 10))
+        world.directory.may_answer.clear()
+        announcement = asyncio.create_task(world.registration.announce())
+        await asyncio.sleep(0.2)
+        assert world.registration.phase is Phase.READY
+        world.directory.is_away = True
+        world.directory.may_answer.set()
+        with pytest.raises(DirectoryUnavailable):
+            await announcement
+        await world.until(Phase.DRAINED)
+        assert world.routers.num_requests == 0, "moved at the time-out"
+        world.directory.is_away = False
+
+
+async def test_an_announcement_waits_until_the_directory_has_the_drain() -> None:
+    """Or the entry as retired would replace the new one."""
+    async with announced() as world:
+        world.directory.may_answer.clear()
+        await world.registration.drain(0.0)
+        announcement = asyncio.create_task(world.registration.announce())
+        await asyncio.sleep(0.2)
+        assert world.registration.phase is not Phase.READY
+        world.directory.may_answer.set()
+        await announcement
+        assert world.directory.entry() == ("prefill", "prefill", 11)
+
+
+async def test_without_an_answer_a_worker_is_drained_a_second_after_the_directory_has_it() -> None:
+    async with announced() as world:
+        world.routers.retire = lambda: None  # type: ignore[method-assign]  # they do not answer
+        world.directory.may_answer.clear()
+        await world.registration.drain(0.0)
+        await asyncio.sleep(1.2)
+        assert world.registration.phase is Phase.DRAINING
+        world.directory.may_answer.set()
+        await world.until(Phase.DRAINED)
+
+
 async def test_the_first_announcement_is_tried_again() -> None:
     world = World()
     world.directory.is_away = True

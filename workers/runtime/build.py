@@ -80,7 +80,8 @@ def make_engine(
 def make_executor(config: EngineConfig, runner: LoadedRunner, groups: ParallelGroups) -> GroupExecutor:
     """What brings an engine's plans to all ranks."""
     device = runner.cache.device
-    return GroupExecutor(runner, groups, in_thread=schedules_async(config, device) and device.type == "cpu")
+    has_own_thread = schedules_async(config, device) and device.type == "cpu"
+    return GroupExecutor(runner, groups, config.num_threads if has_own_thread else None)
 
 
 def load_runner(config: EngineConfig, model: ModelConfig, groups: ParallelGroups, device: torch.device) -> LoadedRunner:

@@ -24,19 +24,19 @@ _MAX_SEQUENCE = (1 << 31) - 1
 class GroupExecutor:
     """The leader's side.
 
-    in_thread: steps are started in a thread of their own, for a device that computes while the host launches. One
-    thread, so that steps and the messages of all ranks keep their order.
+    num_threads: with it, steps are started in a thread of their own, as on a device that computes while the host
+    launches, and that thread computes with so many. One thread, so that steps and the messages of all ranks keep their
+    order. None: steps are started in the caller's thread.
     """
 
-    def __init__(self, runner: ModelRunner, groups: ParallelGroups, in_thread: bool = False) -> None:
+    def __init__(self, runner: ModelRunner, groups: ParallelGroups, num_threads: int | None = None) -> None:
         self._runner = runner
         self._groups = groups
         self._sequence = 0
         self._is_full = True  # no rank has seen a plan of this executor
         self._thread: ThreadPoolExecutor | None = None
-        if in_thread:
-            # How many threads torch computes with is a setting of the thread that calls it.
-            self._thread = ThreadPoolExecutor(1, "step", torch.set_num_threads, (torch.get_num_threads(),))
+        if num_threads is not None:
+            self._thread = ThreadPoolExecutor(1, "step", torch.set_num_threads, (num_threads,))
 
     def start(self, plan: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
         """Send the plan to all ranks, and begin this rank's part; the returned call waits for its end."""

@@ -104,10 +104,10 @@ class LeaseKeeper:
                 self._directory.withdraw(record.worker_id)
                 self._lease.forget()
             self._record = record
-            self._renew()
             if self._thread.ident is None:
                 asyncio.run_coroutine_threadsafe(self._pulse(), self._loop)
-                self._thread.start()
+                self._thread.start()  # it waits for the lock
+            self._renew()
 
     def retire(self) -> None:
         """Stay in the directory, under the same epoch, as one that takes no requests."""

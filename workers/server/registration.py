@@ -15,15 +15,16 @@ import contextlib
 import dataclasses
 import enum
 import logging
+import math
 import time
 from typing import Protocol
 
-from kvstore.control.directory import Directory, DirectoryUnavailable, WorkerRecord
+from kvstore.control.directory import Directory, WorkerRecord
 from workers.server.lease import LeaseKeeper
 
 log = logging.getLogger(__name__)
 
-_SETTLE_S = 1.0  # a router that does not answer may send requests until its next look into the directory
+_SETTLE_S = 1.0  # a router that does not answer may send requests until it looks into the directory again
 _LOOK_S = 0.05
 
 
@@ -73,7 +74,7 @@ class Registration:
         self._routers = routers
         self._asyncio = asyncio.get_running_loop()
         self._lease = None if directory is None else LeaseKeeper(directory, routers.lease, self._asyncio)
-        self._serves = directory is None  # nobody is told, so nothing can be left
+        self._serves = directory is None  # without one there is no way out: announce and drain change nothing
         self._is_over = False
         self._left_s = 0.0
         self._is_switched = False
@@ -110,7 +111,7 @@ class Registration:
             self._serves, self._is_switched = True, False  # before routers can see it
             try:
                 await asyncio.to_thread(self._lease.register, self.record)
-            except DirectoryUnavailable:
+            except BaseException:
                 self._serves, self._is_switched = False, was_switched
                 raise
             self._stop_waiting()
@@ -122,9 +123,10 @@ class Registration:
         """
         async with self._lock:
             if self._serves and self._lease is not None:
-                self._serves, self._left_s = False, time.monotonic()
+                self._serves, self._left_s = False, math.inf
                 self._routers.retire()
                 self._entry_of_retired = asyncio.create_task(asyncio.to_thread(self._lease.retire), name="retired")
+                self._entry_of_retired.add_done_callback(self._note_left)
             self._stop_waiting()
             if not self._serves and not self._is_switched:
                 self._end_of_drain = asyncio.create_task(self._move_when_over(timeout_s), name="drain")
@@ -146,18 +148,25 @@ class Registration:
 
     def withdraw(self) -> None:
         """Leave the directory for good; from any thread."""
-        self._is_over, self._left_s = True, time.monotonic()
+        self._is_over, self._left_s = True, math.inf
         if self._lease is not None:
-            self._lease.withdraw()
             with contextlib.suppress(RuntimeError):  # the loop is closed: the worker is stopping
                 self._asyncio.call_soon_threadsafe(self._routers.retire)
+            self._lease.withdraw()
+        self._left_s = time.monotonic()
+
+    def _note_left(self, task: asyncio.Task[None]) -> None:
+        """The directory has been told, or does not answer; then routers cannot look into it either."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("the directory was not told of a drain", exc_info=error)
+        self._left_s = time.monotonic()
 
     async def _move_when_over(self, timeout_s: float) -> None:
+        """Until the worker is drained, or an announcement has ended this. While one is tried the phase is READY."""
         deadline_s = time.monotonic() + timeout_s
-        while self.phase is Phase.DRAINING and time.monotonic() < deadline_s:
-            await asyncio.sleep(_LOOK_S)
-        while self.phase is Phase.DRAINING:  # also what a router still sent meanwhile
-            self._routers.move_streams()
+        while (phase := self.phase) in (Phase.DRAINING, Phase.READY):
+            if phase is Phase.DRAINING and time.monotonic() >= deadline_s:
+                self._routers.move_streams()  # again and again: a router may still have sent something
             await asyncio.sleep(_LOOK_S)
 
     def _stop_waiting(self) -> None:

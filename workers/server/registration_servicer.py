@@ -65,7 +65,7 @@ class RegistrationServicer(worker_pb2_grpc.WorkerServiceServicer):
         return self._status()
 
     async def _to_its_end(self, change: Coroutine[Any, Any, None]) -> None:
-        """Also when the caller has given up and its call is cancelled: half a change would be no phase."""
+        """Also if the call is cancelled: a worker with half of a change would neither serve nor be drained."""
         task = asyncio.create_task(change)
         self._changes.add(task)
         task.add_done_callback(self._changes.discard)

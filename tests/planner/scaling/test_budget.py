@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.scaling.budget import Arrangement, Move, Starts, arrange, given_up_surely
+from planner.scaling.budget import Arrangement, Move, Starts, arrange, given_up_at_least
 
 
 def move(pool: str, current: int, target: int, **changes: object) -> Move:
@@ -114,15 +114,15 @@ def given_up_one_at_a_time(starts: Sequence[Starts], over: int) -> tuple[list[st
     st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30), st.integers(1, 30), st.sampled_from([1, 2, 4]))),
     st.integers(0, 60),
 )
-def test_what_is_given_up_surely_is_what_goes_first_one_at_a_time(
+def test_what_is_given_up_at_least_is_what_goes_first_one_at_a_time(
     sizes: list[tuple[int, int, int, int]], over: int
 ) -> None:
     starts = [Starts(str(i), kept + n, n, need, gpus) for i, (kept, n, need, gpus) in enumerate(sizes)]
     given, _ = given_up_one_at_a_time(starts, over)
-    surely = given_up_surely(starts, over)
-    num_surely = sum(surely.values())
-    assert Counter(given[:num_surely]) == Counter({pool: count for pool, count in surely.items() if count})
-    assert len(given) - num_surely <= len(starts)
+    certain = given_up_at_least(starts, over)
+    num_certain = sum(certain.values())
+    assert Counter(given[:num_certain]) == Counter({pool: count for pool, count in certain.items() if count})
+    assert len(given) - num_certain <= len(starts)
 
 
 names = ("a", "b", "c")

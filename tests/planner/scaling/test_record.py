@@ -100,6 +100,21 @@ def test_a_torn_line_is_left_out_where_the_writer_died(tmp_path: Path) -> None:
         list(replay([*lines[:50], lines[50][:300], *lines[51:]]))
 
 
+def test_a_file_that_was_moved_away_is_begun_anew(tmp_path: Path) -> None:
+    record_run(tmp_path / "whole.jsonl")
+    records = list(decisions((tmp_path / "whole.jsonl").read_text().splitlines()))
+    path, state = tmp_path / "scale.jsonl", ScalingState()
+    log = DecisionLog(path)
+    for record in records[:3]:
+        if record is records[2]:
+            path.rename(tmp_path / "kept.jsonl")
+        before = state
+        _, state, _ = decide(record.observation, before, record.now_s, act(max_gpus=9))
+        log.write(Start(act(max_gpus=9), before), record, state)
+    for name in ("kept.jsonl", "scale.jsonl"):
+        assert list(replay((tmp_path / name).read_text().splitlines())) == []
+
+
 def test_a_start_comes_where_another_autoscaler_has_decided_in_between(tmp_path: Path) -> None:
     record_run(tmp_path / "scale.jsonl")
     (record, *_) = decisions((tmp_path / "scale.jsonl").read_text().splitlines())
