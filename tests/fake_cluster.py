@@ -346,10 +346,12 @@ class FakeCluster:
         on_tokens: Callable[[Answer], None] = lambda answer: None,
         temperature: float = 0.0,
         seed: int = 1,
+        **options: Any,
     ) -> Answer:
-        """One stream to its end."""
+        """One stream to its end. options: more of SamplingParams."""
         answer = Answer(prompt)
-        sampling = SamplingParams(temperature=temperature, max_tokens=num_tokens, ignore_eos=True, seed=seed)
+        values = {"temperature": temperature, "max_tokens": num_tokens, "ignore_eos": True, "seed": seed, **options}
+        sampling = SamplingParams(**values)
         for event in client.generate(GenerationRequest(tuple(prompt), sampling)):
             if isinstance(event, Started):
                 answer.times_s.append(time.monotonic())

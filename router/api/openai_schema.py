@@ -49,12 +49,24 @@ class _Request(BaseModel):
     stop: str | list[str] | None = None
     seed: Integer | None = None
     n: Integer | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Extensions.
     top_k: Integer | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: Integer | None = None
+    include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[Integer] | None = None
+    allowed_token_ids: list[Integer] | None = None
+    banned_token_ids: list[Integer] | None = None
+    bad_words: list[str] | None = None
+    banned_sequences: list[list[Integer]] | None = None
     return_token_ids: bool | None = None
     # Accepted: cannot change the completion.
     user: Any = None
@@ -65,22 +77,22 @@ class _Request(BaseModel):
     prompt_cache_key: Any = None
     # Refused when set to anything but their neutral values: they would change it.
     logprobs: Any = None
-    logit_bias: Any = None
-    presence_penalty: Any = None
-    frequency_penalty: Any = None
 
     def sampling(self, default_max_tokens: int | None) -> SamplingParams:
         """The options that this request asks for; what it leaves open stays open, but for the limit."""
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        values: dict[str, Any] = {name: getattr(self, name) for name in _AS_THEY_ARE}
+        values |= {name: tuple(getattr(self, name) or ()) for name in _LISTS}
         return SamplingParams(
-            temperature=self.temperature,
-            top_p=self.top_p,
             top_k=0 if self.top_k == -1 else self.top_k,  # vLLM's "no limit"
             max_tokens=default_max_tokens if self.limit is None else self.limit,
-            seed=self.seed,
+            min_tokens=self.min_tokens or 0,
             stop=tuple(stops),
-            stop_token_ids=tuple(self.stop_token_ids or ()),
+            include_stop_str_in_output=bool(self.include_stop_str_in_output),
             ignore_eos=bool(self.ignore_eos),
+            logit_bias=_bias_by_id(self.logit_bias or {}),
+            banned_sequences=tuple(tuple(ids) for ids in self.banned_sequences or ()),
+            **values,
         )
 
     @property
@@ -165,9 +177,6 @@ _NEUTRAL: dict[str, tuple[str, ...]] = {
     "suffix": ('""',),
     "logprobs": ("false",),
     "top_logprobs": ("0", "0.0"),
-    "logit_bias": ("{}",),
-    "presence_penalty": ("0", "0.0", "-0.0"),
-    "frequency_penalty": ("0", "0.0", "-0.0"),
     "tools": ("[]",),
     "tool_choice": ('"none"', '"auto"'),
     "functions": ("[]",),
@@ -181,6 +190,19 @@ _NEUTRAL: dict[str, tuple[str, ...]] = {
     "moderation": (),
     "response_format": ('{"type": "text"}',),
 }
+
+_AS_THEY_ARE = (
+    "temperature", "top_p", "min_p", "typical_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
+_LISTS = ("stop_token_ids", "allowed_token_ids", "banned_token_ids", "bad_words")
+
+
+def _bias_by_id(bias: Mapping[str, float]) -> Mapping[int, float]:
+    for key in bias:
+        if not (key.isascii() and key.isdigit() and len(key) < 10):
+            raise _invalid("logit_bias", f"{key!r} is not a token id")
+    return {int(key): value for key, value in bias.items()}
+
 
 _R = TypeVar("_R", bound=_Request)
 

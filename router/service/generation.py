@@ -35,7 +35,13 @@ from router.fleet.fleet import BlockNames, KvLayout, name_blocks
 from router.fleet.identity import ServedIdentity
 from router.fleet.messages import journal_header, journal_record
 from router.model_files import ModelFiles
-from router.sampling import check_repeated_sampling, check_sampling, check_text, check_token_ids
+from router.sampling import (
+    check_choice_is_left,
+    check_repeated_sampling,
+    check_sampling,
+    check_text,
+    check_token_ids,
+)
 from router.service.admission import Admission
 from router.service.chat import ChatTemplate
 from router.service.checks import (
@@ -43,10 +49,11 @@ from router.service.checks import (
     check_repeated_prompt,
     check_resumption,
 )
-from router.service.defaults import end_token_ids, settled
+from router.service.defaults import end_token_ids, settled, with_spelled_words
 from router.service.dispatch import Dispatcher, LiveStream
 from router.service.journal import JournalWriter, StreamLog
-from router.service.text import Detokenizer, StopTexts, TextCodec
+from router.service.text import TextCodec
+from router.service.text_out import TextOut
 from router.service.token_request import TokenRequest
 
 log = logging.getLogger(__name__)
@@ -187,7 +194,7 @@ class Generation:
         sampling = order.sampling
         assert sampling.seed is not None, "the seed is set before a stream is opened"
         assert sampling.max_tokens is not None, "max_tokens is set before a stream is opened"
-        text = _TextOut(self._codec.detokenizer(order.token_ids), sampling.stop)
+        text = TextOut(self._codec.detokenizer(order.token_ids), sampling)
         text.push(0, log.token_ids[: given.num_tokens])
         account.num_output_tokens = given.num_tokens
         live = self._dispatcher.open(order, log.token_ids, given.num_tokens)
@@ -297,13 +304,14 @@ class Generation:
         check_prompt(len(token_ids), context_tokens)
         check_token_ids("prompt", token_ids, self.files.vocab_size)
         num_tokens_left = context_tokens - len(token_ids)
+        asked = with_spelled_words(request.sampling, self._codec)
+        end_ids = (*self._end_token_ids, *self.files.eos_token_ids)
+        check_choice_is_left(asked, end_ids, self.files.vocab_size)
         seed = secrets.randbits(53)  # 53: exact in any JSON reader
         return TokenRequest(
             stream_id=secrets.token_hex(12),
             token_ids=token_ids,
-            sampling=settled(
-                request.sampling, self.files.sampling_defaults, self._end_token_ids, seed, num_tokens_left
-            ),
+            sampling=settled(asked, self.files.sampling_defaults, self._end_token_ids, seed, num_tokens_left),
             names=names,
             arrived_s=arrived_s,
             deadline_s=self._deadline_s(request, arrived_s),
@@ -367,32 +375,3 @@ def _chat_template(files: ModelFiles) -> ChatTemplate | None:
     if not files.chat_template:
         return None
     return ChatTemplate(files.chat_template, files.special_tokens, files.chat_template_where)
-
-
-class _TextOut:
-    """The text side of one stream: ids in, Tokens out, until a stop text shows up."""
-
-    def __init__(self, detokenizer: Detokenizer, stops: Sequence[str]) -> None:
-        self._detokenizer = detokenizer
-        self._stops = StopTexts(stops) if stops else None
-
-    @property
-    def is_stopped(self) -> bool:
-        return self._stops is not None and self._stops.is_hit
-
-    def push(self, first_position: int, ids: Sequence[int]) -> Tokens:
-        """The ids up to the one that completed a stop text, and the text that may be shown."""
-        if self._stops is None:
-            return Tokens(first_position, tuple(ids), self._detokenizer.push(ids))
-        text = ""
-        for count, token_id in enumerate(ids, start=1):
-            text += self._stops.push(self._detokenizer.push((token_id,)))
-            if self._stops.is_hit:
-                return Tokens(first_position, tuple(ids[:count]), text)
-        return Tokens(first_position, tuple(ids), text)
-
-    def finish(self) -> str:
-        rest = self._detokenizer.finish()
-        if self._stops is None:
-            return rest
-        return self._stops.push(rest) + self._stops.finish()

@@ -204,8 +204,9 @@ class _WindowDetokenizer:
 class StopTexts:
     """Watches a growing text for the first of some stop texts; holds back what may become one."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], shows_stop: bool = False) -> None:
         self._stops = stops
+        self._shows_stop = shows_stop
         self._held = ""
         self.is_hit = False
 
@@ -214,11 +215,12 @@ class StopTexts:
         if self.is_hit:
             return ""
         text = self._held + text
-        hits = [index for index in (text.find(stop) for stop in self._stops) if index >= 0]
+        hits = [(index, len(stop)) for stop in self._stops if (index := text.find(stop)) >= 0]
         if hits:
             self.is_hit = True
             self._held = ""
-            return text[: min(hits)]
+            first, length = min(hits)
+            return text[: first + length if self._shows_stop else first]
         num_held = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]

@@ -14,6 +14,7 @@ import httpx
 import openai
 import pytest
 
+from router.sampling import sampling_params
 from router.service.text import TextCodec
 from tests.router.conftest import MODEL, Cluster, config_with, pair, running_cluster, until
 from tests.router.fake_worker import CONTEXT_TOKENS, VOCAB_SIZE, FakeWorker, expected_tokens
@@ -187,8 +188,25 @@ BAD = [
     ({"logprobs": 1}, 400, "logprobs"),
     ({"logprobs": 0}, 400, "logprobs"),
     ({"echo": True}, 400, "echo"),
-    ({"logit_bias": {"5": 1}}, 400, "logit_bias"),
-    ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),
+    ({"logit_bias": {"five": 1}}, 400, "logit_bias"),
+    ({"logit_bias": {"5": 101}}, 400, "logit_bias"),
+    ({"logit_bias": {str(VOCAB_SIZE): 1}}, 400, "logit_bias"),
+    ({"frequency_penalty": 2.5}, 400, "frequency_penalty"),
+    ({"presence_penalty": float("nan")}, 400, "presence_penalty"),
+    ({"repetition_penalty": 0}, 400, "repetition_penalty"),
+    ({"min_p": 1.5}, 400, "min_p"),
+    ({"typical_p": 0}, 400, "typical_p"),
+    ({"min_tokens": 13}, 400, "min_tokens"),
+    ({"min_tokens": -1}, 400, "min_tokens"),
+    ({"bad_words": [""]}, 400, "bad_words"),
+    ({"bad_words": ["x" * 200]}, 400, "bad_words"),
+    ({"bad_words": "x"}, 400, "bad_words"),
+    ({"allowed_token_ids": [VOCAB_SIZE]}, 400, "allowed_token_ids"),
+    ({"allowed_token_ids": [5, 6], "banned_token_ids": [6], "banned_sequences": [[9, 5]]}, 400, "allowed_token_ids"),
+    ({"allowed_token_ids": [5], "stop_token_ids": [5], "min_tokens": 2}, 400, "allowed_token_ids"),
+    ({"banned_token_ids": list(range(VOCAB_SIZE))}, 400, "banned_token_ids"),
+    ({"banned_sequences": [[]]}, 400, "banned_sequences"),
+    ({"banned_sequences": [[1] * 33]}, 400, "banned_sequences"),
     ({"stop": [""]}, 400, "stop"),
     ({"stop": ["a"] * 17}, 400, "stop"),
     ({"stop_token_ids": [VOCAB_SIZE]}, 400, "stop_token_ids"),
@@ -211,6 +229,26 @@ async def test_bad_completions_are_refused_by_name(model_dir: Path) -> None:
                 assert "\n" not in response.json()["error"]["message"]
         assert (await client.post("/v1/completions", json=BASE)).status_code == 200
     assert len(worker.submits) == 1
+
+
+async def test_every_option_reaches_the_worker(model_dir: Path) -> None:
+    worker = FakeWorker("mixed-0", "mixed")
+    options = {
+        "min_p": 0.25, "typical_p": 0.5, "repetition_penalty": 1.5, "presence_penalty": -0.5, "frequency_penalty": 0.5,
+        "logit_bias": {"7": -100, "8": 1.5}, "allowed_token_ids": [5, 7, 8], "banned_token_ids": [9],
+        "bad_words": ["fib"], "banned_sequences": [[1, 2]], "min_tokens": 3, "include_stop_str_in_output": True,
+        "stop": "zzz",
+    }  # fmt: skip
+    codec = TextCodec(model_dir / "tokenizer.json")
+    async with served(model_dir, worker) as (_, client):
+        assert (await client.post("/v1/completions", json={**BASE, **options})).status_code == 200
+    sent = sampling_params(worker.submits[0].sampling)
+    spelled = [tuple(codec.encode(text, False)) for text in ("fib", " fib")]
+    assert sent.banned_sequences == ((1, 2), *spelled)
+    assert sent.logit_bias == {7: -100, 8: 1.5}
+    for name in options.keys() - {"banned_sequences", "logit_bias", "stop"}:
+        value = options[name]
+        assert getattr(sent, name) == (tuple(value) if isinstance(value, list) else value), name
 
 
 async def test_bad_bodies_are_refused(model_dir: Path) -> None:

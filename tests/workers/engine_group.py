@@ -81,8 +81,11 @@ def run_to_end(engine: Engine, requests: Sequence[Request]) -> dict[str, list[in
     return tokens
 
 
+Sampling = SamplingParams | Sequence[SamplingParams]  # of all requests, or of each
+
+
 def run_job(
-    config: EngineConfig, groups: ParallelGroups, prompts: list[list[int]], sampling: SamplingParams
+    config: EngineConfig, groups: ParallelGroups, prompts: list[list[int]], sampling: Sampling
 ) -> JobResult | None:
     """One rank's part of a job; the leader returns the result."""
     model = load_config(config.model_dir, config.ignore_keys, config.plugins)
@@ -95,7 +98,11 @@ def run_job(
         return None
     executor = RecordingExecutor(runner, groups, in_thread=bool(config.async_scheduling))
     engine = make_engine(config, model, runner, executor, b"names", clock=lambda: 0.0)
-    requests = [Request(f"r{i}", list(p), len(p), sampling, arrival_time_s=float(i)) for i, p in enumerate(prompts)]
+    params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
+    requests = [
+        Request(f"r{i}", list(p), len(p), s, arrival_time_s=float(i))
+        for i, (p, s) in enumerate(zip(prompts, params, strict=True))
+    ]
     tokens = run_to_end(engine, requests)
     engine.close()
     logits: dict[str, list[Tensor]] = {r.request_id: [] for r in requests}
@@ -150,7 +157,7 @@ class EngineGroup:
             process.kill()
         self._meeting.cleanup()
 
-    def run(self, config: EngineConfig, prompts: list[list[int]], sampling: SamplingParams) -> JobResult:
+    def run(self, config: EngineConfig, prompts: list[list[int]], sampling: Sampling) -> JobResult:
         """One job on all ranks."""
         for pipe in self._pipes:
             pipe.send((config, prompts, sampling))

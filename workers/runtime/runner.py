@@ -28,8 +28,8 @@ from workers.model.tensor_layout import check_checkpoint
 from workers.parallel import ParallelGroups
 from workers.runtime.batching import NO_PADDING, InputBuffers, PreparedBatch
 from workers.runtime.graphs import GraphedStage
+from workers.runtime.token_chooser import TokenChooser
 from workers.sampling.params import GREEDY, SamplingParams
-from workers.sampling.sampler import sample
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU_CACHE_BYTES = 256 << 20  # KV cache of one worker on a CPU when the config does not say
@@ -99,7 +99,6 @@ class TorchModelRunner:
         self._config = config
         self._device = device
         self._groups = groups
-        self._vocab_size = model.vocab_size
         self._dtype = pick_dtype(config, device)
         if weights is None:
             check_checkpoint(Path(config.model_dir), model)
@@ -119,6 +118,7 @@ class TorchModelRunner:
         # With async scheduling a plan may leave out the token that a row got last: nobody has read it yet.
         self._keeps_tokens = schedules_async(config, device)
         self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self._chooser = TokenChooser(groups, model.vocab_size, max_num_seqs, device)
         self._graphs: GraphedStage | None = None
         self.replays = True  # graphs, where there are any; a benchmark compares
         self.cache = self._make_cache(groups.min_over_ranks(self._pick_num_blocks()))
@@ -244,6 +244,7 @@ class TorchModelRunner:
 
     def _start(self, plan: StepPlan) -> Callable[[], ModelRunnerOutput]:
         self._inputs.apply(plan)
+        self._chooser.take_rows(plan.new_rows)
         ended = poll_transfers(plan.polls, self._connector, self._groups)
         for load in plan.loads:
             self._connector.start_load(load)
@@ -305,7 +306,7 @@ class TorchModelRunner:
         return prepared, out[: len(prepared.positions)]
 
     def _choose(self, logits: Tensor, prepared: PreparedBatch) -> Tensor:
-        return sample(logits, prepared.sampling, prepared.positions, self._groups, self._vocab_size)
+        return self._chooser.choose(logits, prepared)
 
 
 def poll_transfers(transfer_ids: Sequence[int], connector: KVConnector, groups: ParallelGroups) -> list[TransferDone]:

@@ -1,0 +1,126 @@
+"""Request options through a whole cluster with the real engine: by gRPC, by the openai client, through a death."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+import pytest
+
+from router.service.text import TextCodec
+from tests.cluster.test_kill_at_every_token import Once, busy, prompt
+from tests.fake_cluster import DEMO, MODEL_NAME, FakeCluster, Shape
+from tests.forked import Prefork
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+NUM_TOKENS = 40
+TEXT = "def fibonacci(n):"
+PENALISED: dict[str, Any] = {
+    "repetition_penalty": 1.2, "frequency_penalty": 0.3, "presence_penalty": 0.2, "logit_bias": {260: 1.5},
+    "banned_token_ids": (300,), "bad_words": ("return", "self"), "min_tokens": 5,
+}  # fmt: skip
+KINDS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 0.0, **PENALISED},
+    {"temperature": 0.9, "min_p": 0.02, "top_k": 50, **PENALISED},
+    {"temperature": 1.0, "typical_p": 0.9},
+]
+
+
+@pytest.fixture(scope="module")
+def cluster(prefork: Prefork) -> Iterator[FakeCluster]:
+    engine = {"runner": "torch", "batch_invariant": True, "max_num_seqs": 32}
+    with FakeCluster(prefork, Shape(prefill=1, model_dir=str(DEMO), block_size=16, engine=engine)) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def client(cluster: FakeCluster) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{cluster.http_urls[0]}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def codec() -> TextCodec:
+    return TextCodec(DEMO / "tokenizer.json")
+
+
+def complete(client: openai.OpenAI, **options: Any) -> Any:
+    """One completion of TEXT; options that the client does not know travel as they are."""
+    known = {"temperature": 0, "max_tokens": NUM_TOKENS, "prompt": TEXT}
+    extra = {name: options.pop(name) for name in tuple(options) if name not in OPENAI}
+    return client.completions.create(model=MODEL_NAME, **{**known, **options}, extra_body={"ignore_eos": True, **extra})
+
+
+OPENAI = frozenset((
+    "prompt", "max_tokens", "temperature", "top_p", "stop", "seed", "n", "best_of", "echo", "logprobs", "stream",
+    "presence_penalty", "frequency_penalty", "logit_bias",
+))  # fmt: skip
+
+
+def test_a_seed_gives_the_same_tokens_alone_in_a_batch_and_after_a_death(cluster: FakeCluster) -> None:
+    grpc = cluster.client()
+    alone = [cluster.ask(grpc, prompt(i), NUM_TOKENS, seed=7 + i, **kind).ids for i, kind in enumerate(KINDS)]
+    assert alone[1] != cluster.ask(grpc, prompt(1), NUM_TOKENS, seed=8, **KINDS[0]).ids
+    with ThreadPoolExecutor(32) as threads:
+        jobs = [
+            threads.submit(cluster.ask, grpc, prompt(i % 4), NUM_TOKENS, seed=7 + i % 4, **KINDS[i % 4])
+            for i in range(32)
+        ]
+        assert [job.result().ids for job in jobs] == alone * 8
+    for i, kind in enumerate(KINDS):
+        killed: list[str] = []
+
+        def kill(killed: list[str] = killed) -> None:
+            killed.append(busy(cluster, "decode"))
+            cluster.kill(killed[0])
+
+        answer = cluster.ask(grpc, prompt(i), NUM_TOKENS, Once(9 + i, kill), seed=7 + i, **kind)
+        assert answer.ids == alone[i]
+        assert answer.finished is not None
+        assert answer.finished.stats.num_replacements == 1
+        cluster.start_worker(killed[0])
+        cluster.wait_complete()
+    answer = cluster.ask(grpc, prompt(2), NUM_TOKENS, Once(11, lambda: cluster.kill("router-0")), seed=9, **KINDS[2])
+    assert answer.ids == alone[2]
+    cluster.start_router("router-0")
+    cluster.wait_complete()
+
+
+def test_http_and_grpc_agree(cluster: FakeCluster, client: openai.OpenAI, codec: TextCodec) -> None:
+    ids = codec.encode(TEXT, True)
+    for kind in KINDS:
+        options = dict(kind)
+        if "logit_bias" in options:
+            options["logit_bias"] = {str(key): value for key, value in options["logit_bias"].items()}
+        text = complete(client, seed=4, **options).choices[0].text
+        assert text == codec.decode(cluster.ask(cluster.client(), ids, NUM_TOKENS, seed=4, **kind).ids)
+
+
+def test_bad_words_and_bans_do_not_come(client: openai.OpenAI, codec: TextCodec) -> None:
+    plain = complete(client).choices[0].text
+    assert "self" in plain
+    ids = complete(client, bad_words=["self"], return_token_ids=True).choices[0].model_extra["token_ids"]
+    for spelled in (codec.encode("self", False), codec.encode(" self", False)):
+        assert all(ids[i : i + len(spelled)] != spelled for i in range(len(ids)))
+    first = codec.encode(plain, False)[0]
+    banned = complete(client, logit_bias={str(first): -100}).choices[0].text
+    assert banned.startswith(codec.decode([first])) is False
+    only = complete(client, allowed_token_ids=[first]).choices[0].text
+    assert only == codec.decode([first] * NUM_TOKENS)
+
+
+def test_stop_texts(client: openai.OpenAI, codec: TextCodec) -> None:
+    plain = complete(client).choices[0].text
+    stop = plain[10:16]  # wherever tokens begin and end
+    before = plain[: plain.index(stop)]
+    assert complete(client, stop=stop).choices[0].text == before
+    shown = complete(client, stop=[stop], include_stop_str_in_output=True).choices[0]
+    assert (shown.text, shown.finish_reason) == (before + stop, "stop")
+    pieces = [chunk.choices[0].text for chunk in complete(client, stop=stop, stream=True)]
+    assert "".join(pieces) == before
+    held_off = complete(client, stop=stop, min_tokens=NUM_TOKENS).choices[0]
+    assert (held_off.text, held_off.finish_reason) == (plain, "length")
