@@ -69,12 +69,22 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms of the model's own probabilities at one position."""
+
+    logprob: float  # of the chosen token
+    top_ids: tuple[int, ...] = ()  # the likeliest first
+    top_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
     """Newly committed tokens and the text that they completed."""
 
     first_position: int
     ids: tuple[int, ...]
     text: str = ""
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one per id where the request asked for them, else none
 
 
 @dataclass(frozen=True, slots=True)

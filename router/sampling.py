@@ -16,6 +16,7 @@ from router.errors import InvalidRequest
 
 MAX_STOP_TEXTS = 16
 MAX_STOP_CHARACTERS = 1024
+MAX_LOGPROBS = 20
 MAX_BIASED_IDS = 1024
 MAX_BAD_WORDS = 128
 MAX_BANNED_SEQUENCES = 1024
@@ -48,6 +49,7 @@ class SamplingParams:
     banned_token_ids: tuple[int, ...] = ()
     bad_words: tuple[str, ...] = ()
     banned_sequences: tuple[tuple[int, ...], ...] = ()
+    logprobs: int | None = None  # None: of no token
 
 
 def _within(low: float, high: float) -> Callable[[Any], bool]:
@@ -68,6 +70,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "frequency_penalty": (_within(-2, 2), "must be in [-2, 2]"),
     "max_tokens": (lambda value: 0 < value < 2**63, "must be > 0 and < 2^63"),
     "min_tokens": (lambda value: 0 <= value < 2**31, "must be >= 0 and < 2^31"),
+    "logprobs": (lambda value: 0 <= value <= MAX_LOGPROBS, f"must be in [0, {MAX_LOGPROBS}]"),
     "seed": (lambda value: 0 <= value < 2**64, "must be in [0, 2^64)"),
 }
 

@@ -14,6 +14,7 @@ from switchyard_client._types import (
     RequestStats,
     SamplingParams,
     Started,
+    TokenLogprobs,
     Tokens,
 )
 
@@ -42,7 +43,9 @@ def event_of(message: generation_pb2.GenerateResponse) -> Event | None:
     """What a message of a stream says; None for a kind of event that this client does not know."""
     kind = message.WhichOneof("event")
     if kind == "tokens":
-        return Tokens(message.tokens.first_position, tuple(message.tokens.ids), message.tokens.text)
+        tokens = message.tokens
+        logprobs = [TokenLogprobs(one.logprob, tuple(one.top_ids), tuple(one.top_logprobs)) for one in tokens.logprobs]
+        return Tokens(tokens.first_position, tuple(tokens.ids), tokens.text, tuple(logprobs))
     if kind == "started":
         started = message.started
         return Started(message.stream_id, started.model, started.num_prompt_tokens, started.seed)

@@ -34,6 +34,7 @@ class SamplingParams:
     banned_sequences: tuple[tuple[int, ...], ...] = ()  # the last id of one does not follow the others
     min_tokens: int = 0  # the stream does not stop before it has so many tokens
     include_stop_str_in_output: bool = False  # whether the stop text that ended the stream is shown
+    logprobs: int | None = None  # at most 20; of the chosen token and so many most likely ones; None means of none
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +80,22 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms of the model's own probabilities at one position: before bias, penalties, temperature."""
+
+    logprob: float  # of the chosen token
+    top_ids: tuple[int, ...] = ()  # the likeliest first
+    top_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
     """New tokens, and the text that they completed."""
 
     first_position: int  # of the first id in the completion, from 0; positions follow each other without gaps
     ids: tuple[int, ...]
     text: str = ""
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one per id where the request asked for them, else none
 
 
 @dataclass(frozen=True, slots=True)

@@ -248,6 +248,7 @@ class _Endpoints:
             has_token_ids=bool(body.return_token_ids),
             has_event_ids=self._generation.can_resume,
             model=body.model,
+            bytes_of=self._generation.bytes_of if body.num_logprobs is not None else None,
         )
 
     async def models(self, request: Request) -> Response:

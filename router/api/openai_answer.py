@@ -17,6 +17,7 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from router.api.openai_logprobs import BytesOf, LogprobsOut
 from router.errors import InvalidRequest, RouterError
 from router.events import Event, Finished, ResumeRequest, Started, Tokens
 
@@ -36,6 +37,7 @@ class AnswerStyle:
     has_token_ids: bool
     has_event_ids: bool  # the stream can be resumed
     model: str
+    bytes_of: BytesOf | None = None  # where the client asked for logprobs
 
 
 @dataclass(slots=True)
@@ -44,7 +46,8 @@ class _Choice:
 
     started: Started | None = None
     text: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
+    tokens: list[Tokens] = field(default_factory=list)
+    logprobs: LogprobsOut | None = None  # where the client asked for them
     has_rest: bool = False  # text came without ids, after the last token
     num_tokens: int = 0
     finished: Finished | None = None
@@ -58,6 +61,9 @@ class OpenAiAnswer(Response):
         self._streams = streams
         self._style = style
         self._choices = [_Choice() for _ in streams]
+        if style.bytes_of is not None:
+            for choice in self._choices:
+                choice.logprobs = LogprobsOut(style.bytes_of, style.is_chat)
         self._created = int(time.time())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,8 +85,11 @@ class OpenAiAnswer(Response):
         assert choice.finished is not None, "a stream ended without Finished"
         text = "".join(choice.text)
         shown = {"message": {"role": "assistant", "content": text}} if self._style.is_chat else {"text": text}
-        ids = {"token_ids": choice.token_ids} if self._style.has_token_ids else {}
-        return {"index": index, **shown, "logprobs": None, "finish_reason": choice.finished.reason.value, **ids}
+        logprobs = None if choice.logprobs is None else choice.logprobs.shown(choice.tokens)
+        whole: Json = {"index": index, **shown, "logprobs": logprobs, "finish_reason": choice.finished.reason.value}
+        if self._style.has_token_ids:
+            whole["token_ids"] = [token_id for tokens in choice.tokens for token_id in tokens.ids]
+        return whole
 
     # -- chunks
 
@@ -112,10 +121,14 @@ class OpenAiAnswer(Response):
             return [self._delta(index, {"role": "assistant", "content": ""}, None)] if self._style.is_chat else []
         if isinstance(event, Finished):
             return [self._delta(index, {} if self._style.is_chat else "", event.reason.value)]
-        if not event.text and not self._style.has_token_ids:
+        logprobs = self._choices[index].logprobs
+        if not event.text and not self._style.has_token_ids and logprobs is None:
             return []
         shown = {"content": event.text} if self._style.is_chat else event.text
-        return [self._delta(index, shown, None, event.ids)]
+        delta = self._delta(index, shown, None, event.ids)
+        if logprobs is not None and event.ids:
+            delta["choices"][0]["logprobs"] = logprobs.shown([event])
+        return [delta]
 
     def _delta(self, index: int, shown: Json | str, reason: str | None, ids: Sequence[int] = ()) -> Json:
         key = "delta" if self._style.is_chat else "text"
@@ -140,7 +153,7 @@ class OpenAiAnswer(Response):
             choice.has_rest = not event.ids
             if not self._style.is_stream:
                 choice.text.append(event.text)
-                choice.token_ids.extend(event.ids)
+                choice.tokens.append(event)
         elif isinstance(event, Started):
             choice.started = event
         else:

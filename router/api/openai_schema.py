@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from router.errors import InvalidRequest
-from router.sampling import SamplingParams
+from router.sampling import MAX_LOGPROBS, SamplingParams
 
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's; a chat goes on to the end of the context
 MAX_PROMPTS = 64
@@ -75,8 +75,6 @@ class _Request(BaseModel):
     service_tier: Any = None
     safety_identifier: Any = None
     prompt_cache_key: Any = None
-    # Refused when set to anything but their neutral values: they would change it.
-    logprobs: Any = None
 
     def sampling(self, default_max_tokens: int | None) -> SamplingParams:
         """The options that this request asks for; what it leaves open stays open, but for the limit."""
@@ -90,6 +88,7 @@ class _Request(BaseModel):
             stop=tuple(stops),
             include_stop_str_in_output=bool(self.include_stop_str_in_output),
             ignore_eos=bool(self.ignore_eos),
+            logprobs=self.num_logprobs,
             logit_bias=_bias_by_id(self.logit_bias or {}),
             banned_sequences=tuple(tuple(ids) for ids in self.banned_sequences or ()),
             **values,
@@ -101,6 +100,11 @@ class _Request(BaseModel):
         return self.max_tokens
 
     @property
+    def num_logprobs(self) -> int | None:
+        """Of the most likely tokens at each position; None: not of the chosen ones either."""
+        raise NotImplementedError
+
+    @property
     def has_usage_chunk(self) -> bool:
         """Whether a stream ends with a chunk that has the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
@@ -110,9 +114,17 @@ class CompletionRequest(_Request):
     """POST /v1/completions."""
 
     prompt: Any
+    logprobs: Integer | bool | None = None  # true and false as in chats: some clients send them
+    # Refused when set to anything but their neutral values: they would change it.
     echo: Any = None
     best_of: Any = None
     suffix: Any = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        if isinstance(self.logprobs, bool):
+            return 0 if self.logprobs else None
+        return self.logprobs
 
     def prompts(self) -> Sequence[Prompt]:
         """The prompts, one choice each: a text, a list of texts, a list of ids, or a list of lists of ids."""
@@ -137,6 +149,8 @@ class ChatRequest(_Request):
 
     messages: Any  # see openai_messages
     max_completion_tokens: Integer | None = None
+    logprobs: bool | None = None
+    top_logprobs: Integer | None = None
     chat_template_kwargs: dict[str, Any] | None = None  # an extension
     # Accepted: cannot change the completion.
     parallel_tool_calls: Any = None
@@ -148,7 +162,6 @@ class ChatRequest(_Request):
     tool_choice: Any = None
     functions: Any = None
     function_call: Any = None
-    top_logprobs: Any = None
     modalities: Any = None
     audio: Any = None
     prediction: Any = None
@@ -160,6 +173,14 @@ class ChatRequest(_Request):
     @property
     def limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        if self.top_logprobs and not self.logprobs:
+            raise _invalid("top_logprobs", "is only allowed when logprobs is true")
+        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_LOGPROBS:
+            raise _invalid("top_logprobs", f"must be in [0, {MAX_LOGPROBS}], not {self.top_logprobs}")
+        return self.top_logprobs or 0 if self.logprobs else None
 
     def template_options(self) -> Mapping[str, object]:
         """What the chat template is given besides the messages. Raises InvalidRequest."""
@@ -175,8 +196,6 @@ _NEUTRAL: dict[str, tuple[str, ...]] = {
     "best_of": ("1", "1.0"),
     "echo": ("false",),
     "suffix": ('""',),
-    "logprobs": ("false",),
-    "top_logprobs": ("0", "0.0"),
     "tools": ("[]",),
     "tool_choice": ('"none"', '"auto"'),
     "functions": ("[]",),

@@ -18,6 +18,7 @@ from router.events import (
     RequestStats,
     ResumeRequest,
     Started,
+    TokenLogprobs,
     Tokens,
 )
 from router.fleet.fleet import KvLayout, LoadReport, WorkerInfo
@@ -157,6 +158,11 @@ def block_event(message: worker.WatchBlocksResponse) -> BlockEvent | None:
     return None
 
 
+def token_logprobs(message: generation.TokenLogprobs) -> TokenLogprobs:
+    """Of one token."""
+    return TokenLogprobs(message.logprob, tuple(message.top_ids), tuple(message.top_logprobs))
+
+
 def part_report(message: worker.RequestFinished) -> PartReport:
     """A worker's final report of a part; an outcome that this router does not know is a failure."""
     return PartReport(
@@ -178,6 +184,8 @@ def event_message(stream_id: str, event: Event) -> generation.GenerateResponse:
     """One message of a Generate stream."""
     if isinstance(event, Tokens):
         tokens = generation.Tokens(first_position=event.first_position, ids=event.ids, text=event.text)
+        for one in event.logprobs:
+            tokens.logprobs.add(logprob=one.logprob, top_ids=one.top_ids, top_logprobs=one.top_logprobs)
         return generation.GenerateResponse(stream_id=stream_id, tokens=tokens)
     if isinstance(event, Started):
         started = generation.Started(model=event.model, num_prompt_tokens=event.num_prompt_tokens, seed=event.seed)

@@ -135,6 +135,10 @@ class Generation:
             raise InvalidRequest(f"messages: model {self.files.name!r} has no chat template", param="messages")
         return self._chat.render(messages, options)
 
+    def bytes_of(self, token_id: int) -> bytes:
+        """What one token says by itself."""
+        return self._codec.bytes_alone(token_id)
+
     async def tokenize(self, model: str, text: str) -> Sequence[int]:
         """Ids of a text, as a prompt would be encoded."""
         self.check_model(model)
@@ -174,6 +178,8 @@ class Generation:
             if not log.ending:
                 log.add(0, request.token_ids)
             first, served, deadline_unix_s = journal_record(entry.header)
+            if first.sampling.logprobs is not None:
+                log.cut(request.num_tokens)  # the journal has no logprobs: its tokens are chosen again, with them
             order = await self._order(first)
             order = dataclasses.replace(
                 order,
@@ -210,6 +216,9 @@ class Generation:
                 if not ids:
                     break
                 tokens = text.push(account.num_output_tokens, ids)
+                if sampling.logprobs is not None:
+                    logprobs = live.take_logprobs(tokens.first_position, len(tokens.ids))
+                    tokens = dataclasses.replace(tokens, logprobs=logprobs)
                 account.num_output_tokens += len(tokens.ids)
                 log.add(tokens.first_position, tokens.ids)
                 if commits_first:

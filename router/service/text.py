@@ -106,6 +106,15 @@ class TextCodec:
             known = self._bytes_of[token_id] = self._spell(token_id)
         return known
 
+    def bytes_alone(self, token_id: int) -> bytes:
+        """What one id says by itself, special ones included; its neighbours may make it something else."""
+        if self._is_byte_level and not self.is_special(token_id):
+            return self.token_bytes(token_id)
+        byte = self.fallback_byte(token_id)
+        if byte is not None:
+            return bytes((byte,))
+        return str(self._tokenizer.id_to_token(token_id) or "").replace("\u2581", " ").encode()
+
     def _last_with_text(self, prompt_ids: Sequence[int]) -> list[int]:
         """The prompt's last ids that have text, so many that what is to the left of them changes nothing."""
         looked_at = islice(reversed(prompt_ids), _MAX_LOOKED_AT_TOKENS)

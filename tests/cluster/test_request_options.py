@@ -124,3 +124,44 @@ def test_stop_texts(client: openai.OpenAI, codec: TextCodec) -> None:
     assert "".join(pieces) == before
     held_off = complete(client, stop=stop, min_tokens=NUM_TOKENS).choices[0]
     assert (held_off.text, held_off.finish_reason) == (plain, "length")
+
+
+@pytest.mark.parametrize("kind", [0, 2])
+def test_logprobs_come_whole_through_deaths(cluster: FakeCluster, kind: int) -> None:
+    grpc, options = cluster.client(), {"seed": 3, "logprobs": 4, **KINDS[kind]}
+    whole = cluster.ask(grpc, prompt(5), NUM_TOKENS, **options)
+    assert len(whole.logprobs) == len(whole.ids) == NUM_TOKENS
+    for token_id, one in zip(whole.ids, whole.logprobs, strict=True):
+        assert list(one.top_logprobs) == sorted(one.top_logprobs, reverse=True)
+        assert len(one.top_ids) == 4
+        if token_id in one.top_ids:
+            assert one.logprob == one.top_logprobs[one.top_ids.index(token_id)]
+        assert kind or one.top_ids[0] == token_id
+    killed: list[str] = []
+
+    def kill() -> None:
+        killed.append(busy(cluster, "decode"))
+        cluster.kill(killed[0])
+
+    assert cluster.ask(grpc, prompt(5), NUM_TOKENS, Once(13, kill), **options).logprobs == whole.logprobs
+    cluster.start_worker(killed[0])
+    cluster.wait_complete()
+    again = cluster.ask(grpc, prompt(5), NUM_TOKENS, Once(17, lambda: cluster.kill("router-0")), **options)
+    assert (again.ids, again.logprobs) == (whole.ids, whole.logprobs)
+    cluster.start_router("router-0")
+    cluster.wait_complete()
+
+
+def test_completions_have_openais_logprobs(cluster: FakeCluster, client: openai.OpenAI, codec: TextCodec) -> None:
+    expected = cluster.ask(cluster.client(), codec.encode(TEXT, True), NUM_TOKENS, logprobs=3)
+    whole = complete(client, logprobs=3).choices[0]
+    tokens = [codec.bytes_alone(token_id).decode(errors="replace") for token_id in expected.ids]
+    assert whole.logprobs.tokens == tokens
+    assert whole.logprobs.token_logprobs == [one.logprob for one in expected.logprobs]
+    assert whole.logprobs.text_offset == [len("".join(tokens[:i])) for i in range(NUM_TOKENS)]
+    for top, one in zip(whole.logprobs.top_logprobs, expected.logprobs, strict=True):
+        assert sorted(top.values(), reverse=True)[:3] == sorted(one.top_logprobs, reverse=True)
+    parts = [chunk.choices[0].logprobs for chunk in complete(client, logprobs=3, stream=True)]
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        assert [x for part in parts if part for x in getattr(part, name)] == getattr(whole.logprobs, name)
+    assert complete(client, logprobs=0).choices[0].logprobs.top_logprobs == [None] * NUM_TOKENS

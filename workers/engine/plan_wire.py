@@ -89,6 +89,7 @@ class _Reader:
 def _encode_row(state: RowState) -> Iterator[int]:
     s = state.sampling
     yield from (state.row, state.num_prompt_tokens, len(state.block_tables), int(s.has_rules))
+    yield from (int(s.has_logprobs), s.num_top_logprobs)
     values = _SAMPLING.pack(*(getattr(s, name) for name in _SAMPLING_FIELDS))
     yield from struct.unpack(f"<{_SAMPLING_WORDS}i", values)
     for block_ids in state.block_tables:
@@ -113,9 +114,10 @@ def _counted(values: Sequence[int]) -> Iterator[int]:
 
 
 def _decode_row(reader: _Reader) -> RowState:
-    row, num_prompt_tokens, num_groups, has_rules = reader.take(4)
+    row, num_prompt_tokens, num_groups, has_rules, has_logprobs, num_top_logprobs = reader.take(6)
     values = _SAMPLING.unpack(reader.array(_SAMPLING_WORDS).tobytes())
-    sampling = SamplingParams(**dict(zip(_SAMPLING_FIELDS, values, strict=True)))
+    logprobs = num_top_logprobs if has_logprobs else None
+    sampling = SamplingParams(logprobs=logprobs, **dict(zip(_SAMPLING_FIELDS, values, strict=True)))
     block_tables = [reader.counted() for _ in range(num_groups)]
     if not has_rules:
         return RowState(row, num_prompt_tokens, sampling, block_tables)

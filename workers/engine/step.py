@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from workers.engine.request import Request
-from workers.sampling.params import SamplingParams
+from workers.sampling.params import SamplingParams, TokenLogprobs
 
 Ints = npt.NDArray[np.int32]
 
@@ -167,6 +167,7 @@ class ModelRunnerOutput:
     """What became of a plan; the same on every rank but for the tokens, which only the leader needs."""
 
     sampled_token_ids: Sequence[int] = ()  # one per wanted row of logits, in the plan's order
+    logprobs: Sequence[TokenLogprobs | None] = ()  # likewise; none at all where no request of the plan asks for them
     transfers: Sequence[TransferDone] = ()  # of those that were polled: the ones that ended on every rank
 
 

@@ -14,6 +14,7 @@ from workers.engine.step import RowState
 from workers.parallel import ParallelGroups
 from workers.runtime.batching import PreparedBatch
 from workers.sampling.logit_rules import ChosenRows, LogitRules
+from workers.sampling.logprobs import of_rows
 from workers.sampling.sampler import sample
 
 
@@ -34,8 +35,15 @@ class TokenChooser:
             if state.sampling.has_rules and self._rules is not None:
                 self._rules.take(state.row, state.sampling, state.num_prompt_tokens, state.history, state.stop_ids)
 
-    def choose(self, logits: Tensor, prepared: PreparedBatch) -> Tensor:
-        """int64 [rows]: as workers.sampling.sampler.sample."""
+    def choose(self, logits: Tensor, prepared: PreparedBatch) -> tuple[Tensor, Tensor | None]:
+        """int64 [rows], as sampler.sample gives; and what logprobs.of_rows gives, where a row asks for it."""
+        if not prepared.sampling.has_logprobs.any():
+            return self._choose(logits, prepared), None
+        raw = logits.float().clone()  # rules change logits in place
+        token_ids = self._choose(logits, prepared)
+        return token_ids, of_rows(raw, token_ids, prepared.sampling, self._groups, self._vocab_size)
+
+    def _choose(self, logits: Tensor, prepared: PreparedBatch) -> Tensor:
         sampling = prepared.sampling
         if not sampling.has_rules.any():
             return sample(logits, sampling, prepared.positions, self._groups, self._vocab_size)

@@ -43,6 +43,7 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] = ()  # empty: all
     banned_token_ids: Sequence[int] = ()
     banned_sequences: Sequence[Sequence[int]] = ()  # their last token does not follow the others; in the completion
+    logprobs: int | None = None  # of the chosen token and so many most likely ones; None: of none
 
     @classmethod
     def of(cls, message: generation_pb2.SamplingParams) -> SamplingParams:
@@ -74,9 +75,28 @@ class SamplingParams:
         return self.has_penalties or bool(self.banned_sequences)
 
     @property
+    def has_logprobs(self) -> bool:
+        """Logprobs are wanted, be it of the chosen token alone."""
+        return self.logprobs is not None
+
+    @property
+    def num_top_logprobs(self) -> int:
+        """Of the most likely tokens."""
+        return self.logprobs or 0
+
+    @property
     def has_rules(self) -> bool:
         """The logits are changed before a token is chosen from them (workers.sampling.logit_rules)."""
         return self.needs_history or self.has_bias or self.min_tokens > 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms of the model's own probabilities at one position: before rules, temperature and filters."""
+
+    logprob: float  # of the chosen token
+    top_ids: Sequence[int] = ()  # the likeliest first
+    top_logprobs: Sequence[float] = ()
 
 
 GREEDY = SamplingParams()
@@ -99,6 +119,8 @@ class SamplingRows:
     typical_p: npt.NDArray[np.float64]
     seed: npt.NDArray[np.uint64]
     has_rules: npt.NDArray[np.bool_]
+    has_logprobs: npt.NDArray[np.bool_]
+    num_top_logprobs: npt.NDArray[np.int64]
 
     @staticmethod
     def greedy(num_rows: int) -> SamplingRows:
@@ -111,6 +133,8 @@ class SamplingRows:
             typical_p=np.ones(num_rows),
             seed=np.zeros(num_rows, np.uint64),
             has_rules=np.zeros(num_rows, np.bool_),
+            has_logprobs=np.zeros(num_rows, np.bool_),
+            num_top_logprobs=np.zeros(num_rows, np.int64),
         )
 
     @property
