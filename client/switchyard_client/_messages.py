@@ -29,7 +29,11 @@ def request_message(request: GenerationRequest) -> generation_pb2.GenerateReques
     options = {field.name: getattr(request.sampling, field.name) for field in fields(SamplingParams)}
     try:
         options["banned_sequences"] = [generation_pb2.TokenIds(ids=ids) for ids in request.sampling.banned_sequences]
-        message = generation_pb2.GenerateRequest(model=request.model, sampling=generation_pb2.SamplingParams(**options))
+        message = generation_pb2.GenerateRequest(
+            model=request.model,
+            sampling=generation_pb2.SamplingParams(**options),
+            cache_salt=request.cache_salt,
+        )
         if isinstance(request.prompt, str):
             message.text = request.prompt
         else:

@@ -45,6 +45,7 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     model: str = ""  # empty means the only model served
     deadline_s: float | None = None  # seconds from the call, resumptions included; None means none
+    cache_salt: bytes = b""  # KV blocks are shared only with requests that have the same one
 
 
 class FinishReason(enum.Enum):

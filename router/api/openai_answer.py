@@ -17,6 +17,7 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from router.api.choices import best
 from router.api.openai_logprobs import BytesOf, LogprobsOut
 from router.errors import InvalidRequest, RouterError
 from router.events import Event, Finished, ResumeRequest, Started, Tokens
@@ -37,6 +38,9 @@ class AnswerStyle:
     has_token_ids: bool
     has_event_ids: bool  # the stream can be resumed
     model: str
+    num_choices: int = 1  # of each prompt
+    num_candidates: int = 1  # of each prompt; the best of them are shown
+    echoes: Sequence[str] = ()  # the prompts' texts, to be shown before the completions; none: they are not
     bytes_of: BytesOf | None = None  # where the client asked for logprobs
 
 
@@ -77,13 +81,28 @@ class OpenAiAnswer(Response):
             async for index, event in events:
                 self._note(index, event)
         body = self._envelope("chat.completion" if self._style.is_chat else "text_completion")
-        body["choices"] = [self._whole_choice(index, choice) for index, choice in enumerate(self._choices)]
+        body["choices"] = [self._whole_choice(index, choice) for index, choice in enumerate(self._shown_choices())]
         body |= self._usage()
         await JSONResponse(body)(scope, receive, send)
 
+    def _shown_choices(self) -> list[_Choice]:
+        """The best of each prompt's candidates; all where none is left out."""
+        n, num_candidates = self._style.num_choices, self._style.num_candidates
+        if n == num_candidates:
+            return self._choices
+        shown = []
+        for first in range(0, len(self._choices), num_candidates):
+            candidates = self._choices[first : first + num_candidates]
+            shown += [candidates[index] for index in best([choice.tokens for choice in candidates], n)]
+        return shown
+
+    def _echo(self, index: int) -> str:
+        """What is shown before the text of a choice."""
+        return self._style.echoes[index // self._style.num_choices] if self._style.echoes else ""
+
     def _whole_choice(self, index: int, choice: _Choice) -> Json:
         assert choice.finished is not None, "a stream ended without Finished"
-        text = "".join(choice.text)
+        text = self._echo(index) + "".join(choice.text)
         shown = {"message": {"role": "assistant", "content": text}} if self._style.is_chat else {"text": text}
         logprobs = None if choice.logprobs is None else choice.logprobs.shown(choice.tokens)
         whole: Json = {"index": index, **shown, "logprobs": logprobs, "finish_reason": choice.finished.reason.value}
@@ -104,8 +123,11 @@ class OpenAiAnswer(Response):
                     if not is_open:
                         await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
                         is_open = True
-                    for chunk in self._chunks(index, event):
-                        await _send_data(send, chunk, self._event_id())
+                        for i, choice in enumerate(self._choices):
+                            assert choice.started is not None, "looked at above"
+                            await self._send_event(send, i, choice.started)
+                    else:
+                        await self._send_event(send, index, event)
             except RouterError as error:
                 if not is_open:
                     raise
@@ -116,9 +138,15 @@ class OpenAiAnswer(Response):
                 await _send_raw(send, b"data: [DONE]\n\n")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
+    async def _send_event(self, send: Send, index: int, event: Event) -> None:
+        for chunk in self._chunks(index, event):
+            await _send_data(send, chunk, self._event_id())
+
     def _chunks(self, index: int, event: Event) -> Sequence[Json]:
         if isinstance(event, Started):
-            return [self._delta(index, {"role": "assistant", "content": ""}, None)] if self._style.is_chat else []
+            if self._style.is_chat:
+                return [self._delta(index, {"role": "assistant", "content": ""}, None)]
+            return [self._delta(index, echo, None)] if (echo := self._echo(index)) else []
         if isinstance(event, Finished):
             return [self._delta(index, {} if self._style.is_chat else "", event.reason.value)]
         logprobs = self._choices[index].logprobs
@@ -175,9 +203,10 @@ class OpenAiAnswer(Response):
     def _usage(self) -> Json:
         started = [choice.started for choice in self._choices if choice.started is not None]
         finished = [choice.finished for choice in self._choices if choice.finished is not None]
-        num_prompt = sum(event.num_prompt_tokens for event in started)
+        # A prompt counts once, however many choices it has.
+        num_prompt = sum(event.num_prompt_tokens for event in started[:: self._style.num_candidates])
         num_output = sum(event.num_output_tokens for event in finished)
-        num_cached = sum(event.stats.num_cached_prompt_tokens for event in finished)
+        num_cached = sum(event.stats.num_cached_prompt_tokens for event in finished[:: self._style.num_candidates])
         usage = {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_output,

@@ -7,6 +7,7 @@ it are accepted and ignored; unknown fields are refused. Knows nothing of HTTP.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
@@ -17,6 +18,7 @@ from router.sampling import MAX_LOGPROBS, SamplingParams
 
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's; a chat goes on to the end of the context
 MAX_PROMPTS = 64
+MAX_SALT_CHARACTERS = 256
 
 Prompt = str | tuple[int, ...]
 
@@ -68,6 +70,8 @@ class _Request(BaseModel):
     bad_words: list[str] | None = None
     banned_sequences: list[list[Integer]] | None = None
     return_token_ids: bool | None = None
+    cache_salt: str | None = None
+    deadline_s: float | None = None
     # Accepted: cannot change the completion.
     user: Any = None
     metadata: Any = None
@@ -105,6 +109,16 @@ class _Request(BaseModel):
         raise NotImplementedError
 
     @property
+    def num_candidates(self) -> int:
+        """Choices that are generated for each prompt; n of them are shown."""
+        return self.num_choices
+
+    @property
+    def num_choices(self) -> int:
+        """Of each prompt."""
+        return 1 if self.n is None else self.n
+
+    @property
     def has_usage_chunk(self) -> bool:
         """Whether a stream ends with a chunk that has the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
@@ -115,10 +129,14 @@ class CompletionRequest(_Request):
 
     prompt: Any
     logprobs: Integer | bool | None = None  # true and false as in chats: some clients send them
-    # Refused when set to anything but their neutral values: they would change it.
-    echo: Any = None
-    best_of: Any = None
+    echo: bool | None = None
+    best_of: Integer | None = None
+    # Refused when set to anything but its neutral value: it would change the completion.
     suffix: Any = None
+
+    @property
+    def num_candidates(self) -> int:
+        return self.num_choices if self.best_of is None else self.best_of
 
     @property
     def num_logprobs(self) -> int | None:
@@ -192,9 +210,6 @@ class ChatRequest(_Request):
 
 # Values that ask for nothing, as JSON writes them; anything else in these fields is refused.
 _NEUTRAL: dict[str, tuple[str, ...]] = {
-    "n": ("1",),
-    "best_of": ("1", "1.0"),
-    "echo": ("false",),
     "suffix": ('""',),
     "tools": ("[]",),
     "tool_choice": ('"none"', '"auto"'),
@@ -238,6 +253,12 @@ def parse(kind: type[_R], content: object) -> _R:
         value = getattr(request, field, None)
         if value is not None and json.dumps(value) not in neutral:
             raise _invalid(field, f"{json.dumps(value)} is not supported here")
+    if request.deadline_s is not None and not 0 < request.deadline_s < math.inf:
+        raise _invalid("deadline_s", f"must be > 0 and finite, not {request.deadline_s}")
+    if request.cache_salt is not None and not 0 < len(request.cache_salt) <= MAX_SALT_CHARACTERS:
+        raise _invalid("cache_salt", f"must have 1 to {MAX_SALT_CHARACTERS} characters")
+    if isinstance(request, CompletionRequest) and request.echo and request.num_logprobs is not None:
+        raise _invalid("echo", "is not supported together with logprobs")
     if request.stream_options is not None and not request.stream:
         raise _invalid("stream_options", "is only allowed when stream is true")
     return request

@@ -88,6 +88,7 @@ def generation_request(
         model=message.model,
         deadline_s=deadline_s,
         tenant_salt=tenant_salt,
+        cache_salt=message.cache_salt,
     )
 
 
@@ -104,6 +105,7 @@ def journal_header(request: GenerationRequest, served: ServedModel, deadline_uni
         model=request.model,
         token_ids=generation.TokenIds(ids=request.prompt),
         sampling=sampling_message(request.sampling),
+        cache_salt=request.cache_salt,
     )
     record = journal.StreamRecord(
         request=message,

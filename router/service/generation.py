@@ -48,13 +48,14 @@ from router.service.checks import (
     check_prompt,
     check_repeated_prompt,
     check_resumption,
+    check_salt,
 )
 from router.service.defaults import end_token_ids, settled, with_spelled_words
 from router.service.dispatch import Dispatcher, LiveStream
 from router.service.journal import JournalWriter, StreamLog
 from router.service.text import TextCodec
 from router.service.text_out import TextOut
-from router.service.token_request import TokenRequest
+from router.service.token_request import TokenRequest, block_salt
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +135,10 @@ class Generation:
         if self._chat is None:
             raise InvalidRequest(f"messages: model {self.files.name!r} has no chat template", param="messages")
         return self._chat.render(messages, options)
+
+    def text_of(self, prompt: str | Sequence[int]) -> str:
+        """A prompt as text. Its ids, if it has some, were checked."""
+        return prompt if isinstance(prompt, str) else self._codec.decode(prompt)
 
     def bytes_of(self, token_id: int) -> bytes:
         """What one token says by itself."""
@@ -275,6 +280,7 @@ class Generation:
         """All that can be said before encoding; the prompt's size in bytes."""
         self.check_model(request.model)
         check_sampling(request.sampling, self.files.vocab_size)
+        check_salt(request.cache_salt)
         if isinstance(request.prompt, str):
             return check_text("prompt", request.prompt)
         check_prompt(len(request.prompt), self.context_tokens)
@@ -309,7 +315,8 @@ class Generation:
         if isinstance(request.prompt, str):
             num_tokens = max(1, self._codec.min_tokens(len(request.prompt.encode())))
             check_prompt(num_tokens, context_tokens, is_bound=True)
-        token_ids, names = await self._encode(request.prompt, request.add_special_tokens, layouts, request.tenant_salt)
+        salt = block_salt(request.tenant_salt, request.cache_salt)
+        token_ids, names = await self._encode(request.prompt, request.add_special_tokens, layouts, salt)
         check_prompt(len(token_ids), context_tokens)
         check_token_ids("prompt", token_ids, self.files.vocab_size)
         num_tokens_left = context_tokens - len(token_ids)
@@ -324,7 +331,7 @@ class Generation:
             names=names,
             arrived_s=arrived_s,
             deadline_s=self._deadline_s(request, arrived_s),
-            tenant_salt=request.tenant_salt,
+            tenant_salt=salt,
             weights=self._served.now.weights,
         )
 

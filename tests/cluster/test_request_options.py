@@ -57,7 +57,7 @@ def complete(client: openai.OpenAI, **options: Any) -> Any:
 
 OPENAI = frozenset((
     "prompt", "max_tokens", "temperature", "top_p", "stop", "seed", "n", "best_of", "echo", "logprobs", "stream",
-    "presence_penalty", "frequency_penalty", "logit_bias",
+    "presence_penalty", "frequency_penalty", "logit_bias", "stream_options",
 ))  # fmt: skip
 
 
@@ -165,3 +165,42 @@ def test_completions_have_openais_logprobs(cluster: FakeCluster, client: openai.
     for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
         assert [x for part in parts if part for x in getattr(part, name)] == getattr(whole.logprobs, name)
     assert complete(client, logprobs=0).choices[0].logprobs.top_logprobs == [None] * NUM_TOKENS
+
+
+def test_choices_have_seeds_that_count_up_and_share_their_prompt(
+    cluster: FakeCluster, client: openai.OpenAI, codec: TextCodec
+) -> None:
+    ids = [*codec.encode(TEXT, True), *prompt(11, 70)]
+    alone = [cluster.ask(cluster.client(), ids, NUM_TOKENS, temperature=0.9, seed=50 + i, logprobs=0) for i in range(4)]
+    salted = {"prompt": ids, "temperature": 0.9, "seed": 50, "cache_salt": "mine"}
+    answer = complete(client, n=4, return_token_ids=True, **salted)
+    assert [choice.model_extra["token_ids"] for choice in answer.choices] == [one.ids for one in alone]
+    costs = answer.model_extra["switchyard"]
+    assert costs[0]["num_cached_prompt_tokens"] == 0
+    whole_blocks = (len(ids) - 1) // 16 * 16
+    for one in costs[1:]:
+        assert one["num_computed_prompt_tokens"] <= len(ids) - whole_blocks
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), 4 * NUM_TOKENS)
+    streamed: list[list[int]] = [[] for _ in range(4)]
+    for chunk in complete(client, n=4, return_token_ids=True, stream=True, **salted):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.model_extra["token_ids"]
+    assert streamed == [one.ids for one in alone]
+    means = [sum(one.logprob for one in answer.logprobs) / NUM_TOKENS for answer in alone]
+    best = sorted(range(4), key=lambda i: -means[i])[:2]
+    shown = complete(client, n=2, best_of=4, return_token_ids=True, **salted).choices
+    assert [choice.model_extra["token_ids"] for choice in shown] == [alone[i].ids for i in best]
+    assert [choice.index for choice in shown] == [0, 1]
+    assert shown[0].logprobs is None
+
+
+def test_a_salt_parts_the_cache(cluster: FakeCluster, client: openai.OpenAI) -> None:
+    ids = prompt(12, 90)
+
+    def num_cached(**options: object) -> int:
+        usage = complete(client, prompt=ids, max_tokens=2, **options).usage
+        assert usage.prompt_tokens_details is not None
+        return usage.prompt_tokens_details.cached_tokens
+
+    assert [num_cached(), num_cached(cache_salt="a"), num_cached(cache_salt="b")] == [0, 0, 0]
+    assert num_cached() == num_cached(cache_salt="a") == num_cached(cache_salt="b") == 80

@@ -184,12 +184,20 @@ BAD = [
     ({"top_k": -2}, 400, "top_k"),
     ({"seed": 2**64}, 400, "seed"),
     ({"seed": -1}, 400, "seed"),
-    ({"n": 2}, 400, "n"),
+    ({"n": 0}, 400, "n"),
+    ({"n": 10_000}, 400, "n"),
+    ({"n": 3, "best_of": 2}, 400, "best_of"),
+    ({"best_of": 0}, 400, "best_of"),
+    ({"n": 65, "prompt": ["a", "b"]}, 400, "n"),
+    ({"suffix": "end"}, 400, "suffix"),
+    ({"deadline_s": 0}, 400, "deadline_s"),
+    ({"cache_salt": ""}, 400, "cache_salt"),
     ({"logprobs": 21}, 400, "logprobs"),
     ({"logprobs": 10_000}, 400, "logprobs"),
     ({"logprobs": -1}, 400, "logprobs"),
     ({"logprobs": "5"}, 400, "logprobs"),
-    ({"echo": True}, 400, "echo"),
+    ({"echo": True, "logprobs": 1}, 400, "echo"),
+    ({"echo": "yes"}, 400, "echo"),
     ({"logit_bias": {"five": 1}}, 400, "logit_bias"),
     ({"logit_bias": {"5": 101}}, 400, "logit_bias"),
     ({"logit_bias": {str(VOCAB_SIZE): 1}}, 400, "logit_bias"),
@@ -231,6 +239,41 @@ async def test_bad_completions_are_refused_by_name(model_dir: Path) -> None:
                 assert "\n" not in response.json()["error"]["message"]
         assert (await client.post("/v1/completions", json=BASE)).status_code == 200
     assert len(worker.submits) == 1
+
+
+async def test_each_prompt_has_its_choices_with_seeds_and_indices(model_dir: Path) -> None:
+    worker = FakeWorker("mixed-0", "mixed")
+    prompts = [[5, 6, 7], [8, 9]]
+    async with served(model_dir, worker) as (_, client):
+        body = {**BASE, "prompt": prompts, "n": 3, "seed": 2**64 - 2, "echo": True}
+        answer = (await client.post("/v1/completions", json=body)).json()
+        chunks = await sse(client, "/v1/completions", {**body, "stream": True})
+        texts = await client.post("/v1/completions", json={**BASE, "prompt": [TEXT, "import"], "n": 1})
+        chat = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "n": 2}
+        assert (await client.post("/v1/chat/completions", json={**chat, "n": 0})).status_code == 400
+    codec = TextCodec(model_dir / "tokenizer.json")
+    expected = [codec.decode(p) + decoded(model_dir, p, 12) for p in prompts for _ in range(3)]
+    assert [choice["index"] for choice in answer["choices"]] == list(range(6))
+    assert [choice["text"] for choice in answer["choices"]] == expected
+    assert answer["usage"]["prompt_tokens"] == 5
+    assert answer["usage"]["completion_tokens"] == 6 * 12
+    assert sorted(one.sampling.seed for one in worker.submits[:6]) == [0] * 2 + [2**64 - 2] * 2 + [2**64 - 1] * 2
+    streamed = [""] * 6
+    for chunk in chunks[:-1]:
+        for choice in chunk["choices"]:
+            streamed[choice["index"]] += choice["text"]
+    assert streamed == expected
+    assert [choice["text"] for choice in texts.json()["choices"]] == [
+        decoded(model_dir, TEXT, 12), decoded(model_dir, "import", 12)
+    ]  # fmt: skip
+
+
+async def test_a_request_past_its_deadline_is_given_up(model_dir: Path) -> None:
+    worker = FakeWorker("mixed-0", "mixed", prefill_s=60.0)
+    async with served(model_dir, worker) as (_, client):
+        answer = await client.post("/v1/completions", json={**BASE, "deadline_s": 0.2})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
+        await until(lambda: worker.num_live == 0)
 
 
 async def test_every_option_reaches_the_worker(model_dir: Path) -> None:
