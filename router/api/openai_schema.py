@@ -1,7 +1,7 @@
 """The OpenAI requests that this router understands, and how a request is refused that it does not.
 
-Fields of theirs that would change the completion and are not supported are refused by name; fields that cannot change
-it are accepted and ignored; unknown fields are refused. Knows nothing of HTTP.
+The fields here are served. router.api.openai_options has what else is known: options that change no answer are passed
+over, the others are refused by name, and so are unknown ones. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+from router.api.openai_options import NOT_SERVED, Api
 from router.errors import InvalidRequest
 from router.sampling import MAX_LOGPROBS, SamplingParams
 
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's; a chat goes on to the end of the context
 MAX_PROMPTS = 64
 MAX_SALT_CHARACTERS = 256
+_SHOWN_CHARACTERS = 100  # of a refused value
 
 Prompt = str | tuple[int, ...]
 
@@ -72,13 +74,6 @@ class _Request(BaseModel):
     return_token_ids: bool | None = None
     cache_salt: str | None = None
     deadline_s: float | None = None
-    # Accepted: cannot change the completion.
-    user: Any = None
-    metadata: Any = None
-    store: Any = None
-    service_tier: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
 
     def sampling(self, default_max_tokens: int | None) -> SamplingParams:
         """The options that this request asks for; what it leaves open stays open, but for the limit."""
@@ -131,8 +126,6 @@ class CompletionRequest(_Request):
     logprobs: Integer | bool | None = None  # true and false as in chats: some clients send them
     echo: bool | None = None
     best_of: Integer | None = None
-    # Refused when set to anything but its neutral value: it would change the completion.
-    suffix: Any = None
 
     @property
     def num_candidates(self) -> int:
@@ -170,23 +163,6 @@ class ChatRequest(_Request):
     logprobs: bool | None = None
     top_logprobs: Integer | None = None
     chat_template_kwargs: dict[str, Any] | None = None  # an extension
-    # Accepted: cannot change the completion.
-    parallel_tool_calls: Any = None
-    prompt_cache_options: Any = None
-    prompt_cache_retention: Any = None
-    # Refused when set to anything but their neutral values.
-    response_format: Any = None
-    tools: Any = None
-    tool_choice: Any = None
-    functions: Any = None
-    function_call: Any = None
-    modalities: Any = None
-    audio: Any = None
-    prediction: Any = None
-    reasoning_effort: Any = None
-    verbosity: Any = None
-    web_search_options: Any = None
-    moderation: Any = None
 
     @property
     def limit(self) -> int | None:
@@ -207,23 +183,6 @@ class ChatRequest(_Request):
             raise _invalid("chat_template_kwargs", "must not have messages: they are a field of the request")
         return options
 
-
-# Values that ask for nothing, as JSON writes them; anything else in these fields is refused.
-_NEUTRAL: dict[str, tuple[str, ...]] = {
-    "suffix": ('""',),
-    "tools": ("[]",),
-    "tool_choice": ('"none"', '"auto"'),
-    "functions": ("[]",),
-    "function_call": ('"none"', '"auto"'),
-    "modalities": ('["text"]',),
-    "audio": (),
-    "prediction": (),
-    "reasoning_effort": (),  # a template's option goes into chat_template_kwargs
-    "verbosity": ('"medium"',),
-    "web_search_options": (),
-    "moderation": (),
-    "response_format": ('{"type": "text"}',),
-}
 
 _AS_THEY_ARE = (
     "temperature", "top_p", "min_p", "typical_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty",
@@ -246,13 +205,32 @@ def parse(kind: type[_R], content: object) -> _R:
     if not isinstance(content, dict):
         raise InvalidRequest("request body: must be a JSON object")
     try:
-        request = kind.model_validate(content)
+        request = kind.model_validate(_without_neutral(content, kind))
     except ValidationError as error:
         raise _refusal(error) from None
-    for field, neutral in _NEUTRAL.items():
-        value = getattr(request, field, None)
-        if value is not None and json.dumps(value) not in neutral:
-            raise _invalid(field, f"{json.dumps(value)} is not supported here")
+    _check_together(request)
+    return request
+
+
+def _without_neutral(content: dict[str, Any], kind: type[_Request]) -> dict[str, Any]:
+    """The content without options that change no answer. Raises InvalidRequest for those that are not served."""
+    other = Api.CHAT if kind is CompletionRequest else Api.COMPLETIONS
+    left = {}
+    for name, value in content.items():
+        option = NOT_SERVED.get(name)
+        if option is None or option.api is other:
+            left[name] = value
+        elif not option.asks_for_nothing(value):
+            raise _invalid(name, f"{_shortened(json.dumps(value))} is not supported here: {option.note}")
+    return left
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."
+
+
+def _check_together(request: _Request) -> None:
+    """Raise InvalidRequest for options that are wrong, or exclude each other."""
     if request.deadline_s is not None and not 0 < request.deadline_s < math.inf:
         raise _invalid("deadline_s", f"must be > 0 and finite, not {request.deadline_s}")
     if request.cache_salt is not None and not 0 < len(request.cache_salt) <= MAX_SALT_CHARACTERS:
@@ -261,7 +239,6 @@ def parse(kind: type[_R], content: object) -> _R:
         raise _invalid("echo", "is not supported together with logprobs")
     if request.stream_options is not None and not request.stream:
         raise _invalid("stream_options", "is only allowed when stream is true")
-    return request
 
 
 def _refusal(error: ValidationError) -> InvalidRequest:

@@ -269,11 +269,12 @@ async def test_each_prompt_has_its_choices_with_seeds_and_indices(model_dir: Pat
 
 
 async def test_a_request_past_its_deadline_is_given_up(model_dir: Path) -> None:
-    worker = FakeWorker("mixed-0", "mixed", prefill_s=60.0)
+    worker = FakeWorker("mixed-0", "mixed")
+    worker.prefill_s = 60.0
     async with served(model_dir, worker) as (_, client):
         answer = await client.post("/v1/completions", json={**BASE, "deadline_s": 0.2})
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
-        await until(lambda: worker.num_live == 0)
+        await until(lambda: worker.num_live == 0, "the worker lets it go")
 
 
 async def test_every_option_reaches_the_worker(model_dir: Path) -> None:
