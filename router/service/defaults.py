@@ -38,9 +38,9 @@ def settled(
         temperature=_first(sampling.temperature, defaults.temperature, 1.0),
         top_p=max(_first(sampling.top_p, defaults.top_p, 1.0), SMALLEST_FLOAT32),  # 0 would leave no candidate
         top_k=int(_first(sampling.top_k, defaults.top_k, 0)),
-        min_p=_first(sampling.min_p, None, 0.0),
-        typical_p=max(_first(sampling.typical_p, None, 1.0), SMALLEST_FLOAT32),
-        repetition_penalty=_first(sampling.repetition_penalty, None, 1.0),
+        min_p=_first(sampling.min_p, defaults.min_p, 0.0),
+        typical_p=max(_first(sampling.typical_p, defaults.typical_p, 1.0), SMALLEST_FLOAT32),
+        repetition_penalty=_first(sampling.repetition_penalty, defaults.repetition_penalty, 1.0),
         presence_penalty=_first(sampling.presence_penalty, None, 0.0),
         frequency_penalty=_first(sampling.frequency_penalty, None, 0.0),
         stop_token_ids=tuple(dict.fromkeys(stop_ids)),
