@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
 import torch
@@ -32,8 +32,8 @@ class JobResult:
     num_preemptions: int
     num_cached_prompt_tokens: int
     num_computed_prompt_tokens: int
-    logprobs: list[list[TokenLogprobs | None]]
     logits: list[Tensor]  # [tokens, the leader's share of the vocabulary] of each completion; none where pp > 1
+    logprobs: list[list[TokenLogprobs | None]] = field(default_factory=list)
 
 
 class RecordingRunner(TorchModelRunner):
@@ -121,8 +121,8 @@ def run_job(
         engine.scheduler.num_preemptions,
         engine.counters.num_cached_prompt_tokens,
         engine.counters.num_computed_prompt_tokens,
-        [[token.logprobs for token in tokens[f"r{i}"]] for i in range(len(prompts))],
         [torch.stack(logits[f"r{i}"]) for i in range(len(prompts))] if groups.shard.pp == 1 else [],
+        [[token.logprobs for token in tokens[f"r{i}"]] for i in range(len(prompts))],
     )
 
 
