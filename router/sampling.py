@@ -65,7 +65,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "top_k": (lambda value: 0 <= value < 2**32, "must be >= 0 (0 means no limit)"),
     "min_p": (_within(0, 1), "must be in [0, 1]"),
     "typical_p": (lambda value: 0 < value <= 1, "must be in (0, 1]"),
-    "repetition_penalty": (lambda value: 0.01 <= value <= 10, "must be in [0.01, 10]"),
+    # The wire carries 32 bits, in which 0.01 is a little less.
+    "repetition_penalty": (lambda value: 0.009999 <= value <= 10, "must be in [0.01, 10]"),
     "presence_penalty": (_within(-2, 2), "must be in [-2, 2]"),
     "frequency_penalty": (_within(-2, 2), "must be in [-2, 2]"),
     "max_tokens": (lambda value: 0 < value < 2**63, "must be > 0 and < 2^63"),
