@@ -8,7 +8,7 @@ _BEAMS = "beam search is not served"
 _ASSISTED = "how transformers speculates; the tokens are the same"
 _OUTPUTS = "asks transformers for more outputs, not for others"
 _INNER = "how transformers computes, not what"
-_BANS = "no token is banned or forced"
+_BANS = "tokens are banned by requests only, and none is forced"
 _SHAPES = "the distribution is not shaped this way"
 
 _EXACT_CACHES = ("dynamic", "dynamic_full", "static", "hybrid", "offloaded", "offloaded_static")
@@ -23,21 +23,21 @@ GENERATION_KEYS: KeyTable = {
     "bos_token_id": harmless("tokenizer.json says what is put before a prompt"),
     "pad_token_id": harmless("nothing is padded"),
     "decoder_start_token_id": harmless("used by encoder-decoders only"),
-    "encoder_repetition_penalty": refused("tokens are not penalised", 1),
-    "encoder_no_repeat_ngram_size": refused("tokens are not penalised", 0),
+    "encoder_repetition_penalty": refused("the prompt's tokens are not made likelier", 1),
+    "encoder_no_repeat_ngram_size": refused("n-grams may repeat", 0),
     "max_length": harmless("a limit of transformers' generate(); here max_model_len and the request say it"),
     "max_time": refused("a stream's time is bounded by the request's deadline"),
     "min_length": refused("a stream may end at any length", 0),
     "min_new_tokens": refused("a stream may end at any length", 0),
     "stop_strings": refused("stop texts come with a request", []),
-    "min_p": refused(_SHAPES, 0),
+    "min_p": understood("default of requests"),
     "top_h": refused(_SHAPES),
-    "typical_p": refused(_SHAPES, 1),
+    "typical_p": understood("default of requests; applied before top_k and top_p, in transformers after them"),
     "epsilon_cutoff": refused(_SHAPES, 0),
     "eta_cutoff": refused(_SHAPES, 0),
-    "repetition_penalty": refused("tokens are not penalised", 1),
-    "no_repeat_ngram_size": refused("tokens are not penalised", 0),
-    "exponential_decay_length_penalty": refused("tokens are not penalised"),
+    "repetition_penalty": understood("default of requests"),
+    "no_repeat_ngram_size": refused("n-grams may repeat", 0),
+    "exponential_decay_length_penalty": refused("end tokens do not become likelier"),
     "bad_words_ids": refused(_BANS, []),
     "forced_bos_token_id": refused(_BANS),
     "forced_eos_token_id": refused(_BANS),

@@ -67,8 +67,9 @@ class ModelSource:
     """Python modules that bring further model families or weight formats. Every process of the cluster imports them, so
     they must be installed wherever one runs."""
     generation_config: Annotated[str, OneOf(GENERATION_CONFIG)] = "auto"
-    """Whether the model's generation_config.json gives requests their defaults: temperature, top_p, top_k, and
-    max_new_tokens for chats that name no limit. auto means where it has them, none means never."""
+    """Whether the model's generation_config.json gives requests their defaults: temperature, top_p, top_k, min_p,
+    typical_p, repetition_penalty, and max_new_tokens for chats that name no limit. auto means where it has them, none
+    means never."""
 
     def __post_init__(self) -> None:
         check_limits(self)

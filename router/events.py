@@ -21,6 +21,7 @@ class GenerationRequest:
     add_special_tokens: bool = True  # a chat template writes its own
     deadline_s: float | None = None  # seconds from now
     tenant_salt: bytes = b""  # from the caller's credential: whose KV blocks it shares
+    cache_salt: bytes = b""  # the caller's: parts those of the tenant's requests that have another one
     prompt_uses_clock: bool = False  # a chat template wrote the time into it: sent again, it may differ
 
 
@@ -69,12 +70,22 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms of the model's own probabilities at one position."""
+
+    logprob: float  # of the chosen token
+    top_ids: tuple[int, ...] = ()  # the likeliest first
+    top_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
     """Newly committed tokens and the text that they completed."""
 
     first_position: int
     ids: tuple[int, ...]
     text: str = ""
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one per id where the request asked for them, else none
 
 
 @dataclass(frozen=True, slots=True)

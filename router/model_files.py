@@ -29,6 +29,9 @@ class SamplingDefaults:
     top_p: float | None = None
     top_k: int | None = None  # 0 means no limit
     max_new_tokens: int | None = None  # of chats
+    min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,4 +168,7 @@ def _sampling_defaults(generation: dict[str, Any], directory: Path) -> SamplingD
         top_p=number("top_p", "in (0, 1]", lambda value: 0 < value <= 1),
         top_k=None if top_k is None else max(0, int(top_k)),
         max_new_tokens=None if limit is None else int(limit),
+        min_p=number("min_p", "in [0, 1]", lambda value: 0 <= value <= 1),
+        typical_p=number("typical_p", "in (0, 1]", lambda value: 0 < value <= 1),
+        repetition_penalty=number("repetition_penalty", "in [0.01, 10]", lambda value: 0.01 <= value <= 10),
     )

@@ -21,7 +21,15 @@ from typing import Any
 
 import grpc
 from switchyard.v1 import worker_pb2, worker_pb2_grpc
-from switchyard_client import Finished, GenerationClient, GenerationRequest, SamplingParams, Started, Tokens
+from switchyard_client import (
+    Finished,
+    GenerationClient,
+    GenerationRequest,
+    SamplingParams,
+    Started,
+    TokenLogprobs,
+    Tokens,
+)
 
 from kvstore.config import KVStoreConfig
 from kvstore.connect import open_directory
@@ -77,6 +85,7 @@ class Answer:
     prompt: Sequence[int]
     ids: list[int] = field(default_factory=list)
     text: str = ""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     times_s: list[float] = field(default_factory=list)  # of each message with tokens
     finished: Finished | None = None
 
@@ -346,10 +355,12 @@ class FakeCluster:
         on_tokens: Callable[[Answer], None] = lambda answer: None,
         temperature: float = 0.0,
         seed: int = 1,
+        **options: Any,
     ) -> Answer:
-        """One stream to its end."""
+        """One stream to its end. options: more of SamplingParams."""
         answer = Answer(prompt)
-        sampling = SamplingParams(temperature=temperature, max_tokens=num_tokens, ignore_eos=True, seed=seed)
+        values = {"temperature": temperature, "max_tokens": num_tokens, "ignore_eos": True, "seed": seed, **options}
+        sampling = SamplingParams(**values)
         for event in client.generate(GenerationRequest(tuple(prompt), sampling)):
             if isinstance(event, Started):
                 answer.times_s.append(time.monotonic())
@@ -357,6 +368,7 @@ class FakeCluster:
                 assert event.first_position == len(answer.ids), "a token was lost or doubled"
                 answer.ids += event.ids
                 answer.text += event.text
+                answer.logprobs += event.logprobs
                 answer.times_s.append(time.monotonic())
                 on_tokens(answer)
             else:

@@ -168,6 +168,20 @@ class ParallelGroups:
         dist.all_reduce(x, op=dist.ReduceOp.MIN, group=self._control)
         return x.tolist()
 
+    def numbers_to_leader(self, numbers: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+        """As tokens_to_leader, for fp64 numbers of a shape that both ends know."""
+        source = (self.shard.pp - 1) * self.shard.tp
+        if self.shard.pp == 1 or not shape[0]:
+            return numbers
+        if self.shard.rank == source:
+            assert numbers is not None
+            dist.send(numbers.to("cpu", torch.float64), dst=0, group=self._control)
+        elif self.shard.rank == 0:
+            received = torch.empty(shape, dtype=torch.float64)
+            dist.recv(received, src=source, group=self._control)
+            return received
+        return None
+
     def tokens_to_leader(self, token_ids: Tensor | None, count: int) -> Tensor | None:
         """Sampled ids [count] from the last stage's first rank to the leader; other ranks get None."""
         source = (self.shard.pp - 1) * self.shard.tp

@@ -14,6 +14,7 @@ from switchyard_client._types import (
     SamplingParams,
     ServedModel,
     Started,
+    TokenLogprobs,
     Tokens,
 )
 
@@ -29,5 +30,6 @@ __all__ = [
     "ServedModel",
     "Started",
     "Target",
+    "TokenLogprobs",
     "Tokens",
 ]

@@ -14,6 +14,7 @@ from switchyard_client._types import (
     RequestStats,
     SamplingParams,
     Started,
+    TokenLogprobs,
     Tokens,
 )
 
@@ -27,7 +28,12 @@ def request_message(request: GenerationRequest) -> generation_pb2.GenerateReques
     """A Generate call's message. Raises GenerationError for what a field cannot carry."""
     options = {field.name: getattr(request.sampling, field.name) for field in fields(SamplingParams)}
     try:
-        message = generation_pb2.GenerateRequest(model=request.model, sampling=generation_pb2.SamplingParams(**options))
+        options["banned_sequences"] = [generation_pb2.TokenIds(ids=ids) for ids in request.sampling.banned_sequences]
+        message = generation_pb2.GenerateRequest(
+            model=request.model,
+            sampling=generation_pb2.SamplingParams(**options),
+            cache_salt=request.cache_salt,
+        )
         if isinstance(request.prompt, str):
             message.text = request.prompt
         else:
@@ -41,7 +47,9 @@ def event_of(message: generation_pb2.GenerateResponse) -> Event | None:
     """What a message of a stream says; None for a kind of event that this client does not know."""
     kind = message.WhichOneof("event")
     if kind == "tokens":
-        return Tokens(message.tokens.first_position, tuple(message.tokens.ids), message.tokens.text)
+        tokens = message.tokens
+        logprobs = [TokenLogprobs(one.logprob, tuple(one.top_ids), tuple(one.top_logprobs)) for one in tokens.logprobs]
+        return Tokens(tokens.first_position, tuple(tokens.ids), tokens.text, tuple(logprobs))
     if kind == "started":
         started = message.started
         return Started(message.stream_id, started.model, started.num_prompt_tokens, started.seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -22,6 +22,19 @@ class SamplingParams:
     stop: tuple[str, ...] = ()  # texts; the stream ends before the first of them would be shown
     stop_token_ids: tuple[int, ...] = ()  # the stream ends when one of these is chosen; it is not shown
     ignore_eos: bool = False  # whether the model's own end tokens are passed over
+    min_p: float | None = None  # in [0, 1]; share of the likeliest token's probability; 0 means no limit
+    typical_p: float | None = None  # in (0, 1]; locally typical sampling; 1 means no limit
+    repetition_penalty: float | None = None  # in [0.01, 10]; of tokens of prompt and completion; 1 means none
+    presence_penalty: float | None = None  # in [-2, 2]; of tokens of the completion; 0 means none
+    frequency_penalty: float | None = None  # in [-2, 2]; for each time that the completion has a token; 0 means none
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # by token id; in [-100, 100]; added to its logit
+    allowed_token_ids: tuple[int, ...] = ()  # only these are chosen; empty means all
+    banned_token_ids: tuple[int, ...] = ()  # these are not chosen
+    bad_words: tuple[str, ...] = ()  # texts that the completion does not have
+    banned_sequences: tuple[tuple[int, ...], ...] = ()  # the last id of one does not follow the others
+    min_tokens: int = 0  # the stream does not stop before it has so many tokens
+    include_stop_str_in_output: bool = False  # whether the stop text that ended the stream is shown
+    logprobs: int | None = None  # at most 20; of the chosen token and so many most likely ones; None means of none
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +45,7 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     model: str = ""  # empty means the only model served
     deadline_s: float | None = None  # seconds from the call, resumptions included; None means none
+    cache_salt: bytes = b""  # KV blocks are shared only with requests that have the same one
 
 
 class FinishReason(enum.Enum):
@@ -67,12 +81,22 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms of the model's own probabilities at one position: before bias, penalties, temperature."""
+
+    logprob: float  # of the chosen token
+    top_ids: tuple[int, ...] = ()  # the likeliest first
+    top_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
     """New tokens, and the text that they completed."""
 
     first_position: int  # of the first id in the completion, from 0; positions follow each other without gaps
     ids: tuple[int, ...]
     text: str = ""
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one per id where the request asked for them, else none
 
 
 @dataclass(frozen=True, slots=True)

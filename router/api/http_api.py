@@ -26,16 +26,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvstore.network.addresses import join_host_port, listen
 from router import errors
+from router.api.choices import check_counts, spread, streams_over_one_prompt
 from router.api.http_body import read_json
 from router.api.openai_answer import LAST_EVENT_ID, AnswerStyle, OpenAiAnswer, error_body, parse_event_id
 from router.api.openai_messages import checked_messages
-from router.api.openai_schema import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, parse
+from router.api.openai_schema import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, Prompt, parse
 from router.api.request_ids import RequestIds
 from router.api.tenancy import tenant_salt
 from router.api.tokenize_api import TokenizeApi
 from router.errors import InvalidRequest, PortInUse, RouterError, UnknownRoute, is_counted, mark_counted, stopping
 from router.events import Event, GenerationRequest, ResumeRequest
 from router.metrics import Metrics
+from router.sampling import SamplingParams
 from router.service.generation import Generation
 from router.service.readiness import Readiness
 
@@ -207,16 +209,41 @@ class _Endpoints:
     async def completions(self, request: Request) -> Response:
         body = parse(CompletionRequest, await read_json(request, self._parts.max_body_bytes))
         self._generation.check_model(body.model)
+        prompts = body.prompts()
         style = self._style(body, is_chat=False)
+        check_counts(len(prompts), style.num_choices, style.num_candidates, style.is_stream)
         sampling = body.sampling(DEFAULT_COMPLETION_TOKENS)
-        salt = _tenant_salt(request)
-        requests = [GenerationRequest(prompt, sampling, body.model, tenant_salt=salt) for prompt in body.prompts()]
+        orders = [self._order(prompt, sampling, body, request) for prompt in prompts]
         if (known := _resumption(request, style)) is not None:
-            return OpenAiAnswer([self._resume(known, requests[0])], style)
-        if len(requests) > 1:
-            self._generation.check(requests)
-        commits_first = style.is_stream and len(requests) == 1
-        return OpenAiAnswer([self._generation.stream(one, commits_first) for one in requests], style)
+            return OpenAiAnswer([self._resume(known, orders[0])], style)
+        if body.echo:
+            self._generation.check(orders)
+            style = dataclasses.replace(style, echoes=[self._generation.text_of(prompt) for prompt in prompts])
+        return OpenAiAnswer(self._streams(orders, style), style)
+
+    def _order(
+        self, prompt: Prompt, sampling: SamplingParams, body: ChatRequest | CompletionRequest, call: Request
+    ) -> GenerationRequest:
+        return GenerationRequest(
+            prompt,
+            sampling,
+            body.model,
+            deadline_s=body.deadline_s,
+            tenant_salt=_tenant_salt(call),
+            cache_salt=(body.cache_salt or "").encode(errors="surrogatepass"),
+        )
+
+    def _streams(self, orders: Sequence[GenerationRequest], style: AnswerStyle) -> list[AsyncGenerator[Event, None]]:
+        """Those of all choices of all prompts; nothing begins before all of them are checked."""
+        groups = [spread(order, style.num_choices, style.num_candidates) for order in orders]
+        is_single = len(orders) == style.num_candidates == 1
+        if not is_single:
+            self._generation.check([group[0] for group in groups])
+
+        def begin(one: GenerationRequest) -> AsyncGenerator[Event, None]:
+            return self._generation.stream(one, commits_first=style.is_stream and is_single)
+
+        return [stream for group in groups for stream in streams_over_one_prompt(group, begin)]
 
     async def chat_completions(self, request: Request) -> Response:
         body = parse(ChatRequest, await read_json(request, self._parts.max_body_bytes))
@@ -224,17 +251,16 @@ class _Endpoints:
         style = self._style(body, is_chat=True)
         prompt = self._generation.render_chat(checked_messages(body.messages), body.template_options())
         sampling = body.sampling(self._generation.files.sampling_defaults.max_new_tokens)
-        order = GenerationRequest(
-            prompt,
-            sampling,
-            body.model,
+        check_counts(1, style.num_choices, style.num_candidates, style.is_stream)
+        order = dataclasses.replace(
+            self._order(prompt, sampling, body, request),
             add_special_tokens=False,
-            tenant_salt=_tenant_salt(request),
             prompt_uses_clock=self._generation.chat_uses_clock,
         )
         if (known := _resumption(request, style)) is not None:
             return OpenAiAnswer([self._resume(known, order)], style)
-        return OpenAiAnswer([_refusing(self._generation.stream(order, style.is_stream), {"prompt": "messages"})], style)
+        streams = self._streams([order], style)
+        return OpenAiAnswer([_refusing(stream, {"prompt": "messages"}) for stream in streams], style)
 
     def _resume(self, known: ResumeRequest, repeated: GenerationRequest) -> AsyncGenerator[Event, None]:
         """As Generation.resume, whose fields are one header here."""
@@ -250,6 +276,9 @@ class _Endpoints:
             has_token_ids=bool(body.return_token_ids),
             has_event_ids=self._generation.can_resume,
             model=body.model,
+            num_choices=body.num_choices,
+            num_candidates=body.num_candidates,
+            bytes_of=self._generation.bytes_of if body.num_logprobs is not None else None,
         )
 
     async def models(self, request: Request) -> Response:

@@ -17,6 +17,8 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from router.api.choices import best
+from router.api.openai_logprobs import BytesOf, LogprobsOut
 from router.errors import InvalidRequest, RouterError
 from router.events import Event, Finished, ResumeRequest, Started, Tokens
 
@@ -36,6 +38,10 @@ class AnswerStyle:
     has_token_ids: bool
     has_event_ids: bool  # the stream can be resumed
     model: str
+    num_choices: int = 1  # of each prompt
+    num_candidates: int = 1  # of each prompt; the best of them are shown
+    echoes: Sequence[str] = ()  # the prompts' texts, to be shown before the completions; none: they are not
+    bytes_of: BytesOf | None = None  # where the client asked for logprobs
 
 
 @dataclass(slots=True)
@@ -44,7 +50,8 @@ class _Choice:
 
     started: Started | None = None
     text: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
+    tokens: list[Tokens] = field(default_factory=list)
+    logprobs: LogprobsOut | None = None  # where the client asked for them
     has_rest: bool = False  # text came without ids, after the last token
     num_tokens: int = 0
     finished: Finished | None = None
@@ -58,6 +65,9 @@ class OpenAiAnswer(Response):
         self._streams = streams
         self._style = style
         self._choices = [_Choice() for _ in streams]
+        if style.bytes_of is not None:
+            for choice in self._choices:
+                choice.logprobs = LogprobsOut(style.bytes_of, style.is_chat)
         self._created = int(time.time())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,16 +81,34 @@ class OpenAiAnswer(Response):
             async for index, event in events:
                 self._note(index, event)
         body = self._envelope("chat.completion" if self._style.is_chat else "text_completion")
-        body["choices"] = [self._whole_choice(index, choice) for index, choice in enumerate(self._choices)]
+        body["choices"] = [self._whole_choice(index, choice) for index, choice in enumerate(self._shown_choices())]
         body |= self._usage()
         await JSONResponse(body)(scope, receive, send)
 
+    def _shown_choices(self) -> list[_Choice]:
+        """The best of each prompt's candidates; all where none is left out."""
+        n, num_candidates = self._style.num_choices, self._style.num_candidates
+        if n == num_candidates:
+            return self._choices
+        shown = []
+        for first in range(0, len(self._choices), num_candidates):
+            candidates = self._choices[first : first + num_candidates]
+            shown += [candidates[index] for index in best([choice.tokens for choice in candidates], n)]
+        return shown
+
+    def _echo(self, index: int) -> str:
+        """What is shown before the text of a choice."""
+        return self._style.echoes[index // self._style.num_choices] if self._style.echoes else ""
+
     def _whole_choice(self, index: int, choice: _Choice) -> Json:
         assert choice.finished is not None, "a stream ended without Finished"
-        text = "".join(choice.text)
+        text = self._echo(index) + "".join(choice.text)
         shown = {"message": {"role": "assistant", "content": text}} if self._style.is_chat else {"text": text}
-        ids = {"token_ids": choice.token_ids} if self._style.has_token_ids else {}
-        return {"index": index, **shown, "logprobs": None, "finish_reason": choice.finished.reason.value, **ids}
+        logprobs = None if choice.logprobs is None else choice.logprobs.shown(choice.tokens)
+        whole: Json = {"index": index, **shown, "logprobs": logprobs, "finish_reason": choice.finished.reason.value}
+        if self._style.has_token_ids:
+            whole["token_ids"] = [token_id for tokens in choice.tokens for token_id in tokens.ids]
+        return whole
 
     # -- chunks
 
@@ -95,8 +123,11 @@ class OpenAiAnswer(Response):
                     if not is_open:
                         await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
                         is_open = True
-                    for chunk in self._chunks(index, event):
-                        await _send_data(send, chunk, self._event_id())
+                        for i, choice in enumerate(self._choices):
+                            assert choice.started is not None, "looked at above"
+                            await self._send_event(send, i, choice.started)
+                    else:
+                        await self._send_event(send, index, event)
             except RouterError as error:
                 if not is_open:
                     raise
@@ -107,15 +138,25 @@ class OpenAiAnswer(Response):
                 await _send_raw(send, b"data: [DONE]\n\n")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
+    async def _send_event(self, send: Send, index: int, event: Event) -> None:
+        for chunk in self._chunks(index, event):
+            await _send_data(send, chunk, self._event_id())
+
     def _chunks(self, index: int, event: Event) -> Sequence[Json]:
         if isinstance(event, Started):
-            return [self._delta(index, {"role": "assistant", "content": ""}, None)] if self._style.is_chat else []
+            if self._style.is_chat:
+                return [self._delta(index, {"role": "assistant", "content": ""}, None)]
+            return [self._delta(index, echo, None)] if (echo := self._echo(index)) else []
         if isinstance(event, Finished):
             return [self._delta(index, {} if self._style.is_chat else "", event.reason.value)]
-        if not event.text and not self._style.has_token_ids:
+        logprobs = self._choices[index].logprobs
+        if not event.text and not self._style.has_token_ids and logprobs is None:
             return []
         shown = {"content": event.text} if self._style.is_chat else event.text
-        return [self._delta(index, shown, None, event.ids)]
+        delta = self._delta(index, shown, None, event.ids)
+        if logprobs is not None and event.ids:
+            delta["choices"][0]["logprobs"] = logprobs.shown([event])
+        return [delta]
 
     def _delta(self, index: int, shown: Json | str, reason: str | None, ids: Sequence[int] = ()) -> Json:
         key = "delta" if self._style.is_chat else "text"
@@ -140,7 +181,7 @@ class OpenAiAnswer(Response):
             choice.has_rest = not event.ids
             if not self._style.is_stream:
                 choice.text.append(event.text)
-                choice.token_ids.extend(event.ids)
+                choice.tokens.append(event)
         elif isinstance(event, Started):
             choice.started = event
         else:
@@ -162,9 +203,10 @@ class OpenAiAnswer(Response):
     def _usage(self) -> Json:
         started = [choice.started for choice in self._choices if choice.started is not None]
         finished = [choice.finished for choice in self._choices if choice.finished is not None]
-        num_prompt = sum(event.num_prompt_tokens for event in started)
+        # A prompt counts once, however many choices it has.
+        num_prompt = sum(event.num_prompt_tokens for event in started[:: self._style.num_candidates])
         num_output = sum(event.num_output_tokens for event in finished)
-        num_cached = sum(event.stats.num_cached_prompt_tokens for event in finished)
+        num_cached = sum(event.stats.num_cached_prompt_tokens for event in finished[:: self._style.num_candidates])
         usage = {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_output,

@@ -1,22 +1,26 @@
 """The OpenAI requests that this router understands, and how a request is refused that it does not.
 
-Fields of theirs that would change the completion and are not supported are refused by name; fields that cannot change
-it are accepted and ignored; unknown fields are refused. Knows nothing of HTTP.
+The fields here are served. router.api.openai_options has what else is known: options that change no answer are passed
+over, the others are refused by name, and so are unknown ones. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+from router.api.openai_options import NOT_SERVED, Api
 from router.errors import InvalidRequest
-from router.sampling import SamplingParams
+from router.sampling import MAX_LOGPROBS, SamplingParams
 
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's; a chat goes on to the end of the context
 MAX_PROMPTS = 64
+MAX_SALT_CHARACTERS = 256
+_SHOWN_CHARACTERS = 100  # of a refused value
 
 Prompt = str | tuple[int, ...]
 
@@ -49,44 +53,65 @@ class _Request(BaseModel):
     stop: str | list[str] | None = None
     seed: Integer | None = None
     n: Integer | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Extensions.
     top_k: Integer | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: Integer | None = None
+    include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[Integer] | None = None
+    allowed_token_ids: list[Integer] | None = None
+    banned_token_ids: list[Integer] | None = None
+    bad_words: list[str] | None = None
+    banned_sequences: list[list[Integer]] | None = None
     return_token_ids: bool | None = None
-    # Accepted: cannot change the completion.
-    user: Any = None
-    metadata: Any = None
-    store: Any = None
-    service_tier: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
-    # Refused when set to anything but their neutral values: they would change it.
-    logprobs: Any = None
-    logit_bias: Any = None
-    presence_penalty: Any = None
-    frequency_penalty: Any = None
+    cache_salt: str | None = None
+    deadline_s: float | None = None
 
     def sampling(self, default_max_tokens: int | None) -> SamplingParams:
         """The options that this request asks for; what it leaves open stays open, but for the limit."""
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        values: dict[str, Any] = {name: getattr(self, name) for name in _AS_THEY_ARE}
+        values |= {name: tuple(getattr(self, name) or ()) for name in _LISTS}
         return SamplingParams(
-            temperature=self.temperature,
-            top_p=self.top_p,
             top_k=0 if self.top_k == -1 else self.top_k,  # vLLM's "no limit"
             max_tokens=default_max_tokens if self.limit is None else self.limit,
-            seed=self.seed,
+            min_tokens=self.min_tokens or 0,
             stop=tuple(stops),
-            stop_token_ids=tuple(self.stop_token_ids or ()),
+            include_stop_str_in_output=bool(self.include_stop_str_in_output),
             ignore_eos=bool(self.ignore_eos),
+            logprobs=self.num_logprobs,
+            logit_bias=_bias_by_id(self.logit_bias or {}),
+            banned_sequences=tuple(tuple(ids) for ids in self.banned_sequences or ()),
+            **values,
         )
 
     @property
     def limit(self) -> int | None:
         """Most tokens to generate, where the client says it."""
         return self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Of the most likely tokens at each position; None: not of the chosen ones either."""
+        raise NotImplementedError
+
+    @property
+    def num_candidates(self) -> int:
+        """Choices that are generated for each prompt; n of them are shown."""
+        return self.num_choices
+
+    @property
+    def num_choices(self) -> int:
+        """Of each prompt."""
+        return 1 if self.n is None else self.n
 
     @property
     def has_usage_chunk(self) -> bool:
@@ -98,9 +123,19 @@ class CompletionRequest(_Request):
     """POST /v1/completions."""
 
     prompt: Any
-    echo: Any = None
-    best_of: Any = None
-    suffix: Any = None
+    logprobs: Integer | bool | None = None  # true and false as in chats: some clients send them
+    echo: bool | None = None
+    best_of: Integer | None = None
+
+    @property
+    def num_candidates(self) -> int:
+        return self.num_choices if self.best_of is None else self.best_of
+
+    @property
+    def num_logprobs(self) -> int | None:
+        if isinstance(self.logprobs, bool):
+            return 0 if self.logprobs else None
+        return self.logprobs
 
     def prompts(self) -> Sequence[Prompt]:
         """The prompts, one choice each: a text, a list of texts, a list of ids, or a list of lists of ids."""
@@ -125,59 +160,38 @@ class ChatRequest(_Request):
 
     messages: Any  # see openai_messages
     max_completion_tokens: Integer | None = None
+    logprobs: bool | None = None
+    top_logprobs: Integer | None = None
     chat_template_kwargs: dict[str, Any] | None = None  # an extension
-    # Accepted: cannot change the completion.
-    parallel_tool_calls: Any = None
-    prompt_cache_options: Any = None
-    prompt_cache_retention: Any = None
-    # Refused when set to anything but their neutral values.
-    response_format: Any = None
-    tools: Any = None
-    tool_choice: Any = None
-    functions: Any = None
-    function_call: Any = None
-    top_logprobs: Any = None
-    modalities: Any = None
-    audio: Any = None
-    prediction: Any = None
-    reasoning_effort: Any = None
-    verbosity: Any = None
-    web_search_options: Any = None
-    moderation: Any = None
 
     @property
     def limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        if self.top_logprobs and not self.logprobs:
+            raise _invalid("top_logprobs", "is only allowed when logprobs is true")
+        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_LOGPROBS:
+            raise _invalid("top_logprobs", f"must be in [0, {MAX_LOGPROBS}], not {self.top_logprobs}")
+        return self.top_logprobs or 0 if self.logprobs else None
 
     def template_options(self) -> Mapping[str, object]:
         """What the chat template is given besides the messages. Raises InvalidRequest."""
         return template_options(self.chat_template_kwargs)
 
 
-# Values that ask for nothing, as JSON writes them; anything else in these fields is refused.
-_NEUTRAL: dict[str, tuple[str, ...]] = {
-    "n": ("1",),
-    "best_of": ("1", "1.0"),
-    "echo": ("false",),
-    "suffix": ('""',),
-    "logprobs": ("false",),
-    "top_logprobs": ("0", "0.0"),
-    "logit_bias": ("{}",),
-    "presence_penalty": ("0", "0.0", "-0.0"),
-    "frequency_penalty": ("0", "0.0", "-0.0"),
-    "tools": ("[]",),
-    "tool_choice": ('"none"', '"auto"'),
-    "functions": ("[]",),
-    "function_call": ('"none"', '"auto"'),
-    "modalities": ('["text"]',),
-    "audio": (),
-    "prediction": (),
-    "reasoning_effort": (),  # a template's option goes into chat_template_kwargs
-    "verbosity": ('"medium"',),
-    "web_search_options": (),
-    "moderation": (),
-    "response_format": ('{"type": "text"}',),
-}
+_AS_THEY_ARE = (
+    "temperature", "top_p", "min_p", "typical_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
+_LISTS = ("stop_token_ids", "allowed_token_ids", "banned_token_ids", "bad_words")
+
+
+def _bias_by_id(bias: Mapping[str, float]) -> Mapping[int, float]:
+    for key in bias:
+        if not (key.isascii() and key.isdigit() and len(key) < 10):
+            raise _invalid("logit_bias", f"{key!r} is not a token id")
+    return {int(key): value for key, value in bias.items()}
 
 
 def template_options(given: dict[str, Any] | None) -> Mapping[str, object]:
@@ -193,24 +207,52 @@ _R = TypeVar("_R", bound=_Request)
 
 def validated(kind: type[_M], content: object) -> _M:
     """A request whose fields have the right types. Raises InvalidRequest naming the field."""
-    if not isinstance(content, dict):
-        raise InvalidRequest("request body: must be a JSON object")
     try:
-        return kind.model_validate(content)
+        return kind.model_validate(_object(content))
     except ValidationError as error:
         raise _refusal(error) from None
 
 
 def parse(kind: type[_R], content: object) -> _R:
     """A checked request. Raises InvalidRequest naming the field."""
-    request = validated(kind, content)
-    for field, neutral in _NEUTRAL.items():
-        value = getattr(request, field, None)
-        if value is not None and json.dumps(value) not in neutral:
-            raise _invalid(field, f"{json.dumps(value)} is not supported here")
+    request = validated(kind, _without_neutral(_object(content), kind))
+    _check_together(request)
+    return request
+
+
+def _object(content: object) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise InvalidRequest("request body: must be a JSON object")
+    return content
+
+
+def _without_neutral(content: dict[str, Any], kind: type[_Request]) -> dict[str, Any]:
+    """The content without options that change no answer. Raises InvalidRequest for those that are not served."""
+    other = Api.CHAT if kind is CompletionRequest else Api.COMPLETIONS
+    left = {}
+    for name, value in content.items():
+        option = NOT_SERVED.get(name)
+        if option is None or option.api is other:
+            left[name] = value
+        elif not option.asks_for_nothing(value):
+            raise _invalid(name, f"{_shortened(json.dumps(value))} is not supported here: {option.note}")
+    return left
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."
+
+
+def _check_together(request: _Request) -> None:
+    """Raise InvalidRequest for options that are wrong, or exclude each other."""
+    if request.deadline_s is not None and not 0 < request.deadline_s < math.inf:
+        raise _invalid("deadline_s", f"must be > 0 and finite, not {request.deadline_s}")
+    if request.cache_salt is not None and not 0 < len(request.cache_salt) <= MAX_SALT_CHARACTERS:
+        raise _invalid("cache_salt", f"must have 1 to {MAX_SALT_CHARACTERS} characters")
+    if isinstance(request, CompletionRequest) and request.echo and request.num_logprobs is not None:
+        raise _invalid("echo", "is not supported together with logprobs")
     if request.stream_options is not None and not request.stream:
         raise _invalid("stream_options", "is only allowed when stream is true")
-    return request
 
 
 def _refusal(error: ValidationError) -> InvalidRequest:

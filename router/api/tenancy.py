@@ -1,9 +1,10 @@
 """Whose KV blocks a request may share: a salt made from the credential that came with the call.
 
 Block names begin with it, so a prefix that one tenant computed is never found by another, and how fast an answer comes
-shows nothing of what others asked. The salt is never taken from a request's content. Whether a credential is valid
-is decided in front of this router; here two that differ are two tenants, and calls without one share a tenant. Knows
-nothing of HTTP or gRPC.
+shows nothing of what others asked.
+
+A request's own cache_salt only parts a tenant's requests further. Whether a credential is valid is decided in front of
+this router; here two that differ are two tenants, and calls without one share a tenant. Knows nothing of HTTP or gRPC.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from router.events import (
     RequestStats,
     ResumeRequest,
     Started,
+    TokenLogprobs,
     Tokens,
 )
 from router.fleet.fleet import KvLayout, LoadReport, WorkerInfo
@@ -87,6 +88,7 @@ def generation_request(
         model=message.model,
         deadline_s=deadline_s,
         tenant_salt=tenant_salt,
+        cache_salt=message.cache_salt,
     )
 
 
@@ -103,6 +105,7 @@ def journal_header(request: GenerationRequest, served: ServedModel, deadline_uni
         model=request.model,
         token_ids=generation.TokenIds(ids=request.prompt),
         sampling=sampling_message(request.sampling),
+        cache_salt=request.cache_salt,
     )
     record = journal.StreamRecord(
         request=message,
@@ -157,6 +160,11 @@ def block_event(message: worker.WatchBlocksResponse) -> BlockEvent | None:
     return None
 
 
+def token_logprobs(message: generation.TokenLogprobs) -> TokenLogprobs:
+    """Of one token."""
+    return TokenLogprobs(message.logprob, tuple(message.top_ids), tuple(message.top_logprobs))
+
+
 def part_report(message: worker.RequestFinished) -> PartReport:
     """A worker's final report of a part; an outcome that this router does not know is a failure."""
     return PartReport(
@@ -178,6 +186,8 @@ def event_message(stream_id: str, event: Event) -> generation.GenerateResponse:
     """One message of a Generate stream."""
     if isinstance(event, Tokens):
         tokens = generation.Tokens(first_position=event.first_position, ids=event.ids, text=event.text)
+        for one in event.logprobs:
+            tokens.logprobs.add(logprob=one.logprob, top_ids=one.top_ids, top_logprobs=one.top_logprobs)
         return generation.GenerateResponse(stream_id=stream_id, tokens=tokens)
     if isinstance(event, Started):
         started = generation.Started(model=event.model, num_prompt_tokens=event.num_prompt_tokens, seed=event.seed)

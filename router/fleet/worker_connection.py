@@ -20,10 +20,11 @@ from switchyard.v1 import worker_pb2, worker_pb2_grpc
 from checkpoint.identity import ServedModel
 from kvstore.control.directory import LeasedWorker
 from kvstore.network.channels import dial_async
+from router.events import TokenLogprobs
 from router.fleet.block_events import BlockListener, watch_blocks
 from router.fleet.fleet import WorkerInfo
 from router.fleet.identity import ServedIdentity
-from router.fleet.messages import PartOrder, part_report, submit_message, worker_info
+from router.fleet.messages import PartOrder, part_report, submit_message, token_logprobs, worker_info
 from router.placement.streams import PartReport
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,9 @@ _FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.1, 2.0
 class StreamSink(Protocol):
     """Who waits for a part's tokens. Called from the event loop; must not block."""
 
-    def on_token(self, worker_id: str, epoch: int, position: int, token_id: int) -> None: ...
+    def on_token(
+        self, worker_id: str, epoch: int, position: int, token_id: int, logprobs: TokenLogprobs | None = None
+    ) -> None: ...
 
     def on_finished(self, worker_id: str, epoch: int, report: PartReport) -> None: ...
 
@@ -273,10 +276,11 @@ class WorkerConnection:
         epochs = batch.epochs
         sinks = [self._sinks.get(stream_id) for stream_id in batch.stream_ids]
         entries = zip(batch.stream_index, batch.positions, batch.token_ids, strict=True)
-        for index, position, token_id in entries:
+        logprobs = dict(zip(batch.logprob_index, map(token_logprobs, batch.logprobs), strict=True))
+        for i, (index, position, token_id) in enumerate(entries):
             attached = sinks[index]
             if attached is not None:
-                attached.sink.on_token(self.worker_id, epochs[index], position, token_id)
+                attached.sink.on_token(self.worker_id, epochs[index], position, token_id, logprobs.get(i))
 
     def _finish(self, finished: worker_pb2.RequestFinished) -> None:
         attached = self._sinks.get(finished.stream_id)

@@ -8,6 +8,8 @@ from router.errors import ContextLengthExceeded
 from router.events import ResumeRequest
 from router.sampling import check_token_ids, invalid
 
+MAX_SALT_BYTES = 1024
+
 
 def check_prompt(num_tokens: int, context_tokens: int, is_bound: bool = False) -> None:
     """Raise InvalidRequest unless the prompt leaves space for one token of output.
@@ -23,6 +25,12 @@ def check_prompt(num_tokens: int, context_tokens: int, is_bound: bool = False) -
             " completion together, and no space is left for output. Please reduce the length of the prompt."
         )
         raise ContextLengthExceeded(message, param="prompt")
+
+
+def check_salt(cache_salt: bytes) -> None:
+    """Raise InvalidRequest when a caller's salt is too long to be carried along."""
+    if len(cache_salt) > MAX_SALT_BYTES:
+        raise invalid("cache_salt", f"has {len(cache_salt)} bytes, more than {MAX_SALT_BYTES}")
 
 
 def check_resumption(request: ResumeRequest, committed: Sequence[int], vocab_size: int) -> None:

@@ -9,41 +9,25 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from switchyard.v1 import worker_pb2
 
 from router.config import RouterConfig
 from router.errors import Cancelled, DeadlineExceeded, InvalidRequest, NoWorker, RouterError, WorkersLost
-from router.events import FinishReason, RequestStats
+from router.events import FinishReason, RequestStats, TokenLogprobs
 from router.fleet.fleet import BlockNames, Fleet, WorkerInfo, extend_names
 from router.fleet.messages import PartOrder, load_report
 from router.fleet.worker_connection import CLOSED, WorkerConnection
 from router.placement.affinity import BlockEvent, SnapshotPart
 from router.placement.policy import Placement, Reject, RejectReason, RouteRequest
-from router.placement.streams import Action, CancelPart, ContinuePart, KVTransfer, PartReport, Phase, Stream, SubmitPart
+from router.placement.streams import Action, CancelPart, ContinuePart, PartReport, Phase, Stream, SubmitPart
+from router.service.dispatch_observer import DispatchObserver
 from router.service.token_request import TokenRequest
 
 log = logging.getLogger(__name__)
 
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.05, 1.0
 _WORKER_DEADLINE_SLACK_S = 1.0
-
-
-class DispatchObserver(Protocol):
-    """Who counts."""
-
-    def placed(self, placement: Placement, queue_s: float) -> None: ...
-
-    def replaced(self) -> None: ...
-
-    def first_token(self, ttft_s: float, predicted_s: float) -> None: ...
-
-    def closed(self, num_dropped_frames: int, kv_transfer: KVTransfer | None) -> None: ...
-
-    def block_snapshot(self) -> None: ...
-
-    def block_gap(self) -> None: ...
 
 
 class Dispatcher:
@@ -116,6 +100,7 @@ class LiveStream:
         sampling = request.sampling
         assert sampling.max_tokens is not None, "max_tokens is set before a stream is opened"
         self._state = Stream(len(request.token_ids), sampling.max_tokens, emitted)
+        self._logprobs: dict[int, TokenLogprobs] = {}  # by position, of tokens that the reader does not have
         self._wake = asyncio.Event()
         self._num_taken = num_given  # tokens that next() gave and whose reader came back
         self._num_given = num_given
@@ -159,6 +144,11 @@ class LiveStream:
                 await self._place()
                 continue
             await self._wait_for_token()
+
+    def take_logprobs(self, first_position: int, count: int) -> tuple[TokenLogprobs, ...]:
+        """Of tokens that next() gave, where the request asked for them; else none."""
+        found = [self._logprobs.pop(position, None) for position in range(first_position, first_position + count)]
+        return tuple(one for one in found if one is not None)
 
     def finish(self) -> None:
         """The reader has enough: a stop text was found."""
@@ -205,11 +195,15 @@ class LiveStream:
 
     # -- StreamSink: called by connections
 
-    def on_token(self, worker_id: str, epoch: int, position: int, token_id: int) -> None:
+    def on_token(
+        self, worker_id: str, epoch: int, position: int, token_id: int, logprobs: TokenLogprobs | None = None
+    ) -> None:
         num_before = len(self._state.emitted)
         actions = self._state.on_token(worker_id, epoch, position, token_id)
         if len(self._state.emitted) > num_before:
             self._note_token()
+            if logprobs is not None:
+                self._logprobs[num_before] = logprobs
         if actions:
             self._do(actions)
         self._wake.set()

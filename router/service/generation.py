@@ -35,19 +35,27 @@ from router.fleet.fleet import BlockNames, KvLayout, name_blocks
 from router.fleet.identity import ServedIdentity
 from router.fleet.messages import journal_header, journal_record
 from router.model_files import ModelFiles
-from router.sampling import check_repeated_sampling, check_sampling, check_text, check_token_ids
+from router.sampling import (
+    check_choice_is_left,
+    check_repeated_sampling,
+    check_sampling,
+    check_text,
+    check_token_ids,
+)
 from router.service.admission import Admission
 from router.service.chat import ChatTemplate
 from router.service.checks import (
     check_prompt,
     check_repeated_prompt,
     check_resumption,
+    check_salt,
 )
-from router.service.defaults import end_token_ids, settled
+from router.service.defaults import end_token_ids, settled, with_spelled_words
 from router.service.dispatch import Dispatcher, LiveStream
 from router.service.journal import JournalWriter, StreamLog
-from router.service.text import Detokenizer, StopTexts, TextCodec
-from router.service.token_request import TokenRequest
+from router.service.text import TextCodec
+from router.service.text_out import TextOut
+from router.service.token_request import TokenRequest, block_salt
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +136,14 @@ class Generation:
             raise InvalidRequest(f"messages: model {self.files.name!r} has no chat template", param="messages")
         return self._chat.render(messages, options)
 
+    def text_of(self, prompt: str | Sequence[int]) -> str:
+        """A prompt as text. Its ids, if it has some, were checked."""
+        return prompt if isinstance(prompt, str) else self._codec.decode(prompt)
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """What one token says by itself."""
+        return self._codec.bytes_alone(token_id)
+
     async def tokenize(
         self, model: str, text: str, add_special_tokens: bool = True, param: str = "text"
     ) -> Sequence[int]:
@@ -178,6 +194,8 @@ class Generation:
             if not log.ending:
                 log.add(0, request.token_ids)
             first, served, deadline_unix_s = journal_record(entry.header)
+            if first.sampling.logprobs is not None:
+                log.cut(request.num_tokens)  # the journal has no logprobs: its tokens are chosen again, with them
             order = await self._order(first)
             order = dataclasses.replace(
                 order,
@@ -198,7 +216,7 @@ class Generation:
         sampling = order.sampling
         assert sampling.seed is not None, "the seed is set before a stream is opened"
         assert sampling.max_tokens is not None, "max_tokens is set before a stream is opened"
-        text = _TextOut(self._codec.detokenizer(order.token_ids), sampling.stop)
+        text = TextOut(self._codec.detokenizer(order.token_ids), sampling)
         text.push(0, log.token_ids[: given.num_tokens])
         account.num_output_tokens = given.num_tokens
         live = self._dispatcher.open(order, log.token_ids, given.num_tokens)
@@ -214,6 +232,9 @@ class Generation:
                 if not ids:
                     break
                 tokens = text.push(account.num_output_tokens, ids)
+                if sampling.logprobs is not None:
+                    logprobs = live.take_logprobs(tokens.first_position, len(tokens.ids))
+                    tokens = dataclasses.replace(tokens, logprobs=logprobs)
                 account.num_output_tokens += len(tokens.ids)
                 log.add(tokens.first_position, tokens.ids)
                 if commits_first:
@@ -270,6 +291,7 @@ class Generation:
         """All that can be said before encoding; the prompt's size in bytes."""
         self.check_model(request.model)
         check_sampling(request.sampling, self.files.vocab_size)
+        check_salt(request.cache_salt)
         if isinstance(request.prompt, str):
             return check_text("prompt", request.prompt)
         check_prompt(len(request.prompt), self.context_tokens)
@@ -304,21 +326,23 @@ class Generation:
         if isinstance(request.prompt, str):
             num_tokens = max(1, self._codec.min_tokens(len(request.prompt.encode())))
             check_prompt(num_tokens, context_tokens, is_bound=True)
-        token_ids, names = await self._encode(request.prompt, request.add_special_tokens, layouts, request.tenant_salt)
+        salt = block_salt(request.tenant_salt, request.cache_salt)
+        token_ids, names = await self._encode(request.prompt, request.add_special_tokens, layouts, salt)
         check_prompt(len(token_ids), context_tokens)
         check_token_ids("prompt", token_ids, self.files.vocab_size)
         num_tokens_left = context_tokens - len(token_ids)
+        asked = with_spelled_words(request.sampling, self._codec)
+        end_ids = (*self._end_token_ids, *self.files.eos_token_ids)
+        check_choice_is_left(asked, end_ids, self.files.vocab_size)
         seed = secrets.randbits(53)  # 53: exact in any JSON reader
         return TokenRequest(
             stream_id=secrets.token_hex(12),
             token_ids=token_ids,
-            sampling=settled(
-                request.sampling, self.files.sampling_defaults, self._end_token_ids, seed, num_tokens_left
-            ),
+            sampling=settled(asked, self.files.sampling_defaults, self._end_token_ids, seed, num_tokens_left),
             names=names,
             arrived_s=arrived_s,
             deadline_s=self._deadline_s(request, arrived_s),
-            tenant_salt=request.tenant_salt,
+            tenant_salt=salt,
             weights=self._served.now.weights,
         )
 
@@ -378,32 +402,3 @@ def _chat_template(files: ModelFiles) -> ChatTemplate | None:
     if not files.chat_template:
         return None
     return ChatTemplate(files.chat_template, files.special_tokens, files.chat_template_where)
-
-
-class _TextOut:
-    """The text side of one stream: ids in, Tokens out, until a stop text shows up."""
-
-    def __init__(self, detokenizer: Detokenizer, stops: Sequence[str]) -> None:
-        self._detokenizer = detokenizer
-        self._stops = StopTexts(stops) if stops else None
-
-    @property
-    def is_stopped(self) -> bool:
-        return self._stops is not None and self._stops.is_hit
-
-    def push(self, first_position: int, ids: Sequence[int]) -> Tokens:
-        """The ids up to the one that completed a stop text, and the text that may be shown."""
-        if self._stops is None:
-            return Tokens(first_position, tuple(ids), self._detokenizer.push(ids))
-        text = ""
-        for count, token_id in enumerate(ids, start=1):
-            text += self._stops.push(self._detokenizer.push((token_id,)))
-            if self._stops.is_hit:
-                return Tokens(first_position, tuple(ids[:count]), text)
-        return Tokens(first_position, tuple(ids), text)
-
-    def finish(self) -> str:
-        rest = self._detokenizer.finish()
-        if self._stops is None:
-            return rest
-        return self._stops.push(rest) + self._stops.finish()

@@ -49,6 +49,13 @@ class StreamLog:
         self.token_ids.extend(token_ids[len(self.token_ids) - first_position :])
         self._writer.mark(self)
 
+    def cut(self, num_tokens: int) -> None:
+        """Only the first tokens count: what came after them is chosen again, and replaces them in the journal."""
+        if num_tokens < len(self.token_ids) or self.ending:
+            self.token_ids, self.ending = self.token_ids[:num_tokens], ""
+            self.has_header, self.has_ending, self.num_committed = False, False, 0
+            self._writer.mark(self)
+
     def end(self, ending: str) -> None:
         """The stream is complete."""
         self.ending = ending

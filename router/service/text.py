@@ -115,6 +115,15 @@ class TextCodec:
             known = self._bytes_of[token_id] = self._spell(token_id)
         return known
 
+    def bytes_alone(self, token_id: int) -> bytes:
+        """What one id says by itself, special ones included; its neighbours may make it something else."""
+        if self._is_byte_level and not self.is_special(token_id):
+            return self.token_bytes(token_id)
+        byte = self.fallback_byte(token_id)
+        if byte is not None:
+            return bytes((byte,))
+        return str(self._tokenizer.id_to_token(token_id) or "").replace("\u2581", " ").encode()
+
     def _last_with_text(self, prompt_ids: Sequence[int]) -> list[int]:
         """The prompt's last ids that have text, so many that what is to the left of them changes nothing."""
         looked_at = islice(reversed(prompt_ids), _MAX_LOOKED_AT_TOKENS)
@@ -213,8 +222,9 @@ class _WindowDetokenizer:
 class StopTexts:
     """Watches a growing text for the first of some stop texts; holds back what may become one."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], shows_stop: bool = False) -> None:
         self._stops = stops
+        self._shows_stop = shows_stop
         self._held = ""
         self.is_hit = False
 
@@ -223,11 +233,12 @@ class StopTexts:
         if self.is_hit:
             return ""
         text = self._held + text
-        hits = [index for index in (text.find(stop) for stop in self._stops) if index >= 0]
+        hits = [(index, len(stop)) for stop in self._stops if (index := text.find(stop)) >= 0]
         if hits:
             self.is_hit = True
             self._held = ""
-            return text[: min(hits)]
+            first, length = min(hits)
+            return text[: first + length if self._shows_stop else first]
         num_held = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from router.fleet.fleet import BlockNames
 from router.sampling import SamplingParams
+
+
+def block_salt(tenant_salt: bytes, cache_salt: bytes) -> bytes:
+    """The salt of block names: the tenant's, or what it and the request's own make."""
+    if not cache_salt:
+        return tenant_salt
+    return hashlib.blake2b(cache_salt, digest_size=16, key=tenant_salt, person=b"switchyard-cache").digest()
 
 
 @dataclass(frozen=True, slots=True)

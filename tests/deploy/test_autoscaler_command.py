@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import subprocess
 import sys
@@ -127,6 +128,7 @@ def test_a_problem_that_lasts_is_logged_as_it_begins_each_minute_and_as_it_ends(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     now_s = [0.0]
+    caplog.set_level(logging.INFO)
     problems = Problems(lambda: now_s[0])
     for second in range(130):
         now_s[0] = float(second)

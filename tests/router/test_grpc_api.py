@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -211,6 +212,20 @@ BAD_REQUESTS = [
     (request(stop=("",)), "INVALID_ARGUMENT", "stop"),
     (request(stop=tuple("abcdefghijklmnopq")), "INVALID_ARGUMENT", "stop"),
     (request(stop_token_ids=(VOCAB_SIZE,)), "INVALID_ARGUMENT", "stop_token_ids"),
+    (request(logprobs=10_000), "INVALID_ARGUMENT", "logprobs"),
+    (request(min_p=-0.1), "INVALID_ARGUMENT", "min_p"),
+    (request(typical_p=math.nan), "INVALID_ARGUMENT", "typical_p"),
+    (request(repetition_penalty=0.0), "INVALID_ARGUMENT", "repetition_penalty"),
+    (request(presence_penalty=2.1), "INVALID_ARGUMENT", "presence_penalty"),
+    (request(frequency_penalty=math.inf), "INVALID_ARGUMENT", "frequency_penalty"),
+    (request(logit_bias={5: math.nan}), "INVALID_ARGUMENT", "logit_bias"),
+    (request(logit_bias={VOCAB_SIZE: 1.0}), "INVALID_ARGUMENT", "logit_bias"),
+    (request(logit_bias=dict.fromkeys(range(1025), 1.0)), "INVALID_ARGUMENT", "logit_bias"),
+    (request(max_tokens=5, min_tokens=6), "INVALID_ARGUMENT", "min_tokens"),
+    (request(bad_words=("x",) * 129), "INVALID_ARGUMENT", "bad_words"),
+    (request(allowed_token_ids=(7,), banned_token_ids=(7,)), "INVALID_ARGUMENT", "allowed_token_ids"),
+    (request(banned_sequences=((),)), "INVALID_ARGUMENT", "banned_sequences"),
+    (replace(request(), cache_salt=b"x" * 1025), "INVALID_ARGUMENT", "cache_salt"),
     (GenerationRequest(PROMPT, model="nobody"), "NOT_FOUND", "model"),
 ]
 

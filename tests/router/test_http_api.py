@@ -14,6 +14,7 @@ import httpx
 import openai
 import pytest
 
+from router.sampling import sampling_params
 from router.service.text import TextCodec
 from tests.router.conftest import MODEL, Cluster, config_with, pair, running_cluster, until
 from tests.router.fake_worker import CONTEXT_TOKENS, VOCAB_SIZE, FakeWorker, expected_tokens
@@ -183,12 +184,39 @@ BAD = [
     ({"top_k": -2}, 400, "top_k"),
     ({"seed": 2**64}, 400, "seed"),
     ({"seed": -1}, 400, "seed"),
-    ({"n": 2}, 400, "n"),
-    ({"logprobs": 1}, 400, "logprobs"),
-    ({"logprobs": 0}, 400, "logprobs"),
-    ({"echo": True}, 400, "echo"),
-    ({"logit_bias": {"5": 1}}, 400, "logit_bias"),
-    ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),
+    ({"n": 0}, 400, "n"),
+    ({"n": 10_000}, 400, "n"),
+    ({"n": 3, "best_of": 2}, 400, "best_of"),
+    ({"best_of": 0}, 400, "best_of"),
+    ({"n": 65, "prompt": ["a", "b"]}, 400, "n"),
+    ({"suffix": "end"}, 400, "suffix"),
+    ({"deadline_s": 0}, 400, "deadline_s"),
+    ({"cache_salt": ""}, 400, "cache_salt"),
+    ({"logprobs": 21}, 400, "logprobs"),
+    ({"logprobs": 10_000}, 400, "logprobs"),
+    ({"logprobs": -1}, 400, "logprobs"),
+    ({"logprobs": "5"}, 400, "logprobs"),
+    ({"echo": True, "logprobs": 1}, 400, "echo"),
+    ({"echo": "yes"}, 400, "echo"),
+    ({"logit_bias": {"five": 1}}, 400, "logit_bias"),
+    ({"logit_bias": {"5": 101}}, 400, "logit_bias"),
+    ({"logit_bias": {str(VOCAB_SIZE): 1}}, 400, "logit_bias"),
+    ({"frequency_penalty": 2.5}, 400, "frequency_penalty"),
+    ({"presence_penalty": float("nan")}, 400, "presence_penalty"),
+    ({"repetition_penalty": 0}, 400, "repetition_penalty"),
+    ({"min_p": 1.5}, 400, "min_p"),
+    ({"typical_p": 0}, 400, "typical_p"),
+    ({"min_tokens": 13}, 400, "min_tokens"),
+    ({"min_tokens": -1}, 400, "min_tokens"),
+    ({"bad_words": [""]}, 400, "bad_words"),
+    ({"bad_words": ["x" * 200]}, 400, "bad_words"),
+    ({"bad_words": "x"}, 400, "bad_words"),
+    ({"allowed_token_ids": [VOCAB_SIZE]}, 400, "allowed_token_ids"),
+    ({"allowed_token_ids": [5, 6], "banned_token_ids": [6], "banned_sequences": [[9, 5]]}, 400, "allowed_token_ids"),
+    ({"allowed_token_ids": [5], "stop_token_ids": [5], "min_tokens": 2}, 400, "allowed_token_ids"),
+    ({"banned_token_ids": list(range(VOCAB_SIZE))}, 400, "banned_token_ids"),
+    ({"banned_sequences": [[]]}, 400, "banned_sequences"),
+    ({"banned_sequences": [[1] * 33]}, 400, "banned_sequences"),
     ({"stop": [""]}, 400, "stop"),
     ({"stop": ["a"] * 17}, 400, "stop"),
     ({"stop_token_ids": [VOCAB_SIZE]}, 400, "stop_token_ids"),
@@ -211,6 +239,62 @@ async def test_bad_completions_are_refused_by_name(model_dir: Path) -> None:
                 assert "\n" not in response.json()["error"]["message"]
         assert (await client.post("/v1/completions", json=BASE)).status_code == 200
     assert len(worker.submits) == 1
+
+
+async def test_each_prompt_has_its_choices_with_seeds_and_indices(model_dir: Path) -> None:
+    worker = FakeWorker("mixed-0", "mixed")
+    prompts = [[5, 6, 7], [8, 9]]
+    async with served(model_dir, worker) as (_, client):
+        body = {**BASE, "prompt": prompts, "n": 3, "seed": 2**64 - 2, "echo": True}
+        answer = (await client.post("/v1/completions", json=body)).json()
+        chunks = await sse(client, "/v1/completions", {**body, "stream": True})
+        texts = await client.post("/v1/completions", json={**BASE, "prompt": [TEXT, "import"], "n": 1})
+        chat = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "n": 2}
+        assert (await client.post("/v1/chat/completions", json={**chat, "n": 0})).status_code == 400
+    codec = TextCodec(model_dir / "tokenizer.json")
+    expected = [codec.decode(p) + decoded(model_dir, p, 12) for p in prompts for _ in range(3)]
+    assert [choice["index"] for choice in answer["choices"]] == list(range(6))
+    assert [choice["text"] for choice in answer["choices"]] == expected
+    assert answer["usage"]["prompt_tokens"] == 5
+    assert answer["usage"]["completion_tokens"] == 6 * 12
+    assert sorted(one.sampling.seed for one in worker.submits[:6]) == [0] * 2 + [2**64 - 2] * 2 + [2**64 - 1] * 2
+    streamed = [""] * 6
+    for chunk in chunks[:-1]:
+        for choice in chunk["choices"]:
+            streamed[choice["index"]] += choice["text"]
+    assert streamed == expected
+    assert [choice["text"] for choice in texts.json()["choices"]] == [
+        decoded(model_dir, TEXT, 12), decoded(model_dir, "import", 12)
+    ]  # fmt: skip
+
+
+async def test_a_request_past_its_deadline_is_given_up(model_dir: Path) -> None:
+    worker = FakeWorker("mixed-0", "mixed")
+    worker.prefill_s = 60.0
+    async with served(model_dir, worker) as (_, client):
+        answer = await client.post("/v1/completions", json={**BASE, "deadline_s": 0.2})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
+        await until(lambda: worker.num_live == 0, "the worker lets it go")
+
+
+async def test_every_option_reaches_the_worker(model_dir: Path) -> None:
+    worker = FakeWorker("mixed-0", "mixed")
+    options = {
+        "min_p": 0.25, "typical_p": 0.5, "repetition_penalty": 1.5, "presence_penalty": -0.5, "frequency_penalty": 0.5,
+        "logit_bias": {"7": -100, "8": 1.5}, "allowed_token_ids": [5, 7, 8], "banned_token_ids": [9],
+        "bad_words": ["fib"], "banned_sequences": [[1, 2]], "min_tokens": 3, "include_stop_str_in_output": True,
+        "stop": "zzz",
+    }  # fmt: skip
+    codec = TextCodec(model_dir / "tokenizer.json")
+    async with served(model_dir, worker) as (_, client):
+        assert (await client.post("/v1/completions", json={**BASE, **options})).status_code == 200
+    sent = sampling_params(worker.submits[0].sampling)
+    spelled = [tuple(codec.encode(text, False)) for text in ("fib", " fib")]
+    assert sent.banned_sequences == ((1, 2), *spelled)
+    assert sent.logit_bias == {7: -100, 8: 1.5}
+    for name in options.keys() - {"banned_sequences", "logit_bias", "stop"}:
+        value = options[name]
+        assert getattr(sent, name) == (tuple(value) if isinstance(value, list) else value), name
 
 
 async def test_bad_bodies_are_refused(model_dir: Path) -> None:

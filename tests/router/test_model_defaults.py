@@ -70,7 +70,14 @@ def test_sampling_defaults_are_read_and_can_be_turned_off(tmp_path: Path) -> Non
     assert ModelFiles.load(directory, "m", "none").sampling_defaults == SamplingDefaults()
     write_model(tmp_path, generation_config={"temperature": None, "top_k": -1})
     assert ModelFiles.load(directory, "m").sampling_defaults == SamplingDefaults(top_k=0)
+    shaped = {"min_p": 0.05, "typical_p": 0.9, "repetition_penalty": 1.05}
+    write_model(tmp_path, generation_config=shaped)
+    defaults = ModelFiles.load(directory, "m").sampling_defaults
+    assert defaults == SamplingDefaults(**shaped)
+    found = settled(SamplingParams(min_p=0.0), defaults, (), 1, 9)
+    assert (found.min_p, found.typical_p, found.repetition_penalty) == (0.0, 0.9, 1.05)
     wrong = [("temperature", -1), ("top_p", 0), ("top_k", 2.5), ("max_new_tokens", 0), ("top_p", "x")]
+    wrong += [("min_p", 2), ("typical_p", 0), ("repetition_penalty", 0)]
     wrong += [("top_k", float("inf")), ("max_new_tokens", float("nan"))]
     for field, value in wrong:
         write_model(tmp_path, generation_config={field: value})

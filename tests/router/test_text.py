@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from router.errors import InvalidRequest, ModelFilesError
 from router.model_files import ModelFiles
+from router.sampling import SamplingParams
 from router.service.chat import ChatTemplate
 from router.service.text import StopTexts, TextCodec
+from router.service.text_out import TextOut
 
 ACCENTS = "naïve café, 你好 👩‍👩‍👧 \x00 end"
 
@@ -136,6 +139,24 @@ def test_stop_texts(stops: list[str], pieces: list[str], text: str, is_hit: bool
     watch = StopTexts(stops)
     assert "".join(watch.push(piece) for piece in pieces) + watch.finish() == text
     assert watch.is_hit is is_hit
+
+
+def test_a_stop_text_can_be_shown_and_held_off() -> None:
+    watch = StopTexts(["END", "EN"], shows_stop=True)
+    assert [watch.push(piece) for piece in ("one ", "E", "N", "D")] == ["one ", "", "EN", ""]
+    out = TextOut(Spelled(), SamplingParams(stop=("bb",), min_tokens=3))
+    assert [out.push(i, (ord(letter),)).text for i, letter in enumerate("bbbcbb")] == ["b", "b", "", "bc", "", ""]
+    assert out.is_stopped
+
+
+class Spelled:
+    """A detokenizer whose ids are characters."""
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        return "".join(map(chr, token_ids))
+
+    def finish(self) -> str:
+        return ""
 
 
 @settings(max_examples=60, deadline=None)

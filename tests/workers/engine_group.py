@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from workers.config import EngineConfig
 from workers.engine.engine import Engine
-from workers.engine.request import Request
+from workers.engine.request import Request, TokenOutput
 from workers.engine.step import ModelRunnerOutput, SchedulerOutput, StepPlan
 from workers.model.registry import load_config
 from workers.parallel import ParallelGroups, Shard
@@ -21,7 +21,7 @@ from workers.runtime.batching import PreparedBatch
 from workers.runtime.build import make_engine
 from workers.runtime.executor import GroupExecutor, follow
 from workers.runtime.runner import TorchModelRunner
-from workers.sampling.params import SamplingParams
+from workers.sampling.params import SamplingParams, TokenLogprobs
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class JobResult:
     num_cached_prompt_tokens: int
     num_computed_prompt_tokens: int
     logits: list[Tensor]  # [tokens, the leader's share of the vocabulary] of each completion; none where pp > 1
+    logprobs: list[list[TokenLogprobs | None]] = field(default_factory=list)
 
 
 class RecordingRunner(TorchModelRunner):
@@ -44,7 +45,7 @@ class RecordingRunner(TorchModelRunner):
         self.logits.append([])
         return super().start(plan)
 
-    def _choose(self, logits: Tensor, prepared: PreparedBatch) -> Tensor:
+    def _choose(self, logits: Tensor, prepared: PreparedBatch) -> tuple[Tensor, Tensor | None]:
         by_index = {index: row.clone() for row, index in zip(logits, prepared.order.tolist(), strict=True)}
         self.logits[-1] = [by_index[index] for index in sorted(by_index)]
         return super()._choose(logits, prepared)
@@ -64,8 +65,14 @@ class RecordingExecutor(GroupExecutor):
 
 
 def run_to_end(engine: Engine, requests: Sequence[Request]) -> dict[str, list[int]]:
+    """The ids of outputs_to_end."""
+    outputs = outputs_to_end(engine, requests)
+    return {request_id: [token.token_id for token in tokens] for request_id, tokens in outputs.items()}
+
+
+def outputs_to_end(engine: Engine, requests: Sequence[Request]) -> dict[str, list[TokenOutput]]:
     """All tokens of all requests; the engine must come to rest with its books in order."""
-    tokens: dict[str, list[int]] = {r.request_id: [] for r in requests}
+    tokens: dict[str, list[TokenOutput]] = {r.request_id: [] for r in requests}
     for request in requests:
         engine.submit(request)
     for _ in range(10_000):
@@ -74,15 +81,18 @@ def run_to_end(engine: Engine, requests: Sequence[Request]) -> dict[str, list[in
             break
         for token in events.tokens if events is not None else ():
             assert token.position == len(tokens[token.request_id]), "positions follow each other without gaps"
-            tokens[token.request_id].append(token.token_id)
+            tokens[token.request_id].append(token)
     assert not engine.scheduler.has_work()
     engine.scheduler.pool.check()
     assert engine.scheduler.pool.num_referenced == 0
     return tokens
 
 
+Sampling = SamplingParams | Sequence[SamplingParams]  # of all requests, or of each
+
+
 def run_job(
-    config: EngineConfig, groups: ParallelGroups, prompts: list[list[int]], sampling: SamplingParams
+    config: EngineConfig, groups: ParallelGroups, prompts: list[list[int]], sampling: Sampling
 ) -> JobResult | None:
     """One rank's part of a job; the leader returns the result."""
     model = load_config(config.model_dir, config.ignore_keys, config.plugins)
@@ -95,19 +105,24 @@ def run_job(
         return None
     executor = RecordingExecutor(runner, groups, in_thread=bool(config.async_scheduling))
     engine = make_engine(config, model, runner, executor, b"names", clock=lambda: 0.0)
-    requests = [Request(f"r{i}", list(p), len(p), sampling, arrival_time_s=float(i)) for i, p in enumerate(prompts)]
-    tokens = run_to_end(engine, requests)
+    params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
+    requests = [
+        Request(f"r{i}", list(p), len(p), s, arrival_time_s=float(i))
+        for i, (p, s) in enumerate(zip(prompts, params, strict=True))
+    ]
+    tokens = outputs_to_end(engine, requests)
     engine.close()
     logits: dict[str, list[Tensor]] = {r.request_id: [] for r in requests}
     for wanted, rows in zip(executor.wanted, runner.logits, strict=True):
         for request_id, row in zip(wanted, rows, strict=False):  # none where another stage has them
             logits[request_id].append(row)
     return JobResult(
-        [tokens[f"r{i}"] for i in range(len(prompts))],
+        [[token.token_id for token in tokens[f"r{i}"]] for i in range(len(prompts))],
         engine.scheduler.num_preemptions,
         engine.counters.num_cached_prompt_tokens,
         engine.counters.num_computed_prompt_tokens,
         [torch.stack(logits[f"r{i}"]) for i in range(len(prompts))] if groups.shard.pp == 1 else [],
+        [[token.logprobs for token in tokens[f"r{i}"]] for i in range(len(prompts))],
     )
 
 
@@ -150,7 +165,7 @@ class EngineGroup:
             process.kill()
         self._meeting.cleanup()
 
-    def run(self, config: EngineConfig, prompts: list[list[int]], sampling: SamplingParams) -> JobResult:
+    def run(self, config: EngineConfig, prompts: list[list[int]], sampling: Sampling) -> JobResult:
         """One job on all ranks."""
         for pipe in self._pipes:
             pipe.send((config, prompts, sampling))

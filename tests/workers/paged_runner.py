@@ -52,7 +52,7 @@ class PagedRunner:
         def wait() -> ModelRunnerOutput:
             while any(s is sampled for _, s in self.queue):
                 self._run(*self.queue.pop(0))
-            return ModelRunnerOutput(sampled, ended)
+            return ModelRunnerOutput(sampled, transfers=ended)
 
         return wait
 

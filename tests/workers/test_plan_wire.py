@@ -126,7 +126,7 @@ def test_changes_leave_a_rank_where_the_leaders_tables_are(shapes, num_blocks, n
                     known = state.block_tables[group][chunk.row]
                     assert known[table.num_released : len(table.block_ids)].tolist() == table.held
         ended = [TransferDone(t.transfer_id, len(t.block_ids)) for t in (*plan.loads, *plan.stores)]
-        result = scheduler.update(plan, ModelRunnerOutput([3] * sum(plan.num_logits), ended))
+        result = scheduler.update(plan, ModelRunnerOutput([3] * sum(plan.num_logits), transfers=ended))
         for request, _ in result.finished:
             scheduler.finish(request)
         if step % 5 == 4:

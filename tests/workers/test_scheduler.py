@@ -38,7 +38,7 @@ class FakeRunner:
         self.plans.append(plan)
         self.begun += [*plan.loads, *plan.stores]
         ended = [] if self.holds_back else [self.end(transfer) for transfer in list(self.begun)]
-        output = ModelRunnerOutput([self.next_token] * sum(plan.num_logits), ended)
+        output = ModelRunnerOutput([self.next_token] * sum(plan.num_logits), transfers=ended)
         return lambda: output
 
     def end(self, transfer: BlockTransfer) -> TransferDone:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 from kvstore.blocks.block_pools import BlockPools
 from workers.engine.block_naming import RequestNames
@@ -15,7 +16,7 @@ from workers.engine.queues import RequestQueues
 from workers.engine.request import FinishReason, Request, RequestRole, RequestStatus, TokenOutputs
 from workers.engine.step import ModelRunnerOutput, SchedulerOutput
 from workers.engine.transfers import Transfer, TransferKind, Transfers
-from workers.sampling.params import NO_TOKEN
+from workers.sampling.params import NO_TOKEN, TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -61,7 +62,7 @@ class StepOutcomes:
             plan.requests, plan.generations, plan.start_positions, plan.num_tokens, plan.num_logits, strict=True
         )
         for request, generation, start, count, num_logits in columns:
-            choices = output.sampled_token_ids[at : at + num_logits]
+            choices, logprobs = output.sampled_token_ids[at : at + num_logits], output.logprobs[at : at + num_logits]
             at += num_logits
             if request.num_preemptions != generation or request.status is not running:
                 continue
@@ -73,7 +74,7 @@ class StepOutcomes:
                 if request.drafts_in_flight:
                     choices = self._judge_drafts(request, choices)
                     end = request.num_computed_tokens
-                self._append_tokens(request, choices, result)
+                self._append_tokens(request, choices, logprobs, result)
             if end >= (request.num_registered_blocks + 1) * size:
                 self._note_full_blocks(request, end)
         return result
@@ -89,16 +90,23 @@ class StepOutcomes:
         request.window_tokens -= num_right
         return choices[: num_right + 1]
 
-    def _append_tokens(self, request: Request, token_ids: Sequence[int], result: UpdateResult) -> None:
+    def _append_tokens(
+        self,
+        request: Request,
+        token_ids: Sequence[int],
+        logprobs: Sequence[TokenLogprobs | None],
+        result: UpdateResult,
+    ) -> None:
         """Tokens that were chosen, up to one that ends the request."""
         known = request.token_ids
-        for token_id in token_ids:
+        for token_id, token_logprobs in zip_longest(token_ids, logprobs[: len(token_ids)]):
             if token_id == NO_TOKEN or token_id in request.stop_ids:
                 reason = FinishReason.FAILED if token_id == NO_TOKEN else FinishReason.STOP
                 result.finished.append((request, reason))
                 return
             known.append(token_id)
             if len(known) >= request.max_num_tokens:
+                request.last_logprobs = token_logprobs
                 if request.num_stores_in_flight:
                     self._queues.running.remove(request)
                     self._queues.storing.append(request)
@@ -106,13 +114,14 @@ class StepOutcomes:
                 else:
                     self._send_last(request, result)
                 return
-            result.tokens.append(request, len(known) - 1 - request.num_prompt_tokens, token_id)
+            result.tokens.append(request, len(known) - 1 - request.num_prompt_tokens, token_id, token_logprobs)
         if len(known) >= (len(request.block_names) + 1) * self._pool.block_size:
             self._names.extend(request)
 
     def _send_last(self, request: Request, result: UpdateResult) -> None:
         """The request has all its tokens; the last is sent now."""
-        result.tokens.append(request, request.num_output_tokens - 1, request.token_ids[-1])
+        last = request.token_ids[-1]
+        result.tokens.append(request, request.num_output_tokens - 1, last, request.last_logprobs)
         is_prefilled = (
             request.role is RequestRole.PREFILL
             and request.num_output_tokens < request.sampling.max_tokens

@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -16,7 +17,11 @@ from workers.sampling.params import SamplingParams
 
 NAME_WORDS = 4  # a block name is 16 bytes
 _HEADER_WORDS = 10
-_SAMPLING = struct.Struct("<ddiQ")  # temperature, top_p, top_k, seed
+_SAMPLING_FIELDS = (
+    "temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+    "top_k", "min_tokens", "seed",
+)  # fmt: skip
+_SAMPLING = struct.Struct("<7diiQ")
 _SAMPLING_WORDS = _SAMPLING.size // 4
 
 
@@ -76,21 +81,56 @@ class _Reader:
         values: list[int] = self.array(count).tolist()
         return values
 
+    def counted(self) -> list[int]:
+        """A list with its length before it."""
+        return self.take(*self.take(1))
+
 
 def _encode_row(state: RowState) -> Iterator[int]:
     s = state.sampling
-    yield from (state.row, state.num_prompt_tokens, len(state.block_tables))
-    yield from struct.unpack(f"<{_SAMPLING_WORDS}i", _SAMPLING.pack(s.temperature, s.top_p, s.top_k, s.seed))
+    yield from (state.row, state.num_prompt_tokens, len(state.block_tables), int(s.has_rules))
+    yield from (int(s.has_logprobs), s.num_top_logprobs)
+    values = _SAMPLING.pack(*(getattr(s, name) for name in _SAMPLING_FIELDS))
+    yield from struct.unpack(f"<{_SAMPLING_WORDS}i", values)
     for block_ids in state.block_tables:
-        yield len(block_ids)
-        yield from block_ids
+        yield from _counted(block_ids)
+    if s.has_rules:
+        yield from _encode_rules(state)
+
+
+def _encode_rules(state: RowState) -> Iterator[int]:
+    s = state.sampling
+    for ids in (state.history, state.stop_ids, s.allowed_token_ids, s.banned_token_ids, tuple(s.logit_bias)):
+        yield from _counted(ids)
+    yield from np.fromiter(s.logit_bias.values(), np.float32, len(s.logit_bias)).view(np.int32).tolist()
+    yield len(s.banned_sequences)
+    for ids in s.banned_sequences:
+        yield from _counted(ids)
+
+
+def _counted(values: Sequence[int]) -> Iterator[int]:
+    yield len(values)
+    yield from values
 
 
 def _decode_row(reader: _Reader) -> RowState:
-    row, num_prompt_tokens, num_groups = reader.take(3)
-    temperature, top_p, top_k, seed = _SAMPLING.unpack(reader.array(_SAMPLING_WORDS).tobytes())
-    sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    return RowState(row, num_prompt_tokens, sampling, [reader.take(*reader.take(1)) for _ in range(num_groups)])
+    row, num_prompt_tokens, num_groups, has_rules, has_logprobs, num_top_logprobs = reader.take(6)
+    values = _SAMPLING.unpack(reader.array(_SAMPLING_WORDS).tobytes())
+    logprobs = num_top_logprobs if has_logprobs else None
+    sampling = SamplingParams(logprobs=logprobs, **dict(zip(_SAMPLING_FIELDS, values, strict=True)))
+    block_tables = [reader.counted() for _ in range(num_groups)]
+    if not has_rules:
+        return RowState(row, num_prompt_tokens, sampling, block_tables)
+    history, stop_ids, allowed, banned, biased = (reader.counted() for _ in range(5))
+    bias = reader.array(len(biased)).view(np.float32).tolist()
+    sampling = replace(
+        sampling,
+        allowed_token_ids=allowed,
+        banned_token_ids=banned,
+        logit_bias=dict(zip(biased, bias, strict=True)),
+        banned_sequences=[reader.counted() for _ in range(*reader.take(1))],
+    )
+    return RowState(row, num_prompt_tokens, sampling, block_tables, history, stop_ids)
 
 
 def _encode_transfer(transfer: BlockTransfer) -> Iterator[int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from kvstore.blocks.block_pools import BlockTable
-from workers.sampling.params import SamplingParams
+from workers.sampling.params import SamplingParams, TokenLogprobs
 
 
 class RequestRole(Enum):
@@ -79,6 +79,7 @@ class Request:
     is_continued: bool = False  # the prefill side is through (DECODE)
     awaits_lookup: bool = False  # the directory is being asked for its prefix; nothing is scheduled before it answered
     num_preemptions: int = 0
+    last_logprobs: TokenLogprobs | None = None  # of a token that is not sent before its stores have ended
     num_cached_prompt_tokens: int = 0
     num_computed_prompt_tokens: int = 0
     num_transferred_blocks: int = 0
@@ -128,6 +129,7 @@ class TokenOutput:
     epoch: int
     position: int  # in the completion
     token_id: int
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(slots=True)
@@ -137,9 +139,14 @@ class TokenOutputs:
     requests: list[Request] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)  # in the completion
     token_ids: list[int] = field(default_factory=list)
+    logprob_indices: list[int] = field(default_factory=list)  # of tokens whose requests asked for logprobs
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # theirs
 
-    def append(self, request: Request, position: int, token_id: int) -> None:
+    def append(self, request: Request, position: int, token_id: int, logprobs: TokenLogprobs | None = None) -> None:
         """Add one."""
+        if logprobs is not None:
+            self.logprob_indices.append(len(self.token_ids))
+            self.logprobs.append(logprobs)
         self.requests.append(request)
         self.positions.append(position)
         self.token_ids.append(token_id)
@@ -148,8 +155,10 @@ class TokenOutputs:
         return len(self.token_ids)
 
     def __iter__(self) -> Iterator[TokenOutput]:
-        for request, position, token_id in zip(self.requests, self.positions, self.token_ids, strict=True):
-            yield TokenOutput(request.request_id, request.epoch, position, token_id)
+        logprobs = dict(zip(self.logprob_indices, self.logprobs, strict=True))
+        columns = zip(self.requests, self.positions, self.token_ids, strict=True)
+        for index, (request, position, token_id) in enumerate(columns):
+            yield TokenOutput(request.request_id, request.epoch, position, token_id, logprobs.get(index))
 
 
 @dataclass(frozen=True, slots=True)

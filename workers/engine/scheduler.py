@@ -224,8 +224,7 @@ class Scheduler:
         if end > len(shortest.block_ids) * size and not self._free_blocks_for(plan, request, end):
             return 0
         if self.rows.take(request, plan.rows):
-            block_ids = [table.block_ids for table in tables]
-            plan.new_rows.append(RowState(request.row, request.num_prompt_tokens, request.sampling, block_ids))
+            plan.new_rows.append(RowState.of(request))
         num_known = count - num_pending if is_last else count
         if num_known == 1:
             plan.token_ids.append(known[start])

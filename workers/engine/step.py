@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from workers.engine.request import Request
-from workers.sampling.params import SamplingParams
+from workers.sampling.params import SamplingParams, TokenLogprobs
 
 Ints = npt.NDArray[np.int32]
 
@@ -48,6 +48,18 @@ class RowState:
     num_prompt_tokens: int  # the token at this position of the request is the first of its completion
     sampling: SamplingParams  # ranks get what the sampler needs of it
     block_tables: Sequence[Sequence[int]]  # per cache group
+    history: Sequence[int] = ()  # the tokens known so far, where sampling.needs_history
+    stop_ids: Sequence[int] = ()  # end the request, where sampling.min_tokens holds them off
+
+    @staticmethod
+    def of(request: Request) -> RowState:
+        """The state of a request of which no token is being chosen."""
+        sampling, block_ids = request.sampling, [table.block_ids for table in request.block_tables]
+        if not sampling.has_rules:
+            return RowState(request.row, request.num_prompt_tokens, sampling, block_ids)
+        history = tuple(request.token_ids) if sampling.needs_history else ()
+        stop_ids = tuple(request.stop_ids) if sampling.min_tokens else ()
+        return RowState(request.row, request.num_prompt_tokens, sampling, block_ids, history, stop_ids)
 
 
 class Chunk(NamedTuple):
@@ -155,6 +167,7 @@ class ModelRunnerOutput:
     """What became of a plan; the same on every rank but for the tokens, which only the leader needs."""
 
     sampled_token_ids: Sequence[int] = ()  # one per wanted row of logits, in the plan's order
+    logprobs: Sequence[TokenLogprobs | None] = ()  # likewise; none at all where no request of the plan asks for them
     transfers: Sequence[TransferDone] = ()  # of those that were polled: the ones that ended on every rank
 
 

@@ -37,6 +37,8 @@ class PreparedBatch:
     num_tokens: int  # of the requests; the batch may have more rows, which stand for nothing
     sampling: SamplingRows  # one entry per wanted row of logits; the batch may have more logit_rows
     positions: Longs  # of the tokens that the rows choose, counted from the first of the completion
+    rows: Longs  # of the state, one per wanted row of logits
+    num_drafts: Longs  # that precede the token that a row chooses, and are not judged yet
     order: Longs  # index of each row among the plan's wanted logits
     last: tuple[Tensor, Tensor] | None  # of the wanted rows those that choose a request's next token, and their rows
     pending: tuple[Tensor, Tensor] | None  # token_ids that the step before chooses: where, and of which row
@@ -180,6 +182,8 @@ class InputBuffers:
             columns.total_tokens,
             self.state.sampling.of(rows),
             logits.token_positions - self.state.num_prompt_tokens[rows],
+            rows.astype(np.int64),
+            logits.num_drafts(columns),
             logits.order(plan, columns.order),
             (field["last_at"], field["last_rows"]) if shape.num_last else None,
             (field["pending_at"], field["pending_rows"]) if shape.num_pending else None,
@@ -376,6 +380,12 @@ class _Logits:
         batch_rows = ends[requests] - 1 - behind
         token_positions = (columns.start_positions + columns.num_tokens)[requests] - behind
         return _Logits(requests, behind, batch_rows, token_positions)
+
+    def num_drafts(self, columns: _Columns) -> Longs:
+        """Of the rows before each row, those of the same request."""
+        if columns.num_last == columns.total_logits:
+            return np.zeros(len(self.requests), np.int64)
+        return columns.num_logits[self.requests] - 1 - self.behind
 
     def order(self, plan: StepPlan, order: Longs | None) -> Longs:
         """The index of each row among the wanted rows of the plan."""

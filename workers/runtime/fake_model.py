@@ -16,6 +16,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from workers.sampling.params import TokenLogprobs
+
 Words = npt.NDArray[np.uint32]
 
 _MASK = 0xFFFFFFFF
@@ -57,6 +59,12 @@ def choose(summed: int, temperature: float, seed: int, position: int, vocab_size
         return mix(summed ^ _GREEDY) % vocab_size
     draw = mix(mix(seed ^ _SAMPLED) + mix(seed >> 32) + position)
     return mix(summed ^ draw) % vocab_size
+
+
+def fake_logprobs(token_id: int, num_top: int, vocab_size: int) -> TokenLogprobs:
+    """Numbers that belong to the chosen token, in place of its logprobs."""
+    top_ids = [(token_id + i) % vocab_size for i in range(num_top)]
+    return TokenLogprobs(-(token_id % 64) / 64, top_ids, [-i / 8 for i in range(num_top)])
 
 
 def fake_completion(

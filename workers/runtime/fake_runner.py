@@ -23,9 +23,17 @@ from workers.kv.paged_cache import CacheLayout, PagedCache
 from workers.model.cache_spec import CacheSpec, cache_groups
 from workers.model.config import ModelConfig
 from workers.parallel import Shard
-from workers.runtime.fake_model import SlotCode, choose, position_weight, position_weights, token_hash
+from workers.runtime.fake_model import (
+    SlotCode,
+    choose,
+    fake_logprobs,
+    position_weight,
+    position_weights,
+    token_hash,
+)
 from workers.runtime.rank_state import RankState
 from workers.runtime.runner import finish_ended
+from workers.sampling.params import TokenLogprobs
 
 CACHE_BYTES = 64 << 20  # KV cache of one worker when the config does not say
 _WORD_BYTES = 4
@@ -93,7 +101,19 @@ class FakeModelRunner:
         for store in plan.stores:
             self._connector.start_store(store)
         ended = finish_ended(plan, self._connector)
-        return ModelRunnerOutput(sampled, ended)
+        return ModelRunnerOutput(sampled, self._logprobs(plan, sampled), ended)
+
+    def _logprobs(self, plan: StepPlan, sampled: Sequence[int]) -> list[TokenLogprobs | None]:
+        """Of the sampled tokens, where one of the plan's requests asks for them."""
+        rows, sampling = np.repeat(plan.rows, plan.num_logits), self._state.sampling
+        if not sampling.has_logprobs[rows].any():
+            return []
+        return [
+            fake_logprobs(token_id, int(sampling.num_top_logprobs[row]), self._vocab_size)
+            if sampling.has_logprobs[row]
+            else None
+            for row, token_id in zip(rows, sampled, strict=True)
+        ]
 
     def _compute(self, plan: StepPlan, index: int, known_ids: Ints) -> list[int]:
         """Write the slots of a request's scheduled tokens; the choices at its wanted positions."""

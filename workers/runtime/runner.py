@@ -9,6 +9,7 @@ import gc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +29,9 @@ from workers.model.tensor_layout import check_checkpoint
 from workers.parallel import ParallelGroups
 from workers.runtime.batching import NO_PADDING, InputBuffers, PreparedBatch
 from workers.runtime.graphs import GraphedStage
-from workers.sampling.params import GREEDY, SamplingParams
-from workers.sampling.sampler import sample
+from workers.runtime.token_chooser import TokenChooser
+from workers.sampling import logprobs
+from workers.sampling.params import GREEDY, SamplingParams, TokenLogprobs
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU_CACHE_BYTES = 256 << 20  # KV cache of one worker on a CPU when the config does not say
@@ -65,7 +67,7 @@ def schedules_async(config: EngineConfig, device: torch.device) -> bool:
     return device.type == "cuda" and config.pp == 1
 
 
-def _read_later(token_ids: Tensor | None) -> Callable[[], list[int]]:
+def _read_later(token_ids: Tensor | None) -> Callable[[], list[Any]]:
     """The copy to the host begins now; what is returned waits for it, and for nothing that is started later."""
     if token_ids is None:
         return list
@@ -76,9 +78,9 @@ def _read_later(token_ids: Tensor | None) -> Callable[[], list[int]]:
     copied = torch.cuda.Event()
     copied.record()
 
-    def read() -> list[int]:
+    def read() -> list[Any]:
         copied.synchronize()
-        values: list[int] = host.tolist()
+        values: list[Any] = host.tolist()
         return values
 
     return read
@@ -99,7 +101,6 @@ class TorchModelRunner:
         self._config = config
         self._device = device
         self._groups = groups
-        self._vocab_size = model.vocab_size
         self._dtype = pick_dtype(config, device)
         if weights is None:
             check_checkpoint(Path(config.model_dir), model)
@@ -119,6 +120,7 @@ class TorchModelRunner:
         # With async scheduling a plan may leave out the token that a row got last: nobody has read it yet.
         self._keeps_tokens = schedules_async(config, device)
         self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self._chooser = TokenChooser(groups, model.vocab_size, max_num_seqs, device)
         self._graphs: GraphedStage | None = None
         self.replays = True  # graphs, where there are any; a benchmark compares
         self.cache = self._make_cache(groups.min_over_ranks(self._pick_num_blocks()))
@@ -244,6 +246,7 @@ class TorchModelRunner:
 
     def _start(self, plan: StepPlan) -> Callable[[], ModelRunnerOutput]:
         self._inputs.apply(plan)
+        self._chooser.take_rows(plan.new_rows)
         ended = poll_transfers(plan.polls, self._connector, self._groups)
         for load in plan.loads:
             self._connector.start_load(load)
@@ -251,17 +254,21 @@ class TorchModelRunner:
             if not store.is_copied:
                 self._connector.prepare(store)
         tokens: Tensor | None = None
+        numbers: Tensor | None = None
+        prepared: PreparedBatch | None = None
         order: list[int] = []
         if plan.num_requests:
             prepared, logits = self._forward(plan)
             order = prepared.order.tolist()
             if logits is not None and order:
-                tokens = self._choose(logits, prepared)
+                tokens, numbers = self._choose(logits, prepared)
             tokens = self._groups.tokens_to_leader(tokens, len(order))
+            numbers = self._groups.numbers_to_leader(numbers, logprobs.shape_of(prepared.sampling))
             if tokens is not None and prepared.last is not None and self._keeps_tokens:
                 at, rows = prepared.last
                 self._last_tokens.index_copy_(0, rows, tokens if len(at) == len(tokens) else tokens[at])
-        read = _read_later(tokens)  # before the gathers, which follow on the same stream
+        # Before the gathers, which follow on the same stream.
+        read, read_numbers = _read_later(tokens), _read_later(numbers)
         for store in plan.stores:
             self._connector.start_store(store)
         is_alone = self._groups.world_size == 1
@@ -274,10 +281,13 @@ class TorchModelRunner:
             sampled = [0] * len(token_ids)
             for index, token_id in zip(order if token_ids else (), token_ids, strict=True):
                 sampled[index] = token_id
+            found: list[TokenLogprobs | None] = []
+            if numbers is not None and prepared is not None:
+                found = _in_order(logprobs.read(read_numbers(), prepared.sampling), order)
             if is_alone:
                 with torch.inference_mode(), self._on_device():
                     ended.extend(finish_ended(plan, self._connector))
-            return ModelRunnerOutput(sampled, ended)
+            return ModelRunnerOutput(sampled, found, ended)
 
         return wait
 
@@ -304,8 +314,14 @@ class TorchModelRunner:
             return prepared, None
         return prepared, out[: len(prepared.positions)]
 
-    def _choose(self, logits: Tensor, prepared: PreparedBatch) -> Tensor:
-        return sample(logits, prepared.sampling, prepared.positions, self._groups, self._vocab_size)
+    def _choose(self, logits: Tensor, prepared: PreparedBatch) -> tuple[Tensor, Tensor | None]:
+        return self._chooser.choose(logits, prepared)
+
+
+def _in_order(found: Sequence[TokenLogprobs | None], order: Sequence[int]) -> list[TokenLogprobs | None]:
+    """From the batch's order to the plan's."""
+    by_index = dict(zip(order, found, strict=True))
+    return [by_index[index] for index in range(len(order))]
 
 
 def poll_transfers(transfer_ids: Sequence[int], connector: KVConnector, groups: ParallelGroups) -> list[TransferDone]:

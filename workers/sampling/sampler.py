@@ -2,7 +2,7 @@
 
 Sampling is Gumbel-max over the masked logits (kernels.philox has the noise): the arg max of logits / temperature +
 Gumbel noise is a sample of the softmax, and vocabulary-parallel ranks need to reduce one (value, id) pair only. On CUDA
-a kernel does all rows at once; here is the same in fp64, row by row. Knows nothing of requests.
+a kernel does all rows at once; workers.sampling.cpu_choice does the same in fp64. Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels.philox import gumbel, uniform_words
 from workers.parallel import ParallelGroups
+from workers.sampling.cpu_choice import best_on_cpu, typical_tokens
 from workers.sampling.params import NO_TOKEN, SamplingRows
 
 
@@ -67,20 +67,23 @@ def _best(logits: Tensor, sampling: SamplingRows, positions: Positions, first_id
     if not sampling.temperature.any():
         values, ids = logits.max(dim=-1)
         return values.double(), ids + first_id
+    if (sampling.typical_p < 1.0).any():
+        logits = _masked_typical(logits, sampling)
     if logits.is_cuda:
         return _best_on_cuda(logits, sampling, positions, first_id)
-    scores = []
-    for i, row in enumerate(logits):
-        temperature = float(sampling.temperature[i])
-        if temperature == 0:
-            scores.append(row.double())
-            continue
-        # In fp64: a temperature of 1e-40 is allowed, and means nearly greedy, not infinite.
-        scaled = mask_top_k_top_p(row.double() / temperature, int(sampling.top_k[i]), float(sampling.top_p[i]))
-        noise = gumbel(uniform_words(int(sampling.seed[i]), int(positions[i]), first_id, len(row), row.device))
-        scores.append(scaled + noise)
-    values, ids = torch.stack(scores).max(dim=-1)
+    values, ids = best_on_cpu(logits, sampling, positions, first_id)
     return values, ids + first_id
+
+
+def _masked_typical(logits: Tensor, sampling: SamplingRows) -> Tensor:
+    """The logits, of which those outside the typical set are -inf in rows that ask for it."""
+    rows = np.flatnonzero((sampling.typical_p < 1.0) & (sampling.temperature > 0))
+    at = torch.from_numpy(rows).to(logits.device)
+    temperature = torch.from_numpy(sampling.temperature[rows]).to(logits.device)
+    typical_p = torch.from_numpy(sampling.typical_p[rows]).to(logits.device)
+    chosen = logits[at]
+    is_typical = typical_tokens(chosen.double() / temperature[:, None], typical_p)
+    return logits.index_copy(0, at, chosen.masked_fill(~is_typical, float("-inf")))
 
 
 def _best_on_cuda(logits: Tensor, sampling: SamplingRows, positions: Positions, first_id: int) -> tuple[Tensor, Tensor]:
@@ -92,7 +95,7 @@ def _best_on_cuda(logits: Tensor, sampling: SamplingRows, positions: Positions, 
         column(sampling.temperature, torch.float32),
         column(sampling.top_k, torch.int64),
         column(sampling.top_p, torch.float32),
-        torch.zeros(len(positions), device=logits.device),
+        column(sampling.min_p, torch.float32),
         column(sampling.seed.view(np.int64), torch.int64),  # the device holds a seed as the signed number of its bits
         column(positions, torch.int64),
         first_id,

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 import grpc
+from switchyard.v1 import generation_pb2
 from switchyard.v1 import worker_pb2 as pb
 
 from checkpoint.identity import ServedModel
@@ -20,7 +21,7 @@ from workers.engine.engine import Clock
 from workers.engine.loop import Cancel, Continue, Credit, EngineLoop, FollowBlocks, LoopEvents, Submit
 from workers.engine.request import FinishReason, Request, RequestEnd, RequestRole
 from workers.errors import InvalidRequest
-from workers.sampling.params import SamplingParams
+from workers.sampling.params import SamplingParams, TokenLogprobs
 from workers.server.block_events import BlockFeed
 from workers.server.demand import Demand
 from workers.server.outbox import Outbox
@@ -49,6 +50,11 @@ _OUTCOMES = {
 _NOT_FINITE = "the model's logits are no finite numbers (an overflow, or a damaged weight or device)"
 _NO_LIMIT = 1 << 62
 _LONG_PROMPT_TOKENS = 2048
+
+
+def logprobs_message(found: TokenLogprobs) -> generation_pb2.TokenLogprobs:
+    """Of one token."""
+    return generation_pb2.TokenLogprobs(logprob=found.logprob, top_ids=found.top_ids, top_logprobs=found.top_logprobs)
 
 
 @dataclass(eq=False, slots=True)
@@ -287,7 +293,9 @@ class WorkerServicer(RegistrationServicer):
     def _token_batches(self, events: LoopEvents) -> list[tuple[Connection, pb.TokenBatch]]:
         batches: dict[Connection, tuple[pb.TokenBatch, dict[str, int]]] = {}
         tokens = events.step.tokens
-        for request, position, token_id in zip(tokens.requests, tokens.positions, tokens.token_ids, strict=True):
+        logprobs = dict(zip(tokens.logprob_indices, tokens.logprobs, strict=True))
+        columns = zip(tokens.requests, tokens.positions, tokens.token_ids, strict=True)
+        for index_of_token, (request, position, token_id) in enumerate(columns):
             owner = self._owners.get(request.request_id)
             if owner is None:
                 continue
@@ -297,6 +305,9 @@ class WorkerServicer(RegistrationServicer):
                 index[stream_id] = len(index)
                 batch.stream_ids.append(stream_id)
                 batch.epochs.append(request.epoch)
+            if (found := logprobs.get(index_of_token)) is not None:
+                batch.logprob_index.append(len(batch.token_ids))
+                batch.logprobs.append(logprobs_message(found))
             batch.stream_index.append(index[stream_id])
             batch.positions.append(position)
             batch.token_ids.append(token_id)

@@ -1,0 +1,93 @@
+"""Several choices of one prompt: a stream for each, with a seed of its own, over one prompt's blocks.
+
+The first stream of a prompt computes it; the others begin when its first token has come, and find the prompt's blocks
+where it left them. Knows nothing of HTTP, or of how a stream is served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+from collections.abc import AsyncGenerator, Callable, Sequence
+
+from router.events import Event, GenerationRequest, Tokens
+from router.sampling import invalid
+
+MAX_STREAMS = 128  # of one call
+
+Events = AsyncGenerator[Event, None]
+
+
+def check_counts(num_prompts: int, n: int, best_of: int, is_stream: bool) -> None:
+    """Raise InvalidRequest naming the count that cannot be meant."""
+    for name, count in (("n", n), ("best_of", best_of)):
+        if not 1 <= count <= MAX_STREAMS:
+            raise invalid(name, f"must be in [1, {MAX_STREAMS}], not {count}")
+    if best_of < n:
+        raise invalid("best_of", f"{best_of} is less than n={n}")
+    if best_of > n and is_stream:
+        raise invalid("best_of", "must be n in a stream: the best are not known before the end")
+    if num_prompts * best_of > MAX_STREAMS:
+        name = "best_of" if best_of > n else "n"
+        raise invalid(name, f"{num_prompts} prompts of {best_of} choices are more than {MAX_STREAMS}")
+
+
+def spread(request: GenerationRequest, n: int, best_of: int) -> list[GenerationRequest]:
+    """One request for each choice. Choice i has the seed of the request plus i; without one each gets its own."""
+    sampling = request.sampling
+    if best_of > n and sampling.logprobs is None:
+        sampling = dataclasses.replace(sampling, logprobs=0)  # by them the best are found
+    first = sampling.seed
+    seeds = [first if first is None or i == 0 else (first + i) % 2**64 for i in range(best_of)]
+    return [dataclasses.replace(request, sampling=dataclasses.replace(sampling, seed=seed)) for seed in seeds]
+
+
+def best(choices: Sequence[Sequence[Tokens]], n: int) -> list[int]:
+    """Indices of the n choices with the greatest mean logprob of their tokens, the best first."""
+
+    def mean(index: int) -> float:
+        logprobs = [one.logprob for tokens in choices[index] for one in tokens.logprobs]
+        return sum(logprobs) / len(logprobs) if logprobs else float("-inf")
+
+    return sorted(range(len(choices)), key=lambda index: (-mean(index), index))[:n]
+
+
+def streams_over_one_prompt(
+    requests: Sequence[GenerationRequest], begin: Callable[[GenerationRequest], Events]
+) -> list[Events]:
+    """The requests' streams; those after the first wait until the prompt is computed."""
+    first, *others = (begin(request) for request in requests)
+    if not others:
+        return [first]
+    is_computed = asyncio.Event()
+    return [_leading(first, is_computed), *(_following(stream, is_computed) for stream in others)]
+
+
+async def _leading(stream: Events, is_computed: asyncio.Event) -> Events:
+    """Reads one event ahead at first: whoever reads the streams may want the others' first events before the second."""
+    async with contextlib.aclosing(stream):
+        first = await anext(stream)
+        second = asyncio.create_task(_next(stream))
+        second.add_done_callback(lambda _: is_computed.set())
+        try:
+            yield first
+            if (event := await second) is None:
+                return
+            yield event
+        finally:
+            second.cancel()
+            await asyncio.gather(second, return_exceptions=True)
+        async for event in stream:
+            yield event
+
+
+async def _next(stream: Events) -> Event | None:
+    return await anext(stream, None)
+
+
+async def _following(stream: Events, is_computed: asyncio.Event) -> Events:
+    async with contextlib.aclosing(stream):
+        await is_computed.wait()
+        async for event in stream:
+            yield event

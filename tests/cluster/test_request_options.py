@@ -1,0 +1,206 @@
+"""Request options through a whole cluster with the real engine: by gRPC, by the openai client, through a death."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+import pytest
+
+from router.service.text import TextCodec
+from tests.cluster.test_kill_at_every_token import Once, busy, prompt
+from tests.fake_cluster import DEMO, MODEL_NAME, FakeCluster, Shape
+from tests.forked import Prefork
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+NUM_TOKENS = 40
+TEXT = "def fibonacci(n):"
+PENALISED: dict[str, Any] = {
+    "repetition_penalty": 1.2, "frequency_penalty": 0.3, "presence_penalty": 0.2, "logit_bias": {260: 1.5},
+    "banned_token_ids": (300,), "bad_words": ("return", "self"), "min_tokens": 5,
+}  # fmt: skip
+KINDS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 0.0, **PENALISED},
+    {"temperature": 0.9, "min_p": 0.02, "top_k": 50, **PENALISED},
+    {"temperature": 1.0, "typical_p": 0.9},
+]
+
+
+@pytest.fixture(scope="module")
+def cluster(prefork: Prefork) -> Iterator[FakeCluster]:
+    engine = {"runner": "torch", "batch_invariant": True, "max_num_seqs": 32}
+    with FakeCluster(prefork, Shape(prefill=1, model_dir=str(DEMO), block_size=16, engine=engine)) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def client(cluster: FakeCluster) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{cluster.http_urls[0]}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def codec() -> TextCodec:
+    return TextCodec(DEMO / "tokenizer.json")
+
+
+def complete(client: openai.OpenAI, **options: Any) -> Any:
+    """One completion of TEXT; options that the client does not know travel as they are."""
+    known = {"temperature": 0, "max_tokens": NUM_TOKENS, "prompt": TEXT}
+    extra = {name: options.pop(name) for name in tuple(options) if name not in OPENAI}
+    return client.completions.create(model=MODEL_NAME, **{**known, **options}, extra_body={"ignore_eos": True, **extra})
+
+
+OPENAI = frozenset((
+    "prompt", "max_tokens", "temperature", "top_p", "stop", "seed", "n", "best_of", "echo", "logprobs", "stream",
+    "presence_penalty", "frequency_penalty", "logit_bias", "stream_options",
+))  # fmt: skip
+
+
+def test_a_seed_gives_the_same_tokens_alone_in_a_batch_and_after_a_death(cluster: FakeCluster) -> None:
+    grpc = cluster.client()
+    alone = [cluster.ask(grpc, prompt(i), NUM_TOKENS, seed=7 + i, **kind).ids for i, kind in enumerate(KINDS)]
+    assert alone[1] != cluster.ask(grpc, prompt(1), NUM_TOKENS, seed=8, **KINDS[0]).ids
+    with ThreadPoolExecutor(32) as threads:
+        jobs = [
+            threads.submit(cluster.ask, grpc, prompt(i % 4), NUM_TOKENS, seed=7 + i % 4, **KINDS[i % 4])
+            for i in range(32)
+        ]
+        assert [job.result().ids for job in jobs] == alone * 8
+    for i, kind in enumerate(KINDS):
+        killed: list[str] = []
+
+        def kill(killed: list[str] = killed) -> None:
+            killed.append(busy(cluster, "decode"))
+            cluster.kill(killed[0])
+
+        answer = cluster.ask(grpc, prompt(i), NUM_TOKENS, Once(9 + i, kill), seed=7 + i, **kind)
+        assert answer.ids == alone[i]
+        assert answer.finished is not None
+        assert answer.finished.stats.num_replacements == 1
+        cluster.start_worker(killed[0])
+        cluster.wait_complete()
+    answer = cluster.ask(grpc, prompt(2), NUM_TOKENS, Once(11, lambda: cluster.kill("router-0")), seed=9, **KINDS[2])
+    assert answer.ids == alone[2]
+    cluster.start_router("router-0")
+    cluster.wait_complete()
+
+
+def test_http_and_grpc_agree(cluster: FakeCluster, client: openai.OpenAI, codec: TextCodec) -> None:
+    ids = codec.encode(TEXT, True)
+    for kind in KINDS:
+        options = dict(kind)
+        if "logit_bias" in options:
+            options["logit_bias"] = {str(key): value for key, value in options["logit_bias"].items()}
+        text = complete(client, seed=4, **options).choices[0].text
+        assert text == codec.decode(cluster.ask(cluster.client(), ids, NUM_TOKENS, seed=4, **kind).ids)
+
+
+def test_bad_words_and_bans_do_not_come(client: openai.OpenAI, codec: TextCodec) -> None:
+    plain = complete(client).choices[0].text
+    assert "self" in plain
+    ids = complete(client, bad_words=["self"], return_token_ids=True).choices[0].model_extra["token_ids"]
+    for spelled in (codec.encode("self", False), codec.encode(" self", False)):
+        assert all(ids[i : i + len(spelled)] != spelled for i in range(len(ids)))
+    first = codec.encode(plain, False)[0]
+    banned = complete(client, logit_bias={str(first): -100}).choices[0].text
+    assert banned.startswith(codec.decode([first])) is False
+    only = complete(client, allowed_token_ids=[first]).choices[0].text
+    assert only == codec.decode([first] * NUM_TOKENS)
+
+
+def test_stop_texts(client: openai.OpenAI, codec: TextCodec) -> None:
+    plain = complete(client).choices[0].text
+    stop = plain[10:16]  # wherever tokens begin and end
+    before = plain[: plain.index(stop)]
+    assert complete(client, stop=stop).choices[0].text == before
+    shown = complete(client, stop=[stop], include_stop_str_in_output=True).choices[0]
+    assert (shown.text, shown.finish_reason) == (before + stop, "stop")
+    pieces = [chunk.choices[0].text for chunk in complete(client, stop=stop, stream=True)]
+    assert "".join(pieces) == before
+    held_off = complete(client, stop=stop, min_tokens=NUM_TOKENS).choices[0]
+    assert (held_off.text, held_off.finish_reason) == (plain, "length")
+
+
+@pytest.mark.parametrize("kind", [0, 2])
+def test_logprobs_come_whole_through_deaths(cluster: FakeCluster, kind: int) -> None:
+    grpc, options = cluster.client(), {"seed": 3, "logprobs": 4, **KINDS[kind]}
+    whole = cluster.ask(grpc, prompt(5), NUM_TOKENS, **options)
+    assert len(whole.logprobs) == len(whole.ids) == NUM_TOKENS
+    for token_id, one in zip(whole.ids, whole.logprobs, strict=True):
+        assert list(one.top_logprobs) == sorted(one.top_logprobs, reverse=True)
+        assert len(one.top_ids) == 4
+        if token_id in one.top_ids:
+            assert one.logprob == one.top_logprobs[one.top_ids.index(token_id)]
+        assert kind or one.top_ids[0] == token_id
+    killed: list[str] = []
+
+    def kill() -> None:
+        killed.append(busy(cluster, "decode"))
+        cluster.kill(killed[0])
+
+    assert cluster.ask(grpc, prompt(5), NUM_TOKENS, Once(13, kill), **options).logprobs == whole.logprobs
+    cluster.start_worker(killed[0])
+    cluster.wait_complete()
+    again = cluster.ask(grpc, prompt(5), NUM_TOKENS, Once(17, lambda: cluster.kill("router-0")), **options)
+    assert (again.ids, again.logprobs) == (whole.ids, whole.logprobs)
+    cluster.start_router("router-0")
+    cluster.wait_complete()
+
+
+def test_completions_have_openais_logprobs(cluster: FakeCluster, client: openai.OpenAI, codec: TextCodec) -> None:
+    expected = cluster.ask(cluster.client(), codec.encode(TEXT, True), NUM_TOKENS, logprobs=3)
+    whole = complete(client, logprobs=3).choices[0]
+    tokens = [codec.bytes_alone(token_id).decode(errors="replace") for token_id in expected.ids]
+    assert whole.logprobs.tokens == tokens
+    assert whole.logprobs.token_logprobs == [one.logprob for one in expected.logprobs]
+    assert whole.logprobs.text_offset == [len("".join(tokens[:i])) for i in range(NUM_TOKENS)]
+    for top, one in zip(whole.logprobs.top_logprobs, expected.logprobs, strict=True):
+        assert sorted(top.values(), reverse=True)[:3] == sorted(one.top_logprobs, reverse=True)
+    parts = [chunk.choices[0].logprobs for chunk in complete(client, logprobs=3, stream=True)]
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        assert [x for part in parts if part for x in getattr(part, name)] == getattr(whole.logprobs, name)
+    assert complete(client, logprobs=0).choices[0].logprobs.top_logprobs == [None] * NUM_TOKENS
+
+
+def test_choices_have_seeds_that_count_up_and_share_their_prompt(
+    cluster: FakeCluster, client: openai.OpenAI, codec: TextCodec
+) -> None:
+    ids = [*codec.encode(TEXT, True), *prompt(11, 70)]
+    alone = [cluster.ask(cluster.client(), ids, NUM_TOKENS, temperature=0.9, seed=50 + i, logprobs=0) for i in range(4)]
+    salted = {"prompt": ids, "temperature": 0.9, "seed": 50, "cache_salt": "mine"}
+    answer = complete(client, n=4, return_token_ids=True, **salted)
+    assert [choice.model_extra["token_ids"] for choice in answer.choices] == [one.ids for one in alone]
+    costs = answer.model_extra["switchyard"]
+    assert costs[0]["num_cached_prompt_tokens"] == 0
+    whole_blocks = (len(ids) - 1) // 16 * 16
+    for one in costs[1:]:
+        assert one["num_computed_prompt_tokens"] <= len(ids) - whole_blocks
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), 4 * NUM_TOKENS)
+    streamed: list[list[int]] = [[] for _ in range(4)]
+    for chunk in complete(client, n=4, return_token_ids=True, stream=True, **salted):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.model_extra["token_ids"]
+    assert streamed == [one.ids for one in alone]
+    means = [sum(one.logprob for one in answer.logprobs) / NUM_TOKENS for answer in alone]
+    best = sorted(range(4), key=lambda i: -means[i])[:2]
+    shown = complete(client, n=2, best_of=4, return_token_ids=True, **salted).choices
+    assert [choice.model_extra["token_ids"] for choice in shown] == [alone[i].ids for i in best]
+    assert [choice.index for choice in shown] == [0, 1]
+    assert shown[0].logprobs is None
+
+
+def test_a_salt_parts_the_cache(cluster: FakeCluster, client: openai.OpenAI) -> None:
+    ids = prompt(12, 90)
+
+    def num_cached(**options: object) -> int:
+        usage = complete(client, prompt=ids, max_tokens=2, **options).usage
+        assert usage.prompt_tokens_details is not None
+        return usage.prompt_tokens_details.cached_tokens
+
+    assert [num_cached(), num_cached(cache_salt="a"), num_cached(cache_salt="b")] == [0, 0, 0]
+    assert num_cached() == num_cached(cache_salt="a") == num_cached(cache_salt="b") == 80
