@@ -54,8 +54,8 @@ class RecordingRunner(TorchModelRunner):
 class RecordingExecutor(GroupExecutor):
     """Records which logits each step needs."""
 
-    def __init__(self, runner: TorchModelRunner, groups: ParallelGroups, in_thread: bool) -> None:
-        super().__init__(runner, groups, in_thread)
+    def __init__(self, runner: TorchModelRunner, groups: ParallelGroups, num_threads: int | None) -> None:
+        super().__init__(runner, groups, num_threads)
         self.wanted: list[list[str]] = []  # of each step: request ids
 
     def start(self, plan: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
@@ -103,7 +103,7 @@ def run_job(
     if groups.shard.rank != 0:
         follow(runner, groups)
         return None
-    executor = RecordingExecutor(runner, groups, in_thread=bool(config.async_scheduling))
+    executor = RecordingExecutor(runner, groups, config.num_threads if config.async_scheduling else None)
     engine = make_engine(config, model, runner, executor, b"names", clock=lambda: 0.0)
     params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
     requests = [

@@ -79,7 +79,7 @@ def test_tokens_of_drafts_have_them(checkpoint: Path) -> None:
     model = load_config(config.model_dir)
     runner = RecordingRunner(config, model, ALONE, torch.device("cpu"))
     runner.logits = []
-    engine = make_engine(config, model, runner, RecordingExecutor(runner, ALONE, False), b"names", lambda: 0.0)
+    engine = make_engine(config, model, runner, RecordingExecutor(runner, ALONE, None), b"names", lambda: 0.0)
     alone = run_job(config, ALONE, [prompt(number)], options(number))
     assert alone is not None
     engine.submit(Request("r", prompt(number), len(prompt(number)), options(number)))

@@ -98,7 +98,7 @@ def test_a_stream_that_is_begun_again_goes_on_the_same(checkpoint: Path, expecte
     model = load_config(config.model_dir)
     runner = RecordingRunner(config, model, ALONE, torch.device("cpu"))
     runner.logits = []
-    engine = make_engine(config, model, runner, RecordingExecutor(runner, ALONE, False), b"names", lambda: 0.0)
+    engine = make_engine(config, model, runner, RecordingExecutor(runner, ALONE, None), b"names", lambda: 0.0)
     expected_rest: dict[str, list[int]] = {}
     for number in range(32):
         first = 1 + 5 * (number % 4)
@@ -129,7 +129,7 @@ def test_right_and_wrong_drafts_change_nothing(checkpoint: Path, expected: list[
     model = load_config(config.model_dir)
     runner = RecordingRunner(config, model, ALONE, torch.device("cpu"))
     runner.logits = []
-    engine = make_engine(config, model, runner, RecordingExecutor(runner, ALONE, False), b"names", lambda: 0.0)
+    engine = make_engine(config, model, runner, RecordingExecutor(runner, ALONE, None), b"names", lambda: 0.0)
     numbers = [kind, kind + 6]
     for number in numbers:
         engine.submit(Request(f"r{number}", prompt(number), len(prompt(number)), options(number)))
