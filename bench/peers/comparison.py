@@ -1,0 +1,204 @@
+"""Runs the workloads on our cluster and on each peer in turn, round by round, and makes rows of the medians.
+
+A peer is loaded once for each model and waits between its turns; our cluster is started for each turn and ended after
+it, because an idle one still uses the CPU. A peer that was not given, does not start, dies or answers wrongly is in no
+figure, and its name and the reason are in every row of ours.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+from bench.peers import ours
+from bench.peers.models import MODELS, PeerModel, directory_of
+from bench.peers.ours import OurCluster, OurOptions, our_cluster
+from bench.peers.peer_side import PeerOptions
+from bench.peers.processes import PEERS, PeerFailed, PeerSpec, RunningPeer, peer
+from bench.peers.table import ratio_to_best
+from bench.peers.workload import QUANTITIES, Call, Completion, calls_of, figures_of, step_call, warm_up
+from bench.rows import Measurement
+
+_MAX_NUM_SEQS = 16  # the largest batch
+_PEER_DTYPE = "bfloat16"
+
+Run = Callable[[Call], Sequence[Completion]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """What is compared, and how."""
+
+    interpreters: Mapping[str, str]  # of the peers that are there, by name
+    folder: Path  # models and what peers make of them are kept here
+    models: Sequence[str] = tuple(MODELS)
+    num_rounds: int = 2
+    ours: OurOptions = field(default_factory=lambda: OurOptions("bfloat16", 2))
+    specs: Mapping[str, PeerSpec] = field(default_factory=lambda: PEERS)
+
+
+@dataclass(slots=True)
+class ModelResults:
+    """Of one model; figures by engine and quantity, one of each round."""
+
+    figures: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    about: dict[str, dict[str, str]] = field(default_factory=dict)
+    not_measured: dict[str, str] = field(default_factory=dict)
+    steps_in_cluster_ms: list[float] = field(default_factory=list)
+    tokens_at_client_ms: list[float] = field(default_factory=list)
+
+    def add(self, engine: str, figures: Mapping[str, float]) -> None:
+        """Of one round."""
+        for quantity, figure in figures.items():
+            self.figures.setdefault(engine, {}).setdefault(quantity, []).append(figure)
+
+    def drop(self, engine: str, reason: str) -> None:
+        """The engine is not measured after all."""
+        self.figures.pop(engine, None)
+        self.not_measured[engine] = reason
+
+
+def measure_peers(comparison: Comparison) -> list[Measurement]:
+    """All rows of all models."""
+    rows: list[Measurement] = []
+    for name in comparison.models:
+        model = MODELS[name]
+        directory = directory_of(model, comparison.folder)
+        results = _measure_model(comparison, model, directory)
+        for engine, reason in results.not_measured.items():
+            _say(f"{name}: not measured: {engine}: {reason}")
+        rows += _rows(comparison, model, results)
+        if "single" in model.workloads:
+            rows += _profile_rows(comparison, model, directory, results)
+    return rows
+
+
+def _measure_model(comparison: Comparison, model: PeerModel, directory: Path) -> ModelResults:
+    vocab_size = int(json.loads((directory / "config.json").read_text())["vocab_size"])
+    results = ModelResults()
+    results.about[ours.NAME] = {"dtype": comparison.ours.dtype}
+    with ExitStack() as stack:
+        running: dict[str, RunningPeer] = {}
+        for name, spec in comparison.specs.items():
+            if name not in comparison.interpreters:
+                results.not_measured[name] = "not given"
+                continue
+            _say(f"{model.name}: loading {name}")
+            try:
+                options = _peer_options(comparison, model, name, directory)
+                one = stack.enter_context(peer(spec, comparison.interpreters[name], options))
+                _run_all(one.run, warm_up(vocab_size))
+            except (PeerFailed, OSError) as error:
+                results.not_measured[name] = str(error)
+            else:
+                running[name], results.about[name] = one, one.about
+        for number in range(comparison.num_rounds):
+            with our_cluster(directory, comparison.ours) as cluster:
+                _run_all(cluster.run, warm_up(vocab_size))
+                results.add(ours.NAME, _turn(cluster.run, model, vocab_size, number))
+                if "single" in model.workloads:
+                    _note_steps(cluster, results, step_call(vocab_size, number))
+            _say_turn(model, number, ours.NAME, results)
+            for name, one in list(running.items()):
+                try:
+                    results.add(name, _turn(one.run, model, vocab_size, number))
+                    _say_turn(model, number, name, results)
+                except PeerFailed as error:
+                    results.drop(name, f"in round {number + 1}: {error}")
+                    del running[name]
+    return results
+
+
+def _peer_options(comparison: Comparison, model: PeerModel, name: str, directory: Path) -> PeerOptions:
+    work = comparison.folder / model.name / name
+    work.mkdir(parents=True, exist_ok=True)
+    return PeerOptions(str(directory), str(work), _PEER_DTYPE, comparison.ours.num_threads, _MAX_NUM_SEQS)
+
+
+def _run_all(run: Run, calls: Sequence[Call]) -> list[Sequence[Completion]]:
+    return [run(call) for call in calls]
+
+
+def _turn(run: Run, model: PeerModel, vocab_size: int, number: int) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    for workload in model.workloads:
+        figures |= figures_of(workload, _run_all(run, calls_of(workload, vocab_size, number)))
+    return figures
+
+
+def _note_steps(cluster: OurCluster, results: ModelResults, call: Call) -> None:
+    before_s, num_before = cluster.step_seconds()
+    ((one,),) = _run_all(cluster.run, [call])
+    after_s, num_after = cluster.step_seconds()
+    results.steps_in_cluster_ms.append(1000 * (after_s - before_s) / (num_after - num_before))
+    results.tokens_at_client_ms.append(1000 * (one.end_s - one.first_s) / (len(one.token_ids) - 1))
+
+
+# ---- rows
+
+
+def _rows(comparison: Comparison, model: PeerModel, results: ModelResults) -> list[Measurement]:
+    """One of each engine and quantity; beside ours those of the peers, then its ratio to the best of them."""
+    rows = []
+    for name, quantity in QUANTITIES.items():
+        measured = {engine: found[name] for engine, found in results.figures.items() if name in found}
+        peers = {engine: median(runs) for engine, runs in measured.items() if engine != ours.NAME}
+        for engine, runs in measured.items():
+            setting: dict[str, object] = {
+                "model": model.name,
+                "engine": engine,
+                "threads": comparison.ours.num_threads,
+                **results.about[engine],
+            }
+            if engine != ours.NAME:
+                rows.append(Measurement(f"peers.{name}", quantity.unit, runs, setting))
+                continue
+            setting["not_measured"] = dict(results.not_measured)
+            rows.append(Measurement(f"peers.{name}", quantity.unit, runs, setting, peers))
+            if peers:
+                ratio = ratio_to_best(quantity, median(runs), list(peers.values()))
+                rows.append(Measurement(f"peers.{name}.ratio", "of the best peer", [ratio], setting))
+    return rows
+
+
+def _profile_rows(
+    comparison: Comparison, model: PeerModel, directory: Path, results: ModelResults
+) -> list[Measurement]:
+    """A token of one stream in our cluster, and its parts as far as they are known."""
+    command = [sys.executable, "-P", "-m", "bench.peers.step_profile", str(directory)]
+    command += ["--dtype", comparison.ours.dtype, "--threads", str(comparison.ours.num_threads)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    alone = json.loads(done.stdout.splitlines()[-1])
+    in_cluster_ms, at_client_ms = median(results.steps_in_cluster_ms), median(results.tokens_at_client_ms)
+    parts = {
+        "model": alone["model_ms"],
+        "sampling": alone["sampling_ms"],
+        "scheduling": alone["scheduling_ms"],
+        "slower_in_cluster": in_cluster_ms - alone["step_ms"],
+        "transport": at_client_ms - in_cluster_ms,
+    }
+    setting: dict[str, object] = {
+        "model": model.name,
+        "engine": ours.NAME,
+        "threads": comparison.ours.num_threads,
+        "dtype": comparison.ours.dtype,
+        "operation_shares": alone["operation_shares"],
+    }
+    return [Measurement("peers.decode_step", "ms", results.tokens_at_client_ms, setting, parts)]
+
+
+def _say_turn(model: PeerModel, number: int, engine: str, results: ModelResults) -> None:
+    latest = ", ".join(
+        f"{name} {runs[-1]:.4g} {QUANTITIES[name].unit}" for name, runs in results.figures[engine].items()
+    )
+    _say(f"{model.name}, round {number + 1}: {engine}: {latest}")
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
