@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from urllib.parse import urlsplit
@@ -220,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"no section {unknown.pop()!r}; there are {', '.join(known)}")
     comparison = peer_options.comparison_of(parser, args)
-    sections = {**SECTIONS, "peers": partial(measure_peers, comparison)}
+    sections: dict[str, Callable[[], list[Measurement]]] = {**SECTIONS, "peers": partial(measure_peers, comparison)}
     for name in args.sections or list(SECTIONS):
         rows = sections[name]()
         path = append_rows("cpu.jsonl", rows, f"make bench ARGS={name}")

@@ -1,8 +1,8 @@
 """Runs the workloads on our cluster and on each peer in turn, round by round, and makes rows of the medians.
 
-A peer is loaded once for each model and waits between its turns; our cluster is started for each turn and ended after
-it, because an idle one still uses the CPU. A peer that was not given, does not start, dies or answers wrongly is in no
-figure, and its name and the reason are in every row of ours.
+A peer is loaded once for each model and is stopped between its turns. Our cluster is started for each turn and ended
+after it, because an idle one still uses the CPU. A peer that was not given, does not start, dies or answers wrongly is
+in no figure, and its name and the reason are in every row of ours.
 """
 
 from __future__ import annotations
@@ -83,6 +83,8 @@ def _measure_model(comparison: Comparison, model: PeerModel, directory: Path) ->
     vocab_size = int(json.loads((directory / "config.json").read_text())["vocab_size"])
     results = ModelResults()
     results.about[ours.NAME] = {"dtype": comparison.ours.dtype}
+    if comparison.ours.settings:
+        results.about[ours.NAME]["settings"] = " ".join(comparison.ours.settings)
     with ExitStack() as stack:
         running: dict[str, RunningPeer] = {}
         for name, spec in comparison.specs.items():
@@ -93,7 +95,8 @@ def _measure_model(comparison: Comparison, model: PeerModel, directory: Path) ->
             try:
                 options = _peer_options(comparison, model, name, directory)
                 one = stack.enter_context(peer(spec, comparison.interpreters[name], options))
-                _run_all(one.run, warm_up(vocab_size))
+                with one.turn():
+                    _run_all(one.run, warm_up(vocab_size))
             except (PeerFailed, OSError) as error:
                 results.not_measured[name] = str(error)
             else:
@@ -107,7 +110,8 @@ def _measure_model(comparison: Comparison, model: PeerModel, directory: Path) ->
             _say_turn(model, number, ours.NAME, results)
             for name, one in list(running.items()):
                 try:
-                    results.add(name, _turn(one.run, model, vocab_size, number))
+                    with one.turn():
+                        results.add(name, _turn(one.run, model, vocab_size, number))
                     _say_turn(model, number, name, results)
                 except PeerFailed as error:
                     results.drop(name, f"in round {number + 1}: {error}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import queue
 import shlex
+import signal
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
@@ -68,7 +69,7 @@ def _command(spec: PeerSpec, interpreter: str, options: PeerOptions) -> list[str
 
 
 class RunningPeer:
-    """A peer that is loaded and waits for calls."""
+    """A peer that is loaded. Between its turns it is stopped: some engines poll for work while they have none."""
 
     def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
         self._process = process
@@ -76,6 +77,15 @@ class RunningPeer:
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
         self.about: dict[str, str] = self._answer(START_S)
+
+    @contextmanager
+    def turn(self) -> Iterator[RunningPeer]:
+        """Calls are answered in this block only."""
+        self._process.send_signal(signal.SIGCONT)
+        try:
+            yield self
+        finally:
+            self._process.send_signal(signal.SIGSTOP)
 
     def run(self, call: Call) -> Sequence[Completion]:
         """As in Peer. Raises PeerFailed."""
@@ -136,6 +146,7 @@ def peer(spec: PeerSpec, interpreter: str, options: PeerOptions) -> Iterator[Run
 def _end(process: subprocess.Popen[str]) -> None:
     """The end of stdin is its sign to leave; one that does not is killed."""
     assert process.stdin is not None
+    process.send_signal(signal.SIGCONT)
     with suppress(OSError):
         process.stdin.close()
     try:

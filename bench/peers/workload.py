@@ -23,6 +23,7 @@ _BATCH_SIZE, _BATCH_NEW = 16, 64
 _BATCH_SHORTEST, _BATCH_LONGEST = 64, 512
 _PREFIX_REQUESTS, _PREFIX_SHARED, _PREFIX_OWN, _PREFIX_NEW = 8, 1024, 32, 16
 _STEP_PROMPT, _STEP_NEW = 8, 65
+_WARM_UP_NEW = 4
 
 CONTEXT_TOKENS = 2048
 """Enough for every request."""
@@ -82,9 +83,9 @@ def calls_of(workload: str, vocab_size: int, seed: int) -> list[Call]:
 
 
 def warm_up(vocab_size: int) -> list[Call]:
-    """Short calls of both kinds; the same ones before every engine's first round."""
-    single, batch = calls_of("single", vocab_size, -1), calls_of("batch", vocab_size, -1)
-    return [Call(single[0].prompts, 8), Call([prompt[:_BATCH_SHORTEST] for prompt in batch[0].prompts], 8)]
+    """The prompts of both kinds, but few new tokens: some engines compile for sizes that they have not seen."""
+    calls = [*calls_of("single", vocab_size, -1), *calls_of("batch", vocab_size, -1)]
+    return [Call(call.prompts, _WARM_UP_NEW) for call in calls]
 
 
 def step_call(vocab_size: int, seed: int) -> Call:
