@@ -8,8 +8,6 @@ in no figure, and its name and the reason are in every row of ours.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,12 +19,14 @@ from bench.peers.models import MODELS, PeerModel, directory_of
 from bench.peers.ours import OurCluster, OurOptions, our_cluster
 from bench.peers.peer_side import PeerOptions
 from bench.peers.processes import PEERS, PeerFailed, PeerSpec, RunningPeer, peer
+from bench.peers.step_profile import StepProfile, profile_alone
 from bench.peers.table import ratio_to_best
 from bench.peers.workload import QUANTITIES, Call, Completion, calls_of, figures_of, step_call, warm_up
 from bench.rows import Measurement
 
 _MAX_NUM_SEQS = 16  # the largest batch
 _PEER_DTYPE = "bfloat16"
+_NUM_FIRST_TOKENS = 4
 
 Run = Callable[[Call], Sequence[Completion]]
 
@@ -49,14 +49,19 @@ class ModelResults:
 
     figures: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     about: dict[str, dict[str, str]] = field(default_factory=dict)
+    first_tokens: dict[str, list[int]] = field(default_factory=dict)  # of one prompt: engines can be compared
     not_measured: dict[str, str] = field(default_factory=dict)
     steps_in_cluster_ms: list[float] = field(default_factory=list)
     tokens_at_client_ms: list[float] = field(default_factory=list)
+    steps_alone: list[StepProfile] = field(default_factory=list)
 
-    def add(self, engine: str, figures: Mapping[str, float]) -> None:
-        """Of one round."""
-        for quantity, figure in figures.items():
-            self.figures.setdefault(engine, {}).setdefault(quantity, []).append(figure)
+    def add_turn(self, engine: str, run: Run, model: PeerModel, vocab_size: int, number: int) -> None:
+        """Run all workloads of a round."""
+        for workload in model.workloads:
+            answers = _run_all(run, calls_of(workload, vocab_size, number))
+            self.first_tokens.setdefault(engine, list(answers[0][0].token_ids[:_NUM_FIRST_TOKENS]))
+            for quantity, figure in figures_of(workload, answers).items():
+                self.figures.setdefault(engine, {}).setdefault(quantity, []).append(figure)
 
     def drop(self, engine: str, reason: str) -> None:
         """The engine is not measured after all."""
@@ -75,7 +80,7 @@ def measure_peers(comparison: Comparison) -> list[Measurement]:
             _say(f"{name}: not measured: {engine}: {reason}")
         rows += _rows(comparison, model, results)
         if "single" in model.workloads:
-            rows += _profile_rows(comparison, model, directory, results)
+            rows.append(_step_row(comparison, model, results))
     return rows
 
 
@@ -86,37 +91,52 @@ def _measure_model(comparison: Comparison, model: PeerModel, directory: Path) ->
     if comparison.ours.settings:
         results.about[ours.NAME]["settings"] = " ".join(comparison.ours.settings)
     with ExitStack() as stack:
-        running: dict[str, RunningPeer] = {}
-        for name, spec in comparison.specs.items():
-            if name not in comparison.interpreters:
-                results.not_measured[name] = "not given"
-                continue
-            _say(f"{model.name}: loading {name}")
-            try:
-                options = _peer_options(comparison, model, name, directory)
-                one = stack.enter_context(peer(spec, comparison.interpreters[name], options))
-                with one.turn():
-                    _run_all(one.run, warm_up(vocab_size))
-            except (PeerFailed, OSError) as error:
-                results.not_measured[name] = str(error)
-            else:
-                running[name], results.about[name] = one, one.about
+        running = _load_peers(comparison, model, directory, warm_up(vocab_size), results, stack)
         for number in range(comparison.num_rounds):
             with our_cluster(directory, comparison.ours) as cluster:
                 _run_all(cluster.run, warm_up(vocab_size))
-                results.add(ours.NAME, _turn(cluster.run, model, vocab_size, number))
+                results.add_turn(ours.NAME, cluster.run, model, vocab_size, number)
                 if "single" in model.workloads:
                     _note_steps(cluster, results, step_call(vocab_size, number))
+            if "single" in model.workloads:
+                results.steps_alone.append(profile_alone(directory, comparison.ours))
             _say_turn(model, number, ours.NAME, results)
             for name, one in list(running.items()):
                 try:
                     with one.turn():
-                        results.add(name, _turn(one.run, model, vocab_size, number))
+                        results.add_turn(name, one.run, model, vocab_size, number)
                     _say_turn(model, number, name, results)
                 except PeerFailed as error:
                     results.drop(name, f"in round {number + 1}: {error}")
                     del running[name]
     return results
+
+
+def _load_peers(
+    comparison: Comparison,
+    model: PeerModel,
+    directory: Path,
+    warm_up_calls: Sequence[Call],
+    results: ModelResults,
+    stack: ExitStack,
+) -> dict[str, RunningPeer]:
+    """Those that start, ready for their first turn; the others are noted in the results."""
+    running: dict[str, RunningPeer] = {}
+    for name, spec in comparison.specs.items():
+        if name not in comparison.interpreters:
+            results.not_measured[name] = "not given"
+            continue
+        _say(f"{model.name}: loading {name}")
+        try:
+            options = _peer_options(comparison, model, name, directory)
+            one = stack.enter_context(peer(spec, comparison.interpreters[name], options))
+            with one.turn():
+                _run_all(one.run, warm_up_calls)
+        except (PeerFailed, OSError) as error:
+            results.not_measured[name] = str(error)
+        else:
+            running[name], results.about[name] = one, one.about
+    return running
 
 
 def _peer_options(comparison: Comparison, model: PeerModel, name: str, directory: Path) -> PeerOptions:
@@ -127,13 +147,6 @@ def _peer_options(comparison: Comparison, model: PeerModel, name: str, directory
 
 def _run_all(run: Run, calls: Sequence[Call]) -> list[Sequence[Completion]]:
     return [run(call) for call in calls]
-
-
-def _turn(run: Run, model: PeerModel, vocab_size: int, number: int) -> dict[str, float]:
-    figures: dict[str, float] = {}
-    for workload in model.workloads:
-        figures |= figures_of(workload, _run_all(run, calls_of(workload, vocab_size, number)))
-    return figures
 
 
 def _note_steps(cluster: OurCluster, results: ModelResults, call: Call) -> None:
@@ -158,6 +171,7 @@ def _rows(comparison: Comparison, model: PeerModel, results: ModelResults) -> li
                 "model": model.name,
                 "engine": engine,
                 "threads": comparison.ours.num_threads,
+                "first_tokens": results.first_tokens[engine],
                 **results.about[engine],
             }
             if engine != ours.NAME:
@@ -171,30 +185,27 @@ def _rows(comparison: Comparison, model: PeerModel, results: ModelResults) -> li
     return rows
 
 
-def _profile_rows(
-    comparison: Comparison, model: PeerModel, directory: Path, results: ModelResults
-) -> list[Measurement]:
+def _step_row(comparison: Comparison, model: PeerModel, results: ModelResults) -> Measurement:
     """A token of one stream in our cluster, and its parts as far as they are known."""
-    command = [sys.executable, "-P", "-m", "bench.peers.step_profile", str(directory)]
-    command += ["--dtype", comparison.ours.dtype, "--threads", str(comparison.ours.num_threads)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    alone = json.loads(done.stdout.splitlines()[-1])
-    in_cluster_ms, at_client_ms = median(results.steps_in_cluster_ms), median(results.tokens_at_client_ms)
+    step_ms = median(one.step_ms for one in results.steps_alone)
+    sampling_ms = median(one.sampling_ms for one in results.steps_alone)
+    scheduling_ms = median(one.scheduling_ms for one in results.steps_alone)
+    in_cluster_ms = median(results.steps_in_cluster_ms)
     parts = {
-        "model": alone["model_ms"],
-        "sampling": alone["sampling_ms"],
-        "scheduling": alone["scheduling_ms"],
-        "slower_in_cluster": in_cluster_ms - alone["step_ms"],
-        "transport": at_client_ms - in_cluster_ms,
+        "model": step_ms - sampling_ms - scheduling_ms,
+        "sampling": sampling_ms,
+        "scheduling": scheduling_ms,
+        "slower_in_cluster": in_cluster_ms - step_ms,
+        "transport": median(results.tokens_at_client_ms) - in_cluster_ms,
     }
     setting: dict[str, object] = {
         "model": model.name,
         "engine": ours.NAME,
         "threads": comparison.ours.num_threads,
         "dtype": comparison.ours.dtype,
-        "operation_shares": alone["operation_shares"],
+        "operation_shares": results.steps_alone[-1].operation_shares,
     }
-    return [Measurement("peers.decode_step", "ms", results.tokens_at_client_ms, setting, parts)]
+    return Measurement("peers.decode_step", "ms", results.tokens_at_client_ms, setting, parts)
 
 
 def _say_turn(model: PeerModel, number: int, engine: str, results: ModelResults) -> None:

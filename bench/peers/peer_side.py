@@ -7,14 +7,18 @@ Times are taken here, beside the engine, so that the pipes to this process are i
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol, TextIO
 
 from bench.peers.workload import Call, Completion
+
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +50,17 @@ def _own_stdout() -> TextIO:
     return pipe
 
 
+def _die_with_parent() -> None:
+    """A peer is stopped most of the time, and could not see that its stdin has ended. Linux only."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def serve(load: Callable[[PeerOptions], Peer]) -> None:
     """Load the engine that the command line asks for, then answer calls until stdin ends."""
     parser = argparse.ArgumentParser()
     parser.add_argument("options", help="PeerOptions as JSON")
     options = PeerOptions(**json.loads(parser.parse_args().options))
+    _die_with_parent()
     out = _own_stdout()
 
     def say(message: object) -> None:
@@ -61,3 +71,4 @@ def serve(load: Callable[[PeerOptions], Peer]) -> None:
     say(peer.about)
     for line in sys.stdin:
         say([asdict(completion) for completion in peer.run(Call(**json.loads(line)))])
+    os._exit(0)  # threads of an engine may go on for ever

@@ -12,14 +12,18 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from bench.peers.ours import OurOptions
 from bench.peers.workload import Call, step_call
 from workers.config import EngineConfig
 from workers.engine.engine import Engine
@@ -73,7 +77,7 @@ class TimedRunner:
 
 
 def _decode(engine: Engine, name: str, call: Call) -> list[float]:
-    """Seconds of each step; the first one computes the prompt."""
+    """Seconds of each step."""
     (prompt,) = call.prompts
     sampling = SamplingParams(max_tokens=call.max_tokens, ignore_eos=True)
     engine.submit(Request(name, list(prompt), len(prompt), sampling))
@@ -117,13 +121,21 @@ def measure(model_dir: str, dtype: str, num_threads: int) -> StepProfile:
     engine = make_engine(config, model, runner, GroupExecutor(timed, groups), b"bench", time.perf_counter)
     _decode(engine, "warm-up", step_call(model.vocab_size, 0))
     timed.took_s.clear()
-    steps_s = _decode(engine, "timed", step_call(model.vocab_size, 1))[1:]
-    step_ms, runner_ms = (1000 * statistics.median(times) for times in (steps_s, timed.took_s[1:]))
+    steps_s = _decode(engine, "timed", step_call(model.vocab_size, 1))
+    step_ms, runner_ms = (1000 * statistics.median(times) for times in (steps_s, timed.took_s))
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         _decode(engine, "profiled", step_call(model.vocab_size, 2))
     engine.close()
     sampling_ms = 1000 * _sampling_s(model.vocab_size, pick_dtype(config, device), groups)
     return StepProfile(step_ms, runner_ms - sampling_ms, sampling_ms, step_ms - runner_ms, _shares(profiled))
+
+
+def profile_alone(model_dir: Path, options: OurOptions) -> StepProfile:
+    """As measure, in a process of its own."""
+    command = [sys.executable, "-P", "-m", "bench.peers.step_profile", str(model_dir)]
+    command += ["--dtype", options.dtype, "--threads", str(options.num_threads)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return StepProfile(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def main() -> None:

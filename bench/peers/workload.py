@@ -22,7 +22,7 @@ _SINGLE_PROMPT, _SINGLE_NEW = 512, 128
 _BATCH_SIZE, _BATCH_NEW = 16, 64
 _BATCH_SHORTEST, _BATCH_LONGEST = 64, 512
 _PREFIX_REQUESTS, _PREFIX_SHARED, _PREFIX_OWN, _PREFIX_NEW = 8, 1024, 32, 16
-_STEP_PROMPT, _STEP_NEW = 8, 65
+_STEP_PROMPT, _STEP_NEW = 1, 65
 _WARM_UP_NEW = 4
 
 CONTEXT_TOKENS = 2048
@@ -89,7 +89,7 @@ def warm_up(vocab_size: int) -> list[Call]:
 
 
 def step_call(vocab_size: int, seed: int) -> Call:
-    """One stream on a short prompt: what a decode step costs, not its context."""
+    """One stream on a prompt of one token: every step is a decode step, on a short context."""
     rng = random.Random(f"step {vocab_size} {seed}")
     return Call([[rng.randrange(FIRST_ID, vocab_size) for _ in range(_STEP_PROMPT)]], _STEP_NEW)
 

@@ -1,4 +1,4 @@
-"""A peer without an engine, run as a peer is: its tokens are the prompt's length, or it fails as its dtype says."""
+"""A peer without an engine, run as a peer is: its tokens are the prompt's length, or it fails as its options say."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class FakePeer:
         print("a library talks on stdout")
         self._options = options
         self.about = {"version": "1.0-fake", "dtype": options.dtype, "folder": os.getcwd(), "path": sys.path[0]}
+        self.about["pid"] = str(os.getpid())
 
     def run(self, call: Call) -> Sequence[Completion]:
         if self._options.work_dir == f"dies at {call.max_tokens}":

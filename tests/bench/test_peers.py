@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ from bench.peers.workload import (
     warm_up,
 )
 from bench.rows import append_rows
+from tests.processes import wait_until
 from training.llama import Shape
 
 SMALL = Shape(512, 32, 64, 2, 2, 1, 16, 256)
@@ -147,6 +149,28 @@ def test_a_peer_that_dies_or_answers_wrongly_says_why(fake_spec: PeerSpec) -> No
         pytest.raises(PeerFailed, match="1 times 7 tokens were asked for"),
     ):
         running.run(call)
+
+
+def test_a_stopped_peer_dies_with_a_bench_that_is_killed(fake_spec: PeerSpec, tmp_path: Path) -> None:
+    code = f"""
+import sys, time
+from pathlib import Path
+from bench.peers import processes
+processes.ROOT = Path({str(processes.ROOT)!r})
+options = processes.PeerOptions("", "", "bfloat16", 2, 16)
+with processes.peer(processes.PeerSpec({fake_spec.module!r}), sys.executable, options) as running:
+    with running.turn():
+        print(running.about["pid"], flush=True)
+    print("stopped", flush=True)
+    time.sleep(600)
+"""
+    bench = subprocess.Popen([sys.executable, "-c", code], cwd=bench_rows.ROOT, stdout=subprocess.PIPE, text=True)
+    assert bench.stdout is not None
+    pid = int(bench.stdout.readline())
+    bench.stdout.readline()
+    bench.kill()
+    bench.wait()
+    wait_until(lambda: not Path(f"/proc/{pid}/cwd").exists(), "the peer's end")
 
 
 # ---- one run
