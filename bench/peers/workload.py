@@ -83,9 +83,10 @@ def calls_of(workload: str, vocab_size: int, seed: int) -> list[Call]:
 
 
 def warm_up(vocab_size: int) -> list[Call]:
-    """The prompts of both kinds, but few new tokens: some engines compile for sizes that they have not seen."""
-    calls = [*calls_of("single", vocab_size, -1), *calls_of("batch", vocab_size, -1)]
-    return [Call(call.prompts, _WARM_UP_NEW) for call in calls]
+    """Smaller calls of both kinds: some engines compile for sizes that they have not seen."""
+    single, batch = calls_of("single", vocab_size, -1) + calls_of("batch", vocab_size, -1)
+    quarters = [prompt[: len(prompt) // 4] for prompt in batch.prompts]
+    return [Call(single.prompts, _WARM_UP_NEW), Call(quarters, _WARM_UP_NEW)]
 
 
 def step_call(vocab_size: int, seed: int) -> Call:
