@@ -21,11 +21,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from bench import direct
 from bench.direct import DirectWorker, Part
+from bench.peers.models import HALF, write_random_model
 from bench.rows import Measurement
 from kvstore.config import KVStoreConfig, NodeSpec
 from kvstore.tiers.host.arena import arena_path
@@ -148,21 +149,9 @@ def _machine() -> Iterator[tuple[ExitStack, Path, _Node]]:
     """A model directory and a KV node; what enters the stack ends before them."""
     with tempfile.TemporaryDirectory(prefix="sy-bench-") as folder, _kv_node(Path(folder)) as node:
         model = Path(folder) / "model"
-        _write_model(model)
+        write_random_model(model, replace(HALF, max_position_embeddings=2 * PROMPT_TOKENS))
         with ExitStack() as stack:
             yield stack, model, node
-
-
-def _write_model(directory: Path) -> None:
-    """Random weights of a Llama of 0.4 B parameters: 24 layers, 14 query and 2 KV heads of 64."""
-    from safetensors.torch import save_file
-
-    from training.llama import Llama, Shape
-
-    shape = Shape(32000, 896, 4864, 24, 14, 2, 64, 2 * PROMPT_TOKENS)
-    directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(shape.config_json()))
-    save_file(Llama(shape).checkpoint(), directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def _spec(model: Path, node: _Node, role: str, name: str = "", prefix_fetch: str = "always", **engine: object) -> str:

@@ -18,28 +18,30 @@ import argparse
 import asyncio
 import json
 import random
-import shlex
 import shutil
-import signal
 import socket
 import statistics
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from functools import partial
 from urllib.parse import urlsplit
 
 from switchyard_client import GenerationClient, GenerationRequest, SamplingParams, Tokens
 
 from bench import direct, tiers
+from bench.cluster import cluster
 from bench.host_step import SIZES as HOST_STEP_SIZES
 from bench.host_step import measure as measure_host_step
 from bench.kv_transfer import measure_paged_kv_transfer
 from bench.loadgen import play
 from bench.long_prompts import bench_failover, bench_overlap
+from bench.peers import options as peer_options
+from bench.peers.comparison import measure_peers
+from bench.peers.table import markdown, newest_run
 from bench.rows import Measurement, append_rows
 from bench.scaling import measure_scaling
 from bench.stalled_tier import measure_stalled_tier
@@ -49,32 +51,6 @@ from planner.trace import TraceRequest
 STREAMS = (1, 8, 32)
 PROMPT_TOKENS, OUTPUT_TOKENS = 256, 64
 RUNS = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A running cluster's addresses."""
-
-    grpc: str
-    http: str
-
-
-@contextmanager
-def cluster(*options: str) -> Iterator[Target]:
-    """`switchyard serve` with these options on ports of its own choice, until the block ends."""
-    ports = ["--set", "endpoints.grpc_port=0", "--set", "endpoints.http_port=0"]
-    command = [sys.executable, "-P", "-m", "deploy.cli", "serve", "--json", *ports, *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
-        said = process.stdout.readline()
-        if not said:
-            raise SystemExit(f"switchyard bench: {shlex.join(command)} did not start")
-        router = json.loads(said)["endpoints"]["routers"][0]
-        yield Target(router["grpc"], router["http"])
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(timeout=60)
 
 
 def bench_serve() -> list[Measurement]:
@@ -236,14 +212,17 @@ SECTIONS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the sections and append their rows."""
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__.split("\n")[0])
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; default: all")
+    known = [*SECTIONS, "peers"]
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(known)}; default: all but peers")
+    peer_options.add_to(parser)
     args = parser.parse_args(arguments)
-    unknown = set(args.sections) - set(SECTIONS)
+    unknown = set(args.sections) - set(known)
     if unknown:
-        parser.error(f"no section {unknown.pop()!r}; there are {', '.join(SECTIONS)}")
-    names = args.sections or list(SECTIONS)
-    for name in names:
-        rows = SECTIONS[name]()
+        parser.error(f"no section {unknown.pop()!r}; there are {', '.join(known)}")
+    comparison = peer_options.comparison_of(parser, args)
+    sections: dict[str, Callable[[], list[Measurement]]] = {**SECTIONS, "peers": partial(measure_peers, comparison)}
+    for name in args.sections or list(SECTIONS):
+        rows = sections[name]()
         path = append_rows("cpu.jsonl", rows, f"make bench ARGS={name}")
         for row in rows:
             beside = ", ".join(f"{k} {v:.4g}" for k, v in row.beside.items())
@@ -251,6 +230,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             spread = f"[{min(row.runs):.4g} .. {max(row.runs):.4g}]"
             print(f"{row.name:24} {row.median:10.4g} {row.unit:9} {spread:22} {setting}  {beside}")
         print(f"appended to {path.relative_to(path.parents[2])}", flush=True)
+        if name == "peers":
+            print(markdown(newest_run(path)), end="", flush=True)
     return 0
 
 

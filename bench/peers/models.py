@@ -1,0 +1,83 @@
+"""The models of the peer table: random weights of two sizes, made once, and the demo model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from torch import nn
+
+from bench.rows import ROOT
+from training import tokenizer
+from training.llama import Llama, Shape
+
+HALF = Shape(32000, 896, 4864, 24, 14, 2, 64, 4096)
+TINY = Shape(4096, 256, 688, 6, 8, 4, 32, 4096)
+_SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PeerModel:
+    """A model, and what is measured on it."""
+
+    name: str
+    size: str  # for people
+    workloads: tuple[str, ...]
+    shape: Shape | None  # None: the demo model
+
+
+MODELS = {
+    model.name: model
+    for model in (
+        PeerModel("half", "0.39 B parameters", ("single", "batch", "prefix"), HALF),
+        PeerModel("tiny", "5 M parameters", ("single", "batch", "prefix"), TINY),
+        PeerModel("demo", "the demo model, 7 M parameters", ("batch",), None),
+    )
+}
+
+
+def directory_of(model: PeerModel, folder: Path) -> Path:
+    """Where the model is; in the folder, and made at the first call, unless it is the demo model."""
+    if model.shape is None:
+        return ROOT / "models" / "demo"
+    directory = folder / model.name / "model"
+    if not directory.exists():
+        partial = directory.with_name("partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        write_random_model(partial, model.shape)
+        partial.rename(directory)
+    return directory
+
+
+def write_random_model(directory: Path, shape: Shape) -> None:
+    """A Llama of this shape in the Hugging Face layout: bf16, the same numbers each time, a token for each id."""
+    tokenizer.save(_byte_tokenizer(shape.vocab_size), directory, shape.max_position_embeddings)
+    (directory / "config.json").write_text(json.dumps(shape.config_json(), indent=2))
+    save_file(_random_llama(shape).checkpoint(), directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def _random_llama(shape: Shape) -> Llama:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_SEED)
+        model = Llama(shape)
+        for parameter in model.parameters():
+            if parameter.ndim == 2:  # training starts from layers that do nothing
+                nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def _byte_tokenizer(vocab_size: int) -> Tokenizer:
+    """The end of text, a token for each byte, and names without meaning for the other ids."""
+    names = [tokenizer.END_OF_TEXT, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    names += [f"unused-{i}" for i in range(len(names), vocab_size)]
+    made = Tokenizer(BPE({name: i for i, name in enumerate(names)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([tokenizer.END_OF_TEXT])
+    return made
