@@ -199,8 +199,9 @@ class _Work:
         for worker_id, transition in list(self._transitions.items()):
             worker = self._workers[worker_id]
             undoable = not transition.released and worker.status in (READY, DRAINING, DRAINED)
-            useless = not transition.to_pool or self._excess(transition.to_pool) > 0
-            if undoable and useless and worker.pool != transition.to_pool and self._excess(worker.pool) < 0:
+            # One that does not drain yet costs nothing to keep, even if the other pool needs it.
+            is_free = worker.status == READY or not transition.to_pool or self._excess(transition.to_pool) > 0
+            if undoable and is_free and worker.pool != transition.to_pool and self._excess(worker.pool) < 0:
                 del self._transitions[worker_id]
                 if worker.status != READY:
                     self._serve_again(worker)
