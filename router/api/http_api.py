@@ -278,7 +278,7 @@ class _Endpoints:
             model=body.model,
             num_choices=body.num_choices,
             num_candidates=body.num_candidates,
-            bytes_of=self._generation.bytes_of if body.num_logprobs is not None else None,
+            bytes_of=self._generation.codec.bytes_alone if body.num_logprobs is not None else None,
         )
 
     async def models(self, request: Request) -> Response:

@@ -66,7 +66,7 @@ class TokenizeApi:
             "tokens": list(ids),
         }
         if body.return_token_strs:
-            answer["token_strs"] = self._generation.token_texts(ids)
+            answer["token_strs"] = [self._generation.codec.token_of(token_id) for token_id in ids]
         return JSONResponse(answer)
 
     def _text(self, body: _TokenizeRequest) -> tuple[str, bool, str]:

@@ -100,9 +100,9 @@ class Generation:
         self._served = served
         self._journal = journal
         self.admission = Admission(config.max_inflight_requests, config.max_prompt_bytes)
-        self._codec = TextCodec(files.tokenizer_json)
+        self.codec = TextCodec(files.tokenizer_json)
         self._chat = _chat_template(files)
-        self._end_token_ids = end_token_ids(files, self._codec, self._chat)
+        self._end_token_ids = end_token_ids(files, self.codec, self._chat)
         self._config = config
         self._dispatcher = dispatcher
         self._observer = observer
@@ -138,11 +138,7 @@ class Generation:
 
     def text_of(self, prompt: str | Sequence[int]) -> str:
         """A prompt as text. Its ids, if it has some, were checked."""
-        return prompt if isinstance(prompt, str) else self._codec.decode(prompt)
-
-    def bytes_of(self, token_id: int) -> bytes:
-        """What one token says by itself."""
-        return self._codec.bytes_alone(token_id)
+        return prompt if isinstance(prompt, str) else self.codec.decode(prompt)
 
     async def tokenize(
         self, model: str, text: str, add_special_tokens: bool = True, param: str = "text"
@@ -155,11 +151,7 @@ class Generation:
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """The text of ids, special tokens as they are spelled. Raises InvalidRequest."""
         check_token_ids("tokens", token_ids, self.files.vocab_size)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._codec.spelled, token_ids)
-
-    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
-        """How the vocabulary spells each of some ids that it has."""
-        return [self._codec.token_of(token_id) for token_id in token_ids]
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self.codec.spelled, token_ids)
 
     async def stream(self, request: GenerationRequest, commits_first: bool = False) -> AsyncGenerator[Event, None]:
         """Started, then Tokens, then Finished; or a RouterError. A caller that stops reading early must close it.
@@ -216,7 +208,7 @@ class Generation:
         sampling = order.sampling
         assert sampling.seed is not None, "the seed is set before a stream is opened"
         assert sampling.max_tokens is not None, "max_tokens is set before a stream is opened"
-        text = TextOut(self._codec.detokenizer(order.token_ids), sampling)
+        text = TextOut(self.codec.detokenizer(order.token_ids), sampling)
         text.push(0, log.token_ids[: given.num_tokens])
         account.num_output_tokens = given.num_tokens
         live = self._dispatcher.open(order, log.token_ids, given.num_tokens)
@@ -324,14 +316,14 @@ class Generation:
         context_tokens = self.context_tokens
         layouts = self._dispatcher.fleet.layouts
         if isinstance(request.prompt, str):
-            num_tokens = max(1, self._codec.min_tokens(len(request.prompt.encode())))
+            num_tokens = max(1, self.codec.min_tokens(len(request.prompt.encode())))
             check_prompt(num_tokens, context_tokens, is_bound=True)
         salt = block_salt(request.tenant_salt, request.cache_salt)
         token_ids, names = await self._encode(request.prompt, request.add_special_tokens, layouts, salt)
         check_prompt(len(token_ids), context_tokens)
         check_token_ids("prompt", token_ids, self.files.vocab_size)
         num_tokens_left = context_tokens - len(token_ids)
-        asked = with_spelled_words(request.sampling, self._codec)
+        asked = with_spelled_words(request.sampling, self.codec)
         end_ids = (*self._end_token_ids, *self.files.eos_token_ids)
         check_choice_is_left(asked, end_ids, self.files.vocab_size)
         seed = secrets.randbits(53)  # 53: exact in any JSON reader
@@ -357,7 +349,7 @@ class Generation:
         """Ids and block names of a prompt; those of a long one in a thread, so that other streams get their tokens."""
 
         def encode() -> tuple[Sequence[int], BlockNames]:
-            ids = self._codec.encode(prompt, add_special_tokens) if isinstance(prompt, str) else prompt
+            ids = self.codec.encode(prompt, add_special_tokens) if isinstance(prompt, str) else prompt
             return ids, name_blocks(layouts, ids, tenant_salt)
 
         if len(prompt) < _INLINE_BYTES // 4:
