@@ -5,8 +5,9 @@ ARG BASE=nvidia/cuda:13.0.2-base-ubuntu24.04
 FROM ${BASE} AS dependencies
 ARG EXTRAS=cluster
 ARG CONSTRAINTS=deploy/docker/constraints.txt
-# The newest torch whose CUDA build wants the Triton that the kernels are written for (pyproject.toml).
+# torch's CUDA builds each want one Triton. The kernels were tuned with this pair; pyproject.toml has the range.
 ARG TORCH=2.11.0
+ARG TRITON=3.6.0
 # Compiled Python files then hold a digest of their source in place of a time.
 ARG SOURCE_DATE_EPOCH=0
 ENV PYTHONDONTWRITEBYTECODE=1
@@ -19,7 +20,7 @@ RUN python3 -m venv /opt/venv
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     python3 requirements.py pyproject.toml ${EXTRAS} > wanted.txt \
     && PIP_CONSTRAINT=/build/$(basename ${CONSTRAINTS}) \
-       /opt/venv/bin/python -m pip install --no-cache-dir -r wanted.txt torch==${TORCH}
+       /opt/venv/bin/python -m pip install --no-cache-dir -r wanted.txt torch==${TORCH} triton==${TRITON}
 
 FROM dependencies AS wheel
 RUN apt-get update \

@@ -27,7 +27,7 @@ from tests.helm.rendering import CHART, objects, pods, ray_service
 DOCKER = ROOT / "deploy" / "docker"
 IMAGES = tuple(sorted(path.name.removesuffix(".Dockerfile") for path in DOCKER.glob("*.Dockerfile")))
 PYPROJECT = ROOT / "pyproject.toml"
-CPU = {"KERNEL_TOOLS": "", "TORCH": "2.13.0"}
+CPU = {"KERNEL_TOOLS": "", "TORCH": "2.13.0", "TRITON": "3.7.1"}
 """Arguments of a `ray` image without CUDA; README.md names them."""
 PINNED = re.compile(r"[\w./-]+:[\w.-]*\d[\w.-]*(@sha256:[0-9a-f]{64})?")
 
@@ -179,7 +179,7 @@ def test_router_and_autoscaler_differ_in_extras_and_labels_only() -> None:
 
 @pytest.mark.parametrize("image", IMAGES)
 def test_all_that_is_needed_is_pinned(image: str) -> None:
-    pins = constraints() | {"torch": default_of("ray", "TORCH")}
+    pins = constraints() | {"torch": default_of("ray", "TORCH"), "triton": default_of("ray", "TRITON")}
     for needed in requirements_of(image):
         assert needed.specifier.contains(pins[normal(needed.name)]), needed
     names = {normal(needed.name) for needed in requirements_of(image)}
@@ -188,7 +188,7 @@ def test_all_that_is_needed_is_pinned(image: str) -> None:
 
 
 def test_the_pins_are_those_that_the_tests_run_with() -> None:
-    pins = constraints() | {"torch": CPU["TORCH"]}
+    pins = constraints() | {"torch": CPU["TORCH"], "triton": CPU["TRITON"]}
     for line in (ROOT / "constraints-cpu.txt").read_text().splitlines():
         if line and not line.startswith("#"):
             needed = Requirement(line)
@@ -296,7 +296,7 @@ class TestBuilt:
     def test_packages_are_the_pinned_ones(self, image: tuple[str, Image]) -> None:
         name, made = image
         code = "from importlib.metadata import distributions as d; print(*[f'{i.name}=={i.version}' for i in d()])"
-        pins, seen = constraints() | {"torch": CPU["TORCH"]}, {}
+        pins, seen = constraints() | {"torch": CPU["TORCH"], "triton": CPU["TRITON"]}, {}
         for pair in out(made, "python", "-c", code).split():
             package, _, version = pair.partition("==")
             seen[normal(package)] = version.partition("+")[0]

@@ -198,8 +198,8 @@ def test_whatever_is_wrong_with_the_models_files_is_found_before_anything_starts
     edit(model / "config.json", sliding_window=4)
     assert refusal(path).startswith(f"{model}/config.json: sliding_window=4 is not supported: ")
     edit(model / "config.json", sliding_window=None)
-    (model / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.1}))
-    assert refusal(path).startswith(f"{model}/generation_config.json: repetition_penalty=1.1 is not supported")
+    (model / "generation_config.json").write_text(json.dumps({"no_repeat_ngram_size": 3}))
+    assert refusal(path).startswith(f"{model}/generation_config.json: no_repeat_ngram_size=3 is not supported")
     (model / "generation_config.json").unlink()
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "a-of-2.safetensors"}}))
     assert refusal(path) == f"{model}/a-of-2.safetensors: missing, and listed in model.safetensors.index.json"

@@ -132,7 +132,7 @@ def test_a_redis_that_is_away_is_said_and_waited_for(raw: dict[str, Any], tmp_pa
     try:
         away, back = {
             "router": ("the directory is away", '"directory_is_up":true'),
-            "autoscaler": ("lease: 127.0.0.1", "switchyard_autoscaler_leader 1.0"),
+            "autoscaler": ("waits for Redis: kvstore.control: Redis at 127.0.0.1", "switchyard_autoscaler_leader 1.0"),
         }[part]
         wait_until(lambda: away in log.read_text(), "it says that the Redis is away")
         path = "readyz" if part == "router" else "metrics"
