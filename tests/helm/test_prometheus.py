@@ -151,6 +151,8 @@ def grafana() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def watched(redis_process: RedisServer, grafana: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    if not redis_process.is_running:  # a test before killed it
+        redis_process.start()
     prometheus = Prometheus(programs(), tmp_path_factory.mktemp("prometheus"))
     folder = Path(tempfile.mkdtemp(prefix="sym-", dir="/tmp"))  # a short path: Ray makes sockets far below it
     surroundings = Surroundings(folder, write_tiny_model(tmp_path_factory.mktemp("model") / "tiny"))
