@@ -65,7 +65,8 @@ def _command(spec: PeerSpec, interpreter: str, options: PeerOptions) -> list[str
     if spec.preload and library.is_file():
         variables["LD_PRELOAD"] = str(library)
     settings = [f"{name}={value}" for name, value in {**variables, "HF_HUB_OFFLINE": "1"}.items()]
-    return ["env", *settings, *python, "-m", spec.module, json.dumps(asdict(options))]
+    # The module lies in the working folder, where a safe path does not look.
+    return ["env", "-u", "PYTHONSAFEPATH", *settings, *python, "-m", spec.module, json.dumps(asdict(options))]
 
 
 class RunningPeer:
