@@ -50,7 +50,7 @@ class FoundModel:
 
     @property
     def limits(self) -> ModelLimits:
-        """What routers are told of its config."""
+        """The parts of its config that routers need."""
         return ModelLimits(self.config.max_position_embeddings, self.config.vocab_size)
 
 

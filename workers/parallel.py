@@ -170,28 +170,21 @@ class ParallelGroups:
 
     def numbers_to_leader(self, numbers: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
         """As tokens_to_leader, for fp64 numbers of a shape that both ends know."""
-        source = (self.shard.pp - 1) * self.shard.tp
-        if self.shard.pp == 1 or not shape[0]:
-            return numbers
-        if self.shard.rank == source:
-            assert numbers is not None
-            dist.send(numbers.to("cpu", torch.float64), dst=0, group=self._control)
-        elif self.shard.rank == 0:
-            received = torch.empty(shape, dtype=torch.float64)
-            dist.recv(received, src=source, group=self._control)
-            return received
-        return None
+        return self._to_leader(numbers, shape, torch.float64)
 
     def tokens_to_leader(self, token_ids: Tensor | None, count: int) -> Tensor | None:
         """Sampled ids [count] from the last stage's first rank to the leader; other ranks get None."""
+        return self._to_leader(token_ids, (count,), torch.int64)
+
+    def _to_leader(self, values: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         source = (self.shard.pp - 1) * self.shard.tp
-        if self.shard.pp == 1 or count == 0:
-            return token_ids
+        if self.shard.pp == 1 or not shape[0]:
+            return values
         if self.shard.rank == source:
-            assert token_ids is not None
-            dist.send(token_ids.to("cpu", torch.int64), dst=0, group=self._control)
+            assert values is not None
+            dist.send(values.to("cpu", dtype), dst=0, group=self._control)
         elif self.shard.rank == 0:
-            received = torch.empty(count, dtype=torch.int64)
+            received = torch.empty(shape, dtype=dtype)
             dist.recv(received, src=source, group=self._control)
             return received
         return None

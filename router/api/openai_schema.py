@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
@@ -99,9 +100,9 @@ class _Request(BaseModel):
         return self.max_tokens
 
     @property
+    @abstractmethod
     def num_logprobs(self) -> int | None:
         """Of the most likely tokens at each position; None: not of the chosen ones either."""
-        raise NotImplementedError
 
     @property
     def num_candidates(self) -> int:

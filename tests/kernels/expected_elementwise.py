@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.philox import gumbel, uniform_words  # held to known answers in tests/workers/test_sampler.py
-from workers.sampling.sampler import mask_top_k_top_p
+from tests.workers.sampling import mask_top_k_top_p
 
 E4M3, INT8 = torch.float8_e4m3fn, torch.int8
 

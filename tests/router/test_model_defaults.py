@@ -27,8 +27,8 @@ from tests.router.chat_templates import QWEN3
 from tests.router.conftest import DEMO, MODEL, running_cluster
 from tests.router.fake_worker import CONTEXT_TOKENS, VOCAB_SIZE, FakeWorker
 from tests.router.test_grpc_api import PROMPT
+from tests.workers.sampling import mask_top_k_top_p
 from workers.model.registry import load_config
-from workers.sampling.sampler import mask_top_k_top_p
 
 GENERATION = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "max_new_tokens": 9, "do_sample": False}
 SETTLED = (pytest.approx(0.6), pytest.approx(0.95), 20)

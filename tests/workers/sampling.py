@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from workers.parallel import ParallelGroups
@@ -30,3 +31,17 @@ def choose(logits: Tensor, choices: Sequence[Choice], groups: ParallelGroups, vo
         rows.put(i, SamplingParams(temperature=c.temperature, top_p=c.top_p, top_k=c.top_k, seed=c.seed))
     positions = np.array([c.position for c in choices], np.int64)
     return sample(logits, rows, positions, groups, vocab_size)
+
+
+def mask_top_k_top_p(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """[vocab]: logits outside the top_k, then outside the smallest set of probability >= top_p, become -inf."""
+    if 0 < top_k < len(logits):
+        kth = torch.topk(logits, top_k).values[-1]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if top_p < 1.0:
+        ordered, order = torch.sort(logits, descending=True, stable=True)
+        probabilities = torch.softmax(ordered, dim=-1)
+        before = torch.cumsum(probabilities, dim=-1) - probabilities
+        kept = torch.where(before >= top_p, float("-inf"), ordered)
+        logits = torch.empty_like(logits).scatter_(0, order, kept)
+    return logits

@@ -51,7 +51,7 @@ class FaultyDirectory(MemoryDirectory):
 
 
 class Routers:
-    """Routers that see at once what they are told."""
+    """Routers that acknowledge a retirement at once."""
 
     def __init__(self) -> None:
         self.num_requests = 0

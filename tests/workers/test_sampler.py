@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from kernels.philox import gumbel, philox4x32, uniform_words
-from tests.workers.sampling import Choice, choose
+from tests.workers.sampling import Choice, choose, mask_top_k_top_p
 from workers.parallel import ParallelGroups, Shard
 from workers.sampling.params import NO_TOKEN
-from workers.sampling.sampler import mask_top_k_top_p
 
 # Known-answer vectors of Random123 (philox4x32, 10 rounds): counter, key, result.
 KNOWN_ANSWERS = [

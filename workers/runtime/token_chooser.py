@@ -37,11 +37,10 @@ class TokenChooser:
 
     def choose(self, logits: Tensor, prepared: PreparedBatch) -> tuple[Tensor, Tensor | None]:
         """int64 [rows], as sampler.sample gives; and what logprobs.of_rows gives, where a row asks for it."""
-        if not prepared.sampling.has_logprobs.any():
-            return self._choose(logits, prepared), None
-        raw = logits.float().clone()  # rules change logits in place
         token_ids = self._choose(logits, prepared)
-        return token_ids, of_rows(raw, token_ids, prepared.sampling, self._groups, self._vocab_size)
+        if not prepared.sampling.has_logprobs.any():
+            return token_ids, None
+        return token_ids, of_rows(logits, token_ids, prepared.sampling, self._groups, self._vocab_size)
 
     def _choose(self, logits: Tensor, prepared: PreparedBatch) -> Tensor:
         sampling = prepared.sampling
@@ -50,6 +49,7 @@ class TokenChooser:
         assert self._rules is not None, "only the last stage chooses tokens"
         batch = prepared.batch
         chosen = ChosenRows(prepared.rows, prepared.positions, prepared.num_drafts, batch.logit_rows, batch.token_ids)
+        # In a copy: logprobs are those of the model.
         logits = self._rules.apply(logits.to(torch.float32, copy=True), sampling.has_rules, chosen)
         token_ids = sample(logits, sampling, prepared.positions, self._groups, self._vocab_size)
         self._rules.note(token_ids, sampling.has_rules, chosen)

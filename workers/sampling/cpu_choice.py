@@ -62,8 +62,9 @@ def _best_of_filtered(
     for few in (_FEW, num_ids):
         few = min(few, num_ids)
         part, at = sampling.of(rows), torch.from_numpy(rows)
-        candidates, ids = _largest(scaled[at], few)
-        is_left, is_enough = _filtered(scaled[at], candidates, part)
+        whole = scaled[at]
+        candidates, ids = _largest(whole, few)
+        is_left, is_enough = _filtered(whole, candidates, part)
         if few == num_ids:
             is_enough = np.ones(len(rows), np.bool_)
         done = np.flatnonzero(is_enough)

@@ -25,13 +25,13 @@ def shape_of(sampling: SamplingRows) -> tuple[int, int]:
 def of_rows(
     logits: Tensor, token_ids: Tensor, sampling: SamplingRows, groups: ParallelGroups, vocab_size: int
 ) -> Tensor:
-    """fp64, shape_of(sampling). logits: fp32 [rows, vocab / tp], this rank's share, as the model left them.
+    """fp64, shape_of(sampling). logits: [rows, vocab / tp], this rank's share, as the model left them.
 
     token_ids: int64 [rows], those chosen. On all ranks of the stage at once.
     """
     num_top = (shape_of(sampling)[1] - 1) // 2
     at = torch.from_numpy(np.flatnonzero(sampling.has_logprobs)).to(logits.device)
-    whole = groups.all_gather(logits[at]).transpose(0, 1).flatten(1)[:, :vocab_size].double()
+    whole = groups.all_gather(logits[at].float()).transpose(0, 1).flatten(1)[:, :vocab_size].double()
     logs = torch.log_softmax(whole, dim=-1)
     chosen = logs.gather(1, token_ids[at].clamp(min=0)[:, None])
     top = logs.topk(min(num_top, vocab_size), dim=-1)

@@ -14,25 +14,8 @@ from torch import Tensor
 
 import kernels
 from workers.parallel import ParallelGroups
-from workers.sampling.cpu_choice import best_on_cpu, typical_tokens
+from workers.sampling.cpu_choice import Positions, best_on_cpu, typical_tokens
 from workers.sampling.params import NO_TOKEN, SamplingRows
-
-
-def mask_top_k_top_p(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """[vocab]: logits outside the top_k, then outside the smallest set of probability >= top_p, become -inf."""
-    if 0 < top_k < len(logits):
-        kth = torch.topk(logits, top_k).values[-1]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
-    if top_p < 1.0:
-        ordered, order = torch.sort(logits, descending=True, stable=True)
-        probabilities = torch.softmax(ordered, dim=-1)
-        before = torch.cumsum(probabilities, dim=-1) - probabilities
-        kept = torch.where(before >= top_p, float("-inf"), ordered)
-        logits = torch.empty_like(logits).scatter_(0, order, kept)  # an index by a mask would wait for the device
-    return logits
-
-
-Positions = npt.NDArray[np.int64]
 
 
 def sample(

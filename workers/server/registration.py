@@ -56,7 +56,7 @@ class Routers(Protocol):
         """See LeaseKeeper."""
 
     def take_role(self, record: WorkerRecord) -> None:
-        """The role has changed; they have not heard of it."""
+        """The worker has another role, under which it will be announced."""
 
     def retire(self) -> None:
         """Tell them that the worker takes no more requests."""
@@ -119,7 +119,7 @@ class Registration:
     async def drain(self, timeout_s: float) -> None:
         """Take no more requests; returns at once. After timeout_s what still runs is moved.
 
-        Routers are told over their connections, and the directory, which may not answer, beside that.
+        Routers get the retirement over their connections. The directory may not answer, so a task of its own writes it.
         """
         async with self._lock:
             if self._serves and self._lease is not None:
