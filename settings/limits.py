@@ -112,7 +112,7 @@ class Matches:
 def check_limits(config: Any) -> None:
     """For the __post_init__ of a dataclass. Raises ValueError, "key: what is wrong", for the first wrong value."""
     cls: Any = type(config)
-    for name, hint in _hints(cls).items():
+    for name, hint in hints_of(cls).items():
         for where, limit, value in _limited(name, hint, getattr(config, name)):
             problem = limit.problem(value)
             if problem:
@@ -120,12 +120,13 @@ def check_limits(config: Any) -> None:
 
 
 def limits_of(hint: Any) -> tuple[Limit, ...]:
-    """The rules of a type, as `get_type_hints` has it with its extras."""
+    """The rules of a type, as `hints_of` has it."""
     return tuple(part for part in getattr(hint, "__metadata__", ()) if isinstance(part, Limit))
 
 
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
+def hints_of(cls: type) -> dict[str, Any]:
+    """Types of a dataclass's fields, with their rules."""
     return typing.get_type_hints(cls, include_extras=True)
 
 

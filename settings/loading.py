@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from settings.limits import OneOf, limits_of
+from settings.limits import OneOf, hints_of, limits_of
 
 T = TypeVar("T")
 
@@ -98,7 +98,7 @@ def _with_words(value: object, expected: object) -> object:
         return {key: _with_words(item, below) for key, item in value.items()}
     if not (isinstance(expected, type) and dataclasses.is_dataclass(expected)):
         return value
-    hints = typing.get_type_hints(expected, include_extras=True)
+    hints = hints_of(expected)
     return {key: _with_words(item, hints[key]) for key, item in value.items()}
 
 
