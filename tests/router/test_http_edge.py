@@ -260,7 +260,7 @@ async def test_any_role_and_field_reaches_the_template(model_dir: Path, tmp_path
     async with served(tmp_path, worker) as (cluster, client):
         body = {**CHAT, "messages": messages, "chat_template_kwargs": {"mood": "calm"}}
         assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
-        codec = cluster.router._generation._codec
+        codec = cluster.router._generation.codec
     assert codec.decode(list(worker.submits[0].token_ids)) == json.dumps(messages[0], sort_keys=True) + "calm"
 
 
