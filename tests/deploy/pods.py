@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from deploy.config import ROOT
 from tests.hosts import Host
 from tests.processes import python_environment
 
@@ -137,8 +138,12 @@ class Pod:
         if service_account:
             assert spec["automountServiceAccountToken"] is True
             mounted[SERVICE_ACCOUNT] = service_account
+        root = shlex.quote(str(ROOT))
+        lines.append(f"exec 9<{root}")
         for path, files in mounted.items():
             lines.append(f"mkdir -p {path} && mount -t tmpfs -o mode=1777 none {path}")
+            if ROOT.is_relative_to(path):  # as where this tree was cloned into /tmp
+                lines.append(f"mkdir -p {root} && mount -c --bind /proc/self/fd/9 {root}")
             for key, content in files.items():
                 target = shlex.quote(f"{path}/{key}")
                 lines.append(
