@@ -12,6 +12,7 @@ from typing import Any
 
 from switchyard.v1 import generation_pb2
 
+from grammars.grammar import Grammar
 from router.errors import InvalidRequest
 
 MAX_STOP_TEXTS = 16
@@ -50,6 +51,7 @@ class SamplingParams:
     bad_words: tuple[str, ...] = ()
     banned_sequences: tuple[tuple[int, ...], ...] = ()
     logprobs: int | None = None  # None: of no token
+    grammar: Grammar | None = None  # the form of the completion; compiled apart
 
 
 def _within(low: float, high: float) -> Callable[[Any], bool]:
@@ -84,6 +86,10 @@ def check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
             raise invalid(name, f"{wanted}, not {value}")
     if sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:
         raise invalid("min_tokens", f"{sampling.min_tokens} is more than max_tokens={sampling.max_tokens}")
+    if sampling.grammar is not None:
+        for name in ("ignore_eos", "min_tokens"):
+            if getattr(sampling, name):
+                raise invalid(name, "is not possible with a grammar, which says itself where the completion ends")
     _check_texts("stop", sampling.stop, MAX_STOP_TEXTS)
     _check_texts("bad_words", sampling.bad_words, MAX_BAD_WORDS)
     check_token_ids("stop_token_ids", sampling.stop_token_ids, vocab_size)
@@ -174,6 +180,7 @@ def invalid(param: str, complaint: str) -> InvalidRequest:
 def sampling_message(sampling: SamplingParams) -> generation_pb2.SamplingParams:
     """Stop texts are applied where text is decoded, but travel along for a router."""
     values = {one.name: getattr(sampling, one.name) for one in fields(sampling)}
+    values["grammar"] = None if sampling.grammar is None else sampling.grammar.message()
     values["banned_sequences"] = [generation_pb2.TokenIds(ids=ids) for ids in sampling.banned_sequences]
     return generation_pb2.SamplingParams(**values)
 
@@ -186,12 +193,13 @@ def sampling_params(message: generation_pb2.SamplingParams) -> SamplingParams:
         if descriptor.is_repeated:
             values[one.name] = _READERS.get(one.name, tuple)(value)
         elif not descriptor.has_presence or message.HasField(one.name):
-            values[one.name] = value
+            values[one.name] = _READERS[one.name](value) if one.name in _READERS else value
     return SamplingParams(**values)
 
 
 _READERS: dict[str, Callable[[Any], Any]] = {
     "logit_bias": dict,
+    "grammar": Grammar.of,
     "banned_sequences": lambda lists: tuple(tuple(one.ids) for one in lists),
 }
 

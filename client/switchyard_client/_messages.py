@@ -11,6 +11,7 @@ from switchyard_client._types import (
     Finished,
     FinishReason,
     GenerationRequest,
+    Grammar,
     RequestStats,
     SamplingParams,
     Started,
@@ -29,6 +30,7 @@ def request_message(request: GenerationRequest) -> generation_pb2.GenerateReques
     options = {field.name: getattr(request.sampling, field.name) for field in fields(SamplingParams)}
     try:
         options["banned_sequences"] = [generation_pb2.TokenIds(ids=ids) for ids in request.sampling.banned_sequences]
+        options["grammar"] = None if request.sampling.grammar is None else _grammar(request.sampling.grammar)
         message = generation_pb2.GenerateRequest(
             model=request.model,
             sampling=generation_pb2.SamplingParams(**options),
@@ -41,6 +43,16 @@ def request_message(request: GenerationRequest) -> generation_pb2.GenerateReques
     except ValueError as error:
         raise GenerationError("INVALID_ARGUMENT", str(error), None) from None
     return message
+
+
+def _grammar(grammar: Grammar) -> generation_pb2.Grammar:
+    given = {field.name: getattr(grammar, field.name) for field in fields(Grammar)}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(f"grammar: needs one of its fields, not {len(given)}")
+    if grammar.choice is not None:
+        return generation_pb2.Grammar(choice=generation_pb2.Texts(texts=grammar.choice))
+    return generation_pb2.Grammar(**given)
 
 
 def event_of(message: generation_pb2.GenerateResponse) -> Event | None:

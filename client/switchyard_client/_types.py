@@ -8,6 +8,17 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """The form of a completion: one of these. The cluster refuses what it cannot hold to, with the reason."""
+
+    json_schema: str | None = None  # as JSON; "{}" is any JSON value
+    regex: str | None = None  # Rust's syntax; the whole completion matches
+    choice: tuple[str, ...] | None = None  # one of these texts
+    lark: str | None = None  # llguidance's dialect of Lark
+    gbnf: str | None = None  # llama.cpp's GBNF
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How each next token is chosen, and when the stream ends. None leaves an option to the model's own default.
 
@@ -35,6 +46,7 @@ class SamplingParams:
     min_tokens: int = 0  # the stream does not stop before it has so many tokens
     include_stop_str_in_output: bool = False  # whether the stop text that ended the stream is shown
     logprobs: int | None = None  # at most 20; of the chosen token and so many most likely ones; None means of none
+    grammar: Grammar | None = None  # the form of the completion; not together with ignore_eos or min_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -219,7 +219,7 @@ class _Endpoints:
         if body.echo:
             self._generation.check(orders)
             style = dataclasses.replace(style, echoes=[self._generation.text_of(prompt) for prompt in prompts])
-        return OpenAiAnswer(self._streams(orders, style), style)
+        return OpenAiAnswer(self._streams(orders, style, body.renamed_fields()), style)
 
     def _order(
         self, prompt: Prompt, sampling: SamplingParams, body: ChatRequest | CompletionRequest, call: Request
@@ -233,7 +233,9 @@ class _Endpoints:
             cache_salt=(body.cache_salt or "").encode(errors="surrogatepass"),
         )
 
-    def _streams(self, orders: Sequence[GenerationRequest], style: AnswerStyle) -> list[AsyncGenerator[Event, None]]:
+    def _streams(
+        self, orders: Sequence[GenerationRequest], style: AnswerStyle, renamed: Mapping[str, str]
+    ) -> list[AsyncGenerator[Event, None]]:
         """Those of all choices of all prompts; nothing begins before all of them are checked."""
         groups = [spread(order, style.num_choices, style.num_candidates) for order in orders]
         is_single = len(orders) == style.num_candidates == 1
@@ -243,7 +245,8 @@ class _Endpoints:
         def begin(one: GenerationRequest) -> AsyncGenerator[Event, None]:
             return self._generation.stream(one, commits_first=style.is_stream and is_single)
 
-        return [stream for group in groups for stream in streams_over_one_prompt(group, begin)]
+        streams = [stream for group in groups for stream in streams_over_one_prompt(group, begin)]
+        return [_refusing(stream, renamed) for stream in streams] if renamed else streams
 
     async def chat_completions(self, request: Request) -> Response:
         body = parse(ChatRequest, await read_json(request, self._parts.max_body_bytes))
@@ -259,8 +262,7 @@ class _Endpoints:
         )
         if (known := _resumption(request, style)) is not None:
             return OpenAiAnswer([self._resume(known, order)], style)
-        streams = self._streams([order], style)
-        return OpenAiAnswer([_refusing(stream, {"prompt": "messages"}) for stream in streams], style)
+        return OpenAiAnswer(self._streams([order], style, body.renamed_fields()), style)
 
     def _resume(self, known: ResumeRequest, repeated: GenerationRequest) -> AsyncGenerator[Event, None]:
         """As Generation.resume, whose fields are one header here."""
@@ -319,7 +321,8 @@ async def _refusing(stream: AsyncGenerator[Event, None], renamed: Mapping[str, s
             if error.param is None or error.param not in renamed:
                 raise
             param = renamed[error.param]
-            message = error.message.removeprefix(f"{error.param}: ") if error.param == "prompt" else error.message
+            is_other_field = error.param in ("prompt", "grammar")  # else its name is a part of the client's
+            message = error.message.removeprefix(f"{error.param}: ") if is_other_field else error.message
             renaming = type(error)(f"{param}: {message}", param=param)
             mark_counted(renaming)
             raise renaming from None

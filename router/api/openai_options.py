@@ -47,7 +47,6 @@ class Option:
 
 _B, _C, _M = Api.BOTH, Api.COMPLETIONS, Api.CHAT
 _NO_BEAMS = "beam search is not served"
-_GRAMMARS = "structured output is not served yet"
 _TOOLS = "tool calls are not parsed yet"
 _TEXT_ONLY = "answers are text"
 
@@ -81,6 +80,12 @@ _SERVED: tuple[tuple[str, Api, str], ...] = (
     ("logprobs", _B, "completions: how many most likely tokens, at most 20; chats: true or false"),
     ("top_logprobs", _M, "at most 20"),
     ("echo", _C, "the prompt's text comes first; not together with logprobs"),
+    ("response_format", _B, "text, json_object or json_schema; always held to, strict or not"),
+    ("structured_outputs", _B, "one of json, json_object, regex, choice, grammar (Lark, or GBNF where it has ::=)"),
+    ("guided_json", _B, "a JSON schema: structured_outputs.json's older name"),
+    ("guided_regex", _B, "structured_outputs.regex's older name"),
+    ("guided_choice", _B, "structured_outputs.choice's older name"),
+    ("guided_grammar", _B, "structured_outputs.grammar's older name"),
     ("stream", _B, "server-sent events"),
     ("stream_options", _B, "include_usage"),
     ("chat_template_kwargs", _M, "given to the chat template"),
@@ -106,12 +111,6 @@ _REFUSED: tuple[tuple[str, Api, str, tuple[str, ...]], ...] = (
     ("suffix", _C, "models that fill in the middle are not served", ('""',)),
     ("prompt_logprobs", _B, "logprobs are of the completion", ("0", "false")),
     ("priority", _B, "requests are served in their order", ("0",)),
-    ("response_format", _M, _GRAMMARS, ('{"type": "text"}',)),
-    ("structured_outputs", _B, _GRAMMARS, ()),
-    ("guided_json", _B, _GRAMMARS, ()),
-    ("guided_regex", _B, _GRAMMARS, ()),
-    ("guided_choice", _B, _GRAMMARS, ()),
-    ("guided_grammar", _B, _GRAMMARS, ()),
     ("tools", _M, _TOOLS, ("[]",)),
     ("tool_choice", _M, _TOOLS, ('"none"', '"auto"')),
     ("functions", _M, _TOOLS, ("[]",)),

@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+from router.api.openai_grammar import StructuredOutputFields
 from router.api.openai_options import NOT_SERVED, Api
 from router.errors import InvalidRequest
 from router.sampling import MAX_LOGPROBS, SamplingParams
@@ -42,7 +43,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class _Request(BaseModel):
+class _Request(StructuredOutputFields):
     """What both kinds of request have."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -78,6 +79,7 @@ class _Request(BaseModel):
 
     def sampling(self, default_max_tokens: int | None) -> SamplingParams:
         """The options that this request asks for; what it leaves open stays open, but for the limit."""
+        form = self.form()
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         values: dict[str, Any] = {name: getattr(self, name) for name in _AS_THEY_ARE}
         values |= {name: tuple(getattr(self, name) or ()) for name in _LISTS}
@@ -89,6 +91,7 @@ class _Request(BaseModel):
             include_stop_str_in_output=bool(self.include_stop_str_in_output),
             ignore_eos=bool(self.ignore_eos),
             logprobs=self.num_logprobs,
+            grammar=None if form is None else form[1],
             logit_bias=_bias_by_id(self.logit_bias or {}),
             banned_sequences=tuple(tuple(ids) for ids in self.banned_sequences or ()),
             **values,
@@ -113,6 +116,11 @@ class _Request(BaseModel):
     def num_choices(self) -> int:
         """Of each prompt."""
         return 1 if self.n is None else self.n
+
+    def renamed_fields(self) -> Mapping[str, str]:
+        """Fields that have another name where requests are served, with the name that the client gave them."""
+        form = self.form()
+        return {} if form is None else {"grammar": form[0]}
 
     @property
     def has_usage_chunk(self) -> bool:
@@ -176,6 +184,9 @@ class ChatRequest(_Request):
         if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_LOGPROBS:
             raise _invalid("top_logprobs", f"must be in [0, {MAX_LOGPROBS}], not {self.top_logprobs}")
         return self.top_logprobs or 0 if self.logprobs else None
+
+    def renamed_fields(self) -> Mapping[str, str]:
+        return {**super().renamed_fields(), "prompt": "messages"}
 
     def template_options(self) -> Mapping[str, object]:
         """What the chat template is given besides the messages. Raises InvalidRequest."""

@@ -52,6 +52,7 @@ from router.service.checks import (
 )
 from router.service.defaults import end_token_ids, settled, with_spelled_words
 from router.service.dispatch import Dispatcher, LiveStream
+from router.service.grammar_check import GrammarCheck
 from router.service.journal import JournalWriter, StreamLog
 from router.service.text import TextCodec
 from router.service.text_out import TextOut
@@ -108,6 +109,7 @@ class Generation:
         self._observer = observer
         self._live: set[LiveStream] = set()
         self._threads = ThreadPoolExecutor(_ENCODE_THREADS, thread_name_prefix="encode")
+        self._grammars = GrammarCheck(files, self._threads)
 
     @property
     def can_resume(self) -> bool:
@@ -313,6 +315,7 @@ class Generation:
 
     async def _order(self, request: GenerationRequest) -> TokenRequest:
         arrived_s = self._dispatcher.clock()
+        await self._grammars.check(request.sampling.grammar)
         context_tokens = self.context_tokens
         layouts = self._dispatcher.fleet.layouts
         if isinstance(request.prompt, str):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import jsonschema
 import openai
 import pytest
+from switchyard_client import Grammar
 
 from router.service.text import TextCodec
 from tests.cluster.test_kill_at_every_token import Once, busy, prompt
@@ -22,11 +26,15 @@ PENALISED: dict[str, Any] = {
     "repetition_penalty": 1.2, "frequency_penalty": 0.3, "presence_penalty": 0.2, "logit_bias": {260: 1.5},
     "banned_token_ids": (300,), "bad_words": ("return", "self"), "min_tokens": 5,
 }  # fmt: skip
+NUMBERS = {"type": "array", "minItems": 16, "items": {"type": "integer", "minimum": 0}}
+ASSIGNMENTS = Grammar(regex="([a-z]+ = [0-9]{1,3};\n){20,}")
 KINDS: list[dict[str, Any]] = [
     {"temperature": 0.0},
     {"temperature": 0.0, **PENALISED},
     {"temperature": 0.9, "min_p": 0.02, "top_k": 50, **PENALISED},
     {"temperature": 1.0, "typical_p": 0.9},
+    {"temperature": 1.0, "ignore_eos": False, "grammar": Grammar(json_schema=json.dumps(NUMBERS))},
+    {"temperature": 0.9, "ignore_eos": False, "grammar": ASSIGNMENTS, "frequency_penalty": 0.3},
 ]
 
 
@@ -55,6 +63,11 @@ def complete(client: openai.OpenAI, **options: Any) -> Any:
     return client.completions.create(model=MODEL_NAME, **{**known, **options}, extra_body={"ignore_eos": True, **extra})
 
 
+def shaped(client: openai.OpenAI, **options: Any) -> Any:
+    """A completion that ends where its form does."""
+    return complete(client, **{"ignore_eos": False, "max_tokens": 200, "temperature": 1.0, "seed": 5, **options})
+
+
 OPENAI = frozenset((
     "prompt", "max_tokens", "temperature", "top_p", "stop", "seed", "n", "best_of", "echo", "logprobs", "stream",
     "presence_penalty", "frequency_penalty", "logit_bias", "stream_options",
@@ -67,10 +80,11 @@ def test_a_seed_gives_the_same_tokens_alone_in_a_batch_and_after_a_death(cluster
     assert alone[1] != cluster.ask(grpc, prompt(1), NUM_TOKENS, seed=8, **KINDS[0]).ids
     with ThreadPoolExecutor(32) as threads:
         jobs = [
-            threads.submit(cluster.ask, grpc, prompt(i % 4), NUM_TOKENS, seed=7 + i % 4, **KINDS[i % 4])
-            for i in range(32)
+            threads.submit(cluster.ask, grpc, prompt(i), NUM_TOKENS, seed=7 + i, **KINDS[i])
+            for _ in range(6)
+            for i in range(len(KINDS))
         ]
-        assert [job.result().ids for job in jobs] == alone * 8
+        assert [job.result().ids for job in jobs] == alone * 6
     for i, kind in enumerate(KINDS):
         killed: list[str] = []
 
@@ -96,6 +110,9 @@ def test_http_and_grpc_agree(cluster: FakeCluster, client: openai.OpenAI, codec:
         options = dict(kind)
         if "logit_bias" in options:
             options["logit_bias"] = {str(key): value for key, value in options["logit_bias"].items()}
+        if "grammar" in options:
+            grammar = options.pop("grammar")
+            options |= {"guided_regex": grammar.regex} if grammar.regex else {"guided_json": NUMBERS}
         text = complete(client, seed=4, **options).choices[0].text
         assert text == codec.decode(cluster.ask(cluster.client(), ids, NUM_TOKENS, seed=4, **kind).ids)
 
@@ -204,3 +221,90 @@ def test_a_salt_parts_the_cache(cluster: FakeCluster, client: openai.OpenAI) -> 
 
     assert [num_cached(), num_cached(cache_salt="a"), num_cached(cache_salt="b")] == [0, 0, 0]
     assert num_cached() == num_cached(cache_salt="a") == num_cached(cache_salt="b") == 80
+
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "maximum": 150}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def test_chats_answer_in_the_form_that_response_format_asks_for(client: openai.OpenAI) -> None:
+    ask: Any = {"model": MODEL_NAME, "messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 200}
+    schema = {"type": "json_schema", "json_schema": {"name": "person", "strict": True, "schema": PERSON}}
+    answer = client.chat.completions.create(**ask, n=4, seed=1, logprobs=True, top_logprobs=2, response_format=schema)
+    assert [choice.finish_reason for choice in answer.choices] == ["stop"] * 4
+    people = [json.loads(choice.message.content) for choice in answer.choices]
+    assert len({json.dumps(person) for person in people}) > 1
+    for person, choice in zip(people, answer.choices, strict=True):
+        jsonschema.validate(person, PERSON)
+        assert "".join(one.token for one in choice.logprobs.content) == choice.message.content
+    chunks = client.chat.completions.create(**ask, seed=1, stream=True, response_format=schema)
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert streamed == answer.choices[0].message.content
+    whole = client.chat.completions.create(
+        **{**ask, "max_tokens": 500}, seed=4, response_format={"type": "json_object"}
+    )
+    if whole.choices[0].finish_reason == "stop":
+        assert isinstance(json.loads(whole.choices[0].message.content), dict)
+    else:
+        assert whole.choices[0].message.content.startswith("{")
+    plain = client.chat.completions.create(**ask, seed=1, response_format={"type": "text"})
+    assert plain.choices[0].message.content == client.chat.completions.create(**ask, seed=1).choices[0].message.content
+
+
+@pytest.mark.parametrize(
+    ("options", "form"),
+    [
+        ({"structured_outputs": {"regex": "[a-c]{3,9}"}}, "[a-c]{3,9}"),
+        ({"guided_choice": ["yes", "no", "perhaps"]}, "yes|no|perhaps"),
+        ({"structured_outputs": {"choice": ["left", "right"]}, "temperature": 0}, "left|right"),
+        ({"guided_grammar": 'root ::= "(" [0-9]+ ("+" [0-9])* ")"'}, r"\([0-9]+(\+[0-9])*\)"),
+        ({"structured_outputs": {"grammar": 'start: "a" B\nB: /x{2,4}/'}}, "ax{2,4}"),
+    ],
+)
+def test_other_forms(client: openai.OpenAI, options: dict[str, Any], form: str) -> None:
+    choice = shaped(client, **options).choices[0]
+    assert re.fullmatch(form, choice.text)
+    assert choice.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("options", "param", "reason"),
+    [
+        ({"guided_json": {"not": {}}}, "guided_json", "not"),
+        ({"guided_regex": "("}, "guided_regex", "unclosed group"),
+        ({"guided_choice": []}, "guided_choice", "must not be empty"),
+        ({"structured_outputs": {"json": {"type": "colour"}}}, "structured_outputs.json", "colour"),
+        (
+            {"structured_outputs": {"regex": "a", "choice": ["a"]}},
+            "structured_outputs.choice",
+            "structured_outputs.regex",
+        ),
+        ({"structured_outputs": {"jsonn": {}}}, "structured_outputs", "jsonn"),
+        ({"guided_regex": "a", "guided_json": {}}, "guided_regex", "cannot be combined with guided_json"),
+        ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos", "is not possible with a grammar"),
+        ({"guided_regex": "a", "min_tokens": 3}, "min_tokens", "is not possible with a grammar"),
+        ({"response_format": {"type": "yaml"}}, "response_format.type", "yaml"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "is needed"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": 3}}}, "response_format", "schema"),
+    ],
+)
+def test_forms_that_cannot_be_held_to_are_refused_by_field(
+    client: openai.OpenAI, options: dict[str, Any], param: str, reason: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as refusal:
+        shaped(client, **options)
+    assert refusal.value.param == param
+    assert refusal.value.message.count(param) >= 1
+    assert reason in str(refusal.value)
+    assert shaped(client, guided_regex="a{3}").choices[0].text == "aaa"
+
+
+def test_a_dead_end_is_the_clients_error(client: openai.OpenAI, codec: TextCodec) -> None:
+    banned = [token_id for token_id in range(4096) if "z" in codec.decode([token_id])]
+    with pytest.raises(openai.BadRequestError, match="leave no token to choose"):
+        shaped(client, guided_regex="aaz", banned_token_ids=banned)
+    assert shaped(client, guided_regex="aaz").choices[0].text == "aaz"

@@ -324,7 +324,7 @@ async def test_bad_chats_are_refused(model_dir: Path) -> None:
             ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "text"),
             ({"messages": "hello"}, "messages"),
             ({"tools": [{"type": "function"}]}, "tools"),
-            ({"response_format": {"type": "json_object"}}, "response_format"),
+            ({"response_format": {"type": "yaml"}}, "response_format.type"),
             ({"max_completion_tokens": 0, "max_tokens": None}, "max_tokens"),
         ):
             response = await client.post("/v1/chat/completions", json={**body, **change})

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grammars.grammar import Grammar, GrammarKind
 from kvstore.blocks.block_pool import BlockPool
 from kvstore.blocks.block_pools import BlockPools
 from workers.engine.plan_wire import decode_plan, encode_plan
@@ -47,6 +48,16 @@ def test_round_trip():
         assert getattr(row.sampling, field.name) == getattr(SAMPLING, field.name), field.name
     assert found.new_blocks.tolist() == [[0, 0, 10, 77], [1, 0, 10, 78]]
     assert (found.loads, found.stores, found.ends_prompts) == (plan.loads, plan.stores, True)
+
+
+@pytest.mark.parametrize("source", ["a", "[a-z]+\u00e9", "x" * 1001])
+def test_a_grammar_reaches_the_ranks_whole(source):
+    grammar = Grammar(GrammarKind.REGEX, source)
+    state = RowState(2, 1, SamplingParams(grammar=grammar), [[4]], [9, 8], [5])
+    other = RowState(0, 1, SamplingParams(logit_bias={3: 1.0}), [[6]], [], [])
+    found = decode_plan(encode_plan(SchedulerOutput(new_rows=[state, other]), 1, is_full=True)).new_rows
+    assert [row.sampling.grammar for row in found] == [grammar, None]
+    assert (list(found[0].history), list(found[0].stop_ids), found[1].sampling.logit_bias) == ([9, 8], [5], {3: 1.0})
 
 
 def test_an_empty_plan_is_its_header():

@@ -6,7 +6,7 @@ import torch
 from kernels.philox import gumbel, philox4x32, uniform_words
 from tests.workers.sampling import Choice, choose, mask_top_k_top_p
 from workers.parallel import ParallelGroups, Shard
-from workers.sampling.params import NO_TOKEN
+from workers.sampling.params import NO_CHOICE, NO_TOKEN
 
 # Known-answer vectors of Random123 (philox4x32, 10 rounds): counter, key, result.
 KNOWN_ANSWERS = [
@@ -98,7 +98,8 @@ def test_a_row_without_finite_logits_has_no_token_and_the_others_have_theirs(tem
     expected = choose(logits, [spec(temperature, position=i) for i in range(3)], ALONE, 50)
     logits[1] = bad
     tokens = choose(logits, [spec(temperature, position=i) for i in range(3)], ALONE, 50)
-    assert tokens.tolist() == [int(expected[0]), NO_TOKEN, int(expected[2])]
+    lost = NO_CHOICE if bad == float("-inf") else NO_TOKEN  # bans take all of a row's logits, too
+    assert tokens.tolist() == [int(expected[0]), lost, int(expected[2])]
 
 
 def test_one_nan_in_a_row_is_enough():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
+from grammars.grammar import Grammar, GrammarKind
 from tests.workers.engine_group import EngineGroup, JobResult, RecordingExecutor, RecordingRunner, run_job
 from tests.workers.tiny_llama import make_checkpoint
 from workers.config import EngineConfig
@@ -19,12 +23,18 @@ from workers.runtime.build import make_engine
 from workers.sampling.params import SamplingParams
 
 ALONE = ParallelGroups(Shard(), torch.device("cpu"))
-MAX_TOKENS = 20
+MAX_TOKENS = 36
 BASE = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True)
 PENALISED = replace(
     BASE, repetition_penalty=1.2, presence_penalty=0.3, frequency_penalty=0.4, logit_bias={5: 3.0, 60: -2.0},
     banned_token_ids=[17], banned_sequences=[[5, 9], [44]], min_tokens=4, stop_token_ids=frozenset({96}),
 )  # fmt: skip
+END_ID = 96
+RECORD = Grammar(GrammarKind.JSON_SCHEMA, json.dumps({
+    "type": "object", "properties": {"name": {"type": "string", "maxLength": 4}, "n": {"type": "integer"}},
+    "required": ["name", "n"], "additionalProperties": False,
+}))  # fmt: skip
+FORMED = replace(BASE, ignore_eos=False, stop_token_ids=frozenset({END_ID}), grammar=RECORD)
 KINDS = [
     BASE,
     PENALISED,
@@ -32,6 +42,9 @@ KINDS = [
     replace(PENALISED, temperature=1.2, typical_p=0.9),
     replace(BASE, temperature=1.0),
     replace(BASE, temperature=0.8, frequency_penalty=2.0, allowed_token_ids=list(range(3, 95))),
+    replace(FORMED, temperature=1.0),
+    replace(FORMED, temperature=0.9, top_p=0.9, repetition_penalty=1.2, frequency_penalty=0.4, banned_token_ids=[17]),
+    replace(FORMED, grammar=Grammar(GrammarKind.REGEX, "([a-f]{2}-){1,5}x")),
 ]
 
 
@@ -45,7 +58,21 @@ def options(number: int) -> SamplingParams:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint("gqa", tmp_path_factory.mktemp("tiny"))
+    path = make_checkpoint("gqa", tmp_path_factory.mktemp("tiny"))
+    write_tokenizer(path / "tokenizer.json")
+    return path
+
+
+def write_tokenizer(file: Path) -> None:
+    """One token for each printable character, as byte-level tokenizers spell them."""
+    characters = ["\u0120", *(chr(code) for code in range(33, 127))]
+    vocabulary = {character: index for index, character in enumerate(characters)} | {"~~": 95}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("~", "~")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<end>"])
+    assert tokenizer.token_to_id("<end>") == END_ID
+    tokenizer.save(str(file))
 
 
 def config_for(path: Path, **changes: object) -> EngineConfig:
@@ -64,8 +91,26 @@ def expected(checkpoint: Path) -> list[list[int]]:
     """Each request alone, one after the other in one engine."""
     config = config_for(checkpoint, max_num_seqs=1)
     completions = run(config, list(range(32))).completions
-    assert completions[1] != completions[7]
+    assert completions[1] != completions[1 + len(KINDS)]
     return completions
+
+
+def text_of(token_ids: list[int]) -> str:
+    return "".join(chr(32 + token_id) for token_id in token_ids)
+
+
+def test_completions_have_the_form_of_their_grammar(expected: list[list[int]]) -> None:
+    ended = 0
+    for number, token_ids in enumerate(expected):
+        grammar, text = options(number).grammar, text_of(token_ids)
+        if grammar is None or len(token_ids) == MAX_TOKENS:
+            continue
+        ended += 1
+        if grammar is RECORD:
+            assert {type(value) for value in json.loads(text).values()} == {str, int}
+        else:
+            assert re.fullmatch(grammar.source, text)
+    assert ended > 5
 
 
 def test_a_batch_of_32_gets_the_tokens_that_each_gets_alone(checkpoint: Path, expected: list[list[int]]) -> None:
@@ -123,14 +168,14 @@ def test_a_stream_that_is_begun_again_goes_on_the_same(checkpoint: Path, expecte
     assert found == expected_rest
 
 
-@pytest.mark.parametrize("kind", [1, 2, 5])
+@pytest.mark.parametrize("kind", [1, 2, 5, 6, 7, 8])
 def test_right_and_wrong_drafts_change_nothing(checkpoint: Path, expected: list[list[int]], kind: int) -> None:
     config = config_for(checkpoint)
     model = load_config(config.model_dir)
     runner = RecordingRunner(config, model, ALONE, torch.device("cpu"))
     runner.logits = []
     engine = make_engine(config, model, runner, RecordingExecutor(runner, ALONE, None), b"names", lambda: 0.0)
-    numbers = [kind, kind + 6]
+    numbers = [kind, kind + len(KINDS)]
     for number in numbers:
         engine.submit(Request(f"r{number}", prompt(number), len(prompt(number)), options(number)))
     found: dict[str, list[int]] = {f"r{number}": [] for number in numbers}

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from grammars.compiler import GrammarCompiler
+from grammars.errors import GrammarError
+from grammars.grammar import Grammar
 from workers.engine.request import FinishReason, Request, RequestEnd, TokenOutputs
 from workers.engine.scheduler import Scheduler
 from workers.engine.step import Executor, ModelRunnerOutput, SchedulerOutput
@@ -45,8 +48,15 @@ class Engine:
     """One worker's engine."""
 
     def __init__(
-        self, scheduler: Scheduler, executor: Executor, vocab_size: int, clock: Clock, async_scheduling: bool = False
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        vocab_size: int,
+        clock: Clock,
+        async_scheduling: bool = False,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
+        """grammars: of the model's tokenizer; without it a request that has a grammar is refused."""
         self.scheduler = scheduler
         self.counters = EngineCounters()
         self._step_began_s = 0.0
@@ -54,6 +64,7 @@ class Engine:
         self._vocab_size = vocab_size
         self._clock = clock
         self._async_scheduling = async_scheduling
+        self._grammars = grammars
         self._in_flight: tuple[SchedulerOutput, Callable[[], ModelRunnerOutput]] | None = None
 
     def check(self, request: Request) -> None:
@@ -68,8 +79,18 @@ class Engine:
             raise InvalidRequest(f"token_ids: ids must be in [0, {self._vocab_size})")
         if request.sampling.max_tokens <= request.num_output_tokens:
             raise InvalidRequest(f"sampling.max_tokens: {request.sampling.max_tokens} are generated already")
+        if request.sampling.grammar is not None:
+            self._check_grammar(request.sampling.grammar)
         self.scheduler.name_blocks(request)
         request.is_checked = True
+
+    def _check_grammar(self, grammar: Grammar) -> None:
+        if self._grammars is None:
+            raise InvalidRequest("sampling.grammar: this engine serves no structured output")
+        try:
+            self._grammars.matcher(grammar)
+        except GrammarError as error:
+            raise InvalidRequest(f"sampling.grammar: {error}") from None
 
     def submit(self, request: Request) -> None:
         """Take a request in. Raises InvalidRequest."""

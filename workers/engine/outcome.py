@@ -16,7 +16,9 @@ from workers.engine.queues import RequestQueues
 from workers.engine.request import FinishReason, Request, RequestRole, RequestStatus, TokenOutputs
 from workers.engine.step import ModelRunnerOutput, SchedulerOutput
 from workers.engine.transfers import Transfer, TransferKind, Transfers
-from workers.sampling.params import NO_TOKEN, TokenLogprobs
+from workers.sampling.params import NO_CHOICE, NO_TOKEN, TokenLogprobs
+
+_REASONS = {NO_TOKEN: FinishReason.FAILED, NO_CHOICE: FinishReason.NO_CHOICE}
 
 
 @dataclass(slots=True)
@@ -100,9 +102,8 @@ class StepOutcomes:
         """Tokens that were chosen, up to one that ends the request."""
         known = request.token_ids
         for token_id, token_logprobs in zip_longest(token_ids, logprobs[: len(token_ids)]):
-            if token_id == NO_TOKEN or token_id in request.stop_ids:
-                reason = FinishReason.FAILED if token_id == NO_TOKEN else FinishReason.STOP
-                result.finished.append((request, reason))
+            if token_id < 0 or token_id in request.stop_ids:
+                result.finished.append((request, _REASONS.get(token_id, FinishReason.STOP)))
                 return
             known.append(token_id)
             if len(known) >= request.max_num_tokens:

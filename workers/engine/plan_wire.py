@@ -11,7 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
+from switchyard.v1 import generation_pb2
 
+from grammars.grammar import Grammar
 from workers.engine.step import BlockTransfer, Ints, RowState, SchedulerOutput, StepPlan
 from workers.sampling.params import SamplingParams
 
@@ -85,6 +87,11 @@ class _Reader:
         """A list with its length before it."""
         return self.take(*self.take(1))
 
+    def bytes(self) -> bytes:
+        """Bytes with their number before them."""
+        (num_bytes,) = self.take(1)
+        return self.array(-(-num_bytes // 4)).tobytes()[:num_bytes]
+
 
 def _encode_row(state: RowState) -> Iterator[int]:
     s = state.sampling
@@ -106,6 +113,12 @@ def _encode_rules(state: RowState) -> Iterator[int]:
     yield len(s.banned_sequences)
     for ids in s.banned_sequences:
         yield from _counted(ids)
+    yield from _encode_bytes(b"" if s.grammar is None else s.grammar.message().SerializeToString())
+
+
+def _encode_bytes(content: bytes) -> Iterator[int]:
+    yield len(content)
+    yield from np.frombuffer(content.ljust(-(-len(content) // 4) * 4, b"\0"), np.int32).tolist()
 
 
 def _counted(values: Sequence[int]) -> Iterator[int]:
@@ -129,6 +142,7 @@ def _decode_row(reader: _Reader) -> RowState:
         banned_token_ids=banned,
         logit_bias=dict(zip(biased, bias, strict=True)),
         banned_sequences=[reader.counted() for _ in range(*reader.take(1))],
+        grammar=Grammar.of(generation_pb2.Grammar.FromString(reader.bytes())),
     )
     return RowState(row, num_prompt_tokens, sampling, block_tables, history, stop_ids)
 

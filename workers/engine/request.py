@@ -37,6 +37,7 @@ class FinishReason(Enum):
     CANCELLED = "cancelled"
     PREFILLED = "prefilled"
     FAILED = "failed"  # its logits were no finite numbers
+    NO_CHOICE = "no_choice"  # its bans, bad words or grammar left no token
 
 
 @dataclass(eq=False, slots=True)

@@ -49,7 +49,7 @@ class RowState:
     sampling: SamplingParams  # ranks get what the sampler needs of it
     block_tables: Sequence[Sequence[int]]  # per cache group
     history: Sequence[int] = ()  # the tokens known so far, where sampling.needs_history
-    stop_ids: Sequence[int] = ()  # end the request, where sampling.min_tokens holds them off
+    stop_ids: Sequence[int] = ()  # end the request, where min_tokens holds them off or a grammar lets them in
 
     @staticmethod
     def of(request: Request) -> RowState:
@@ -58,7 +58,8 @@ class RowState:
         if not sampling.has_rules:
             return RowState(request.row, request.num_prompt_tokens, sampling, block_ids)
         history = tuple(request.token_ids) if sampling.needs_history else ()
-        stop_ids = tuple(request.stop_ids) if sampling.min_tokens else ()
+        needs_stop_ids = sampling.min_tokens or sampling.grammar is not None
+        stop_ids = tuple(request.stop_ids) if needs_stop_ids else ()
         return RowState(request.row, request.num_prompt_tokens, sampling, block_ids, history, stop_ids)
 
 

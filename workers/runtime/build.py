@@ -74,7 +74,8 @@ def make_engine(
         kv_names,
         frozenset(model.eos_token_ids),
     )
-    return Engine(scheduler, executor, model.vocab_size, clock, schedules_async(config, runner.cache.device))
+    is_async = schedules_async(config, runner.cache.device)
+    return Engine(scheduler, executor, model.vocab_size, clock, is_async, runner.grammars)
 
 
 def make_executor(config: EngineConfig, runner: LoadedRunner, groups: ParallelGroups) -> GroupExecutor:

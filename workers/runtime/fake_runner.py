@@ -56,6 +56,7 @@ class FakeModelRunner:
         groups = cache_groups([CacheSpec(heads, words)] * layers)
         layout = CacheLayout(groups, range(layers), Shard(), config.block_size, torch.int32)
         num_blocks = config.num_blocks or max(1, CACHE_BYTES // layout.block_bytes(groups[0]))
+        self.grammars = None  # what it chooses goes by no grammar
         self.cache = PagedCache(layout, [num_blocks], torch.device("cpu"))
         self._words = self.cache.tensors[0].numpy().view(np.uint32)
         self._code = SlotCode(layers * heads * 2 * words)
@@ -68,6 +69,9 @@ class FakeModelRunner:
     def attach(self, connector: KVConnector) -> None:
         """Give the runner its way to the KV tiers; at first it has none, and transfers end with no blocks."""
         self._connector = connector
+
+    def close(self) -> None:
+        """Nothing runs beside its steps."""
 
     def ended_transfers(self) -> Sequence[int]:
         """As in ModelRunner."""

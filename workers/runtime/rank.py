@@ -169,6 +169,7 @@ class Rank:
             self._leader.stop_engine()
         if self._connector is not None:
             self._connector.close()
+            self._runner.close()
         self._store.close()
         if self._leader is not None:
             self._leader.close()

@@ -9,11 +9,11 @@ import gc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from grammars.compiler import GrammarCompiler
 from kvstore.store import FragmentStore
 from workers.config import EngineConfig
 from workers.engine.direct_plan import DirectChunk, direct_plan
@@ -29,6 +29,7 @@ from workers.model.tensor_layout import check_checkpoint
 from workers.parallel import ParallelGroups
 from workers.runtime.batching import NO_PADDING, InputBuffers, PreparedBatch
 from workers.runtime.graphs import GraphedStage
+from workers.runtime.host_copy import read_later
 from workers.runtime.token_chooser import TokenChooser
 from workers.sampling import logprobs
 from workers.sampling.params import GREEDY, SamplingParams, TokenLogprobs
@@ -67,25 +68,6 @@ def schedules_async(config: EngineConfig, device: torch.device) -> bool:
     return device.type == "cuda" and config.pp == 1
 
 
-def _read_later(token_ids: Tensor | None) -> Callable[[], list[Any]]:
-    """The copy to the host begins now; what is returned waits for it, and for nothing that is started later."""
-    if token_ids is None:
-        return list
-    if not token_ids.is_cuda:
-        return token_ids.tolist
-    host = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
-    host.copy_(token_ids, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-
-    def read() -> list[Any]:
-        copied.synchronize()
-        values: list[Any] = host.tolist()
-        return values
-
-    return read
-
-
 class TorchModelRunner:
     """One rank's weights and KV cache."""
 
@@ -120,7 +102,9 @@ class TorchModelRunner:
         # With async scheduling a plan may leave out the token that a row got last: nobody has read it yet.
         self._keeps_tokens = schedules_async(config, device)
         self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-        self._chooser = TokenChooser(groups, model.vocab_size, max_num_seqs, device)
+        tokenizer_file = Path(config.model_dir) / "tokenizer.json"
+        self.grammars = GrammarCompiler(tokenizer_file, model.vocab_size, model.eos_token_ids)
+        self._chooser = TokenChooser(groups, model.vocab_size, max_num_seqs, device, self.grammars)
         self._graphs: GraphedStage | None = None
         self.replays = True  # graphs, where there are any; a benchmark compares
         self.cache = self._make_cache(groups.min_over_ranks(self._pick_num_blocks()))
@@ -181,6 +165,10 @@ class TorchModelRunner:
     def attach(self, connector: KVConnector) -> None:
         """Give the rank its way to the KV tiers; at first it has none, and transfers end with no blocks."""
         self._connector = connector
+
+    def close(self) -> None:
+        """End what runs beside the steps."""
+        self._chooser.close()
 
     def ended_transfers(self) -> Sequence[int]:
         """As in ModelRunner."""
@@ -268,7 +256,7 @@ class TorchModelRunner:
                 at, rows = prepared.last
                 self._last_tokens.index_copy_(0, rows, tokens if len(at) == len(tokens) else tokens[at])
         # Before the gathers, which follow on the same stream.
-        read, read_numbers = _read_later(tokens), _read_later(numbers)
+        read, read_numbers = read_later(tokens), read_later(numbers)
         for store in plan.stores:
             self._connector.start_store(store)
         is_alone = self._groups.world_size == 1
@@ -297,6 +285,7 @@ class TorchModelRunner:
         padding = None if graphs is None else graphs.padding_for(plan)
         config = self._config
         prepared = self._inputs.fill(plan, config.block_size, config.batch_invariant, padding or NO_PADDING)
+        self._chooser.begin(plan, prepared)
         batch, received = prepared.batch, None
         if prepared.pending is not None:
             where, rows = prepared.pending

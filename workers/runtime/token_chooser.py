@@ -1,18 +1,22 @@
-"""Chooses the tokens of a step from its rows of logits: the rules of rows that have some, then the sampler.
+"""Chooses the tokens of a step from its rows of logits: rules and grammars of rows that have some, then the sampler.
 
 Every rank of the last stage has one, for its share of the vocabulary. Knows nothing of requests beyond the batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from workers.engine.step import RowState
+from grammars.compiler import GrammarCompiler
+from workers.engine.step import RowState, StepPlan
 from workers.parallel import ParallelGroups
 from workers.runtime.batching import PreparedBatch
+from workers.runtime.host_copy import read_later
+from workers.sampling.grammar_masks import GrammarMasks, MaskedRun
 from workers.sampling.logit_rules import ChosenRows, LogitRules
 from workers.sampling.logprobs import of_rows
 from workers.sampling.sampler import sample
@@ -21,19 +25,52 @@ from workers.sampling.sampler import sample
 class TokenChooser:
     """Keeps the rules of all rows of the ranks' state."""
 
-    def __init__(self, groups: ParallelGroups, vocab_size: int, max_num_seqs: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        groups: ParallelGroups,
+        vocab_size: int,
+        max_num_seqs: int,
+        device: torch.device,
+        grammars: GrammarCompiler,
+    ) -> None:
         self._groups = groups
         self._vocab_size = vocab_size
         share = -(-vocab_size // groups.shard.tp)
+        first_id = groups.shard.tp_rank * share
+        self._has_grammar = np.zeros(max_num_seqs, np.bool_)
         self._rules: LogitRules | None = None
+        self._masks: GrammarMasks | None = None
         if groups.shard.is_last_stage:
-            self._rules = LogitRules(max_num_seqs, groups.shard.tp_rank * share, share, device)
+            self._rules = LogitRules(max_num_seqs, first_id, share, device)
+            self._masks = GrammarMasks(grammars, first_id, share, device)
 
     def take_rows(self, states: Sequence[RowState]) -> None:
         """Requests take rows."""
+        if self._rules is None or self._masks is None:
+            return
         for state in states:
-            if state.sampling.has_rules and self._rules is not None:
-                self._rules.take(state.row, state.sampling, state.num_prompt_tokens, state.history, state.stop_ids)
+            sampling = state.sampling
+            if sampling.has_rules:
+                self._rules.take(state.row, sampling, state.num_prompt_tokens, state.history, state.stop_ids)
+            self._has_grammar[state.row] = sampling.grammar is not None
+            if sampling.grammar is None:
+                self._masks.leave(state.row)
+            else:
+                completion = state.history[state.num_prompt_tokens :]
+                self._masks.take(state.row, sampling.grammar, completion, state.stop_ids)
+
+    def begin(self, plan: StepPlan, prepared: PreparedBatch) -> None:
+        """The forward pass is about to run: what can be worked out beside it begins."""
+        if self._masks is not None:
+            has_grammar = self._has_grammar[plan.rows]
+            self._masks.begin(list(self._masked_runs(plan, prepared)) if has_grammar.any() else ())
+
+    def _masked_runs(self, plan: StepPlan, prepared: PreparedBatch) -> Iterator[MaskedRun]:
+        known_ends = np.cumsum(plan.num_known)
+        for index in np.flatnonzero(self._has_grammar[plan.rows] & (plan.num_logits > 0)).tolist():
+            row, end, num_drafts = int(plan.rows[index]), int(known_ends[index]), int(plan.num_logits[index]) - 1
+            drafts = plan.token_ids[end - num_drafts : end].tolist()
+            yield MaskedRun(row, np.flatnonzero(prepared.rows == row).tolist(), drafts)
 
     def choose(self, logits: Tensor, prepared: PreparedBatch) -> tuple[Tensor, Tensor | None]:
         """int64 [rows], as sampler.sample gives; and what logprobs.of_rows gives, where a row asks for it."""
@@ -47,10 +84,19 @@ class TokenChooser:
         if not sampling.has_rules.any():
             return sample(logits, sampling, prepared.positions, self._groups, self._vocab_size)
         assert self._rules is not None, "only the last stage chooses tokens"
+        assert self._masks is not None, "only the last stage chooses tokens"
         batch = prepared.batch
         chosen = ChosenRows(prepared.rows, prepared.positions, prepared.num_drafts, batch.logit_rows, batch.token_ids)
         # In a copy: logprobs are those of the model.
         logits = self._rules.apply(logits.to(torch.float32, copy=True), sampling.has_rules, chosen)
+        self._masks.apply(logits)
         token_ids = sample(logits, sampling, prepared.positions, self._groups, self._vocab_size)
         self._rules.note(token_ids, sampling.has_rules, chosen)
+        if self._masks.is_due:
+            self._masks.note(read_later(token_ids))
         return token_ids
+
+    def close(self) -> None:
+        """End what runs beside the steps."""
+        if self._masks is not None:
+            self._masks.close()

@@ -15,8 +15,13 @@ import numpy as np
 import numpy.typing as npt
 from switchyard.v1 import generation_pb2
 
+from grammars.grammar import Grammar
+
 NO_TOKEN = -1
 """Chosen where the logits were no finite numbers: the request cannot go on."""
+
+NO_CHOICE = -2
+"""Chosen where bans, bad words or the grammar left no token: the request cannot go on."""
 
 _INT32_MAX = 2**31 - 1
 _WHERE_LEFT_OPEN: dict[str, Any] = {"temperature": 1.0, "max_tokens": 1 << 62}
@@ -43,6 +48,7 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] = ()  # empty: all
     banned_token_ids: Sequence[int] = ()
     banned_sequences: Sequence[Sequence[int]] = ()  # their last token does not follow the others; in the completion
+    grammar: Grammar | None = None  # the form of the completion
     logprobs: int | None = None  # of the chosen token and so many most likely ones; None: of none
 
     @classmethod
@@ -51,11 +57,11 @@ class SamplingParams:
         values = {**_WHERE_LEFT_OPEN}
         for name, descriptor in _DESCRIPTORS.items():
             value = getattr(message, name)
-            if not descriptor.is_repeated:
-                if not descriptor.has_presence or message.HasField(name):
-                    values[name] = value
-            elif value:  # most requests have none of the lists
-                values[name] = _READERS.get(name, tuple)(value)
+            if descriptor.is_repeated:
+                if value:  # most requests have none of the lists
+                    values[name] = _READERS.get(name, tuple)(value)
+            elif not descriptor.has_presence or message.HasField(name):
+                values[name] = _READERS[name](value) if name in _READERS else value
         values["top_k"] = min(values.get("top_k", 0), _INT32_MAX)  # a plan holds int32; no vocabulary is larger
         return cls(**values)
 
@@ -72,7 +78,7 @@ class SamplingParams:
     @property
     def needs_history(self) -> bool:
         """What is chosen depends on the tokens before it, beyond the logits."""
-        return self.has_penalties or bool(self.banned_sequences)
+        return self.has_penalties or bool(self.banned_sequences) or self.grammar is not None
 
     @property
     def has_logprobs(self) -> bool:
@@ -104,6 +110,7 @@ _DESCRIPTORS = {one.name: generation_pb2.SamplingParams.DESCRIPTOR.fields_by_nam
 _READERS: dict[str, Any] = {
     "stop_token_ids": frozenset,
     "logit_bias": dict,
+    "grammar": Grammar.of,
     "banned_sequences": lambda lists: tuple(tuple(one.ids) for one in lists),
 }
 

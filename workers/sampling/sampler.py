@@ -15,7 +15,7 @@ from torch import Tensor
 import kernels
 from workers.parallel import ParallelGroups
 from workers.sampling.cpu_choice import Positions, best_on_cpu, typical_tokens
-from workers.sampling.params import NO_TOKEN, SamplingRows
+from workers.sampling.params import NO_CHOICE, NO_TOKEN, SamplingRows
 
 
 def sample(
@@ -26,7 +26,7 @@ def sample(
     logits: [rows, vocab / tp], this rank's share of the vocabulary, which starts at tp_rank * vocab / tp; ids from
     vocab_size on are padding. positions: of the tokens in their completions, the counters of the generator. Every rank
     of the stage gets the same answer. On a tie the smallest id wins. A row whose best score is no finite number, as
-    after an overflow in float16, gets NO_TOKEN.
+    after an overflow in float16, gets NO_TOKEN; one that has lost all its logits gets NO_CHOICE.
     """
     logits = logits.float()
     first_id = groups.shard.tp_rank * logits.shape[1]
@@ -42,7 +42,8 @@ def sample(
         all_values, all_ids = groups.all_gather(values), groups.all_gather(ids)
         values, rank = all_values.max(dim=0)
         ids = all_ids.gather(0, rank[None])[0]
-    return torch.where(torch.isfinite(values), ids, NO_TOKEN)
+    ids = torch.where(torch.isfinite(values), ids, NO_TOKEN)
+    return ids.masked_fill_(values == float("-inf"), NO_CHOICE)
 
 
 def _best(logits: Tensor, sampling: SamplingRows, positions: Positions, first_id: int) -> tuple[Tensor, Tensor]:

@@ -46,8 +46,12 @@ _OUTCOMES = {
     FinishReason.CANCELLED: pb.REQUEST_OUTCOME_CANCELLED,
     FinishReason.PREFILLED: pb.REQUEST_OUTCOME_PREFILLED,
     FinishReason.FAILED: pb.REQUEST_OUTCOME_FAILED,
+    FinishReason.NO_CHOICE: pb.REQUEST_OUTCOME_FAILED,
 }
-_NOT_FINITE = "the model's logits are no finite numbers (an overflow, or a damaged weight or device)"
+_ERRORS = {
+    FinishReason.FAILED: "the model's logits are no finite numbers (an overflow, or a damaged weight or device)",
+    FinishReason.NO_CHOICE: "sampling: its grammar, banned tokens or bad words leave no token to choose",
+}
 _NO_LIMIT = 1 << 62
 _LONG_PROMPT_TOKENS = 2048
 
@@ -240,14 +244,14 @@ class WorkerServicer(RegistrationServicer):
             window_tokens=submit.window_tokens or _NO_LIMIT,
         )
         self.demand.came(request)
-        if request.num_tokens >= _LONG_PROMPT_TOKENS:
+        if request.num_tokens >= _LONG_PROMPT_TOKENS or request.sampling.grammar is not None:
             await asyncio.to_thread(self._check, request)
             if connection.request_ids.get(submit.stream_id) != request_id:
                 return  # the connection ended meanwhile, and its requests with it
         self._post(Submit(request))
 
     def _check(self, request: Request) -> None:
-        """Names and checks a long prompt's tokens, off the threads on which others' tokens go by."""
+        """Checks a long prompt, or compiles a grammar, off the threads on which others' tokens go by."""
         assert self._engine is not None
         with contextlib.suppress(InvalidRequest):  # the engine finds it too, and refuses it
             self._engine.check(request)
@@ -323,7 +327,8 @@ class WorkerServicer(RegistrationServicer):
             stream_id=stream_id,
             epoch=end.epoch,
             outcome=_OUTCOMES[end.reason],
-            error=_NOT_FINITE if end.reason is FinishReason.FAILED else "",
+            error=_ERRORS.get(end.reason, ""),
+            is_invalid_request=end.reason is FinishReason.NO_CHOICE,
             num_cached_prompt_tokens=end.num_cached_prompt_tokens,
             num_computed_prompt_tokens=end.num_computed_prompt_tokens,
             num_transferred_blocks=end.num_transferred_blocks,

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eswitchyard/v1/generation.proto\x12\rswitchyard.v1\"\xad\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x17.switchyard.v1.TokenIdsH\x00\x12/\n\x08sampling\x18\x04 \x01(\x0b\x32\x1d.switchyard.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x05 \x01(\x0c\x42\x08\n\x06prompt\"t\n\rResumeRequest\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12*\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x17.switchyard.v1.TokenIds\x12\x10\n\x08has_rest\x18\x04 \x01(\x08\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xa5\x06\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x04 \x01(\x03H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x12\n\x05min_p\x18\t \x01(\x02H\x05\x88\x01\x01\x12\x16\n\ttypical_p\x18\n \x01(\x02H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0b \x01(\x02H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0c \x01(\x02H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\r \x01(\x02H\t\x88\x01\x01\x12@\n\nlogit_bias\x18\x0e \x03(\x0b\x32,.switchyard.v1.SamplingParams.LogitBiasEntry\x12\x19\n\x11\x61llowed_token_ids\x18\x0f \x03(\r\x12\x18\n\x10\x62\x61nned_token_ids\x18\x10 \x03(\r\x12\x11\n\tbad_words\x18\x11 \x03(\t\x12\x31\n\x10\x62\x61nned_sequences\x18\x12 \x03(\x0b\x32\x17.switchyard.v1.TokenIds\x12\x12\n\nmin_tokens\x18\x13 \x01(\r\x12\"\n\x1ainclude_stop_str_in_output\x18\x14 \x01(\x08\x12\x15\n\x08logprobs\x18\x15 \x01(\rH\n\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\r\n\x0b_max_tokensB\x07\n\x05_seedB\x08\n\x06_min_pB\x0c\n\n_typical_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0b\n\t_logprobs\"\xaf\x01\n\x10GenerateResponse\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12)\n\x07started\x18\x02 \x01(\x0b\x32\x16.switchyard.v1.StartedH\x00\x12\'\n\x06tokens\x18\x03 \x01(\x0b\x32\x15.switchyard.v1.TokensH\x00\x12+\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x17.switchyard.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"A\n\x07Started\x12\r\n\x05model\x18\x01 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x04\"k\n\x06Tokens\x12\x16\n\x0e\x66irst_position\x18\x01 \x01(\r\x12\x0b\n\x03ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12.\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1c.switchyard.v1.TokenLogprobs\"G\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x0f\n\x07top_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\"~\n\x08\x46inished\x12+\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.switchyard.v1.FinishReason\x12\x19\n\x11num_output_tokens\x18\x02 \x01(\r\x12*\n\x05stats\x18\x03 \x01(\x0b\x32\x1b.switchyard.v1.RequestStats\"\x8d\x02\n\x0cRequestStats\x12\x0e\n\x06ttft_s\x18\x01 \x01(\x01\x12\x12\n\nduration_s\x18\x02 \x01(\x01\x12 \n\x18num_cached_prompt_tokens\x18\x03 \x01(\r\x12\"\n\x1anum_computed_prompt_tokens\x18\x04 \x01(\r\x12$\n\x1cnum_recomputed_prompt_tokens\x18\x05 \x01(\r\x12\x1e\n\x16num_transferred_blocks\x18\x06 \x01(\r\x12\x19\n\x11prefill_worker_id\x18\x07 \x01(\t\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x08 \x01(\t\x12\x18\n\x10num_replacements\x18\t \x01(\r\".\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"\x1f\n\x10TokenizeResponse\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x13\n\x11ListModelsRequest\">\n\x12ListModelsResponse\x12(\n\x06models\x18\x01 \x03(\x0b\x32\x18.switchyard.v1.ModelInfo\"E\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xcd\x02\n\x11GenerationService\x12M\n\x08Generate\x12\x1e.switchyard.v1.GenerateRequest\x1a\x1f.switchyard.v1.GenerateResponse0\x01\x12I\n\x06Resume\x12\x1c.switchyard.v1.ResumeRequest\x1a\x1f.switchyard.v1.GenerateResponse0\x01\x12K\n\x08Tokenize\x12\x1e.switchyard.v1.TokenizeRequest\x1a\x1f.switchyard.v1.TokenizeResponse\x12Q\n\nListModels\x12 .switchyard.v1.ListModelsRequest\x1a!.switchyard.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eswitchyard/v1/generation.proto\x12\rswitchyard.v1\"\xad\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x17.switchyard.v1.TokenIdsH\x00\x12/\n\x08sampling\x18\x04 \x01(\x0b\x32\x1d.switchyard.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x05 \x01(\x0c\x42\x08\n\x06prompt\"t\n\rResumeRequest\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12*\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x17.switchyard.v1.TokenIds\x12\x10\n\x08has_rest\x18\x04 \x01(\x08\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xce\x06\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x04 \x01(\x03H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x12\n\x05min_p\x18\t \x01(\x02H\x05\x88\x01\x01\x12\x16\n\ttypical_p\x18\n \x01(\x02H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0b \x01(\x02H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0c \x01(\x02H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\r \x01(\x02H\t\x88\x01\x01\x12@\n\nlogit_bias\x18\x0e \x03(\x0b\x32,.switchyard.v1.SamplingParams.LogitBiasEntry\x12\x19\n\x11\x61llowed_token_ids\x18\x0f \x03(\r\x12\x18\n\x10\x62\x61nned_token_ids\x18\x10 \x03(\r\x12\x11\n\tbad_words\x18\x11 \x03(\t\x12\x31\n\x10\x62\x61nned_sequences\x18\x12 \x03(\x0b\x32\x17.switchyard.v1.TokenIds\x12\x12\n\nmin_tokens\x18\x13 \x01(\r\x12\"\n\x1ainclude_stop_str_in_output\x18\x14 \x01(\x08\x12\x15\n\x08logprobs\x18\x15 \x01(\rH\n\x88\x01\x01\x12\'\n\x07grammar\x18\x16 \x01(\x0b\x32\x16.switchyard.v1.Grammar\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\r\n\x0b_max_tokensB\x07\n\x05_seedB\x08\n\x06_min_pB\x0c\n\n_typical_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0b\n\t_logprobs\"\x81\x01\n\x07Grammar\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12&\n\x06\x63hoice\x18\x03 \x01(\x0b\x32\x14.switchyard.v1.TextsH\x00\x12\x0e\n\x04lark\x18\x04 \x01(\tH\x00\x12\x0e\n\x04gbnf\x18\x05 \x01(\tH\x00\x42\x06\n\x04kind\"\x16\n\x05Texts\x12\r\n\x05texts\x18\x01 \x03(\t\"\xaf\x01\n\x10GenerateResponse\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12)\n\x07started\x18\x02 \x01(\x0b\x32\x16.switchyard.v1.StartedH\x00\x12\'\n\x06tokens\x18\x03 \x01(\x0b\x32\x15.switchyard.v1.TokensH\x00\x12+\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x17.switchyard.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"A\n\x07Started\x12\r\n\x05model\x18\x01 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x04\"k\n\x06Tokens\x12\x16\n\x0e\x66irst_position\x18\x01 \x01(\r\x12\x0b\n\x03ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12.\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1c.switchyard.v1.TokenLogprobs\"G\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x0f\n\x07top_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\"~\n\x08\x46inished\x12+\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.switchyard.v1.FinishReason\x12\x19\n\x11num_output_tokens\x18\x02 \x01(\r\x12*\n\x05stats\x18\x03 \x01(\x0b\x32\x1b.switchyard.v1.RequestStats\"\x8d\x02\n\x0cRequestStats\x12\x0e\n\x06ttft_s\x18\x01 \x01(\x01\x12\x12\n\nduration_s\x18\x02 \x01(\x01\x12 \n\x18num_cached_prompt_tokens\x18\x03 \x01(\r\x12\"\n\x1anum_computed_prompt_tokens\x18\x04 \x01(\r\x12$\n\x1cnum_recomputed_prompt_tokens\x18\x05 \x01(\r\x12\x1e\n\x16num_transferred_blocks\x18\x06 \x01(\r\x12\x19\n\x11prefill_worker_id\x18\x07 \x01(\t\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x08 \x01(\t\x12\x18\n\x10num_replacements\x18\t \x01(\r\".\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"\x1f\n\x10TokenizeResponse\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x13\n\x11ListModelsRequest\">\n\x12ListModelsResponse\x12(\n\x06models\x18\x01 \x03(\x0b\x32\x18.switchyard.v1.ModelInfo\"E\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xcd\x02\n\x11GenerationService\x12M\n\x08Generate\x12\x1e.switchyard.v1.GenerateRequest\x1a\x1f.switchyard.v1.GenerateResponse0\x01\x12I\n\x06Resume\x12\x1c.switchyard.v1.ResumeRequest\x1a\x1f.switchyard.v1.GenerateResponse0\x01\x12K\n\x08Tokenize\x12\x1e.switchyard.v1.TokenizeRequest\x1a\x1f.switchyard.v1.TokenizeResponse\x12Q\n\nListModels\x12 .switchyard.v1.ListModelsRequest\x1a!.switchyard.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2240
-  _globals['_FINISHREASON']._serialized_end=2335
+  _globals['_FINISHREASON']._serialized_start=2437
+  _globals['_FINISHREASON']._serialized_end=2532
   _globals['_GENERATEREQUEST']._serialized_start=50
   _globals['_GENERATEREQUEST']._serialized_end=223
   _globals['_RESUMEREQUEST']._serialized_start=225
@@ -42,31 +42,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIDS']._serialized_start=343
   _globals['_TOKENIDS']._serialized_end=366
   _globals['_SAMPLINGPARAMS']._serialized_start=369
-  _globals['_SAMPLINGPARAMS']._serialized_end=1174
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=963
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1011
-  _globals['_GENERATERESPONSE']._serialized_start=1177
-  _globals['_GENERATERESPONSE']._serialized_end=1352
-  _globals['_STARTED']._serialized_start=1354
-  _globals['_STARTED']._serialized_end=1419
-  _globals['_TOKENS']._serialized_start=1421
-  _globals['_TOKENS']._serialized_end=1528
-  _globals['_TOKENLOGPROBS']._serialized_start=1530
-  _globals['_TOKENLOGPROBS']._serialized_end=1601
-  _globals['_FINISHED']._serialized_start=1603
-  _globals['_FINISHED']._serialized_end=1729
-  _globals['_REQUESTSTATS']._serialized_start=1732
-  _globals['_REQUESTSTATS']._serialized_end=2001
-  _globals['_TOKENIZEREQUEST']._serialized_start=2003
-  _globals['_TOKENIZEREQUEST']._serialized_end=2049
-  _globals['_TOKENIZERESPONSE']._serialized_start=2051
-  _globals['_TOKENIZERESPONSE']._serialized_end=2082
-  _globals['_LISTMODELSREQUEST']._serialized_start=2084
-  _globals['_LISTMODELSREQUEST']._serialized_end=2103
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2105
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2167
-  _globals['_MODELINFO']._serialized_start=2169
-  _globals['_MODELINFO']._serialized_end=2238
-  _globals['_GENERATIONSERVICE']._serialized_start=2338
-  _globals['_GENERATIONSERVICE']._serialized_end=2671
+  _globals['_SAMPLINGPARAMS']._serialized_end=1215
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1004
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1052
+  _globals['_GRAMMAR']._serialized_start=1218
+  _globals['_GRAMMAR']._serialized_end=1347
+  _globals['_TEXTS']._serialized_start=1349
+  _globals['_TEXTS']._serialized_end=1371
+  _globals['_GENERATERESPONSE']._serialized_start=1374
+  _globals['_GENERATERESPONSE']._serialized_end=1549
+  _globals['_STARTED']._serialized_start=1551
+  _globals['_STARTED']._serialized_end=1616
+  _globals['_TOKENS']._serialized_start=1618
+  _globals['_TOKENS']._serialized_end=1725
+  _globals['_TOKENLOGPROBS']._serialized_start=1727
+  _globals['_TOKENLOGPROBS']._serialized_end=1798
+  _globals['_FINISHED']._serialized_start=1800
+  _globals['_FINISHED']._serialized_end=1926
+  _globals['_REQUESTSTATS']._serialized_start=1929
+  _globals['_REQUESTSTATS']._serialized_end=2198
+  _globals['_TOKENIZEREQUEST']._serialized_start=2200
+  _globals['_TOKENIZEREQUEST']._serialized_end=2246
+  _globals['_TOKENIZERESPONSE']._serialized_start=2248
+  _globals['_TOKENIZERESPONSE']._serialized_end=2279
+  _globals['_LISTMODELSREQUEST']._serialized_start=2281
+  _globals['_LISTMODELSREQUEST']._serialized_end=2300
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2302
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2364
+  _globals['_MODELINFO']._serialized_start=2366
+  _globals['_MODELINFO']._serialized_end=2435
+  _globals['_GENERATIONSERVICE']._serialized_start=2535
+  _globals['_GENERATIONSERVICE']._serialized_end=2868
 # @@protoc_insertion_point(module_scope)

@@ -1,0 +1,52 @@
+"""A form that a completion has to have, as clients say it and as messages carry it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from switchyard.v1 import generation_pb2
+
+
+class GrammarKind(Enum):
+    """How a form is written; the names are those of the message's fields."""
+
+    JSON_SCHEMA = "json_schema"  # the schema as JSON; "{}" is any JSON value
+    REGEX = "regex"  # the whole completion matches
+    CHOICE = "choice"  # one of some texts
+    LARK = "lark"  # llguidance's dialect of Lark
+    GBNF = "gbnf"  # llama.cpp's
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """One form."""
+
+    kind: GrammarKind
+    source: str = ""  # but for choices
+    choices: tuple[str, ...] = ()
+
+    @staticmethod
+    def of_choices(texts: Sequence[str]) -> Grammar:
+        """One of these texts."""
+        return Grammar(GrammarKind.CHOICE, choices=tuple(texts))
+
+    @staticmethod
+    def of(message: generation_pb2.Grammar) -> Grammar | None:
+        """What a message says; None when it says nothing."""
+        name = message.WhichOneof("kind")
+        if name is None:
+            return None
+        kind = GrammarKind(name)
+        if kind is GrammarKind.CHOICE:
+            return Grammar.of_choices(message.choice.texts)
+        return Grammar(kind, getattr(message, name))
+
+    def message(self) -> generation_pb2.Grammar:
+        """The inverse."""
+        if self.kind is GrammarKind.CHOICE:
+            return generation_pb2.Grammar(choice=generation_pb2.Texts(texts=self.choices))
+        message = generation_pb2.Grammar()
+        setattr(message, self.kind.value, self.source)
+        return message
