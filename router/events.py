@@ -79,6 +79,15 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptTokens:
+    """Tokens of the prompt and their logprobs; all of them come before the first Tokens, where they are asked for."""
+
+    first_position: int  # in the prompt
+    ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs | None, ...]  # one per id; None of the first of all, which nothing comes before
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
     """Newly committed tokens and the text that they completed."""
 
@@ -97,4 +106,4 @@ class Finished:
     stats: RequestStats
 
 
-Event = Started | Tokens | Finished
+Event = Started | PromptTokens | Tokens | Finished

@@ -51,6 +51,7 @@ class SamplingParams:
     bad_words: tuple[str, ...] = ()
     banned_sequences: tuple[tuple[int, ...], ...] = ()
     logprobs: int | None = None  # None: of no token
+    prompt_logprobs: int | None = None  # of the prompt's tokens; None: of none
     grammar: Grammar | None = None  # the form of the completion; compiled apart
 
 
@@ -74,6 +75,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_tokens": (lambda value: 0 < value < 2**63, "must be > 0 and < 2^63"),
     "min_tokens": (lambda value: 0 <= value < 2**31, "must be >= 0 and < 2^31"),
     "logprobs": (lambda value: 0 <= value <= MAX_LOGPROBS, f"must be in [0, {MAX_LOGPROBS}]"),
+    "prompt_logprobs": (lambda value: 0 <= value <= MAX_LOGPROBS, f"must be in [0, {MAX_LOGPROBS}]"),
     "seed": (lambda value: 0 <= value < 2**64, "must be in [0, 2^64)"),
 }
 

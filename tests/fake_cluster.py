@@ -25,6 +25,7 @@ from switchyard_client import (
     Finished,
     GenerationClient,
     GenerationRequest,
+    PromptTokens,
     SamplingParams,
     Started,
     TokenLogprobs,
@@ -86,6 +87,8 @@ class Answer:
     ids: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_ids: list[int] = field(default_factory=list)  # those that came with logprobs
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     times_s: list[float] = field(default_factory=list)  # of each message with tokens
     finished: Finished | None = None
 
@@ -364,6 +367,10 @@ class FakeCluster:
         for event in client.generate(GenerationRequest(tuple(prompt), sampling)):
             if isinstance(event, Started):
                 answer.times_s.append(time.monotonic())
+            elif isinstance(event, PromptTokens):
+                assert event.first_position == len(answer.prompt_ids), "a token of the prompt was lost or doubled"
+                answer.prompt_ids += event.ids
+                answer.prompt_logprobs += event.logprobs
             elif isinstance(event, Tokens):
                 assert event.first_position == len(answer.ids), "a token was lost or doubled"
                 answer.ids += event.ids

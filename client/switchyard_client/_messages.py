@@ -12,6 +12,7 @@ from switchyard_client._types import (
     FinishReason,
     GenerationRequest,
     Grammar,
+    PromptTokens,
     RequestStats,
     SamplingParams,
     Started,
@@ -60,12 +61,21 @@ def event_of(message: generation_pb2.GenerateResponse) -> Event | None:
     kind = message.WhichOneof("event")
     if kind == "tokens":
         tokens = message.tokens
-        logprobs = [TokenLogprobs(one.logprob, tuple(one.top_ids), tuple(one.top_logprobs)) for one in tokens.logprobs]
-        return Tokens(tokens.first_position, tuple(tokens.ids), tokens.text, tuple(logprobs))
+        return Tokens(tokens.first_position, tuple(tokens.ids), tokens.text, tuple(map(_logprobs, tokens.logprobs)))
+    if kind == "prompt_tokens":
+        prompt = message.prompt_tokens
+        logprobs: list[TokenLogprobs | None] = [*map(_logprobs, prompt.logprobs)]
+        if prompt.first_position == 0:
+            logprobs[:1] = [None]
+        return PromptTokens(prompt.first_position, tuple(prompt.ids), tuple(logprobs))
     if kind == "started":
         started = message.started
         return Started(message.stream_id, started.model, started.num_prompt_tokens, started.seed)
     return _finished(message.finished) if kind == "finished" else None
+
+
+def _logprobs(message: generation_pb2.TokenLogprobs) -> TokenLogprobs:
+    return TokenLogprobs(message.logprob, tuple(message.top_ids), tuple(message.top_logprobs))
 
 
 def _finished(message: generation_pb2.Finished) -> Finished:

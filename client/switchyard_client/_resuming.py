@@ -14,7 +14,7 @@ import grpc
 from switchyard_client._errors import error_of, trailers
 from switchyard_client._messages import event_of, request_message
 from switchyard_client._stubs import generation_pb2, generation_pb2_grpc
-from switchyard_client._types import Event, Finished, GenerationRequest, Started, Tokens
+from switchyard_client._types import Event, Finished, GenerationRequest, PromptTokens, Started, Tokens
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.02, 1.0
 _BEGIN_WITHIN_S = 5.0  # a router that restarts is back sooner; an address without a listener fails soon
@@ -38,6 +38,7 @@ class ResumingStream:
         self._resume_within_s = resume_within_s
         self._deadline_s = None if request.deadline_s is None else time.monotonic() + request.deadline_s
         self._known = generation_pb2.ResumeRequest()
+        self._num_prompt_tokens = 0  # of PromptTokens that the caller has had
         self._num_losses = 0
         self._lost_s: float | None = None  # since when no router carries it
         self._pause_s = _FIRST_PAUSE_S
@@ -62,6 +63,10 @@ class ResumingStream:
         if isinstance(event, Started):
             is_new = not self._known.stream_id
             self._known.stream_id = event.stream_id
+            return event if is_new else None
+        if isinstance(event, PromptTokens):  # sent again when no token had come
+            is_new = event.first_position >= self._num_prompt_tokens
+            self._num_prompt_tokens = max(self._num_prompt_tokens, event.first_position + len(event.ids))
             return event if is_new else None
         if isinstance(event, Tokens):
             self._known.token_ids.ids.extend(event.ids)

@@ -47,6 +47,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False  # whether the stop text that ended the stream is shown
     logprobs: int | None = None  # at most 20; of the chosen token and so many most likely ones; None means of none
     grammar: Grammar | None = None  # the form of the completion; not together with ignore_eos or min_tokens
+    prompt_logprobs: int | None = None  # at most 20; of the prompt's tokens; None means of none
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,15 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptTokens:
+    """Tokens of the prompt, where prompt_logprobs are asked for: all of them come before the first Tokens."""
+
+    first_position: int  # of the first id in the prompt, from 0
+    ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs | None, ...] = ()  # one per id; None of the prompt's first, which nothing precedes
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
     """New tokens, and the text that they completed."""
 
@@ -120,7 +130,7 @@ class Finished:
     stats: RequestStats
 
 
-Event = Started | Tokens | Finished
+Event = Started | PromptTokens | Tokens | Finished
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,8 +39,12 @@ def spread(request: GenerationRequest, n: int, best_of: int) -> list[GenerationR
     if best_of > n and sampling.logprobs is None:
         sampling = dataclasses.replace(sampling, logprobs=0)  # by them the best are found
     first = sampling.seed
+    others = dataclasses.replace(sampling, prompt_logprobs=None)  # the first choice has those of the prompt
     seeds = [first if first is None or i == 0 else (first + i) % 2**64 for i in range(best_of)]
-    return [dataclasses.replace(request, sampling=dataclasses.replace(sampling, seed=seed)) for seed in seeds]
+    return [
+        dataclasses.replace(request, sampling=dataclasses.replace(others if i else sampling, seed=seed))
+        for i, seed in enumerate(seeds)
+    ]
 
 
 def best(choices: Sequence[Sequence[Tokens]], n: int) -> list[int]:

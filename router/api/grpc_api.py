@@ -123,7 +123,7 @@ class _Servicer(generation_pb2_grpc.GenerationServiceServicer):
     ) -> generation_pb2.ListModelsResponse:
         files = self._generation.files
         model = generation_pb2.ModelInfo(
-            name=files.name, context_tokens=self._generation.context_tokens, vocab_size=files.vocab_size
+            name=files.name, context_tokens=self._generation.preparation.context_tokens, vocab_size=files.vocab_size
         )
         return generation_pb2.ListModelsResponse(models=[model])
 

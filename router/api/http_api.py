@@ -208,7 +208,7 @@ class _Endpoints:
 
     async def completions(self, request: Request) -> Response:
         body = parse(CompletionRequest, await read_json(request, self._parts.max_body_bytes))
-        self._generation.check_model(body.model)
+        self._generation.preparation.check_model(body.model)
         prompts = body.prompts()
         style = self._style(body, is_chat=False)
         check_counts(len(prompts), style.num_choices, style.num_candidates, style.is_stream)
@@ -250,7 +250,7 @@ class _Endpoints:
 
     async def chat_completions(self, request: Request) -> Response:
         body = parse(ChatRequest, await read_json(request, self._parts.max_body_bytes))
-        self._generation.check_model(body.model)
+        self._generation.preparation.check_model(body.model)
         style = self._style(body, is_chat=True)
         prompt = self._generation.render_chat(checked_messages(body.messages), body.template_options())
         sampling = body.sampling(self._generation.files.sampling_defaults.max_new_tokens)
@@ -280,14 +280,16 @@ class _Endpoints:
             model=body.model,
             num_choices=body.num_choices,
             num_candidates=body.num_candidates,
-            bytes_of=self._generation.codec.bytes_alone if body.num_logprobs is not None else None,
+            bytes_of=self._generation.codec.bytes_alone,
+            has_logprobs=body.num_logprobs is not None,
+            has_prompt_logprobs=body.prompt_logprobs is not None,
         )
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._model_card()]})
 
     async def model(self, request: Request) -> Response:
-        self._generation.check_model(request.path_params["name"])
+        self._generation.preparation.check_model(request.path_params["name"])
         return JSONResponse(self._model_card())
 
     async def metrics(self, request: Request) -> Response:
@@ -307,7 +309,7 @@ class _Endpoints:
             "object": "model",
             "created": 0,
             "owned_by": "switchyard",
-            "max_model_len": self._generation.context_tokens,
+            "max_model_len": self._generation.preparation.context_tokens,
         }
 
 

@@ -18,9 +18,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from router.api.choices import best
-from router.api.openai_logprobs import BytesOf, LogprobsOut
+from router.api.openai_logprobs import BytesOf, LogprobsOut, prompt_logprobs
 from router.errors import InvalidRequest, RouterError
-from router.events import Event, Finished, ResumeRequest, Started, Tokens
+from router.events import Event, Finished, PromptTokens, ResumeRequest, Started, Tokens
 
 Json = dict[str, Any]
 
@@ -38,10 +38,12 @@ class AnswerStyle:
     has_token_ids: bool
     has_event_ids: bool  # the stream can be resumed
     model: str
+    bytes_of: BytesOf  # for logprobs
     num_choices: int = 1  # of each prompt
     num_candidates: int = 1  # of each prompt; the best of them are shown
     echoes: Sequence[str] = ()  # the prompts' texts, to be shown before the completions; none: they are not
-    bytes_of: BytesOf | None = None  # where the client asked for logprobs
+    has_logprobs: bool = False  # of the completion's tokens; and, where it is echoed, of the prompt's
+    has_prompt_logprobs: bool = False  # in a field of their own
 
 
 @dataclass(slots=True)
@@ -49,6 +51,7 @@ class _Choice:
     """What came of one prompt so far."""
 
     started: Started | None = None
+    prompt: list[PromptTokens] = field(default_factory=list)  # of a prompt's first choice, where they are asked for
     text: list[str] = field(default_factory=list)
     tokens: list[Tokens] = field(default_factory=list)
     logprobs: LogprobsOut | None = None  # where the client asked for them
@@ -65,7 +68,7 @@ class OpenAiAnswer(Response):
         self._streams = streams
         self._style = style
         self._choices = [_Choice() for _ in streams]
-        if style.bytes_of is not None:
+        if style.has_logprobs:
             for choice in self._choices:
                 choice.logprobs = LogprobsOut(style.bytes_of, style.is_chat)
         self._created = int(time.time())
@@ -82,6 +85,8 @@ class OpenAiAnswer(Response):
                 self._note(index, event)
         body = self._envelope("chat.completion" if self._style.is_chat else "text_completion")
         body["choices"] = [self._whole_choice(index, choice) for index, choice in enumerate(self._shown_choices())]
+        if self._style.has_prompt_logprobs and self._style.is_chat:
+            body["prompt_logprobs"] = self._prompt_logprobs(0)
         body |= self._usage()
         await JSONResponse(body)(scope, receive, send)
 
@@ -96,6 +101,18 @@ class OpenAiAnswer(Response):
             shown += [candidates[index] for index in best([choice.tokens for choice in candidates], n)]
         return shown
 
+    def _prompt_logprobs(self, index: int) -> list[Json | None]:
+        """Of the prompt of a choice that is shown."""
+        first = self._choices[index // self._style.num_choices * self._style.num_candidates]
+        return prompt_logprobs(first.prompt, self._style.bytes_of)
+
+    def _echoed_logprobs(self, index: int, choice: _Choice) -> Json:
+        assert choice.logprobs is not None, "asked where there are some"
+        if not self._style.echoes:
+            return {}
+        first = self._choices[index // self._style.num_choices * self._style.num_candidates]
+        return choice.logprobs.echoed(first.prompt)
+
     def _echo(self, index: int) -> str:
         """What is shown before the text of a choice."""
         return self._style.echoes[index // self._style.num_choices] if self._style.echoes else ""
@@ -104,10 +121,16 @@ class OpenAiAnswer(Response):
         assert choice.finished is not None, "a stream ended without Finished"
         text = self._echo(index) + "".join(choice.text)
         shown = {"message": {"role": "assistant", "content": text}} if self._style.is_chat else {"text": text}
-        logprobs = None if choice.logprobs is None else choice.logprobs.shown(choice.tokens)
+        logprobs = None
+        if choice.logprobs is not None:
+            echoed = self._echoed_logprobs(index, choice)
+            logprobs = choice.logprobs.shown(choice.tokens)
+            logprobs |= {name: [*values, *logprobs[name]] for name, values in echoed.items()}
         whole: Json = {"index": index, **shown, "logprobs": logprobs, "finish_reason": choice.finished.reason.value}
         if self._style.has_token_ids:
             whole["token_ids"] = [token_id for tokens in choice.tokens for token_id in tokens.ids]
+        if self._style.has_prompt_logprobs and not self._style.is_chat:
+            whole["prompt_logprobs"] = self._prompt_logprobs(index)
         return whole
 
     # -- chunks
@@ -146,7 +169,11 @@ class OpenAiAnswer(Response):
         if isinstance(event, Started):
             if self._style.is_chat:
                 return [self._delta(index, {"role": "assistant", "content": ""}, None)]
-            return [self._delta(index, echo, None)] if (echo := self._echo(index)) else []
+            if not (echo := self._echo(index)) or self._style.has_logprobs:
+                return []  # an echo with logprobs waits for them
+            return [self._delta(index, echo, None)]
+        if isinstance(event, PromptTokens):
+            return self._echo_chunks(index, event)
         if isinstance(event, Finished):
             return [self._delta(index, {} if self._style.is_chat else "", event.reason.value)]
         logprobs = self._choices[index].logprobs
@@ -157,6 +184,17 @@ class OpenAiAnswer(Response):
         if logprobs is not None and event.ids:
             delta["choices"][0]["logprobs"] = logprobs.shown([event])
         return [delta]
+
+    def _echo_chunks(self, index: int, event: PromptTokens) -> Sequence[Json]:
+        """Part of the prompt, for all of its choices; the text comes with the first part."""
+        chunks = []
+        for i in range(index, index + self._style.num_choices):
+            logprobs = self._choices[i].logprobs
+            assert logprobs is not None, "a stream has the prompt's tokens where it is echoed with logprobs"
+            chunk = self._delta(i, self._echo(i) if event.first_position == 0 else "", None)
+            chunk["choices"][0]["logprobs"] = logprobs.echoed([event])
+            chunks.append(chunk)
+        return chunks
 
     def _delta(self, index: int, shown: Json | str, reason: str | None, ids: Sequence[int] = ()) -> Json:
         key = "delta" if self._style.is_chat else "text"
@@ -184,6 +222,8 @@ class OpenAiAnswer(Response):
                 choice.tokens.append(event)
         elif isinstance(event, Started):
             choice.started = event
+        elif isinstance(event, PromptTokens):
+            choice.prompt.append(event)
         else:
             choice.finished = event
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from router.events import TokenLogprobs, Tokens
+from router.events import PromptTokens, TokenLogprobs, Tokens
 
 BytesOf = Callable[[int], bytes]
 """What one token says by itself."""
@@ -29,14 +29,22 @@ class LogprobsOut:
         pairs = list(zip(ids, logprobs, strict=True))
         if self._is_chat:
             return {"content": [self._of_chat(token_id, one) for token_id, one in pairs], "refusal": None}
+        return self._lists(pairs)
+
+    def echoed(self, prompt: Sequence[PromptTokens]) -> dict[str, Any]:
+        """The field `logprobs` of a prompt's tokens that are shown before a completion."""
+        return self._lists([pair for event in prompt for pair in zip(event.ids, event.logprobs, strict=True)])
+
+    def _lists(self, pairs: Sequence[tuple[int, TokenLogprobs | None]]) -> dict[str, Any]:
+        """None: nothing is known of the token."""
         offsets = []
         for token_id, _ in pairs:
             offsets.append(self._num_characters)
             self._num_characters += len(self._text(token_id))
         return {
             "tokens": [self._text(token_id) for token_id, _ in pairs],
-            "token_logprobs": [_finite(one.logprob) for _, one in pairs],
-            "top_logprobs": [self._of_completion(token_id, one) for token_id, one in pairs],
+            "token_logprobs": [None if one is None else _finite(one.logprob) for _, one in pairs],
+            "top_logprobs": [None if one is None else self._of_completion(token_id, one) for token_id, one in pairs],
             "text_offset": offsets,
         }
 
@@ -55,7 +63,23 @@ class LogprobsOut:
         return {self._text(top): _finite(logprob) for top, logprob in (*tops, (token_id, one.logprob))}
 
     def _text(self, token_id: int) -> str:
-        return self._bytes_of(token_id).decode(errors="replace")
+        return _text(self._bytes_of, token_id)
+
+
+def prompt_logprobs(prompt: Sequence[PromptTokens], bytes_of: BytesOf) -> list[dict[str, Any] | None]:
+    """vLLM's field: for each token of the prompt the logprobs by id, of itself and of the most likely ones."""
+    shown: list[dict[str, Any] | None] = []
+    for token_id, one in (pair for event in prompt for pair in zip(event.ids, event.logprobs, strict=True)):
+        if one is None:
+            shown.append(None)
+            continue
+        tops = zip((*one.top_ids, token_id), (*one.top_logprobs, one.logprob), strict=True)
+        shown.append({str(top): {"logprob": _finite(p), "decoded_token": _text(bytes_of, top)} for top, p in tops})
+    return shown
+
+
+def _text(bytes_of: BytesOf, token_id: int) -> str:
+    return bytes_of(token_id).decode(errors="replace")
 
 
 def _finite(logprob: float) -> float:

@@ -79,7 +79,8 @@ _SERVED: tuple[tuple[str, Api, str], ...] = (
     ("best_of", _C, "candidates, of which the n with the greatest mean logprob are shown; not in a stream"),
     ("logprobs", _B, "completions: how many most likely tokens, at most 20; chats: true or false"),
     ("top_logprobs", _M, "at most 20"),
-    ("echo", _C, "the prompt's text comes first; not together with logprobs"),
+    ("prompt_logprobs", _B, "of each token of the prompt, at most 20 most likely ones; not in a stream"),
+    ("echo", _C, "the prompt's text comes first; with logprobs, its tokens' too"),
     ("response_format", _B, "text, json_object or json_schema; always held to, strict or not"),
     ("structured_outputs", _B, "one of json, json_object, regex, choice, grammar (Lark, or GBNF where it has ::=)"),
     ("guided_json", _B, "a JSON schema: structured_outputs.json's older name"),
@@ -109,7 +110,6 @@ _IGNORED: tuple[tuple[str, Api, str], ...] = (
 )
 _REFUSED: tuple[tuple[str, Api, str, tuple[str, ...]], ...] = (
     ("suffix", _C, "models that fill in the middle are not served", ('""',)),
-    ("prompt_logprobs", _B, "logprobs are of the completion", ("0", "false")),
     ("priority", _B, "requests are served in their order", ("0",)),
     ("tools", _M, _TOOLS, ("[]",)),
     ("tool_choice", _M, _TOOLS, ('"none"', '"auto"')),

@@ -68,6 +68,7 @@ class _Request(StructuredOutputFields):
     min_tokens: Integer | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
+    prompt_logprobs: Integer | None = None
     stop_token_ids: list[Integer] | None = None
     allowed_token_ids: list[Integer] | None = None
     banned_token_ids: list[Integer] | None = None
@@ -91,6 +92,7 @@ class _Request(StructuredOutputFields):
             include_stop_str_in_output=bool(self.include_stop_str_in_output),
             ignore_eos=bool(self.ignore_eos),
             logprobs=self.num_logprobs,
+            prompt_logprobs=self.num_prompt_logprobs,
             grammar=None if form is None else form[1],
             logit_bias=_bias_by_id(self.logit_bias or {}),
             banned_sequences=tuple(tuple(ids) for ids in self.banned_sequences or ()),
@@ -106,6 +108,11 @@ class _Request(StructuredOutputFields):
     @abstractmethod
     def num_logprobs(self) -> int | None:
         """Of the most likely tokens at each position; None: not of the chosen ones either."""
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """Likewise of the prompt."""
+        return self.prompt_logprobs
 
     @property
     def num_candidates(self) -> int:
@@ -145,6 +152,11 @@ class CompletionRequest(_Request):
         if isinstance(self.logprobs, bool):
             return 0 if self.logprobs else None
         return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        echoed = self.num_logprobs if self.echo else None
+        return max((n for n in (self.prompt_logprobs, echoed) if n is not None), default=None)
 
     def prompts(self) -> Sequence[Prompt]:
         """The prompts, one choice each: a text, a list of texts, a list of ids, or a list of lists of ids."""
@@ -261,8 +273,8 @@ def _check_together(request: _Request) -> None:
         raise _invalid("deadline_s", f"must be > 0 and finite, not {request.deadline_s}")
     if request.cache_salt is not None and not 0 < len(request.cache_salt) <= MAX_SALT_CHARACTERS:
         raise _invalid("cache_salt", f"must have 1 to {MAX_SALT_CHARACTERS} characters")
-    if isinstance(request, CompletionRequest) and request.echo and request.num_logprobs is not None:
-        raise _invalid("echo", "is not supported together with logprobs")
+    if request.prompt_logprobs is not None and request.stream:
+        raise _invalid("prompt_logprobs", "is not possible in a stream")
     if request.stream_options is not None and not request.stream:
         raise _invalid("stream_options", "is only allowed when stream is true")
 

@@ -15,6 +15,7 @@ from router.events import (
     Event,
     FinishReason,
     GenerationRequest,
+    PromptTokens,
     RequestStats,
     ResumeRequest,
     Started,
@@ -184,10 +185,13 @@ def part_report(message: worker.RequestFinished) -> PartReport:
 
 def event_message(stream_id: str, event: Event) -> generation.GenerateResponse:
     """One message of a Generate stream."""
+    if isinstance(event, PromptTokens):
+        prompt_tokens = generation.PromptTokens(first_position=event.first_position, ids=event.ids)
+        prompt_tokens.logprobs.extend(map(_logprobs_message, event.logprobs))
+        return generation.GenerateResponse(stream_id=stream_id, prompt_tokens=prompt_tokens)
     if isinstance(event, Tokens):
         tokens = generation.Tokens(first_position=event.first_position, ids=event.ids, text=event.text)
-        for one in event.logprobs:
-            tokens.logprobs.add(logprob=one.logprob, top_ids=one.top_ids, top_logprobs=one.top_logprobs)
+        tokens.logprobs.extend(map(_logprobs_message, event.logprobs))
         return generation.GenerateResponse(stream_id=stream_id, tokens=tokens)
     if isinstance(event, Started):
         started = generation.Started(model=event.model, num_prompt_tokens=event.num_prompt_tokens, seed=event.seed)
@@ -196,6 +200,12 @@ def event_message(stream_id: str, event: Event) -> generation.GenerateResponse:
         reason=_REASONS[event.reason], num_output_tokens=event.num_output_tokens, stats=_stats_message(event.stats)
     )
     return generation.GenerateResponse(stream_id=stream_id, finished=finished)
+
+
+def _logprobs_message(one: TokenLogprobs | None) -> generation.TokenLogprobs:
+    if one is None:
+        return generation.TokenLogprobs()
+    return generation.TokenLogprobs(logprob=one.logprob, top_ids=one.top_ids, top_logprobs=one.top_logprobs)
 
 
 def _stats_message(stats: RequestStats) -> generation.RequestStats:

@@ -40,6 +40,10 @@ class StreamSink(Protocol):
         self, worker_id: str, epoch: int, position: int, token_id: int, logprobs: TokenLogprobs | None = None
     ) -> None: ...
 
+    def on_prompt_logprobs(
+        self, worker_id: str, epoch: int, first_position: int, logprobs: Sequence[TokenLogprobs]
+    ) -> None: ...
+
     def on_finished(self, worker_id: str, epoch: int, report: PartReport) -> None: ...
 
     def on_lost(self, worker_id: str) -> None: ...
@@ -263,6 +267,11 @@ class WorkerConnection:
         kind = message.WhichOneof("message")
         if kind == "tokens":
             self._fan_out(message.tokens)
+        elif kind == "prompt_logprobs":
+            found = message.prompt_logprobs
+            if (attached := self._sinks.get(found.stream_id)) is not None:
+                logprobs = [token_logprobs(one) for one in found.logprobs]
+                attached.sink.on_prompt_logprobs(self.worker_id, found.epoch, found.first_position, logprobs)
         elif kind == "finished":
             self._finish(message.finished)
         elif kind == "load":

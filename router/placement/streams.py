@@ -113,10 +113,14 @@ _NOTHING: tuple[Action, ...] = ()
 class Stream:
     """One stream. Every handler returns the actions to be carried out, in order."""
 
-    def __init__(self, num_prompt_tokens: int, max_tokens: int, emitted: Sequence[int] = ()) -> None:
-        """emitted: what an earlier life of the stream committed; less than max_tokens."""
+    def __init__(
+        self, num_prompt_tokens: int, max_tokens: int, emitted: Sequence[int] = (), needs_prefill: bool = False
+    ) -> None:
+        """emitted: what an earlier life of the stream committed; less than max_tokens. needs_prefill: a prefill worker
+        that is lost cannot be done without, since it alone tells of the prompt (until the field is set to False)."""
         self.num_prompt_tokens = num_prompt_tokens
         self.max_tokens = max_tokens
+        self.needs_prefill = needs_prefill
         self.emitted: list[int] = list(emitted)
         self.phase = Phase.PLACING
         self.epoch = 0  # of the current placement; 0 before the first
@@ -256,6 +260,11 @@ class Stream:
             self.failed_on.add(worker_id)
         if self.phase is not Phase.PREFILLING:
             return _NOTHING  # it had sent its token: the decode worker is at work
+        if self.needs_prefill:
+            self.last_failure = f"{worker_id}: lost before the logprobs of the prompt had come"
+            actions = self._cancel_parts()
+            self.phase = Phase.PLACING
+            return actions
         assert self._decode_id is not None, "prefilling without a decode worker"
         self.phase = Phase.DECODING
         return (ContinuePart(self._decode_id, ()),)

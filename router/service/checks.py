@@ -9,6 +9,7 @@ from router.events import ResumeRequest
 from router.sampling import check_token_ids, invalid
 
 MAX_SALT_BYTES = 1024
+MAX_PROMPT_LOGPROBS = 1 << 17  # numbers of one request
 
 
 def check_prompt(num_tokens: int, context_tokens: int, is_bound: bool = False) -> None:
@@ -25,6 +26,12 @@ def check_prompt(num_tokens: int, context_tokens: int, is_bound: bool = False) -
             " completion together, and no space is left for output. Please reduce the length of the prompt."
         )
         raise ContextLengthExceeded(message, param="prompt")
+
+
+def check_prompt_logprobs(num_top: int | None, num_tokens: int) -> None:
+    """Raise InvalidRequest when the prompt's logprobs are too many to be sent. num_top: at each position."""
+    if num_top is not None and (count := num_tokens * (1 + num_top)) > MAX_PROMPT_LOGPROBS:
+        raise invalid("prompt_logprobs", f"{count} numbers of {num_tokens} tokens are more than {MAX_PROMPT_LOGPROBS}")
 
 
 def check_salt(cache_salt: bytes) -> None:

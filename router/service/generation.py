@@ -10,10 +10,8 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-import secrets
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,43 +23,46 @@ from router.errors import (
     Overloaded,
     PromptTooLarge,
     RouterError,
-    UnknownModel,
     UnknownStream,
     mark_counted,
     stopping,
 )
-from router.events import Event, Finished, FinishReason, GenerationRequest, RequestStats, ResumeRequest, Started, Tokens
-from router.fleet.fleet import BlockNames, KvLayout, name_blocks
+from router.events import (
+    Event,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    PromptTokens,
+    RequestStats,
+    ResumeRequest,
+    Started,
+    Tokens,
+)
 from router.fleet.identity import ServedIdentity
 from router.fleet.messages import journal_header, journal_record
 from router.model_files import ModelFiles
 from router.sampling import (
-    check_choice_is_left,
     check_repeated_sampling,
-    check_sampling,
     check_text,
-    check_token_ids,
 )
 from router.service.admission import Admission
 from router.service.chat import ChatTemplate
 from router.service.checks import (
-    check_prompt,
     check_repeated_prompt,
     check_resumption,
-    check_salt,
 )
-from router.service.defaults import end_token_ids, settled, with_spelled_words
-from router.service.dispatch import Dispatcher, LiveStream
-from router.service.grammar_check import GrammarCheck
+from router.service.defaults import end_token_ids
+from router.service.dispatch import Dispatcher
 from router.service.journal import JournalWriter, StreamLog
+from router.service.live_stream import LiveStream
+from router.service.preparation import Preparation, PreparationContext
 from router.service.text import TextCodec
 from router.service.text_out import TextOut
-from router.service.token_request import TokenRequest, block_salt
+from router.service.token_request import TokenRequest
 
 log = logging.getLogger(__name__)
 
-_INLINE_BYTES = 16 * 1024  # shorter prompts are encoded at once, longer ones in a thread
-_ENCODE_THREADS = 2
+_PROMPT_TOKENS_AT_ONCE = 1024
 _FROM_THE_START = ResumeRequest(stream_id="", num_tokens=0)
 
 
@@ -97,35 +98,24 @@ class Generation:
         journal: JournalWriter,
         observer: RequestObserver,
     ) -> None:
-        self.files = files
         self._served = served
         self._journal = journal
         self.admission = Admission(config.max_inflight_requests, config.max_prompt_bytes)
-        self.codec = TextCodec(files.tokenizer_json)
+        self.files, self.codec = files, TextCodec(files.tokenizer_json)
         self._chat = _chat_template(files)
-        self._end_token_ids = end_token_ids(files, self.codec, self._chat)
+        end_ids = end_token_ids(files, self.codec, self._chat)
+        self.preparation = Preparation(
+            PreparationContext(files, self.codec, end_ids, dispatcher.fleet, dispatcher.clock, config.request_timeout_s)
+        )
         self._config = config
         self._dispatcher = dispatcher
         self._observer = observer
         self._live: set[LiveStream] = set()
-        self._threads = ThreadPoolExecutor(_ENCODE_THREADS, thread_name_prefix="encode")
-        self._grammars = GrammarCheck(files, self._threads)
 
     @property
     def can_resume(self) -> bool:
         """Whether streams are written down at all."""
         return self._journal.is_kept
-
-    @property
-    def context_tokens(self) -> int:
-        """Most tokens of prompt and completion together: the model's limit, or a lower one of a worker."""
-        limit = self._dispatcher.fleet.context_tokens
-        return self.files.context_tokens if limit is None else min(limit, self.files.context_tokens)
-
-    def check_model(self, name: str) -> None:
-        """Raise UnknownModel unless that name (or an empty one) means the model served here."""
-        if name not in ("", self.files.name):
-            raise UnknownModel(f"model: {name!r} is not served here; {self.files.name!r} is", param="model")
 
     @property
     def chat_uses_clock(self) -> bool:
@@ -146,23 +136,18 @@ class Generation:
         self, model: str, text: str, add_special_tokens: bool = True, param: str = "text"
     ) -> Sequence[int]:
         """Ids of a text, as a prompt would be encoded. param: the field that it came in."""
-        self.check_model(model)
+        self.preparation.check_model(model)
         with self._admitted(check_text(param, text), param):
-            return (await self._encode(text, add_special_tokens, frozenset(), b""))[0]
-
-    async def detokenize(self, token_ids: Sequence[int]) -> str:
-        """The text of ids, special tokens as they are spelled. Raises InvalidRequest."""
-        check_token_ids("tokens", token_ids, self.files.vocab_size)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self.codec.spelled, token_ids)
+            return (await self.preparation.encode(text, add_special_tokens, frozenset(), b""))[0]
 
     async def stream(self, request: GenerationRequest, commits_first: bool = False) -> AsyncGenerator[Event, None]:
         """Started, then Tokens, then Finished; or a RouterError. A caller that stops reading early must close it.
 
         commits_first: no token comes before the journal has it, for clients that cannot say what they have.
         """
-        with self._accounted() as account, self._admitted(self._check(request)):
+        with self._accounted() as account, self._admitted(self.preparation.check(request)):
             await self._know_weights()
-            order = await self._order(request)
+            order = await self.preparation.order(request, self._served.now.weights)
             account.num_prompt_tokens = len(order.token_ids)
             deadline_unix_s = None if order.deadline_s is None else order.deadline_s - order.arrived_s + time.time()
             settled = dataclasses.replace(
@@ -188,9 +173,10 @@ class Generation:
             if not log.ending:
                 log.add(0, request.token_ids)
             first, served, deadline_unix_s = journal_record(entry.header)
-            if first.sampling.logprobs is not None:
+            wants_prompt_logprobs = first.sampling.prompt_logprobs is not None and request.num_tokens == 0
+            if first.sampling.logprobs is not None or wants_prompt_logprobs:
                 log.cut(request.num_tokens)  # the journal has no logprobs: its tokens are chosen again, with them
-            order = await self._order(first)
+            order = await self.preparation.order(first, self._served.now.weights)
             order = dataclasses.replace(
                 order,
                 weights=served.weights,
@@ -225,6 +211,8 @@ class Generation:
                 ids = log.token_ids[account.num_output_tokens :] if is_complete else await live.next()
                 if not ids:
                     break
+                for prompt_tokens in _prompt_tokens(order, live):
+                    yield prompt_tokens
                 tokens = text.push(account.num_output_tokens, ids)
                 if sampling.logprobs is not None:
                     logprobs = live.take_logprobs(tokens.first_position, len(tokens.ids))
@@ -235,6 +223,8 @@ class Generation:
                     await log.committed()
                 self._observer.gave_tokens(len(tokens.ids))
                 yield tokens
+            for prompt_tokens in _prompt_tokens(order, live):  # of a stream that ended before its first token
+                yield prompt_tokens
             if text.is_stopped:
                 live.finish()
             if (rest := text.finish()) and not given.has_rest:
@@ -262,13 +252,13 @@ class Generation:
 
     def close(self) -> None:
         """Give up the threads."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.preparation.close()
 
     def check(self, requests: Sequence[GenerationRequest]) -> None:
         """Raise for the first of several that cannot be meant, before any of them begins; counted as one refusal."""
         try:
             for request in requests:
-                self._check(request)
+                self.preparation.check(request)
         except RouterError as error:
             self._observer.ended(Account(outcome=error.code))
             mark_counted(error)
@@ -280,17 +270,6 @@ class Generation:
         """A stream is begun, and gone on with, by the same weights only; they are known when a worker has come."""
         if not await self._served.known(self._config.new_request_wait_s):
             raise NoWorker("no worker has come since this router started", retry_after_s=1.0)
-
-    def _check(self, request: GenerationRequest) -> int:
-        """All that can be said before encoding; the prompt's size in bytes."""
-        self.check_model(request.model)
-        check_sampling(request.sampling, self.files.vocab_size)
-        check_salt(request.cache_salt)
-        if isinstance(request.prompt, str):
-            return check_text("prompt", request.prompt)
-        check_prompt(len(request.prompt), self.context_tokens)
-        check_token_ids("prompt", request.prompt, self.files.vocab_size)
-        return 4 * len(request.prompt)
 
     def _check_resumption(self, request: ResumeRequest, entry: JournalEntry | None) -> JournalEntry:
         unknown = f"stream_id: {request.stream_id!r} is not known here, or ended too long ago"
@@ -309,55 +288,9 @@ class Generation:
     async def _check_repeated(self, request: GenerationRequest, begun: GenerationRequest) -> None:
         """Raise InvalidRequest when a client resumes one stream with the request of another."""
         if not request.prompt_uses_clock:
-            token_ids, _ = await self._encode(request.prompt, request.add_special_tokens, frozenset(), b"")
+            token_ids, _ = await self.preparation.encode(request.prompt, request.add_special_tokens, frozenset(), b"")
             check_repeated_prompt(token_ids, begun.prompt)
         check_repeated_sampling(request.sampling, begun.sampling)
-
-    async def _order(self, request: GenerationRequest) -> TokenRequest:
-        arrived_s = self._dispatcher.clock()
-        await self._grammars.check(request.sampling.grammar)
-        context_tokens = self.context_tokens
-        layouts = self._dispatcher.fleet.layouts
-        if isinstance(request.prompt, str):
-            num_tokens = max(1, self.codec.min_tokens(len(request.prompt.encode())))
-            check_prompt(num_tokens, context_tokens, is_bound=True)
-        salt = block_salt(request.tenant_salt, request.cache_salt)
-        token_ids, names = await self._encode(request.prompt, request.add_special_tokens, layouts, salt)
-        check_prompt(len(token_ids), context_tokens)
-        check_token_ids("prompt", token_ids, self.files.vocab_size)
-        num_tokens_left = context_tokens - len(token_ids)
-        asked = with_spelled_words(request.sampling, self.codec)
-        end_ids = (*self._end_token_ids, *self.files.eos_token_ids)
-        check_choice_is_left(asked, end_ids, self.files.vocab_size)
-        seed = secrets.randbits(53)  # 53: exact in any JSON reader
-        return TokenRequest(
-            stream_id=secrets.token_hex(12),
-            token_ids=token_ids,
-            sampling=settled(asked, self.files.sampling_defaults, self._end_token_ids, seed, num_tokens_left),
-            names=names,
-            arrived_s=arrived_s,
-            deadline_s=self._deadline_s(request, arrived_s),
-            tenant_salt=salt,
-            weights=self._served.now.weights,
-        )
-
-    def _deadline_s(self, request: GenerationRequest, now_s: float) -> float | None:
-        limits = [request.deadline_s, self._config.request_timeout_s or None]
-        set_limits = [limit for limit in limits if limit is not None]
-        return now_s + min(set_limits) if set_limits else None
-
-    async def _encode(
-        self, prompt: str | tuple[int, ...], add_special_tokens: bool, layouts: frozenset[KvLayout], tenant_salt: bytes
-    ) -> tuple[Sequence[int], BlockNames]:
-        """Ids and block names of a prompt; those of a long one in a thread, so that other streams get their tokens."""
-
-        def encode() -> tuple[Sequence[int], BlockNames]:
-            ids = self.codec.encode(prompt, add_special_tokens) if isinstance(prompt, str) else prompt
-            return ids, name_blocks(layouts, ids, tenant_salt)
-
-        if len(prompt) < _INLINE_BYTES // 4:
-            return encode()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
 
     # -- bookkeeping
 
@@ -391,6 +324,14 @@ class Generation:
             raise
         finally:
             self._observer.ended(account)
+
+
+def _prompt_tokens(order: TokenRequest, live: LiveStream) -> Iterator[PromptTokens]:
+    """Where a request asks for them: once, in parts that fit any message."""
+    logprobs = live.take_prompt_logprobs()
+    for first in range(0, len(logprobs), _PROMPT_TOKENS_AT_ONCE):
+        part = slice(first, first + _PROMPT_TOKENS_AT_ONCE)
+        yield PromptTokens(first, tuple(order.token_ids[part]), tuple(logprobs[part]))
 
 
 def _chat_template(files: ModelFiles) -> ChatTemplate | None:

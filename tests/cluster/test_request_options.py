@@ -184,6 +184,50 @@ def test_completions_have_openais_logprobs(cluster: FakeCluster, client: openai.
     assert complete(client, logprobs=0).choices[0].logprobs.top_logprobs == [None] * NUM_TOKENS
 
 
+def test_logprobs_of_the_prompt(cluster: FakeCluster, client: openai.OpenAI, codec: TextCodec) -> None:
+    """Through a prefill worker that dies with them, by gRPC, by echo and in vLLM's field."""
+    ids, grpc = [*codec.encode(TEXT, True), *prompt(21, 300)], cluster.client()
+    known = cluster.ask(grpc, ids, 3)
+    answer = cluster.ask(grpc, ids, 3, prompt_logprobs=2, logprobs=1)
+    assert (answer.prompt_ids, answer.ids) == (ids, known.ids)
+    assert answer.prompt_logprobs[0] is None
+    assert all(one is not None and one.logprob < 0 and len(one.top_ids) == 2 for one in answer.prompt_logprobs[1:])
+    scored = cluster.ask(grpc, [*ids, *answer.ids], 1, prompt_logprobs=1)
+    for one, again in zip(answer.logprobs, scored.prompt_logprobs[len(ids) :], strict=True):
+        assert again is not None
+        assert again.logprob == pytest.approx(one.logprob, abs=1e-3)
+        assert again.top_ids == one.top_ids
+    whole = complete(client, prompt=ids, max_tokens=2, n=2, echo=True, logprobs=2)
+    streamed = list(complete(client, prompt=ids, max_tokens=2, n=2, echo=True, logprobs=2, stream=True))
+    for choice in whole.choices:
+        assert choice.text == codec.decode(ids) + codec.decode(known.ids[:2])
+        assert choice.logprobs.token_logprobs[: len(ids)] == [one and one.logprob for one in answer.prompt_logprobs]
+        assert len(choice.logprobs.tokens) == len(choice.logprobs.top_logprobs) == len(ids) + 2
+        assert choice.logprobs.top_logprobs[0] is None
+        parts = [c for chunk in streamed for c in chunk.choices if c.index == choice.index]
+        assert "".join(part.text for part in parts) == choice.text
+        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+            assert [x for part in parts if part.logprobs for x in getattr(part.logprobs, name)] == getattr(
+                choice.logprobs, name
+            )
+    field = complete(client, prompt=ids, max_tokens=1, prompt_logprobs=1).choices[0].model_extra["prompt_logprobs"]
+    assert field[0] is None
+    assert [entry[str(i)]["logprob"] for entry, i in zip(field[1:], ids[1:], strict=True)] == [
+        one.logprob for one in answer.prompt_logprobs[1:] if one is not None
+    ]
+    chat = client.chat.completions.create(
+        model=MODEL_NAME, messages=[{"role": "user", "content": "hi"}], max_tokens=1, extra_body={"prompt_logprobs": 0}
+    )
+    assert len(chat.model_extra["prompt_logprobs"]) == chat.usage.prompt_tokens
+    for options, param in (
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+    ):
+        with pytest.raises(openai.BadRequestError) as refusal:
+            complete(client, **options)
+        assert refusal.value.param == param
+
+
 def test_choices_have_seeds_that_count_up_and_share_their_prompt(
     cluster: FakeCluster, client: openai.OpenAI, codec: TextCodec
 ) -> None:

@@ -98,7 +98,7 @@ async def test_a_failure_that_nobody_foresaw_is_counted_and_named_too(model_dir:
         def broken(*_: object) -> None:
             raise ZeroDivisionError
 
-        cluster.router._generation.check_model = broken  # type: ignore[method-assign]
+        cluster.router._generation.preparation.check_model = broken  # type: ignore[method-assign]
         transport = httpx.AsyncHTTPTransport()
         async with httpx.AsyncClient(base_url=cluster.http_url, transport=transport) as client:
             answer = await client.post("/v1/completions", json=BASE)

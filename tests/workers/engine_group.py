@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from workers.config import EngineConfig
-from workers.engine.engine import Engine
+from workers.engine.engine import Engine, StepEvents
 from workers.engine.request import Request, TokenOutput
 from workers.engine.step import ModelRunnerOutput, SchedulerOutput, StepPlan
 from workers.model.registry import load_config
@@ -34,6 +34,7 @@ class JobResult:
     num_computed_prompt_tokens: int
     logits: list[Tensor]  # [tokens, the leader's share of the vocabulary] of each completion; none where pp > 1
     logprobs: list[list[TokenLogprobs | None]] = field(default_factory=list)
+    prompt_logprobs: list[list[TokenLogprobs | None]] = field(default_factory=list)  # one per token; None: none came
 
 
 class RecordingRunner(TorchModelRunner):
@@ -70,7 +71,9 @@ def run_to_end(engine: Engine, requests: Sequence[Request]) -> dict[str, list[in
     return {request_id: [token.token_id for token in tokens] for request_id, tokens in outputs.items()}
 
 
-def outputs_to_end(engine: Engine, requests: Sequence[Request]) -> dict[str, list[TokenOutput]]:
+def outputs_to_end(
+    engine: Engine, requests: Sequence[Request], on_events: Callable[[StepEvents], None] = lambda events: None
+) -> dict[str, list[TokenOutput]]:
     """All tokens of all requests; the engine must come to rest with its books in order."""
     tokens: dict[str, list[TokenOutput]] = {r.request_id: [] for r in requests}
     for request in requests:
@@ -79,6 +82,8 @@ def outputs_to_end(engine: Engine, requests: Sequence[Request]) -> dict[str, lis
         events = engine.step()
         if events is None and not engine.scheduler.transfers:
             break
+        if events is not None:
+            on_events(events)
         for token in events.tokens if events is not None else ():
             assert token.position == len(tokens[token.request_id]), "positions follow each other without gaps"
             tokens[token.request_id].append(token)
@@ -110,7 +115,14 @@ def run_job(
         Request(f"r{i}", list(p), len(p), s, arrival_time_s=float(i))
         for i, (p, s) in enumerate(zip(prompts, params, strict=True))
     ]
-    tokens = outputs_to_end(engine, requests)
+    of_prompts: dict[str, list[TokenLogprobs | None]] = {r.request_id: [None] * r.num_prompt_tokens for r in requests}
+
+    def note(events: StepEvents) -> None:
+        for found in events.prompt_logprobs:
+            end = found.first_position + len(found.logprobs)
+            of_prompts[found.request.request_id][found.first_position : end] = found.logprobs
+
+    tokens = outputs_to_end(engine, requests, note)
     engine.close()
     logits: dict[str, list[Tensor]] = {r.request_id: [] for r in requests}
     for wanted, rows in zip(executor.wanted, runner.logits, strict=True):
@@ -123,6 +135,7 @@ def run_job(
         engine.counters.num_computed_prompt_tokens,
         [torch.stack(logits[f"r{i}"]) for i in range(len(prompts))] if groups.shard.pp == 1 else [],
         [[token.logprobs for token in tokens[f"r{i}"]] for i in range(len(prompts))],
+        [of_prompts[f"r{i}"] for i in range(len(prompts))],
     )
 
 

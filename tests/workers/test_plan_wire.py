@@ -30,6 +30,8 @@ def test_round_trip():
         num_tokens=[3, 1],
         write_from=[12, 40],
         num_logits=[2, 1],
+        num_prompt_logits=[1, 0],
+        prompt_targets=[88],
         num_known=[3, 0],
         token_ids=[5, 6, 7],
         new_rows=[RowState(3, 9, SAMPLING, [[3, 1, 4], [1]])],
@@ -40,7 +42,17 @@ def test_round_trip():
     )
     found = decode_plan(encode_plan(plan, 17, is_full=True, polls=[4, 9]))
     assert (found.sequence, found.is_full, found.polls) == (17, True, [4, 9])
-    for column in ("rows", "start_positions", "num_tokens", "write_from", "num_logits", "num_known", "token_ids"):
+    for column in (
+        "rows",
+        "start_positions",
+        "num_tokens",
+        "write_from",
+        "num_logits",
+        "num_known",
+        "token_ids",
+        "num_prompt_logits",
+        "prompt_targets",
+    ):
         assert getattr(found, column).tolist() == getattr(plan, column), column
     (row,) = found.new_rows
     assert (row.row, row.num_prompt_tokens, row.block_tables) == (3, 9, [[3, 1, 4], [1]])
@@ -63,7 +75,7 @@ def test_a_grammar_reaches_the_ranks_whole(source):
 def test_an_empty_plan_is_its_header():
     words = encode_plan(SchedulerOutput(), 1)
     assert words.dtype == np.int32
-    assert len(words) == 10
+    assert len(words) == 11
     assert decode_plan(words).num_requests == 0
 
 

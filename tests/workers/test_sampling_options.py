@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
 from grammars.grammar import Grammar, GrammarKind
 from tests.workers.engine_group import EngineGroup, JobResult, RecordingExecutor, RecordingRunner, run_job
-from tests.workers.tiny_llama import make_checkpoint
+from tests.workers.tiny_llama import END_ID, make_checkpoint, write_tokenizer
 from workers.config import EngineConfig
 from workers.engine.request import Request, RequestRole
 from workers.model.registry import load_config
@@ -29,7 +28,6 @@ PENALISED = replace(
     BASE, repetition_penalty=1.2, presence_penalty=0.3, frequency_penalty=0.4, logit_bias={5: 3.0, 60: -2.0},
     banned_token_ids=[17], banned_sequences=[[5, 9], [44]], min_tokens=4, stop_token_ids=frozenset({96}),
 )  # fmt: skip
-END_ID = 96
 RECORD = Grammar(GrammarKind.JSON_SCHEMA, json.dumps({
     "type": "object", "properties": {"name": {"type": "string", "maxLength": 4}, "n": {"type": "integer"}},
     "required": ["name", "n"], "additionalProperties": False,
@@ -61,18 +59,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = make_checkpoint("gqa", tmp_path_factory.mktemp("tiny"))
     write_tokenizer(path / "tokenizer.json")
     return path
-
-
-def write_tokenizer(file: Path) -> None:
-    """One token for each printable character, as byte-level tokenizers spell them."""
-    characters = ["\u0120", *(chr(code) for code in range(33, 127))]
-    vocabulary = {character: index for index, character in enumerate(characters)} | {"~~": 95}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [("~", "~")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<end>"])
-    assert tokenizer.token_to_id("<end>") == END_ID
-    tokenizer.save(str(file))
 
 
 def config_for(path: Path, **changes: object) -> EngineConfig:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
 
+END_ID = 96  # of the tokenizer
 _BASE: dict[str, object] = {
     "vocab_size": 97,  # not a multiple of 2: the vocabulary-parallel split must pad
     "hidden_size": 32,
@@ -54,6 +56,18 @@ def make_checkpoint(shape: str, directory: Path, **save: object) -> Path:
     path = directory / shape
     model.to(torch.bfloat16).save_pretrained(path, **save)
     return path
+
+
+def write_tokenizer(file: Path) -> None:
+    """One token for each printable character, as byte-level tokenizers spell them."""
+    characters = ["\u0120", *(chr(code) for code in range(33, 127))]
+    vocabulary = {character: index for index, character in enumerate(characters)} | {"~~": 95}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("~", "~")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<end>"])
+    assert tokenizer.token_to_id("<end>") == END_ID
+    tokenizer.save(str(file))
 
 
 def prompts(seed: int = 0) -> list[list[int]]:

@@ -40,6 +40,7 @@ def direct_plan(
         plan.num_tokens.append(len(chunk.token_ids))
         plan.write_from.append(chunk.write_from)
         plan.num_logits.append(chunk.num_logits)
+        plan.num_prompt_logits.append(0)
         plan.num_known.append(len(chunk.token_ids))
         plan.token_ids += chunk.token_ids
         plan.new_rows.append(RowState(row, chunk.num_prompt_tokens, chunk.sampling, chunk.block_tables))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from grammars.compiler import GrammarCompiler
 from grammars.errors import GrammarError
 from grammars.grammar import Grammar
-from workers.engine.request import FinishReason, Request, RequestEnd, TokenOutputs
+from workers.engine.request import FinishReason, PromptLogprobs, Request, RequestEnd, TokenOutputs
 from workers.engine.scheduler import Scheduler
 from workers.engine.step import Executor, ModelRunnerOutput, SchedulerOutput
 from workers.errors import InvalidRequest
@@ -25,6 +25,7 @@ class StepEvents:
     """What one step produced."""
 
     tokens: TokenOutputs = field(default_factory=TokenOutputs)
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     ended: list[RequestEnd] = field(default_factory=list)
     published_names: list[bytes] = field(default_factory=list)
 
@@ -181,7 +182,7 @@ class Engine:
         ended = [self._end(request, reason) for request, reason in update.finished]
         if plan.is_empty and not output.transfers:
             return None  # it asked for transfers that have not ended everywhere
-        return StepEvents(update.tokens, ended, update.published_names)
+        return StepEvents(update.tokens, update.prompt_logprobs, ended, update.published_names)
 
     def _count_step(self, now_s: float) -> None:
         """With async scheduling the next step has begun; it counts from here on."""

@@ -13,7 +13,7 @@ from kvstore.blocks.block_pools import BlockPools
 from workers.engine.block_naming import RequestNames
 from workers.engine.pulls import Pulls
 from workers.engine.queues import RequestQueues
-from workers.engine.request import FinishReason, Request, RequestRole, RequestStatus, TokenOutputs
+from workers.engine.request import FinishReason, PromptLogprobs, Request, RequestRole, RequestStatus, TokenOutputs
 from workers.engine.step import ModelRunnerOutput, SchedulerOutput
 from workers.engine.transfers import Transfer, TransferKind, Transfers
 from workers.sampling.params import NO_CHOICE, NO_TOKEN, TokenLogprobs
@@ -26,6 +26,7 @@ class UpdateResult:
     """What a finished step means for requests."""
 
     tokens: TokenOutputs = field(default_factory=TokenOutputs)
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     finished: list[tuple[Request, FinishReason]] = field(default_factory=list)
     published_names: list[bytes] = field(default_factory=list)
     num_transferred_blocks: int = 0
@@ -61,9 +62,15 @@ class StepOutcomes:
                 self._end_transfer(transfer, result)
         size, running, at = self._pool.block_size, RequestStatus.RUNNING, 0
         columns = zip(
-            plan.requests, plan.generations, plan.start_positions, plan.num_tokens, plan.num_logits, strict=True
+            plan.requests,
+            plan.generations,
+            plan.start_positions,
+            plan.num_tokens,
+            plan.num_logits,
+            plan.num_prompt_logits,
+            strict=True,
         )
-        for request, generation, start, count, num_logits in columns:
+        for request, generation, start, count, num_logits, num_prompt in columns:
             choices, logprobs = output.sampled_token_ids[at : at + num_logits], output.logprobs[at : at + num_logits]
             at += num_logits
             if request.num_preemptions != generation or request.status is not running:
@@ -71,7 +78,11 @@ class StepOutcomes:
             end = start + count
             if start < request.num_given_tokens:
                 result.num_computed_prompt_tokens += self._count_computed(request, start, end)
-            if num_logits:
+            if num_prompt:
+                found = [one for one in logprobs[:num_prompt] if one is not None]
+                result.prompt_logprobs.append(PromptLogprobs(request, start + 1, found))
+                choices, logprobs = choices[num_prompt:], logprobs[num_prompt:]
+            if num_logits > num_prompt:
                 request.num_pending_tokens -= 1
                 if request.drafts_in_flight:
                     choices = self._judge_drafts(request, choices)

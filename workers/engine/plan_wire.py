@@ -18,7 +18,7 @@ from workers.engine.step import BlockTransfer, Ints, RowState, SchedulerOutput, 
 from workers.sampling.params import SamplingParams
 
 NAME_WORDS = 4  # a block name is 16 bytes
-_HEADER_WORDS = 10
+_HEADER_WORDS = 11
 _SAMPLING_FIELDS = (
     "temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "top_k", "min_tokens", "seed",
@@ -31,9 +31,9 @@ def encode_plan(plan: SchedulerOutput, sequence: int, is_full: bool = False, pol
     """What the ranks are sent of a plan."""
     words = [
         sequence, int(is_full), len(plan.rows), len(plan.token_ids), len(plan.new_rows), len(plan.new_blocks) // 4,
-        len(plan.loads), len(plan.stores), int(plan.ends_prompts), len(polls),
-        *plan.rows, *plan.start_positions, *plan.num_tokens, *plan.write_from, *plan.num_logits, *plan.num_known,
-        *plan.token_ids, *plan.new_blocks, *polls,
+        len(plan.loads), len(plan.stores), int(plan.ends_prompts), len(polls), len(plan.prompt_targets),
+        *plan.rows, *plan.start_positions, *plan.num_tokens, *plan.write_from, *plan.num_logits,
+        *plan.num_prompt_logits, *plan.num_known, *plan.token_ids, *plan.prompt_targets, *plan.new_blocks, *polls,
     ]  # fmt: skip
     for state in plan.new_rows:
         words += _encode_row(state)
@@ -45,11 +45,10 @@ def encode_plan(plan: SchedulerOutput, sequence: int, is_full: bool = False, pol
 def decode_plan(words: Ints) -> StepPlan:
     """The inverse; the columns are views of the words."""
     reader = _Reader(words)
-    sequence, is_full, num_requests, num_known, num_rows, num_blocks, num_loads, num_stores, ends_prompts, num_polls = (
-        reader.take(_HEADER_WORDS)
-    )
-    rows, start_positions, num_tokens, write_from, num_logits, num_known_of = (
-        reader.array(num_requests) for _ in range(6)
+    (sequence, is_full, num_requests, num_known, num_rows, num_blocks, num_loads, num_stores, ends_prompts, num_polls,
+     num_targets) = reader.take(_HEADER_WORDS)  # fmt: skip
+    rows, start_positions, num_tokens, write_from, num_logits, num_prompt_logits, num_known_of = (
+        reader.array(num_requests) for _ in range(7)
     )
     return StepPlan(
         sequence=sequence,
@@ -59,8 +58,10 @@ def decode_plan(words: Ints) -> StepPlan:
         num_tokens=num_tokens,
         write_from=write_from,
         num_logits=num_logits,
+        num_prompt_logits=num_prompt_logits,
         num_known=num_known_of,
         token_ids=reader.array(num_known),
+        prompt_targets=reader.array(num_targets),
         new_blocks=reader.array(4 * num_blocks).reshape(-1, 4),
         ends_prompts=bool(ends_prompts),
         polls=reader.take(num_polls),
@@ -96,7 +97,7 @@ class _Reader:
 def _encode_row(state: RowState) -> Iterator[int]:
     s = state.sampling
     yield from (state.row, state.num_prompt_tokens, len(state.block_tables), int(s.has_rules))
-    yield from (int(s.has_logprobs), s.num_top_logprobs)
+    yield from (int(s.has_logprobs), s.num_top_logprobs, int(s.prompt_logprobs is not None), s.num_top_prompt_logprobs)
     values = _SAMPLING.pack(*(getattr(s, name) for name in _SAMPLING_FIELDS))
     yield from struct.unpack(f"<{_SAMPLING_WORDS}i", values)
     for block_ids in state.block_tables:
@@ -127,10 +128,13 @@ def _counted(values: Sequence[int]) -> Iterator[int]:
 
 
 def _decode_row(reader: _Reader) -> RowState:
-    row, num_prompt_tokens, num_groups, has_rules, has_logprobs, num_top_logprobs = reader.take(6)
+    row, num_prompt_tokens, num_groups, has_rules, has_logprobs, num_top, of_prompt, num_top_of_prompt = reader.take(8)
     values = _SAMPLING.unpack(reader.array(_SAMPLING_WORDS).tobytes())
-    logprobs = num_top_logprobs if has_logprobs else None
-    sampling = SamplingParams(logprobs=logprobs, **dict(zip(_SAMPLING_FIELDS, values, strict=True)))
+    sampling = SamplingParams(
+        logprobs=num_top if has_logprobs else None,
+        prompt_logprobs=num_top_of_prompt if of_prompt else None,
+        **dict(zip(_SAMPLING_FIELDS, values, strict=True)),
+    )
     block_tables = [reader.counted() for _ in range(num_groups)]
     if not has_rules:
         return RowState(row, num_prompt_tokens, sampling, block_tables)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -117,6 +117,12 @@ class Request:
         return self.role is not RequestRole.DECODE or self.is_continued
 
     @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Its prompt is computed whole, whatever caches have, since its logits are wanted."""
+        is_wanted = self.sampling.prompt_logprobs is not None and self.role is not RequestRole.DECODE
+        return is_wanted and self.num_tokens == self.num_prompt_tokens
+
+    @property
     def num_output_tokens(self) -> int:
         """Tokens of the completion, wherever they were generated."""
         return len(self.token_ids) - self.num_prompt_tokens
@@ -160,6 +166,15 @@ class TokenOutputs:
         columns = zip(self.requests, self.positions, self.token_ids, strict=True)
         for index, (request, position, token_id) in enumerate(columns):
             yield TokenOutput(request.request_id, request.epoch, position, token_id, logprobs.get(index))
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Of tokens of a request's prompt."""
+
+    request: Request
+    first_position: int  # in the prompt, > 0: nothing comes before the first token
+    logprobs: Sequence[TokenLogprobs]
 
 
 @dataclass(frozen=True, slots=True)

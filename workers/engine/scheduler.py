@@ -30,6 +30,7 @@ from workers.engine.transfers import TransferKind, Transfers
 # has to pull after the last chunk is then a few blocks, and all else has travelled while the prompt was computed.
 LAST_CHUNK_TOKENS = 64
 MIN_CHUNKS_FOR_A_SHORT_LAST_ONE = 16
+MAX_PROMPT_LOGITS = 128  # rows of logits that a step computes for one request's prompt logprobs
 MAX_WRITTEN_BACK_BLOCKS = 256  # copied, and on their way to the tiers for a later turn
 
 
@@ -99,6 +100,8 @@ class Scheduler:
 
         Decode requests are watched over as long as they wait; see pending_pulls.
         """
+        if request.wants_prompt_logprobs:
+            return False
         num_hit = self.pool.num_matched(request.block_names)
         return request.role is not RequestRole.DECODE and num_hit < len(request.block_names)
 
@@ -231,7 +234,8 @@ class Scheduler:
         else:
             plan.token_ids += known[start : start + num_known]
         plan.token_ids += drafts
-        plan.append(request, start, end - start, num_known + len(drafts), is_last + len(drafts))
+        targets = known[start + 1 : start + count + 1] if request.wants_prompt_logprobs else ()
+        plan.append(request, start, end - start, num_known + len(drafts), len(targets) + is_last + len(drafts), targets)
         request.num_computed_tokens = end
         if end > request.num_kv_tokens:
             request.num_kv_tokens = end
@@ -245,6 +249,8 @@ class Scheduler:
     def _chunk_tokens(self, request: Request, computed: int, left: int, budget: int) -> int:
         """How many tokens of a request to compute next."""
         count = min(left, budget)
+        if request.wants_prompt_logprobs:
+            return min(count, MAX_PROMPT_LOGITS)
         num_tokens = request.num_tokens
         if request.role is RequestRole.PREFILL and num_tokens >= MIN_CHUNKS_FOR_A_SHORT_LAST_ONE * LAST_CHUNK_TOKENS:
             # On a block's border, so that everything before the last chunk is published before it.
@@ -265,9 +271,11 @@ class Scheduler:
     def _admit(self, request: Request, budget: int) -> bool:
         """Give a waiting request its first blocks; False when there are too few."""
         pool, size = self.pool, self.pool.block_size
-        num_hit = pool.num_matched(request.block_names[: request.num_tokens // size])
+        num_hit = num_elsewhere = 0
+        if not request.wants_prompt_logprobs:
+            num_hit = pool.num_matched(request.block_names[: request.num_tokens // size])
+            num_elsewhere = self._pulls.num_awaited(request) - num_hit
         request.num_ready_blocks = num_hit
-        num_elsewhere = self._pulls.num_awaited(request) - num_hit
         fetches = num_elsewhere > 0 and self.config.transfer_cost.fetch_pays(num_elsewhere, size)
         waits_for_kv = not self._pulls.is_ready(request) if request.role is RequestRole.DECODE else fetches
         computed = min(num_hit * size, request.num_tokens - 1)

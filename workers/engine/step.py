@@ -90,6 +90,9 @@ class SchedulerOutput:
     num_tokens: list[int] = field(default_factory=list)  # to compute
     write_from: list[int] = field(default_factory=list)  # positions below it are in the cache and are not written
     num_logits: list[int] = field(default_factory=list)  # of the last scheduled tokens: those whose logits are wanted
+    # Of these the first ones, which tell of the prompt's next tokens and choose none.
+    num_prompt_logits: list[int] = field(default_factory=list)
+    prompt_targets: list[int] = field(default_factory=list)  # those tokens, of all requests
     num_known: list[int] = field(default_factory=list)  # one less than num_tokens: the last is still being chosen
     token_ids: list[int] = field(default_factory=list)  # the known ones of all requests
     new_rows: list[RowState] = field(default_factory=list)
@@ -109,7 +112,15 @@ class SchedulerOutput:
         """Nothing to carry out."""
         return not (self.requests or self.loads or self.stores)
 
-    def append(self, request: Request, start: int, count: int, num_known: int, num_logits: int) -> None:
+    def append(
+        self,
+        request: Request,
+        start: int,
+        count: int,
+        num_known: int,
+        num_logits: int,
+        prompt_targets: Sequence[int] = (),
+    ) -> None:
         """Schedule `count` tokens of a request that has a row; its known token ids are added apart."""
         self.requests.append(request)
         self.generations.append(request.num_preemptions)
@@ -118,6 +129,8 @@ class SchedulerOutput:
         self.num_tokens.append(count)
         self.write_from.append(request.num_kv_tokens)
         self.num_logits.append(num_logits)
+        self.num_prompt_logits.append(len(prompt_targets))
+        self.prompt_targets += prompt_targets
         self.num_known.append(num_known)
 
     def chunks(self) -> Iterator[Chunk]:
@@ -148,8 +161,10 @@ class StepPlan:
     num_tokens: Ints
     write_from: Ints
     num_logits: Ints
+    num_prompt_logits: Ints
     num_known: Ints
     token_ids: Ints
+    prompt_targets: Ints
     new_rows: Sequence[RowState]
     new_blocks: Ints  # [n, 4]: group, row, index, block id
     loads: Sequence[BlockTransfer]

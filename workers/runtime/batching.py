@@ -19,14 +19,13 @@ from torch import Tensor
 
 from workers.engine.step import Ints, StepPlan
 from workers.model.batch import Batch, GroupInputs
+from workers.runtime.plan_columns import Longs, PlanColumns, WantedLogits, prompt_targets_of
 from workers.runtime.rank_state import RankState
 from workers.sampling.params import SamplingRows
 
 _NUM_HOST_BUFFERS = 2  # one is filled while the copy of the other may still be under way
 _WIDTH_STEP = 16  # of block tables: kernels are compiled once for strides that are multiples of it
 _MAX_SHAPES = 4096  # remembered
-
-Longs = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,6 +39,7 @@ class PreparedBatch:
     rows: Longs  # of the state, one per wanted row of logits
     num_drafts: Longs  # that precede the token that a row chooses, and are not judged yet
     order: Longs  # index of each row among the plan's wanted logits
+    prompt_targets: Longs | None  # the prompt's next token where a row tells of it, else -1; None: no row does
     last: tuple[Tensor, Tensor] | None  # of the wanted rows those that choose a request's next token, and their rows
     pending: tuple[Tensor, Tensor] | None  # token_ids that the step before chooses: where, and of which row
 
@@ -161,7 +161,7 @@ class InputBuffers:
 
         all_as_prefills: those with one token take the prefill kernel too. The batch is good until the next is filled.
         """
-        columns = _Columns.of(plan)
+        columns = PlanColumns.of(plan)
         shape = _Shape(
             num_tokens=padding.num_tokens or columns.total_tokens,
             num_sequences=padding.num_sequences or plan.num_requests,
@@ -177,14 +177,20 @@ class InputBuffers:
         logits = self._write(host, plan, columns, num_decodes, block_size)
         batch = self._send(shape, columns, num_decodes, padding.table_width, block_size)
         rows, field = columns.rows[logits.requests], self._views(shape)
+        order, sampling = logits.order(plan, columns.order), self.state.sampling.of(rows)
+        targets = prompt_targets_of(plan)
+        if targets is not None:
+            targets = targets[order]
+            sampling = sampling.of_prompt(targets >= 0)
         return PreparedBatch(
             batch,
             columns.total_tokens,
-            self.state.sampling.of(rows),
+            sampling,
             logits.token_positions - self.state.num_prompt_tokens[rows],
             rows.astype(np.int64),
             logits.num_drafts(columns),
-            logits.order(plan, columns.order),
+            order,
+            targets,
             (field["last_at"], field["last_rows"]) if shape.num_last else None,
             (field["pending_at"], field["pending_rows"]) if shape.num_pending else None,
         )
@@ -209,10 +215,10 @@ class InputBuffers:
         self,
         host: dict[str, npt.NDArray[np.integer]],
         plan: StepPlan,
-        columns: _Columns,
+        columns: PlanColumns,
         num_decodes: int,
         block_size: int,
-    ) -> _Logits:
+    ) -> WantedLogits:
         counts, num_requests, num_tokens = columns.num_tokens, len(columns.rows), columns.total_tokens
         ends = np.cumsum(counts, dtype=np.int64)
         if num_tokens == num_requests:
@@ -242,14 +248,14 @@ class InputBuffers:
         if num_prefills:
             starts[1 : num_prefills + 1] = np.cumsum(counts[num_requests - num_prefills :])
         starts[num_prefills + 1 :] = starts[num_prefills]  # sequences that ask nothing
-        logits = _Logits.of(columns, ends)
+        logits = WantedLogits.of(columns, ends)
         _put(host["logit_rows"], logits.batch_rows, 0)
         is_uniform = columns.total_logits == columns.num_last == num_requests
         host["last_at"][:] = logits.requests if is_uniform else np.flatnonzero(logits.behind == 0)
         host["last_rows"][:] = columns.rows if is_uniform else columns.rows[columns.num_logits > 0]
         return logits
 
-    def _send(self, shape: _Shape, columns: _Columns, num_decodes: int, table_width: int, block_size: int) -> Batch:
+    def _send(self, shape: _Shape, columns: PlanColumns, num_decodes: int, table_width: int, block_size: int) -> Batch:
         num_words, host = shape.num_words, self._hosts[self._turn]
         self._words[:num_words].copy_(host[:num_words], non_blocking=True)
         if self._is_cuda:
@@ -300,96 +306,3 @@ class InputBuffers:
 def _put(into: npt.NDArray[np.integer], values: npt.NDArray[np.integer], rest: int) -> None:
     into[: len(values)] = values
     into[len(values) :] = rest
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Columns:
-    """The plan's columns in the batch's order."""
-
-    rows: Ints
-    start_positions: Ints
-    num_tokens: Ints
-    write_from: Ints
-    num_logits: Ints
-    num_known: Ints
-    order: Longs | None  # of the plan's requests; None: as they are
-    total_tokens: int
-    total_logits: int
-    num_single: int  # requests with one token
-    num_last: int  # requests whose next token is chosen
-    longest: int  # tokens of one request
-
-    @staticmethod
-    def of(plan: StepPlan) -> _Columns:
-        num_requests = plan.num_requests
-        total_tokens, total_logits = int(plan.num_tokens.sum()), int(plan.num_logits.sum())
-        is_single = total_tokens == num_requests
-        order = None if is_single else np.argsort(plan.num_tokens > 1, kind="stable")
-
-        def column(values: Ints) -> Ints:
-            return values if order is None else values[order]
-
-        return _Columns(
-            rows=column(plan.rows),
-            start_positions=column(plan.start_positions),
-            num_tokens=column(plan.num_tokens),
-            write_from=column(plan.write_from),
-            num_logits=column(plan.num_logits),
-            num_known=column(plan.num_known),
-            order=order,
-            total_tokens=total_tokens,
-            total_logits=total_logits,
-            num_single=num_requests if is_single else int((plan.num_tokens == 1).sum()),
-            num_last=total_logits if is_single else int((plan.num_logits > 0).sum()),
-            longest=1 if is_single else int(plan.num_tokens.max()),
-        )
-
-    def write_token_ids(self, into: npt.NDArray[np.integer], plan: StepPlan, ends: Longs) -> None:
-        """The known tokens, in the batch's order; a pending one comes last in its run and is left out."""
-        if not len(plan.token_ids):
-            return
-        known = plan.token_ids
-        if self.order is not None:
-            known_ends = np.cumsum(plan.num_known)
-            known = np.concatenate([known[known_ends[i] - plan.num_known[i] : known_ends[i]] for i in self.order])
-        if len(known) == len(into):
-            into[:] = known
-        else:
-            starts = np.repeat(ends - self.num_tokens, self.num_known)
-            within = np.arange(len(known)) - np.repeat(np.cumsum(self.num_known) - self.num_known, self.num_known)
-            into[starts + within] = known
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Logits:
-    """The wanted rows of logits, in the batch's order."""
-
-    requests: Longs  # in the batch's order
-    behind: Longs  # how many more of its request's rows follow
-    batch_rows: Longs
-    token_positions: Longs  # in the request: of the token that the row chooses
-
-    @staticmethod
-    def of(columns: _Columns, ends: Longs) -> _Logits:
-        counts, total = columns.num_logits, columns.total_logits
-        if total == columns.total_tokens == len(counts):
-            requests = np.arange(total)
-            return _Logits(requests, np.zeros(total, np.int64), requests, columns.start_positions.astype(np.int64) + 1)
-        requests = np.repeat(np.arange(len(counts)), counts)
-        behind = np.repeat(np.cumsum(counts), counts) - 1 - np.arange(total)
-        batch_rows = ends[requests] - 1 - behind
-        token_positions = (columns.start_positions + columns.num_tokens)[requests] - behind
-        return _Logits(requests, behind, batch_rows, token_positions)
-
-    def num_drafts(self, columns: _Columns) -> Longs:
-        """Of the rows before each row, those of the same request."""
-        if columns.num_last == columns.total_logits:
-            return np.zeros(len(self.requests), np.int64)
-        return columns.num_logits[self.requests] - 1 - self.behind
-
-    def order(self, plan: StepPlan, order: Longs | None) -> Longs:
-        """The index of each row among the wanted rows of the plan."""
-        if order is None:
-            return np.arange(len(self.requests))
-        last_indices = np.cumsum(plan.num_logits) - 1
-        return last_indices[order[self.requests]] - self.behind

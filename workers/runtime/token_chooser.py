@@ -67,14 +67,18 @@ class TokenChooser:
 
     def _masked_runs(self, plan: StepPlan, prepared: PreparedBatch) -> Iterator[MaskedRun]:
         known_ends = np.cumsum(plan.num_known)
-        for index in np.flatnonzero(self._has_grammar[plan.rows] & (plan.num_logits > 0)).tolist():
-            row, end, num_drafts = int(plan.rows[index]), int(known_ends[index]), int(plan.num_logits[index]) - 1
-            drafts = plan.token_ids[end - num_drafts : end].tolist()
-            yield MaskedRun(row, np.flatnonzero(prepared.rows == row).tolist(), drafts)
+        num_choosing = plan.num_logits - plan.num_prompt_logits
+        for index in np.flatnonzero(self._has_grammar[plan.rows] & (num_choosing > 0)).tolist():
+            row, end, count = int(plan.rows[index]), int(known_ends[index]), int(num_choosing[index])
+            drafts = plan.token_ids[end - count + 1 : end].tolist()
+            yield MaskedRun(row, np.flatnonzero(prepared.rows == row)[-count:].tolist(), drafts)
 
     def choose(self, logits: Tensor, prepared: PreparedBatch) -> tuple[Tensor, Tensor | None]:
         """int64 [rows], as sampler.sample gives; and what logprobs.of_rows gives, where a row asks for it."""
         token_ids = self._choose(logits, prepared)
+        if prepared.prompt_targets is not None:
+            targets = torch.from_numpy(prepared.prompt_targets).to(token_ids.device)
+            token_ids = torch.where(targets >= 0, targets, token_ids)
         if not prepared.sampling.has_logprobs.any():
             return token_ids, None
         return token_ids, of_rows(logits, token_ids, prepared.sampling, self._groups, self._vocab_size)

@@ -8,7 +8,7 @@ a plan's row (workers.engine.plan_wire).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,7 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] = ()  # empty: all
     banned_token_ids: Sequence[int] = ()
     banned_sequences: Sequence[Sequence[int]] = ()  # their last token does not follow the others; in the completion
+    prompt_logprobs: int | None = None  # likewise of the prompt's tokens but the first; None: of none
     grammar: Grammar | None = None  # the form of the completion
     logprobs: int | None = None  # of the chosen token and so many most likely ones; None: of none
 
@@ -91,6 +92,11 @@ class SamplingParams:
         return self.logprobs or 0
 
     @property
+    def num_top_prompt_logprobs(self) -> int:
+        """Of the most likely tokens at each of the prompt's positions."""
+        return self.prompt_logprobs or 0
+
+    @property
     def has_rules(self) -> bool:
         """The logits are changed before a token is chosen from them (workers.sampling.logit_rules)."""
         return self.needs_history or self.has_bias or self.min_tokens > 0
@@ -128,6 +134,7 @@ class SamplingRows:
     has_rules: npt.NDArray[np.bool_]
     has_logprobs: npt.NDArray[np.bool_]
     num_top_logprobs: npt.NDArray[np.int64]
+    num_top_prompt_logprobs: npt.NDArray[np.int64]
 
     @staticmethod
     def greedy(num_rows: int) -> SamplingRows:
@@ -142,6 +149,7 @@ class SamplingRows:
             has_rules=np.zeros(num_rows, np.bool_),
             has_logprobs=np.zeros(num_rows, np.bool_),
             num_top_logprobs=np.zeros(num_rows, np.int64),
+            num_top_prompt_logprobs=np.zeros(num_rows, np.int64),
         )
 
     @property
@@ -150,6 +158,18 @@ class SamplingRows:
         is_cut = (self.top_k > 0) | (self.top_p < 1.0) | (self.min_p > 0) | (self.typical_p < 1.0)
         cut: npt.NDArray[np.bool_] = (self.temperature > 0) & is_cut
         return cut
+
+    def of_prompt(self, is_prompt: npt.NDArray[np.bool_]) -> SamplingRows:
+        """The same, with the entries that choose nothing and report logprobs of the prompt."""
+        if not is_prompt.any():
+            return self
+        return replace(
+            self,
+            temperature=np.where(is_prompt, 0.0, self.temperature),
+            has_rules=self.has_rules & ~is_prompt,
+            has_logprobs=self.has_logprobs | is_prompt,
+            num_top_logprobs=np.where(is_prompt, self.num_top_prompt_logprobs, self.num_top_logprobs),
+        )
 
     def put(self, row: int, params: SamplingParams) -> None:
         """A request takes the row."""

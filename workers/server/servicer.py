@@ -19,7 +19,7 @@ from switchyard.v1 import worker_pb2 as pb
 from checkpoint.identity import ServedModel
 from workers.engine.engine import Clock
 from workers.engine.loop import Cancel, Continue, Credit, EngineLoop, FollowBlocks, LoopEvents, Submit
-from workers.engine.request import FinishReason, Request, RequestEnd, RequestRole
+from workers.engine.request import FinishReason, PromptLogprobs, Request, RequestEnd, RequestRole
 from workers.errors import InvalidRequest
 from workers.sampling.params import SamplingParams, TokenLogprobs
 from workers.server.block_events import BlockFeed
@@ -282,6 +282,8 @@ class WorkerServicer(RegistrationServicer):
             self._asyncio.call_soon_threadsafe(self._dispatch, events)
 
     def _dispatch(self, events: LoopEvents) -> None:
+        for found in events.step.prompt_logprobs:
+            self._send_prompt_logprobs(found)
         for connection, batch in self._token_batches(events):
             connection.outbox.put(pb.ConnectResponse(tokens=batch))
         for end in events.step.ended:
@@ -293,6 +295,19 @@ class WorkerServicer(RegistrationServicer):
                 owner[0].request_ids.pop(owner[1], None)
                 self._refuse(*owner, refused.request.epoch, refused.error)
         self._blocks.take(events)
+
+    def _send_prompt_logprobs(self, found: PromptLogprobs) -> None:
+        owner = self._owners.get(found.request.request_id)
+        if owner is None:
+            return
+        connection, stream_id = owner
+        message = pb.PartPromptLogprobs(
+            stream_id=stream_id,
+            epoch=found.request.epoch,
+            first_position=found.first_position,
+            logprobs=[logprobs_message(one) for one in found.logprobs],
+        )
+        connection.outbox.put(pb.ConnectResponse(prompt_logprobs=message))
 
     def _token_batches(self, events: LoopEvents) -> list[tuple[Connection, pb.TokenBatch]]:
         batches: dict[Connection, tuple[pb.TokenBatch, dict[str, int]]] = {}

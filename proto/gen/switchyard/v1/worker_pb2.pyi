@@ -143,20 +143,34 @@ class RetiredSeen(_message.Message):
     def __init__(self) -> None: ...
 
 class ConnectResponse(_message.Message):
-    __slots__ = ("hello", "tokens", "finished", "load", "pong", "retired")
+    __slots__ = ("hello", "tokens", "finished", "load", "pong", "retired", "prompt_logprobs")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     PONG_FIELD_NUMBER: _ClassVar[int]
     RETIRED_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     hello: WorkerHello
     tokens: TokenBatch
     finished: RequestFinished
     load: _worker_load_pb2.WorkerLoad
     pong: Pong
     retired: Retired
-    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., tokens: _Optional[_Union[TokenBatch, _Mapping]] = ..., finished: _Optional[_Union[RequestFinished, _Mapping]] = ..., load: _Optional[_Union[_worker_load_pb2.WorkerLoad, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., retired: _Optional[_Union[Retired, _Mapping]] = ...) -> None: ...
+    prompt_logprobs: PartPromptLogprobs
+    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., tokens: _Optional[_Union[TokenBatch, _Mapping]] = ..., finished: _Optional[_Union[RequestFinished, _Mapping]] = ..., load: _Optional[_Union[_worker_load_pb2.WorkerLoad, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., retired: _Optional[_Union[Retired, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[PartPromptLogprobs, _Mapping]] = ...) -> None: ...
+
+class PartPromptLogprobs(_message.Message):
+    __slots__ = ("stream_id", "epoch", "first_position", "logprobs")
+    STREAM_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    FIRST_POSITION_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    stream_id: str
+    epoch: int
+    first_position: int
+    logprobs: _containers.RepeatedCompositeFieldContainer[_generation_pb2.TokenLogprobs]
+    def __init__(self, stream_id: _Optional[str] = ..., epoch: _Optional[int] = ..., first_position: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[_generation_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
 
 class Retired(_message.Message):
     __slots__ = ()
