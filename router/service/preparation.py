@@ -42,7 +42,7 @@ class Preparation:
     """Prepares the requests of one router."""
 
     def __init__(self, context: PreparationContext) -> None:
-        self.files, self.codec = context.files, context.codec
+        self.files, self.codec, self.end_token_ids = context.files, context.codec, context.end_token_ids
         self._context = context
         self._threads = ThreadPoolExecutor(_ENCODE_THREADS, thread_name_prefix="encode")
         self._grammars = GrammarCheck(context.files, self._threads)
@@ -85,13 +85,13 @@ class Preparation:
         check_prompt_logprobs(request.sampling.prompt_logprobs, len(token_ids))
         num_tokens_left = context_tokens - len(token_ids)
         asked = with_spelled_words(request.sampling, self.codec)
-        end_ids = (*self._context.end_token_ids, *self.files.eos_token_ids)
+        end_ids = (*self.end_token_ids, *self.files.eos_token_ids)
         check_choice_is_left(asked, end_ids, self.files.vocab_size)
         seed = secrets.randbits(53)  # 53: exact in any JSON reader
         return TokenRequest(
             stream_id=secrets.token_hex(12),
             token_ids=token_ids,
-            sampling=settled(asked, self.files.sampling_defaults, self._context.end_token_ids, seed, num_tokens_left),
+            sampling=settled(asked, self.files.sampling_defaults, self.end_token_ids, seed, num_tokens_left),
             names=names,
             arrived_s=arrived_s,
             deadline_s=self._deadline_s(request, arrived_s),

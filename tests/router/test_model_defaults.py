@@ -146,14 +146,14 @@ async def test_the_templates_end_is_a_stop_token(tmp_path: Path) -> None:
     tokenizer.add_tokens([AddedToken("\n\n")])
     tokenizer.save(str(directory / "tokenizer.json"))
     router = Router(RouterSpec("router-0", str(directory), MODEL, "memory://", grpc_port=0, http_port=0))
-    assert router._generation._end_token_ids == (tokenizer.token_to_id("<|im_end|>"),)
+    assert router._generation.preparation.end_token_ids == (tokenizer.token_to_id("<|im_end|>"),)
     (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\n\n\n{% endfor %}")
     router = Router(RouterSpec("router-0", str(directory), MODEL, "memory://", grpc_port=0, http_port=0))
-    assert router._generation._end_token_ids == ()  # an answer may have empty lines in it
+    assert router._generation.preparation.end_token_ids == ()  # an answer may have empty lines in it
     (tmp_path / "chat_template.jinja").unlink()
     write_model(tmp_path, config={"vocab_size": VOCAB_SIZE})  # the id lies outside of the model: it cannot be chosen
     router = Router(RouterSpec("router-0", str(directory), MODEL, "memory://", grpc_port=0, http_port=0))
-    assert router._generation._end_token_ids == ()
+    assert router._generation.preparation.end_token_ids == ()
 
 
 def test_an_absent_field_is_not_a_zero_on_the_wire() -> None:
