@@ -15,6 +15,7 @@ import grpc
 
 from switchyard_client._channels import channel_options, dial, dial_async
 from switchyard_client._errors import error_of
+from switchyard_client._messages import event_of, request_message
 from switchyard_client._resuming import ResumingStream
 from switchyard_client._stubs import generation_pb2, generation_pb2_grpc
 from switchyard_client._types import Event, GenerationRequest, ServedModel
@@ -68,6 +69,27 @@ class GenerationClient:
                 await asyncio.sleep(stream.pause_after(error))
             finally:
                 call.cancel()
+
+    def generate_many(
+        self, requests: Sequence[GenerationRequest], n: int = 1, best_of: int = 0
+    ) -> Iterator[tuple[int, Event]]:
+        """The events of n choices of each request, each with the request's index times n plus the choice's.
+
+        best_of: choices to generate, of which the n with the greatest mean logprob come, when all have ended; 0 means
+        n. Choice i has the request's seed plus i. The shortest deadline counts for all. Raises GenerationError, also
+        when the router is lost: what has come of each stream says where to resume it.
+        """
+        message = generation_pb2.GenerateManyRequest(requests=map(request_message, requests), n=n, best_of=best_of)
+        deadline_s = min((one.deadline_s for one in requests if one.deadline_s is not None), default=None)
+        call = self._stub().GenerateMany(message, timeout=deadline_s, metadata=self._metadata)
+        try:
+            for part in call:
+                if (event := event_of(part.response)) is not None:
+                    yield part.index, event
+        except grpc.RpcError as error:
+            raise error_of(error) from None
+        finally:
+            call.cancel()
 
     def tokenize(self, text: str, model: str = "") -> Sequence[int]:
         """Ids of a text. Raises GenerationError."""

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 from collections.abc import AsyncGenerator, Callable, Sequence
 
-from router.events import Event, GenerationRequest, Tokens
+from router.events import Event, GenerationRequest, Started, Tokens
 from router.sampling import invalid
 
 MAX_STREAMS = 128  # of one call
@@ -95,3 +95,63 @@ async def _following(stream: Events, is_computed: asyncio.Event) -> Events:
         await is_computed.wait()
         async for event in stream:
             yield event
+
+
+async def interleave(streams: Sequence[Events]) -> AsyncGenerator[tuple[int, Event], None]:
+    """Events of all streams as they come, each with its stream's index. The first failure ends them all.
+
+    All first events come before any second one.
+    """
+    if len(streams) == 1:
+        async with contextlib.aclosing(streams[0]) as only:
+            async for event in only:
+                yield 0, event
+        return
+    # One slot: a stream produces no more than a slow client reads. An exception or None ends a stream.
+    queue: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue(maxsize=1)
+
+    async def pump(index: int, stream: AsyncGenerator[Event, None]) -> None:
+        last: Exception | None = None
+        try:
+            async with contextlib.aclosing(stream):
+                async for event in stream:
+                    await queue.put((index, event))
+                    await have_started.wait()
+        except Exception as error:
+            last = error
+        await queue.put((index, last))
+
+    have_started = asyncio.Event()
+    tasks = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
+    try:
+        num_open = num_silent = len(tasks)
+        while num_open:
+            index, word = await queue.get()
+            if isinstance(word, Exception):
+                raise word
+            if word is None:
+                num_open -= 1
+            else:
+                yield index, word
+                if isinstance(word, Started):
+                    num_silent -= 1
+                    if num_silent == 0:
+                        have_started.set()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def best_choices(streams: Sequence[Events], n: int, best_of: int) -> AsyncGenerator[tuple[int, Event], None]:
+    """Events of the n best of each best_of streams, when all have ended; as interleave numbers them."""
+    seen: list[list[Event]] = [[] for _ in streams]
+    async with contextlib.aclosing(interleave(streams)) as events:
+        async for index, event in events:
+            seen[index].append(event)
+    for first in range(0, len(streams), best_of):
+        candidates = seen[first : first + best_of]
+        tokens = [[event for event in one if isinstance(event, Tokens)] for one in candidates]
+        for place, chosen in enumerate(best(tokens, n)):
+            for event in candidates[chosen]:
+                yield first // best_of * n + place, event

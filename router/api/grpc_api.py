@@ -18,14 +18,16 @@ from switchyard.v1 import generation_pb2, generation_pb2_grpc, status_pb2_grpc
 
 from kvstore.network.addresses import join_host_port
 from router import errors
+from router.api.choices import best_choices, check_counts, interleave, spread, streams_over_one_prompt
 from router.api.request_ids import REQUEST_ID, request_id
 from router.api.status_api import SERVICE as STATUS_SERVICE
 from router.api.status_api import StatusServicer
 from router.api.tenancy import tenant_salt
 from router.errors import PortInUse, RouterError, is_counted
-from router.events import Event
+from router.events import Event, Started
 from router.fleet.messages import event_message, generation_request, resume_request
 from router.metrics import Metrics
+from router.sampling import invalid
 from router.service.generation import Generation
 
 log = logging.getLogger(__name__)
@@ -108,6 +110,27 @@ class _Servicer(generation_pb2_grpc.GenerationServiceServicer):
     ) -> None:  # written, not yielded: a cancelled call then closes the stream at once
         order = generation_request(request, context.time_remaining(), _tenant_salt(context))
         await _write(self._generation.stream(order), context)
+
+    async def GenerateMany(
+        self, request: generation_pb2.GenerateManyRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        n = request.n or 1
+        best_of = request.best_of or n
+        if not request.requests:
+            raise invalid("requests", "must not be empty")
+        check_counts(len(request.requests), n, best_of, is_stream=False)
+        deadline_s, salt = context.time_remaining(), _tenant_salt(context)
+        groups = [spread(generation_request(one, deadline_s, salt), n, best_of) for one in request.requests]
+        self._generation.check([group[0] for group in groups])
+        streams = [stream for group in groups for stream in streams_over_one_prompt(group, self._generation.stream)]
+        stream_ids: dict[int, str] = {}
+        shown = best_choices(streams, n, best_of) if best_of > n else interleave(streams)
+        async with contextlib.aclosing(shown) as events:
+            async for index, event in events:
+                if isinstance(event, Started):
+                    stream_ids[index] = event.stream_id
+                response = event_message(stream_ids[index], event)
+                await context.write(generation_pb2.GenerateManyResponse(index=index, response=response))
 
     async def Resume(self, request: generation_pb2.ResumeRequest, context: grpc.aio.ServicerContext) -> None:
         await _write(self._generation.resume(resume_request(request, _tenant_salt(context))), context)

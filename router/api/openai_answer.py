@@ -17,7 +17,7 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from router.api.choices import best
+from router.api.choices import best, interleave
 from router.api.openai_logprobs import BytesOf, LogprobsOut, prompt_logprobs
 from router.errors import InvalidRequest, RouterError
 from router.events import Event, Finished, PromptTokens, ResumeRequest, Started, Tokens
@@ -80,7 +80,7 @@ class OpenAiAnswer(Response):
     # -- one body
 
     async def _send_body(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with contextlib.aclosing(_interleave(self._streams)) as events:
+        async with contextlib.aclosing(interleave(self._streams)) as events:
             async for index, event in events:
                 self._note(index, event)
         body = self._envelope("chat.completion" if self._style.is_chat else "text_completion")
@@ -137,7 +137,7 @@ class OpenAiAnswer(Response):
 
     async def _send_chunks(self, send: Send) -> None:
         is_open = False
-        async with contextlib.aclosing(_interleave(self._streams)) as events:
+        async with contextlib.aclosing(interleave(self._streams)) as events:
             try:
                 async for index, event in events:
                     self._note(index, event)
@@ -314,49 +314,3 @@ async def _until_disconnect(work: Coroutine[Any, Any, None], receive: Receive) -
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def _interleave(streams: Sequence[AsyncGenerator[Event, None]]) -> AsyncGenerator[tuple[int, Event], None]:
-    """Events of all streams as they come, each with its stream's index. The first failure ends them all.
-
-    All first events come before any second one.
-    """
-    if len(streams) == 1:
-        async with contextlib.aclosing(streams[0]) as only:
-            async for event in only:
-                yield 0, event
-        return
-    # One slot: a stream produces no more than a slow client reads. An exception or None ends a stream.
-    queue: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue(maxsize=1)
-
-    async def pump(index: int, stream: AsyncGenerator[Event, None]) -> None:
-        last: Exception | None = None
-        try:
-            async with contextlib.aclosing(stream):
-                async for event in stream:
-                    await queue.put((index, event))
-                    await have_started.wait()
-        except Exception as error:
-            last = error
-        await queue.put((index, last))
-
-    have_started = asyncio.Event()
-    tasks = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
-    try:
-        num_open = num_silent = len(tasks)
-        while num_open:
-            index, word = await queue.get()
-            if isinstance(word, Exception):
-                raise word
-            if word is None:
-                num_open -= 1
-            else:
-                yield index, word
-                if isinstance(word, Started):
-                    num_silent -= 1
-                    if num_silent == 0:
-                        have_started.set()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

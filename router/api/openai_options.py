@@ -158,7 +158,8 @@ Logprobs are the log-softmax of the model's logits, before bias, bans, penalties
 in this order: logit_bias and bans, penalties, temperature, typical_p, top_k, top_p, min_p.
 
 gRPC has the served sampling options as fields of `SamplingParams` (`proto/switchyard/v1/generation.proto`) under the
-same names, a `cache_salt` in `GenerateRequest`, and gRPC's own deadline; several choices are several calls.
+same names, a `cache_salt` in `GenerateRequest`, gRPC's own deadline, and `GenerateMany` for batches of prompts, n and
+best_of.
 """
 
 

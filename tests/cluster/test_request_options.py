@@ -11,7 +11,15 @@ from typing import Any
 import jsonschema
 import openai
 import pytest
-from switchyard_client import Grammar
+from switchyard_client import (
+    Finished,
+    GenerationError,
+    GenerationRequest,
+    Grammar,
+    SamplingParams,
+    Started,
+    Tokens,
+)
 
 from router.service.text import TextCodec
 from tests.cluster.test_kill_at_every_token import Once, busy, prompt
@@ -253,6 +261,45 @@ def test_choices_have_seeds_that_count_up_and_share_their_prompt(
     assert [choice.model_extra["token_ids"] for choice in shown] == [alone[i].ids for i in best]
     assert [choice.index for choice in shown] == [0, 1]
     assert shown[0].logprobs is None
+
+
+def test_many_choices_of_many_prompts_in_one_call(cluster: FakeCluster) -> None:
+    grpc = cluster.client()
+    options: dict[str, Any] = {"temperature": 0.9, "max_tokens": 12, "ignore_eos": True, "logprobs": 0}
+    requests = [GenerationRequest(tuple(prompt(i, 40)), SamplingParams(seed=70 + i, **options)) for i in (1, 2)]
+    alone = [
+        [cluster.ask(grpc, prompt(i, 40), 12, seed=70 + i + j, temperature=0.9, logprobs=0) for j in range(3)]
+        for i in (1, 2)
+    ]
+
+    def many(n: int, best_of: int = 0) -> list[list[int]]:
+        ids: dict[int, list[int]] = {}
+        ends: list[int] = []
+        for index, event in grpc.generate_many(requests, n, best_of):
+            if isinstance(event, Started):
+                assert ids.setdefault(index, []) == []
+            elif isinstance(event, Tokens):
+                assert event.first_position == len(ids[index])
+                ids[index] += event.ids
+            elif isinstance(event, Finished):
+                ends.append(index)
+        assert sorted(ends) == sorted(ids) == list(range(2 * n))
+        return [ids[index] for index in range(2 * n)]
+
+    assert many(3) == [one.ids for answers in alone for one in answers]
+    best = [sorted(answers, key=lambda one: -sum(each.logprob for each in one.logprobs))[:2] for answers in alone]
+    assert many(2, 3) == [one.ids for answers in best for one in answers]
+    for bad, param in (
+        ((requests, 0, 500), "best_of"),
+        ((requests, 100, 0), "n"),
+        ((requests, 3, 2), "best_of"),
+        (([],), "requests"),
+    ):
+        with pytest.raises(GenerationError, match=param):
+            list(grpc.generate_many(*bad))
+    broken = [requests[0], GenerationRequest((1,), SamplingParams(top_p=7.0))]
+    with pytest.raises(GenerationError, match="top_p"):
+        list(grpc.generate_many(broken))
 
 
 def test_a_salt_parts_the_cache(cluster: FakeCluster, client: openai.OpenAI) -> None:

@@ -30,6 +30,24 @@ class GenerateRequest(_message.Message):
     cache_salt: bytes
     def __init__(self, model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., cache_salt: _Optional[bytes] = ...) -> None: ...
 
+class GenerateManyRequest(_message.Message):
+    __slots__ = ("requests", "n", "best_of")
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    N_FIELD_NUMBER: _ClassVar[int]
+    BEST_OF_FIELD_NUMBER: _ClassVar[int]
+    requests: _containers.RepeatedCompositeFieldContainer[GenerateRequest]
+    n: int
+    best_of: int
+    def __init__(self, requests: _Optional[_Iterable[_Union[GenerateRequest, _Mapping]]] = ..., n: _Optional[int] = ..., best_of: _Optional[int] = ...) -> None: ...
+
+class GenerateManyResponse(_message.Message):
+    __slots__ = ("index", "response")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    response: GenerateResponse
+    def __init__(self, index: _Optional[int] = ..., response: _Optional[_Union[GenerateResponse, _Mapping]] = ...) -> None: ...
+
 class ResumeRequest(_message.Message):
     __slots__ = ("stream_id", "num_tokens", "token_ids", "has_rest")
     STREAM_ID_FIELD_NUMBER: _ClassVar[int]

@@ -42,6 +42,11 @@ class GenerationServiceStub(object):
                 request_serializer=switchyard_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=switchyard_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.GenerateMany = channel.unary_stream(
+                '/switchyard.v1.GenerationService/GenerateMany',
+                request_serializer=switchyard_dot_v1_dot_generation__pb2.GenerateManyRequest.SerializeToString,
+                response_deserializer=switchyard_dot_v1_dot_generation__pb2.GenerateManyResponse.FromString,
+                _registered_method=True)
         self.Resume = channel.unary_stream(
                 '/switchyard.v1.GenerationService/Resume',
                 request_serializer=switchyard_dot_v1_dot_generation__pb2.ResumeRequest.SerializeToString,
@@ -67,6 +72,14 @@ class GenerationServiceServicer(object):
 
     def Generate(self, request, context):
         """Streams the completion of one prompt. Cancelling the call stops the generation.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GenerateMany(self, request, context):
+        """Several prompts, several choices of each, in one call: a stream for every choice, interleaved. When one of them fails,
+        so does the call. Each stream can be resumed by its own stream_id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -102,6 +115,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=switchyard_dot_v1_dot_generation__pb2.GenerateRequest.FromString,
                     response_serializer=switchyard_dot_v1_dot_generation__pb2.GenerateResponse.SerializeToString,
+            ),
+            'GenerateMany': grpc.unary_stream_rpc_method_handler(
+                    servicer.GenerateMany,
+                    request_deserializer=switchyard_dot_v1_dot_generation__pb2.GenerateManyRequest.FromString,
+                    response_serializer=switchyard_dot_v1_dot_generation__pb2.GenerateManyResponse.SerializeToString,
             ),
             'Resume': grpc.unary_stream_rpc_method_handler(
                     servicer.Resume,
@@ -149,6 +167,33 @@ class GenerationService(object):
             '/switchyard.v1.GenerationService/Generate',
             switchyard_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
             switchyard_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateMany(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/switchyard.v1.GenerationService/GenerateMany',
+            switchyard_dot_v1_dot_generation__pb2.GenerateManyRequest.SerializeToString,
+            switchyard_dot_v1_dot_generation__pb2.GenerateManyResponse.FromString,
             options,
             channel_credentials,
             insecure,
