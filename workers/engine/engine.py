@@ -152,6 +152,7 @@ class Engine:
             if request.first_token_time_s is None:
                 request.first_token_time_s = now
         if not plan.is_empty:
+            self.scheduler.step_took(plan, now - self._step_began_s)
             self._count_step(now)
         self.counters.num_generated_tokens += len(update.tokens)
         self.counters.num_published_blocks += len(update.published_names)

@@ -313,7 +313,7 @@ class EngineLoop:
             num_transferred_blocks=counters.num_transferred_blocks,
             num_prefixes_fetched=scheduler.num_prefixes_fetched,
             num_prefixes_recomputed=scheduler.num_prefixes_recomputed,
-            num_dropped_write_backs=scheduler.num_dropped_write_backs,
+            num_dropped_write_backs=scheduler.stores.num_dropped_write_backs,
             num_transfers=scheduler.transfers.num_transfers,
             step_seconds=counters.step_seconds,
             step_requests=counters.step_requests,

@@ -48,7 +48,9 @@ class Request:
     num_prompt_tokens: int  # the client's prompt; positions of the completion count from here
     sampling: SamplingParams
     role: RequestRole = RequestRole.MIXED
-    tenant_salt: bytes = b""
+    tenant_salt: bytes = b""  # of the names of its blocks
+    tenant: bytes = b""  # whose share of the engine it uses
+    priority: int = 0  # the smaller, the sooner
     epoch: int = 0
     arrival_time_s: float = 0.0
     deadline_s: float = float("inf")  # on the engine's clock
@@ -79,6 +81,8 @@ class Request:
     is_continued: bool = False  # the prefill side is through (DECODE)
     awaits_lookup: bool = False  # the directory is being asked for its prefix; nothing is scheduled before it answered
     num_preemptions: int = 0
+    was_admitted: bool = False  # got blocks once
+    share_tag: float = 0.0  # what its tenant had had when it was first admitted
     last_logprobs: TokenLogprobs | None = None  # of a token that is not sent before its stores have ended
     num_cached_prompt_tokens: int = 0
     num_computed_prompt_tokens: int = 0

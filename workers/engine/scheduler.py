@@ -12,25 +12,28 @@ step is through. `update` takes what became of a plan. Knows nothing of tensors,
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 from costs.transfer import ALWAYS_FETCH, TransferCost
 from kvstore.blocks.block_pools import BlockPools
-from workers.engine.block_naming import RequestNames
+from workers.config import SchedulingOptions
+from workers.engine.kv.block_naming import RequestNames
+from workers.engine.kv.pulls import Pulls
+from workers.engine.kv.stores import Stores
+from workers.engine.kv.transfers import Transfers
 from workers.engine.outcome import StepOutcomes, UpdateResult
-from workers.engine.pulls import Pulls
+from workers.engine.policies.choice import make_policy
+from workers.engine.policies.prefill_budget import PrefillBudget, StepBudget
 from workers.engine.queues import RequestQueues
 from workers.engine.request import Request, RequestRole, RequestStatus
 from workers.engine.rows import BatchRows
 from workers.engine.step import ModelRunnerOutput, RowState, SchedulerOutput
-from workers.engine.transfers import TransferKind, Transfers
 
 # A prefill request ends with a chunk of this size when its prompt is many times as long: what its decode worker still
 # has to pull after the last chunk is then a few blocks, and all else has travelled while the prompt was computed.
 LAST_CHUNK_TOKENS = 64
 MIN_CHUNKS_FOR_A_SHORT_LAST_ONE = 16
-MAX_WRITTEN_BACK_BLOCKS = 256  # copied, and on their way to the tiers for a later turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,7 @@ class SchedulerConfig:
     max_model_len: int
     writes_back: bool = False  # publish what requests other than prefill compute, too
     transfer_cost: TransferCost = ALWAYS_FETCH
+    scheduling: SchedulingOptions = field(default_factory=SchedulingOptions)
 
 
 class Scheduler:
@@ -56,16 +60,19 @@ class Scheduler:
         self.transfers = Transfers(pool)
         self._names = RequestNames(kv_fingerprint, pool.block_size)
         self._eos = eos_token_ids
-        self.queues = queues = RequestQueues()
+        self.policy = make_policy(config.scheduling)
+        self.queues = queues = RequestQueues(self.policy)
         self.requests, self.waiting, self.waiting_for_kv = queues.requests, queues.waiting, queues.waiting_for_kv
         self.running = queues.running
         self._all_groups = range(pool.num_groups)
         self._pulls = Pulls(pool, self.transfers, self._names)
+        self.stores = Stores(pool, self.transfers, self._names, config.writes_back)
         self._outcomes = StepOutcomes(queues, pool, self._names, self.transfers, self._pulls, config.max_model_len)
+        target_s = config.scheduling.tpot_target_s
+        self._prefill_budget = PrefillBudget(target_s, config.scheduling.min_prefill_tokens) if target_s else None
         self.num_preemptions = 0
         self.num_prefixes_fetched = 0  # of the prefixes that only the tiers had: cheaper to pull
         self.num_prefixes_recomputed = 0  # cheaper to compute again
-        self.num_dropped_write_backs = 0  # blocks: the tiers are slower than decoding
 
     # ------------------------------------------------------------------------------------------------------ requests
     def name_blocks(self, request: Request) -> None:
@@ -82,7 +89,7 @@ class Scheduler:
         if request.role is RequestRole.PREFILL:
             request.max_num_tokens = request.num_given_tokens + 1
         self._names.extend(request)
-        self.waiting.append(request)
+        self.waiting.add(request)
 
     def kv_available(self, request_id: str, num_blocks: int) -> None:
         """The first `num_blocks` blocks of a request's prompt are announced; answers a look-up, if there is one."""
@@ -138,7 +145,7 @@ class Scheduler:
 
         With the names of the blocks; none when the device has them all or computing them is cheaper.
         """
-        for request in islice(self.waiting, max_requests):
+        for request in islice(self.waiting.in_order(), max_requests):
             if request.request_id in known or request.awaits_lookup or not request.is_announced:
                 continue
             is_decode = request.role is RequestRole.DECODE
@@ -156,26 +163,53 @@ class Scheduler:
     # ------------------------------------------------------------------------------------------------------ schedule
     def schedule(self) -> SchedulerOutput:
         """Decide the next step."""
-        plan, budget = SchedulerOutput(), self.config.max_num_batched_tokens
+        plan = SchedulerOutput()
         for request in self._pulls.ready(self.waiting_for_kv):
             self._start_with_what_came(request)
-        budget = self._schedule_running(plan, budget)
-        for request in [r for r in self.waiting if not (r.is_stalled or r.awaits_lookup)]:
-            if plan.has_preempted or max(self.queues.num_active, len(plan.requests)) >= self.config.max_num_seqs:
-                break
-            if budget <= 0 and request.role is not RequestRole.DECODE:
-                break
-            while not (is_admitted := self._admit(request, budget)) and self._preempt_stalled(plan):
-                pass
-            if not is_admitted:
-                break
-            self.waiting.remove(request)
-            if request.status is RequestStatus.RUNNING and budget > 0:
-                budget -= self._plan_chunk(plan, request, self._num_left(request), budget)
+        budget = self._budget()
+        self._schedule_running(plan, budget)
+        if self.waiting and self._has_seat(plan):
+            self._admit_waiting(plan, budget)
         plan.loads += self._pulls.start(self.waiting_for_kv)
         if not (plan.requests or self.transfers) and self._pulls.is_stuck(self.waiting_for_kv):
             self._preempt(plan, self.queues.victim())  # they hold what the others wait for
         return plan
+
+    def step_took(self, plan: SchedulerOutput, duration_s: float) -> None:
+        """A step was measured."""
+        if self._prefill_budget is not None and plan.requests:
+            self._prefill_budget.observe(plan.work(), duration_s)
+
+    def _budget(self) -> StepBudget:
+        """Of the next step: what it may take in all, and of that for prompts beside streams that run."""
+        num_tokens = self.config.max_num_batched_tokens
+        if self._prefill_budget is None:
+            return StepBudget(num_tokens, num_tokens)
+        contexts = [r.num_computed_tokens for r in self.running if r.window_tokens > 0 and self._num_left(r) == 1]
+        if not contexts:
+            return StepBudget(num_tokens, num_tokens)
+        beside = num_tokens - min(len(contexts), num_tokens - 1)  # one at least: prompts must come to an end
+        most = self._prefill_budget.num_tokens(len(contexts), sum(contexts))
+        return StepBudget(num_tokens, min(beside, most))
+
+    def _has_seat(self, plan: SchedulerOutput) -> bool:
+        return max(self.queues.num_active, len(plan.requests)) < self.config.max_num_seqs
+
+    def _admit_waiting(self, plan: SchedulerOutput, budget: StepBudget) -> None:
+        """In the policy's order, up to the first that does not fit."""
+        for request in self.waiting.in_order():
+            if request.is_stalled or request.awaits_lookup:
+                continue
+            if plan.has_preempted or not self._has_seat(plan):
+                break
+            if budget.num_chunk_tokens <= 0 and request.role is not RequestRole.DECODE:
+                break
+            while not (is_admitted := self._admit(request, budget.num_chunk_tokens)) and self._preempt_stalled(plan):
+                pass
+            if not is_admitted:
+                break
+            if request.status is RequestStatus.RUNNING:
+                self._plan_next(plan, request, self._num_left(request), budget)
 
     def _preempt_stalled(self, plan: SchedulerOutput) -> bool:
         """Take the blocks of a client that does not read, for one that waits; False when there is no such client.
@@ -187,35 +221,43 @@ class Scheduler:
         self._preempt(plan, self.running[-1])
         return True
 
-    def _schedule_running(self, plan: SchedulerOutput, budget: int) -> int:
-        """Chunks of requests that run already, in their order; returns what is left of the budget.
+    def _schedule_running(self, plan: SchedulerOutput, budget: StepBudget) -> None:
+        """Chunks of requests that run already, in the policy's order.
 
         Hundreds of requests come by here in each step, most of them for one token that fits into their last block.
         """
         max_num_seqs, scheduled = self.config.max_num_seqs, plan.requests
-        for request in tuple(self.running):  # victims are the latest, so none of them is planned already
+        for request in tuple(self.running):  # victims are the last, so none of them is planned already
             left = len(request.token_ids) + request.num_pending_tokens - request.num_computed_tokens
-            if left <= 0 or budget <= 0 or request.window_tokens <= 0:
-                continue  # nothing to compute until its drafts are judged, no budget, or a client that does not read
+            if left <= 0 or request.window_tokens <= 0:
+                continue  # nothing to compute until its drafts are judged, or a client that does not read
             if request.status is not RequestStatus.RUNNING:
                 continue  # preempted by an earlier one in this loop
             if request.num_pending_tokens and (request.row < 0 or request.draft_token_ids):
                 continue  # only the ranks will know its token before the step is through, and drafts follow known ones
-            if len(scheduled) == max_num_seqs:
+            if budget.num_tokens <= 0 or len(scheduled) == max_num_seqs:
                 break  # more than that when stalled ones come back to life
-            budget -= self._plan_chunk(plan, request, left, budget)
-        return budget
+            self._plan_next(plan, request, left, budget)
+
+    def _plan_next(self, plan: SchedulerOutput, request: Request, left: int, budget: StepBudget) -> None:
+        """The next tokens of a running request, if the budget has some."""
+        most = budget.num_tokens if left == 1 else budget.num_chunk_tokens
+        if most > 0:
+            count = self._plan_chunk(plan, request, left, most, budget.num_tokens)
+            budget.spend(count, is_chunk=left > 1)
 
     def _num_left(self, request: Request) -> int:
         return len(request.token_ids) + request.num_pending_tokens - request.num_computed_tokens
 
-    def _plan_chunk(self, plan: SchedulerOutput, request: Request, left: int, budget: int) -> int:
-        """Compute the next tokens of a request; how many. 0: it is over with the token that is being chosen, or it was
-        preempted to free blocks."""
+    def _plan_chunk(self, plan: SchedulerOutput, request: Request, left: int, most: int, budget: int) -> int:
+        """Compute at most so many next tokens of a request, with drafts as many as the budget; returns how many.
+
+        0: it is over with the token that is being chosen, or it was preempted to free blocks.
+        """
         start, known, num_pending = request.num_computed_tokens, request.token_ids, request.num_pending_tokens
         if len(known) + num_pending >= request.max_num_tokens:
             return 0
-        count = left if left == 1 else self._chunk_tokens(request, start, left, budget)
+        count = left if left == 1 else self._chunk_tokens(request, start, left, most)
         end, is_last = start + count, count == left
         drafts = self._take_drafts(request, budget - count) if is_last and request.draft_token_ids else ()
         end += len(drafts)
@@ -239,7 +281,7 @@ class Scheduler:
             request.num_pending_tokens = num_pending + 1
             request.window_tokens -= 1
         if end // size > request.num_stored_blocks or (is_last and request.role is RequestRole.PREFILL):
-            self._plan_stores(plan, request, end, is_last)
+            self.stores.plan(plan, request, end, is_last)
         return end - start
 
     def _chunk_tokens(self, request: Request, computed: int, left: int, budget: int) -> int:
@@ -290,6 +332,9 @@ class Scheduler:
         if request.role is not RequestRole.DECODE and num_elsewhere > 0:
             self.num_prefixes_fetched += fetches
             self.num_prefixes_recomputed += not fetches
+        self.waiting.remove(request)
+        self.policy.admitted(request)
+        request.was_admitted = True
         if waits_for_kv:
             request.status = RequestStatus.WAITING_FOR_KV
             self.waiting_for_kv.append(request)
@@ -313,7 +358,7 @@ class Scheduler:
             self._release_blocks(request)  # without what the windows see, nothing can go on from what came
             request.max_pulled_blocks = 0
             request.status = RequestStatus.WAITING
-            self.waiting.appendleft(request)
+            self.waiting.add(request)
             return
         self._start_running(request, min(request.num_kv_tokens, request.num_tokens - 1))
 
@@ -342,37 +387,13 @@ class Scheduler:
         request.status = RequestStatus.PREEMPTED
         request.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting.appendleft(request)
-
-    def _plan_stores(self, plan: SchedulerOutput, request: Request, end: int, is_last: bool) -> None:
-        """Publish the blocks that are full when the step is through."""
-        first, last = request.num_stored_blocks, end // self.pool.block_size
-        if self.pool.has_windows:  # a block is published with all groups, or not at all
-            first = max(first, *(table.num_released for table in request.block_tables))
-        if request.role is RequestRole.PREFILL:
-            kind, num_named_tokens = TransferKind.STORE, request.num_given_tokens
-            names = self._names.of_prompt(request)
-            last = len(names) if is_last else last
-        else:
-            kind, num_named_tokens = TransferKind.WRITE_BACK, end
-            names = request.block_names
-            last = min(last, len(names))  # a block has no name while a token in it is still being chosen
-        if last <= first:
-            return
-        request.num_stored_blocks = last
-        if kind is TransferKind.STORE:
-            request.num_stores_in_flight += 1
-            plan.ends_prompts |= is_last
-        elif not self.config.writes_back:
-            return
-        elif self.transfers.num_written_back_blocks >= MAX_WRITTEN_BACK_BLOCKS:
-            self.num_dropped_write_backs += last - first
-            return
-        plan.stores += self.transfers.start(kind, request, names[first:last], first, self._all_groups, num_named_tokens)
+        self.waiting.add(request)
 
     def update(self, plan: SchedulerOutput, output: ModelRunnerOutput) -> UpdateResult:
         """Take a step's outcome into the books."""
-        return self._outcomes.update(plan, output)
+        result = self._outcomes.update(plan, output)
+        self.policy.served(result.tokens.requests)
+        return result
 
     def _release_blocks(self, request: Request) -> None:
         if request.block_tables:

@@ -7,6 +7,7 @@ plan brings only what changed. Knows nothing of tensors.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -14,6 +15,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from costs.step_time import StepWork
 from workers.engine.request import Request
 from workers.sampling.params import SamplingParams, TokenLogprobs
 
@@ -107,6 +109,14 @@ class SchedulerOutput:
     def is_empty(self) -> bool:
         """Nothing to carry out."""
         return not (self.requests or self.loads or self.stores)
+
+    def work(self) -> StepWork:
+        """What its duration depends on. A chunk whose tokens are all followed by a choice is a decode."""
+        chunks = zip(self.num_tokens, self.num_logits, strict=True)
+        num_prefill = sum(count for count, num_logits in chunks if num_logits < count)
+        num_context = sum(self.start_positions) + sum(self.num_tokens)
+        num_decodes = sum(map(operator.eq, self.num_tokens, self.num_logits))
+        return StepWork(num_prefill, num_decodes, num_context)
 
     def append(self, request: Request, start: int, count: int, num_known: int, num_logits: int) -> None:
         """Schedule `count` tokens of a request that has a row; its known token ids are added apart."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from kvstore.blocks.block_pools import BlockPools
-from workers.engine.block_naming import RequestNames
+from workers.engine.kv.block_naming import RequestNames
+from workers.engine.kv.transfers import Transfer, TransferKind, Transfers
 from workers.engine.request import Request, RequestRole, RequestStatus
 from workers.engine.step import BlockTransfer
-from workers.engine.transfers import Transfer, TransferKind, Transfers
 
 MAX_LOADING_BLOCKS = 256  # of all requests at a time: later ones wait for their turn
 MAX_BLOCKS_PER_LOAD = 64  # a long prompt's first blocks need not wait for its last
