@@ -45,6 +45,7 @@ from router.sampling import (
 from router.service.admission import Admission
 from router.service.chat import ChatTemplate
 from router.service.checks import (
+    check_priority,
     check_prompt,
     check_repeated_prompt,
     check_resumption,
@@ -284,6 +285,7 @@ class Generation:
         self.check_model(request.model)
         check_sampling(request.sampling, self.files.vocab_size)
         check_salt(request.cache_salt)
+        check_priority(request.priority)
         if isinstance(request.prompt, str):
             return check_text("prompt", request.prompt)
         check_prompt(len(request.prompt), self.context_tokens)
@@ -335,6 +337,8 @@ class Generation:
             arrived_s=arrived_s,
             deadline_s=self._deadline_s(request, arrived_s),
             tenant_salt=salt,
+            tenant=request.tenant_salt,
+            priority=request.priority,
             weights=self._served.now.weights,
         )
 

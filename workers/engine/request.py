@@ -70,6 +70,10 @@ class Request:
     stop_ids: frozenset[int] = frozenset()  # end the request and are not sent
     num_registered_blocks: int = 0
     num_given_tokens: int = 0  # length of token_ids at submit: the prompt, and what was emitted elsewhere
+    num_pull_tokens: int = 0  # whose blocks may be pulled: those it came with; after a swap, all that it had computed
+    num_tier_blocks: int = 0  # full ones that went to the tiers or were found there, from the first on without a gap
+    num_sends_in_flight: int = 0  # stores of its blocks, of any kind
+    is_swapped: bool = False  # lost its blocks, and pulls them when the tiers have them
     num_stored_blocks: int = 0  # handed to the tiers, or found there; the next one to publish
     num_published_blocks: int = 0  # how many a tier took before the token was sent (PREFILL)
     num_stores_in_flight: int = 0  # that its token waits for (PREFILL)
@@ -92,7 +96,7 @@ class Request:
     first_token_time_s: float | None = None  # when the step that chose its first token here ended
 
     def __post_init__(self) -> None:
-        self.num_given_tokens = len(self.token_ids)
+        self.num_given_tokens = self.num_pull_tokens = len(self.token_ids)
 
     @property
     def order(self) -> tuple[float, str]:
@@ -113,6 +117,11 @@ class Request:
     def is_stalled(self) -> bool:
         """Its client has not taken what was sent; nothing is computed until credit comes."""
         return self.window_tokens <= 0 and not self.num_pending_tokens
+
+    @property
+    def is_leaving(self) -> bool:
+        """Its blocks are on their way to the tiers, from which it will pull them."""
+        return self.is_swapped and self.num_sends_in_flight > 0
 
     @property
     def is_announced(self) -> bool:

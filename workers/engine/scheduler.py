@@ -25,6 +25,7 @@ from workers.engine.kv.transfers import Transfers
 from workers.engine.outcome import StepOutcomes, UpdateResult
 from workers.engine.policies.choice import make_policy
 from workers.engine.policies.prefill_budget import PrefillBudget, StepBudget
+from workers.engine.preemption import Preemption
 from workers.engine.queues import RequestQueues
 from workers.engine.request import Request, RequestRole, RequestStatus
 from workers.engine.rows import BatchRows
@@ -70,7 +71,7 @@ class Scheduler:
         self._outcomes = StepOutcomes(queues, pool, self._names, self.transfers, self._pulls, config.max_model_len)
         target_s = config.scheduling.tpot_target_s
         self._prefill_budget = PrefillBudget(target_s, config.scheduling.min_prefill_tokens) if target_s else None
-        self.num_preemptions = 0
+        self.preemption = Preemption(pool, self.rows, queues, self.stores, config.transfer_cost)
         self.num_prefixes_fetched = 0  # of the prefixes that only the tiers had: cheaper to pull
         self.num_prefixes_recomputed = 0  # cheaper to compute again
 
@@ -126,7 +127,7 @@ class Scheduler:
     def finish(self, request: Request) -> None:
         """Take a request out; its blocks are only cache from then on."""
         self.queues.leave(request)
-        self._release_blocks(request)
+        self.preemption.release(request)
         request.status = RequestStatus.FINISHED
         del self.requests[request.request_id]
 
@@ -138,7 +139,7 @@ class Scheduler:
         """Requests that wait for blocks, and the names that they still lack, for the watch of the directory."""
         for request in self.waiting_for_kv:
             if not request.is_announced:
-                yield request.request_id, self._names.of_prompt(request)[request.num_ready_blocks :]
+                yield request.request_id, self._names.to_pull(request)[request.num_ready_blocks :]
 
     def queued_pulls(self, max_requests: int, known: Collection[str]) -> Iterator[tuple[str, list[bytes]]]:
         """Of the first queued requests those whose pulls are certain, but for the known ones.
@@ -146,14 +147,19 @@ class Scheduler:
         With the names of the blocks; none when the device has them all or computing them is cheaper.
         """
         for request in islice(self.waiting.in_order(), max_requests):
-            if request.request_id in known or request.awaits_lookup or not request.is_announced:
+            if request.request_id in known or request.awaits_lookup or request.is_leaving or not request.is_announced:
                 continue
             is_decode = request.role is RequestRole.DECODE
-            all_names = self._names.of_prompt(request) if is_decode else request.block_names
+            all_names = self._names.to_pull(request) if is_decode else request.block_names
             names = all_names[: self._pulls.num_awaited(request)]
             names = names[self.pool.num_matched(names) :]
             pays = is_decode or self.config.transfer_cost.fetch_pays(len(names), self.pool.block_size)
             yield request.request_id, names if pays else []
+
+    @property
+    def num_preemptions(self) -> int:
+        """Requests that lost their blocks, each time."""
+        return self.preemption.num_preemptions
 
     @property
     def num_recomputed_prompt_tokens(self) -> int:
@@ -168,11 +174,11 @@ class Scheduler:
             self._start_with_what_came(request)
         budget = self._budget()
         self._schedule_running(plan, budget)
-        if self.waiting and self._has_seat(plan):
+        if self.waiting and len(plan.requests) < self.config.max_num_seqs:
             self._admit_waiting(plan, budget)
         plan.loads += self._pulls.start(self.waiting_for_kv)
         if not (plan.requests or self.transfers) and self._pulls.is_stuck(self.waiting_for_kv):
-            self._preempt(plan, self.queues.victim())  # they hold what the others wait for
+            self.preemption.preempt(plan, self.queues.victim())  # they hold what the others wait for
         return plan
 
     def step_took(self, plan: SchedulerOutput, duration_s: float) -> None:
@@ -192,15 +198,15 @@ class Scheduler:
         most = self._prefill_budget.num_tokens(len(contexts), sum(contexts))
         return StepBudget(num_tokens, min(beside, most))
 
-    def _has_seat(self, plan: SchedulerOutput) -> bool:
-        return max(self.queues.num_active, len(plan.requests)) < self.config.max_num_seqs
-
     def _admit_waiting(self, plan: SchedulerOutput, budget: StepBudget) -> None:
         """In the policy's order, up to the first that does not fit."""
+        num_active = self.queues.num_active
         for request in self.waiting.in_order():
             if request.is_stalled or request.awaits_lookup:
                 continue
-            if plan.has_preempted or not self._has_seat(plan):
+            if request.is_leaving and num_active:
+                continue  # with nothing else to do it is not waited for: a tier may hang
+            if plan.has_preempted or max(num_active, len(plan.requests)) >= self.config.max_num_seqs:
                 break
             if budget.num_chunk_tokens <= 0 and request.role is not RequestRole.DECODE:
                 break
@@ -208,6 +214,7 @@ class Scheduler:
                 pass
             if not is_admitted:
                 break
+            num_active += 1
             if request.status is RequestStatus.RUNNING:
                 self._plan_next(plan, request, self._num_left(request), budget)
 
@@ -218,7 +225,7 @@ class Scheduler:
         """
         if plan.requests or self.queues.num_active or not self.running:
             return False
-        self._preempt(plan, self.running[-1])
+        self.preemption.preempt(plan, self.running[-1])
         return True
 
     def _schedule_running(self, plan: SchedulerOutput, budget: StepBudget) -> None:
@@ -316,7 +323,7 @@ class Scheduler:
         tables = pool.take_prefix(request.block_names[:num_hit])
         if waits_for_kv:
             groups: Sequence[int] = self._pulls.whole_groups
-            num_blocks = -(-min(request.num_given_tokens, self._pulls.num_awaited(request) * size) // size)
+            num_blocks = -(-min(request.num_pull_tokens, self._pulls.num_awaited(request) * size) // size)
         else:
             groups = self._all_groups
             chunk = self._chunk_tokens(request, computed, request.num_tokens - computed, budget)
@@ -334,7 +341,7 @@ class Scheduler:
             self.num_prefixes_recomputed += not fetches
         self.waiting.remove(request)
         self.policy.admitted(request)
-        request.was_admitted = True
+        request.was_admitted, request.is_swapped = True, False
         if waits_for_kv:
             request.status = RequestStatus.WAITING_FOR_KV
             self.waiting_for_kv.append(request)
@@ -346,8 +353,10 @@ class Scheduler:
         request.num_computed_tokens = num_computed_tokens
         if request.num_preemptions == 0 and request.role is not RequestRole.DECODE:
             request.num_cached_prompt_tokens = min(num_computed_tokens, request.num_prompt_tokens)
+        num_full = request.num_kv_tokens // self.pool.block_size
+        request.num_tier_blocks = max(request.num_tier_blocks, num_full)
         if request.role is not RequestRole.PREFILL:  # which publishes its prefix hits too: a tier may have lost them
-            request.num_stored_blocks = max(request.num_stored_blocks, request.num_kv_tokens // self.pool.block_size)
+            request.num_stored_blocks = max(request.num_stored_blocks, num_full)
         request.status = RequestStatus.RUNNING
         self.queues.run(request)
 
@@ -355,7 +364,7 @@ class Scheduler:
         """Nothing more will come: compute the rest."""
         self.waiting_for_kv.remove(request)
         if self.pool.has_windows and not request.has_window_blocks and request.num_kv_tokens:
-            self._release_blocks(request)  # without what the windows see, nothing can go on from what came
+            self.preemption.release(request)  # without what the windows see, nothing can go on from what came
             request.max_pulled_blocks = 0
             request.status = RequestStatus.WAITING
             self.waiting.add(request)
@@ -363,11 +372,14 @@ class Scheduler:
         self._start_running(request, min(request.num_kv_tokens, request.num_tokens - 1))
 
     def _free_blocks_for(self, plan: SchedulerOutput, request: Request, num_tokens: int) -> bool:
-        """Blocks for `num_tokens` tokens of a running request, preempting the latest; False when it went itself."""
+        """Blocks for `num_tokens` tokens of a running request, preempting the last; False when it went itself, or has
+        to wait for blocks that are being copied."""
         num_blocks = -(-num_tokens // self.pool.block_size)
-        while not self.pool.can_extend(request.block_tables, num_blocks, self._all_groups):
+        while (missing := self.pool.num_missing(request.block_tables, num_blocks, self._all_groups)) > 0:
+            if missing <= self.preemption.num_leaving_blocks:
+                return False
             victim = self.queues.victim()
-            self._preempt(plan, victim)
+            self.preemption.preempt(plan, victim)
             if victim is request:
                 return False
         before = [len(table.block_ids) for table in request.block_tables]
@@ -378,28 +390,9 @@ class Scheduler:
                     plan.new_blocks += (group, request.row, index, table.block_ids[index])
         return True
 
-    def _preempt(self, plan: SchedulerOutput, request: Request) -> None:
-        plan.has_preempted = True
-        self.queues.leave(request)
-        self._release_blocks(request)
-        request.window_tokens += request.num_pending_tokens  # what is being chosen is chosen again
-        request.num_pending_tokens, request.drafts_in_flight = 0, []
-        request.status = RequestStatus.PREEMPTED
-        request.num_preemptions += 1
-        self.num_preemptions += 1
-        self.waiting.add(request)
-
     def update(self, plan: SchedulerOutput, output: ModelRunnerOutput) -> UpdateResult:
         """Take a step's outcome into the books."""
         result = self._outcomes.update(plan, output)
+        self.preemption.step_is_through(plan)
         self.policy.served(result.tokens.requests)
         return result
-
-    def _release_blocks(self, request: Request) -> None:
-        if request.block_tables:
-            self.pool.release(request.block_tables)
-        self.rows.give_back(request)
-        request.block_tables = []
-        request.num_computed_tokens = request.num_kv_tokens = 0
-        request.num_registered_blocks = request.num_ready_blocks = 0
-        request.num_loads_in_flight, request.has_window_blocks = 0, False

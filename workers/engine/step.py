@@ -98,6 +98,7 @@ class SchedulerOutput:
     loads: list[BlockTransfer] = field(default_factory=list)
     stores: list[BlockTransfer] = field(default_factory=list)
     ends_prompts: bool = False  # tokens are sent when stores of this step have ended
+    num_leaving_blocks: int = 0  # of preempted requests, in each group: held until this step has copied them
     has_preempted: bool = False  # requests lost their blocks, and may come back in the next plan
 
     @property

@@ -31,9 +31,9 @@ class Pulls:
     def num_awaited(self, request: Request) -> int:
         """How many blocks, from the first on, are or will be in the tiers."""
         if request.role is RequestRole.DECODE:
-            num_blocks = -(-request.num_given_tokens // self._pool.block_size)
+            num_blocks = -(-request.num_pull_tokens // self._pool.block_size)
         else:
-            num_blocks = min(request.num_available_blocks, request.num_given_tokens // self._pool.block_size)
+            num_blocks = min(request.num_available_blocks, request.num_pull_tokens // self._pool.block_size)
         return min(num_blocks, request.max_pulled_blocks)
 
     def is_ready(self, request: Request) -> bool:
@@ -71,7 +71,7 @@ class Pulls:
         if wanted > first and not self.whole_groups:
             request.num_ready_blocks = first = wanted  # nothing but windows: their last blocks are all that is pulled
         if wanted > first:
-            names = self._names.of_prompt(request)[first : min(wanted, first + max_blocks)]
+            names = self._names.to_pull(request)[first : min(wanted, first + max_blocks)]
             return self._load(request, names, first, self.whole_groups)
         if request.is_announced and first >= awaited > 0 and self._window_groups and not request.has_window_blocks:
             return self._start_windows(request)
@@ -79,12 +79,12 @@ class Pulls:
 
     def _start_windows(self, request: Request) -> list[BlockTransfer]:
         """Pull what the windows need behind the blocks that came; nothing while there are too few free blocks."""
-        end = min(request.num_ready_blocks * self._pool.block_size, request.num_given_tokens)
+        end = min(request.num_ready_blocks * self._pool.block_size, request.num_pull_tokens)
         firsts = self._pool.reserve_window_blocks(request.block_tables, request.num_ready_blocks, end)
         if firsts is None:
             return []
         request.num_kv_tokens = max(request.num_kv_tokens, end)
-        names, loads = self._names.of_prompt(request), []
+        names, loads = self._names.to_pull(request), []
         for group, first in firsts.items():
             loads += self._load(request, names[first : request.num_ready_blocks], first, [group])
         request.has_window_blocks = not loads
@@ -92,7 +92,7 @@ class Pulls:
 
     def _load(self, request: Request, names: list[bytes], first: int, groups: list[int]) -> list[BlockTransfer]:
         request.num_loads_in_flight += 1
-        return self._transfers.start(TransferKind.LOAD, request, names, first, groups, request.num_given_tokens)
+        return self._transfers.start(TransferKind.LOAD, request, names, first, groups, request.num_pull_tokens)
 
     def end(self, transfer: Transfer) -> int:
         """A load is over; how many blocks its request got by it."""
@@ -109,7 +109,7 @@ class Pulls:
         size = self._pool.block_size
         request.num_ready_blocks += transfer.num_blocks
         request.num_transferred_blocks += transfer.num_blocks
-        num_kv_tokens = min(request.num_ready_blocks * size, request.num_given_tokens)
+        num_kv_tokens = min(request.num_ready_blocks * size, request.num_pull_tokens)
         request.num_kv_tokens = max(request.num_kv_tokens, num_kv_tokens)
         request.num_registered_blocks = max(request.num_registered_blocks, request.num_kv_tokens // size)
         if not transfer.is_whole and request.is_announced:

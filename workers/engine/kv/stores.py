@@ -41,6 +41,7 @@ class Stores:
         if last <= first:
             return
         request.num_stored_blocks = last
+        num_full = min(last, len(request.block_names))
         if kind is TransferKind.STORE:
             request.num_stores_in_flight += 1
             plan.ends_prompts |= is_last
@@ -49,4 +50,29 @@ class Stores:
         elif self._transfers.num_written_back_blocks >= MAX_WRITTEN_BACK_BLOCKS:
             self.num_dropped_write_backs += last - first
             return
+        if first <= request.num_tier_blocks:
+            request.num_tier_blocks = max(request.num_tier_blocks, num_full)
         plan.stores += self._transfers.start(kind, request, names[first:last], first, self._groups, num_named_tokens)
+
+    def num_storable(self, request: Request) -> int:
+        """Full blocks of a running request, from the first on, that the tiers have or could be given now; 0 where
+        nothing is written back."""
+        if not self.writes_back:
+            return 0
+        num_full = min(request.num_computed_tokens // self._pool.block_size, len(request.block_names))
+        num_released = max(table.num_released for table in request.block_tables)
+        return num_full if num_released <= request.num_tier_blocks else min(num_full, request.num_tier_blocks)
+
+    def store_now(self, plan: SchedulerOutput, request: Request, num_full: int) -> bool:
+        """Copy to the tiers what they lack of the first blocks; False when they are too slow for that."""
+        first = request.num_tier_blocks
+        if num_full <= first:
+            return True
+        if self._transfers.num_written_back_blocks + num_full - first > MAX_WRITTEN_BACK_BLOCKS:
+            return False
+        names, num_tokens = request.block_names[first:num_full], num_full * self._pool.block_size
+        kind = TransferKind.WRITE_BACK
+        plan.stores += self._transfers.start(kind, request, names, first, self._groups, num_tokens)
+        request.num_tier_blocks = num_full
+        request.num_stored_blocks = max(request.num_stored_blocks, num_full)
+        return True

@@ -37,9 +37,12 @@ class SchedulingPolicy(Protocol):
 
     def queued(self, request: Request, waiting: Collection[bytes]) -> None:
         """A tenant that had nothing in the queue has this request there. waiting: the other tenants that have some."""
+        return
 
     def admitted(self, request: Request) -> None:
         """A request got blocks; again after each preemption."""
+        return
 
     def served(self, requests: Sequence[Request]) -> None:
         """Tokens were generated, one for each entry."""
+        return
