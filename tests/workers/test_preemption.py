@@ -12,6 +12,7 @@ from costs.transfer import ALWAYS_FETCH, NEVER_FETCH, TransferCost
 from tests.workers.paged_runner import BLOCK_SIZE, PagedRunner, make
 from tests.workers.test_cache_groups import WINDOWS, alone, request, run
 from tests.workers.test_scheduler import make_engine, make_request
+from workers.config import POLICIES, SchedulingOptions
 from workers.engine.engine import Engine
 from workers.engine.kv.stores import MAX_WRITTEN_BACK_BLOCKS
 from workers.engine.request import RequestRole
@@ -26,6 +27,7 @@ def submit_all(engine: Engine, runner: PagedRunner, shapes: Sequence, role: Requ
     for i, (length, max_tokens, start) in enumerate(shapes):
         name = f"r{i}"
         new = request(name, length, max_tokens, role, 5 * start)
+        new.priority, new.tenant, new.deadline_s = -i, bytes([i % 2]), 100.0 - i
         first[name] = []
         if role is RequestRole.DECODE:
             prefill, source = make(64, 200, False, windows=windows)
@@ -48,12 +50,17 @@ def submit_all(engine: Engine, runner: PagedRunner, shapes: Sequence, role: Requ
     budget=st.integers(3, 12),
     cost=COSTS,
     lost=st.integers(0, 9),
+    policy=st.sampled_from(POLICIES),
+    tpot_target_s=st.sampled_from([0.0, 1.0]),
 )
-def test_tokens_are_those_of_each_request_alone(is_async, role, windows, shapes, num_blocks, budget, cost, lost):
+def test_tokens_are_those_of_each_request_alone(
+    is_async, role, windows, shapes, num_blocks, budget, cost, lost, policy, tpot_target_s
+):
     """Whichever way is taken, and whatever a tier has lost meanwhile."""
     expected = {f"r{i}": alone(request(f"r{i}", n, m, start=5 * k), windows) for i, (n, m, k) in enumerate(shapes)}
+    scheduling = SchedulingOptions(policy=policy, tpot_target_s=tpot_target_s, min_prefill_tokens=2)
     engine, runner = make(
-        num_blocks, budget, is_async, windows=windows, writes_back=True, transfer_cost=cost, max_num_seqs=4
+        num_blocks, budget, is_async, 4, windows, writes_back=True, transfer_cost=cost, scheduling=scheduling
     )
     first = submit_all(engine, runner, shapes, role, windows)
     runner.is_lost = lambda group, name: name[0] % 10 < lost - 5

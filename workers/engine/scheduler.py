@@ -68,7 +68,7 @@ class Scheduler:
         self._all_groups = range(pool.num_groups)
         self._pulls = Pulls(pool, self.transfers, self._names)
         self.stores = Stores(pool, self.transfers, self._names, config.writes_back)
-        self._outcomes = StepOutcomes(queues, pool, self._names, self.transfers, self._pulls, config.max_model_len)
+        self._outcomes = StepOutcomes(queues, pool, self._names, self.transfers, self._pulls, self.max_context_tokens)
         target_s = config.scheduling.tpot_target_s
         self._prefill_budget = PrefillBudget(target_s, config.scheduling.min_prefill_tokens) if target_s else None
         self.preemption = Preemption(pool, self.rows, queues, self.stores, config.transfer_cost)
@@ -76,6 +76,12 @@ class Scheduler:
         self.num_prefixes_recomputed = 0  # cheaper to compute again
 
     # ------------------------------------------------------------------------------------------------------ requests
+    @property
+    def max_context_tokens(self) -> int:
+        """Most tokens of one request: more would not fit into the blocks of a group that keeps all of them."""
+        whole = [pool.num_blocks for pool, window in zip(self.pool.pools, self.pool.windows, strict=True) if not window]
+        return min([self.config.max_model_len, *(num_blocks * self.pool.block_size for num_blocks in whole)])
+
     def name_blocks(self, request: Request) -> None:
         """Name the full blocks of a request that is not queued yet; from any thread."""
         self._names.extend(request)
@@ -86,7 +92,7 @@ class Scheduler:
         s = request.sampling
         self.requests[request.request_id] = request
         request.stop_ids = s.stop_token_ids if s.ignore_eos else s.stop_token_ids | self._eos
-        request.max_num_tokens = min(request.num_prompt_tokens + s.max_tokens, self.config.max_model_len)
+        request.max_num_tokens = min(request.num_prompt_tokens + s.max_tokens, self.max_context_tokens)
         if request.role is RequestRole.PREFILL:
             request.max_num_tokens = request.num_given_tokens + 1
         self._names.extend(request)
@@ -137,24 +143,15 @@ class Scheduler:
 
     def pending_pulls(self) -> Iterator[tuple[str, list[bytes]]]:
         """Requests that wait for blocks, and the names that they still lack, for the watch of the directory."""
-        for request in self.waiting_for_kv:
-            if not request.is_announced:
-                yield request.request_id, self._names.to_pull(request)[request.num_ready_blocks :]
+        return self._pulls.pending(self.waiting_for_kv)
 
     def queued_pulls(self, max_requests: int, known: Collection[str]) -> Iterator[tuple[str, list[bytes]]]:
         """Of the first queued requests those whose pulls are certain, but for the known ones.
 
         With the names of the blocks; none when the device has them all or computing them is cheaper.
         """
-        for request in islice(self.waiting.in_order(), max_requests):
-            if request.request_id in known or request.awaits_lookup or request.is_leaving or not request.is_announced:
-                continue
-            is_decode = request.role is RequestRole.DECODE
-            all_names = self._names.to_pull(request) if is_decode else request.block_names
-            names = all_names[: self._pulls.num_awaited(request)]
-            names = names[self.pool.num_matched(names) :]
-            pays = is_decode or self.config.transfer_cost.fetch_pays(len(names), self.pool.block_size)
-            yield request.request_id, names if pays else []
+        first = (r for r in islice(self.waiting.in_order(), max_requests) if r.request_id not in known)
+        return self._pulls.certain(first, self.config.transfer_cost)
 
     @property
     def num_preemptions(self) -> int:

@@ -6,8 +6,9 @@ goes on from, and only then is it known which blocks the groups with windows nee
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
+from costs.transfer import TransferCost
 from kvstore.blocks.block_pools import BlockPools
 from workers.engine.kv.block_naming import RequestNames
 from workers.engine.kv.transfers import Transfer, TransferKind, Transfers
@@ -53,6 +54,24 @@ class Pulls:
             for r in waiting_for_kv
             if not self.is_ready(r)
         )
+
+    def pending(self, waiting_for_kv: Iterable[Request]) -> Iterator[tuple[str, list[bytes]]]:
+        """Those of which more blocks may be announced, and the names that they still lack."""
+        for request in waiting_for_kv:
+            if not request.is_announced:
+                yield request.request_id, self._names.to_pull(request)[request.num_ready_blocks :]
+
+    def certain(self, queued: Iterable[Request], cost: TransferCost) -> Iterator[tuple[str, list[bytes]]]:
+        """Those of queued requests that are known to pull or not to pull, with the names; none when they do not."""
+        for request in queued:
+            if request.awaits_lookup or request.is_leaving or not request.is_announced:
+                continue
+            is_decode = request.role is RequestRole.DECODE
+            all_names = self._names.to_pull(request) if is_decode else request.block_names
+            names = all_names[: self.num_awaited(request)]
+            names = names[self._pool.num_matched(names) :]
+            pays = is_decode or cost.fetch_pays(len(names), self._pool.block_size)
+            yield request.request_id, names if pays else []
 
     def start(self, waiting_for_kv: Iterable[Request]) -> list[BlockTransfer]:
         """Pull announced blocks; after the last announcement, try the missing ones once."""

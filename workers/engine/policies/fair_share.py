@@ -31,6 +31,7 @@ class FairShare(SchedulingPolicy):
         self._output_weight = output_weight
         self._counters: dict[bytes, float] = {}
         self._level = 0.0  # no counter in the queue is below it; what is not above it need not be kept
+        self._last_admitted = b""
         self._prune_at = _MIN_PRUNED
 
     def order(self, request: Request) -> Order:
@@ -53,20 +54,21 @@ class FairShare(SchedulingPolicy):
         return self._counters.get(tenant, self._level)
 
     def queued(self, request: Request, waiting: Collection[bytes]) -> None:
-        """Lift the counter to the smallest of the queue."""
-        least = min(map(self.service, waiting), default=self._level)
+        """Lift the counter to the smallest of the queue; where it was empty, to that of the last one there."""
+        least = min(map(self.service, waiting), default=self.service(self._last_admitted))
+        self._level = max(self._level, least)
         self._counters[request.tenant] = max(self.service(request.tenant), least)
-
-    def admitted(self, request: Request) -> None:
-        """Count its prompt, the first time."""
-        if request.was_admitted:
-            return
-        counter = self.service(request.tenant)
-        request.share_tag, self._level = counter, max(self._level, counter)
-        self._counters[request.tenant] = counter + self._prompt_weight * request.num_given_tokens
         if len(self._counters) >= self._prune_at:
             self._counters = {tenant: had for tenant, had in self._counters.items() if had > self._level}
             self._prune_at = 2 * len(self._counters) + _MIN_PRUNED
+
+    def admitted(self, request: Request) -> None:
+        """Count its prompt, the first time."""
+        self._last_admitted = request.tenant
+        if request.was_admitted:
+            return
+        request.share_tag = self.service(request.tenant)
+        self._counters[request.tenant] = request.share_tag + self._prompt_weight * request.num_given_tokens
 
     def served(self, requests: Sequence[Request]) -> None:
         """Count generated tokens."""
