@@ -18,6 +18,8 @@ REMEMBERED = 64  # about this many steps count: a new law is learnt in a second 
 _MOST_OVER = 3.0  # times the expectation; what a step took beyond that counts as so much
 _RATIO_RATE = 0.1  # how far one step moves the quantile, in powers of e
 _MOST_RATIO = 20.0
+_EQUAL = 1e-3  # relative: without noise, times differ from their expectation by rounding
+_PROBE_EVERY = 8  # steps: of steps that all take as long as the target it cannot be learnt what a token costs
 _FADE = 0.9  # of the longest prefill that was tried lately
 
 
@@ -58,10 +60,12 @@ class PrefillBudget:
         cost = self._fit.cost()
         if cost is None:
             return self._min_tokens
-        spare_s = self._target_s / self._ratio - cost.step_s(0, num_decode_seqs, num_context_tokens)
+        spare_s = max(0.0, self._target_s / self._ratio - cost.step_s(0, num_decode_seqs, num_context_tokens))
         token_s = cost.s_per_prefill_token + cost.s_per_context_token
-        most = max(self._min_tokens, int(2 * self._tried))
-        return most if token_s * most <= spare_s else max(self._min_tokens, math.floor(spare_s / token_s))
+        most = int(2 * self._tried)
+        fitting = most if token_s * most <= spare_s else math.floor(spare_s / token_s)
+        is_probe = self._fit.num_samples % _PROBE_EVERY == 0
+        return max(self._min_tokens, fitting // 2 if is_probe else fitting)
 
     def observe(self, work: StepWork, duration_s: float) -> None:
         """A step is through."""
@@ -81,5 +85,5 @@ class PrefillBudget:
 
     def _note_ratio(self, ratio: float) -> None:
         """Move the quantile up by QUANTILE or down by the rest, so that it is exceeded as often as it should be."""
-        step = QUANTILE if ratio > self._ratio else QUANTILE - 1
+        step = QUANTILE if ratio > self._ratio * (1 + _EQUAL) else QUANTILE - 1
         self._ratio = min(_MOST_RATIO, max(1.0, self._ratio * math.exp(_RATIO_RATE * step)))
