@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from switchyard.v1 import worker_pb2
 
 from costs.transfer import ALWAYS_FETCH, NEVER_FETCH, TransferCost
+from kvstore.config import KVStoreConfig
 from tests.workers.paged_runner import BLOCK_SIZE, PagedRunner, make
 from tests.workers.test_cache_groups import WINDOWS, alone, request, run
+from tests.workers.test_disaggregation import prompt, spec_for, worker
 from tests.workers.test_scheduler import make_engine, make_request
+from tests.workers.tiny_llama import generate_with_transformers, make_checkpoint
 from workers.config import POLICIES, SchedulingOptions
 from workers.engine.engine import Engine
 from workers.engine.kv.stores import MAX_WRITTEN_BACK_BLOCKS
@@ -139,3 +144,26 @@ def test_what_was_not_written_back_is_stored_with_the_preemption_and_its_blocks_
     scheduler.update(plan, output)
     assert (scheduler.pool.num_free, scheduler.preemption.num_leaving_blocks) == (12, 0)
     assert request.is_leaving  # it pulls them when the tier has them
+
+
+@pytest.mark.parametrize(("prefix_fetch", "tp"), [("always", 1), ("always", 2), ("never", 1)])
+def test_real_workers_swap_through_the_host_tier_or_compute_again(tmp_path, shared_kv_node, prefix_fetch, tp):
+    """The model's own tokens in either case."""
+    checkpoint = make_checkpoint("gqa", tmp_path)
+    spec = spec_for(checkpoint, "mixed", shared_kv_node, tp=tp, kvstore=KVStoreConfig(prefix_fetch=prefix_fetch))
+    spec = replace(spec, engine=replace(spec.engine, num_blocks=8))
+    prompts = [prompt(60, seed=20 + tp), prompt(61, seed=30 + tp)]
+    with worker(spec) as client:
+        for i, token_ids in enumerate(prompts):
+            client.submit(f"r{i}", token_ids, worker_pb2.REQUEST_ROLE_MIXED, max_tokens=50)
+        for i, token_ids in enumerate(prompts):
+            client.wait_finished(f"r{i}")
+            assert client.tokens[f"r{i}"] == generate_with_transformers(checkpoint, token_ids, 50)
+        load = client.load()
+    assert load.num_preemptions == load.num_swaps + load.num_recomputes > 0
+    if prefix_fetch == "never":
+        assert (load.num_swaps, load.num_transferred_blocks) == (0, 0)
+    else:
+        assert load.num_recomputes == 0
+        assert load.num_transferred_blocks >= 2
+        assert load.pulled_bytes["host"] > 0
