@@ -8,9 +8,13 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from switchyard.v1 import worker_pb2
 
+from tests.fake_cluster import write_fake_model
+from tests.workers.test_disaggregation import prompt, spec_for, worker
 from tests.workers.test_scheduler import finish_all, make_engine, make_request
-from workers.config import POLICIES, SchedulingOptions
+from tests.workers.worker_client import wait_until
+from workers.config import POLICIES, EngineConfig, SchedulingOptions
 from workers.engine.engine import Engine
 from workers.engine.policies.choice import make_policy
 from workers.engine.policies.fair_share import FairShare
@@ -254,3 +258,33 @@ def test_a_queue_gives_out_each_request_once_and_in_order(policy, entries, remov
 def test_a_policy_that_nobody_knows_is_refused():
     with pytest.raises(ValueError, match=r"^policy: must be one of fcfs, priority, deadline, fair_share, not 'lifo'"):
         SchedulingOptions(policy="lifo")
+
+
+# ------------------------------------------------------------------------------------------------------ real workers
+
+
+@pytest.mark.parametrize(
+    ("policy", "options", "expected"),
+    [
+        ("fcfs", [{}, {}, {}], "abc"),
+        ("priority", [{"priority": 2}, {}, {"priority": -2}], "cba"),
+        ("deadline", [{}, {"deadline_s": 50.0}, {"deadline_s": 40.0}], "cba"),
+        ("fair_share", [{"tenant": b"busy"}, {"tenant": b"busy"}, {"tenant": b"other"}], "cab"),
+    ],
+)
+def test_a_worker_serves_by_the_policy_of_its_configuration(tmp_path, shared_kv_node, policy, options, expected):
+    """What a Submit says reaches the policy. One request at a time; these wait while the first one runs."""
+    made = spec_for(write_fake_model(tmp_path / "model"), "mixed", shared_kv_node)
+    engine = EngineConfig(
+        made.engine.model_dir, runner="fake", dtype="float32", block_size=16, num_blocks=64, max_num_seqs=1,
+        fake_step_s=0.01, scheduler=SchedulingOptions(policy=policy, priority_ageing_s=1000.0),
+    )  # fmt: skip
+    with worker(dataclasses.replace(made, engine=engine)) as client:
+        client.submit("first", prompt(20, seed=60), worker_pb2.REQUEST_ROLE_MIXED, max_tokens=150, tenant=b"busy")
+        wait_until(lambda: client.load().num_running == 1)
+        for name, fields in zip("abc", options, strict=True):
+            client.submit(name, prompt(20, seed=ord(name)), worker_pb2.REQUEST_ROLE_MIXED, max_tokens=2, **fields)
+        wait_until(lambda: client.load().num_waiting == 3)
+        for name in "abc":
+            client.wait_finished(name)
+        assert [name for name in client.finished if name != "first"] == list(expected)
