@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 
+from costs.step_time import StepCost
 from planner.scaling.observation import PoolObservation
 from planner.scaling.policies.policy import Learned, Want
-from planner.scaling.step_cost import StepCost
 
 
 class DynamoLaw:

@@ -24,13 +24,14 @@ from pathlib import Path
 
 from bench.dynamo_law import DynamoLaw
 from bench.rows import ROOT, Measurement, append_rows
+from costs.step_time import StepCost, StepCostFit
 from planner.fleet.parts import FleetPool, FleetResult
 from planner.fleet.simulation import simulate
 from planner.scaling.config import AutoscalingConfig
 from planner.scaling.observation import PoolObservation, StepSample
 from planner.scaling.policies.policy import Learned
 from planner.scaling.policies.slo import SloPolicy
-from planner.scaling.step_cost import StepCost, StepCostFit, measured
+from planner.scaling.step_cost import measured
 from planner.trace import TraceRequest, load_trace
 
 TRACES = ROOT.parent / "shared" / "traces"

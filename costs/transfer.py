@@ -28,6 +28,13 @@ class TransferCost:
         """Whether pulling the blocks is faster than computing their tokens."""
         return self.pull_s(num_blocks) < self.compute_s(num_blocks * block_size)
 
+    def swap_pays(self, num_stored: int, num_pulled: int, block_size: int) -> bool:
+        """Whether storing blocks now and pulling some later is faster than computing the tokens of the latter.
+
+        A block is taken to cost as much on its way out as on its way back: the same bytes go by the same checks.
+        """
+        return num_stored * self.fetch_s_per_block + self.pull_s(num_pulled) < self.compute_s(num_pulled * block_size)
+
 
 ALWAYS_FETCH = TransferCost(compute_s_per_token=1.0, fetch_s=0.0, fetch_s_per_block=0.0)
 NEVER_FETCH = TransferCost(compute_s_per_token=0.0, fetch_s=1.0, fetch_s_per_block=0.0)

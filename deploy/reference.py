@@ -11,7 +11,7 @@ from kvstore.config import NodeSpec
 from router.config import RouterSpec
 from router.model_files import ModelLimits
 from settings.docs import table
-from workers.config import EngineConfig, WorkerSpec
+from workers.config import EngineConfig, SchedulingOptions, WorkerSpec
 
 _HEAD = """# Configuration
 
@@ -37,6 +37,7 @@ def render() -> str:
     for name, hint in typing.get_type_hints(ClusterConfig).items():
         if name == "pools":
             parts.append(_section("`pools.NAME`", typing.get_args(hint)[1]))
+            parts.append(_section("`pools.NAME.scheduler`", SchedulingOptions))
         elif hint is not str:
             parts.append(_section(f"`{name}`", hint))
     parts += [
@@ -45,6 +46,7 @@ def render() -> str:
         _section("`model_limits` of a router", ModelLimits),
         _section("A worker", WorkerSpec),
         _section("`engine` of a worker", EngineConfig),
+        _section("`engine.scheduler` of a worker", SchedulingOptions),
         _section("A KV node", NodeSpec),
     ]
     return "\n".join(parts)

@@ -22,6 +22,7 @@ class GenerationRequest:
     deadline_s: float | None = None  # seconds from now
     tenant_salt: bytes = b""  # from the caller's credential: whose KV blocks it shares
     cache_salt: bytes = b""  # the caller's: parts those of the tenant's requests that have another one
+    priority: int = 0  # the smaller, the sooner, where workers serve by priority
     prompt_uses_clock: bool = False  # a chat template wrote the time into it: sent again, it may differ
 
 

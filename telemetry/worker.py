@@ -54,6 +54,8 @@ ENGINE = (
         "step_context_tokens",
     ),
     _count("preemptions", "", "Requests preempted for want of KV blocks.", "num_preemptions"),
+    _count("swaps", "", "Preempted requests whose KV went to the tiers, to be pulled again.", "num_swaps"),
+    _count("recomputes", "", "Preempted requests whose KV was to be computed again.", "num_recomputes"),
     _count("published_blocks", "blocks", "KV blocks published.", "num_published_blocks"),
     _count("transferred_blocks", "blocks", "KV blocks pulled, verified and used.", "num_transferred_blocks"),
     _count(

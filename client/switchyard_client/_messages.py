@@ -36,6 +36,7 @@ def request_message(request: GenerationRequest) -> generation_pb2.GenerateReques
             model=request.model,
             sampling=generation_pb2.SamplingParams(**options),
             cache_salt=request.cache_salt,
+            priority=request.priority,
         )
         if isinstance(request.prompt, str):
             message.text = request.prompt

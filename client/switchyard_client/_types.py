@@ -59,6 +59,7 @@ class GenerationRequest:
     model: str = ""  # empty means the only model served
     deadline_s: float | None = None  # seconds from the call, resumptions included; None means none
     cache_salt: bytes = b""  # KV blocks are shared only with requests that have the same one
+    priority: int = 0  # in [-1000, 1000]; smaller ones are served earlier, where workers serve by priority
 
 
 class FinishReason(enum.Enum):

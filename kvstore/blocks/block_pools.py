@@ -99,10 +99,15 @@ class BlockPools:
     # ------------------------------------------------------------------------------------------------ blocks of tables
     def can_extend(self, tables: Sequence[BlockTable], num_blocks: int, groups: Sequence[int]) -> bool:
         """Whether the tables of these groups could have so many entries now."""
-        for group in groups:
-            if not self.pools[group].can_allocate(max(0, num_blocks - len(tables[group].block_ids))):
-                return False
-        return True
+        return self.num_missing(tables, num_blocks, groups) <= 0
+
+    def num_missing(self, tables: Sequence[BlockTable], num_blocks: int, groups: Sequence[int]) -> int:
+        """Blocks that must become free in some group before its table can have so many entries; none if not > 0."""
+        lacks = [num_blocks - len(tables[group].block_ids) for group in groups]
+        return max(
+            (lack - self.pools[group].num_free for group, lack in zip(groups, lacks, strict=True) if lack > 0),
+            default=0,
+        )
 
     def extend(self, tables: Sequence[BlockTable], num_blocks: int, groups: Sequence[int]) -> None:
         """Give the tables of these groups blocks until they have so many entries."""

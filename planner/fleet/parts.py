@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field
 
+from costs.step_time import StepCost
 from planner.scaling.actions import STARTING
 from planner.scaling.plan import Explanation
-from planner.scaling.step_cost import StepCost
 from planner.trace import TraceRequest
 
 

@@ -11,9 +11,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from costs.step_time import StepCost
 from planner.scaling.observation import PoolObservation
 from planner.scaling.queueing import ServiceTime, normal_quantile, wait_quantile_s
-from planner.scaling.step_cost import StepCost
 
 MOST_WORKERS = 1 << 16  # where a search ends: beyond any pool
 

@@ -231,6 +231,7 @@ class _Endpoints:
             deadline_s=body.deadline_s,
             tenant_salt=_tenant_salt(call),
             cache_salt=(body.cache_salt or "").encode(errors="surrogatepass"),
+            priority=body.priority or 0,
         )
 
     def _streams(

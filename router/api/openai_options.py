@@ -93,6 +93,7 @@ _SERVED: tuple[tuple[str, Api, str], ...] = (
     ("return_token_ids", _B, "each choice has its token_ids"),
     ("cache_salt", _B, "KV blocks are shared only between requests with the same salt and credential"),
     ("deadline_s", _B, "seconds from now after which the request is given up"),
+    ("priority", _B, "in [-1000, 1000]; smaller ones are served earlier, where scheduler.policy is priority"),
 )
 _IGNORED: tuple[tuple[str, Api, str], ...] = (
     ("user", _B, "changes no answer"),
@@ -110,7 +111,6 @@ _IGNORED: tuple[tuple[str, Api, str], ...] = (
 )
 _REFUSED: tuple[tuple[str, Api, str, tuple[str, ...]], ...] = (
     ("suffix", _C, "models that fill in the middle are not served", ('""',)),
-    ("priority", _B, "requests are served in their order", ("0",)),
     ("tools", _M, _TOOLS, ("[]",)),
     ("tool_choice", _M, _TOOLS, ('"none"', '"auto"')),
     ("functions", _M, _TOOLS, ("[]",)),
@@ -158,8 +158,8 @@ Logprobs are the log-softmax of the model's logits, before bias, bans, penalties
 in this order: logit_bias and bans, penalties, temperature, typical_p, top_k, top_p, min_p.
 
 gRPC has the served sampling options as fields of `SamplingParams` (`proto/switchyard/v1/generation.proto`) under the
-same names, a `cache_salt` in `GenerateRequest`, gRPC's own deadline, and `GenerateMany` for batches of prompts, n and
-best_of.
+same names, `cache_salt` and `priority` in `GenerateRequest`, gRPC's own deadline, and `GenerateMany` for batches of
+prompts, n and best_of.
 """
 
 

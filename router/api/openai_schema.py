@@ -77,6 +77,7 @@ class _Request(StructuredOutputFields):
     return_token_ids: bool | None = None
     cache_salt: str | None = None
     deadline_s: float | None = None
+    priority: Integer | None = None
 
     def sampling(self, default_max_tokens: int | None) -> SamplingParams:
         """The options that this request asks for; what it leaves open stays open, but for the limit."""

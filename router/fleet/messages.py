@@ -60,6 +60,8 @@ class PartOrder:
     window_tokens: int
     deadline_s: float  # seconds from now; 0 means none
     tenant_salt: bytes
+    tenant: bytes
+    priority: int
 
 
 def submit_message(order: PartOrder) -> worker.ConnectRequest:
@@ -74,6 +76,8 @@ def submit_message(order: PartOrder) -> worker.ConnectRequest:
         window_tokens=order.window_tokens,
         deadline_s=order.deadline_s,
         tenant_salt=order.tenant_salt,
+        tenant=order.tenant,
+        priority=order.priority,
     )
     return worker.ConnectRequest(submit=submit)
 
@@ -90,6 +94,7 @@ def generation_request(
         deadline_s=deadline_s,
         tenant_salt=tenant_salt,
         cache_salt=message.cache_salt,
+        priority=message.priority,
     )
 
 
@@ -107,6 +112,7 @@ def journal_header(request: GenerationRequest, served: ServedModel, deadline_uni
         token_ids=generation.TokenIds(ids=request.prompt),
         sampling=sampling_message(request.sampling),
         cache_salt=request.cache_salt,
+        priority=request.priority,
     )
     record = journal.StreamRecord(
         request=message,

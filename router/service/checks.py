@@ -10,6 +10,7 @@ from router.sampling import check_token_ids, invalid
 
 MAX_SALT_BYTES = 1024
 MAX_PROMPT_LOGPROBS = 1 << 17  # numbers of one request
+MAX_PRIORITY = 1000  # and as far below 0
 
 
 def check_prompt(num_tokens: int, context_tokens: int, is_bound: bool = False) -> None:
@@ -38,6 +39,12 @@ def check_salt(cache_salt: bytes) -> None:
     """Raise InvalidRequest when a caller's salt is too long to be carried along."""
     if len(cache_salt) > MAX_SALT_BYTES:
         raise invalid("cache_salt", f"has {len(cache_salt)} bytes, more than {MAX_SALT_BYTES}")
+
+
+def check_priority(priority: int) -> None:
+    """Raise InvalidRequest when a priority is out of range: with ageing, each level is some seconds of waiting."""
+    if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+        raise invalid("priority", f"must be in [{-MAX_PRIORITY}, {MAX_PRIORITY}], not {priority}")
 
 
 def check_resumption(request: ResumeRequest, committed: Sequence[int], vocab_size: int) -> None:

@@ -293,6 +293,8 @@ class LiveStream:
             window_tokens=max(1, self._dispatcher.config.window_tokens - (len(state.emitted) - self._num_taken)),
             deadline_s=left_s,
             tenant_salt=request.tenant_salt,
+            tenant=request.tenant,
+            priority=request.priority,
         )
 
     def _sampling(self) -> SamplingParams:

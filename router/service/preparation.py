@@ -16,7 +16,7 @@ from router.events import GenerationRequest
 from router.fleet.fleet import BlockNames, Fleet, KvLayout, name_blocks
 from router.model_files import ModelFiles
 from router.sampling import check_choice_is_left, check_sampling, check_text, check_token_ids
-from router.service.checks import check_prompt, check_prompt_logprobs, check_salt
+from router.service.checks import check_priority, check_prompt, check_prompt_logprobs, check_salt
 from router.service.defaults import settled, with_spelled_words
 from router.service.grammar_check import GrammarCheck
 from router.service.text import TextCodec
@@ -63,6 +63,7 @@ class Preparation:
         self.check_model(request.model)
         check_sampling(request.sampling, self.files.vocab_size)
         check_salt(request.cache_salt)
+        check_priority(request.priority)
         if isinstance(request.prompt, str):
             return check_text("prompt", request.prompt)
         check_prompt(len(request.prompt), self.context_tokens)
@@ -96,6 +97,8 @@ class Preparation:
             arrived_s=arrived_s,
             deadline_s=self._deadline_s(request, arrived_s),
             tenant_salt=salt,
+            tenant=request.tenant_salt,
+            priority=request.priority,
             weights=weights,
         )
 

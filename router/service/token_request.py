@@ -29,5 +29,9 @@ class TokenRequest:
     deadline_s: float | None
     tenant_salt: bytes
     """Of the names, and of those of all that is generated."""
+    tenant: bytes
+    """Whose share of a worker it uses."""
+    priority: int
+    """The smaller, the sooner."""
     weights: str
     """Digest of the weights that compute the stream, from its first token to its last."""

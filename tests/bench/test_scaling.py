@@ -10,10 +10,10 @@ import pytest
 
 from bench import scaling
 from bench.dynamo_law import DynamoLaw
+from costs.step_time import StepCost
 from planner.scaling.forecast import Trend
 from planner.scaling.observation import PoolObservation
 from planner.scaling.policies.policy import Learned
-from planner.scaling.step_cost import StepCost
 
 COSTS = {"prefill": StepCost(0.02, 1e-4, 0.0, 0.0), "decode": StepCost(0.02, 0.0, 1e-4, 1e-8)}
 LEARNED = Learned(arrivals=Trend(0.0, 10.0))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from kvstore.blocks.block_pool import BlockPool
 from kvstore.blocks.block_pools import BlockPools
@@ -115,7 +116,12 @@ class PagedRunner:
 
 
 def make(
-    num_blocks: int, budget: int, is_async: bool, max_num_seqs: int = 3, windows: Sequence[int] = (0,), **options: bool
+    num_blocks: int,
+    budget: int,
+    is_async: bool,
+    max_num_seqs: int = 3,
+    windows: Sequence[int] = (0,),
+    **options: Any,
 ) -> tuple[Engine, PagedRunner]:
     runner = PagedRunner(num_blocks, max_num_seqs, windows)
     context = num_blocks * BLOCK_SIZE if 0 in windows else 200

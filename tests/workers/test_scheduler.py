@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
 from costs.transfer import TransferCost
 from kvstore.blocks.block_pool import BlockPool
@@ -317,90 +314,6 @@ def test_the_same_id_twice_is_refused():
     engine.submit(make_request("a", 3))
     with pytest.raises(InvalidRequest, match="stream_id"):
         engine.submit(make_request("a", 3))
-
-
-class EngineMachine(RuleBasedStateMachine):
-    """Random submits, cancels, continues, credits and lossy pulls, over a pool that is too small."""
-
-    names = Bundle("names")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.engine, self.runner = make_engine(num_blocks=10, max_num_seqs=3, budget=6, context=32)
-        self.count = 0
-        self.live: set[str] = set()
-
-    @rule(
-        target=names, length=st.integers(1, 24), max_tokens=st.integers(1, 9), role=st.sampled_from(RequestRole),
-        start=st.integers(0, 2), window=st.sampled_from([1 << 40, 2]),
-    )  # fmt: skip
-    def submit(self, length, max_tokens, role, start, window):
-        self.count += 1
-        request = make_request(f"r{self.count}", length, max_tokens, role, float(self.count), start)
-        request.window_tokens = window
-        self.engine.submit(request)
-        self.live.add(request.request_id)
-        return request.request_id
-
-    @rule(name=names)
-    def cancel(self, name):
-        end = self.engine.cancel(name)
-        assert (end is not None) == (name in self.live)
-        self.live.discard(name)
-
-    @rule(name=names, lost=st.booleans())
-    def continue_request(self, name, lost):
-        request = self.engine.scheduler.requests.get(name)
-        if request is not None and request.role is RequestRole.DECODE:
-            end = self.engine.continue_request(name, [] if lost or request.is_continued else [7])
-            if end is not None:
-                self.live.remove(name)
-
-    @rule(name=names, count=st.integers(0, 9))
-    def announce(self, name, count):
-        request = self.engine.scheduler.requests.get(name)
-        if request is not None:
-            self.engine.scheduler.kv_available(name, min(count, -(-request.num_given_tokens // BLOCK_SIZE)))
-
-    @rule(limit=st.integers(0, 3), token=st.sampled_from([7, EOS]), holds_back=st.booleans())
-    def step(self, limit, token, holds_back):
-        self.runner.load_limit, self.runner.next_token, self.runner.holds_back = limit, token, holds_back
-        events = self.engine.step()
-        if events is None:
-            return
-        plan = self.runner.plans[-1]
-        assert plan.total_num_scheduled_tokens <= 6
-        assert len(plan.requests) <= 3
-        assert len(set(plan.rows)) == len(plan.rows)
-        assert all(count > 0 for count in plan.num_tokens)
-        for end in events.ended:
-            self.live.remove(end.request_id)
-
-    @invariant()
-    def books_are_in_order(self):
-        scheduler = self.engine.scheduler
-        scheduler.pool.check()
-        assert set(scheduler.requests) == self.live
-        queued = [*scheduler.waiting, *scheduler.waiting_for_kv, *scheduler.running, *scheduler.queues.storing]
-        assert len(queued) == len(set(map(id, queued))) == len(self.live)
-        owned = [b for r in queued for table in r.block_tables for b in table.held]
-        owned += [b for transfer in self.runner.begun for b in transfer.block_ids if not transfer.is_copied]
-        assert scheduler.pool.num_referenced == len(set(owned))
-
-    def teardown(self):
-        self.runner.load_limit, self.runner.next_token, self.runner.holds_back = 1 << 30, 7, False
-        for name in sorted(self.live):
-            request = self.engine.scheduler.requests[name]
-            self.engine.credit(name, 1 << 40)
-            if request.role is RequestRole.DECODE and self.engine.continue_request(name, []) is not None:
-                self.live.remove(name)
-        ends = finish_all(self.engine)
-        assert set(ends) == self.live
-        assert self.engine.scheduler.pool.num_referenced == 0
-
-
-EngineMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
-TestEngineMachine = EngineMachine.TestCase
 
 
 def test_a_request_whose_logits_are_no_numbers_fails():

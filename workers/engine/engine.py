@@ -71,7 +71,7 @@ class Engine:
     def check(self, request: Request) -> None:
         """Raise InvalidRequest when a request can never be served here; else name its blocks. Takes long for a long
         prompt, changes nothing but the request, and may be called from any thread."""
-        limit = self.scheduler.config.max_model_len
+        limit = self.scheduler.max_context_tokens
         if not 0 < request.num_prompt_tokens <= request.num_tokens:
             raise InvalidRequest(f"num_prompt_tokens: {request.num_prompt_tokens} of {request.num_tokens} token_ids")
         if request.num_tokens >= limit:
@@ -174,6 +174,7 @@ class Engine:
             if request.first_token_time_s is None:
                 request.first_token_time_s = now
         if not plan.is_empty:
+            self.scheduler.step_took(plan, now - self._step_began_s)
             self._count_step(now)
         self.counters.num_generated_tokens += len(update.tokens)
         self.counters.num_published_blocks += len(update.published_names)

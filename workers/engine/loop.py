@@ -116,6 +116,8 @@ class LoadSnapshot:
     num_recomputed_prompt_tokens: int = 0
     num_generated_tokens: int = 0
     num_preemptions: int = 0
+    num_swaps: int = 0
+    num_recomputes: int = 0
     num_published_blocks: int = 0
     num_transferred_blocks: int = 0
     num_prefixes_fetched: int = 0
@@ -309,11 +311,13 @@ class EngineLoop:
             num_recomputed_prompt_tokens=scheduler.num_recomputed_prompt_tokens,
             num_generated_tokens=counters.num_generated_tokens,
             num_preemptions=scheduler.num_preemptions,
+            num_swaps=scheduler.preemption.num_swaps,
+            num_recomputes=scheduler.preemption.num_recomputes,
             num_published_blocks=counters.num_published_blocks,
             num_transferred_blocks=counters.num_transferred_blocks,
             num_prefixes_fetched=scheduler.num_prefixes_fetched,
             num_prefixes_recomputed=scheduler.num_prefixes_recomputed,
-            num_dropped_write_backs=scheduler.num_dropped_write_backs,
+            num_dropped_write_backs=scheduler.stores.num_dropped_write_backs,
             num_transfers=scheduler.transfers.num_transfers,
             step_seconds=counters.step_seconds,
             step_requests=counters.step_requests,

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 
 from kvstore.blocks.block_pools import BlockPools
-from workers.engine.block_naming import RequestNames
-from workers.engine.pulls import Pulls
+from workers.engine.kv.block_naming import RequestNames
+from workers.engine.kv.pulls import Pulls
+from workers.engine.kv.transfers import Transfer, TransferKind, Transfers
 from workers.engine.queues import RequestQueues
 from workers.engine.request import FinishReason, PromptLogprobs, Request, RequestRole, RequestStatus, TokenOutputs
 from workers.engine.step import ModelRunnerOutput, SchedulerOutput
-from workers.engine.transfers import Transfer, TransferKind, Transfers
 from workers.sampling.params import NO_CHOICE, NO_TOKEN, TokenLogprobs
 
 _REASONS = {NO_TOKEN: FinishReason.FAILED, NO_CHOICE: FinishReason.NO_CHOICE}

@@ -49,7 +49,9 @@ class Request:
     num_prompt_tokens: int  # the client's prompt; positions of the completion count from here
     sampling: SamplingParams
     role: RequestRole = RequestRole.MIXED
-    tenant_salt: bytes = b""
+    tenant_salt: bytes = b""  # of the names of its blocks
+    tenant: bytes = b""  # whose share of the engine it uses
+    priority: int = 0  # the smaller, the sooner
     epoch: int = 0
     arrival_time_s: float = 0.0
     deadline_s: float = float("inf")  # on the engine's clock
@@ -69,6 +71,10 @@ class Request:
     stop_ids: frozenset[int] = frozenset()  # end the request and are not sent
     num_registered_blocks: int = 0
     num_given_tokens: int = 0  # length of token_ids at submit: the prompt, and what was emitted elsewhere
+    num_pull_tokens: int = 0  # whose blocks may be pulled: those it came with; after a swap, all that it had computed
+    num_tier_blocks: int = 0  # full ones that went to the tiers or were found there, from the first on without a gap
+    num_sends_in_flight: int = 0  # stores of its blocks, of any kind
+    is_swapped: bool = False  # lost its blocks, and pulls them when the tiers have them
     num_stored_blocks: int = 0  # handed to the tiers, or found there; the next one to publish
     num_published_blocks: int = 0  # how many a tier took before the token was sent (PREFILL)
     num_stores_in_flight: int = 0  # that its token waits for (PREFILL)
@@ -80,6 +86,8 @@ class Request:
     is_continued: bool = False  # the prefill side is through (DECODE)
     awaits_lookup: bool = False  # the directory is being asked for its prefix; nothing is scheduled before it answered
     num_preemptions: int = 0
+    was_admitted: bool = False  # got blocks once
+    share_tag: float = 0.0  # what its tenant had had when it was first admitted
     last_logprobs: TokenLogprobs | None = None  # of a token that is not sent before its stores have ended
     num_cached_prompt_tokens: int = 0
     num_computed_prompt_tokens: int = 0
@@ -89,7 +97,7 @@ class Request:
     first_token_time_s: float | None = None  # when the step that chose its first token here ended
 
     def __post_init__(self) -> None:
-        self.num_given_tokens = len(self.token_ids)
+        self.num_given_tokens = self.num_pull_tokens = len(self.token_ids)
 
     @property
     def order(self) -> tuple[float, str]:
@@ -110,6 +118,11 @@ class Request:
     def is_stalled(self) -> bool:
         """Its client has not taken what was sent; nothing is computed until credit comes."""
         return self.window_tokens <= 0 and not self.num_pending_tokens
+
+    @property
+    def is_leaving(self) -> bool:
+        """Its blocks are on their way to the tiers, from which it will pull them."""
+        return self.is_swapped and self.num_sends_in_flight > 0
 
     @property
     def is_announced(self) -> bool:

@@ -12,26 +12,30 @@ step is through. `update` takes what became of a plan. Knows nothing of tensors,
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 from costs.transfer import ALWAYS_FETCH, TransferCost
 from kvstore.blocks.block_pools import BlockPools
-from workers.engine.block_naming import RequestNames
+from workers.config import SchedulingOptions
+from workers.engine.kv.block_naming import RequestNames
+from workers.engine.kv.pulls import Pulls
+from workers.engine.kv.stores import Stores
+from workers.engine.kv.transfers import Transfers
 from workers.engine.outcome import StepOutcomes, UpdateResult
-from workers.engine.pulls import Pulls
+from workers.engine.policies.choice import make_policy
+from workers.engine.policies.prefill_budget import PrefillBudget, StepBudget
+from workers.engine.preemption import Preemption
 from workers.engine.queues import RequestQueues
 from workers.engine.request import Request, RequestRole, RequestStatus
 from workers.engine.rows import BatchRows
 from workers.engine.step import ModelRunnerOutput, RowState, SchedulerOutput
-from workers.engine.transfers import TransferKind, Transfers
 
 # A prefill request ends with a chunk of this size when its prompt is many times as long: what its decode worker still
 # has to pull after the last chunk is then a few blocks, and all else has travelled while the prompt was computed.
 LAST_CHUNK_TOKENS = 64
 MIN_CHUNKS_FOR_A_SHORT_LAST_ONE = 16
 MAX_PROMPT_LOGITS = 128  # rows of logits that a step computes for one request's prompt logprobs
-MAX_WRITTEN_BACK_BLOCKS = 256  # copied, and on their way to the tiers for a later turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,7 @@ class SchedulerConfig:
     max_model_len: int
     writes_back: bool = False  # publish what requests other than prefill compute, too
     transfer_cost: TransferCost = ALWAYS_FETCH
+    scheduling: SchedulingOptions = field(default_factory=SchedulingOptions)
 
 
 class Scheduler:
@@ -57,18 +62,27 @@ class Scheduler:
         self.transfers = Transfers(pool)
         self._names = RequestNames(kv_fingerprint, pool.block_size)
         self._eos = eos_token_ids
-        self.queues = queues = RequestQueues()
+        self.policy = make_policy(config.scheduling)
+        self.queues = queues = RequestQueues(self.policy)
         self.requests, self.waiting, self.waiting_for_kv = queues.requests, queues.waiting, queues.waiting_for_kv
         self.running = queues.running
         self._all_groups = range(pool.num_groups)
         self._pulls = Pulls(pool, self.transfers, self._names)
-        self._outcomes = StepOutcomes(queues, pool, self._names, self.transfers, self._pulls, config.max_model_len)
-        self.num_preemptions = 0
+        self.stores = Stores(pool, self.transfers, self._names, config.writes_back)
+        self._outcomes = StepOutcomes(queues, pool, self._names, self.transfers, self._pulls, self.max_context_tokens)
+        target_s = config.scheduling.tpot_target_s
+        self._prefill_budget = PrefillBudget(target_s, config.scheduling.min_prefill_tokens) if target_s else None
+        self.preemption = Preemption(pool, self.rows, queues, self.stores, config.transfer_cost)
         self.num_prefixes_fetched = 0  # of the prefixes that only the tiers had: cheaper to pull
         self.num_prefixes_recomputed = 0  # cheaper to compute again
-        self.num_dropped_write_backs = 0  # blocks: the tiers are slower than decoding
 
     # ------------------------------------------------------------------------------------------------------ requests
+    @property
+    def max_context_tokens(self) -> int:
+        """Most tokens of one request: more would not fit into the blocks of a group that keeps all of them."""
+        whole = [pool.num_blocks for pool, window in zip(self.pool.pools, self.pool.windows, strict=True) if not window]
+        return min([self.config.max_model_len, *(num_blocks * self.pool.block_size for num_blocks in whole)])
+
     def name_blocks(self, request: Request) -> None:
         """Name the full blocks of a request that is not queued yet; from any thread."""
         self._names.extend(request)
@@ -79,11 +93,11 @@ class Scheduler:
         s = request.sampling
         self.requests[request.request_id] = request
         request.stop_ids = s.stop_token_ids if s.ignore_eos else s.stop_token_ids | self._eos
-        request.max_num_tokens = min(request.num_prompt_tokens + s.max_tokens, self.config.max_model_len)
+        request.max_num_tokens = min(request.num_prompt_tokens + s.max_tokens, self.max_context_tokens)
         if request.role is RequestRole.PREFILL:
             request.max_num_tokens = request.num_given_tokens + 1
         self._names.extend(request)
-        self.waiting.append(request)
+        self.waiting.add(request)
 
     def kv_available(self, request_id: str, num_blocks: int) -> None:
         """The first `num_blocks` blocks of a request's prompt are announced; answers a look-up, if there is one."""
@@ -122,7 +136,7 @@ class Scheduler:
     def finish(self, request: Request) -> None:
         """Take a request out; its blocks are only cache from then on."""
         self.queues.leave(request)
-        self._release_blocks(request)
+        self.preemption.release(request)
         request.status = RequestStatus.FINISHED
         del self.requests[request.request_id]
 
@@ -132,24 +146,20 @@ class Scheduler:
 
     def pending_pulls(self) -> Iterator[tuple[str, list[bytes]]]:
         """Requests that wait for blocks, and the names that they still lack, for the watch of the directory."""
-        for request in self.waiting_for_kv:
-            if not request.is_announced:
-                yield request.request_id, self._names.of_prompt(request)[request.num_ready_blocks :]
+        return self._pulls.pending(self.waiting_for_kv)
 
     def queued_pulls(self, max_requests: int, known: Collection[str]) -> Iterator[tuple[str, list[bytes]]]:
         """Of the first queued requests those whose pulls are certain, but for the known ones.
 
         With the names of the blocks; none when the device has them all or computing them is cheaper.
         """
-        for request in islice(self.waiting, max_requests):
-            if request.request_id in known or request.awaits_lookup or not request.is_announced:
-                continue
-            is_decode = request.role is RequestRole.DECODE
-            all_names = self._names.of_prompt(request) if is_decode else request.block_names
-            names = all_names[: self._pulls.num_awaited(request)]
-            names = names[self.pool.num_matched(names) :]
-            pays = is_decode or self.config.transfer_cost.fetch_pays(len(names), self.pool.block_size)
-            yield request.request_id, names if pays else []
+        first = (r for r in islice(self.waiting.in_order(), max_requests) if r.request_id not in known)
+        return self._pulls.certain(first, self.config.transfer_cost)
+
+    @property
+    def num_preemptions(self) -> int:
+        """Requests that lost their blocks, each time."""
+        return self.preemption.num_preemptions
 
     @property
     def num_recomputed_prompt_tokens(self) -> int:
@@ -159,26 +169,54 @@ class Scheduler:
     # ------------------------------------------------------------------------------------------------------ schedule
     def schedule(self) -> SchedulerOutput:
         """Decide the next step."""
-        plan, budget = SchedulerOutput(), self.config.max_num_batched_tokens
+        plan = SchedulerOutput()
         for request in self._pulls.ready(self.waiting_for_kv):
             self._start_with_what_came(request)
-        budget = self._schedule_running(plan, budget)
-        for request in [r for r in self.waiting if not (r.is_stalled or r.awaits_lookup)]:
-            if plan.has_preempted or max(self.queues.num_active, len(plan.requests)) >= self.config.max_num_seqs:
+        budget = self._budget()
+        self._schedule_running(plan, budget)
+        if self.waiting and len(plan.requests) < self.config.max_num_seqs:
+            self._admit_waiting(plan, budget)
+        plan.loads += self._pulls.start(self.waiting_for_kv)
+        if not (plan.requests or self.transfers) and self._pulls.is_stuck(self.waiting_for_kv):
+            self.preemption.preempt(plan, self.queues.victim())  # they hold what the others wait for
+        return plan
+
+    def step_took(self, plan: SchedulerOutput, duration_s: float) -> None:
+        """A step was measured."""
+        if self._prefill_budget is not None and plan.requests:
+            self._prefill_budget.observe(plan.work(), duration_s)
+
+    def _budget(self) -> StepBudget:
+        """Of the next step: what it may take in all, and of that for prompts beside streams that run."""
+        num_tokens = self.config.max_num_batched_tokens
+        if self._prefill_budget is None:
+            return StepBudget(num_tokens, num_tokens)
+        contexts = [r.num_computed_tokens for r in self.running if r.window_tokens > 0 and self._num_left(r) == 1]
+        if not contexts:
+            return StepBudget(num_tokens, num_tokens)
+        beside = num_tokens - min(len(contexts), num_tokens - 1)  # one at least: prompts must come to an end
+        most = self._prefill_budget.num_tokens(len(contexts), sum(contexts))
+        return StepBudget(num_tokens, min(beside, most))
+
+    def _admit_waiting(self, plan: SchedulerOutput, budget: StepBudget) -> None:
+        """In the policy's order, up to the first that does not fit."""
+        num_active = self.queues.num_active
+        for request in self.waiting.in_order():
+            if request.is_stalled or request.awaits_lookup:
+                continue
+            if request.is_leaving and num_active:
+                continue  # with nothing else to do it is not waited for: a tier may hang
+            if plan.has_preempted or max(num_active, len(plan.requests)) >= self.config.max_num_seqs:
                 break
-            if budget <= 0 and request.role is not RequestRole.DECODE:
+            if budget.num_chunk_tokens <= 0 and request.role is not RequestRole.DECODE:
                 break
-            while not (is_admitted := self._admit(request, budget)) and self._preempt_stalled(plan):
+            while not (is_admitted := self._admit(request, budget.num_chunk_tokens)) and self._preempt_stalled(plan):
                 pass
             if not is_admitted:
                 break
-            self.waiting.remove(request)
-            if request.status is RequestStatus.RUNNING and budget > 0:
-                budget -= self._plan_chunk(plan, request, self._num_left(request), budget)
-        plan.loads += self._pulls.start(self.waiting_for_kv)
-        if not (plan.requests or self.transfers) and self._pulls.is_stuck(self.waiting_for_kv):
-            self._preempt(plan, self.queues.victim())  # they hold what the others wait for
-        return plan
+            num_active += 1
+            if request.status is RequestStatus.RUNNING:
+                self._plan_next(plan, request, self._num_left(request), budget)
 
     def _preempt_stalled(self, plan: SchedulerOutput) -> bool:
         """Take the blocks of a client that does not read, for one that waits; False when there is no such client.
@@ -187,38 +225,46 @@ class Scheduler:
         """
         if plan.requests or self.queues.num_active or not self.running:
             return False
-        self._preempt(plan, self.running[-1])
+        self.preemption.preempt(plan, self.running[-1])
         return True
 
-    def _schedule_running(self, plan: SchedulerOutput, budget: int) -> int:
-        """Chunks of requests that run already, in their order; returns what is left of the budget.
+    def _schedule_running(self, plan: SchedulerOutput, budget: StepBudget) -> None:
+        """Chunks of requests that run already, in the policy's order.
 
         Hundreds of requests come by here in each step, most of them for one token that fits into their last block.
         """
         max_num_seqs, scheduled = self.config.max_num_seqs, plan.requests
-        for request in tuple(self.running):  # victims are the latest, so none of them is planned already
+        for request in tuple(self.running):  # victims are the last, so none of them is planned already
             left = len(request.token_ids) + request.num_pending_tokens - request.num_computed_tokens
-            if left <= 0 or budget <= 0 or request.window_tokens <= 0:
-                continue  # nothing to compute until its drafts are judged, no budget, or a client that does not read
+            if left <= 0 or request.window_tokens <= 0:
+                continue  # nothing to compute until its drafts are judged, or a client that does not read
             if request.status is not RequestStatus.RUNNING:
                 continue  # preempted by an earlier one in this loop
             if request.num_pending_tokens and (request.row < 0 or request.draft_token_ids):
                 continue  # only the ranks will know its token before the step is through, and drafts follow known ones
-            if len(scheduled) == max_num_seqs:
+            if budget.num_tokens <= 0 or len(scheduled) == max_num_seqs:
                 break  # more than that when stalled ones come back to life
-            budget -= self._plan_chunk(plan, request, left, budget)
-        return budget
+            self._plan_next(plan, request, left, budget)
+
+    def _plan_next(self, plan: SchedulerOutput, request: Request, left: int, budget: StepBudget) -> None:
+        """The next tokens of a running request, if the budget has some."""
+        most = budget.num_tokens if left == 1 else budget.num_chunk_tokens
+        if most > 0:
+            count = self._plan_chunk(plan, request, left, most, budget.num_tokens)
+            budget.spend(count, is_chunk=left > 1)
 
     def _num_left(self, request: Request) -> int:
         return len(request.token_ids) + request.num_pending_tokens - request.num_computed_tokens
 
-    def _plan_chunk(self, plan: SchedulerOutput, request: Request, left: int, budget: int) -> int:
-        """Compute the next tokens of a request; how many. 0: it is over with the token that is being chosen, or it was
-        preempted to free blocks."""
+    def _plan_chunk(self, plan: SchedulerOutput, request: Request, left: int, most: int, budget: int) -> int:
+        """Compute at most so many next tokens of a request, with drafts as many as the budget; returns how many.
+
+        0: it is over with the token that is being chosen, or it was preempted to free blocks.
+        """
         start, known, num_pending = request.num_computed_tokens, request.token_ids, request.num_pending_tokens
         if len(known) + num_pending >= request.max_num_tokens:
             return 0
-        count = left if left == 1 else self._chunk_tokens(request, start, left, budget)
+        count = left if left == 1 else self._chunk_tokens(request, start, left, most)
         end, is_last = start + count, count == left
         drafts = self._take_drafts(request, budget - count) if is_last and request.draft_token_ids else ()
         end += len(drafts)
@@ -243,7 +289,7 @@ class Scheduler:
             request.num_pending_tokens = num_pending + 1
             request.window_tokens -= 1
         if end // size > request.num_stored_blocks or (is_last and request.role is RequestRole.PREFILL):
-            self._plan_stores(plan, request, end, is_last)
+            self.stores.plan(plan, request, end, is_last)
         return end - start
 
     def _chunk_tokens(self, request: Request, computed: int, left: int, budget: int) -> int:
@@ -282,7 +328,7 @@ class Scheduler:
         tables = pool.take_prefix(request.block_names[:num_hit])
         if waits_for_kv:
             groups: Sequence[int] = self._pulls.whole_groups
-            num_blocks = -(-min(request.num_given_tokens, self._pulls.num_awaited(request) * size) // size)
+            num_blocks = -(-min(request.num_pull_tokens, self._pulls.num_awaited(request) * size) // size)
         else:
             groups = self._all_groups
             chunk = self._chunk_tokens(request, computed, request.num_tokens - computed, budget)
@@ -298,6 +344,9 @@ class Scheduler:
         if request.role is not RequestRole.DECODE and num_elsewhere > 0:
             self.num_prefixes_fetched += fetches
             self.num_prefixes_recomputed += not fetches
+        self.waiting.remove(request)
+        self.policy.admitted(request)
+        request.was_admitted, request.is_swapped = True, False
         if waits_for_kv:
             request.status = RequestStatus.WAITING_FOR_KV
             self.waiting_for_kv.append(request)
@@ -309,8 +358,10 @@ class Scheduler:
         request.num_computed_tokens = num_computed_tokens
         if request.num_preemptions == 0 and request.role is not RequestRole.DECODE:
             request.num_cached_prompt_tokens = min(num_computed_tokens, request.num_prompt_tokens)
+        num_full = request.num_kv_tokens // self.pool.block_size
+        request.num_tier_blocks = max(request.num_tier_blocks, num_full)
         if request.role is not RequestRole.PREFILL:  # which publishes its prefix hits too: a tier may have lost them
-            request.num_stored_blocks = max(request.num_stored_blocks, request.num_kv_tokens // self.pool.block_size)
+            request.num_stored_blocks = max(request.num_stored_blocks, num_full)
         request.status = RequestStatus.RUNNING
         self.queues.run(request)
 
@@ -318,19 +369,22 @@ class Scheduler:
         """Nothing more will come: compute the rest."""
         self.waiting_for_kv.remove(request)
         if self.pool.has_windows and not request.has_window_blocks and request.num_kv_tokens:
-            self._release_blocks(request)  # without what the windows see, nothing can go on from what came
+            self.preemption.release(request)  # without what the windows see, nothing can go on from what came
             request.max_pulled_blocks = 0
             request.status = RequestStatus.WAITING
-            self.waiting.appendleft(request)
+            self.waiting.add(request)
             return
         self._start_running(request, min(request.num_kv_tokens, request.num_tokens - 1))
 
     def _free_blocks_for(self, plan: SchedulerOutput, request: Request, num_tokens: int) -> bool:
-        """Blocks for `num_tokens` tokens of a running request, preempting the latest; False when it went itself."""
+        """Blocks for `num_tokens` tokens of a running request, preempting the last; False when it went itself, or has
+        to wait for blocks that are being copied."""
         num_blocks = -(-num_tokens // self.pool.block_size)
-        while not self.pool.can_extend(request.block_tables, num_blocks, self._all_groups):
+        while (missing := self.pool.num_missing(request.block_tables, num_blocks, self._all_groups)) > 0:
+            if missing <= self.preemption.num_leaving_blocks:
+                return False
             victim = self.queues.victim()
-            self._preempt(plan, victim)
+            self.preemption.preempt(plan, victim)
             if victim is request:
                 return False
         before = [len(table.block_ids) for table in request.block_tables]
@@ -341,52 +395,9 @@ class Scheduler:
                     plan.new_blocks += (group, request.row, index, table.block_ids[index])
         return True
 
-    def _preempt(self, plan: SchedulerOutput, request: Request) -> None:
-        plan.has_preempted = True
-        self.queues.leave(request)
-        self._release_blocks(request)
-        request.window_tokens += request.num_pending_tokens  # what is being chosen is chosen again
-        request.num_pending_tokens, request.drafts_in_flight = 0, []
-        request.status = RequestStatus.PREEMPTED
-        request.num_preemptions += 1
-        self.num_preemptions += 1
-        self.waiting.appendleft(request)
-
-    def _plan_stores(self, plan: SchedulerOutput, request: Request, end: int, is_last: bool) -> None:
-        """Publish the blocks that are full when the step is through."""
-        first, last = request.num_stored_blocks, end // self.pool.block_size
-        if self.pool.has_windows:  # a block is published with all groups, or not at all
-            first = max(first, *(table.num_released for table in request.block_tables))
-        if request.role is RequestRole.PREFILL:
-            kind, num_named_tokens = TransferKind.STORE, request.num_given_tokens
-            names = self._names.of_prompt(request)
-            last = len(names) if is_last else last
-        else:
-            kind, num_named_tokens = TransferKind.WRITE_BACK, end
-            names = request.block_names
-            last = min(last, len(names))  # a block has no name while a token in it is still being chosen
-        if last <= first:
-            return
-        request.num_stored_blocks = last
-        if kind is TransferKind.STORE:
-            request.num_stores_in_flight += 1
-            plan.ends_prompts |= is_last
-        elif not self.config.writes_back:
-            return
-        elif self.transfers.num_written_back_blocks >= MAX_WRITTEN_BACK_BLOCKS:
-            self.num_dropped_write_backs += last - first
-            return
-        plan.stores += self.transfers.start(kind, request, names[first:last], first, self._all_groups, num_named_tokens)
-
     def update(self, plan: SchedulerOutput, output: ModelRunnerOutput) -> UpdateResult:
         """Take a step's outcome into the books."""
-        return self._outcomes.update(plan, output)
-
-    def _release_blocks(self, request: Request) -> None:
-        if request.block_tables:
-            self.pool.release(request.block_tables)
-        self.rows.give_back(request)
-        request.block_tables = []
-        request.num_computed_tokens = request.num_kv_tokens = 0
-        request.num_registered_blocks = request.num_ready_blocks = 0
-        request.num_loads_in_flight, request.has_window_blocks = 0, False
+        result = self._outcomes.update(plan, output)
+        self.preemption.step_is_through(plan)
+        self.policy.served(result.tokens.requests)
+        return result

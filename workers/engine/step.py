@@ -7,6 +7,7 @@ plan brings only what changed. Knows nothing of tensors.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -14,6 +15,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from costs.step_time import StepWork
 from workers.engine.request import Request
 from workers.sampling.params import SamplingParams, TokenLogprobs
 
@@ -100,6 +102,7 @@ class SchedulerOutput:
     loads: list[BlockTransfer] = field(default_factory=list)
     stores: list[BlockTransfer] = field(default_factory=list)
     ends_prompts: bool = False  # tokens are sent when stores of this step have ended
+    num_leaving_blocks: int = 0  # of preempted requests, in each group: held until this step has copied them
     has_preempted: bool = False  # requests lost their blocks, and may come back in the next plan
 
     @property
@@ -111,6 +114,15 @@ class SchedulerOutput:
     def is_empty(self) -> bool:
         """Nothing to carry out."""
         return not (self.requests or self.loads or self.stores)
+
+    def work(self) -> StepWork:
+        """What its duration depends on. A chunk whose tokens are all followed by a choice is a decode."""
+        num_choosing = list(map(operator.sub, self.num_logits, self.num_prompt_logits))
+        chunks = zip(self.num_tokens, num_choosing, strict=True)
+        num_prefill = sum(count for count, num_chosen in chunks if num_chosen < count)
+        num_context = sum(self.start_positions) + sum(self.num_tokens)
+        num_decodes = sum(map(operator.eq, self.num_tokens, num_choosing))
+        return StepWork(num_prefill, num_decodes, num_context)
 
     def append(
         self,

@@ -69,6 +69,7 @@ def make_engine(
             context_tokens,
             writes_back=transfer_cost is not None,
             transfer_cost=transfer_cost or ALWAYS_FETCH,
+            scheduling=config.scheduler,
         ),
         BlockPools(pools, windows),
         kv_names,

@@ -239,6 +239,8 @@ class WorkerServicer(RegistrationServicer):
             SamplingParams.of(submit.sampling),
             role=role,
             tenant_salt=submit.tenant_salt,
+            tenant=submit.tenant,
+            priority=submit.priority,
             epoch=submit.epoch,
             deadline_s=self._clock() + submit.deadline_s if submit.deadline_s > 0 else float("inf"),
             window_tokens=submit.window_tokens or _NO_LIMIT,

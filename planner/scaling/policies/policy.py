@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from costs.step_time import StepCostFit
 from planner.scaling.forecast import Trend
 from planner.scaling.observation import PoolObservation
-from planner.scaling.step_cost import StepCostFit
 
 
 @dataclass(frozen=True, slots=True)

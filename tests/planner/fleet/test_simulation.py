@@ -7,10 +7,10 @@ import random
 
 import pytest
 
+from costs.step_time import StepCost
 from planner.fleet.parts import FleetPool, FleetResult
 from planner.fleet.simulation import simulate
 from planner.scaling.config import AutoscalingConfig
-from planner.scaling.step_cost import StepCost
 from planner.trace import TraceRequest
 
 PREFILL = FleetPool(name="prefill", role="prefill", cost=StepCost(0.01, 5e-5, 0.0, 0.0), startup_s=60.0, workers=2)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from costs.step_time import StepCost
 from planner.scaling.actions import (
     DRAINED,
     DRAINING,
@@ -27,7 +28,6 @@ from planner.scaling.decide import ScalingState, decide
 from planner.scaling.observation import Observation, PoolObservation, StepSample
 from planner.scaling.plan import Explanation, Plan, PoolExplanation
 from planner.scaling.rollout import RolloutState, adopt, advance, count_workers
-from planner.scaling.step_cost import StepCost
 
 COSTS = {
     "prefill": StepCost(0.01, 5e-5, 0.0, 0.0),  # a prompt of 1,000 tokens takes about 75 ms

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from costs.step_time import StepCost
 from planner.scaling.capacity import Objectives, prefill_service, workers_for
 from planner.scaling.queueing import normal_quantile, wait_quantile_s
-from planner.scaling.step_cost import StepCost
 from tests.planner.scaling.fakes import COSTS, pool
 
 OBJECTIVES = Objectives(

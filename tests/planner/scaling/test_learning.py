@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from costs.step_time import MIN_SAMPLES, StepCost, StepCostFit
 from planner.scaling.forecast import Trend, observe
-from planner.scaling.step_cost import MIN_SAMPLES, StepCost, StepCostFit, measured
+from planner.scaling.step_cost import measured
 from tests.planner.scaling.fakes import COSTS, samples
 
 positive = st.floats(1e-6, 1e-2)

@@ -6,8 +6,9 @@ import dataclasses
 
 import pytest
 
+from costs.step_time import StepCostFit
 from planner.scaling.observation import PoolObservation
-from planner.scaling.step_cost import StepCostFit, measured
+from planner.scaling.step_cost import measured
 from tests.planner.scaling.fakes import COSTS, FakeCluster, Loop, act, explained, pool, repeat, samples
 
 

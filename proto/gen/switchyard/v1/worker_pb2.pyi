@@ -89,7 +89,7 @@ class RouterHello(_message.Message):
     def __init__(self, router_id: _Optional[str] = ..., epoch: _Optional[int] = ..., served: _Optional[_Union[_identity_pb2.ServedModel, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("stream_id", "epoch", "role", "token_ids", "num_prompt_tokens", "sampling", "window_tokens", "deadline_s", "tenant_salt")
+    __slots__ = ("stream_id", "epoch", "role", "token_ids", "num_prompt_tokens", "sampling", "window_tokens", "deadline_s", "tenant_salt", "priority", "tenant")
     STREAM_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -99,6 +99,8 @@ class Submit(_message.Message):
     WINDOW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     TENANT_SALT_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     stream_id: str
     epoch: int
     role: RequestRole
@@ -108,7 +110,9 @@ class Submit(_message.Message):
     window_tokens: int
     deadline_s: float
     tenant_salt: bytes
-    def __init__(self, stream_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[RequestRole, str]] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., window_tokens: _Optional[int] = ..., deadline_s: _Optional[float] = ..., tenant_salt: _Optional[bytes] = ...) -> None: ...
+    priority: int
+    tenant: bytes
+    def __init__(self, stream_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[RequestRole, str]] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., window_tokens: _Optional[int] = ..., deadline_s: _Optional[float] = ..., tenant_salt: _Optional[bytes] = ..., priority: _Optional[int] = ..., tenant: _Optional[bytes] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("stream_id",)

@@ -82,6 +82,7 @@ class Transfers:
             transfer.parts[self._last_id] = part
             self._of_part[self._last_id] = transfer
         self.num_transfers += 1
+        request.num_sends_in_flight += kind is not TransferKind.LOAD
         self._count(transfer, len(names))
         return list(transfer.parts.values())
 
@@ -108,6 +109,7 @@ class Transfers:
         if transfer.parts:
             return None
         self.num_transfers -= 1
+        transfer.request.num_sends_in_flight -= transfer.kind is not TransferKind.LOAD
         self._count(transfer, -len(transfer.block_names))
         return transfer
 

@@ -21,11 +21,18 @@ class RequestNames:
 
     def of_prompt(self, request: Request) -> list[bytes]:
         """Names of the blocks that prefill publishes: full ones, and the tail named by exactly its tokens."""
+        return self._of_first(request, request.num_given_tokens)
+
+    def to_pull(self, request: Request) -> list[bytes]:
+        """Names of the blocks that may be pulled: the prompt's, and after a swap those of what was generated."""
+        return self._of_first(request, request.num_pull_tokens)
+
+    def _of_first(self, request: Request, num_tokens: int) -> list[bytes]:
         size = self._block_size
-        full, rest = divmod(request.num_given_tokens, size)
+        full, rest = divmod(num_tokens, size)
         names = request.block_names[:full]
         if rest:
-            tail = request.token_ids[full * size : request.num_given_tokens]
+            tail = request.token_ids[full * size : num_tokens]
             names.append(block_name(self._parent(request, names), tail))
         return names
 

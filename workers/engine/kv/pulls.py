@@ -6,13 +6,14 @@ goes on from, and only then is it known which blocks the groups with windows nee
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
+from costs.transfer import TransferCost
 from kvstore.blocks.block_pools import BlockPools
-from workers.engine.block_naming import RequestNames
+from workers.engine.kv.block_naming import RequestNames
+from workers.engine.kv.transfers import Transfer, TransferKind, Transfers
 from workers.engine.request import Request, RequestRole, RequestStatus
 from workers.engine.step import BlockTransfer
-from workers.engine.transfers import Transfer, TransferKind, Transfers
 
 MAX_LOADING_BLOCKS = 256  # of all requests at a time: later ones wait for their turn
 MAX_BLOCKS_PER_LOAD = 64  # a long prompt's first blocks need not wait for its last
@@ -31,9 +32,9 @@ class Pulls:
     def num_awaited(self, request: Request) -> int:
         """How many blocks, from the first on, are or will be in the tiers."""
         if request.role is RequestRole.DECODE:
-            num_blocks = -(-request.num_given_tokens // self._pool.block_size)
+            num_blocks = -(-request.num_pull_tokens // self._pool.block_size)
         else:
-            num_blocks = min(request.num_available_blocks, request.num_given_tokens // self._pool.block_size)
+            num_blocks = min(request.num_available_blocks, request.num_pull_tokens // self._pool.block_size)
         return min(num_blocks, request.max_pulled_blocks)
 
     def is_ready(self, request: Request) -> bool:
@@ -54,6 +55,24 @@ class Pulls:
             if not self.is_ready(r)
         )
 
+    def pending(self, waiting_for_kv: Iterable[Request]) -> Iterator[tuple[str, list[bytes]]]:
+        """Those of which more blocks may be announced, and the names that they still lack."""
+        for request in waiting_for_kv:
+            if not request.is_announced:
+                yield request.request_id, self._names.to_pull(request)[request.num_ready_blocks :]
+
+    def certain(self, queued: Iterable[Request], cost: TransferCost) -> Iterator[tuple[str, list[bytes]]]:
+        """Those of queued requests that are known to pull or not to pull, with the names; none when they do not."""
+        for request in queued:
+            if request.awaits_lookup or request.is_leaving or not request.is_announced:
+                continue
+            is_decode = request.role is RequestRole.DECODE
+            all_names = self._names.to_pull(request) if is_decode else request.block_names
+            names = all_names[: self.num_awaited(request)]
+            names = names[self._pool.num_matched(names) :]
+            pays = is_decode or cost.fetch_pays(len(names), self._pool.block_size)
+            yield request.request_id, names if pays else []
+
     def start(self, waiting_for_kv: Iterable[Request]) -> list[BlockTransfer]:
         """Pull announced blocks; after the last announcement, try the missing ones once."""
         loads: list[BlockTransfer] = []
@@ -71,7 +90,7 @@ class Pulls:
         if wanted > first and not self.whole_groups:
             request.num_ready_blocks = first = wanted  # nothing but windows: their last blocks are all that is pulled
         if wanted > first:
-            names = self._names.of_prompt(request)[first : min(wanted, first + max_blocks)]
+            names = self._names.to_pull(request)[first : min(wanted, first + max_blocks)]
             return self._load(request, names, first, self.whole_groups)
         if request.is_announced and first >= awaited > 0 and self._window_groups and not request.has_window_blocks:
             return self._start_windows(request)
@@ -79,12 +98,12 @@ class Pulls:
 
     def _start_windows(self, request: Request) -> list[BlockTransfer]:
         """Pull what the windows need behind the blocks that came; nothing while there are too few free blocks."""
-        end = min(request.num_ready_blocks * self._pool.block_size, request.num_given_tokens)
+        end = min(request.num_ready_blocks * self._pool.block_size, request.num_pull_tokens)
         firsts = self._pool.reserve_window_blocks(request.block_tables, request.num_ready_blocks, end)
         if firsts is None:
             return []
         request.num_kv_tokens = max(request.num_kv_tokens, end)
-        names, loads = self._names.of_prompt(request), []
+        names, loads = self._names.to_pull(request), []
         for group, first in firsts.items():
             loads += self._load(request, names[first : request.num_ready_blocks], first, [group])
         request.has_window_blocks = not loads
@@ -92,7 +111,7 @@ class Pulls:
 
     def _load(self, request: Request, names: list[bytes], first: int, groups: list[int]) -> list[BlockTransfer]:
         request.num_loads_in_flight += 1
-        return self._transfers.start(TransferKind.LOAD, request, names, first, groups, request.num_given_tokens)
+        return self._transfers.start(TransferKind.LOAD, request, names, first, groups, request.num_pull_tokens)
 
     def end(self, transfer: Transfer) -> int:
         """A load is over; how many blocks its request got by it."""
@@ -109,7 +128,7 @@ class Pulls:
         size = self._pool.block_size
         request.num_ready_blocks += transfer.num_blocks
         request.num_transferred_blocks += transfer.num_blocks
-        num_kv_tokens = min(request.num_ready_blocks * size, request.num_given_tokens)
+        num_kv_tokens = min(request.num_ready_blocks * size, request.num_pull_tokens)
         request.num_kv_tokens = max(request.num_kv_tokens, num_kv_tokens)
         request.num_registered_blocks = max(request.num_registered_blocks, request.num_kv_tokens // size)
         if not transfer.is_whole and request.is_announced:
