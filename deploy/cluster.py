@@ -18,8 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 from deploy.actors.ray_runtime import RayRuntime, close_ray, open_ray
 from deploy.config import ClusterConfig
+from deploy.cpu_dtype import fastest_cpu_dtype
 from deploy.errors import ConfigError, StartError, one_line
-from deploy.plan import ClusterPlan, check_cpu_memory, cluster_name, layers_per_fragment, make_plan, num_cpus_needed
+from deploy.plan import (
+    ClusterPlan,
+    check_cpu_memory,
+    cluster_name,
+    layers_per_fragment,
+    make_plan,
+    num_cpus_needed,
+    takes_cpu_dtype,
+)
 from deploy.ports import wanted_ports
 from deploy.preflight import (
     FoundModel,
@@ -197,8 +206,18 @@ class Cluster:
         if not ray.was_started:
             self._end_abandoned()
         control, control_address = self._control(ray)
+        cpu_dtype = "float32"
+        if takes_cpu_dtype(self._config, ray.num_gpus):
+            cpu_dtype = fastest_cpu_dtype(model.directory, self._steps.note)
         plan = make_plan(
-            self._config, model.config, model.reference, ray.num_gpus, control, self._tier_secret, self._name(model)
+            self._config,
+            model.config,
+            model.reference,
+            ray.num_gpus,
+            control,
+            self._tier_secret,
+            self._name(model),
+            cpu_dtype,
         )
         short = check_capacity(plan.pools)
         if short and ray.was_started:

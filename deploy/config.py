@@ -54,7 +54,8 @@ class ModelSource:
     name: str = ""
     """Name that clients use. Empty means the directory's name, or the Hub id."""
     dtype: Annotated[str, OneOf(DTYPES)] = "auto"
-    """float32, bfloat16 or float16; auto means float32 on CPU and bfloat16 on CUDA. KV blocks are kept in it."""
+    """float32, bfloat16 or float16; auto means bfloat16 on CUDA, and on CPUs where the model is stored in 16 bits and
+    `switchyard serve` finds the processor faster in it; else float32. KV blocks are kept in it."""
     max_model_len: Annotated[int, Bounds(at_least=0)] = 0
     """Most tokens of prompt and completion together; 0 means what the model allows."""
     batch_invariant: bool = False

@@ -82,15 +82,17 @@ def make_plan(
     control: str,
     tier_secret: str = "",
     cluster: str = "",
+    cpu_dtype: str = "float32",
 ) -> ClusterPlan:
     """Work out the whole cluster.
 
     model_dir: an absolute path or a Hub id. num_gpus: what Ray has to offer. control: URL of the control service.
-    tier_secret: of the remote tier, where there is one. cluster: its name.
+    tier_secret: of the remote tier, where there is one. cluster: its name. cpu_dtype: what model.dtype=auto means on
+    CPUs.
     Raises ConfigError where parts of the configuration do not fit each other or the machines.
     """
     devices = {name: _device(config, pool, num_gpus) for name, pool in config.pools.items()}
-    dtype = _dtype(config, set(devices.values()))
+    dtype = _dtype(config, set(devices.values()), cpu_dtype)
     _check_invariance(config, devices)
     block_size = config.kvstore.block_size or (64 if "cuda" in devices.values() else _CPU_BLOCK_TOKENS)
     layers = layers_per_fragment(config, model.cache_specs)
@@ -179,6 +181,12 @@ def _pool_plan(spec: WorkerSpec, pool: PoolConfig) -> PoolPlan:
     )
 
 
+def takes_cpu_dtype(config: ClusterConfig, num_gpus: float) -> bool:
+    """Whether it depends on the processor what model.dtype=auto means."""
+    is_open = config.model.dtype == "auto" and config.engine.runner != "fake" and not config.model.batch_invariant
+    return is_open and all(_device(config, pool, num_gpus) == "cpu" for pool in config.pools.values())
+
+
 def bundles(pool: PoolConfig, on_gpu: bool) -> tuple[dict[str, float], ...]:
     """What Ray reserves for a worker: for the replica itself, then for each pipeline stage with all its ranks."""
     stage = {"CPU": pool.tp * pool.cpus_per_rank, "GPU": pool.tp * pool.gpus_per_rank if on_gpu else 0.0}
@@ -221,13 +229,13 @@ def _device(config: ClusterConfig, pool: PoolConfig, num_gpus: float) -> str:
     return "cuda" if num_gpus else "cpu"
 
 
-def _dtype(config: ClusterConfig, devices: set[str]) -> str:
+def _dtype(config: ClusterConfig, devices: set[str], cpu_dtype: str) -> str:
     if config.model.dtype != "auto":
         return config.model.dtype
     if len(devices) > 1:
         # A block of one dtype is never used for the other, so nothing would move from pool to pool.
         raise ConfigError("model.dtype: must be set when some pools run on cpu and some on cuda")
-    return "bfloat16" if devices == {"cuda"} else "float32"
+    return "bfloat16" if devices == {"cuda"} else cpu_dtype
 
 
 def _check_invariance(config: ClusterConfig, devices: Mapping[str, str]) -> None:
