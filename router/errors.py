@@ -9,6 +9,7 @@ RouterError
  |   +- UnknownRoute        no such path, or not by this method
  |   +- UnknownStream       no such stream to resume
  +- Overloaded              admission is full; `retry_after_s` says when to come back
+ +- StepFailed              computing it raised on one worker, then on another
  +- Unavailable             no worker can serve this now
  |   +- NoWorker            no suitable worker is up, and none came in time
  |   +- WorkersLost         placed anew as often as allowed, and lost each time
@@ -84,6 +85,12 @@ class Overloaded(RouterError):
     """Too much is in flight; `retry_after_s` is set."""
 
     code = "overloaded"
+
+
+class StepFailed(RouterError):
+    """Computing the request raised on one worker and then on another."""
+
+    code = "step_failed"
 
 
 class Unavailable(RouterError):

@@ -10,6 +10,7 @@ _USAGE = "gen_ai.client.token.usage"
 REQUESTS = counter("switchyard_requests_total", "requests", "Requests ended, by outcome.", ("outcome",))
 FAILURES = (
     "internal_error",
+    "step_failed",
     "overloaded",
     "unavailable",
     "no_worker",

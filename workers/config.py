@@ -100,14 +100,18 @@ class EngineOptions:
     cuda_graphs: bool | None = None
     """Whether steps run from captured graphs; null means on cuda. On a CPU only their buffers are the same."""
     async_scheduling: bool | None = None
-    """Whether a step is planned while the one before it runs; null means on cuda, where pp is 1. It needs pp=1: the
-    first stage has no tokens before the last is through."""
+    """Whether a step is planned while the one before it runs, or with pp stages while pp of them do; null means on
+    cuda."""
+    rank_silence_s: Annotated[float, Bounds(at_least=1)] = 10.0
+    """A rank whose process says nothing to the leader for so long is lost, and its worker with it."""
+    rank_stall_s: Annotated[float, Bounds(at_least=1)] = 60.0
+    """The same for a rank that is in a step and has computed no further layer for so long; longer than a layer of the
+    largest step takes, and on cuda than all steps that are in flight."""
     scheduler: SchedulingOptions = dataclasses.field(default_factory=SchedulingOptions)
     """Which requests a step serves."""
 
     def __post_init__(self) -> None:
         check_limits(self)
-        _require(not self.async_scheduling or self.pp == 1, "async_scheduling", "needs pp=1")
 
     def options(self) -> dict[str, Any]:
         """These fields alone, by name."""

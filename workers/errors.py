@@ -3,6 +3,8 @@
 EngineError
  +- ModelError          the model directory or its split cannot be served; one line that names the file or the field
  +- InvalidRequest      the request can never be served by this worker; placing it elsewhere would not help
+ +- StepFailed          steps raise, or a step raised on another rank; the message names the rank
+ +- RankLost            a rank died or hangs, and the worker with it; the message names the rank
 """
 
 from __future__ import annotations
@@ -18,3 +20,16 @@ class ModelError(EngineError):
 
 class InvalidRequest(EngineError):
     """The request cannot be served; the message names the field."""
+
+
+class StepFailed(EngineError):
+    """A step raised; the message says where and why."""
+
+
+class RankLost(EngineError):
+    """A rank of the worker died or hangs; the message names it."""
+
+
+def rank_name(rank: int, tp: int, pp: int) -> str:
+    """What messages call a rank of a worker."""
+    return f"rank {rank} of {tp * pp} (tp_rank {rank % tp}, pp_stage {rank // tp})"

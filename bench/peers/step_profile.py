@@ -28,11 +28,11 @@ from bench.peers.workload import Call, step_call
 from workers.config import EngineConfig
 from workers.engine.engine import Engine
 from workers.engine.request import Request
-from workers.engine.step import ModelRunner, ModelRunnerOutput, StepPlan
+from workers.engine.step import ModelRunner, ModelRunnerOutput, StepPlan, TransferDone
 from workers.model.registry import load_config
 from workers.parallel import ParallelGroups, Shard
 from workers.runtime.build import load_runner, make_engine
-from workers.runtime.executor import GroupExecutor
+from workers.runtime.coordination.executor import GroupExecutor
 from workers.runtime.runner import pick_device, pick_dtype
 from workers.sampling.params import SamplingParams, SamplingRows
 from workers.sampling.sampler import sample
@@ -59,10 +59,18 @@ class TimedRunner:
     inner: ModelRunner
     took_s: list[float] = field(default_factory=list)
 
-    def start(self, plan: StepPlan) -> Callable[[], ModelRunnerOutput]:
+    def poll(self, transfer_ids: Sequence[int]) -> Sequence[TransferDone]:
+        """As in ModelRunner."""
+        return self.inner.poll(transfer_ids)
+
+    def recover(self) -> None:
+        """As in ModelRunner."""
+        self.inner.recover()
+
+    def start(self, plan: StepPlan, ended: Sequence[TransferDone] = ()) -> Callable[[], ModelRunnerOutput]:
         """As in ModelRunner."""
         began_s = time.perf_counter()
-        wait = self.inner.start(plan)
+        wait = self.inner.start(plan, ended)
 
         def timed_wait() -> ModelRunnerOutput:
             output = wait()

@@ -75,6 +75,10 @@ class RankActor:
         """The process."""
         return os.getpid()
 
+    def host(self) -> str:
+        """Ray's name of the host that it is on."""
+        return str(ray.get_runtime_context().get_node_id())
+
     def retire(self) -> None:
         """Leave the directory; what is running runs on. Rank 0 only."""
         self._rank.retire()

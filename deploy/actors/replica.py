@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import signal
 import time
 from typing import Any
 
@@ -25,6 +26,7 @@ from deploy.actors.rank_actor import RankActor
 from deploy.actors.start_failure import ReplicaFailed, failure_of
 from deploy.plan import PoolPlan
 from telemetry import worker
+from workers.errors import rank_name
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ class WorkerReplica:
             raise ReplicaFailed(failure_of(error)) from error
         self._progress = Progress(plan.progress_timeout_s, time.monotonic())
         self._metrics = RayMetrics(worker.RAY_METRICS, self._labels(plan.name, plan.spec.role))
-        self._tasks = [asyncio.create_task(self._watch(rank)) for rank in self._ranks]
+        self._tasks = [asyncio.create_task(self._watch(number)) for number in range(self._plan.num_ranks)]
         self._tasks.append(asyncio.create_task(self._report()))
 
     async def _start_ranks(self, kv_nodes: KVNodeSettings) -> None:
@@ -55,6 +57,7 @@ class WorkerReplica:
         await asyncio.gather(*[rank.connect.remote(init_method) for rank in self._ranks])
         self._address, *_ = await asyncio.gather(*[rank.serve.remote() for rank in self._ranks])
         self._pids = await asyncio.gather(*[rank.pid.remote() for rank in self._ranks])
+        self._hosts = await asyncio.gather(*[rank.host.remote() for rank in self._ranks])
 
     def _make_ranks(self, kv_nodes: KVNodeSettings) -> list[Any]:
         spec = dataclasses.replace(self._plan.spec, worker_id=self._worker_id)
@@ -132,11 +135,22 @@ class WorkerReplica:
             self._metrics.report(report)
             await asyncio.sleep(_REPORT_S)
 
-    async def _watch(self, rank: Any) -> None:
+    async def _watch(self, number: int) -> None:
         try:
-            reason = await rank.wait_failed.remote()
+            reason = await self._ranks[number].wait_failed.remote()
         except ray.exceptions.RayError as error:
-            reason = str(error).splitlines()[0]
+            engine = self._plan.spec.engine
+            name = f"{rank_name(number, engine.tp, engine.pp)}, pid {self._pids[number]}, died"
+            reason = f"{name}: {str(error).splitlines()[0]}"
         if not self._stopping:
             log.error("%s: a rank failed (%s); starting anew", self._worker_id, reason)
+            self._kill_ranks_here()
             os._exit(1)  # at once: every other way waits for health checks or for calls into the dead group
+
+    def _kill_ranks_here(self) -> None:
+        """Ray asks the ranks of a replica that is gone to end, which one that is stopped does not hear."""
+        here = ray.get_runtime_context().get_node_id()
+        for pid, host in zip(self._pids, self._hosts, strict=True):
+            if host == here:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)

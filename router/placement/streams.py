@@ -20,7 +20,7 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from router.errors import InvalidRequest, RouterError
+from router.errors import InvalidRequest, RouterError, StepFailed
 from router.events import FinishReason
 from router.placement.policy import Placement
 
@@ -31,6 +31,10 @@ class Part(enum.Enum):
     WHOLE = "whole"
     PREFILL = "prefill"
     DECODE = "decode"
+
+
+# Each failed step took its other requests with it: one that raises everywhere must not go from worker to worker.
+MAX_FAILED_STEPS = 2
 
 
 class Phase(enum.Enum):
@@ -50,6 +54,7 @@ class Outcome(enum.Enum):
     PREFILLED = "prefilled"
     CANCELLED = "cancelled"
     FAILED = "failed"
+    STEP_FAILED = "step_failed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +132,7 @@ class Stream:
         self.ending: FinishReason | RouterError | None = None
         self.failed_on: set[str] = set()  # workers that were lost or failed it: avoided when it is placed anew
         self.last_failure = ""
+        self._steps_failed_on: list[str] = []
         self.num_dropped = 0  # frames of an old epoch, or doubled
         self.num_cached_prompt_tokens = 0
         self.num_computed_prompt_tokens = 0
@@ -211,6 +217,9 @@ class Stream:
         if report.outcome is Outcome.FAILED and report.is_invalid_request:
             self._decode_id = None
             return self._end(InvalidRequest(report.error or "a worker refused the request"))
+        if self._fails_everywhere(worker_id, report):
+            self._decode_id = None
+            return self._end(self._step_failed(report))
         return self._on_decode_gone(worker_id, report.error or f"ended with {report.outcome.value}")
 
     def on_lost(self, worker_id: str) -> Sequence[Action]:
@@ -247,7 +256,19 @@ class Stream:
             return self._end(FinishReason(report.outcome.value))
         if report.outcome is Outcome.FAILED and report.is_invalid_request:
             return self._end(InvalidRequest(report.error or "a worker refused the request"))
+        if self._fails_everywhere(worker_id, report):
+            return self._end(self._step_failed(report))
         return self._decode_alone(worker_id, report.outcome is Outcome.PREFILLED)
+
+    def _fails_everywhere(self, worker_id: str, report: PartReport) -> bool:
+        """Steps with this stream failed as often as may be; notes the one that the report is of."""
+        if report.outcome is not Outcome.STEP_FAILED or len(self.emitted) == self.max_tokens:
+            return False
+        self._steps_failed_on.append(worker_id)
+        return len(self._steps_failed_on) >= MAX_FAILED_STEPS
+
+    def _step_failed(self, report: PartReport) -> StepFailed:
+        return StepFailed(f"a step with the request failed on {' and on '.join(self._steps_failed_on)}: {report.error}")
 
     def _on_prefill_gone(self, worker_id: str) -> Sequence[Action]:
         self._prefill_id = None

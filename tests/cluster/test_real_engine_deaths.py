@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable
@@ -24,6 +25,31 @@ def kill_rank(cluster: FakeCluster, name: str, rank: int) -> None:
     pid = leader.pid if rank == 0 else leader.children()[0].pid
     os.kill(pid, signal.SIGKILL)
     leader.wait(60)  # a worker ends when any of its ranks does
+
+
+@pytest.mark.parametrize("rank", [0, 1], ids=["leader", "follower"])
+@pytest.mark.parametrize("split", [{"tp": 2}, {"pp": 2}], ids=["tp2", "pp2"])
+def test_a_stream_goes_on_elsewhere_when_a_rank_is_stopped(
+    fake_cluster: Callable[..., FakeCluster], split: dict[str, int], rank: int
+) -> None:
+    """A stopped process closes no connection: its leader, or for the leader itself its router, finds out."""
+    engine = {"runner": "torch", "batch_invariant": True, "rank_silence_s": 2.0, **split}
+    cluster = fake_cluster(prefill=0, decode=0, mixed=2, routers=1, model_dir=str(DEMO), block_size=16, engine=engine)
+    client = cluster.client()
+    undisturbed = cluster.ask(client, prompt(1, 40), NUM_TOKENS, lambda _: None).ids
+    stopped: list[int] = []
+
+    def stop() -> None:
+        leader = psutil.Process(cluster.workers[busy(cluster, "mixed")].pid)
+        stopped.append(leader.pid if rank == 0 else leader.children()[0].pid)
+        os.kill(stopped[0], signal.SIGSTOP)
+
+    answer = cluster.ask(client, prompt(1, 40), NUM_TOKENS, Once(17, stop))
+    assert answer.ids == undisturbed
+    assert answer.finished is not None
+    assert answer.finished.stats.num_replacements == 1
+    with contextlib.suppress(ProcessLookupError):  # a follower ends with its leader
+        os.kill(stopped[0], signal.SIGKILL)
 
 
 def test_a_stream_of_two_ranks_goes_on_with_the_same_bits(

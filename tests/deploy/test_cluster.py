@@ -189,14 +189,17 @@ def test_the_dashboards_serve_page_shows_healthy_pools(cluster: Running) -> None
         assert [replica["state"] for replica in application["deployments"][name]["replicas"]] == ["RUNNING"]
 
 
-@pytest.mark.parametrize("pool", ["decode", "prefill"])
-def test_a_killed_rank_brings_its_group_back(cluster: Running, pool: str) -> None:
+@pytest.mark.parametrize(
+    ("pool", "number"), [("decode", signal.SIGKILL), ("prefill", signal.SIGKILL), ("prefill", signal.SIGSTOP)]
+)
+def test_a_rank_that_is_killed_or_stopped_brings_its_group_back(cluster: Running, pool: str, number: int) -> None:
     # Fresh ones: a prompt that was seen before does not need the prefill pool.
-    prompts = [f"# {pool} {i}\n{PROMPT}" for i in range(1000)]
+    prompts = [f"# {pool} {number} {i}\n{PROMPT}" for i in range(1000)]
     before = cluster.generate(prompts[0])
     lost = worker_of(before, pool)
     # The rank that only follows: neither the leader nor the replica gets a signal.
-    os.kill(rank_pids(cluster)[f"{lost} rank 1"], signal.SIGKILL)
+    pid = rank_pids(cluster)[f"{lost} rank 1"]
+    os.kill(pid, number)
 
     fresh_prompts = iter(prompts[1:])
 
@@ -206,6 +209,7 @@ def test_a_killed_rank_brings_its_group_back(cluster: Running, pool: str) -> Non
         return found if worker.startswith(f"{pool}-") and worker != lost else None
 
     after = eventually(served_by_another, f"a new {pool} worker")
+    assert not psutil.pid_exists(pid)
     assert cluster.generate(prompts[0]).text == before.text
     group = {f"{worker_of(after, pool)} rank {rank}" for rank in (0, 1)}
 

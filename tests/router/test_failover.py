@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import httpx
 import pytest
 from switchyard.v1 import worker_pb2
 from switchyard_client import GenerationError
 
 from router import events
 from router.sampling import SamplingParams
-from tests.router.conftest import config_with, pair, running_cluster, until
+from tests.router.conftest import MODEL, config_with, pair, running_cluster, until
 from tests.router.fake_worker import FakeWorker, expected_tokens
 from tests.router.test_grpc_api import PROMPT, collect, request
 
@@ -118,6 +119,28 @@ async def test_placed_anew_only_so_often(model_dir: Path) -> None:
         with pytest.raises(GenerationError, match=r"UNAVAILABLE: placed 3 times.*on fire"):
             await collect(cluster.grpc_address, request())
     assert len(worker.submits) == 3
+
+
+async def test_a_failed_step_moves_the_stream_once(model_dir: Path) -> None:
+    bad, good = FakeWorker("mixed-0", "mixed"), FakeWorker("mixed-1", "mixed")
+    failed = worker_pb2.RequestFinished(outcome=worker_pb2.REQUEST_OUTCOME_STEP_FAILED, error="MemoryError: none left")
+    bad.refuse_with = failed
+    good.load.num_queued_tokens = 1_000_000  # so the bad one is asked first
+    async with running_cluster(model_dir, bad, good) as cluster:
+        await until(lambda: "mixed-1" in cluster.router._dispatcher.loads, "its load came")
+        assert (await collect(cluster.grpc_address, request()))[1] == expected_tokens(PROMPT, 20)
+        assert (len(bad.submits), len(good.submits)) == (1, 1)
+        good.refuse_with = failed
+        where = "a step with the request failed on mixed-0 and on mixed-1: MemoryError: none left"
+        with pytest.raises(GenerationError, match=f"INTERNAL: {where}"):
+            await collect(cluster.grpc_address, request())
+        assert (len(bad.submits), len(good.submits)) == (2, 2)
+        body = {"model": MODEL, "prompt": "a", "max_tokens": 4}
+        async with httpx.AsyncClient(base_url=cluster.http_url, transport=httpx.AsyncHTTPTransport()) as client:
+            answer = await client.post("/v1/completions", json=body)
+        assert answer.status_code == 500
+        assert answer.json()["error"]["message"] == where
+        assert answer.json()["error"]["code"] == "step_failed"
 
 
 async def test_a_failed_worker_is_avoided_and_an_invalid_request_is_not_tried_twice(model_dir: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.errors import Cancelled, InvalidRequest
+from router.errors import Cancelled, InvalidRequest, StepFailed
 from router.events import FinishReason
 from router.placement.policy import CostTerms, Placement
 from router.placement.streams import (
@@ -183,6 +183,40 @@ def test_an_invalid_request_ends_at_once(who: str) -> None:
     report = done(Outcome.FAILED, error="prompt: no", is_invalid_request=True)
     assert list(stream.on_finished(who, 1, report)) == [CancelPart(other)]
     assert isinstance(stream.ending, InvalidRequest)
+
+
+@pytest.mark.parametrize("who", ["m", "other"])
+def test_a_failed_step_is_tried_once_more_and_then_ends_the_stream(who: str) -> None:
+    stream = Stream(3, max_tokens=5)
+    stream.place(whole())
+    stream.on_token("m", 1, 0, 10)
+    report = done(Outcome.STEP_FAILED, error="MemoryError: none left")
+    assert not stream.on_finished("m", 1, report)
+    assert (stream.phase, stream.failed_on) == (Phase.PLACING, {"m"})
+    stream.place(whole(who))
+    stream.on_token(who, 2, 1, 11)
+    assert not stream.on_finished(who, 2, report)
+    assert isinstance(stream.ending, StepFailed)
+    assert stream.ending.message == f"a step with the request failed on m and on {who}: MemoryError: none left"
+    assert stream.emitted == [10, 11]
+
+
+def test_a_failed_step_of_the_prefill_worker_counts_too() -> None:
+    stream = Stream(3, max_tokens=5)
+    stream.place(split())
+    report = done(Outcome.STEP_FAILED, error="x")
+    assert list(stream.on_finished("p", 1, report)) == [ContinuePart("d", ())]
+    assert not stream.on_finished("d", 1, report)
+    assert isinstance(stream.ending, StepFailed)
+
+
+def test_a_worker_that_is_lost_after_a_failed_step_is_replaced() -> None:
+    stream = Stream(3, max_tokens=5)
+    stream.place(whole())
+    stream.on_finished("m", 1, done(Outcome.STEP_FAILED, error="x"))
+    stream.place(whole("n"))
+    stream.on_lost("n")
+    assert stream.phase is Phase.PLACING
 
 
 def test_ending_it_tells_both_workers_and_only_once() -> None:

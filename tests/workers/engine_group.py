@@ -14,12 +14,12 @@ from torch import Tensor
 from workers.config import EngineConfig
 from workers.engine.engine import Engine, StepEvents
 from workers.engine.request import Request, TokenOutput
-from workers.engine.step import ModelRunnerOutput, SchedulerOutput, StepPlan
+from workers.engine.step import ModelRunnerOutput, SchedulerOutput, StepPlan, TransferDone
 from workers.model.registry import load_config
 from workers.parallel import ParallelGroups, Shard
 from workers.runtime.batching import PreparedBatch
 from workers.runtime.build import make_engine
-from workers.runtime.executor import GroupExecutor, follow
+from workers.runtime.coordination.executor import GroupExecutor, follow
 from workers.runtime.runner import TorchModelRunner
 from workers.sampling.params import SamplingParams, TokenLogprobs
 
@@ -42,9 +42,9 @@ class RecordingRunner(TorchModelRunner):
 
     logits: list[list[Tensor]]  # of each step
 
-    def start(self, plan: StepPlan) -> Callable[[], ModelRunnerOutput]:
+    def start(self, plan: StepPlan, ended: Sequence[TransferDone] = ()) -> Callable[[], ModelRunnerOutput]:
         self.logits.append([])
-        return super().start(plan)
+        return super().start(plan, ended)
 
     def _choose(self, logits: Tensor, prepared: PreparedBatch) -> tuple[Tensor, Tensor | None]:
         by_index = {index: row.clone() for row, index in zip(logits, prepared.order.tolist(), strict=True)}
@@ -108,7 +108,9 @@ def run_job(
     if groups.shard.rank != 0:
         follow(runner, groups)
         return None
-    executor = RecordingExecutor(runner, groups, config.num_threads if config.async_scheduling else None)
+    executor = RecordingExecutor(
+        runner, groups, config.num_threads if config.async_scheduling or config.pp > 1 else None
+    )
     engine = make_engine(config, model, runner, executor, b"names", clock=lambda: 0.0)
     params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
     requests = [

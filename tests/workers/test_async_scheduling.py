@@ -184,7 +184,7 @@ def test_drafts_and_ranks_that_join_change_no_token(is_async, shapes, num_blocks
         for name, (num_tokens, wrong) in zip(sorted(engine.scheduler.requests), drafts[step : step + 4], strict=False):
             coming = expected[name][len(tokens[name]) :][:num_tokens]
             engine.scheduler.propose(name, [*coming[:-1], wrong] if wrong % 2 else coming)
-        if step < len(resends) and resends[step] and engine._in_flight is None:
+        if step < len(resends) and resends[step] and not engine._in_flight:
             engine.resend_state()
             runner.state = RankState(3, num_blocks)  # it joins, and knows nothing
         events = engine.step()
@@ -233,8 +233,3 @@ def test_the_models_tokens_are_the_same(tp, tmp_path: Path):
             found = group.run(replace(waiting, async_scheduling=True), whole, sampling)
             assert found.completions == expected.completions
             assert (len({len(c) for c in found.completions}) > 1) == bool(sampling.stop_token_ids)
-
-
-def test_it_needs_a_single_stage():
-    with pytest.raises(ValueError, match=r"^async_scheduling: needs pp=1"):
-        EngineConfig("dir", pp=2, async_scheduling=True)

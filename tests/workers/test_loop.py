@@ -10,9 +10,11 @@ import pytest
 
 from kvstore.control.directory import MemoryDirectory
 from tests.processes import wait_until
+from tests.workers.paged_runner import make
 from tests.workers.test_scheduler import make_engine
 from workers.engine.loop import EngineLoop, LoopEvents, Submit
-from workers.engine.request import Request, RequestEnd, RequestRole
+from workers.engine.request import FinishReason, Request, RequestEnd, RequestRole
+from workers.errors import StepFailed
 from workers.sampling.params import SamplingParams
 
 
@@ -88,3 +90,41 @@ def test_requests_that_wait_for_blocks_are_asked_for_in_one_call(running: Runnin
     running.directory.asked.clear()
     wait_until(lambda: len(running.directory.asked) >= 3, "they are watched over")
     assert running.directory.asked[1:3] == [32, 32]
+
+
+def test_a_failed_step_ends_its_requests_and_three_in_a_row_the_loop() -> None:
+    engine, runner = make(40, 12, False)
+    ended: list[RequestEnd] = []
+    failures: list[BaseException] = []
+    loop = EngineLoop(
+        engine,
+        None,
+        list,
+        lambda _: False,
+        lambda events: ended.extend(events.step.ended),
+        failures.append,
+        time.monotonic,
+    )
+
+    def submit(name: str) -> None:
+        loop.post(Submit(Request(name, [1, 2, 3], 3, SamplingParams(max_tokens=4, ignore_eos=True))))
+
+    runner.fails = lambda plan: plan.sequence == 1
+    submit("first")
+    loop.start()
+    wait_until(lambda: len(ended) == 1, "the first one has ended")
+    submit("second")
+    wait_until(lambda: len(ended) == 2, "the second one has ended")
+    assert [(end.request_id, end.reason) for end in ended] == [
+        ("first", FinishReason.STEP_FAILED),
+        ("second", FinishReason.LENGTH),
+    ]
+    assert failures == []
+    runner.fails = lambda plan: True
+    for number in range(3):
+        submit(f"{number}")
+        if number < 2:
+            wait_until(lambda number=number: len(ended) == 3 + number, "it has ended")
+    wait_until(lambda: bool(failures), "the loop has ended")
+    assert isinstance(failures[0], StepFailed)
+    loop.stop()

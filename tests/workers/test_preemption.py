@@ -46,7 +46,7 @@ def submit_all(engine: Engine, runner: PagedRunner, shapes: Sequence, role: Requ
 
 
 @pytest.mark.parametrize("role", [RequestRole.MIXED, RequestRole.DECODE])
-@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize(("is_async", "num_stages"), [(False, 1), (True, 1), (False, 2), (True, 3)])
 @settings(max_examples=100, deadline=None)
 @given(
     windows=WINDOWS,
@@ -59,13 +59,21 @@ def submit_all(engine: Engine, runner: PagedRunner, shapes: Sequence, role: Requ
     tpot_target_s=st.sampled_from([0.0, 1.0]),
 )
 def test_tokens_are_those_of_each_request_alone(
-    is_async, role, windows, shapes, num_blocks, budget, cost, lost, policy, tpot_target_s
+    is_async, num_stages, role, windows, shapes, num_blocks, budget, cost, lost, policy, tpot_target_s
 ):
     """Whichever way is taken, and whatever a tier has lost meanwhile."""
     expected = {f"r{i}": alone(request(f"r{i}", n, m, start=5 * k), windows) for i, (n, m, k) in enumerate(shapes)}
     scheduling = SchedulingOptions(policy=policy, tpot_target_s=tpot_target_s, min_prefill_tokens=2)
     engine, runner = make(
-        num_blocks, budget, is_async, 4, windows, writes_back=True, transfer_cost=cost, scheduling=scheduling
+        num_blocks,
+        budget,
+        is_async,
+        4,
+        windows,
+        writes_back=True,
+        transfer_cost=cost,
+        scheduling=scheduling,
+        num_stages=num_stages,
     )
     first = submit_all(engine, runner, shapes, role, windows)
     runner.is_lost = lambda group, name: name[0] % 10 < lost - 5

@@ -115,10 +115,12 @@ def test_async_scheduling_gives_the_same_tokens(checkpoint: Path, expected: list
     assert result.completions == expected
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
-def test_any_split_gives_the_same_tokens(checkpoint: Path, expected: list[list[int]], tp: int, pp: int) -> None:
+@pytest.mark.parametrize(("tp", "pp", "is_async"), [(2, 1, False), (1, 2, False), (1, 2, True)])
+def test_any_split_gives_the_same_tokens(
+    checkpoint: Path, expected: list[list[int]], tp: int, pp: int, is_async: bool
+) -> None:
     with EngineGroup(tp, pp) as group:
-        config = config_for(checkpoint, tp=tp, pp=pp)
+        config = config_for(checkpoint, tp=tp, pp=pp, async_scheduling=is_async)
         found = group.run(config, [prompt(n) for n in range(32)], [options(n) for n in range(32)])
     assert found.completions == expected
 

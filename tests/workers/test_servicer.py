@@ -9,7 +9,9 @@ import pytest
 from switchyard.v1 import generation_pb2
 from switchyard.v1 import worker_pb2 as pb
 
-from workers.engine.loop import Submit
+from workers.engine.engine import StepEvents
+from workers.engine.loop import LoopEvents, Submit
+from workers.engine.request import FinishReason, RequestEnd
 from workers.server import servicer
 from workers.server.servicer import Connection, WorkerServicer
 
@@ -48,3 +50,18 @@ async def test_more_requests_than_the_bound_are_refused_for_another_worker(monke
     assert (refused.stream_id, refused.outcome) == ("s2", pb.REQUEST_OUTCOME_FAILED)
     assert not refused.is_invalid_request, "another worker may take it"
     assert refused.error == "this worker has 2 requests already"
+
+
+async def test_a_failed_step_is_told_from_other_failures() -> None:
+    serving, engine = WorkerServicer(pb.WorkerHello(worker_id="w"), pb.WorkerLoad, time.monotonic), Engine()
+    serving.attach(engine, None)
+    connection = Connection("r", 1)
+    await serving._submit(submit(0), connection)
+    (command,) = engine.posted
+    end = RequestEnd(
+        command.request.request_id, 1, FinishReason.STEP_FAILED, 0, 0, 0, 0, 0, 0.0, None, None, None, "MemoryError: x"
+    )
+    serving._dispatch(LoopEvents(StepEvents(ended=[end])))
+    finished = (await connection.outbox.get()).finished
+    assert (finished.stream_id, finished.outcome) == ("s0", pb.REQUEST_OUTCOME_STEP_FAILED)
+    assert (finished.error, finished.is_invalid_request) == ("MemoryError: x", False)

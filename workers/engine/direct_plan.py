@@ -30,7 +30,6 @@ def direct_plan(
     chunks: Sequence[DirectChunk] = (),
     loads: Sequence[BlockTransfer] = (),
     stores: Sequence[BlockTransfer] = (),
-    polls: Sequence[int] = (),
 ) -> StepPlan:
     """A full plan; the chunks take rows 0, 1, ..."""
     plan = SchedulerOutput(loads=list(loads), stores=list(stores))
@@ -44,7 +43,7 @@ def direct_plan(
         plan.num_known.append(len(chunk.token_ids))
         plan.token_ids += chunk.token_ids
         plan.new_rows.append(RowState(row, chunk.num_prompt_tokens, chunk.sampling, chunk.block_tables))
-    return decode_plan(encode_plan(plan, 0, True, polls))
+    return decode_plan(encode_plan(plan, 0, True))
 
 
 def run_transfers(
@@ -56,6 +55,6 @@ def run_transfers(
     while len(ended) < len(waiting):
         time.sleep(_POLL_S)
         polls = [transfer_id for transfer_id in waiting if all(done.transfer_id != transfer_id for done in ended)]
-        ended += runner.start(direct_plan((), polls=polls))().transfers
+        ended += runner.start(direct_plan(), runner.poll(polls))().transfers
     counts = {done.transfer_id: done.num_blocks for done in ended}
     return [counts[transfer_id] for transfer_id in waiting]

@@ -1,21 +1,31 @@
 """Runs requests to completion: takes them in, steps the scheduler and the executor, hands out tokens and ends.
 
-With async scheduling a step is planned and started before the tokens of the one before it are read. Knows nothing of
-gRPC, text, Ray or other workers. Not thread-safe: one thread owns an engine.
+Several steps are in flight at a time: one for each pipeline stage, and with async scheduling one more, which is planned
+and started before the tokens of the oldest are read. A step that raises costs the requests in it, not the engine. Knows
+nothing of gRPC, text, Ray or other workers. Not thread-safe: one thread owns an engine.
 """
 
 from __future__ import annotations
 
+import logging
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from typing import NoReturn
 
 from grammars.compiler import GrammarCompiler
 from grammars.errors import GrammarError
 from grammars.grammar import Grammar
+from workers.engine.outcome import UpdateResult
 from workers.engine.request import FinishReason, PromptLogprobs, Request, RequestEnd, TokenOutputs
 from workers.engine.scheduler import Scheduler
 from workers.engine.step import Executor, ModelRunnerOutput, SchedulerOutput
-from workers.errors import InvalidRequest
+from workers.errors import InvalidRequest, RankLost, StepFailed
+
+log = logging.getLogger(__name__)
+
+MAX_FAILED_STEPS = 3  # in a row: then it is not the requests, and the worker ends
 
 Clock = Callable[[], float]
 
@@ -64,9 +74,10 @@ class Engine:
         self._executor = executor
         self._vocab_size = vocab_size
         self._clock = clock
-        self._async_scheduling = async_scheduling
+        self._num_ahead = scheduler.config.num_stages - 1 + async_scheduling  # steps started before one is waited for
         self._grammars = grammars
-        self._in_flight: tuple[SchedulerOutput, Callable[[], ModelRunnerOutput]] | None = None
+        self._in_flight: deque[tuple[SchedulerOutput, Callable[[], ModelRunnerOutput]]] = deque()
+        self._num_failed_steps = 0  # in a row
 
     def check(self, request: Request) -> None:
         """Raise InvalidRequest when a request can never be served here; else name its blocks. Takes long for a long
@@ -131,20 +142,24 @@ class Engine:
     def step(self) -> StepEvents | None:
         """One step; None when there is nothing to do before a command comes or a transfer ends.
 
-        With async scheduling a step is started, and what is returned is of the one before it.
+        With several in flight a step is started, and what is returned is of the oldest, once so many are started.
         """
-        before, self._in_flight = self._in_flight, None
         plan = self.scheduler.schedule()
-        is_due = not plan.is_empty or (before is None and self._executor.has_ended_transfers)
+        is_due = not plan.is_empty or (not self._in_flight and self._executor.has_ended_transfers)
         if is_due:
-            self._note_start(plan, is_first=before is None)
-            self._in_flight = plan, self._executor.start(plan)
-        if before is None and not self._async_scheduling:
-            before, self._in_flight = self._in_flight, None
-        if before is not None:
-            return self._take(*before)
+            self._note_start(plan, is_first=not self._in_flight)
+            self._in_flight.append((plan, self._start(plan)))
+        if self._in_flight and (len(self._in_flight) > self._num_ahead or not is_due):
+            return self._take(*self._in_flight.popleft())
         # Who was preempted may come back at once.
-        return StepEvents() if self._in_flight is not None or plan.has_preempted else None
+        return StepEvents() if self._in_flight or plan.has_preempted else None
+
+    def _start(self, plan: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
+        """An error comes out when the step's turn is there: those before it may be well."""
+        try:
+            return self._executor.start(plan)
+        except Exception as error:
+            return partial(_raise, error)
 
     @property
     def awaits_ranks(self) -> bool:
@@ -153,7 +168,7 @@ class Engine:
 
     def resend_state(self) -> None:
         """A rank joined, or missed plans: the next plan has the whole state. No step may be running."""
-        assert self._in_flight is None, "a rank that does not know a step's rows cannot take part in it"
+        assert not self._in_flight, "a rank that does not know a step's rows cannot take part in it"
         self.scheduler.rows.resend()
         self._executor.resend()
 
@@ -167,23 +182,50 @@ class Engine:
 
     def _take(self, plan: SchedulerOutput, result: Callable[[], ModelRunnerOutput]) -> StepEvents | None:
         """What a step that is through means for the requests."""
-        output = result()
-        now = self._clock()
+        try:
+            output = result()
+        except RankLost:
+            raise
+        except Exception as error:
+            return self._give_up(plan, error)
         update = self.scheduler.update(plan, output)
+        if not plan.is_empty:
+            self._num_failed_steps = 0
+            now = self._clock()
+            self.scheduler.step_took(plan, now - self._step_began_s)
+            self._count_step(now)
+        events = self._events_of(update)
+        if plan.is_empty and not output.transfers:
+            return None  # it asked for transfers that have not ended everywhere
+        return events
+
+    def _events_of(self, update: UpdateResult) -> StepEvents:
+        now = self._clock()
         for request in update.tokens.requests:
             if request.first_token_time_s is None:
                 request.first_token_time_s = now
-        if not plan.is_empty:
-            self.scheduler.step_took(plan, now - self._step_began_s)
-            self._count_step(now)
         self.counters.num_generated_tokens += len(update.tokens)
         self.counters.num_published_blocks += len(update.published_names)
         self.counters.num_computed_prompt_tokens += update.num_computed_prompt_tokens
         self.counters.num_transferred_blocks += update.num_transferred_blocks
         ended = [self._end(request, reason) for request, reason in update.finished]
-        if plan.is_empty and not output.transfers:
-            return None  # it asked for transfers that have not ended everywhere
         return StepEvents(update.tokens, update.prompt_logprobs, ended, update.published_names)
+
+    def _give_up(self, failed: SchedulerOutput, error: Exception) -> StepEvents:
+        """A step raised: end its requests, and begin anew with all others. Raises StepFailed after too many in a row.
+
+        What is in flight behind it may have read what it did not write, so that it is given up too and computed again.
+        """
+        self._num_failed_steps += 1
+        later = [plan for plan, _ in self._in_flight]
+        self._in_flight.clear()
+        why = self._executor.recover() or f"{type(error).__name__}: {error}".splitlines()[0]
+        log.error("a step of %d requests failed: %s", len(failed.requests), why, exc_info=error)
+        if self._num_failed_steps >= MAX_FAILED_STEPS:
+            raise StepFailed(f"{self._num_failed_steps} steps in a row failed; the last: {why}") from error
+        ended = [self._end(request, FinishReason.STEP_FAILED, why) for request in failed.running_requests()]
+        events = self._events_of(self.scheduler.abandon(failed, later))
+        return StepEvents(events.tokens, events.prompt_logprobs, ended + events.ended, events.published_names)
 
     def _count_step(self, now_s: float) -> None:
         """With async scheduling the next step has begun; it counts from here on."""
@@ -199,12 +241,12 @@ class Engine:
     def close(self) -> None:
         """Let the other ranks go; no step may follow."""
         try:
-            if self._in_flight is not None:
-                self._in_flight[1]()
+            for _, result in self._in_flight:
+                result()
         finally:
             self._executor.stop()
 
-    def _end(self, request: Request, reason: FinishReason) -> RequestEnd:
+    def _end(self, request: Request, reason: FinishReason, error: str = "") -> RequestEnd:
         self.scheduler.finish(request)
         self.counters.num_cached_prompt_tokens += request.num_cached_prompt_tokens
         return RequestEnd(
@@ -220,4 +262,9 @@ class Engine:
             request.continued_time_s,
             request.first_step_time_s,
             request.first_token_time_s,
+            error,
         )
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error

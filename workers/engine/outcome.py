@@ -15,7 +15,7 @@ from workers.engine.kv.pulls import Pulls
 from workers.engine.kv.transfers import Transfer, TransferKind, Transfers
 from workers.engine.queues import RequestQueues
 from workers.engine.request import FinishReason, PromptLogprobs, Request, RequestRole, RequestStatus, TokenOutputs
-from workers.engine.step import ModelRunnerOutput, SchedulerOutput
+from workers.engine.step import ModelRunnerOutput, SchedulerOutput, TransferDone
 from workers.sampling.params import NO_CHOICE, NO_TOKEN, TokenLogprobs
 
 _REASONS = {NO_TOKEN: FinishReason.FAILED, NO_CHOICE: FinishReason.NO_CHOICE}
@@ -90,6 +90,16 @@ class StepOutcomes:
                 self._append_tokens(request, choices, logprobs, result)
             if end >= (request.num_registered_blocks + 1) * size:
                 self._note_full_blocks(request, end)
+        return result
+
+    def abandon(self, plans: Sequence[SchedulerOutput]) -> UpdateResult:
+        """The ranks gave up these plans and forgot all transfers: whatever moved counts as not moved."""
+        result = UpdateResult()
+        for plan in plans:
+            self._transfers.release_copied(plan.stores)
+        for transfer_id in self._transfers.part_ids():
+            if (transfer := self._transfers.end(TransferDone(transfer_id, 0))) is not None:
+                self._end_transfer(transfer, result)
         return result
 
     def _judge_drafts(self, request: Request, choices: Sequence[int]) -> Sequence[int]:

@@ -43,6 +43,15 @@ class Preemption:
             self.num_swaps += 1
         else:
             self.num_recomputes += 1
+        self._requeue(request)
+
+    def recompute(self, request: Request) -> None:
+        """The request waits again, with nothing of what it had; nor is it known what the tiers have of it."""
+        self.num_recomputes += 1
+        self._requeue(request)
+        request.num_stored_blocks = request.num_tier_blocks = 0
+
+    def _requeue(self, request: Request) -> None:
         self._queues.leave(request)
         self.release(request)
         request.window_tokens += request.num_pending_tokens  # what is being chosen is chosen again

@@ -37,6 +37,7 @@ class FinishReason(Enum):
     CANCELLED = "cancelled"
     PREFILLED = "prefilled"
     FAILED = "failed"  # its logits were no finite numbers
+    STEP_FAILED = "step_failed"  # a step that it was part of raised
     NO_CHOICE = "no_choice"  # its bans, bad words or grammar left no token
 
 
@@ -64,6 +65,7 @@ class Request:
     draft_token_ids: list[int] = field(default_factory=list)  # proposed to follow; scheduled, and kept if chosen
     num_computed_tokens: int = 0  # once all steps that are planned are through
     num_pending_tokens: int = 0  # being chosen by a step that is not through
+    pending_in_plan: int = 0  # number of the plan that chooses the last of them; see pipeline.py
     num_kv_tokens: int = 0  # tokens whose KV is in the block tables then; > num_computed_tokens after a full prefix hit
     drafts_in_flight: list[int] = field(default_factory=list)  # scheduled, not judged yet
     is_checked: bool = False  # it can be served here, and its blocks are named
@@ -206,6 +208,7 @@ class RequestEnd:
     continued_time_s: float | None
     first_step_time_s: float | None
     first_token_time_s: float | None
+    error: str = ""  # one line, for STEP_FAILED
 
     @property
     def ttft_s(self) -> float | None:

@@ -23,6 +23,7 @@ from workers.engine.kv.pulls import Pulls
 from workers.engine.kv.stores import Stores
 from workers.engine.kv.transfers import Transfers
 from workers.engine.outcome import StepOutcomes, UpdateResult
+from workers.engine.pipeline import PlanSpread
 from workers.engine.policies.choice import make_policy
 from workers.engine.policies.prefill_budget import PrefillBudget, StepBudget
 from workers.engine.preemption import Preemption
@@ -48,6 +49,7 @@ class SchedulerConfig:
     writes_back: bool = False  # publish what requests other than prefill compute, too
     transfer_cost: TransferCost = ALWAYS_FETCH
     scheduling: SchedulingOptions = field(default_factory=SchedulingOptions)
+    num_stages: int = 1  # of the pipeline: plans that are in flight at a time
 
 
 class Scheduler:
@@ -59,6 +61,7 @@ class Scheduler:
         self.config = config
         self.pool = pool
         self.rows = BatchRows(config.max_num_seqs)
+        self._spread = PlanSpread(config.num_stages, config.max_num_seqs)
         self.transfers = Transfers(pool)
         self._names = RequestNames(kv_fingerprint, pool.block_size)
         self._eos = eos_token_ids
@@ -173,12 +176,15 @@ class Scheduler:
         for request in self._pulls.ready(self.waiting_for_kv):
             self._start_with_what_came(request)
         budget = self._budget()
+        self._spread.begin(self.running, len(self.waiting))
         self._schedule_running(plan, budget)
-        if self.waiting and len(plan.requests) < self.config.max_num_seqs:
+        if self.waiting and len(plan.requests) < self._spread.max_requests:
             self._admit_waiting(plan, budget)
         plan.loads += self._pulls.start(self.waiting_for_kv)
         if not (plan.requests or self.transfers) and self._pulls.is_stuck(self.waiting_for_kv):
             self.preemption.preempt(plan, self.queues.victim())  # they hold what the others wait for
+        if plan.requests:
+            self._spread.end()
         return plan
 
     def step_took(self, plan: SchedulerOutput, duration_s: float) -> None:
@@ -206,7 +212,8 @@ class Scheduler:
                 continue
             if request.is_leaving and num_active:
                 continue  # with nothing else to do it is not waited for: a tier may hang
-            if plan.has_preempted or max(num_active, len(plan.requests)) >= self.config.max_num_seqs:
+            is_full = len(plan.requests) >= self._spread.max_requests  # the next plan takes it
+            if is_full or plan.has_preempted or num_active >= self.config.max_num_seqs:
                 break
             if budget.num_chunk_tokens <= 0 and request.role is not RequestRole.DECODE:
                 break
@@ -233,7 +240,7 @@ class Scheduler:
 
         Hundreds of requests come by here in each step, most of them for one token that fits into their last block.
         """
-        max_num_seqs, scheduled = self.config.max_num_seqs, plan.requests
+        spread, scheduled = self._spread, plan.requests
         for request in tuple(self.running):  # victims are the last, so none of them is planned already
             left = len(request.token_ids) + request.num_pending_tokens - request.num_computed_tokens
             if left <= 0 or request.window_tokens <= 0:
@@ -242,8 +249,10 @@ class Scheduler:
                 continue  # preempted by an earlier one in this loop
             if request.num_pending_tokens and (request.row < 0 or request.draft_token_ids):
                 continue  # only the ranks will know its token before the step is through, and drafts follow known ones
-            if budget.num_tokens <= 0 or len(scheduled) == max_num_seqs:
-                break  # more than that when stalled ones come back to life
+            if spread.awaits_turn(request):
+                continue
+            if budget.num_tokens <= 0 or len(scheduled) == spread.max_running:
+                break  # with one stage more than that when stalled ones come back to life
             self._plan_next(plan, request, left, budget)
 
     def _plan_next(self, plan: SchedulerOutput, request: Request, left: int, budget: StepBudget) -> None:
@@ -287,6 +296,7 @@ class Scheduler:
             request.num_kv_tokens = end
         if is_last:
             request.num_pending_tokens = num_pending + 1
+            self._spread.note(request)
             request.window_tokens -= 1
         if end // size > request.num_stored_blocks or (is_last and request.role is RequestRole.PREFILL):
             self.stores.plan(plan, request, end, is_last)
@@ -401,3 +411,12 @@ class Scheduler:
         self.preemption.step_is_through(plan)
         self.policy.served(result.tokens.requests)
         return result
+
+    def abandon(self, failed: SchedulerOutput, later: Sequence[SchedulerOutput]) -> UpdateResult:
+        """A step raised, and its requests are gone. Those of the steps behind it compute again from known tokens."""
+        for plan in (failed, *later):
+            self.preemption.step_is_through(plan)
+            for request in plan.running_requests():
+                self.preemption.recompute(request)
+        self.rows.resend()
+        return self._outcomes.abandon([failed, *later])

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from costs.step_time import StepWork
-from workers.engine.request import Request
+from workers.engine.request import Request, RequestStatus
 from workers.sampling.params import SamplingParams, TokenLogprobs
 
 Ints = npt.NDArray[np.int32]
@@ -145,6 +145,12 @@ class SchedulerOutput:
         self.prompt_targets += prompt_targets
         self.num_known.append(num_known)
 
+    def running_requests(self) -> Iterator[Request]:
+        """The scheduled requests that are neither gone nor preempted since."""
+        for request, generation in zip(self.requests, self.generations, strict=True):
+            if request.num_preemptions == generation and request.status is RequestStatus.RUNNING:
+                yield request
+
     def chunks(self) -> Iterator[Chunk]:
         """The columns as rows; slower than the columns."""
         at = 0
@@ -202,12 +208,20 @@ class ModelRunnerOutput:
 class ModelRunner(Protocol):
     """Carries out plans on one rank; every rank of a worker gets the same ones."""
 
-    def start(self, plan: StepPlan) -> Callable[[], ModelRunnerOutput]:
-        """One step; what is returned waits for its end."""
+    def poll(self, transfer_ids: Sequence[int]) -> Sequence[TransferDone]:
+        """Which of these have ended on every rank. On all ranks at once, in the thread that gets the plans."""
+        ...
+
+    def start(self, plan: StepPlan, ended: Sequence[TransferDone] = ()) -> Callable[[], ModelRunnerOutput]:
+        """One step; what is returned waits for its end. ended: what poll said of plan.polls."""
         ...
 
     def ended_transfers(self) -> Sequence[int]:
         """Transfers whose I/O is over on this rank, and whose end no plan has polled yet."""
+        ...
+
+    def recover(self) -> None:
+        """After a step raised: forget all transfers, once none moves bytes any more. The next plan is full."""
         ...
 
 
@@ -225,6 +239,13 @@ class Executor(Protocol):
 
     def resend(self) -> None:
         """A rank has lost its rows: the next plan is full."""
+        ...
+
+    def recover(self) -> str:
+        """After a step raised: all ranks give up the steps in flight and forget all transfers; the next plan is full.
+
+        Which ranks raised what, where there are several. Raises RankLost when a rank does not come back.
+        """
         ...
 
     def stop(self) -> None:

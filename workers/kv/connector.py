@@ -39,6 +39,7 @@ class KVConnector:
         self._grids = tuple(grids)
         self._store = store
         self._changed = threading.Condition()
+        self._moving: set[int] = set()  # transfers that a thread has, or will have
         self._ended: dict[int, int] = {}  # by transfer: blocks that are whole, counted from the first
         self._finishers: dict[int, Callable[[int], None]] = {}
         self._prepared: dict[int, Future[None]] = {}
@@ -56,7 +57,7 @@ class KVConnector:
         """Pull blocks into the cache."""
         filling = self._memories[transfer.group].fill(transfer)
         self._finishers[transfer.transfer_id] = filling.finish
-        self._loaders.submit(self._run, transfer, lambda: self._store.load(self._keys(transfer), filling.fragments))
+        self._submit(self._loaders, transfer, lambda: self._store.load(self._keys(transfer), filling.fragments))
 
     def start_store(self, transfer: BlockTransfer) -> None:
         """Publish blocks as they are in the cache now."""
@@ -68,7 +69,7 @@ class KVConnector:
                 prepared.result()  # before it ends, its slots are not free for any store, nor for this one
             return self._store_fragments(transfer, gathered())
 
-        (self._write_backs if transfer.is_copied else self._storers).submit(self._run, transfer, store)
+        self._submit(self._write_backs if transfer.is_copied else self._storers, transfer, store)
 
     def wait(self, transfers: Sequence[BlockTransfer], timeout_s: float) -> None:
         """Return when these have ended on this rank, or when the time is over."""
@@ -85,19 +86,38 @@ class KVConnector:
         with self._changed:
             return self._ended.get(transfer_id, PENDING)
 
+    def claim(self, done: TransferDone) -> None:
+        """The transfer has ended on every rank, which is not to be found out again; finish follows with a step."""
+        with self._changed:
+            self._ended.pop(done.transfer_id, None)
+
     def finish(self, done: TransferDone) -> None:
         """The transfer has ended on every rank: brings its blocks into the cache."""
-        with self._changed:
-            del self._ended[done.transfer_id]
+        self.claim(done)
         finisher = self._finishers.pop(done.transfer_id, None)
         if finisher is not None:
             finisher(done.num_blocks)
+
+    def forget(self) -> None:
+        """Give up all transfers; returns when none of them touches the cache any more."""
+        for prepared in self._prepared.values():
+            prepared.exception()  # its slots are freed when their reservations expire
+        self._prepared.clear()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._moving)
+            self._ended.clear()
+        self._finishers.clear()
 
     def close(self) -> None:
         """End the transfers that have begun, and let the threads go."""
         self._loaders.shutdown()
         self._write_backs.shutdown()
         self._storers.shutdown()
+
+    def _submit(self, threads: ThreadPoolExecutor, transfer: BlockTransfer, move: Callable[[], Sequence[bool]]) -> None:
+        with self._changed:
+            self._moving.add(transfer.transfer_id)
+        threads.submit(self._run, transfer, move)
 
     def _run(self, transfer: BlockTransfer, move: Callable[[], Sequence[bool]]) -> None:
         num_blocks = 0
@@ -107,6 +127,7 @@ class KVConnector:
             log.exception("blocks were not moved")
         with self._changed:
             self._ended[transfer.transfer_id] = num_blocks
+            self._moving.discard(transfer.transfer_id)
             self._changed.notify_all()
         self.on_ended()
 

@@ -6,7 +6,7 @@ values go.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -34,6 +34,7 @@ class Stage(Protocol):
     dtype: torch.dtype  # of weights and activations
     device: torch.device
     batch_invariant: bool
+    on_layer: Callable[[], None]  # called when a layer is computed, or launched
 
     @property
     def layers(self) -> Sequence[Layer]:
@@ -63,6 +64,7 @@ class DecoderStage:
         self.layer_range = stage_layers(model.num_hidden_layers, shard.pp, shard.stage)
         self.hidden_size, self.dtype, self.device = model.hidden_size, dtype, arithmetic.groups.device
         self.batch_invariant = arithmetic.batch_invariant
+        self.on_layer: Callable[[], None] = lambda: None
         self._embedding_scale = model.embedding_scale
         self._logit_scale, self._logit_soft_cap = model.logit_scale, model.logit_soft_cap
         self._embedding = self._head = None
@@ -101,6 +103,7 @@ class DecoderStage:
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
             q, residual = layer.before_attention(hidden, residual, batch, kv_cache)
             hidden, residual = layer.after_attention(layer.attention(q, batch, kv_cache), residual)
+            self.on_layer()
         assert residual is not None  # every stage has a layer
         return self.leave(hidden, residual, batch)
 

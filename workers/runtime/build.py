@@ -17,7 +17,8 @@ from workers.engine.scheduler import Scheduler, SchedulerConfig
 from workers.engine.step import Executor
 from workers.model.config import ModelConfig
 from workers.parallel import ParallelGroups
-from workers.runtime.executor import GroupExecutor
+from workers.runtime.coordination.executor import GroupExecutor
+from workers.runtime.coordination.progress import StepProgress
 from workers.runtime.fake_runner import FakeModelRunner
 from workers.runtime.runner import TorchModelRunner, pick_dtype, schedules_async
 
@@ -69,6 +70,7 @@ def make_engine(
             context_tokens,
             writes_back=transfer_cost is not None,
             transfer_cost=transfer_cost or ALWAYS_FETCH,
+            num_stages=config.pp,
             scheduling=config.scheduler,
         ),
         BlockPools(pools, windows),
@@ -79,11 +81,13 @@ def make_engine(
     return Engine(scheduler, executor, model.vocab_size, clock, is_async, runner.grammars)
 
 
-def make_executor(config: EngineConfig, runner: LoadedRunner, groups: ParallelGroups) -> GroupExecutor:
+def make_executor(
+    config: EngineConfig, runner: LoadedRunner, groups: ParallelGroups, progress: StepProgress | None = None
+) -> GroupExecutor:
     """What brings an engine's plans to all ranks."""
     device = runner.cache.device
-    has_own_thread = schedules_async(config, device) and device.type == "cpu"
-    return GroupExecutor(runner, groups, config.num_threads if has_own_thread else None)
+    has_own_thread = (schedules_async(config, device) or config.pp > 1) and device.type == "cpu"
+    return GroupExecutor(runner, groups, config.num_threads if has_own_thread else None, progress)
 
 
 def load_runner(config: EngineConfig, model: ModelConfig, groups: ParallelGroups, device: torch.device) -> LoadedRunner:

@@ -16,7 +16,7 @@ import torch
 from kvstore.store import FragmentStore
 from workers.config import EngineConfig
 from workers.engine.direct_plan import DirectChunk, direct_plan
-from workers.engine.step import Ints, ModelRunnerOutput, StepPlan
+from workers.engine.step import Ints, ModelRunnerOutput, StepPlan, TransferDone
 from workers.errors import ModelError
 from workers.kv.connector import KVConnector
 from workers.kv.paged_cache import CacheLayout, PagedCache
@@ -32,7 +32,7 @@ from workers.runtime.fake_model import (
     token_hash,
 )
 from workers.runtime.rank_state import RankState
-from workers.runtime.runner import finish_ended
+from workers.runtime.step_transfers import finish_ended
 from workers.sampling.params import TokenLogprobs
 
 CACHE_BYTES = 64 << 20  # KV cache of one worker when the config does not say
@@ -70,6 +70,9 @@ class FakeModelRunner:
         """Give the runner its way to the KV tiers; at first it has none, and transfers end with no blocks."""
         self._connector = connector
 
+    def on_progress(self, note: Callable[[], None]) -> None:
+        """As TorchModelRunner.on_progress; a fake step is over before anybody asks."""
+
     def close(self) -> None:
         """Nothing runs beside its steps."""
 
@@ -77,12 +80,20 @@ class FakeModelRunner:
         """As in ModelRunner."""
         return self._connector.ended()
 
+    def poll(self, transfer_ids: Sequence[int]) -> Sequence[TransferDone]:
+        """As in ModelRunner: with one rank a step finds out itself."""
+        return ()
+
+    def recover(self) -> None:
+        """As in ModelRunner."""
+        self._connector.forget()
+
     def warm_up(self) -> None:
         """One small step, as a real runner does; it writes into block 0, which no request owns yet."""
         self.execute(direct_plan([DirectChunk([0], 0, 0, [[0]], 1)]))
 
     # ------------------------------------------------------------------------------------------------------- one step
-    def start(self, plan: StepPlan) -> Callable[[], ModelRunnerOutput]:
+    def start(self, plan: StepPlan, ended: Sequence[TransferDone] = ()) -> Callable[[], ModelRunnerOutput]:
         """As ModelRunner.start; all of the step is done when it returns."""
         output = self.execute(plan)
         return lambda: output

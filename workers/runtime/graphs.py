@@ -179,6 +179,7 @@ class GraphedStage:
         for layer, kv_cache, piece in zip(self._stage.layers, self._kv_caches, pieces, strict=True):
             piece.replay()
             self._attended[:n].copy_(layer.attention(piece.outputs[0][:n], batch, kv_cache))
+            self._stage.on_layer()
         last.replay()
         hidden, residual = last.outputs
         return self._stage.leave(hidden, residual, batch)

@@ -1,6 +1,7 @@
 """One worker without Ray, its ranks as processes of this machine: `python -m workers --spec FILE`.
 
-Prints one JSON line {"worker_id", "address", "pid"} when it serves; SIGTERM ends it.
+Prints one JSON line {"worker_id", "address", "pid", "rank_pids"} when it serves; SIGTERM ends it. When a rank is lost
+it says which one, ends all others at once and exits with code 1.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 from settings.loading import SettingsError, load
 from workers.config import WorkerSpec
-from workers.errors import EngineError
+from workers.errors import EngineError, rank_name
 
 _LAST_WORDS_S = 5.0
 _LOOK_S = 0.05
@@ -40,10 +43,16 @@ def run_rank(spec: WorkerSpec, rank: int, init_method: str, interface: str, repo
         return
     ended = threading.Event()
     threading.Thread(target=_wait_for_parent, args=(report, ended), daemon=True).start()
-    shard.failure.add_done_callback(lambda _: os._exit(1))
+    shard.failure.add_done_callback(lambda failure: _die(report, failure.result()))
     ended.wait()
     shard.stop()
     os._exit(0)  # a follower's thread may still sit in a collective
+
+
+def _die(report: Connection, error: BaseException) -> None:
+    with contextlib.suppress(OSError):
+        report.send(("failed", f"{type(error).__name__}: {error}"))
+    os._exit(1)
 
 
 def _wait_for_parent(report: Connection, ended: threading.Event) -> None:
@@ -76,6 +85,27 @@ def _wait_for_ranks(pipes: list[Connection]) -> str | None:
     return address
 
 
+def _loss(spec: WorkerSpec, processes: Sequence[SpawnProcess], pipes: Sequence[Connection]) -> str:
+    """Why ranks have ended. One that was killed is the cause of what the others say."""
+    said = []
+    for rank, (process, pipe) in enumerate(zip(processes, pipes, strict=True)):
+        if process.exitcode is not None and process.exitcode < 0:
+            killed = signal.Signals(-process.exitcode).name
+            return f"{rank_name(rank, spec.engine.tp, spec.engine.pp)}, pid {process.pid}, was killed by {killed}"
+        with contextlib.suppress(EOFError, OSError):
+            if process.exitcode is not None and pipe.poll():
+                said.append(str(pipe.recv()[1]))
+    return "; ".join(dict.fromkeys(said)) or "a rank died"
+
+
+def _end_at_once(processes: Sequence[SpawnProcess]) -> None:
+    """A stopped process does not see SIGTERM, and routers wait for its sockets to close."""
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join(timeout=10)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--spec", type=Path, required=True, help="JSON or YAML of workers.config.WorkerSpec")
@@ -101,14 +131,17 @@ def main() -> int:
     address = _wait_for_ranks(pipes)
     if address is None:
         return 2
-    print(json.dumps({"worker_id": spec.worker_id, "address": address, "pid": os.getpid()}), flush=True)
+    rank_pids = [process.pid for process in processes]
+    said = {"worker_id": spec.worker_id, "address": address, "pid": os.getpid(), "rank_pids": rank_pids}
+    print(json.dumps(said), flush=True)
     asked: list[int] = []  # not an Event: its lock may be held where a handler interrupts
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: asked.append(number))
     while not asked:
         time.sleep(0.05)
         if not all(process.is_alive() for process in processes):
-            print("switchyard worker: a rank died", file=sys.stderr)
+            print(f"switchyard worker: {_loss(spec, processes, pipes)}", file=sys.stderr)
+            _end_at_once(processes)
             return 1
     for pipe in pipes:
         pipe.close()

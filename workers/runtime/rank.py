@@ -30,7 +30,8 @@ from workers.model.registry import load_config
 from workers.model.tensor_layout import check_split
 from workers.parallel import ParallelGroups, Shard
 from workers.runtime.build import kv_fingerprint, load_runner, make_engine, make_executor
-from workers.runtime.executor import follow
+from workers.runtime.coordination.executor import follow
+from workers.runtime.coordination.watch import RankWatch, WatchLimits
 from workers.runtime.leader import WorkerFacts, WorkerLeader
 from workers.runtime.runner import pick_device, pick_dtype
 
@@ -71,6 +72,9 @@ class Rank:
             torch.cuda.set_device(device)
         self._groups = ParallelGroups.connect(self.shard, device, init_method, interface)
         spec = self.spec
+        limits = WatchLimits(engine.rank_silence_s, engine.rank_stall_s)
+        self._watch = RankWatch(self._groups, limits, self._fail)
+        self._watch.meet(self.spec.listen_host)
         self._served = self._identify()
         self._runner = load_runner(engine, self._model, self._groups, device)
         if self._identify() != self._served:
@@ -116,6 +120,8 @@ class Rank:
 
     def serve(self) -> str:
         """Rank 0: start the engine and its server, register, and return HOST:PORT. Others: follow; returns ""."""
+        self._runner.on_progress(self._watch.progress.note)
+        self._watch.start()
         if self.shard.rank != 0:
             threading.Thread(target=self._follow, name="follow", daemon=True).start()
             return ""
@@ -124,7 +130,7 @@ class Rank:
             self.spec.engine,
             self._model,
             self._runner,
-            make_executor(self.spec.engine, self._runner, self._groups),
+            make_executor(self.spec.engine, self._runner, self._groups, self._watch.progress),
             self._kv_names,
             transfer_cost=self._transfer_cost,
         )
@@ -134,11 +140,12 @@ class Rank:
 
     def _follow(self) -> None:
         try:
-            follow(self._runner, self._groups)
+            follow(self._runner, self._groups, self._watch.progress)
         except BaseException as error:
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
+        error = self._watch.explained(error)
         if not self._stopping.is_set() and not self.failure.done():
             log.error("rank %d of %s failed", self.shard.rank, self.spec.worker_id, exc_info=error)
             self.failure.set_result(error)
@@ -165,6 +172,7 @@ class Rank:
     def stop(self) -> None:
         """Leave the directory, let the other ranks go, close."""
         self._stopping.set()
+        self._watch.stop()
         if self._leader is not None:
             self._leader.stop_engine()
         if self._connector is not None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +19,9 @@ from grammars.compiler import GrammarCompiler
 from kvstore.store import FragmentStore
 from workers.config import EngineConfig
 from workers.engine.direct_plan import DirectChunk, direct_plan
-from workers.engine.step import BlockTransfer, ModelRunnerOutput, StepPlan, TransferDone
+from workers.engine.step import ModelRunnerOutput, StepPlan, TransferDone
 from workers.errors import ModelError
-from workers.kv.connector import PENDING, KVConnector
+from workers.kv.connector import KVConnector
 from workers.kv.paged_cache import CacheLayout, PagedCache
 from workers.model.cache_spec import cache_groups
 from workers.model.config import ModelConfig
@@ -28,8 +30,10 @@ from workers.model.stage import build_stage
 from workers.model.tensor_layout import check_checkpoint
 from workers.parallel import ParallelGroups
 from workers.runtime.batching import NO_PADDING, InputBuffers, PreparedBatch
+from workers.runtime.coordination.relay import TokenRelay
 from workers.runtime.graphs import GraphedStage
 from workers.runtime.host_copy import read_later
+from workers.runtime.step_transfers import STORE_GRACE_S, awaited, ended_of, finish_ended, poll_in_step
 from workers.runtime.token_chooser import TokenChooser
 from workers.sampling import logprobs
 from workers.sampling.params import GREEDY, SamplingParams, TokenLogprobs
@@ -37,9 +41,6 @@ from workers.sampling.params import GREEDY, SamplingParams, TokenLogprobs
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU_CACHE_BYTES = 256 << 20  # KV cache of one worker on a CPU when the config does not say
 CUDA_CACHE_SHARE = 0.95  # of the memory that is free beside weights, activations and graphs
-# How long a step that computes the last tokens of a prompt waits for its blocks to be stored. A tier in memory is
-# through by then, and the first token goes out with this step, not the next; a slow one holds up nobody for longer.
-STORE_GRACE_S = 0.005
 _WARM_UP_TOKENS, _WARM_UP_SEQS = 3, 2
 _CHUNKS_OF_OTHER_TILES = (2, 4, 8, 16, 32, 128)  # attention picks its tile by the longest chunk
 
@@ -62,10 +63,33 @@ def pick_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
 
 
 def schedules_async(config: EngineConfig, device: torch.device) -> bool:
-    """Whether async scheduling is on: as configured, else on CUDA with one pipeline stage."""
-    if config.async_scheduling is not None:
-        return config.async_scheduling
-    return device.type == "cuda" and config.pp == 1
+    """Whether async scheduling is on: as configured, else on CUDA."""
+    return device.type == "cuda" if config.async_scheduling is None else config.async_scheduling
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Chosen:
+    """What a step chose, or will have chosen: these wait for it, and give nothing where it is not known."""
+
+    prepared: PreparedBatch | None
+    token_ids: Callable[[], list[Any]]  # in the batch's order
+    numbers: Callable[[], list[Any]]  # of logprobs.of_rows
+
+    def in_plan_order(self) -> tuple[list[int], list[TokenLogprobs | None]]:
+        """Token ids, and logprobs where a row asks for them."""
+        token_ids = self.token_ids()
+        if self.prepared is None or not token_ids:
+            return [], []
+        order: list[int] = self.prepared.order.tolist()
+        sampled = [0] * len(token_ids)
+        for index, token_id in zip(order, token_ids, strict=True):
+            sampled[index] = token_id
+        if not self.prepared.sampling.has_logprobs.any():
+            return sampled, []
+        return sampled, _in_order(logprobs.read(self.numbers(), self.prepared.sampling), order)
+
+
+_NOTHING = _Chosen(None, list, list)
 
 
 class TorchModelRunner:
@@ -102,6 +126,7 @@ class TorchModelRunner:
         # With async scheduling a plan may leave out the token that a row got last: nobody has read it yet.
         self._keeps_tokens = schedules_async(config, device)
         self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self._relay = TokenRelay(groups, max_num_seqs, self._keeps_tokens) if config.pp > 1 else None
         tokenizer_file = Path(config.model_dir) / "tokenizer.json"
         self.grammars = GrammarCompiler(tokenizer_file, model.vocab_size, model.eos_token_ids)
         self._chooser = TokenChooser(groups, model.vocab_size, max_num_seqs, device, self.grammars)
@@ -135,11 +160,11 @@ class TorchModelRunner:
     def _blocks_of_a_window(self, window: int) -> int:
         """What one request may hold in a group with this window, while its longest chunks are computed. 0: no window.
 
-        With async scheduling a second chunk is planned before the first is through.
+        Further chunks are planned before the first is through: see Engine.step.
         """
         if not window:
             return 0
-        num_chunks = 2 if self._keeps_tokens else 1
+        num_chunks = self._config.pp + self._keeps_tokens
         num_tokens = min(window + num_chunks * self._config.max_num_batched_tokens, self._context_tokens)
         return -(-num_tokens // self._config.block_size) + 2
 
@@ -166,6 +191,10 @@ class TorchModelRunner:
         """Give the rank its way to the KV tiers; at first it has none, and transfers end with no blocks."""
         self._connector = connector
 
+    def on_progress(self, note: Callable[[], None]) -> None:
+        """Call this for every layer from now on."""
+        self._stage.on_layer = note
+
     def close(self) -> None:
         """End what runs beside the steps."""
         self._chooser.close()
@@ -173,6 +202,20 @@ class TorchModelRunner:
     def ended_transfers(self) -> Sequence[int]:
         """As in ModelRunner."""
         return self._connector.ended()
+
+    def poll(self, transfer_ids: Sequence[int]) -> Sequence[TransferDone]:
+        """As in ModelRunner."""
+        counts = self._groups.min_over_ranks([self._connector.poll(transfer_id) for transfer_id in transfer_ids])
+        ended = ended_of(transfer_ids, counts)
+        for done in ended:
+            self._connector.claim(done)
+        return ended
+
+    def recover(self) -> None:
+        """As in ModelRunner."""
+        if self._relay is not None:
+            self._relay.reset()
+        self._connector.forget()
 
     def warm_up(self) -> None:
         """Does the one-time work of the first steps and captures the graphs. On all ranks at once.
@@ -227,57 +270,61 @@ class TorchModelRunner:
         """One step, to its end; transfers go on beside it."""
         return self.start(plan)()
 
-    def start(self, plan: StepPlan) -> Callable[[], ModelRunnerOutput]:
+    def start(self, plan: StepPlan, ended: Sequence[TransferDone] = ()) -> Callable[[], ModelRunnerOutput]:
         """As execute, but on CUDA the forward pass may still run; what is returned waits for its tokens."""
         with torch.inference_mode(), self._on_device():
-            return self._start(plan)
+            return self._start(plan, list(ended))
 
-    def _start(self, plan: StepPlan) -> Callable[[], ModelRunnerOutput]:
+    def _start(self, plan: StepPlan, ended: list[TransferDone]) -> Callable[[], ModelRunnerOutput]:
         self._inputs.apply(plan)
         self._chooser.take_rows(plan.new_rows)
-        ended = poll_transfers(plan.polls, self._connector, self._groups)
+        for done in ended:
+            self._connector.finish(done)
         for load in plan.loads:
             self._connector.start_load(load)
         for store in plan.stores:
             if not store.is_copied:
                 self._connector.prepare(store)
-        tokens: Tensor | None = None
-        numbers: Tensor | None = None
-        prepared: PreparedBatch | None = None
-        order: list[int] = []
-        if plan.num_requests:
-            prepared, logits = self._forward(plan)
-            order = prepared.order.tolist()
-            if logits is not None and order:
-                tokens, numbers = self._choose(logits, prepared)
-            tokens = self._groups.tokens_to_leader(tokens, len(order))
-            numbers = self._groups.numbers_to_leader(numbers, logprobs.shape_of(prepared.sampling))
-            if tokens is not None and prepared.last is not None and self._keeps_tokens:
-                at, rows = prepared.last
-                self._last_tokens.index_copy_(0, rows, tokens if len(at) == len(tokens) else tokens[at])
-        # Before the gathers, which follow on the same stream.
-        read, read_numbers = read_later(tokens), read_later(numbers)
+        chosen = _NOTHING
+        if plan.num_requests:  # its tokens are read before the gathers, which follow on the same stream
+            chosen = self._compute(plan if self._relay is None else self._relay.complete(plan))
         for store in plan.stores:
             self._connector.start_store(store)
         is_alone = self._groups.world_size == 1
-        if plan.ends_prompts and not is_alone and self._device.type == "cpu":
-            self._connector.wait(_awaited(plan), STORE_GRACE_S)
-            ended += poll_transfers([store.transfer_id for store in _awaited(plan)], self._connector, self._groups)
+        if plan.ends_prompts and not is_alone and self._steps_together:
+            self._connector.wait(awaited(plan), STORE_GRACE_S)
+            ended += poll_in_step([store.transfer_id for store in awaited(plan)], self._connector, self._groups)
 
         def wait() -> ModelRunnerOutput:
-            token_ids = read()
-            sampled = [0] * len(token_ids)
-            for index, token_id in zip(order if token_ids else (), token_ids, strict=True):
-                sampled[index] = token_id
-            found: list[TokenLogprobs | None] = []
-            if numbers is not None and prepared is not None:
-                found = _in_order(logprobs.read(read_numbers(), prepared.sampling), order)
+            sampled, found = chosen.in_plan_order()
             if is_alone:
                 with torch.inference_mode(), self._on_device():
                     ended.extend(finish_ended(plan, self._connector))
             return ModelRunnerOutput(sampled, found, ended)
 
         return wait
+
+    @property
+    def _steps_together(self) -> bool:
+        """Whether all ranks carry out the same step at the same time, and the leader's engine waits for it."""
+        return self._device.type == "cpu" and self._config.pp == 1 and not self._keeps_tokens
+
+    def _compute(self, plan: StepPlan) -> _Chosen:
+        """The forward pass and the choice of tokens; where they go is up to the stage."""
+        tokens: Tensor | None = None
+        numbers: Tensor | None = None
+        prepared, logits = self._forward(plan)
+        if logits is not None and len(prepared.order):
+            tokens, numbers = self._choose(logits, prepared)
+            if prepared.last is not None and self._keeps_tokens:
+                at, rows = prepared.last
+                self._last_tokens.index_copy_(0, rows, tokens if len(at) == len(tokens) else tokens[at])
+        read, read_numbers = read_later(tokens), read_later(numbers)
+        if self._relay is not None and len(prepared.order):
+            if self._stage.is_last:
+                self._relay.send(read, read_numbers, numbers is not None)
+            read, read_numbers = self._relay.receive(prepared.rows, logprobs.shape_of(prepared.sampling))
+        return _Chosen(prepared, read, read_numbers)
 
     def _forward(self, plan: StepPlan) -> tuple[PreparedBatch, Tensor | None]:
         """The batch, and on the last stage the logits of its wanted rows."""
@@ -294,14 +341,21 @@ class TorchModelRunner:
         if not self._stage.is_first:
             shape = (2, len(batch.token_ids), self._stage.hidden_size)
             received = self._groups.recv_from_previous_stage(shape, self._dtype)
-        if graphs is not None and padding is not None:
-            out = graphs.run(prepared, received)
-        else:
-            out = self._stage.forward(batch, self._layer_caches, received)
+        graphs = None if padding is None else graphs
+        out = self._run_stage(plan, prepared, received, graphs)
         if not self._stage.is_last:
-            self._groups.send_to_next_stage(out)
+            # A graph's results lie where the next replay writes its own, which does not wait for the next stage.
+            self._groups.send_to_next_stage(out if graphs is None else out.clone())
             return prepared, None
         return prepared, out[: len(prepared.positions)]
+
+    def _run_stage(
+        self, plan: StepPlan, prepared: PreparedBatch, received: Tensor | None, graphs: GraphedStage | None
+    ) -> Tensor:
+        """As Stage.forward."""
+        if graphs is not None:
+            return graphs.run(prepared, received)
+        return self._stage.forward(prepared.batch, self._layer_caches, received)
 
     def _choose(self, logits: Tensor, prepared: PreparedBatch) -> tuple[Tensor, Tensor | None]:
         return self._chooser.choose(logits, prepared)
@@ -311,30 +365,3 @@ def _in_order(found: Sequence[TokenLogprobs | None], order: Sequence[int]) -> li
     """From the batch's order to the plan's."""
     by_index = dict(zip(order, found, strict=True))
     return [by_index[index] for index in range(len(order))]
-
-
-def poll_transfers(transfer_ids: Sequence[int], connector: KVConnector, groups: ParallelGroups) -> list[TransferDone]:
-    """Those that have ended on every rank; their blocks are in the cache then. On all ranks at once."""
-    counts = groups.min_over_ranks([connector.poll(transfer_id) for transfer_id in transfer_ids])
-    ended = [
-        TransferDone(transfer_id, count)
-        for transfer_id, count in zip(transfer_ids, counts, strict=True)
-        if count != PENDING
-    ]
-    for done in ended:
-        connector.finish(done)
-    return ended
-
-
-def _awaited(plan: StepPlan) -> list[BlockTransfer]:
-    return [store for store in plan.stores if not store.is_copied]
-
-
-def finish_ended(plan: StepPlan, connector: KVConnector) -> list[TransferDone]:
-    """The same for a worker of one rank, after a step: all that have ended, and that could be soon."""
-    if plan.ends_prompts:
-        connector.wait(_awaited(plan), STORE_GRACE_S)
-    ended = [TransferDone(transfer_id, connector.poll(transfer_id)) for transfer_id in connector.ended()]
-    for done in ended:
-        connector.finish(done)
-    return ended

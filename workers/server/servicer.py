@@ -46,6 +46,7 @@ _OUTCOMES = {
     FinishReason.CANCELLED: pb.REQUEST_OUTCOME_CANCELLED,
     FinishReason.PREFILLED: pb.REQUEST_OUTCOME_PREFILLED,
     FinishReason.FAILED: pb.REQUEST_OUTCOME_FAILED,
+    FinishReason.STEP_FAILED: pb.REQUEST_OUTCOME_STEP_FAILED,
     FinishReason.NO_CHOICE: pb.REQUEST_OUTCOME_FAILED,
 }
 _ERRORS = {
@@ -344,7 +345,7 @@ class WorkerServicer(RegistrationServicer):
             stream_id=stream_id,
             epoch=end.epoch,
             outcome=_OUTCOMES[end.reason],
-            error=_ERRORS.get(end.reason, ""),
+            error=_ERRORS.get(end.reason, end.error),
             is_invalid_request=end.reason is FinishReason.NO_CHOICE,
             num_cached_prompt_tokens=end.num_cached_prompt_tokens,
             num_computed_prompt_tokens=end.num_computed_prompt_tokens,

@@ -57,6 +57,10 @@ class Transfers:
     def __bool__(self) -> bool:
         return bool(self._of_part)
 
+    def part_ids(self) -> list[int]:
+        """Of all transfers."""
+        return list(self._of_part)
+
     def start(
         self,
         kind: TransferKind,

@@ -33,6 +33,7 @@ class RequestOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REQUEST_OUTCOME_CANCELLED: _ClassVar[RequestOutcome]
     REQUEST_OUTCOME_PREFILLED: _ClassVar[RequestOutcome]
     REQUEST_OUTCOME_FAILED: _ClassVar[RequestOutcome]
+    REQUEST_OUTCOME_STEP_FAILED: _ClassVar[RequestOutcome]
 
 class WorkerPhase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -55,6 +56,7 @@ REQUEST_OUTCOME_LENGTH: RequestOutcome
 REQUEST_OUTCOME_CANCELLED: RequestOutcome
 REQUEST_OUTCOME_PREFILLED: RequestOutcome
 REQUEST_OUTCOME_FAILED: RequestOutcome
+REQUEST_OUTCOME_STEP_FAILED: RequestOutcome
 WORKER_PHASE_UNSPECIFIED: WorkerPhase
 WORKER_PHASE_READY: WorkerPhase
 WORKER_PHASE_DRAINING: WorkerPhase
