@@ -6,6 +6,7 @@ Plain data. Knows neither protobuf nor JSON.
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass, field
 
 from router.sampling import SamplingParams
@@ -58,6 +59,28 @@ class RequestStats:
     prefill_worker_id: str = ""
     decode_worker_id: str = ""
     num_replacements: int = 0
+
+
+class Pooling(enum.Enum):
+    """Which hidden states an embedding is made of."""
+
+    LAST = "last"  # that of the prompt's last token
+    MEAN = "mean"  # the mean of all
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """A prompt as one vector."""
+
+    values: tuple[float, ...]  # [hidden_size], as the model gives it
+    num_prompt_tokens: int
+    num_cached_prompt_tokens: int
+    worker_id: str
+
+    def normalized(self) -> tuple[float, ...]:
+        """Of length 1."""
+        length = math.sqrt(math.fsum(value * value for value in self.values)) or 1.0
+        return tuple(value / length for value in self.values)
 
 
 @dataclass(frozen=True, slots=True)

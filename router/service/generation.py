@@ -28,10 +28,12 @@ from router.errors import (
     stopping,
 )
 from router.events import (
+    Embedding,
     Event,
     Finished,
     FinishReason,
     GenerationRequest,
+    Pooling,
     PromptTokens,
     RequestStats,
     ResumeRequest,
@@ -53,6 +55,7 @@ from router.service.checks import (
 )
 from router.service.defaults import end_token_ids
 from router.service.dispatch import Dispatcher
+from router.service.embedding import embed
 from router.service.journal import JournalWriter, StreamLog
 from router.service.live_stream import LiveStream
 from router.service.preparation import Preparation, PreparationContext
@@ -244,6 +247,16 @@ class Generation:
             live.close()
             self._live.discard(live)
             account.stats = live.stats()
+
+    async def embed(self, request: GenerationRequest, pooling: Pooling) -> Embedding:
+        """The embedding of a prompt, as the model gives it. Raises RouterError."""
+        with self._accounted() as account, self._admitted(self.preparation.check(request)):
+            await self._know_weights()
+            order = await self.preparation.order(request, self._served.now.weights)
+            account.num_prompt_tokens = len(order.token_ids)
+            embedding = await embed(self._dispatcher, order, pooling)
+            account.outcome = FinishReason.STOP.value
+            return embedding
 
     def end_streams(self) -> None:
         """The router stops and waits no longer: what runs fails as Stopping; another router can go on with it."""

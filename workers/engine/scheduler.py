@@ -28,7 +28,7 @@ from workers.engine.policies.choice import make_policy
 from workers.engine.policies.prefill_budget import PrefillBudget, StepBudget
 from workers.engine.preemption import Preemption
 from workers.engine.queues import RequestQueues
-from workers.engine.request import Request, RequestRole, RequestStatus
+from workers.engine.request import Pooling, Request, RequestRole, RequestStatus
 from workers.engine.rows import BatchRows
 from workers.engine.step import ModelRunnerOutput, RowState, SchedulerOutput
 
@@ -36,7 +36,7 @@ from workers.engine.step import ModelRunnerOutput, RowState, SchedulerOutput
 # has to pull after the last chunk is then a few blocks, and all else has travelled while the prompt was computed.
 LAST_CHUNK_TOKENS = 64
 MIN_CHUNKS_FOR_A_SHORT_LAST_ONE = 16
-MAX_PROMPT_LOGITS = 128  # rows of logits that a step computes for one request's prompt logprobs
+MAX_WANTED_ROWS = 128  # of one request's prompt in a step, where something is reported of each
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class Scheduler:
         self.requests[request.request_id] = request
         request.stop_ids = s.stop_token_ids if s.ignore_eos else s.stop_token_ids | self._eos
         request.max_num_tokens = min(request.num_prompt_tokens + s.max_tokens, self.max_context_tokens)
-        if request.role is RequestRole.PREFILL:
+        if request.role in (RequestRole.PREFILL, RequestRole.EMBED):
             request.max_num_tokens = request.num_given_tokens + 1
         self._names.extend(request)
         self.waiting.add(request)
@@ -117,7 +117,7 @@ class Scheduler:
 
         Decode requests are watched over as long as they wait; see pending_pulls.
         """
-        if request.wants_prompt_logprobs:
+        if request.wants_all_rows:
             return False
         num_hit = self.pool.num_matched(request.block_names)
         return request.role is not RequestRole.DECODE and num_hit < len(request.block_names)
@@ -290,7 +290,8 @@ class Scheduler:
             plan.token_ids += known[start : start + num_known]
         plan.token_ids += drafts
         targets = known[start + 1 : start + count + 1] if request.wants_prompt_logprobs else ()
-        plan.append(request, start, end - start, num_known + len(drafts), len(targets) + is_last + len(drafts), targets)
+        num_logits = count if request.pooling is Pooling.MEAN else len(targets) + is_last + len(drafts)
+        plan.append(request, start, end - start, num_known + len(drafts), num_logits, targets)
         request.num_computed_tokens = end
         if end > request.num_kv_tokens:
             request.num_kv_tokens = end
@@ -305,8 +306,8 @@ class Scheduler:
     def _chunk_tokens(self, request: Request, computed: int, left: int, budget: int) -> int:
         """How many tokens of a request to compute next."""
         count = min(left, budget)
-        if request.wants_prompt_logprobs:
-            return min(count, MAX_PROMPT_LOGITS)
+        if request.wants_all_rows:
+            return min(count, MAX_WANTED_ROWS)
         num_tokens = request.num_tokens
         if request.role is RequestRole.PREFILL and num_tokens >= MIN_CHUNKS_FOR_A_SHORT_LAST_ONE * LAST_CHUNK_TOKENS:
             # On a block's border, so that everything before the last chunk is published before it.
@@ -328,7 +329,7 @@ class Scheduler:
         """Give a waiting request its first blocks; False when there are too few."""
         pool, size = self.pool, self.pool.block_size
         num_hit = num_elsewhere = 0
-        if not request.wants_prompt_logprobs:
+        if not request.wants_all_rows:
             num_hit = pool.num_matched(request.block_names[: request.num_tokens // size])
             num_elsewhere = self._pulls.num_awaited(request) - num_hit
         request.num_ready_blocks = num_hit
