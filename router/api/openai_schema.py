@@ -180,11 +180,17 @@ class CompletionRequest(_Request):
 class ChatRequest(_Request):
     """POST /v1/chat/completions."""
 
-    messages: Any  # see openai_messages
+    messages: Any  # see router.api.chat.messages
     max_completion_tokens: Integer | None = None
     logprobs: bool | None = None
     top_logprobs: Integer | None = None
+    tools: Any = None  # these, and the choice among them: see router.api.chat.tools
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    functions: Any = None
+    function_call: Any = None
     chat_template_kwargs: dict[str, Any] | None = None  # an extension
+    include_reasoning: bool | None = None  # an extension
 
     @property
     def limit(self) -> int | None:

@@ -13,8 +13,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from router.api.chat.messages import checked_messages
 from router.api.http_body import read_json
-from router.api.openai_messages import checked_messages
 from router.api.openai_schema import Integer, template_options, validated
 from router.errors import InvalidRequest
 from router.service.generation import Generation
@@ -76,7 +76,7 @@ class TokenizeApi:
         if body.prompt is not None:
             return body.prompt, False, "prompt"
         options = {"add_generation_prompt": body.add_generation_prompt, **template_options(body.chat_template_kwargs)}
-        return self._generation.render_chat(checked_messages(body.messages), options), True, "messages"
+        return self._generation.chat.prompt(checked_messages(body.messages), options).text, True, "messages"
 
     async def detokenize(self, request: Request) -> Response:
         """The text of ids, special tokens as they are spelled."""

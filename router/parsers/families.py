@@ -6,8 +6,9 @@ the markers. Pure.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from router.parsers.deltas import AnswerParser, CallId, DeltaBuffer, ParserOptions
 from router.parsers.harmony import HARMONY_MARKERS, HarmonyGrammar
@@ -21,6 +22,9 @@ from router.parsers.named_calls import (
 )
 from router.parsers.reader import Grammar, GrammarReader, PlainGrammar, ThinkGrammar
 
+_FENCE = "```json"
+_SHORT_ID = 9  # letters and digits, as Mistral's templates require
+_LONG_ID = 24
 _THINK = ("<think>", "</think>")
 
 
@@ -40,11 +44,22 @@ class Family:
 
     calls: CallFormat | None = None
     reasoning: tuple[str, str] | None = None  # the markers around it
+    has_bare_calls: bool = False  # of a family with an older form: the name stands right before the arguments
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """All of them. None begins with another one."""
+        return (*(self.calls.markers if self.calls is not None else ()), *(self.reasoning or ()))
 
     @property
     def is_plain(self) -> bool:
         """Whether all of an answer is content."""
         return self.calls is None and self.reasoning is None
+
+    def after(self, prompt: str) -> Family:
+        """How an answer to this prompt is written: without reasoning where the prompt has closed it."""
+        is_closed = self.reasoning is not None and prompt.rstrip().endswith(self.reasoning[1])
+        return replace(self, reasoning=None) if is_closed else self
 
     def starts_in_reasoning(self, prompt: str) -> bool:
         """Whether a prompt ends inside of reasoning."""
@@ -63,7 +78,9 @@ def family_of(template: str) -> Family:
     calls = _calls_of(template)
     if calls is HARMONY:  # a channel is its reasoning
         return Family(calls)
-    return Family(calls, next((pair for pair in (MISTRAL_THINK, _THINK) if pair[1] in template), None))
+    reasoning = next((pair for pair in (MISTRAL_THINK, _THINK) if pair[1] in template), None)
+    is_bare = (calls is MISTRAL and MISTRAL_MARKERS[2] in template) or (calls is DEEPSEEK and _FENCE not in template)
+    return Family(calls, reasoning, is_bare)
 
 
 def _calls_of(template: str) -> CallFormat | None:
@@ -91,13 +108,12 @@ class AnswerFormat:
     @property
     def markers(self) -> tuple[str, ...]:
         """What the parser needs to see, also where these are special tokens. None begins with another one."""
-        calls = self.family.calls if self._reads_calls else None
-        return (*(calls.markers if calls is not None else ()), *(self.family.reasoning or ()))
+        return self.family.markers if self._reads_calls else self.family.reasoning or ()
 
-    def parser(self, call_id: CallId, special_markers: Collection[str]) -> AnswerParser:
+    def parser(self, stream_id: str, special_markers: Collection[str]) -> AnswerParser:
         """A fresh one. special_markers: those markers that are special tokens of the vocabulary."""
         options = ParserOptions(
-            call_id, self.names, frozenset(special_markers), self.is_parallel, self.starts_in_reasoning
+            self._call_id(stream_id), self.names, frozenset(special_markers), self.is_parallel, self.starts_in_reasoning
         )
         out = DeltaBuffer(options)
         calls = self.family.calls if self._reads_calls else None
@@ -105,6 +121,17 @@ class AnswerFormat:
         if self.family.reasoning is not None:
             grammar = ThinkGrammar(self.family.reasoning, grammar, out)
         return GrammarReader(grammar, self.markers, out)
+
+    def _call_id(self, stream_id: str) -> CallId:
+        """Ids that a resumed stream repeats, and that the family's templates accept."""
+        calls = self.family.calls
+        length = _SHORT_ID if calls is not None and calls.has_short_ids else _LONG_ID
+
+        def call_id(index: int) -> str:
+            digest = hashlib.sha256(f"{stream_id}/{index}".encode()).hexdigest()[:length]
+            return digest if length == _SHORT_ID else f"call_{digest}"
+
+        return call_id
 
     @property
     def _reads_calls(self) -> bool:

@@ -50,7 +50,6 @@ def folded(deltas: Iterable[Delta]) -> Parsed:
             reasoning += delta.text
         elif isinstance(delta, CallStart):
             assert delta.index == len(calls)
-            assert delta.call_id == f"call-{delta.index}"
             calls.append((delta.name, ""))
         else:
             assert isinstance(delta, CallArguments)
@@ -77,7 +76,7 @@ def merged(deltas: Iterable[Delta]) -> list[Delta]:
 
 def pieces_of(answer_format: AnswerFormat, pieces: Sequence[str], hidden: Sequence[str] = ()) -> list[list[Delta]]:
     """What each piece gave, and the end."""
-    parser = answer_format.parser("call-{}".format, hidden)
+    parser = answer_format.parser("stream", hidden)
     return [*(list(parser.push(piece)) for piece in pieces), list(parser.finish())]
 
 
@@ -280,10 +279,11 @@ def test_one_call_is_enough_where_calls_are_not_parallel() -> None:
         assert "more" not in whole[0]
 
 
+ALL_MARKERS = dict.fromkeys(itertools.chain(*(family.markers for family in FAMILIES.values())))
 WORDS = st.sampled_from(
     [
-        *itertools.chain(*(family.calls.markers for family in FAMILIES.values() if family.calls is not None)),
-        *THINK, "[THINK]", "[/THINK]", '{"name": "f"', '"f"', "f", "{", "}", "[", "]", ",", ":", '"', "\\", " ", "\n",
+        *ALL_MARKERS, '{"name": "f"', '"f"', "f", "{", "}", "[", "]", ",",
+        ":", '"', "\\", " ", "\n",
         ";", '"name"', '"arguments"', '"parameters"', '{"a": 1}', "analysis", "final", " to=functions.f", "assistant",
         "function", "\n```json\n", "```", "text", "<", "é", "1", ', "arguments": {"x": "', '"}}',
     ]
@@ -336,7 +336,7 @@ def test_families_are_told_from_the_template() -> None:
     assert family_of(chat_templates.LLAMA31) == Family(LLAMA)
     assert family_of(chat_templates.MISTRAL) == Family(MISTRAL)
     assert family_of("<|channel|>final<|message|>") == Family(HARMONY)
-    assert family_of(D_CALL + "</think>") == Family(DEEPSEEK, THINK)
+    assert family_of(D_CALL + "</think>") == Family(DEEPSEEK, THINK, has_bare_calls=True)
     assert family_of("<tool_call><function=") == Family()
     assert all(family_of(chat_templates.ALL[name]).is_plain for name in ("plain", "parts", "trained"))
     for family in FAMILIES.values():
@@ -344,4 +344,7 @@ def test_families_are_told_from_the_template() -> None:
             assert not one.startswith(other)
     assert FAMILIES["think"].starts_in_reasoning("<|im_start|>assistant\n<think>\n")
     assert not FAMILIES["think"].starts_in_reasoning("<think>\n\n</think>\n\n")
+    closed = FAMILIES["hermes_think"].after("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert closed == FAMILIES["hermes"]
+    assert FAMILIES["hermes_think"].after("</think>Hello<|im_start|>assistant\n") == FAMILIES["hermes_think"]
     assert not FAMILIES["llama"].starts_in_reasoning("<think>\n")
