@@ -1,4 +1,4 @@
-"""The HTTP API: OpenAI's completions and chat, tokens, metrics, health. Maps errors to statuses, once, here.
+"""The HTTP API: OpenAI's completions, chat and responses, tokens, metrics, health. Maps errors to statuses, once, here.
 
 Knows HTTP; knows nothing of how a request is served.
 """
@@ -35,6 +35,7 @@ from router.api.openai_answer import LAST_EVENT_ID, AnswerStyle, OpenAiAnswer, e
 from router.api.openai_schema import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, Prompt, parse
 from router.api.renaming import refusing
 from router.api.request_ids import RequestIds
+from router.api.responses.endpoint import ResponsesApi
 from router.api.tenancy import tenant_salt
 from router.api.tokenize_api import TokenizeApi
 from router.errors import InvalidRequest, PortInUse, RouterError, UnknownRoute, is_counted, stopping
@@ -154,6 +155,7 @@ def make_app(parts: HttpParts) -> ASGIApp:
         routes=[
             Route("/v1/completions", endpoints.completions, methods=["POST"]),
             Route("/v1/chat/completions", endpoints.chat_completions, methods=["POST"]),
+            *ResponsesApi(parts.generation, parts.max_body_bytes).routes(),
             *TokenizeApi(parts.generation, parts.max_body_bytes).routes(),
             Route("/v1/models", endpoints.models),
             Route("/v1/models/{name:path}", endpoints.model),

@@ -20,6 +20,7 @@ class Api(Enum):
     BOTH = "both"
     COMPLETIONS = "completions"
     CHAT = "chat"
+    RESPONSES = "responses"  # see router.api.responses.options
 
 
 class Use(Enum):
@@ -97,6 +98,7 @@ _SERVED: tuple[tuple[str, Api, str], ...] = (
     ("parallel_tool_calls", _M, "false: the answer ends after its first call"),
     ("functions", _M, "deprecated: as tools; the answer has one function_call"),
     ("function_call", _M, "deprecated: none, auto, or a function by name"),
+    ("reasoning_effort", _M, "given to the chat template; none is its enable_thinking=false, too"),
     ("include_reasoning", _M, "false leaves out reasoning_content and reasoning, where the model reasons"),
     ("chat_template_kwargs", _M, "given to the chat template"),
     ("return_token_ids", _B, "each choice has its token_ids"),
@@ -121,7 +123,6 @@ _REFUSED: tuple[tuple[str, Api, str, tuple[str, ...]], ...] = (
     ("modalities", _M, _TEXT_ONLY, ('["text"]',)),
     ("audio", _M, _TEXT_ONLY, ()),
     ("prediction", _M, "the answer would be the same, but its price would not be counted", ()),
-    ("reasoning_effort", _M, "a template's option goes into chat_template_kwargs", ()),
     ("verbosity", _M, "a template's option goes into chat_template_kwargs", ('"medium"',)),
     ("web_search_options", _M, "there is no search", ()),
     ("moderation", _M, "nothing is moderated", ()),

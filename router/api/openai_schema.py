@@ -190,6 +190,7 @@ class ChatRequest(_Request):
     functions: Any = None
     function_call: Any = None
     chat_template_kwargs: dict[str, Any] | None = None  # an extension
+    reasoning_effort: str | None = None
     include_reasoning: bool | None = None  # an extension
 
     @property
@@ -209,7 +210,7 @@ class ChatRequest(_Request):
 
     def template_options(self) -> Mapping[str, object]:
         """What the chat template is given besides the messages. Raises InvalidRequest."""
-        return template_options(self.chat_template_kwargs)
+        return template_options(self.chat_template_kwargs, self.reasoning_effort)
 
 
 _AS_THEY_ARE = (
@@ -225,11 +226,14 @@ def _bias_by_id(bias: Mapping[str, float]) -> Mapping[int, float]:
     return {int(key): value for key, value in bias.items()}
 
 
-def template_options(given: dict[str, Any] | None) -> Mapping[str, object]:
-    """chat_template_kwargs. Raises InvalidRequest."""
+def template_options(given: dict[str, Any] | None, reasoning_effort: str | None = None) -> Mapping[str, object]:
+    """chat_template_kwargs, and an effort under the names that templates look at. Raises InvalidRequest."""
     if given and "messages" in given:
         raise _invalid("chat_template_kwargs", "must not have messages: they are a field of the request")
-    return given or {}
+    options: dict[str, object] = {} if reasoning_effort is None else {"reasoning_effort": reasoning_effort}
+    if reasoning_effort == "none":
+        options["enable_thinking"] = False
+    return options | (given or {})
 
 
 _M = TypeVar("_M", bound=BaseModel)
@@ -266,11 +270,12 @@ def _without_neutral(content: dict[str, Any], kind: type[_Request]) -> dict[str,
         if option is None or option.api is other:
             left[name] = value
         elif not option.asks_for_nothing(value):
-            raise _invalid(name, f"{_shortened(json.dumps(value))} is not supported here: {option.note}")
+            raise _invalid(name, f"{shortened(json.dumps(value))} is not supported here: {option.note}")
     return left
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
+    """As much of a refused value as is shown."""
     return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."
 
 

@@ -1,12 +1,14 @@
-"""The tools of an OpenAI chat, and which of them an answer may call.
+"""The tools of an OpenAI request, and which of them an answer may call.
 
-OpenAI's deprecated functions are tools here. Every refusal names the field. Knows nothing of templates or parsers.
+Chats have a function in a field of the tool, the Responses API has its fields right in the tool. OpenAI's deprecated
+functions are tools here. Every refusal names the field. Knows nothing of templates or parsers.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,11 @@ from router.sampling import invalid
 from router.service.chat import Calls
 
 Json = dict[str, Any]
+
+IN_FUNCTION = "function"
+"""Where a chat's tool has its name: in this field."""
+FLAT = ""
+"""Where a tool of the Responses API has it."""
 
 MAX_TOOLS = 128
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
@@ -47,17 +54,21 @@ def chat_tools(request: ChatRequest) -> ToolUse:
         raise invalid("functions", "cannot be given together with tools")
     if is_deprecated:
         tools = _functions(functions)
-        chosen = _chosen(tools, _as_tool_choice(choice), "function_call")
+        as_choice = {"type": "function", **choice} if isinstance(choice, dict) else choice
+        if as_choice == "required":
+            raise invalid("function_call", "must be none, auto or an object with a name")
+        chosen = chosen_tools(tools, as_choice, "function_call", FLAT)
     else:
         if choice not in (None, "none", "auto"):
             raise invalid("function_call", "needs functions")
-        tools = _tools(request.tools)
-        chosen = _chosen(tools, request.tool_choice, "tool_choice")
+        tools = checked_tools(request.tools, IN_FUNCTION)
+        chosen = chosen_tools(tools, request.tool_choice, "tool_choice", IN_FUNCTION)
     is_parallel = request.parallel_tool_calls is not False and not is_deprecated
     return ToolUse(chosen.tools, chosen.is_required, is_parallel, is_deprecated)
 
 
-def _tools(value: object) -> tuple[Function, ...]:
+def checked_tools(value: object, place: str) -> tuple[Function, ...]:
+    """Raises InvalidRequest. place: IN_FUNCTION or FLAT."""
     tools = []
     for index, tool in enumerate(_list(value, "tools")):
         path = f"tools.{index}"
@@ -65,18 +76,16 @@ def _tools(value: object) -> tuple[Function, ...]:
         kind = tool.get("type")
         if kind != "function":
             raise invalid(f"{path}.type", f"{kind!r} is not supported here; 'function' is")
-        if "function" not in tool:
-            raise invalid(f"{path}.function", "is missing")
-        tools.append(checked_tool(tool["function"], f"{path}.function"))
-    return checked_together(tools, lambda index: f"tools.{index}.function.name")
+        tools.append(_checked_tool(*_placed(tool, path, place)))
+    return _checked_together(tools, lambda index: f"{_placed_path(f'tools.{index}', place)}.name")
 
 
 def _functions(value: object) -> tuple[Function, ...]:
-    tools = [checked_tool(function, f"functions.{index}") for index, function in enumerate(_list(value, "functions"))]
-    return checked_together(tools, lambda index: f"functions.{index}.name")
+    tools = [_checked_tool(function, f"functions.{index}") for index, function in enumerate(_list(value, "functions"))]
+    return _checked_together(tools, lambda index: f"functions.{index}.name")
 
 
-def checked_together(tools: list[Function], path_of: Any) -> tuple[Function, ...]:
+def _checked_together(tools: list[Function], path_of: Callable[[int], str]) -> tuple[Function, ...]:
     """The tools. Raises InvalidRequest for too many, or two with one name. path_of: a tool's name's, by its index."""
     if len(tools) > MAX_TOOLS:
         raise invalid(path_of(MAX_TOOLS).partition(".")[0], f"at most {MAX_TOOLS}, not {len(tools)}")
@@ -88,7 +97,7 @@ def checked_together(tools: list[Function], path_of: Any) -> tuple[Function, ...
     return tuple(tools)
 
 
-def checked_tool(function: object, path: str) -> Function:
+def _checked_tool(function: object, path: str) -> Function:
     """One function. Raises InvalidRequest naming the field below path."""
     function = _object(function, path)
     name = _name(function, path)
@@ -119,17 +128,8 @@ def _check_schema(schema: object, path: str) -> None:
         raise invalid(f"{path}.required", "must be a list of texts")
 
 
-def _as_tool_choice(choice: object) -> object:
-    """A function_call in the form of a tool_choice."""
-    if isinstance(choice, dict):
-        return {"type": "function", "function": choice}
-    if choice not in (None, "none", "auto"):
-        raise invalid("function_call", "must be none, auto or an object with a name")
-    return choice
-
-
-def _chosen(tools: tuple[Function, ...], choice: object, param: str) -> ToolUse:
-    """Which of the tools, and whether one must be called."""
+def chosen_tools(tools: tuple[Function, ...], choice: object, param: str, place: str) -> ToolUse:
+    """Which of the tools, and whether one must be called. Raises InvalidRequest. place: IN_FUNCTION or FLAT."""
     if choice == "none":
         return ToolUse()
     if choice is None or choice == "auto":
@@ -141,14 +141,15 @@ def _chosen(tools: tuple[Function, ...], choice: object, param: str) -> ToolUse:
     if not isinstance(choice, dict):
         raise invalid(param, "must be none, auto, required or an object")
     if choice.get("type") == "allowed_tools":
-        return _allowed(tools, choice.get("allowed_tools"), f"{param}.allowed_tools")
+        is_flat = place == FLAT
+        allowed = choice if is_flat else choice.get("allowed_tools")
+        return _allowed(tools, allowed, param if is_flat else f"{param}.allowed_tools", place)
     if choice.get("type") != "function":
         raise invalid(f"{param}.type", f"{choice.get('type')!r} is not supported here; function and allowed_tools are")
-    path = param if param == "function_call" else f"{param}.function"
-    return ToolUse((_named(tools, choice.get("function"), path),), is_required=True)
+    return ToolUse((_named(tools, *_placed(choice, param, place)),), is_required=True)
 
 
-def _allowed(tools: tuple[Function, ...], allowed: object, path: str) -> ToolUse:
+def _allowed(tools: tuple[Function, ...], allowed: object, path: str, place: str) -> ToolUse:
     allowed = _object(allowed, path)
     mode = allowed.get("mode")
     if mode not in ("auto", "required"):
@@ -159,7 +160,7 @@ def _allowed(tools: tuple[Function, ...], allowed: object, path: str) -> ToolUse
         entry = _object(entry, at)
         if entry.get("type") != "function":
             raise invalid(f"{at}.type", f"{entry.get('type')!r} is not supported here; function is")
-        chosen.append(_named(tools, entry.get("function"), f"{at}.function"))
+        chosen.append(_named(tools, *_placed(entry, at, place)))
     if not chosen:
         raise invalid(f"{path}.tools", "must have at least one tool")
     names = {tool.name for tool in chosen}
@@ -172,6 +173,19 @@ def _named(tools: tuple[Function, ...], function: object, path: str) -> Function
         if tool.name == name:
             return tool
     raise invalid(f"{path}.name", f"{name!r} is not among the tools")
+
+
+def _placed(tool: Json, path: str, place: str) -> tuple[object, str]:
+    """The fields of a tool's function, and where they are."""
+    if not place:
+        return tool, path
+    if place not in tool:
+        raise invalid(f"{path}.{place}", "is missing")
+    return tool[place], f"{path}.{place}"
+
+
+def _placed_path(path: str, place: str) -> str:
+    return f"{path}.{place}" if place else path
 
 
 def _name(fields: Json, path: str) -> str:
