@@ -98,7 +98,11 @@ _SERVED: tuple[tuple[str, Api, str], ...] = (
     ("parallel_tool_calls", _M, "false: the answer ends after its first call"),
     ("functions", _M, "deprecated: as tools; the answer has one function_call"),
     ("function_call", _M, "deprecated: none, auto, or a function by name"),
-    ("reasoning_effort", _M, "given to the chat template; none is its enable_thinking=false, too"),
+    (
+        "reasoning_effort",
+        _M,
+        "where the chat template looks at reasoning_effort, or at enable_thinking: off with none, else on",
+    ),
     ("include_reasoning", _M, "false leaves out reasoning_content and reasoning, where the model reasons"),
     ("chat_template_kwargs", _M, "given to the chat template"),
     ("return_token_ids", _B, "each choice has its token_ids"),

@@ -210,7 +210,7 @@ class ChatRequest(_Request):
 
     def template_options(self) -> Mapping[str, object]:
         """What the chat template is given besides the messages. Raises InvalidRequest."""
-        return template_options(self.chat_template_kwargs, self.reasoning_effort)
+        return template_options(self.chat_template_kwargs)
 
 
 _AS_THEY_ARE = (
@@ -226,14 +226,11 @@ def _bias_by_id(bias: Mapping[str, float]) -> Mapping[int, float]:
     return {int(key): value for key, value in bias.items()}
 
 
-def template_options(given: dict[str, Any] | None, reasoning_effort: str | None = None) -> Mapping[str, object]:
-    """chat_template_kwargs, and an effort under the names that templates look at. Raises InvalidRequest."""
+def template_options(given: dict[str, Any] | None) -> Mapping[str, object]:
+    """chat_template_kwargs. Raises InvalidRequest."""
     if given and "messages" in given:
         raise _invalid("chat_template_kwargs", "must not have messages: they are a field of the request")
-    options: dict[str, object] = {} if reasoning_effort is None else {"reasoning_effort": reasoning_effort}
-    if reasoning_effort == "none":
-        options["enable_thinking"] = False
-    return options | (given or {})
+    return given or {}
 
 
 _M = TypeVar("_M", bound=BaseModel)

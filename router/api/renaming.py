@@ -8,7 +8,12 @@ from collections.abc import AsyncGenerator, Iterator, Mapping
 from router.errors import InvalidRequest, is_counted, mark_counted
 from router.events import Event
 
-_OTHER_FIELDS = ("prompt", "grammar", "messages")  # else the name is a part of the client's, and stays in the message
+_OTHER_FIELDS = (
+    "prompt",
+    "grammar",
+    "messages",
+    "reasoning_effort",
+)  # else the name is a part of the client's, and stays in the message
 
 
 @contextlib.contextmanager

@@ -92,7 +92,8 @@ def _calls_of(template: str) -> CallFormat | None:
         return MISTRAL
     if "<tool_call>" in template and "<function=" not in template and "<arg_key>" not in template:
         return HERMES
-    is_llama = "<|start_header_id|>" in template and ('"parameters"' in template or "'parameters'" in template)
+    has_parameters = '"parameters"' in template or "'parameters'" in template
+    is_llama = "<|start_header_id|>" in template and has_parameters and "TOOLCALL" not in template
     return LLAMA if is_llama or "<|python_tag|>" in template else None
 
 

@@ -55,7 +55,8 @@ class ChatModel:
         self.template: ChatTemplate | None = None
         if files.chat_template:
             self.template = ChatTemplate(files.chat_template, files.special_tokens, files.chat_template_where)
-        self.family = family_of(files.chat_template or "")
+        self._source = files.chat_template or ""
+        self.family = family_of(self._source)
         ids = codec.added_tokens(self.family.markers)
         self._tokens = {marker: MarkerToken(i, codec.is_special(i)) for marker, i in ids.items()}
 
@@ -63,6 +64,21 @@ class ChatModel:
     def uses_clock(self) -> bool:
         """Whether the same messages may make another prompt later."""
         return self.template is not None and self.template.uses_clock
+
+    def effort_options(self, effort: str | None) -> Mapping[str, object]:
+        """A reasoning_effort as the chat template takes it. Raises InvalidRequest where it looks at none.
+
+        Some templates have degrees; to others reasoning is on, or off with "none".
+        """
+        if effort is None:
+            return {}
+        source = self._source
+        if "reasoning_effort" in source and not (effort == "none" and "enable_thinking" in source):
+            return {"reasoning_effort": effort}
+        if "enable_thinking" in source:
+            return {"enable_thinking": effort != "none"}
+        complaint = f"the chat template of model {self._name!r} does not look at it"
+        raise InvalidRequest(f"reasoning_effort: {complaint}", param="reasoning_effort")
 
     def prompt(
         self,

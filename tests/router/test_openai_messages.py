@@ -21,11 +21,15 @@ def test_what_templates_know_is_left_as_it_is() -> None:
         {"role": "developer", "content": [{"type": "text", "text": "d"}]},
         {"role": "user", "content": None},
         {"role": "assistant", "content": None, "tool_calls": [CALL], "refusal": None, "audio": None},
-        {"role": "assistant", "tool_calls": []},
         {"role": "tool", "tool_call_id": "a", "content": [{"type": "text", "text": "r"}]},
         {"role": "narrator", "anything": {"a": 1}},
     ]
     assert checked_messages(messages) == messages
+
+
+def test_no_calls_are_no_field() -> None:
+    empty = {"role": "assistant", "content": "x", "tool_calls": []}
+    assert checked_messages([empty]) == [{"role": "assistant", "content": "x"}]
 
 
 def test_refusals_are_text() -> None:

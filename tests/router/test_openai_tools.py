@@ -299,3 +299,37 @@ async def test_allowed_tools_are_all_that_may_be_called(make_model: MakeModel) -
         answer = await client.chat.completions.create(**{**ASKED, "tools": [TOOL, other]}, tool_choice=choice)
     assert answer.choices[0].message.content == '{"name": "get_weather", "arguments": {}}'  # its markers are special
     assert "The weather" not in TextCodec(DEMO / "tokenizer.json").decode(list(worker.submits[0].token_ids))
+
+
+async def test_each_choice_has_its_calls(make_model: MakeModel) -> None:
+    said = f'<tool_call>{{"name": "get_weather", "arguments": {ARGUMENTS}}}</tool_call>'
+    async with saying(make_model(HERMES), said) as (client, _, _):
+        answer = await client.chat.completions.create(**ASKED, n=2)
+        calls: dict[int, str] = {0: "", 1: ""}
+        async for chunk in await client.chat.completions.create(**ASKED, n=2, stream=True):
+            (choice,) = chunk.choices
+            for call in choice.delta.tool_calls or ():
+                calls[choice.index] += call.function.arguments
+    assert calls == {0: ARGUMENTS, 1: ARGUMENTS}
+    ids = [choice.message.tool_calls[0].id for choice in answer.choices]
+    assert len(set(ids)) == 2
+    assert [choice.finish_reason for choice in answer.choices] == ["tool_calls"] * 2
+
+
+async def test_a_stop_text_ends_an_answer_before_its_call(make_model: MakeModel) -> None:
+    said = f'One. Two.<tool_call>{{"name": "get_weather", "arguments": {ARGUMENTS}}}</tool_call>'
+    async with saying(make_model(HERMES), said) as (client, _, _):
+        answer = await client.chat.completions.create(**ASKED, stop=" Two")
+        inside = await client.chat.completions.create(**ASKED, stop="city")
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("One.", "stop")
+    assert inside.choices[0].message.tool_calls[0].function.arguments == '{"'
+
+
+async def test_tokenize_counts_tools(make_model: MakeModel) -> None:
+    async with (
+        saying(make_model(HERMES), "x") as (client, worker, cluster),
+        httpx.AsyncClient(base_url=cluster.http_url, timeout=20) as raw,
+    ):
+        await client.chat.completions.create(**ASKED)
+        answer = await raw.post("/tokenize", json=ASKED)
+    assert answer.json()["tokens"] == list(worker.submits[0].token_ids)

@@ -169,6 +169,15 @@ async def test_the_effort_reaches_the_template(make_model: MakeModel) -> None:
             model=MODEL, messages=[{"role": "user", "content": "x"}], reasoning_effort="low"
         )
         assert prompt_of(worker).endswith("<|low|>")
+    async with saying(make_model(HERMES), "x") as (client, worker, _):
+        await client.responses.create(model=MODEL, input="x", reasoning={"effort": "none"})
+        assert prompt_of(worker).endswith("assistant\n\n\n\n\n")  # closed reasoning, whose markers do not show
+        await client.responses.create(model=MODEL, input="x", reasoning={"effort": "low"})
+        assert prompt_of(worker).endswith("assistant\n")
+        assert not prompt_of(worker).endswith("\n\n")
+    async with saying(make_model(chat_templates.PLAIN), "x") as (client, _, _):
+        with pytest.raises(openai.BadRequestError, match=r"reasoning\.effort: the chat template"):
+            await client.responses.create(model=MODEL, input="x", reasoning={"effort": "low"})
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

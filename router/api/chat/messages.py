@@ -46,6 +46,8 @@ def _checked(message: object, path: str) -> Json:
             check(message[name], f"{path}.{name}")
     if role == "function" and message.get("name") is None:
         raise invalid(f"{path}.name", "is missing")
+    if message.get("tool_calls") == []:  # templates ask whether there is the field, not whether it has calls
+        message = {key: value for key, value in message.items() if key != "tool_calls"}
     return {**message, **changes} if changes else message
 
 

@@ -28,7 +28,12 @@ from router.errors import InvalidRequest, Overloaded, RouterError
 from router.events import Event, Finished, GenerationRequest, Started, Tokens
 from router.service.generation import Generation
 
-_RENAMED = {"messages": "input", "prompt": "input", "max_tokens": "max_output_tokens"}
+_RENAMED = {
+    "messages": "input",
+    "prompt": "input",
+    "max_tokens": "max_output_tokens",
+    "reasoning_effort": "reasoning.effort",
+}
 
 
 class ResponsesApi:
@@ -55,13 +60,15 @@ class ResponsesApi:
         sampling = body.sampling(self._generation.files.sampling_defaults.max_new_tokens)
         messages, calls = messages_of(body.input, body.instructions), body.tool_use().calls()
         with renaming(_RENAMED):
-            prompt = self._generation.chat.prompt(messages, body.template_options(), calls, sampling.grammar)
+            options = {**self._generation.chat.effort_options(body.effort), **body.template_options()}
+            prompt = self._generation.chat.prompt(messages, options, calls, sampling.grammar)
         return GenerationRequest(
             prompt.text,
             dataclasses.replace(sampling, grammar=prompt.grammar),
             body.model,
             add_special_tokens=False,
             deadline_s=body.deadline_s,
+            priority=body.priority or 0,
             tenant_salt=salt,
             cache_salt=(body.cache_salt or "").encode(errors="surrogatepass"),
             prompt_uses_clock=self._generation.chat.uses_clock,

@@ -19,7 +19,7 @@ _SERVED: tuple[tuple[str, str], ...] = (
     ("tool_choice", "none, auto, required, a function by name, or allowed_tools"),
     ("parallel_tool_calls", "false: the answer ends after its first call"),
     ("text", "format: text, json_object or json_schema, always held to; verbosity: medium"),
-    ("reasoning", "effort is given to the chat template, as reasoning_effort of chats; there are no summaries"),
+    ("reasoning", "effort, as reasoning_effort of chats; there are no summaries"),
     ("max_output_tokens", "> 0; else to the end of the context"),
     ("temperature", ">= 0; 0 is greedy"),
     ("top_p", "in (0, 1]"),
@@ -30,6 +30,7 @@ _SERVED: tuple[tuple[str, str], ...] = (
     ("chat_template_kwargs", "an extension; given to the chat template"),
     ("cache_salt", "an extension; KV blocks are shared only between requests with the same salt and credential"),
     ("deadline_s", "an extension; seconds from now after which the request is given up"),
+    ("priority", "an extension; as of chats"),
 )
 _IGNORED: tuple[tuple[str, str], ...] = (
     ("user", "changes no answer"),

@@ -83,6 +83,7 @@ class ResponsesRequest(BaseModel):
     chat_template_kwargs: dict[str, Any] | None = None
     cache_salt: str | None = None
     deadline_s: float | None = None
+    priority: Integer | None = None
 
     def sampling(self, default_max_tokens: int | None) -> SamplingParams:
         """The options that this request asks for. Raises InvalidRequest."""
@@ -110,8 +111,12 @@ class ResponsesRequest(BaseModel):
 
     def template_options(self) -> Mapping[str, object]:
         """What the chat template is given besides the messages. Raises InvalidRequest."""
-        effort = None if self.reasoning is None else self.reasoning.effort
-        return template_options(self.chat_template_kwargs, effort)
+        return template_options(self.chat_template_kwargs)
+
+    @property
+    def effort(self) -> str | None:
+        """How much the model is to reason; None: as much as it does."""
+        return None if self.reasoning is None else self.reasoning.effort
 
     def shown(self) -> dict[str, Any]:
         """The request's fields as a response repeats them."""
