@@ -97,6 +97,34 @@ def test_content_has_its_form_behind_the_reasoning(client: openai.OpenAI) -> Non
     assert 10 <= int(answer.choices[0].message.content or "") <= 99
 
 
+def test_a_response_has_a_required_call(client: openai.OpenAI) -> None:
+    tools = [{"type": "function", **tool["function"]} for tool in TOOLS]
+    asked = {"model": MODEL_NAME, "input": "How is the weather in Rome?", "tools": tools, "max_output_tokens": 300}
+    options = {"parallel_tool_calls": False, "temperature": 1.0, "extra_body": {"seed": 5, **ASKED["extra_body"]}}
+    whole = client.responses.create(**asked, **options, tool_choice="required")
+    (call,) = whole.output
+    check(call.name, call.arguments)
+    with client.responses.stream(**asked, **options, tool_choice="required") as stream:
+        kinds = [event.type for event in stream]
+        final = stream.get_final_response()
+    assert kinds[-1] == "response.completed"
+    assert [(one.name, one.arguments) for one in final.output] == [(call.name, call.arguments)]
+
+
+def test_a_deprecated_function_is_called_by_name(client: openai.OpenAI) -> None:
+    asked = {name: value for name, value in ASKED.items() if name != "tools"}
+    answer = client.chat.completions.create(
+        **asked,
+        functions=[tool["function"] for tool in TOOLS],
+        function_call={"name": "get_weather"},
+        temperature=1.0,
+        seed=2,
+    )
+    (choice,) = answer.choices
+    assert choice.finish_reason == "function_call"
+    check("get_weather", choice.message.function_call.arguments)
+
+
 def check(name: str, arguments: str) -> None:
     given = json.loads(arguments)
     wanted = {"get_weather": {"city"}, "get_forecast": {"city", "days"}}[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,22 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from router.api.chat.answer_message import put_together
 from router.api.openai_options import Use
 from router.api.responses import options
 from router.api.responses.items import messages_of
+from router.api.responses.output import ResponseOutput
 from router.api.responses.request import ResponsesRequest, parse_responses
 from router.errors import InvalidRequest
+from router.events import Finished, FinishReason, RequestStats, Started
+from router.parsers.deltas import CallArguments, CallStart, Content, Delta, Reasoning
 from router.service.text import TextCodec
 from tests.router import chat_templates
 from tests.router.chat_templates import HARMONY, HERMES
-from tests.router.conftest import DEMO, MODEL, config_with, running_cluster
+from tests.router.conftest import DEMO, MODEL, config_with, running_cluster, until
 from tests.router.fake_worker import FakeWorker
 from tests.router.saying import ARGUMENTS, MakeModel, saying
 
@@ -270,3 +277,62 @@ def test_the_page_and_the_fields_are_those_of_the_table() -> None:
         else:
             with pytest.raises(InvalidRequest, match=option.note):
                 parse_responses({**body, option.name: {"x": 1}})
+
+
+async def test_a_client_that_disconnects_stops_its_response(make_model: MakeModel) -> None:
+    async with (
+        saying(make_model(chat_templates.PLAIN), "word " * 200) as (client, worker, _),
+        httpx.AsyncClient(base_url=str(client.base_url), timeout=20) as raw,
+    ):
+        worker.step_s = 0.02
+        for is_stream in (True, False):
+            num_sent = worker.num_sent
+            post = asyncio.create_task(raw.post("responses", json={"model": MODEL, "input": "x", "stream": is_stream}))
+            await until(lambda num_sent=num_sent: worker.num_sent >= num_sent + 3, "it runs")
+            post.cancel()
+            await until(lambda: worker.num_live == 0, "the worker got the cancel")
+            assert worker.num_sent < num_sent + len(worker.answer or ())
+
+
+def delta_lists() -> st.SearchStrategy[list[Delta]]:
+    """What a parser may say: arguments are those of the last call, which nothing comes between."""
+    text = st.text("ab\n", min_size=1, max_size=3)
+    call = st.tuples(st.just("f"), st.lists(text, max_size=3))
+    parts = st.lists(st.one_of(text.map(Content), text.map(Reasoning), call), max_size=8)
+
+    def spelled(said: list[Any]) -> list[Delta]:
+        deltas: list[Delta] = []
+        num_calls = 0
+        for one in said:
+            if isinstance(one, tuple):
+                deltas.append(CallStart(num_calls, f"call{num_calls}", one[0]))
+                deltas += [CallArguments(num_calls, piece) for piece in one[1]]
+                num_calls += 1
+            else:
+                deltas.append(one)
+        return deltas
+
+    return parts.map(spelled)
+
+
+@settings(deadline=None)
+@given(delta_lists(), st.sampled_from(FinishReason))
+def test_the_events_add_up_to_the_output(deltas: list[Delta], reason: FinishReason) -> None:
+    output = ResponseOutput({}, created_at=0)
+    events = [*output.started(Started("s", "m", 3, 1)), *output.said(deltas)]
+    events += output.finished(Finished(reason, 5, RequestStats()), num_prompt_tokens=3)
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    items = [event["item"] for event in events if event["type"] == "response.output_item.done"]
+    assert items == events[-1]["response"]["output"]
+    for index, item in enumerate(items):
+        mine = [event for event in events if event.get("output_index") == index]
+        assert [mine[0]["type"], mine[-1]["type"]] == ["response.output_item.added", "response.output_item.done"]
+        pieces = "".join(event["delta"] for event in mine if event["type"].endswith(".delta"))
+        assert pieces == (item["arguments"] if item["type"] == "function_call" else item["content"][0]["text"])
+    said = put_together(deltas)
+    kinds = {"message": said.content, "reasoning": said.reasoning}
+    for kind, text in kinds.items():
+        assert "".join(item["content"][0]["text"] for item in items if item["type"] == kind) == text
+    calls = [(item["call_id"], item["arguments"]) for item in items if item["type"] == "function_call"]
+    assert calls == [(call.call_id, call.arguments) for call in said.calls]
+    assert events[-1]["type"] == ("response.completed" if reason is FinishReason.STOP else "response.incomplete")
