@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
@@ -78,6 +80,22 @@ class Model:
         matcher = self._compiler.matcher(grammar)
         ids = self.codec.encode(text, add_special_tokens=False)
         return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+    def written(self, grammar: Grammar, rng: random.Random) -> str:
+        """A text of this form, of tokens chosen by chance, markers more often than others."""
+        matcher = self._compiler.matcher(grammar)
+        markers = {token.token_id for token in self.tokens.values()}
+        ids: list[int] = []
+        while not matcher.is_accepting() or rng.random() < 0.5:
+            mask = matcher.compute_bitmask()
+            allowed = [i for i in range(1, 8 * len(mask)) if mask[i // 8] >> (i % 8) & 1]
+            if not allowed:
+                break
+            marked = [i for i in allowed if i in markers]
+            ids.append(rng.choice(marked if marked and rng.random() < 0.4 else allowed))
+            assert matcher.consume_token(ids[-1])
+            assert len(ids) < 3000
+        return self.codec.spelled(ids)
 
 
 @pytest.fixture(scope="module")
@@ -236,3 +254,21 @@ def test_a_schema_that_cannot_be_held_is_an_error_of_the_compiler(models: dict[s
     wanted = Wanted((Function("f", None, json.loads(json.dumps(schema))),), is_required=True)
     with pytest.raises(GrammarError):
         models["special"].takes(form(models["special"], "hermes", wanted), "x")
+
+
+@pytest.mark.parametrize("kind", ["special", "added"])
+@pytest.mark.parametrize("family", CALLS)
+@pytest.mark.parametrize("seed", range(2))
+def test_whatever_the_form_allows_is_read_as_calls_that_fit(
+    models: dict[str, Model], family: str, kind: str, seed: int
+) -> None:
+    model, is_parallel = models[kind], bool(seed)
+    properties = {"city": {"type": "string", "maxLength": 9}, "n": {"enum": [1, None, "x"]}}
+    schema = {"type": "object", "properties": properties, "required": ["city"], "additionalProperties": False}
+    wanted = Wanted((Function("f", None, schema), Function("get_weather")), is_required=True)
+    text = model.written(form(model, family, wanted, is_parallel=is_parallel), random.Random(f"{family}{seed}"))
+    content, _, calls = read(family, wanted, text, is_parallel=is_parallel)
+    assert content == ""
+    assert calls
+    for name, arguments in calls:
+        jsonschema.validate(json.loads(arguments), schema if name == "f" else {"type": "object", "maxProperties": 0})
