@@ -1,6 +1,6 @@
 """Chat templates in the styles of well-known models, shortened where nothing is lost to these tests."""
 
-# ruff: noqa: E501
+# ruff: noqa: E501, RUF001
 
 from __future__ import annotations
 
@@ -212,6 +212,30 @@ MISTRAL_WITH_TOOLS = MISTRAL.replace(
     '"[INST] " + message["content"] + "[/INST]"',
     '("[AVAILABLE_TOOLS] " + (tools | tojson) if tools else "") + "[INST] " + message["content"] + "[/INST]"',
 )
+
+LLAMA_WITH_TOOLS = "{{- 'Functions: ' + (tools | tojson) if tools else '' }}" + LLAMA31
+
+DEEPSEEK = """\
+{{- bos_token }}
+{%- for tool in tools or [] %}{{- tool | tojson + '\\n' }}{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' and message.tool_calls %}
+        {{- '<｜Assistant｜></think>' + (message.content or '') + '<｜tool▁calls▁begin｜>' }}
+        {%- for call in message.tool_calls %}
+            {{- '<｜tool▁call▁begin｜>' + call.function.name + '<｜tool▁sep｜>' }}
+            {{- call.function.arguments + '<｜tool▁call▁end｜>' }}
+        {%- endfor %}
+        {{- '<｜tool▁calls▁end｜><｜end▁of▁sentence｜>' }}
+    {%- elif message.role == 'assistant' %}
+        {{- '<｜Assistant｜></think>' + message.content + '<｜end▁of▁sentence｜>' }}
+    {%- elif message.role == 'tool' %}
+        {{- '<｜tool▁output▁begin｜>' + message.content + '<｜tool▁output▁end｜>' }}
+    {%- else %}
+        {{- '<｜' + message.role + '｜>' + message.content }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<｜Assistant｜>' + ('<think>' if thinking else '</think>') }}{%- endif %}
+"""
 
 HARMONY = """\
 {%- for tool in tools or [] %}

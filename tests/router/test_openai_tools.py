@@ -10,6 +10,7 @@ import httpx
 import openai
 import pytest
 
+from router.parsers.families import DEEPSEEK
 from router.service.text import TextCodec
 from tests.router import chat_templates
 from tests.router.conftest import DEMO, MODEL
@@ -333,3 +334,50 @@ async def test_tokenize_counts_tools(make_model: MakeModel) -> None:
         await client.chat.completions.create(**ASKED)
         answer = await raw.post("/tokenize", json=ASKED)
     assert answer.json()["tokens"] == list(worker.submits[0].token_ids)
+
+
+BEGIN, CALL, SEPARATOR, END, ALL_END = DEEPSEEK.markers
+FAMILIES: dict[str, tuple[str, str, str]] = {  # a template, an answer with two calls, and its content
+    "llama": (
+        chat_templates.LLAMA_WITH_TOOLS,
+        f'{{"name": "get_weather", "parameters": {ARGUMENTS}}}; {{"name": "get_weather", "parameters": {{}}}}',
+        "",
+    ),
+    "deepseek": (
+        chat_templates.DEEPSEEK,
+        f"I look.{BEGIN}{CALL}get_weather{SEPARATOR}{ARGUMENTS}{END}{CALL}get_weather{SEPARATOR}{{}}{END}{ALL_END}",
+        "I look.",
+    ),
+    "mistral": (
+        MISTRAL + "{# [ARGS] #}",
+        f"I look.[TOOL_CALLS]get_weather[ARGS]{ARGUMENTS}[TOOL_CALLS]get_weather[ARGS]{{}}",
+        "I look.",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_calls_of_other_families(make_model: MakeModel, family: str) -> None:
+    template, said, content = FAMILIES[family]
+    async with saying(make_model(template), said) as (client, worker, _):
+        answer = await client.chat.completions.create(**ASKED)
+        message, _ = await streamed(client, **ASKED)
+        required = await client.chat.completions.create(**ASKED, tool_choice="required")
+    calls = [["get_weather", ARGUMENTS], ["get_weather", "{}"]]
+    assert [call[1:] for call in message["tool_calls"]] == calls
+    for choice in (answer.choices[0], required.choices[0]):
+        assert [[call.function.name, call.function.arguments] for call in choice.message.tool_calls] == calls
+        assert (choice.message.content or "", choice.finish_reason) == (content, "tool_calls")
+    assert (message["content"], message["finish_reason"]) == (content, "tool_calls")
+    assert [submit.sampling.HasField("grammar") for submit in worker.submits] == [False, False, True]
+
+
+async def test_deepseek_thinks_where_its_template_opens_it(make_model: MakeModel) -> None:
+    body = {**CHAT, "extra_body": {"chat_template_kwargs": {"thinking": True}}}
+    async with saying(make_model(chat_templates.DEEPSEEK), "Where?</think>There.") as (client, _, _):
+        thought = await client.chat.completions.create(**body)
+        plain = await client.chat.completions.create(**CHAT)
+    assert thought.choices[0].message.model_extra["reasoning"] == "Where?"
+    assert thought.choices[0].message.content == "There."
+    assert plain.choices[0].message.content == "Where?There."  # its closing marker is a special token here
+    assert plain.usage.completion_tokens_details.reasoning_tokens == 0
