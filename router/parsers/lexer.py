@@ -20,6 +20,7 @@ class Lexer:
     def __init__(self, markers: Sequence[str]) -> None:
         self._markers = tuple(markers)
         self._pattern = re.compile("|".join(map(re.escape, self._markers))) if self._markers else None
+        self._first_characters = tuple({marker[0] for marker in self._markers})
         self._held = ""
 
     def push(self, text: str) -> Iterator[Marker | str]:
@@ -31,10 +32,16 @@ class Lexer:
                     yield text[at : found.start()]
                 yield Marker(found.group())
                 at = found.end()
-        end = len(text) - max((_overlap(text[at:], marker) for marker in self._markers), default=0)
+        end = len(text) - self._num_held(text[at:])
         self._held = text[end:]
         if end > at:
             yield text[at:end]
+
+    def _num_held(self, text: str) -> int:
+        """Length of the longest end that may become a marker."""
+        if not any(character in text for character in self._first_characters):  # as of most texts
+            return 0
+        return max(_overlap(text, marker) for marker in self._markers)
 
     def finish(self) -> str:
         """What was held back is no marker."""

@@ -166,9 +166,10 @@ async def test_deprecated_functions(make_model: MakeModel) -> None:
     assert "<tool_response>\nrain\n</tool_response>" in prompt
 
 
-async def test_a_resumed_stream_repeats_no_delta_and_keeps_its_ids(make_model: MakeModel) -> None:
+@pytest.mark.parametrize("choice", ["auto", "required"])
+async def test_a_resumed_stream_repeats_no_delta_and_keeps_its_ids(make_model: MakeModel, choice: str) -> None:
     said = THINKS + f'So: <tool_call>\n{{"name": "get_weather", "arguments": {ARGUMENTS}}}\n</tool_call>'
-    body = {**ASKED, "stream": True, "seed": 1}
+    body = {**ASKED, "stream": True, "seed": 1, "tool_choice": choice}
     async with (
         saying(make_model(HERMES), said) as (client, _, _),
         httpx.AsyncClient(base_url=str(client.base_url), timeout=20) as raw,

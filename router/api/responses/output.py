@@ -42,7 +42,6 @@ class ResponseOutput:
         events = self._close("completed" if is_complete else "incomplete")
         status = "completed" if is_complete else "incomplete"
         response = self.response(status) | {
-            "completed_at": None,
             "incomplete_details": None if is_complete else {"reason": "max_output_tokens"},
             "usage": _usage(event, num_prompt_tokens),
         }
