@@ -141,7 +141,8 @@ class ChatTemplate:
         try:
             return self._render([_fit(message, self._conventions) for message in messages], options or {})
         except Exception as error:  # the template is foreign code: any error it raises refuses the chat
-            raise InvalidRequest(f"the chat template refuses these messages: {error}", param="messages") from None
+            what = "messages and tools" if options and options.get("tools") else "messages"
+            raise InvalidRequest(f"the chat template refuses these {what}: {error}", param="messages") from None
 
     def after_answer(self) -> str:
         """What the template writes after an assistant's message; empty when it cannot be found."""

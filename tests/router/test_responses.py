@@ -187,6 +187,9 @@ async def test_the_effort_reaches_the_template(make_model: MakeModel) -> None:
             await client.responses.create(model=MODEL, input="x", reasoning={"effort": "low"})
 
 
+NESTED: dict[str, Any] = {}
+for _ in range(150):
+    NESTED = {"properties": {"a": NESTED}}
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"input": []}, "input"),
     ({"input": 5}, "input"),
@@ -218,6 +221,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"$ref": "#/$defs/no"}}}}, "text.format"),
     ({"text": {"verbosity": "low"}}, "text.verbosity"),
     ({"reasoning": {"effort": 5}}, "reasoning"),
+    ({"tools": [{**TOOL, "x": "\ud800"}]}, "tools"),
+    ({"text": {"format": {"type": "text", "name": "\ud800"}}}, "text"),
+    ({"text": {"format": {"type": "json_schema", "name": "x", "schema": NESTED}}}, "text.format"),
+    ({"tools": [{**TOOL, "parameters": {"properties": {"a": {"maximum": float("nan")}}}}]}, "tools"),
     ({"messages": []}, "messages"),
     ({"deadline_s": 0}, "deadline_s"),
 ]
@@ -229,7 +236,8 @@ async def test_wrong_requests_are_refused_by_name(make_model: MakeModel) -> None
         httpx.AsyncClient(base_url=str(client.base_url), timeout=20) as raw,
     ):
         for change, param in BAD:
-            answer = await raw.post("responses", json={"model": MODEL, "input": "x", **change})
+            content = json.dumps({"model": MODEL, "input": "x", **change})
+            answer = await raw.post("responses", content=content)
             error = answer.json()["error"]
             assert (answer.status_code, error["param"]) == (400, param), error
         answer = await raw.post("responses", json={"model": "other", "input": "x"})

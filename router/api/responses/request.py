@@ -144,6 +144,8 @@ class ResponsesRequest(BaseModel):
 def parse_responses(content: object) -> ResponsesRequest:
     """A checked request. Raises InvalidRequest naming the field."""
     request = validated(ResponsesRequest, _without_neutral(content) if isinstance(content, dict) else content)
+    request.tool_use()
+    _check_repeated(request)
     if request.store:
         raise invalid("store", "must be false or left out: nothing is kept")
     if request.text is not None and request.text.verbosity not in (None, "medium"):
@@ -153,6 +155,23 @@ def parse_responses(content: object) -> ResponsesRequest:
     if request.cache_salt is not None and not 0 < len(request.cache_salt) <= MAX_SALT_CHARACTERS:
         raise invalid("cache_salt", f"must have 1 to {MAX_SALT_CHARACTERS} characters")
     return request
+
+
+def _check_repeated(request: ResponsesRequest) -> None:
+    """Raise InvalidRequest for what a response could not repeat."""
+    try:
+        shown = request.shown()
+    except ValueError:  # pydantic's, of a schema
+        raise invalid("text", "is nested too deeply") from None
+    for name, value in shown.items():
+        try:
+            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        except UnicodeEncodeError:
+            raise invalid(name, "is not valid Unicode (it has a lone surrogate)") from None
+        except ValueError:
+            raise invalid(name, "has a number that is not finite") from None
+        except RecursionError:
+            raise invalid(name, "is nested too deeply") from None
 
 
 def _without_neutral(content: Mapping[str, Any]) -> dict[str, Any]:
