@@ -9,6 +9,8 @@ import enum
 import math
 from dataclasses import dataclass, field
 
+from router.parsers.deltas import Delta
+from router.parsers.families import AnswerFormat
 from router.sampling import SamplingParams
 
 
@@ -25,6 +27,7 @@ class GenerationRequest:
     cache_salt: bytes = b""  # the caller's: parts those of the tenant's requests that have another one
     priority: int = 0  # the smaller, the sooner, where workers serve by priority
     prompt_uses_clock: bool = False  # a chat template wrote the time into it: sent again, it may differ
+    answer: AnswerFormat | None = None  # how to read a chat's answer; not written down: who resumes sends it again
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +122,7 @@ class Tokens:
     ids: tuple[int, ...]
     text: str = ""
     logprobs: tuple[TokenLogprobs, ...] = ()  # one per id where the request asked for them, else none
+    deltas: tuple[Delta, ...] | None = None  # what the text says, where the request has an answer format
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +132,8 @@ class Finished:
     reason: FinishReason
     num_output_tokens: int
     stats: RequestStats
+    num_reasoning_tokens: int = 0  # of the output tokens; 0 without an answer format
+    num_calls: int = 0  # of functions, begun at least; 0 without an answer format
 
 
 Event = Started | PromptTokens | Tokens | Finished

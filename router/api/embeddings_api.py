@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 from router.api.http_body import read_json
 from router.api.openai_schema import Integer, Prompt, check_salt_text, prompts_of, validated
-from router.api.refusals import renamed_refusals
+from router.api.renaming import renaming
 from router.api.tenancy import tenant_salt
 from router.events import Embedding, GenerationRequest, Pooling
 from router.sampling import SamplingParams, invalid
@@ -76,7 +76,7 @@ class EmbeddingsApi:
         return JSONResponse(_answer(body, found))
 
     async def _embed(self, order: GenerationRequest, pooling: Pooling) -> Embedding:
-        with renamed_refusals({"prompt": "input"}):
+        with renaming({"prompt": "input"}):
             return await self._generation.embed(order, pooling)
 
 

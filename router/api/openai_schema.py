@@ -167,11 +167,18 @@ class CompletionRequest(_Request):
 class ChatRequest(_Request):
     """POST /v1/chat/completions."""
 
-    messages: Any  # see openai_messages
+    messages: Any  # see router.api.chat.messages
     max_completion_tokens: Integer | None = None
     logprobs: bool | None = None
     top_logprobs: Integer | None = None
+    tools: Any = None  # these, and the choice among them: see router.api.chat.tools
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    functions: Any = None
+    function_call: Any = None
     chat_template_kwargs: dict[str, Any] | None = None  # an extension
+    reasoning_effort: str | None = None
+    include_reasoning: bool | None = None  # an extension
 
     @property
     def limit(self) -> int | None:
@@ -270,11 +277,12 @@ def _without_neutral(content: dict[str, Any], kind: type[_Request]) -> dict[str,
         if option is None or option.api is other:
             left[name] = value
         elif not option.asks_for_nothing(value):
-            raise _invalid(name, f"{_shortened(json.dumps(value))} is not supported here: {option.note}")
+            raise _invalid(name, f"{shortened(json.dumps(value))} is not supported here: {option.note}")
     return left
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
+    """As much of a refused value as is shown."""
     return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."
 
 
