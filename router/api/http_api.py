@@ -30,10 +30,10 @@ from router.api.chat.answer_message import MessageShape
 from router.api.chat.messages import checked_messages
 from router.api.chat.tools import chat_tools
 from router.api.choices import check_counts, spread, streams_over_one_prompt
-from router.api.embeddings_api import EmbeddingsApi
 from router.api.http_body import read_json
-from router.api.openai_answer import LAST_EVENT_ID, AnswerStyle, OpenAiAnswer, error_body, parse_event_id
-from router.api.openai_schema import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, Prompt, parse
+from router.api.openai.answer import LAST_EVENT_ID, AnswerStyle, OpenAiAnswer, error_body, parse_event_id
+from router.api.openai.embeddings import EmbeddingsApi
+from router.api.openai.schema import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, Prompt, parse
 from router.api.renaming import refusing
 from router.api.request_ids import RequestIds
 from router.api.responses.endpoint import ResponsesApi

@@ -16,7 +16,7 @@ from starlette.routing import Route
 from router.api.chat.messages import checked_messages
 from router.api.chat.tools import IN_FUNCTION, ToolUse, checked_tools
 from router.api.http_body import read_json
-from router.api.openai_schema import Integer, template_options, validated
+from router.api.openai.schema import Integer, template_options, validated
 from router.errors import InvalidRequest
 from router.service.generation import Generation
 

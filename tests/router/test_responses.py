@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.api.chat.answer_message import put_together
-from router.api.openai_options import Use
+from router.api.openai.options import Use
 from router.api.responses import options
 from router.api.responses.items import messages_of
 from router.api.responses.output import ResponseOutput

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from router.api.openai_schema import ChatRequest
+from router.api.openai.schema import ChatRequest
 from router.parsers.forms import Function
 from router.sampling import invalid
 from router.service.chat import Calls

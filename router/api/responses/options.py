@@ -7,7 +7,7 @@ The served ones are the fields of router.api.responses.request.
 
 from __future__ import annotations
 
-from router.api.openai_options import Api, Option, Use
+from router.api.openai.options import Api, Option, Use
 
 _STATELESS = "nothing is kept between requests: send the whole conversation as input"
 

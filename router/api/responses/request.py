@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from grammars.grammar import Grammar, GrammarKind
 from router.api.chat.tools import FLAT, ToolUse, checked_tools, chosen_tools
-from router.api.openai_schema import MAX_SALT_CHARACTERS, Integer, shortened, template_options, validated
+from router.api.openai.schema import MAX_SALT_CHARACTERS, Integer, shortened, template_options, validated
 from router.api.responses.options import NOT_SERVED
 from router.sampling import SamplingParams, invalid
 

@@ -1,6 +1,6 @@
 """The OpenAI requests that this router understands, and how a request is refused that it does not.
 
-The fields here are served. router.api.openai_options has what else is known: options that change no answer are passed
+The fields here are served. router.api.openai.options has what else is known: options that change no answer are passed
 over, the others are refused by name, and so are unknown ones. Knows nothing of HTTP.
 """
 
@@ -14,8 +14,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-from router.api.openai_grammar import StructuredOutputFields
-from router.api.openai_options import NOT_SERVED, Api
+from router.api.openai.grammar import StructuredOutputFields
+from router.api.openai.options import NOT_SERVED, Api
 from router.errors import InvalidRequest
 from router.sampling import MAX_LOGPROBS, SamplingParams
 

@@ -1,10 +1,10 @@
 """What becomes of each option that OpenAI's servers and vLLM's accept: served, ignored or refused. Data, and its page.
 
-The served ones are the fields of router.api.openai_schema. A refused option may have values that ask for nothing, such
+The served ones are the fields of router.api.openai.schema. A refused option may have values that ask for nothing, such
 as an empty list of tools: those are accepted, since clients send them. An option that is not here is refused as
 unknown.
 
-    python -m router.api.openai_options > docs/request-options.md
+    python -m router.api.openai.options > docs/request-options.md
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ NOT_SERVED = {option.name: option for option in OPTIONS if option.use is not Use
 
 _HEAD = """# Request options over HTTP
 
-Made by `python -m router.api.openai_options`; a test compares. Options that OpenAI's servers or vLLM's accept, for
+Made by `python -m router.api.openai.options`; a test compares. Options that OpenAI's servers or vLLM's accept, for
 `/v1/completions` and `/v1/chat/completions`. Ignored options change no answer. Refused ones give status 400 and name
 the field, unless their value asks for nothing: null, or one of those in brackets. Any other field is refused as
 unknown.

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from router.api import sse
 from router.api.chat.answer_message import MessageShape, delta_message, deltas_of, finish_reason, whole_message
 from router.api.choices import best, interleave
-from router.api.openai_logprobs import BytesOf, LogprobsOut, prompt_logprobs
+from router.api.openai.logprobs import BytesOf, LogprobsOut, prompt_logprobs
 from router.errors import InvalidRequest, RouterError
 from router.events import Event, Finished, PromptTokens, ResumeRequest, Started, Tokens
 

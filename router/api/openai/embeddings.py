@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from router.api.http_body import read_json
-from router.api.openai_schema import Integer, Prompt, check_salt_text, prompts_of, validated
+from router.api.openai.schema import Integer, Prompt, check_salt_text, prompts_of, validated
 from router.api.renaming import renaming
 from router.api.tenancy import tenant_salt
 from router.events import Embedding, GenerationRequest, Pooling
