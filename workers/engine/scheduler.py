@@ -222,8 +222,10 @@ class Scheduler:
             if not is_admitted:
                 break
             num_active += 1
-            if request.status is RequestStatus.RUNNING:
-                self._plan_next(plan, request, self._num_left(request), budget)
+            left = self._num_left(request)
+            most = budget.num_tokens if left == 1 else budget.num_chunk_tokens
+            if request.status is RequestStatus.RUNNING and most > 0:
+                budget.spend(self._plan_chunk(plan, request, left, most, budget.num_tokens), is_chunk=left > 1)
 
     def _preempt_stalled(self, plan: SchedulerOutput) -> bool:
         """Take the blocks of a client that does not read, for one that waits; False when there is no such client.
@@ -240,7 +242,7 @@ class Scheduler:
 
         Hundreds of requests come by here in each step, most of them for one token that fits into their last block.
         """
-        spread, scheduled = self._spread, plan.requests
+        spread, scheduled, num_tokens = self._spread, plan.requests, budget.num_tokens
         for request in tuple(self.running):  # victims are the last, so none of them is planned already
             left = len(request.token_ids) + request.num_pending_tokens - request.num_computed_tokens
             if left <= 0 or request.window_tokens <= 0:
@@ -251,16 +253,15 @@ class Scheduler:
                 continue  # only the ranks will know its token before the step is through, and drafts follow known ones
             if spread.awaits_turn(request):
                 continue
-            if budget.num_tokens <= 0 or len(scheduled) == spread.max_running:
+            if num_tokens <= 0 or len(scheduled) == spread.max_running:
                 break  # with one stage more than that when stalled ones come back to life
-            self._plan_next(plan, request, left, budget)
-
-    def _plan_next(self, plan: SchedulerOutput, request: Request, left: int, budget: StepBudget) -> None:
-        """The next tokens of a running request, if the budget has some."""
-        most = budget.num_tokens if left == 1 else budget.num_chunk_tokens
-        if most > 0:
-            count = self._plan_chunk(plan, request, left, most, budget.num_tokens)
-            budget.spend(count, is_chunk=left > 1)
+            if left == 1:
+                num_tokens -= self._plan_chunk(plan, request, 1, num_tokens, num_tokens)
+            elif (most := min(num_tokens, budget.num_prefill_tokens)) > 0:
+                count = self._plan_chunk(plan, request, left, most, num_tokens)
+                num_tokens -= count
+                budget.num_prefill_tokens -= count
+        budget.num_tokens = num_tokens
 
     def _num_left(self, request: Request) -> int:
         return len(request.token_ids) + request.num_pending_tokens - request.num_computed_tokens
