@@ -78,6 +78,8 @@ class Preemption:
         """Let a request pull its full blocks when it comes back, if that pays; stores those that no tier has."""
         if request.status is RequestStatus.WAITING_FOR_KV:
             return True  # nothing is computed yet, and what it has came from the tiers
+        if request.wants_prompt_logprobs:
+            return False  # its prompt is computed whole
         size = self._pool.block_size
         num_full = self._stores.num_storable(request)
         num_prompt_blocks = request.num_given_tokens // size if request.role is RequestRole.DECODE else 0

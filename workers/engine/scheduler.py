@@ -18,6 +18,7 @@ from itertools import islice
 from costs.transfer import ALWAYS_FETCH, TransferCost
 from kvstore.blocks.block_pools import BlockPools
 from workers.config import SchedulingOptions
+from workers.engine.chunks import chunk_tokens
 from workers.engine.kv.block_naming import RequestNames
 from workers.engine.kv.pulls import Pulls
 from workers.engine.kv.stores import Stores
@@ -31,12 +32,6 @@ from workers.engine.queues import RequestQueues
 from workers.engine.request import Request, RequestRole, RequestStatus
 from workers.engine.rows import BatchRows
 from workers.engine.step import ModelRunnerOutput, RowState, SchedulerOutput
-
-# A prefill request ends with a chunk of this size when its prompt is many times as long: what its decode worker still
-# has to pull after the last chunk is then a few blocks, and all else has travelled while the prompt was computed.
-LAST_CHUNK_TOKENS = 64
-MIN_CHUNKS_FOR_A_SHORT_LAST_ONE = 16
-MAX_PROMPT_LOGITS = 128  # rows of logits that a step computes for one request's prompt logprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +269,7 @@ class Scheduler:
         start, known, num_pending = request.num_computed_tokens, request.token_ids, request.num_pending_tokens
         if len(known) + num_pending >= request.max_num_tokens:
             return 0
-        count = left if left == 1 else self._chunk_tokens(request, start, left, most)
+        count = left if left == 1 else chunk_tokens(request, start, most, self.pool.block_size)
         end, is_last = start + count, count == left
         drafts = self._take_drafts(request, budget - count) if is_last and request.draft_token_ids else ()
         end += len(drafts)
@@ -290,7 +285,8 @@ class Scheduler:
         else:
             plan.token_ids += known[start : start + num_known]
         plan.token_ids += drafts
-        targets = known[start + 1 : start + count + 1] if request.wants_prompt_logprobs else ()
+        is_scored = request.sampling.prompt_logprobs is not None and request.wants_prompt_logprobs
+        targets = known[start + 1 : start + count + 1] if is_scored else ()
         plan.append(request, start, end - start, num_known + len(drafts), len(targets) + is_last + len(drafts), targets)
         request.num_computed_tokens = end
         if end > request.num_kv_tokens:
@@ -302,19 +298,6 @@ class Scheduler:
         if end // size > request.num_stored_blocks or (is_last and request.role is RequestRole.PREFILL):
             self.stores.plan(plan, request, end, is_last)
         return end - start
-
-    def _chunk_tokens(self, request: Request, computed: int, left: int, budget: int) -> int:
-        """How many tokens of a request to compute next."""
-        count = min(left, budget)
-        if request.wants_prompt_logprobs:
-            return min(count, MAX_PROMPT_LOGITS)
-        num_tokens = request.num_tokens
-        if request.role is RequestRole.PREFILL and num_tokens >= MIN_CHUNKS_FOR_A_SHORT_LAST_ONE * LAST_CHUNK_TOKENS:
-            # On a block's border, so that everything before the last chunk is published before it.
-            before_last = (num_tokens - LAST_CHUNK_TOKENS) // self.pool.block_size * self.pool.block_size
-            if computed < before_last:
-                count = min(count, before_last - computed)
-        return count
 
     def _take_drafts(self, request: Request, budget: int) -> Sequence[int]:
         """As many of the proposed tokens as may be sent and fit, while none of its own is being chosen."""
@@ -342,7 +325,7 @@ class Scheduler:
             num_blocks = -(-min(request.num_pull_tokens, self._pulls.num_awaited(request) * size) // size)
         else:
             groups = self._all_groups
-            chunk = self._chunk_tokens(request, computed, request.num_tokens - computed, budget)
+            chunk = chunk_tokens(request, computed, budget, size)
             num_blocks = -(-(computed + chunk) // size)
         if not pool.can_extend(tables, num_blocks, groups):
             pool.release(tables)
