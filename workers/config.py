@@ -70,7 +70,7 @@ class SchedulingOptions:
     tpot_target_s: Annotated[float, Bounds(at_least=0)] = 0.0
     """Longest step that is aimed at while streams run: chunks of prompts are cut so that, by the measured cost of
     steps, 19 of 20 stay under it. 0 means that max_num_batched_tokens alone bounds them."""
-    min_prefill_tokens: Annotated[int, Bounds(at_least=1)] = 32
+    min_prefill_tokens: Annotated[int, Bounds(at_least=1, at_most=2**20)] = 32
     """Prompt tokens that a step may have whatever tpot_target_s is: prompts must come to an end."""
 
     def __post_init__(self) -> None:
