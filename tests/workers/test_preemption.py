@@ -154,6 +154,27 @@ def test_what_was_not_written_back_is_stored_with_the_preemption_and_its_blocks_
     assert request.is_leaving  # it pulls them when the tier has them
 
 
+@pytest.mark.parametrize("is_written_back", [True, False])
+def test_a_tier_that_says_nothing_holds_up_no_request(is_written_back):
+    """A swapped request waits for its stores only while others run, and does not pull from such a tier."""
+    engine, runner = make_engine(num_blocks=12, context=48, budget=100, writes_back=True)
+    runner.holds_back = True
+    for i in range(2):
+        engine.submit(make_request(f"r{i}", 18, max_tokens=18, arrival=float(i), start=20 * i, ignore_eos=True))
+    others = 0 if is_written_back else MAX_WRITTEN_BACK_BLOCKS  # on their way: the prompts' blocks are dropped
+    engine.scheduler.transfers.num_written_back_blocks += others
+    engine.step()
+    engine.scheduler.transfers.num_written_back_blocks -= others
+    ended = []
+    for _ in range(300):
+        events = engine.step()
+        ended += [end.request_id for end in events.ended] if events else []
+    assert ended == ["r0", "r1"]
+    assert engine.scheduler.preemption.num_swaps == 1
+    assert all(transfer.is_copied for transfer in runner.begun)  # none is a load
+    assert engine.scheduler.pool.num_referenced == 0
+
+
 @pytest.mark.parametrize(("prefix_fetch", "tp"), [("always", 1), ("always", 2), ("never", 1)])
 def test_real_workers_swap_through_the_host_tier_or_compute_again(tmp_path, shared_kv_node, prefix_fetch, tp):
     """The model's own tokens in either case."""

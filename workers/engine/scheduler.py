@@ -314,6 +314,8 @@ class Scheduler:
         num_hit = num_elsewhere = 0
         if not request.wants_prompt_logprobs:
             num_hit = pool.num_matched(request.block_names[: request.num_tokens // size])
+            if request.is_leaving:  # from a tier that does not take blocks nothing is pulled either
+                request.max_pulled_blocks = num_hit
             num_elsewhere = self._pulls.num_awaited(request) - num_hit
         request.num_ready_blocks = num_hit
         fetches = num_elsewhere > 0 and self.config.transfer_cost.fetch_pays(num_elsewhere, size)
