@@ -40,6 +40,7 @@ class TimedRunner(FakeRunner):
     noise: float
     seed: int = 0
     now_s: float = 0.0
+    between_s: float = 0.0  # from the end of a step to the start of the next one
     durations: list[tuple[StepWork, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -57,7 +58,7 @@ class TimedRunner(FakeRunner):
 
         def result() -> ModelRunnerOutput:
             self.now_s += step_s
-            self.durations.append((work, step_s))
+            self.durations.append((work, step_s + self.between_s))
             return output()
 
         return result
@@ -85,6 +86,7 @@ def serve(engine: Engine, runner: TimedRunner, num_steps: int, first: int = 0) -
             new.token_ids = runner.chance.choices(range(40), k=new.num_prompt_tokens)  # no prefix is shared
             engine.submit(new)
         engine.step()
+        runner.now_s += runner.between_s
     return runner.durations[:]
 
 
@@ -116,6 +118,20 @@ def test_steps_stay_under_the_target_with_noise_and_after_the_law_has_changed(se
     again = serve(engine, runner, 300, 1400)
     assert share_under(again, TARGET_S) >= 0.92
     assert prefill_per_step(again) >= 60
+
+
+def test_what_lies_between_two_steps_counts_and_idle_times_do_not():
+    """Streams wait for the host's work, too; after a pause the budget is what it was."""
+    engine, runner = make(TARGET_S, GPU, noise=0.05)
+    runner.between_s = 0.004
+    serve(engine, runner, 100)
+    steps = serve(engine, runner, 300, 100)
+    assert share_under(steps, TARGET_S) >= 0.92
+    assert prefill_per_step(steps) >= 50
+    for pause in range(20):
+        runner.now_s += 60.0
+        serve(engine, runner, 1, 400 + pause)
+    assert prefill_per_step(serve(engine, runner, 50, 500)) >= 0.7 * prefill_per_step(steps)
 
 
 def test_without_a_target_prompts_take_all_of_a_step():

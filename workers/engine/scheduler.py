@@ -182,10 +182,12 @@ class Scheduler:
             self._spread.end()
         return plan
 
-    def step_took(self, plan: SchedulerOutput, duration_s: float) -> None:
-        """A step was measured."""
+    def step_took(self, plan: SchedulerOutput, duration_s: float, since_last_s: float) -> None:
+        """A step was measured: from its start to its end, and from the end of the step before."""
         if self._prefill_budget is not None and plan.requests:
-            self._prefill_budget.observe(plan.work(), duration_s)
+            # Streams notice what lies between two steps, too, unless the engine was idle.
+            noticed_s = since_last_s if since_last_s < 2 * duration_s else duration_s
+            self._prefill_budget.observe(plan.work(), noticed_s)
 
     def _budget(self) -> StepBudget:
         """Of the next step: what it may take in all, and of that for prompts beside streams that run."""
