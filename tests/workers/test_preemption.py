@@ -15,12 +15,12 @@ from kvstore.config import KVStoreConfig
 from tests.workers.paged_runner import BLOCK_SIZE, PagedRunner, make
 from tests.workers.test_cache_groups import WINDOWS, alone, request, run
 from tests.workers.test_disaggregation import prompt, spec_for, worker
-from tests.workers.test_scheduler import make_engine, make_request
+from tests.workers.test_scheduler import finish_all, make_engine, make_request
 from tests.workers.tiny_llama import generate_with_transformers, make_checkpoint
 from workers.config import POLICIES, SchedulingOptions
 from workers.engine.engine import Engine
 from workers.engine.kv.stores import MAX_WRITTEN_BACK_BLOCKS
-from workers.engine.request import RequestRole
+from workers.engine.request import RequestRole, RequestStatus
 from workers.engine.step import SchedulerOutput
 
 COSTS = st.sampled_from([ALWAYS_FETCH, NEVER_FETCH, TransferCost(1.0, 5.0, 1.0)])
@@ -152,6 +152,24 @@ def test_what_was_not_written_back_is_stored_with_the_preemption_and_its_blocks_
     scheduler.update(plan, output)
     assert (scheduler.pool.num_free, scheduler.preemption.num_leaving_blocks) == (12, 0)
     assert request.is_leaving  # it pulls them when the tier has them
+
+
+def test_a_swapped_request_waits_for_its_stores_while_others_run():
+    """Else it would compute again what the tiers are about to have."""
+    engine, runner = make_engine(num_blocks=32, context=48, budget=100, writes_back=True)
+    runner.holds_back = True
+    for i in range(2):
+        engine.submit(make_request(f"r{i}", 18, max_tokens=18, arrival=float(i), start=20 * i, ignore_eos=True))
+    engine.step()
+    scheduler, request = engine.scheduler, engine.scheduler.requests["r1"]
+    scheduler.preemption.preempt(SchedulerOutput(), request)
+    engine.step()
+    assert (request.is_leaving, request.status) == (True, RequestStatus.PREEMPTED)
+    runner.holds_back = False
+    engine.step()
+    engine.step()
+    assert (request.is_leaving, request.status) == (False, RequestStatus.RUNNING)
+    assert set(finish_all(engine)) == {"r0", "r1"}
 
 
 @pytest.mark.parametrize("is_written_back", [True, False])
