@@ -138,6 +138,10 @@ class VirtualExecutor:
     def resend(self) -> None:
         """There is one rank."""
 
+    def recover(self) -> str:
+        """No step fails here."""
+        return ""
+
     def stop(self) -> None:
         """Nothing runs."""
 

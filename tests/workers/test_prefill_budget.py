@@ -64,11 +64,14 @@ class TimedRunner(FakeRunner):
         return result
 
 
-def make(target_s: float, cost: StepCost, noise: float, seed: int = 0) -> tuple[Engine, TimedRunner]:
+def make(
+    target_s: float, cost: StepCost, noise: float, seed: int = 0, num_stages: int = 1
+) -> tuple[Engine, TimedRunner]:
     runner = TimedRunner(cost, noise, seed)
     options = SchedulingOptions(tpot_target_s=target_s, min_prefill_tokens=16)
     pools = BlockPools([BlockPool(60_000, BLOCK_SIZE)])
-    scheduler = Scheduler(SchedulerConfig(64, 2048, 100_000, scheduling=options), pools, b"f" * 16, frozenset({EOS}))
+    config = SchedulerConfig(64, 2048, 100_000, scheduling=options, num_stages=num_stages)
+    scheduler = Scheduler(config, pools, b"f" * 16, frozenset({EOS}))
     return Engine(scheduler, runner, VOCAB, lambda: runner.now_s), runner
 
 
@@ -132,6 +135,16 @@ def test_what_lies_between_two_steps_counts_and_idle_times_do_not():
         runner.now_s += 60.0
         serve(engine, runner, 1, 400 + pause)
     assert prefill_per_step(serve(engine, runner, 50, 500)) >= 0.7 * prefill_per_step(steps)
+
+
+def test_a_plan_of_a_pipeline_may_take_its_share_of_the_target():
+    """With two stages a stream has a token in every second plan."""
+    engine, runner = make(2 * TARGET_S, GPU, noise=0.05, num_stages=2)
+    serve(engine, runner, 150)
+    steps = serve(engine, runner, 300, 150)
+    assert all(work.num_decode_seqs <= NUM_STREAMS // 2 + 1 for work, _ in steps)
+    assert share_under(steps, TARGET_S) >= 0.92
+    assert prefill_per_step(steps) >= 50
 
 
 def test_without_a_target_prompts_take_all_of_a_step():

@@ -192,7 +192,7 @@ class Engine:
         if not plan.is_empty:
             self._num_failed_steps = 0
             now = self._clock()
-            self.scheduler.step_took(plan, now - self._step_began_s, now - self._step_ended_s)
+            self.scheduler.budgets.step_took(plan, now - self._step_began_s, now - self._step_ended_s)
             self._step_ended_s = now
             self._count_step(now)
         events = self._events_of(update)

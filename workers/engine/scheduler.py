@@ -25,8 +25,9 @@ from workers.engine.kv.stores import Stores
 from workers.engine.kv.transfers import Transfers
 from workers.engine.outcome import StepOutcomes, UpdateResult
 from workers.engine.pipeline import PlanSpread
+from workers.engine.policies.budgets import StepBudgets
 from workers.engine.policies.choice import make_policy
-from workers.engine.policies.prefill_budget import PrefillBudget, StepBudget
+from workers.engine.policies.prefill_budget import StepBudget
 from workers.engine.preemption import Preemption
 from workers.engine.queues import RequestQueues
 from workers.engine.request import Request, RequestRole, RequestStatus
@@ -68,8 +69,7 @@ class Scheduler:
         self._pulls = Pulls(pool, self.transfers, self._names)
         self.stores = Stores(pool, self.transfers, self._names, config.writes_back)
         self._outcomes = StepOutcomes(queues, pool, self._names, self.transfers, self._pulls, self.max_context_tokens)
-        target_s = config.scheduling.tpot_target_s
-        self._prefill_budget = PrefillBudget(target_s, config.scheduling.min_prefill_tokens) if target_s else None
+        self.budgets = StepBudgets(config.scheduling, config.max_num_batched_tokens, config.num_stages)
         self.preemption = Preemption(pool, self.rows, queues, self.stores, config.transfer_cost)
         self.num_prefixes_fetched = 0  # of the prefixes that only the tiers had: cheaper to pull
         self.num_prefixes_recomputed = 0  # cheaper to compute again
@@ -170,8 +170,8 @@ class Scheduler:
         plan = SchedulerOutput()
         for request in self._pulls.ready(self.waiting_for_kv):
             self._start_with_what_came(request)
-        budget = self._budget()
         self._spread.begin(self.running, len(self.waiting))
+        budget = self.budgets.next(self.running, self._spread)
         self._schedule_running(plan, budget)
         if self.waiting and len(plan.requests) < self._spread.max_requests:
             self._admit_waiting(plan, budget)
@@ -181,25 +181,6 @@ class Scheduler:
         if plan.requests:
             self._spread.end()
         return plan
-
-    def step_took(self, plan: SchedulerOutput, duration_s: float, since_last_s: float) -> None:
-        """A step was measured: from its start to its end, and from the end of the step before."""
-        if self._prefill_budget is not None and plan.requests:
-            # Streams notice what lies between two steps, too, unless the engine was idle.
-            noticed_s = since_last_s if since_last_s < 2 * duration_s else duration_s
-            self._prefill_budget.observe(plan.work(), noticed_s)
-
-    def _budget(self) -> StepBudget:
-        """Of the next step: what it may take in all, and of that for prompts beside streams that run."""
-        num_tokens = self.config.max_num_batched_tokens
-        if self._prefill_budget is None:
-            return StepBudget(num_tokens, num_tokens)
-        contexts = [r.num_computed_tokens for r in self.running if r.window_tokens > 0 and self._num_left(r) == 1]
-        if not contexts:
-            return StepBudget(num_tokens, num_tokens)
-        beside = num_tokens - min(len(contexts), num_tokens - 1)  # one at least: prompts must come to an end
-        most = self._prefill_budget.num_tokens(len(contexts), sum(contexts))
-        return StepBudget(num_tokens, min(beside, most))
 
     def _admit_waiting(self, plan: SchedulerOutput, budget: StepBudget) -> None:
         """In the policy's order, up to the first that does not fit."""
