@@ -20,7 +20,7 @@ from tests.workers.tiny_llama import generate_with_transformers, make_checkpoint
 from workers.config import POLICIES, SchedulingOptions
 from workers.engine.engine import Engine
 from workers.engine.kv.stores import MAX_WRITTEN_BACK_BLOCKS
-from workers.engine.request import RequestRole, RequestStatus
+from workers.engine.request import FinishReason, RequestRole, RequestStatus
 from workers.engine.step import SchedulerOutput
 
 COSTS = st.sampled_from([ALWAYS_FETCH, NEVER_FETCH, TransferCost(1.0, 5.0, 1.0)])
@@ -83,6 +83,40 @@ def test_tokens_are_those_of_each_request_alone(
     assert preemption.num_leaving_blocks == 0
     if cost is NEVER_FETCH and role is RequestRole.MIXED:
         assert preemption.num_swaps == 0
+
+
+@pytest.mark.parametrize(("is_async", "num_stages"), [(False, 1), (True, 1), (False, 2), (True, 3)])
+@settings(max_examples=100, deadline=None)
+@given(
+    shapes=st.lists(st.tuples(st.integers(8, 24), st.integers(6, 14)), min_size=3, max_size=6),
+    num_blocks=st.integers(12, 18),
+    failing=st.sets(st.integers(2, 60), min_size=1, max_size=2),
+)
+def test_steps_that_fail_leave_swapped_requests_whole(is_async, num_stages, shapes, num_blocks, failing):
+    """The ranks forget all transfers then: nobody waits for them, and what was not stored is computed again."""
+    engine, runner = make(
+        num_blocks, 12, is_async, 4, writes_back=True, transfer_cost=ALWAYS_FETCH, num_stages=num_stages
+    )
+    runner.fails = lambda plan: plan.sequence in failing
+    expected = {f"r{i}": alone(request(f"r{i}", n, m, start=5 * i), (0,)) for i, (n, m) in enumerate(shapes)}
+    for i, (length, max_tokens) in enumerate(shapes):
+        engine.submit(request(f"r{i}", length, max_tokens, start=5 * i))
+    tokens: dict[str, list[int]] = {name: [] for name in expected}
+    reasons: dict[str, FinishReason] = {}
+    for _ in range(2000):
+        events = engine.step()
+        for token in events.tokens if events else ():
+            tokens[token.request_id].append(token.token_id)
+        reasons |= {end.request_id: end.reason for end in events.ended} if events else {}
+        if not engine.scheduler.has_work():
+            break
+    assert set(reasons) == set(expected)
+    for name, reason in reasons.items():
+        whole = len(expected[name]) if reason is FinishReason.LENGTH else len(tokens[name])
+        assert tokens[name] == expected[name][:whole], name
+    assert engine.scheduler.preemption.num_leaving_blocks == 0
+    assert engine.scheduler.pool.num_referenced == 0
+    engine.scheduler.pool.check()
 
 
 def preempted(cost: TransferCost | None, is_async: bool = False) -> tuple[Engine, PagedRunner]:

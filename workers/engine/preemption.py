@@ -49,7 +49,17 @@ class Preemption:
         """The request waits again, with nothing of what it had; nor is it known what the tiers have of it."""
         self.num_recomputes += 1
         self._requeue(request)
-        request.num_stored_blocks = request.num_tier_blocks = 0
+        self._forget_tiers(request)
+
+    def forget_swaps(self) -> None:
+        """Transfers were given up: what was on its way to the tiers for swapped requests is not known to be there."""
+        for request in self._queues.waiting:
+            if request.is_leaving:
+                self._forget_tiers(request)
+
+    def _forget_tiers(self, request: Request) -> None:
+        request.num_stored_blocks = request.num_tier_blocks = request.num_available_blocks = 0
+        request.num_pull_tokens, request.is_swapped = request.num_given_tokens, False
 
     def _requeue(self, request: Request) -> None:
         self._queues.leave(request)

@@ -383,6 +383,7 @@ class Scheduler:
 
     def abandon(self, failed: SchedulerOutput, later: Sequence[SchedulerOutput]) -> UpdateResult:
         """A step raised, and its requests are gone. Those of the steps behind it compute again from known tokens."""
+        self.preemption.forget_swaps()
         for plan in (failed, *later):
             self.preemption.step_is_through(plan)
             for request in plan.running_requests():
