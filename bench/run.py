@@ -7,6 +7,7 @@
     failover      a stream with a 4k history on another worker: from the tiers, beside computed again
     stalled_tier  the longest gap between two tokens while a tier that the streams do not need does not answer for 2 s
     host_step     the leader's Python of a decode step: plan, encode, fill, update
+    scheduling    TTFT and times between tokens under each scheduling policy, in virtual time
     scaling       GPU-hours and attainment of the scaling policies, in simulated time (five minutes)
 
 Rows are appended to bench/results/cpu.jsonl. Starts clusters as a user would, with the `switchyard` command.
@@ -44,6 +45,7 @@ from bench.peers.comparison import measure_peers
 from bench.peers.table import markdown, newest_run
 from bench.rows import Measurement, append_rows
 from bench.scaling import measure_scaling
+from bench.scheduling import measure_scheduling
 from bench.stalled_tier import measure_stalled_tier
 from kvstore.network.addresses import listen
 from planner.trace import TraceRequest
@@ -205,6 +207,7 @@ SECTIONS = {
     "failover": bench_failover,
     "stalled_tier": bench_stalled_tier,
     "host_step": bench_host_step,
+    "scheduling": measure_scheduling,
     "scaling": measure_scaling,
 }
 

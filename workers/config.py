@@ -68,9 +68,9 @@ class SchedulingOptions:
     output_token_weight: Annotated[float, Bounds(more_than=0)] = 2.0
     """fair_share: what a generated token counts as."""
     tpot_target_s: Annotated[float, Bounds(at_least=0)] = 0.0
-    """Longest step that is aimed at while streams run: chunks of prompts are cut so that, by the measured cost of
-    steps, 19 of 20 stay under it. 0 means that max_num_batched_tokens alone bounds them."""
-    min_prefill_tokens: Annotated[int, Bounds(at_least=1)] = 32
+    """Longest time between two tokens that is aimed at: beside running streams, chunks of prompts are cut so that, by
+    the measured cost of steps, 19 of 20 steps stay under it. 0 means that max_num_batched_tokens alone bounds them."""
+    min_prefill_tokens: Annotated[int, Bounds(at_least=1, at_most=2**20)] = 32
     """Prompt tokens that a step may have whatever tpot_target_s is: prompts must come to an end."""
 
     def __post_init__(self) -> None:

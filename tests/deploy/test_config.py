@@ -115,6 +115,15 @@ def test_the_laptop_example_says_what_the_defaults_are() -> None:
         ("endpoints: {routers: 9999999999999999999999}", "endpoints.routers: must be at most 1000, not 999"),
         ("router: {window_tokens: 1000000000000}", "router.window_tokens: must be less than 2^31, not 1000000000000"),
         ("ray: {num_cpus: 1000000000000}", "ray.num_cpus: must be at most 100000, not 1000000000000"),
+        (
+            "pools: {d: {role: mixed, scheduler: {policy: lifo}}}",
+            "pools.d.scheduler.policy: must be one of fcfs, priority, deadline, fair_share, not 'lifo'",
+        ),
+        (
+            "pools: {d: {role: mixed, scheduler: {priority_ageing_s: 0}}}",
+            "pools.d.scheduler.priority_ageing_s: must be more than 0, not 0",
+        ),
+        ("pools: {d: {role: mixed, scheduler: {tpot_target_s: -1}}}", "pools.d.scheduler.tpot_target_s: must be at le"),
         ("autoscaling: {mode: on-call}", "autoscaling.mode: must be one of off, advise, act, not 'on-call'"),
         ("autoscaling: {policy: hpa}", "autoscaling.policy: must be one of slo, queue_depth, fixed, not 'hpa'"),
         ("autoscaling: {slo_ttft_ms: 0}", "autoscaling.slo_ttft_ms: must be more than 0, not 0"),

@@ -244,11 +244,17 @@ def test_what_an_operator_sets_is_declared_once() -> None:
 
 
 def test_each_process_gets_the_branch_as_it_was_written(tiny_model: Path) -> None:
-    overrides = ["kvstore.disk_compression=zstd", "kvstore.prefix_fetch=never", "pools.decode.max_num_seqs=7"]
+    overrides = [
+        "kvstore.disk_compression=zstd",
+        "kvstore.prefix_fetch=never",
+        "pools.decode.max_num_seqs=7",
+        "pools.decode.scheduler.policy=priority",
+    ]
     made = config.load(None, overrides)
     decode = plan(tiny_model, *overrides).pools[1].spec
     assert decode.kvstore == made.kvstore
     assert decode.engine.options() == made.pools["decode"].options()
+    assert decode.engine.scheduler.policy == "priority"
     settings = KVNodeSettings("id", "c", "/run", ArenaPlan("/shm", 64, 8), "", "", made.kvstore, secret="s3cret")
     spec = node_spec(settings, "n", Path("/shm/a"), 8)
     assert (spec.kvstore, spec.host_address, spec.secret) == (made.kvstore, "unix:/run/kv-n.sock", "")

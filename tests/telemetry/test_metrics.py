@@ -10,7 +10,7 @@ from switchyard.v1 import kvnode_pb2, worker_pb2
 
 from telemetry import autoscaler, node, router, table, worker
 from telemetry.metric import Kind, Metric, samples
-from workers.engine.loop import LoadSnapshot
+from workers.engine.load import LoadSnapshot
 
 ROOT = Path(table.__file__).parents[1]
 ALL = (*router.METRICS, *worker.ROUTER_METRICS, worker.TIME_TO_FIRST, *node.METRICS, *autoscaler.METRICS)

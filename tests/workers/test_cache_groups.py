@@ -191,3 +191,25 @@ def test_requests_that_wait_for_window_blocks_of_each_other_go_on():
     tokens = run(engine, 400)
     for name, start in (("a", 0), ("b", 7)):
         assert [*first[name], *tokens[name]] == alone(request(name, 26, 9, start=start), (0, 16))
+
+
+@given(
+    held=st.lists(st.integers(0, 6), min_size=2, max_size=2),
+    taken=st.lists(st.integers(0, 6), min_size=2, max_size=2),
+    wanted=st.integers(0, 14),
+)
+def test_what_is_missing_is_what_keeps_tables_from_being_extended(held, taken, wanted):
+    """When so many blocks have become free in every group they can be, and not with one less."""
+    pools = BlockPools([BlockPool(24, BLOCK_SIZE) for _ in held], (0, 0))
+    tables = pools.take_prefix([])
+    others = [pool.allocate(12 + count) for pool, count in zip(pools.pools, taken, strict=True)]
+    for group, count in enumerate(held):
+        pools.extend(tables, count, [group])
+    missing = pools.num_missing(tables, wanted, (0, 1))
+    assert (missing <= 0) == pools.can_extend(tables, wanted, (0, 1))
+    for left in range(missing, 0, -1):
+        assert pools.num_missing(tables, wanted, (0, 1)) == left
+        for pool, blocks in zip(pools.pools, others, strict=True):
+            pool.release([blocks.pop()])
+    pools.extend(tables, wanted, (0, 1))
+    pools.check()

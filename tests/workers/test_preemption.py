@@ -15,12 +15,12 @@ from kvstore.config import KVStoreConfig
 from tests.workers.paged_runner import BLOCK_SIZE, PagedRunner, make
 from tests.workers.test_cache_groups import WINDOWS, alone, request, run
 from tests.workers.test_disaggregation import prompt, spec_for, worker
-from tests.workers.test_scheduler import make_engine, make_request
+from tests.workers.test_scheduler import finish_all, make_engine, make_request
 from tests.workers.tiny_llama import generate_with_transformers, make_checkpoint
 from workers.config import POLICIES, SchedulingOptions
 from workers.engine.engine import Engine
 from workers.engine.kv.stores import MAX_WRITTEN_BACK_BLOCKS
-from workers.engine.request import RequestRole
+from workers.engine.request import FinishReason, RequestRole, RequestStatus
 from workers.engine.step import SchedulerOutput
 
 COSTS = st.sampled_from([ALWAYS_FETCH, NEVER_FETCH, TransferCost(1.0, 5.0, 1.0)])
@@ -83,6 +83,40 @@ def test_tokens_are_those_of_each_request_alone(
     assert preemption.num_leaving_blocks == 0
     if cost is NEVER_FETCH and role is RequestRole.MIXED:
         assert preemption.num_swaps == 0
+
+
+@pytest.mark.parametrize(("is_async", "num_stages"), [(False, 1), (True, 1), (False, 2), (True, 3)])
+@settings(max_examples=100, deadline=None)
+@given(
+    shapes=st.lists(st.tuples(st.integers(8, 24), st.integers(6, 14)), min_size=3, max_size=6),
+    num_blocks=st.integers(12, 18),
+    failing=st.sets(st.integers(2, 60), min_size=1, max_size=2),
+)
+def test_steps_that_fail_leave_swapped_requests_whole(is_async, num_stages, shapes, num_blocks, failing):
+    """The ranks forget all transfers then: nobody waits for them, and what was not stored is computed again."""
+    engine, runner = make(
+        num_blocks, 12, is_async, 4, writes_back=True, transfer_cost=ALWAYS_FETCH, num_stages=num_stages
+    )
+    runner.fails = lambda plan: plan.sequence in failing
+    expected = {f"r{i}": alone(request(f"r{i}", n, m, start=5 * i), (0,)) for i, (n, m) in enumerate(shapes)}
+    for i, (length, max_tokens) in enumerate(shapes):
+        engine.submit(request(f"r{i}", length, max_tokens, start=5 * i))
+    tokens: dict[str, list[int]] = {name: [] for name in expected}
+    reasons: dict[str, FinishReason] = {}
+    for _ in range(2000):
+        events = engine.step()
+        for token in events.tokens if events else ():
+            tokens[token.request_id].append(token.token_id)
+        reasons |= {end.request_id: end.reason for end in events.ended} if events else {}
+        if not engine.scheduler.has_work():
+            break
+    assert set(reasons) == set(expected)
+    for name, reason in reasons.items():
+        whole = len(expected[name]) if reason is FinishReason.LENGTH else len(tokens[name])
+        assert tokens[name] == expected[name][:whole], name
+    assert engine.scheduler.preemption.num_leaving_blocks == 0
+    assert engine.scheduler.pool.num_referenced == 0
+    engine.scheduler.pool.check()
 
 
 def preempted(cost: TransferCost | None, is_async: bool = False) -> tuple[Engine, PagedRunner]:
@@ -152,6 +186,45 @@ def test_what_was_not_written_back_is_stored_with_the_preemption_and_its_blocks_
     scheduler.update(plan, output)
     assert (scheduler.pool.num_free, scheduler.preemption.num_leaving_blocks) == (12, 0)
     assert request.is_leaving  # it pulls them when the tier has them
+
+
+def test_a_swapped_request_waits_for_its_stores_while_others_run():
+    """Else it would compute again what the tiers are about to have."""
+    engine, runner = make_engine(num_blocks=32, context=48, budget=100, writes_back=True)
+    runner.holds_back = True
+    for i in range(2):
+        engine.submit(make_request(f"r{i}", 18, max_tokens=18, arrival=float(i), start=20 * i, ignore_eos=True))
+    engine.step()
+    scheduler, request = engine.scheduler, engine.scheduler.requests["r1"]
+    scheduler.preemption.preempt(SchedulerOutput(), request)
+    engine.step()
+    assert (request.is_leaving, request.status) == (True, RequestStatus.PREEMPTED)
+    runner.holds_back = False
+    engine.step()
+    engine.step()
+    assert (request.is_leaving, request.status) == (False, RequestStatus.RUNNING)
+    assert set(finish_all(engine)) == {"r0", "r1"}
+
+
+@pytest.mark.parametrize("is_written_back", [True, False])
+def test_a_tier_that_says_nothing_holds_up_no_request(is_written_back):
+    """A swapped request waits for its stores only while others run, and does not pull from such a tier."""
+    engine, runner = make_engine(num_blocks=12, context=48, budget=100, writes_back=True)
+    runner.holds_back = True
+    for i in range(2):
+        engine.submit(make_request(f"r{i}", 18, max_tokens=18, arrival=float(i), start=20 * i, ignore_eos=True))
+    others = 0 if is_written_back else MAX_WRITTEN_BACK_BLOCKS  # on their way: the prompts' blocks are dropped
+    engine.scheduler.transfers.num_written_back_blocks += others
+    engine.step()
+    engine.scheduler.transfers.num_written_back_blocks -= others
+    ended = []
+    for _ in range(300):
+        events = engine.step()
+        ended += [end.request_id for end in events.ended] if events else []
+    assert ended == ["r0", "r1"]
+    assert engine.scheduler.preemption.num_swaps == 1
+    assert all(transfer.is_copied for transfer in runner.begun)  # none is a load
+    assert engine.scheduler.pool.num_referenced == 0
 
 
 @pytest.mark.parametrize(("prefix_fetch", "tp"), [("always", 1), ("always", 2), ("never", 1)])

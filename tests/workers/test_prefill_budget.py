@@ -40,6 +40,7 @@ class TimedRunner(FakeRunner):
     noise: float
     seed: int = 0
     now_s: float = 0.0
+    between_s: float = 0.0  # from the end of a step to the start of the next one
     durations: list[tuple[StepWork, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -57,17 +58,20 @@ class TimedRunner(FakeRunner):
 
         def result() -> ModelRunnerOutput:
             self.now_s += step_s
-            self.durations.append((work, step_s))
+            self.durations.append((work, step_s + self.between_s))
             return output()
 
         return result
 
 
-def make(target_s: float, cost: StepCost, noise: float, seed: int = 0) -> tuple[Engine, TimedRunner]:
+def make(
+    target_s: float, cost: StepCost, noise: float, seed: int = 0, num_stages: int = 1
+) -> tuple[Engine, TimedRunner]:
     runner = TimedRunner(cost, noise, seed)
     options = SchedulingOptions(tpot_target_s=target_s, min_prefill_tokens=16)
     pools = BlockPools([BlockPool(60_000, BLOCK_SIZE)])
-    scheduler = Scheduler(SchedulerConfig(64, 2048, 100_000, scheduling=options), pools, b"f" * 16, frozenset({EOS}))
+    config = SchedulerConfig(64, 2048, 100_000, scheduling=options, num_stages=num_stages)
+    scheduler = Scheduler(config, pools, b"f" * 16, frozenset({EOS}))
     return Engine(scheduler, runner, VOCAB, lambda: runner.now_s), runner
 
 
@@ -85,6 +89,7 @@ def serve(engine: Engine, runner: TimedRunner, num_steps: int, first: int = 0) -
             new.token_ids = runner.chance.choices(range(40), k=new.num_prompt_tokens)  # no prefix is shared
             engine.submit(new)
         engine.step()
+        runner.now_s += runner.between_s
     return runner.durations[:]
 
 
@@ -116,6 +121,30 @@ def test_steps_stay_under_the_target_with_noise_and_after_the_law_has_changed(se
     again = serve(engine, runner, 300, 1400)
     assert share_under(again, TARGET_S) >= 0.92
     assert prefill_per_step(again) >= 60
+
+
+def test_what_lies_between_two_steps_counts_and_idle_times_do_not():
+    """Streams wait for the host's work, too; after a pause the budget is what it was."""
+    engine, runner = make(TARGET_S, GPU, noise=0.05)
+    runner.between_s = 0.004
+    serve(engine, runner, 100)
+    steps = serve(engine, runner, 300, 100)
+    assert share_under(steps, TARGET_S) >= 0.92
+    assert prefill_per_step(steps) >= 50
+    for pause in range(20):
+        runner.now_s += 60.0
+        serve(engine, runner, 1, 400 + pause)
+    assert prefill_per_step(serve(engine, runner, 50, 500)) >= 0.7 * prefill_per_step(steps)
+
+
+def test_a_plan_of_a_pipeline_may_take_its_share_of_the_target():
+    """With two stages a stream has a token in every second plan."""
+    engine, runner = make(2 * TARGET_S, GPU, noise=0.05, num_stages=2)
+    serve(engine, runner, 150)
+    steps = serve(engine, runner, 300, 150)
+    assert all(work.num_decode_seqs <= NUM_STREAMS // 2 + 1 for work, _ in steps)
+    assert share_under(steps, TARGET_S) >= 0.92
+    assert prefill_per_step(steps) >= 50
 
 
 def test_without_a_target_prompts_take_all_of_a_step():

@@ -70,7 +70,7 @@ class Engine:
         """grammars: of the model's tokenizer; without it a request that has a grammar is refused."""
         self.scheduler = scheduler
         self.counters = EngineCounters()
-        self._step_began_s = 0.0
+        self._step_began_s = self._step_ended_s = 0.0
         self._executor = executor
         self._vocab_size = vocab_size
         self._clock = clock
@@ -192,7 +192,8 @@ class Engine:
         if not plan.is_empty:
             self._num_failed_steps = 0
             now = self._clock()
-            self.scheduler.step_took(plan, now - self._step_began_s)
+            self.scheduler.budgets.step_took(plan, now - self._step_began_s, now - self._step_ended_s)
+            self._step_ended_s = now
             self._count_step(now)
         events = self._events_of(update)
         if plan.is_empty and not output.transfers:

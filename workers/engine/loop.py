@@ -16,6 +16,7 @@ from itertools import islice
 
 from kvstore.control.directory import Directory, DirectoryUnavailable
 from workers.engine.engine import Clock, Engine, StepEvents
+from workers.engine.load import LoadSnapshot, snapshot
 from workers.engine.prefetch import QueuePrefetch
 from workers.engine.request import Request, RequestEnd
 from workers.errors import InvalidRequest
@@ -101,34 +102,6 @@ class LoopEvents:
     block_changes: Mapping[bytes, bool] | None = None  # in this step: for each name whether it is held now
 
 
-@dataclass(frozen=True, slots=True)
-class LoadSnapshot:
-    """The engine's load after its last step."""
-
-    num_running: int = 0
-    num_waiting: int = 0
-    num_waiting_for_kv: int = 0
-    num_free_blocks: int = 0
-    num_queued_tokens: int = 0
-    num_steps: int = 0
-    num_computed_prompt_tokens: int = 0
-    num_cached_prompt_tokens: int = 0
-    num_recomputed_prompt_tokens: int = 0
-    num_generated_tokens: int = 0
-    num_preemptions: int = 0
-    num_swaps: int = 0
-    num_recomputes: int = 0
-    num_published_blocks: int = 0
-    num_transferred_blocks: int = 0
-    num_prefixes_fetched: int = 0
-    num_prefixes_recomputed: int = 0
-    num_dropped_write_backs: int = 0
-    num_transfers: int = 0
-    step_seconds: float = 0.0
-    step_requests: int = 0
-    step_context_tokens: int = 0
-
-
 class EngineLoop:
     """Runs an engine in a thread of its own.
 
@@ -174,7 +147,7 @@ class EngineLoop:
 
     def start(self) -> None:
         """Start stepping."""
-        self._snapshot()
+        self.load = snapshot(self._engine)
         for thread in self._threads:
             thread.start()
 
@@ -233,7 +206,7 @@ class EngineLoop:
                 changes = self._engine.scheduler.pool.take_changes()
                 if events is not None and events.published_names:
                     self.announce(events.published_names)
-                self._snapshot()
+                self.load = snapshot(self._engine)
                 if events is not None or changes:  # a plan of nothing may have evicted blocks for a pull
                     self._on_events(LoopEvents(events or StepEvents(), block_changes=changes))
         except BaseException as error:
@@ -296,33 +269,6 @@ class EngineLoop:
             self._pulls_changed.set()
         if self._prefetch is not None:
             self._prefetch.note(self._engine.scheduler)
-
-    def _snapshot(self) -> None:
-        scheduler, counters = self._engine.scheduler, self._engine.counters
-        self.load = LoadSnapshot(
-            num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
-            num_waiting_for_kv=len(scheduler.waiting_for_kv),
-            num_free_blocks=scheduler.pool.num_free,
-            num_queued_tokens=scheduler.queues.num_queued_tokens,
-            num_steps=counters.num_steps,
-            num_computed_prompt_tokens=counters.num_computed_prompt_tokens,
-            num_cached_prompt_tokens=counters.num_cached_prompt_tokens,
-            num_recomputed_prompt_tokens=scheduler.num_recomputed_prompt_tokens,
-            num_generated_tokens=counters.num_generated_tokens,
-            num_preemptions=scheduler.num_preemptions,
-            num_swaps=scheduler.preemption.num_swaps,
-            num_recomputes=scheduler.preemption.num_recomputes,
-            num_published_blocks=counters.num_published_blocks,
-            num_transferred_blocks=counters.num_transferred_blocks,
-            num_prefixes_fetched=scheduler.num_prefixes_fetched,
-            num_prefixes_recomputed=scheduler.num_prefixes_recomputed,
-            num_dropped_write_backs=scheduler.stores.num_dropped_write_backs,
-            num_transfers=scheduler.transfers.num_transfers,
-            step_seconds=counters.step_seconds,
-            step_requests=counters.step_requests,
-            step_context_tokens=counters.step_context_tokens,
-        )
 
     # ------------------------------------------------------------------------------------------ the directory's threads
     def _announce(self) -> None:

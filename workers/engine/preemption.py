@@ -49,7 +49,17 @@ class Preemption:
         """The request waits again, with nothing of what it had; nor is it known what the tiers have of it."""
         self.num_recomputes += 1
         self._requeue(request)
-        request.num_stored_blocks = request.num_tier_blocks = 0
+        self._forget_tiers(request)
+
+    def forget_swaps(self) -> None:
+        """Transfers were given up: what was on its way to the tiers for swapped requests is not known to be there."""
+        for request in self._queues.waiting:
+            if request.is_leaving:
+                self._forget_tiers(request)
+
+    def _forget_tiers(self, request: Request) -> None:
+        request.num_stored_blocks = request.num_tier_blocks = request.num_available_blocks = 0
+        request.num_pull_tokens, request.is_swapped = request.num_given_tokens, False
 
     def _requeue(self, request: Request) -> None:
         self._queues.leave(request)
@@ -78,6 +88,8 @@ class Preemption:
         """Let a request pull its full blocks when it comes back, if that pays; stores those that no tier has."""
         if request.status is RequestStatus.WAITING_FOR_KV:
             return True  # nothing is computed yet, and what it has came from the tiers
+        if request.wants_all_rows:
+            return False  # its prompt is computed whole
         size = self._pool.block_size
         num_full = self._stores.num_storable(request)
         num_prompt_blocks = request.num_given_tokens // size if request.role is RequestRole.DECODE else 0

@@ -18,25 +18,21 @@ from itertools import islice
 from costs.transfer import ALWAYS_FETCH, TransferCost
 from kvstore.blocks.block_pools import BlockPools
 from workers.config import SchedulingOptions
+from workers.engine.chunks import chunk_tokens
 from workers.engine.kv.block_naming import RequestNames
 from workers.engine.kv.pulls import Pulls
 from workers.engine.kv.stores import Stores
 from workers.engine.kv.transfers import Transfers
 from workers.engine.outcome import StepOutcomes, UpdateResult
 from workers.engine.pipeline import PlanSpread
+from workers.engine.policies.budgets import StepBudgets
 from workers.engine.policies.choice import make_policy
-from workers.engine.policies.prefill_budget import PrefillBudget, StepBudget
+from workers.engine.policies.prefill_budget import StepBudget
 from workers.engine.preemption import Preemption
 from workers.engine.queues import RequestQueues
 from workers.engine.request import Pooling, Request, RequestRole, RequestStatus
 from workers.engine.rows import BatchRows
 from workers.engine.step import ModelRunnerOutput, RowState, SchedulerOutput
-
-# A prefill request ends with a chunk of this size when its prompt is many times as long: what its decode worker still
-# has to pull after the last chunk is then a few blocks, and all else has travelled while the prompt was computed.
-LAST_CHUNK_TOKENS = 64
-MIN_CHUNKS_FOR_A_SHORT_LAST_ONE = 16
-MAX_WANTED_ROWS = 128  # of one request's prompt in a step, where something is reported of each
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +69,7 @@ class Scheduler:
         self._pulls = Pulls(pool, self.transfers, self._names)
         self.stores = Stores(pool, self.transfers, self._names, config.writes_back)
         self._outcomes = StepOutcomes(queues, pool, self._names, self.transfers, self._pulls, self.max_context_tokens)
-        target_s = config.scheduling.tpot_target_s
-        self._prefill_budget = PrefillBudget(target_s, config.scheduling.min_prefill_tokens) if target_s else None
+        self.budgets = StepBudgets(config.scheduling, config.max_num_batched_tokens, config.num_stages)
         self.preemption = Preemption(pool, self.rows, queues, self.stores, config.transfer_cost)
         self.num_prefixes_fetched = 0  # of the prefixes that only the tiers had: cheaper to pull
         self.num_prefixes_recomputed = 0  # cheaper to compute again
@@ -175,8 +170,8 @@ class Scheduler:
         plan = SchedulerOutput()
         for request in self._pulls.ready(self.waiting_for_kv):
             self._start_with_what_came(request)
-        budget = self._budget()
         self._spread.begin(self.running, len(self.waiting))
+        budget = self.budgets.next(self.running, self._spread)
         self._schedule_running(plan, budget)
         if self.waiting and len(plan.requests) < self._spread.max_requests:
             self._admit_waiting(plan, budget)
@@ -186,23 +181,6 @@ class Scheduler:
         if plan.requests:
             self._spread.end()
         return plan
-
-    def step_took(self, plan: SchedulerOutput, duration_s: float) -> None:
-        """A step was measured."""
-        if self._prefill_budget is not None and plan.requests:
-            self._prefill_budget.observe(plan.work(), duration_s)
-
-    def _budget(self) -> StepBudget:
-        """Of the next step: what it may take in all, and of that for prompts beside streams that run."""
-        num_tokens = self.config.max_num_batched_tokens
-        if self._prefill_budget is None:
-            return StepBudget(num_tokens, num_tokens)
-        contexts = [r.num_computed_tokens for r in self.running if r.window_tokens > 0 and self._num_left(r) == 1]
-        if not contexts:
-            return StepBudget(num_tokens, num_tokens)
-        beside = num_tokens - min(len(contexts), num_tokens - 1)  # one at least: prompts must come to an end
-        most = self._prefill_budget.num_tokens(len(contexts), sum(contexts))
-        return StepBudget(num_tokens, min(beside, most))
 
     def _admit_waiting(self, plan: SchedulerOutput, budget: StepBudget) -> None:
         """In the policy's order, up to the first that does not fit."""
@@ -222,8 +200,10 @@ class Scheduler:
             if not is_admitted:
                 break
             num_active += 1
-            if request.status is RequestStatus.RUNNING:
-                self._plan_next(plan, request, self._num_left(request), budget)
+            left = self._num_left(request)
+            most = budget.num_tokens if left == 1 else budget.num_chunk_tokens
+            if request.status is RequestStatus.RUNNING and most > 0:
+                budget.spend(self._plan_chunk(plan, request, left, most, budget.num_tokens), is_chunk=left > 1)
 
     def _preempt_stalled(self, plan: SchedulerOutput) -> bool:
         """Take the blocks of a client that does not read, for one that waits; False when there is no such client.
@@ -240,7 +220,7 @@ class Scheduler:
 
         Hundreds of requests come by here in each step, most of them for one token that fits into their last block.
         """
-        spread, scheduled = self._spread, plan.requests
+        spread, scheduled, num_tokens = self._spread, plan.requests, budget.num_tokens
         for request in tuple(self.running):  # victims are the last, so none of them is planned already
             left = len(request.token_ids) + request.num_pending_tokens - request.num_computed_tokens
             if left <= 0 or request.window_tokens <= 0:
@@ -251,16 +231,15 @@ class Scheduler:
                 continue  # only the ranks will know its token before the step is through, and drafts follow known ones
             if spread.awaits_turn(request):
                 continue
-            if budget.num_tokens <= 0 or len(scheduled) == spread.max_running:
+            if num_tokens <= 0 or len(scheduled) == spread.max_running:
                 break  # with one stage more than that when stalled ones come back to life
-            self._plan_next(plan, request, left, budget)
-
-    def _plan_next(self, plan: SchedulerOutput, request: Request, left: int, budget: StepBudget) -> None:
-        """The next tokens of a running request, if the budget has some."""
-        most = budget.num_tokens if left == 1 else budget.num_chunk_tokens
-        if most > 0:
-            count = self._plan_chunk(plan, request, left, most, budget.num_tokens)
-            budget.spend(count, is_chunk=left > 1)
+            if left == 1:
+                num_tokens -= self._plan_chunk(plan, request, 1, num_tokens, num_tokens)
+            elif (most := min(num_tokens, budget.num_prefill_tokens)) > 0:
+                count = self._plan_chunk(plan, request, left, most, num_tokens)
+                num_tokens -= count
+                budget.num_prefill_tokens -= count
+        budget.num_tokens = num_tokens
 
     def _num_left(self, request: Request) -> int:
         return len(request.token_ids) + request.num_pending_tokens - request.num_computed_tokens
@@ -273,7 +252,7 @@ class Scheduler:
         start, known, num_pending = request.num_computed_tokens, request.token_ids, request.num_pending_tokens
         if len(known) + num_pending >= request.max_num_tokens:
             return 0
-        count = left if left == 1 else self._chunk_tokens(request, start, left, most)
+        count = left if left == 1 else chunk_tokens(request, start, most, self.pool.block_size)
         end, is_last = start + count, count == left
         drafts = self._take_drafts(request, budget - count) if is_last and request.draft_token_ids else ()
         end += len(drafts)
@@ -289,7 +268,8 @@ class Scheduler:
         else:
             plan.token_ids += known[start : start + num_known]
         plan.token_ids += drafts
-        targets = known[start + 1 : start + count + 1] if request.wants_prompt_logprobs else ()
+        is_scored = request.sampling.prompt_logprobs is not None and request.wants_prompt_logprobs
+        targets = known[start + 1 : start + count + 1] if is_scored else ()
         num_logits = count if request.pooling is Pooling.MEAN else len(targets) + is_last + len(drafts)
         plan.append(request, start, end - start, num_known + len(drafts), num_logits, targets)
         request.num_computed_tokens = end
@@ -302,19 +282,6 @@ class Scheduler:
         if end // size > request.num_stored_blocks or (is_last and request.role is RequestRole.PREFILL):
             self.stores.plan(plan, request, end, is_last)
         return end - start
-
-    def _chunk_tokens(self, request: Request, computed: int, left: int, budget: int) -> int:
-        """How many tokens of a request to compute next."""
-        count = min(left, budget)
-        if request.wants_all_rows:
-            return min(count, MAX_WANTED_ROWS)
-        num_tokens = request.num_tokens
-        if request.role is RequestRole.PREFILL and num_tokens >= MIN_CHUNKS_FOR_A_SHORT_LAST_ONE * LAST_CHUNK_TOKENS:
-            # On a block's border, so that everything before the last chunk is published before it.
-            before_last = (num_tokens - LAST_CHUNK_TOKENS) // self.pool.block_size * self.pool.block_size
-            if computed < before_last:
-                count = min(count, before_last - computed)
-        return count
 
     def _take_drafts(self, request: Request, budget: int) -> Sequence[int]:
         """As many of the proposed tokens as may be sent and fit, while none of its own is being chosen."""
@@ -331,6 +298,8 @@ class Scheduler:
         num_hit = num_elsewhere = 0
         if not request.wants_all_rows:
             num_hit = pool.num_matched(request.block_names[: request.num_tokens // size])
+            if request.is_leaving:  # from a tier that does not take blocks nothing is pulled either
+                request.max_pulled_blocks = num_hit
             num_elsewhere = self._pulls.num_awaited(request) - num_hit
         request.num_ready_blocks = num_hit
         fetches = num_elsewhere > 0 and self.config.transfer_cost.fetch_pays(num_elsewhere, size)
@@ -342,7 +311,7 @@ class Scheduler:
             num_blocks = -(-min(request.num_pull_tokens, self._pulls.num_awaited(request) * size) // size)
         else:
             groups = self._all_groups
-            chunk = self._chunk_tokens(request, computed, request.num_tokens - computed, budget)
+            chunk = chunk_tokens(request, computed, budget, size)
             num_blocks = -(-(computed + chunk) // size)
         if not pool.can_extend(tables, num_blocks, groups):
             pool.release(tables)
@@ -415,6 +384,7 @@ class Scheduler:
 
     def abandon(self, failed: SchedulerOutput, later: Sequence[SchedulerOutput]) -> UpdateResult:
         """A step raised, and its requests are gone. Those of the steps behind it compute again from known tokens."""
+        self.preemption.forget_swaps()
         for plan in (failed, *later):
             self.preemption.step_is_through(plan)
             for request in plan.running_requests():
