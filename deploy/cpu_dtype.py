@@ -27,7 +27,7 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 
 def fastest_cpu_dtype(model_dir: Path, note: Callable[[str], None]) -> str:
-    """bfloat16 or float32; note is given a line that says why. A model stored in more than 16 bits keeps them."""
+    """bfloat16 or float32; a model that is stored in more than 16 bits keeps them. note: gets a line that says why."""
     processor = _processor()
     if processor is None or not _is_stored_in_16_bits(model_dir):
         return "float32"

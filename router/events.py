@@ -6,8 +6,11 @@ Plain data. Knows neither protobuf nor JSON.
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass, field
 
+from router.parsers.deltas import Delta
+from router.parsers.families import AnswerFormat
 from router.sampling import SamplingParams
 
 
@@ -24,6 +27,7 @@ class GenerationRequest:
     cache_salt: bytes = b""  # the caller's: parts those of the tenant's requests that have another one
     priority: int = 0  # the smaller, the sooner, where workers serve by priority
     prompt_uses_clock: bool = False  # a chat template wrote the time into it: sent again, it may differ
+    answer: AnswerFormat | None = None  # how to read a chat's answer; not written down: who resumes sends it again
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,28 @@ class RequestStats:
     prefill_worker_id: str = ""
     decode_worker_id: str = ""
     num_replacements: int = 0
+
+
+class Pooling(enum.Enum):
+    """Which hidden states an embedding is made of."""
+
+    LAST = "last"  # that of the prompt's last token
+    MEAN = "mean"  # the mean of all
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """A prompt as one vector."""
+
+    values: tuple[float, ...]  # [hidden_size], as the model gives it
+    num_prompt_tokens: int
+    num_cached_prompt_tokens: int
+    worker_id: str
+
+    def normalized(self) -> tuple[float, ...]:
+        """Of length 1."""
+        length = math.sqrt(math.fsum(value * value for value in self.values)) or 1.0
+        return tuple(value / length for value in self.values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +122,7 @@ class Tokens:
     ids: tuple[int, ...]
     text: str = ""
     logprobs: tuple[TokenLogprobs, ...] = ()  # one per id where the request asked for them, else none
+    deltas: tuple[Delta, ...] | None = None  # what the text says, where the request has an answer format
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +132,8 @@ class Finished:
     reason: FinishReason
     num_output_tokens: int
     stats: RequestStats
+    num_reasoning_tokens: int = 0  # of the output tokens; 0 without an answer format
+    num_calls: int = 0  # of functions, begun at least; 0 without an answer format
 
 
 Event = Started | PromptTokens | Tokens | Finished

@@ -161,6 +161,12 @@ class ParallelGroups:
         """What messages call a rank."""
         return rank_name(rank, self.shard.tp, self.shard.pp)
 
+    @property
+    def can_rejoin(self) -> bool:
+        """Whether the ranks can go on after a step that raised on one of them. With NCCL they cannot: those that wait
+        for it do so on their devices."""
+        return self.world_size == 1 or self.device.type != "cuda"
+
     # ---- the groups' life
     def rejoin(self) -> None:
         """Make the groups of a step's data; on all ranks at once, at the start and after leave()."""

@@ -6,6 +6,7 @@ A stream whose router dies goes on at another router. Needs grpcio and protobuf 
 from switchyard_client._client import GenerationClient, Target
 from switchyard_client._errors import GenerationError
 from switchyard_client._types import (
+    Embedding,
     Event,
     Finished,
     FinishReason,
@@ -21,6 +22,7 @@ from switchyard_client._types import (
 )
 
 __all__ = [
+    "Embedding",
     "Event",
     "FinishReason",
     "Finished",

@@ -15,10 +15,10 @@ import grpc
 
 from switchyard_client._channels import channel_options, dial, dial_async
 from switchyard_client._errors import error_of
-from switchyard_client._messages import event_of, request_message
+from switchyard_client._messages import embed_message, event_of, request_message
 from switchyard_client._resuming import ResumingStream
 from switchyard_client._stubs import generation_pb2, generation_pb2_grpc
-from switchyard_client._types import Event, GenerationRequest, ServedModel
+from switchyard_client._types import Embedding, Event, GenerationRequest, ServedModel
 
 Target = str | Sequence[str]
 
@@ -98,6 +98,21 @@ class GenerationClient:
             return tuple(self._stub().Tokenize(message, metadata=self._metadata).ids)
         except grpc.RpcError as error:
             raise error_of(error) from None
+
+    def embed(
+        self, prompt: str | Sequence[int], pooling: str = "last", is_raw: bool = False, model: str = ""
+    ) -> Embedding:
+        """The embedding of a text or of token ids. Raises GenerationError.
+
+        pooling: "last" or "mean", of the hidden states after the final norm. is_raw: not scaled to length 1.
+        """
+        try:
+            answer = self._stub().Embed(embed_message(prompt, pooling, is_raw, model), metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise error_of(error) from None
+        return Embedding(
+            tuple(answer.values), answer.num_prompt_tokens, answer.num_cached_prompt_tokens, answer.worker_id
+        )
 
     def models(self) -> Sequence[ServedModel]:
         """What is served. Raises GenerationError."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 
 from switchyard_client._errors import GenerationError
@@ -26,6 +27,9 @@ _REASONS = {
 }
 
 
+_POOLINGS = {"last": generation_pb2.POOLING_LAST, "mean": generation_pb2.POOLING_MEAN}
+
+
 def request_message(request: GenerationRequest) -> generation_pb2.GenerateRequest:
     """A Generate call's message. Raises GenerationError for what a field cannot carry."""
     options = {field.name: getattr(request.sampling, field.name) for field in fields(SamplingParams)}
@@ -42,6 +46,21 @@ def request_message(request: GenerationRequest) -> generation_pb2.GenerateReques
             message.text = request.prompt
         else:
             message.token_ids.CopyFrom(generation_pb2.TokenIds(ids=request.prompt))
+    except ValueError as error:
+        raise GenerationError("INVALID_ARGUMENT", str(error), None) from None
+    return message
+
+
+def embed_message(prompt: str | Sequence[int], pooling: str, is_raw: bool, model: str) -> generation_pb2.EmbedRequest:
+    """An Embed call's message. Raises GenerationError for what a field cannot carry."""
+    if pooling not in _POOLINGS:
+        raise GenerationError("INVALID_ARGUMENT", f"pooling: must be last or mean, not {pooling!r}", None)
+    try:
+        message = generation_pb2.EmbedRequest(model=model, pooling=_POOLINGS[pooling], is_raw=is_raw)
+        if isinstance(prompt, str):
+            message.text = prompt
+        else:
+            message.token_ids.CopyFrom(generation_pb2.TokenIds(ids=prompt))
     except ValueError as error:
         raise GenerationError("INVALID_ARGUMENT", str(error), None) from None
     return message

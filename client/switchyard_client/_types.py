@@ -135,6 +135,16 @@ Event = Started | PromptTokens | Tokens | Finished
 
 
 @dataclass(frozen=True, slots=True)
+class Embedding:
+    """A prompt as one vector."""
+
+    values: tuple[float, ...]  # one for each of the model's hidden dimensions
+    num_prompt_tokens: int
+    num_cached_prompt_tokens: int
+    worker_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class ServedModel:
     """A model that the cluster serves."""
 

@@ -25,7 +25,7 @@ from router.api.status_api import StatusServicer
 from router.api.tenancy import tenant_salt
 from router.errors import PortInUse, RouterError, is_counted
 from router.events import Event, Started
-from router.fleet.messages import event_message, generation_request, resume_request
+from router.fleet.messages import embed_request, embed_response, event_message, generation_request, resume_request
 from router.metrics import Metrics
 from router.sampling import invalid
 from router.service.generation import Generation
@@ -134,6 +134,12 @@ class _Servicer(generation_pb2_grpc.GenerationServiceServicer):
 
     async def Resume(self, request: generation_pb2.ResumeRequest, context: grpc.aio.ServicerContext) -> None:
         await _write(self._generation.resume(resume_request(request, _tenant_salt(context))), context)
+
+    async def Embed(
+        self, request: generation_pb2.EmbedRequest, context: grpc.aio.ServicerContext
+    ) -> generation_pb2.EmbedResponse:
+        order, pooling = embed_request(request, context.time_remaining(), _tenant_salt(context))
+        return embed_response(await self._generation.embed(order, pooling), request.is_raw)
 
     async def Tokenize(
         self, request: generation_pb2.TokenizeRequest, context: grpc.aio.ServicerContext

@@ -1,4 +1,4 @@
-"""The HTTP API: OpenAI's completions and chat, tokens, metrics, health. Maps errors to statuses, once, here.
+"""The HTTP API: OpenAI's completions, chat and responses, tokens, metrics, health. Maps errors to statuses, once, here.
 
 Knows HTTP; knows nothing of how a request is served.
 """
@@ -26,15 +26,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvstore.network.addresses import join_host_port, listen
 from router import errors
+from router.api.chat.answer_message import MessageShape
+from router.api.chat.messages import checked_messages
+from router.api.chat.tools import chat_tools
 from router.api.choices import check_counts, spread, streams_over_one_prompt
 from router.api.http_body import read_json
-from router.api.openai_answer import LAST_EVENT_ID, AnswerStyle, OpenAiAnswer, error_body, parse_event_id
-from router.api.openai_messages import checked_messages
-from router.api.openai_schema import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, Prompt, parse
+from router.api.openai.answer import LAST_EVENT_ID, AnswerStyle, OpenAiAnswer, error_body, parse_event_id
+from router.api.openai.embeddings import EmbeddingsApi
+from router.api.openai.schema import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, Prompt, parse
+from router.api.renaming import refusing
 from router.api.request_ids import RequestIds
+from router.api.responses.endpoint import ResponsesApi
 from router.api.tenancy import tenant_salt
 from router.api.tokenize_api import TokenizeApi
-from router.errors import InvalidRequest, PortInUse, RouterError, UnknownRoute, is_counted, mark_counted, stopping
+from router.errors import InvalidRequest, PortInUse, RouterError, UnknownRoute, is_counted, stopping
 from router.events import Event, GenerationRequest, ResumeRequest
 from router.metrics import Metrics
 from router.sampling import SamplingParams
@@ -151,6 +156,8 @@ def make_app(parts: HttpParts) -> ASGIApp:
         routes=[
             Route("/v1/completions", endpoints.completions, methods=["POST"]),
             Route("/v1/chat/completions", endpoints.chat_completions, methods=["POST"]),
+            *EmbeddingsApi(parts.generation, parts.max_body_bytes).routes(),
+            *ResponsesApi(parts.generation, parts.max_body_bytes).routes(),
             *TokenizeApi(parts.generation, parts.max_body_bytes).routes(),
             Route("/v1/models", endpoints.models),
             Route("/v1/models/{name:path}", endpoints.model),
@@ -247,29 +254,35 @@ class _Endpoints:
             return self._generation.stream(one, commits_first=style.is_stream and is_single)
 
         streams = [stream for group in groups for stream in streams_over_one_prompt(group, begin)]
-        return [_refusing(stream, renamed) for stream in streams] if renamed else streams
+        return [refusing(stream, renamed) for stream in streams] if renamed else streams
 
     async def chat_completions(self, request: Request) -> Response:
         body = parse(ChatRequest, await read_json(request, self._parts.max_body_bytes))
         self._generation.preparation.check_model(body.model)
-        style = self._style(body, is_chat=True)
-        prompt = self._generation.render_chat(checked_messages(body.messages), body.template_options())
+        tools = chat_tools(body)
+        shape = MessageShape(body.include_reasoning is not False, tools.is_deprecated)
+        style = dataclasses.replace(self._style(body, is_chat=True), message=shape)
+        messages, calls = checked_messages(body.messages), tools.calls()
         sampling = body.sampling(self._generation.files.sampling_defaults.max_new_tokens)
+        options = {**self._generation.chat.effort_options(body.reasoning_effort), **body.template_options()}
+        prompt = self._generation.chat.prompt(messages, options, calls, sampling.grammar)
         check_counts(1, style.num_choices, style.num_candidates, style.is_stream)
         order = dataclasses.replace(
-            self._order(prompt, sampling, body, request),
+            self._order(prompt.text, dataclasses.replace(sampling, grammar=prompt.grammar), body, request),
             add_special_tokens=False,
-            prompt_uses_clock=self._generation.chat_uses_clock,
+            prompt_uses_clock=self._generation.chat.uses_clock,
+            answer=prompt.answer,
         )
         if (known := _resumption(request, style)) is not None:
             return OpenAiAnswer([self._resume(known, order)], style)
-        return OpenAiAnswer(self._streams([order], style, body.renamed_fields()), style)
+        renamed = {"grammar": calls.param, **body.renamed_fields()}
+        return OpenAiAnswer(self._streams([order], style, renamed), style)
 
     def _resume(self, known: ResumeRequest, repeated: GenerationRequest) -> AsyncGenerator[Event, None]:
         """As Generation.resume, whose fields are one header here."""
         fields = ("stream_id", "num_tokens", "token_ids")
         known = dataclasses.replace(known, repeated=repeated)
-        return _refusing(self._generation.resume(known, commits_first=True), dict.fromkeys(fields, LAST_EVENT_ID))
+        return refusing(self._generation.resume(known, commits_first=True), dict.fromkeys(fields, LAST_EVENT_ID))
 
     def _style(self, body: CompletionRequest | ChatRequest, is_chat: bool) -> AnswerStyle:
         return AnswerStyle(
@@ -312,23 +325,6 @@ class _Endpoints:
             "owned_by": "switchyard",
             "max_model_len": self._generation.preparation.context_tokens,
         }
-
-
-async def _refusing(stream: AsyncGenerator[Event, None], renamed: Mapping[str, str]) -> AsyncGenerator[Event, None]:
-    """The events of a stream, whose refusals name the fields that the client knows."""
-    async with contextlib.aclosing(stream) as events:
-        try:
-            async for event in events:
-                yield event
-        except InvalidRequest as error:
-            if error.param is None or error.param not in renamed:
-                raise
-            param = renamed[error.param]
-            is_other_field = error.param in ("prompt", "grammar")  # else its name is a part of the client's
-            message = error.message.removeprefix(f"{error.param}: ") if is_other_field else error.message
-            renaming = type(error)(f"{param}: {message}", param=param)
-            mark_counted(renaming)
-            raise renaming from None
 
 
 def _resumption(request: Request, style: AnswerStyle) -> ResumeRequest | None:

@@ -13,9 +13,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from router.api.chat.messages import checked_messages
+from router.api.chat.tools import IN_FUNCTION, ToolUse, checked_tools
 from router.api.http_body import read_json
-from router.api.openai_messages import checked_messages
-from router.api.openai_schema import Integer, template_options, validated
+from router.api.openai.schema import Integer, template_options, validated
 from router.errors import InvalidRequest
 from router.service.generation import Generation
 
@@ -29,6 +30,7 @@ class _TokenizeRequest(BaseModel):
     add_special_tokens: bool | None = None  # default: for a prompt; a chat template writes its own
     return_token_strs: bool = False
     add_generation_prompt: bool = True
+    tools: Any = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
@@ -76,7 +78,8 @@ class TokenizeApi:
         if body.prompt is not None:
             return body.prompt, False, "prompt"
         options = {"add_generation_prompt": body.add_generation_prompt, **template_options(body.chat_template_kwargs)}
-        return self._generation.render_chat(checked_messages(body.messages), options), True, "messages"
+        calls = ToolUse(checked_tools(body.tools, IN_FUNCTION)).calls()
+        return self._generation.chat.prompt(checked_messages(body.messages), options, calls).text, True, "messages"
 
     async def detokenize(self, request: Request) -> Response:
         """The text of ids, special tokens as they are spelled."""

@@ -12,9 +12,11 @@ from switchyard.v1 import worker_pb2 as worker
 from checkpoint.identity import ServedModel
 from kvstore.control.roles import ROLE_NAMES
 from router.events import (
+    Embedding,
     Event,
     FinishReason,
     GenerationRequest,
+    Pooling,
     PromptTokens,
     RequestStats,
     ResumeRequest,
@@ -33,7 +35,9 @@ _PARTS = {
     Part.WHOLE: worker.REQUEST_ROLE_MIXED,
     Part.PREFILL: worker.REQUEST_ROLE_PREFILL,
     Part.DECODE: worker.REQUEST_ROLE_DECODE,
+    Part.EMBED: worker.REQUEST_ROLE_EMBED,
 }
+_POOLINGS = {Pooling.LAST: generation.POOLING_LAST, Pooling.MEAN: generation.POOLING_MEAN}
 _OUTCOMES = {
     worker.REQUEST_OUTCOME_STOP: Outcome.STOP,
     worker.REQUEST_OUTCOME_LENGTH: Outcome.LENGTH,
@@ -63,6 +67,7 @@ class PartOrder:
     tenant_salt: bytes
     tenant: bytes
     priority: int
+    pooling: Pooling | None = None  # for EMBED
 
 
 def submit_message(order: PartOrder) -> worker.ConnectRequest:
@@ -79,6 +84,7 @@ def submit_message(order: PartOrder) -> worker.ConnectRequest:
         tenant_salt=order.tenant_salt,
         tenant=order.tenant,
         priority=order.priority,
+        pooling=generation.POOLING_UNSPECIFIED if order.pooling is None else _POOLINGS[order.pooling],
     )
     return worker.ConnectRequest(submit=submit)
 
@@ -87,15 +93,44 @@ def generation_request(
     message: generation.GenerateRequest, deadline_s: float | None, tenant_salt: bytes
 ) -> GenerationRequest:
     """The request of a gRPC client; a prompt that is not set is an empty one."""
-    is_ids = message.WhichOneof("prompt") == "token_ids"
     return GenerationRequest(
-        prompt=tuple(message.token_ids.ids) if is_ids else message.text,
+        prompt=_prompt(message),
         sampling=sampling_params(message.sampling),
         model=message.model,
         deadline_s=deadline_s,
         tenant_salt=tenant_salt,
         cache_salt=message.cache_salt,
         priority=message.priority,
+    )
+
+
+def embed_request(
+    message: generation.EmbedRequest, deadline_s: float | None, tenant_salt: bytes
+) -> tuple[GenerationRequest, Pooling]:
+    """What a gRPC client wants embedded."""
+    request = GenerationRequest(
+        prompt=_prompt(message),
+        sampling=SamplingParams(temperature=0.0, max_tokens=1),
+        model=message.model,
+        deadline_s=deadline_s,
+        tenant_salt=tenant_salt,
+        cache_salt=message.cache_salt,
+        priority=message.priority,
+    )
+    return request, Pooling.MEAN if message.pooling == generation.POOLING_MEAN else Pooling.LAST
+
+
+def _prompt(message: generation.GenerateRequest | generation.EmbedRequest) -> str | tuple[int, ...]:
+    return tuple(message.token_ids.ids) if message.WhichOneof("prompt") == "token_ids" else message.text
+
+
+def embed_response(embedding: Embedding, is_raw: bool) -> generation.EmbedResponse:
+    """The answer to an EmbedRequest."""
+    return generation.EmbedResponse(
+        values=embedding.values if is_raw else embedding.normalized(),
+        num_prompt_tokens=embedding.num_prompt_tokens,
+        num_cached_prompt_tokens=embedding.num_cached_prompt_tokens,
+        worker_id=embedding.worker_id,
     )
 
 
@@ -182,6 +217,7 @@ def part_report(message: worker.RequestFinished) -> PartReport:
         num_cached_prompt_tokens=message.num_cached_prompt_tokens,
         num_computed_prompt_tokens=message.num_computed_prompt_tokens,
         num_transferred_blocks=message.num_transferred_blocks,
+        embedding=tuple(message.embedding),
         times=PartTimes(
             continued_s=message.times.continued_s,
             first_step_s=message.times.first_step_s,

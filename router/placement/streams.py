@@ -31,6 +31,7 @@ class Part(enum.Enum):
     WHOLE = "whole"
     PREFILL = "prefill"
     DECODE = "decode"
+    EMBED = "embed"
 
 
 # Each failed step took its other requests with it: one that raises everywhere must not go from worker to worker.
@@ -85,6 +86,7 @@ class PartReport:
     num_computed_prompt_tokens: int = 0
     num_transferred_blocks: int = 0
     times: PartTimes = PartTimes()
+    embedding: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

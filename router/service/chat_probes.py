@@ -21,6 +21,21 @@ _VALUE = "probevalue"
 _ARGUMENTS = {"key": _VALUE}
 _CALL_ID = "prbcall01"  # Mistral's templates require nine letters and digits
 _ABSENT = object()
+_TOOL = "probetool"
+_UNKNOWN_ROLE = "proberole"
+
+PROBE_TOOL: Json = {
+    "type": "function",
+    "function": {
+        "name": _TOOL,
+        "description": "probedescription",
+        "parameters": {
+            "type": "object",
+            "properties": {"key": {"type": "string", "description": "probekey"}},
+            "required": ["key"],
+        },
+    },
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +55,7 @@ class ChatConventions:
     roles_without_plain_text: frozenset[str]  # of these: a text that is not in a list of parts does not show
     shapes_without_text: frozenset[Shape]  # no content shows as no text
     parses_arguments: bool  # arguments of tool calls must be objects, not JSON text
+    has_developer: bool  # its role developer is a role of its own
 
     @classmethod
     def of(cls, render: Render) -> ChatConventions:
@@ -53,7 +69,14 @@ class ChatConventions:
             roles_without_plain_text=frozenset(role for role in with_parts if not _shows_text(render, role, call)),
             shapes_without_text=frozenset(shape for shape in shapes if _shows_nothing(render, shape, call)),
             parses_arguments=parses_arguments,
+            has_developer=_has_developer(render),
         )
+
+
+def shows_tools(render: Render) -> bool:
+    """Whether the prompt has the tools that it is given. render: gives PROBE_TOOL to the template."""
+    shown = render([{"role": "user", "content": _QUESTION}])
+    return shown is not None and _TOOL in shown
 
 
 def _shows_parts(render: Render, role: str, call: Json) -> bool:
@@ -72,6 +95,17 @@ def _shows_nothing(render: Render, shape: Shape, call: Json) -> bool:
     shown = render(_conversation(shape.role, shape.has_tool_calls, content, call))
     with_text = render(_conversation(shape.role, shape.has_tool_calls, "", call)) or ""
     return shown is not None and shown.count("None") <= with_text.count("None")
+
+
+def _has_developer(render: Render) -> bool:
+    """Whether a developer's message shows, and not as that of any role does; or a system's does not show either."""
+
+    def shown(role: str) -> str:
+        return render([{"role": role, "content": "probetext"}, {"role": "user", "content": _QUESTION}]) or ""
+
+    as_developer = shown("developer")
+    is_known = "probetext" in as_developer and as_developer != shown(_UNKNOWN_ROLE).replace(_UNKNOWN_ROLE, "developer")
+    return is_known or "probetext" not in shown("system")
 
 
 def _parses_arguments(render: Render) -> bool:

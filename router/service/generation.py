@@ -11,14 +11,13 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from kvstore.control.journal import JournalEntry
 from router.config import RouterConfig
 from router.errors import (
-    InvalidRequest,
     NoWorker,
     Overloaded,
     PromptTooLarge,
@@ -28,15 +27,16 @@ from router.errors import (
     stopping,
 )
 from router.events import (
+    Embedding,
     Event,
     Finished,
     FinishReason,
     GenerationRequest,
+    Pooling,
     PromptTokens,
     RequestStats,
     ResumeRequest,
     Started,
-    Tokens,
 )
 from router.fleet.identity import ServedIdentity
 from router.fleet.messages import journal_header, journal_record
@@ -46,13 +46,14 @@ from router.sampling import (
     check_text,
 )
 from router.service.admission import Admission
-from router.service.chat import ChatTemplate
+from router.service.chat import ChatModel
 from router.service.checks import (
     check_repeated_prompt,
     check_resumption,
 )
 from router.service.defaults import end_token_ids
 from router.service.dispatch import Dispatcher
+from router.service.embedding import embed
 from router.service.journal import JournalWriter, StreamLog
 from router.service.live_stream import LiveStream
 from router.service.preparation import Preparation, PreparationContext
@@ -102,8 +103,8 @@ class Generation:
         self._journal = journal
         self.admission = Admission(config.max_inflight_requests, config.max_prompt_bytes)
         self.files, self.codec = files, TextCodec(files.tokenizer_json)
-        self._chat = _chat_template(files)
-        end_ids = end_token_ids(files, self.codec, self._chat)
+        self.chat = ChatModel(files, self.codec)
+        end_ids = end_token_ids(files, self.codec, self.chat.template)
         self.preparation = Preparation(
             PreparationContext(files, self.codec, end_ids, dispatcher.fleet, dispatcher.clock, config.request_timeout_s)
         )
@@ -116,17 +117,6 @@ class Generation:
     def can_resume(self) -> bool:
         """Whether streams are written down at all."""
         return self._journal.is_kept
-
-    @property
-    def chat_uses_clock(self) -> bool:
-        """Whether the same messages may make another prompt later."""
-        return self._chat is not None and self._chat.uses_clock
-
-    def render_chat(self, messages: Sequence[Mapping[str, object]], options: Mapping[str, object]) -> str:
-        """The prompt that the model's chat template makes of these messages and options."""
-        if self._chat is None:
-            raise InvalidRequest(f"messages: model {self.files.name!r} has no chat template", param="messages")
-        return self._chat.render(messages, options)
 
     def text_of(self, prompt: str | Sequence[int]) -> str:
         """A prompt as text. Its ids, if it has some, were checked."""
@@ -155,7 +145,9 @@ class Generation:
             )
             header = journal_header(settled, self._served.now, deadline_unix_s)
             log = self._journal.open(order.stream_id, header)
-            async with contextlib.aclosing(self._carry(order, log, _FROM_THE_START, account, commits_first)) as events:
+            text = self._text_out(order, request, log.stream_id)
+            carried = self._carry(order, log, text, _FROM_THE_START, account, commits_first)
+            async with contextlib.aclosing(carried) as events:
                 async for event in events:
                     yield event
 
@@ -185,18 +177,24 @@ class Generation:
                 deadline_s=None if deadline_unix_s is None else order.arrived_s + deadline_unix_s - time.time(),
             )
             account.num_prompt_tokens = len(order.token_ids)
-            async with contextlib.aclosing(self._carry(order, log, request, account, commits_first)) as events:
+            text = self._text_out(order, request.repeated or first, log.stream_id)
+            async with contextlib.aclosing(self._carry(order, log, text, request, account, commits_first)) as events:
                 async for event in events:
                     yield event
 
     async def _carry(
-        self, order: TokenRequest, log: StreamLog, given: ResumeRequest, account: Account, commits_first: bool
+        self,
+        order: TokenRequest,
+        log: StreamLog,
+        text: TextOut,
+        given: ResumeRequest,
+        account: Account,
+        commits_first: bool,
     ) -> AsyncGenerator[Event, None]:
         """The events of a stream that the client lacks; its log holds what is known of it already."""
         sampling = order.sampling
         assert sampling.seed is not None, "the seed is set before a stream is opened"
         assert sampling.max_tokens is not None, "max_tokens is set before a stream is opened"
-        text = TextOut(self.codec.detokenizer(order.token_ids), sampling)
         text.push(0, log.token_ids[: given.num_tokens])
         account.num_output_tokens = given.num_tokens
         live = self._dispatcher.open(order, log.token_ids, given.num_tokens)
@@ -227,8 +225,9 @@ class Generation:
                 yield prompt_tokens
             if text.is_stopped:
                 live.finish()
-            if (rest := text.finish()) and not given.has_rest:
-                yield Tokens(account.num_output_tokens, (), rest)
+            rest = text.finish(account.num_output_tokens)
+            if (rest.text or rest.deltas) and not given.has_rest:
+                yield rest
             if text.is_stopped:
                 reason = FinishReason.STOP
             elif is_complete:
@@ -238,12 +237,22 @@ class Generation:
             log.end(reason.value)
             await log.committed()
             account.outcome = reason.value
-            yield Finished(reason, account.num_output_tokens, live.stats())
+            yield Finished(reason, account.num_output_tokens, live.stats(), text.num_reasoning_tokens, text.num_calls)
         finally:
             log.close()
             live.close()
             self._live.discard(live)
             account.stats = live.stats()
+
+    async def embed(self, request: GenerationRequest, pooling: Pooling) -> Embedding:
+        """The embedding of a prompt, as the model gives it. Raises RouterError."""
+        with self._accounted() as account, self._admitted(self.preparation.check(request)):
+            await self._know_weights()
+            order = await self.preparation.order(request, self._served.now.weights)
+            account.num_prompt_tokens = len(order.token_ids)
+            embedding = await embed(self._dispatcher, order, pooling)
+            account.outcome = FinishReason.STOP.value
+            return embedding
 
     def end_streams(self) -> None:
         """The router stops and waits no longer: what runs fails as Stopping; another router can go on with it."""
@@ -265,6 +274,14 @@ class Generation:
             raise
 
     # -- steps
+
+    def _text_out(self, order: TokenRequest, request: GenerationRequest, stream_id: str) -> TextOut:
+        """Shows the markers that a parser needs to see, and hides them behind it."""
+        if request.answer is None:
+            return TextOut(self.codec.detokenizer(order.token_ids), order.sampling)
+        markers = self.codec.special_markers(request.answer.markers)
+        parser = request.answer.parser(stream_id, markers.values())
+        return TextOut(self.codec.detokenizer(order.token_ids, markers), order.sampling, parser)
 
     async def _know_weights(self) -> None:
         """A stream is begun, and gone on with, by the same weights only; they are known when a worker has come."""
@@ -332,9 +349,3 @@ def _prompt_tokens(order: TokenRequest, live: LiveStream) -> Iterator[PromptToke
     for first in range(0, len(logprobs), _PROMPT_TOKENS_AT_ONCE):
         part = slice(first, first + _PROMPT_TOKENS_AT_ONCE)
         yield PromptTokens(first, tuple(order.token_ids[part]), tuple(logprobs[part]))
-
-
-def _chat_template(files: ModelFiles) -> ChatTemplate | None:
-    if not files.chat_template:
-        return None
-    return ChatTemplate(files.chat_template, files.special_tokens, files.chat_template_where)

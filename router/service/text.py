@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +22,7 @@ _REPLACEMENT = "\ufffd"
 _MAX_PENDING_TOKENS = 8  # a character takes at most 4 bytes, so an incomplete end longer than this is no character
 _MAX_CONTEXT_TOKENS = 32  # of the prompt, those with text that a detokenizer starts from
 _MAX_LOOKED_AT_TOKENS = 256  # of the prompt, to find them among special tokens
+_NOTHING: Mapping[int, str] = {}
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -81,10 +82,20 @@ class TextCodec:
         """No text of so many bytes has fewer tokens; 0 where the tokenizer allows no such bound."""
         return num_bytes // self._longest_token_bytes if self._longest_token_bytes else 0
 
-    def detokenizer(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
-        """A fresh one, for the completion of this prompt."""
+    def detokenizer(self, prompt_ids: Sequence[int] = (), shown: Mapping[int, str] = _NOTHING) -> Detokenizer:
+        """A fresh one, for the completion of this prompt. shown: what it shows of special tokens, by id."""
         context = self._last_with_text(prompt_ids)
-        return _ByteDetokenizer(self, context) if self._is_byte_level else _WindowDetokenizer(self, context)
+        kind = _ByteDetokenizer if self._is_byte_level else _WindowDetokenizer
+        return kind(self, context, shown)
+
+    def added_tokens(self, markers: Iterable[str]) -> Mapping[str, int]:
+        """The ids of those markers that are added tokens."""
+        return {marker: self._added_ids[marker] for marker in markers if marker in self._added_ids}
+
+    def special_markers(self, markers: Iterable[str]) -> Mapping[int, str]:
+        """Those markers that are special tokens, by id."""
+        ids = self.added_tokens(markers)
+        return {token_id: marker for marker, token_id in ids.items() if self.is_special(token_id)}
 
     def id_of(self, token: str) -> int | None:
         """The id of a token of the vocabulary, by its own spelling."""
@@ -159,16 +170,20 @@ class TextCodec:
 class _ByteDetokenizer:
     """For byte-level vocabularies: every id is some bytes, and a character is shown when its last byte came."""
 
-    def __init__(self, codec: TextCodec, context: Sequence[int]) -> None:
+    def __init__(self, codec: TextCodec, context: Sequence[int], shown: Mapping[int, str]) -> None:
         self._codec = codec
+        self._shown = {token_id: text.encode() for token_id, text in shown.items()}
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.push(context)  # the prompt's own text; an incomplete character at its end is kept
 
     def push(self, token_ids: Sequence[int]) -> str:
-        return self._decoder.decode(b"".join(map(self._codec.token_bytes, token_ids)))
+        return self._decoder.decode(b"".join(map(self._bytes_of, token_ids)))
 
     def finish(self) -> str:
         return self._decoder.decode(b"", final=True)
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        return self._shown.get(token_id) or self._codec.token_bytes(token_id)
 
 
 class _WindowDetokenizer:
@@ -178,8 +193,9 @@ class _WindowDetokenizer:
     so that what is decoded has its left neighbours; the new text is what the longer window has more than the shorter.
     """
 
-    def __init__(self, codec: TextCodec, context: Sequence[int]) -> None:
+    def __init__(self, codec: TextCodec, context: Sequence[int], spelled: Mapping[int, str]) -> None:
         self._codec = codec
+        self._spelled = spelled
         self._ids = list(context)
         self._start = 0
         self._shown = len(context) - self._num_pending()
@@ -187,7 +203,9 @@ class _WindowDetokenizer:
     def push(self, token_ids: Sequence[int]) -> str:
         text = ""
         for token_id in token_ids:
-            if not self._codec.is_special(token_id):  # it would make the window longer and show nothing
+            if token_id in self._spelled:
+                text += self._advance(is_last=True) + self._spelled[token_id]
+            elif not self._codec.is_special(token_id):  # it would make the window longer and show nothing
                 self._ids.append(token_id)
                 text += self._advance(is_last=False)
         return text

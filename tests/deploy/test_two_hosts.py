@@ -83,7 +83,7 @@ def test_prefill_and_decode_on_two_hosts(hosts: tuple[Host, Host], folder: Path,
     nodes.append(start_ray(other, folder, OTHER, "decode_host", joined))
     url = f"redis://{HEAD}:{REDIS_PORT}/0"
     settings = [f"ray.address={joined}", f"kvstore.tier={url}", f"kvstore.control={url}"]
-    settings += ["kvstore.host_bytes=67108864", "pools.decode.tp=2"]
+    settings += ["kvstore.host_bytes=67108864", "pools.decode.tp=2", "model.dtype=float32"]
     command = [sys.executable, "-m", "deploy.cli", "serve", "--config", str(EXAMPLE), "--model", str(tiny_model)]
     command += [part for setting in settings for part in ("--set", setting)]
     command += ["--json", "--once", "def walk(tree):\n    for name in sorted(tree):\n        yield name, tree[name]\n"]

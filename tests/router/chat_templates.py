@@ -1,6 +1,6 @@
 """Chat templates in the styles of well-known models, shortened where nothing is lost to these tests."""
 
-# ruff: noqa: E501
+# ruff: noqa: E501, RUF001
 
 from __future__ import annotations
 
@@ -197,6 +197,71 @@ PARTS = """\
 """
 
 PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+
+_SHOWN_TOOLS = """\
+{%- if tools %}
+    {{- '<|im_start|>system\\n<tools>' }}
+    {%- for tool in tools %}{{- '\\n' + (tool | tojson) }}{%- endfor %}
+    {{- '\\n</tools><|im_end|>\\n' }}
+{%- endif %}
+"""
+
+HERMES = _SHOWN_TOOLS + QWEN3
+
+MISTRAL_WITH_TOOLS = MISTRAL.replace(
+    '"[INST] " + message["content"] + "[/INST]"',
+    '("[AVAILABLE_TOOLS] " + (tools | tojson) if tools else "") + "[INST] " + message["content"] + "[/INST]"',
+)
+
+LLAMA_WITH_TOOLS = "{{- 'Functions: ' + (tools | tojson) if tools else '' }}" + LLAMA31
+
+DEEPSEEK = """\
+{{- bos_token }}
+{%- for tool in tools or [] %}{{- tool | tojson + '\\n' }}{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' and message.tool_calls %}
+        {{- '<｜Assistant｜></think>' + (message.content or '') + '<｜tool▁calls▁begin｜>' }}
+        {%- for call in message.tool_calls %}
+            {{- '<｜tool▁call▁begin｜>' + call.function.name + '<｜tool▁sep｜>' }}
+            {{- call.function.arguments + '<｜tool▁call▁end｜>' }}
+        {%- endfor %}
+        {{- '<｜tool▁calls▁end｜><｜end▁of▁sentence｜>' }}
+    {%- elif message.role == 'assistant' %}
+        {{- '<｜Assistant｜></think>' + message.content + '<｜end▁of▁sentence｜>' }}
+    {%- elif message.role == 'tool' %}
+        {{- '<｜tool▁output▁begin｜>' + message.content + '<｜tool▁output▁end｜>' }}
+    {%- else %}
+        {{- '<｜' + message.role + '｜>' + message.content }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<｜Assistant｜>' + ('<think>' if thinking else '</think>') }}{%- endif %}
+"""
+
+HARMONY = """\
+{%- for tool in tools or [] %}
+    {{- '<|start|>developer<|message|>type ' + tool.function.name + ' = ' }}
+    {%- for name, schema in tool.function.parameters.properties.items() %}{{- name + ': ' + schema.type }}{%- endfor %}
+    {{- '<|end|>' }}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' and message.tool_calls %}
+        {%- if message.thinking %}
+            {{- '<|start|>assistant<|channel|>analysis<|message|>' + message.thinking + '<|end|>' }}
+        {%- endif %}
+        {%- set call = message.tool_calls[0].function %}
+        {%- set ns = namespace(name=call.name) %}
+        {{- '<|start|>assistant to=functions.' + call.name + '<|channel|>commentary json<|message|>' }}
+        {{- call.arguments | tojson + '<|call|>' }}
+    {%- elif message.role == 'assistant' %}
+        {{- '<|start|>assistant<|channel|>final<|message|>' + message.content + '<|end|>' }}
+    {%- elif message.role in ('developer', 'user', 'tool') %}
+        {{- '<|start|>' + message.role + '<|message|>' + message.content + '<|end|>' }}
+    {%- elif message.role == 'system' %}
+        {{- '<|start|>developer<|message|>' + message.content + '<|end|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}
+"""
 
 ALL = {"qwen3": QWEN3, "llama31": LLAMA31, "mistral": MISTRAL, "trained": TRAINED, "parts": PARTS, "plain": PLAIN}
 """By name."""

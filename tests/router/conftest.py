@@ -154,3 +154,11 @@ def pair(number: int = 0, shared: set[tuple[int, ...]] | None = None) -> tuple[F
 def config_with(**changes: object) -> RouterConfig:
     """The tests' quick config with a few changes."""
     return replace(QUICK, **changes)
+
+
+@pytest.fixture(scope="module")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Model directories by their chat template: see saying.write_model."""
+    from tests.router.saying import write_model
+
+    return lambda template: write_model(tmp_path_factory.mktemp("model"), template)

@@ -72,6 +72,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.step_s = 0.0  # time per token
         self.prefill_s = 0.0  # time per prompt
         self.stop_at: int | None = None  # the position at which a stop token is chosen
+        self.answer: Sequence[int] | None = None  # what it says to every prompt, before a stop token
         self.die_after: int | None = None  # tokens sent in all, then kill() by itself
         self.hang_after: int | None = None  # tokens sent in all, then none, though it lives and answers
         self.refuse_with: worker_pb2.RequestFinished | None = None  # last word on every submit
@@ -257,13 +258,13 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         if self._is_to_die() or (self.hang_after is not None and self.num_sent >= self.hang_after):
             await asyncio.Event().wait()  # not one token more
         position = len(history) - part.submit.num_prompt_tokens
-        if position == self.stop_at:
+        if position == (self.stop_at if self.answer is None else len(self.answer)):
             return worker_pb2.REQUEST_OUTCOME_STOP
         while part.num_allowed < 1:
             part.has_credit.clear()
             await part.has_credit.wait()
         part.num_allowed -= 1
-        history.append(next_token(history))
+        history.append(next_token(history) if self.answer is None else self.answer[position])
         bent = position + (self.bend.pop(0) if self.bend else 0)
         batch = worker_pb2.TokenBatch(
             stream_ids=[part.submit.stream_id],

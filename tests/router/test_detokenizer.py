@@ -85,6 +85,24 @@ def together(codec: TextCodec, prompt: list[int], completion: list[int]) -> str:
     return codec.decode(prompt + completion)[len(next(head for head in heads if "\ufffd" not in head)) :]
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_special_tokens_show_where_they_are_asked_for(codecs: dict[str, TextCodec], style: str) -> None:
+    codec = codecs[style]
+    marker = codec.id_of("<|im_start|>")
+    ids = [codec.encode(letter, False)[0] for letter in "aa"] if style == "byte_level" else usable_ids(codec)[-2:]
+    prompt = usable_ids(codec)[-1:] if style != "byte_level" else ids[:1]
+    plain = shown(codec, prompt, ids)
+    detokenizer = codec.detokenizer(prompt, codec.special_markers(["<|im_start|>", "no token"]))
+    pieces = [
+        detokenizer.push((token_id,)) for token_id in (marker, ids[0], marker, marker, codec.id_of("<s>"), ids[1])
+    ]
+    text = "".join(pieces) + detokenizer.finish()
+    assert text.count("<|im_start|>") == 3
+    assert text.startswith("<|im_start|>")
+    assert "<s>" not in text
+    assert text.replace("<|im_start|>", "") == plain
+
+
 def usable_ids(codec: TextCodec) -> list[int]:
     """All that have text, but for bytes: those only make sense in the order in which a text has them."""
     ids = sorted(json.loads(codec._tokenizer.to_str())["model"]["vocab"].values())

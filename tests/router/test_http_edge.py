@@ -15,8 +15,8 @@ import pytest
 from openai.resources.chat.completions import Completions as Chats
 from openai.resources.completions import Completions
 
-from router.api.openai_options import NOT_SERVED
-from router.api.openai_schema import ChatRequest, CompletionRequest
+from router.api.openai.options import NOT_SERVED
+from router.api.openai.schema import ChatRequest, CompletionRequest
 from router.config import RouterConfig
 from tests.router.conftest import MODEL
 from tests.router.fake_worker import CONTEXT_TOKENS, FakeWorker

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from openai.types.chat.chat_completion import ChoiceLogprobs
 
-from router.api.openai_logprobs import LEAST_LOGPROB, LogprobsOut
+from router.api.openai.logprobs import LEAST_LOGPROB, LogprobsOut
 from router.events import TokenLogprobs, Tokens
 
 SPELLED = {1: b"the", 2: b"\xc3", 3: b"\xa9", 4: b" x"}

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from router.api.openai_options import OPTIONS, Api, Option, Use, render
-from router.api.openai_schema import ChatRequest, CompletionRequest, parse
+from router.api.openai.options import OPTIONS, Api, Option, Use, render
+from router.api.openai.schema import ChatRequest, CompletionRequest, parse
 from router.errors import InvalidRequest
 from router.sampling import SamplingParams
 
@@ -26,7 +26,7 @@ def kinds_of(option: Option) -> list[Api]:
 
 
 def test_the_page_is_fresh() -> None:
-    assert PAGE.read_text() == render(), "python -m router.api.openai_options > docs/request-options.md"
+    assert PAGE.read_text() == render(), "python -m router.api.openai.options > docs/request-options.md"
 
 
 def test_the_served_options_are_the_fields_of_the_schema() -> None:

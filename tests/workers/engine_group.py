@@ -13,7 +13,7 @@ from torch import Tensor
 
 from workers.config import EngineConfig
 from workers.engine.engine import Engine, StepEvents
-from workers.engine.request import Request, TokenOutput
+from workers.engine.request import Pooling, Request, RequestRole, TokenOutput
 from workers.engine.step import ModelRunnerOutput, SchedulerOutput, StepPlan, TransferDone
 from workers.model.registry import load_config
 from workers.parallel import ParallelGroups, Shard
@@ -22,6 +22,7 @@ from workers.runtime.build import make_engine
 from workers.runtime.coordination.executor import GroupExecutor, follow
 from workers.runtime.runner import TorchModelRunner
 from workers.sampling.params import SamplingParams, TokenLogprobs
+from workers.sampling.row_reports import Reported
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class JobResult:
     logits: list[Tensor]  # [tokens, the leader's share of the vocabulary] of each completion; none where pp > 1
     logprobs: list[list[TokenLogprobs | None]] = field(default_factory=list)
     prompt_logprobs: list[list[TokenLogprobs | None]] = field(default_factory=list)  # one per token; None: none came
+    embeddings: list[Sequence[float]] = field(default_factory=list)  # of requests that are embeddings
 
 
 class RecordingRunner(TorchModelRunner):
@@ -46,10 +48,12 @@ class RecordingRunner(TorchModelRunner):
         self.logits.append([])
         return super().start(plan, ended)
 
-    def _choose(self, logits: Tensor, prepared: PreparedBatch) -> tuple[Tensor, Tensor | None]:
+    def _choose(
+        self, logits: Tensor, hidden: Tensor | None, prepared: PreparedBatch, reported: Reported
+    ) -> tuple[Tensor, Tensor | None]:
         by_index = {index: row.clone() for row, index in zip(logits, prepared.order.tolist(), strict=True)}
         self.logits[-1] = [by_index[index] for index in sorted(by_index)]
-        return super()._choose(logits, prepared)
+        return super()._choose(logits, hidden, prepared, reported)
 
 
 class RecordingExecutor(GroupExecutor):
@@ -93,7 +97,17 @@ def outputs_to_end(
     return tokens
 
 
-Sampling = SamplingParams | Sequence[SamplingParams]  # of all requests, or of each
+Sampling = SamplingParams | Sequence[SamplingParams | Pooling]  # of all requests, or of each; a pooling: an embedding
+
+
+def make_request(number: int, prompt: Sequence[int], wanted: SamplingParams | Pooling) -> Request:
+    name, arrival_s = f"r{number}", float(number)
+    if isinstance(wanted, SamplingParams):
+        return Request(name, list(prompt), len(prompt), wanted, arrival_time_s=arrival_s)
+    sampling = SamplingParams(max_tokens=1)
+    return Request(
+        name, list(prompt), len(prompt), sampling, RequestRole.EMBED, arrival_time_s=arrival_s, pooling=wanted
+    )
 
 
 def run_job(
@@ -113,13 +127,13 @@ def run_job(
     )
     engine = make_engine(config, model, runner, executor, b"names", clock=lambda: 0.0)
     params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
-    requests = [
-        Request(f"r{i}", list(p), len(p), s, arrival_time_s=float(i))
-        for i, (p, s) in enumerate(zip(prompts, params, strict=True))
-    ]
+    requests = [make_request(i, p, s) for i, (p, s) in enumerate(zip(prompts, params, strict=True))]
     of_prompts: dict[str, list[TokenLogprobs | None]] = {r.request_id: [None] * r.num_prompt_tokens for r in requests}
 
+    embeddings: dict[str, Sequence[float]] = {}
+
     def note(events: StepEvents) -> None:
+        embeddings.update({end.request_id: end.embedding for end in events.ended})
         for found in events.prompt_logprobs:
             end = found.first_position + len(found.logprobs)
             of_prompts[found.request.request_id][found.first_position : end] = found.logprobs
@@ -138,6 +152,7 @@ def run_job(
         [torch.stack(logits[f"r{i}"]) for i in range(len(prompts))] if groups.shard.pp == 1 else [],
         [[token.logprobs for token in tokens[f"r{i}"]] for i in range(len(prompts))],
         [of_prompts[f"r{i}"] for i in range(len(prompts))],
+        [embeddings[f"r{i}"] for i in range(len(prompts))],
     )
 
 

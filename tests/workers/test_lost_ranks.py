@@ -186,6 +186,14 @@ def test_a_step_that_gets_on_may_take_as_long_as_it_likes() -> None:
     assert losses[0][0].startswith("rank 1 of 2")
 
 
+def test_a_rank_that_fails_says_why() -> None:
+    with watches(stall_s=30.0) as (made, _, losses):
+        made[1].say(MemoryError("none left"))
+        wait_until(lambda: bool(losses[0]), _GENEROUS_S)
+    assert losses[0][0].startswith("rank 1 of 2 (")
+    assert losses[0][0].endswith(") failed: MemoryError: none left")
+
+
 def test_a_closed_connection_is_a_death_but_for_a_farewell() -> None:
     with watches(stall_s=30.0) as (made, _, losses):
         made[1].stop()

@@ -8,15 +8,15 @@ from workers.engine.request import Request, RequestRole
 # has to pull after the last chunk is then a few blocks, and all else has travelled while the prompt was computed.
 LAST_CHUNK_TOKENS = 64
 MIN_CHUNKS_FOR_A_SHORT_LAST_ONE = 16
-MAX_PROMPT_LOGITS = 128  # rows of logits that a step computes for one request's prompt logprobs
+MAX_WANTED_ROWS = 128  # of one request's prompt in a step, where something is reported of each
 
 
 def chunk_tokens(request: Request, num_computed: int, most: int, block_size: int) -> int:
     """Tokens to compute after the first num_computed ones; at most so many."""
     num_tokens = request.num_tokens
     count = min(num_tokens + request.num_pending_tokens - num_computed, most)
-    if request.wants_prompt_logprobs:
-        return min(count, MAX_PROMPT_LOGITS)
+    if request.wants_all_rows:
+        return min(count, MAX_WANTED_ROWS)
     if request.role is RequestRole.PREFILL and num_tokens >= MIN_CHUNKS_FOR_A_SHORT_LAST_ONE * LAST_CHUNK_TOKENS:
         # On a block's border, so that everything before the last chunk is published before it.
         before_last = (num_tokens - LAST_CHUNK_TOKENS) // block_size * block_size

@@ -264,6 +264,7 @@ class Engine:
             request.first_step_time_s,
             request.first_token_time_s,
             error,
+            request.embedding if reason is FinishReason.EMBEDDED else (),
         )
 
 

@@ -16,7 +16,7 @@ from workers.engine.kv.transfers import Transfer, TransferKind, Transfers
 from workers.engine.queues import RequestQueues
 from workers.engine.request import FinishReason, PromptLogprobs, Request, RequestRole, RequestStatus, TokenOutputs
 from workers.engine.step import ModelRunnerOutput, SchedulerOutput, TransferDone
-from workers.sampling.params import NO_CHOICE, NO_TOKEN, TokenLogprobs
+from workers.sampling.params import NO_CHOICE, NO_TOKEN, PooledHidden, RowReport, TokenLogprobs
 
 _REASONS = {NO_TOKEN: FinishReason.FAILED, NO_CHOICE: FinishReason.NO_CHOICE}
 
@@ -71,26 +71,39 @@ class StepOutcomes:
             strict=True,
         )
         for request, generation, start, count, num_logits, num_prompt in columns:
-            choices, logprobs = output.sampled_token_ids[at : at + num_logits], output.logprobs[at : at + num_logits]
+            choices, reports = output.sampled_token_ids[at : at + num_logits], output.reports[at : at + num_logits]
             at += num_logits
             if request.num_preemptions != generation or request.status is not running:
                 continue
             end = start + count
             if start < request.num_given_tokens:
                 result.num_computed_prompt_tokens += self._count_computed(request, start, end)
+            if request.pooling is not None:
+                self._add_hidden(request, start, end, reports, result)
+                num_logits = num_prompt = 0  # nothing was chosen
             if num_prompt:
-                found = [one for one in logprobs[:num_prompt] if one is not None]
-                result.prompt_logprobs.append(PromptLogprobs(request, start + 1, found))
-                choices, logprobs = choices[num_prompt:], logprobs[num_prompt:]
+                found = _logprobs(reports[:num_prompt])
+                result.prompt_logprobs.append(PromptLogprobs(request, start + 1, [one for one in found if one]))
+                choices, reports = choices[num_prompt:], reports[num_prompt:]
             if num_logits > num_prompt:
                 request.num_pending_tokens -= 1
                 if request.drafts_in_flight:
                     choices = self._judge_drafts(request, choices)
                     end = request.num_computed_tokens
-                self._append_tokens(request, choices, logprobs, result)
+                self._append_tokens(request, choices, _logprobs(reports), result)
             if end >= (request.num_registered_blocks + 1) * size:
                 self._note_full_blocks(request, end)
         return result
+
+    def _add_hidden(
+        self, request: Request, start: int, end: int, reports: Sequence[RowReport | None], result: UpdateResult
+    ) -> None:
+        """Hidden states of some of an embedding's tokens have come; of its last one the embedding is complete."""
+        if reports and isinstance(pooled := reports[-1], PooledHidden):
+            request.pool(pooled.values, is_first=start == 0)
+        if end == request.num_tokens:
+            request.num_pending_tokens -= 1
+            result.finished.append((request, FinishReason.EMBEDDED))
 
     def abandon(self, plans: Sequence[SchedulerOutput]) -> UpdateResult:
         """The ranks gave up these plans and forgot all transfers: whatever moved counts as not moved."""
@@ -178,3 +191,7 @@ class StepOutcomes:
             request.num_registered_blocks = index + 1
         if self._pool.has_windows:
             self._pool.release_behind_windows(request.block_tables, num_computed_tokens)
+
+
+def _logprobs(reports: Sequence[RowReport | None]) -> Sequence[TokenLogprobs | None]:
+    return [one if isinstance(one, TokenLogprobs) else None for one in reports]

@@ -96,7 +96,7 @@ class _Reader:
 
 def _encode_row(state: RowState) -> Iterator[int]:
     s = state.sampling
-    yield from (state.row, state.num_prompt_tokens, len(state.block_tables), int(s.has_rules))
+    yield from (state.row, state.num_prompt_tokens, len(state.block_tables), int(s.has_rules), int(state.pools))
     yield from (int(s.has_logprobs), s.num_top_logprobs, int(s.prompt_logprobs is not None), s.num_top_prompt_logprobs)
     values = _SAMPLING.pack(*(getattr(s, name) for name in _SAMPLING_FIELDS))
     yield from struct.unpack(f"<{_SAMPLING_WORDS}i", values)
@@ -128,7 +128,8 @@ def _counted(values: Sequence[int]) -> Iterator[int]:
 
 
 def _decode_row(reader: _Reader) -> RowState:
-    row, num_prompt_tokens, num_groups, has_rules, has_logprobs, num_top, of_prompt, num_top_of_prompt = reader.take(8)
+    row, num_prompt_tokens, num_groups, has_rules, pools = reader.take(5)
+    has_logprobs, num_top, of_prompt, num_top_of_prompt = reader.take(4)
     values = _SAMPLING.unpack(reader.array(_SAMPLING_WORDS).tobytes())
     sampling = SamplingParams(
         logprobs=num_top if has_logprobs else None,
@@ -137,7 +138,7 @@ def _decode_row(reader: _Reader) -> RowState:
     )
     block_tables = [reader.counted() for _ in range(num_groups)]
     if not has_rules:
-        return RowState(row, num_prompt_tokens, sampling, block_tables)
+        return RowState(row, num_prompt_tokens, sampling, block_tables, pools=bool(pools))
     history, stop_ids, allowed, banned, biased = (reader.counted() for _ in range(5))
     bias = reader.array(len(biased)).view(np.float32).tolist()
     sampling = replace(
@@ -148,7 +149,7 @@ def _decode_row(reader: _Reader) -> RowState:
         banned_sequences=[reader.counted() for _ in range(*reader.take(1))],
         grammar=Grammar.of(generation_pb2.Grammar.FromString(reader.bytes())),
     )
-    return RowState(row, num_prompt_tokens, sampling, block_tables, history, stop_ids)
+    return RowState(row, num_prompt_tokens, sampling, block_tables, history, stop_ids, bool(pools))
 
 
 def _encode_transfer(transfer: BlockTransfer) -> Iterator[int]:

@@ -6,6 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+import numpy as np
+import numpy.typing as npt
+
 from kvstore.blocks.block_pools import BlockTable
 from workers.sampling.params import SamplingParams, TokenLogprobs
 
@@ -16,6 +19,14 @@ class RequestRole(Enum):
     MIXED = "mixed"  # prefill and decode
     PREFILL = "prefill"  # compute the prompt, publish its blocks, choose one token
     DECODE = "decode"  # take the prompt's blocks from the tiers, then decode
+    EMBED = "embed"  # compute the prompt, and pool its hidden states
+
+
+class Pooling(Enum):
+    """Which hidden states an embedding is made of."""
+
+    LAST = "last"  # that of the prompt's last token
+    MEAN = "mean"  # the mean of all
 
 
 class RequestStatus(Enum):
@@ -38,6 +49,7 @@ class FinishReason(Enum):
     PREFILLED = "prefilled"
     FAILED = "failed"  # its logits were no finite numbers
     STEP_FAILED = "step_failed"  # a step that it was part of raised
+    EMBEDDED = "embedded"
     NO_CHOICE = "no_choice"  # its bans, bad words or grammar left no token
 
 
@@ -53,6 +65,7 @@ class Request:
     tenant_salt: bytes = b""  # of the names of its blocks
     tenant: bytes = b""  # whose share of the engine it uses
     priority: int = 0  # the smaller, the sooner
+    pooling: Pooling | None = None  # of an embedding
     epoch: int = 0
     arrival_time_s: float = 0.0
     deadline_s: float = float("inf")  # on the engine's clock
@@ -90,6 +103,7 @@ class Request:
     num_preemptions: int = 0
     was_admitted: bool = False  # got blocks once
     share_tag: float = 0.0  # what its tenant had had when it was first admitted
+    pooled: npt.NDArray[np.float64] | None = None  # sum of the hidden states so far
     last_logprobs: TokenLogprobs | None = None  # of a token that is not sent before its stores have ended
     num_cached_prompt_tokens: int = 0
     num_computed_prompt_tokens: int = 0
@@ -132,10 +146,28 @@ class Request:
         return self.role is not RequestRole.DECODE or self.is_continued
 
     @property
+    def wants_all_rows(self) -> bool:
+        """Something is reported of each token of its prompt, which is computed whole, whatever caches have."""
+        return self.wants_prompt_logprobs or self.pooling is Pooling.MEAN
+
+    @property
     def wants_prompt_logprobs(self) -> bool:
-        """Its prompt is computed whole, whatever caches have, since its logits are wanted."""
+        """The logits of its prompt are wanted."""
         is_wanted = self.sampling.prompt_logprobs is not None and self.role is not RequestRole.DECODE
         return is_wanted and self.num_tokens == self.num_prompt_tokens
+
+    def pool(self, hidden: Sequence[float], is_first: bool) -> None:
+        """Add the hidden states of some of its tokens; is_first: of the prompt's first, also after a preemption."""
+        added = np.asarray(hidden, np.float64)
+        self.pooled = added if is_first or self.pooled is None else self.pooled + added
+
+    @property
+    def embedding(self) -> Sequence[float]:
+        """[hidden_size]; nothing before its prompt is computed."""
+        if self.pooled is None:
+            return ()
+        values: list[float] = (self.pooled / (self.num_tokens if self.pooling is Pooling.MEAN else 1)).tolist()
+        return values
 
     @property
     def num_output_tokens(self) -> int:
@@ -209,6 +241,7 @@ class RequestEnd:
     first_step_time_s: float | None
     first_token_time_s: float | None
     error: str = ""  # one line, for STEP_FAILED
+    embedding: Sequence[float] = ()  # [hidden_size], for EMBEDDED
 
     @property
     def ttft_s(self) -> float | None:

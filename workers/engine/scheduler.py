@@ -30,7 +30,7 @@ from workers.engine.policies.choice import make_policy
 from workers.engine.policies.prefill_budget import StepBudget
 from workers.engine.preemption import Preemption
 from workers.engine.queues import RequestQueues
-from workers.engine.request import Request, RequestRole, RequestStatus
+from workers.engine.request import Pooling, Request, RequestRole, RequestStatus
 from workers.engine.rows import BatchRows
 from workers.engine.step import ModelRunnerOutput, RowState, SchedulerOutput
 
@@ -92,7 +92,7 @@ class Scheduler:
         self.requests[request.request_id] = request
         request.stop_ids = s.stop_token_ids if s.ignore_eos else s.stop_token_ids | self._eos
         request.max_num_tokens = min(request.num_prompt_tokens + s.max_tokens, self.max_context_tokens)
-        if request.role is RequestRole.PREFILL:
+        if request.role in (RequestRole.PREFILL, RequestRole.EMBED):
             request.max_num_tokens = request.num_given_tokens + 1
         self._names.extend(request)
         self.waiting.add(request)
@@ -112,7 +112,7 @@ class Scheduler:
 
         Decode requests are watched over as long as they wait; see pending_pulls.
         """
-        if request.wants_prompt_logprobs:
+        if request.wants_all_rows:
             return False
         num_hit = self.pool.num_matched(request.block_names)
         return request.role is not RequestRole.DECODE and num_hit < len(request.block_names)
@@ -270,7 +270,8 @@ class Scheduler:
         plan.token_ids += drafts
         is_scored = request.sampling.prompt_logprobs is not None and request.wants_prompt_logprobs
         targets = known[start + 1 : start + count + 1] if is_scored else ()
-        plan.append(request, start, end - start, num_known + len(drafts), len(targets) + is_last + len(drafts), targets)
+        num_logits = count if request.pooling is Pooling.MEAN else len(targets) + is_last + len(drafts)
+        plan.append(request, start, end - start, num_known + len(drafts), num_logits, targets)
         request.num_computed_tokens = end
         if end > request.num_kv_tokens:
             request.num_kv_tokens = end
@@ -295,7 +296,7 @@ class Scheduler:
         """Give a waiting request its first blocks; False when there are too few."""
         pool, size = self.pool, self.pool.block_size
         num_hit = num_elsewhere = 0
-        if not request.wants_prompt_logprobs:
+        if not request.wants_all_rows:
             num_hit = pool.num_matched(request.block_names[: request.num_tokens // size])
             if request.is_leaving:  # from a tier that does not take blocks nothing is pulled either
                 request.max_pulled_blocks = num_hit

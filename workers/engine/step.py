@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from costs.step_time import StepWork
 from workers.engine.request import Request, RequestStatus
-from workers.sampling.params import SamplingParams, TokenLogprobs
+from workers.sampling.params import RowReport, SamplingParams
 
 Ints = npt.NDArray[np.int32]
 
@@ -52,13 +52,15 @@ class RowState:
     block_tables: Sequence[Sequence[int]]  # per cache group
     history: Sequence[int] = ()  # the tokens known so far, where sampling.needs_history
     stop_ids: Sequence[int] = ()  # end the request, where min_tokens holds them off or a grammar lets them in
+    pools: bool = False  # hidden states are wanted of it, and no tokens
 
     @staticmethod
     def of(request: Request) -> RowState:
         """The state of a request of which no token is being chosen."""
         sampling, block_ids = request.sampling, [table.block_ids for table in request.block_tables]
         if not sampling.has_rules:
-            return RowState(request.row, request.num_prompt_tokens, sampling, block_ids)
+            pools = request.pooling is not None
+            return RowState(request.row, request.num_prompt_tokens, sampling, block_ids, pools=pools)
         history = tuple(request.token_ids) if sampling.needs_history else ()
         needs_stop_ids = sampling.min_tokens or sampling.grammar is not None
         stop_ids = tuple(request.stop_ids) if needs_stop_ids else ()
@@ -201,7 +203,7 @@ class ModelRunnerOutput:
     """What became of a plan; the same on every rank but for the tokens, which only the leader needs."""
 
     sampled_token_ids: Sequence[int] = ()  # one per wanted row of logits, in the plan's order
-    logprobs: Sequence[TokenLogprobs | None] = ()  # likewise; none at all where no request of the plan asks for them
+    reports: Sequence[RowReport | None] = ()  # likewise; none at all where no request of the plan asks for some
     transfers: Sequence[TransferDone] = ()  # of those that were polled: the ones that ended on every rank
 
 

@@ -46,6 +46,12 @@ class Stage(Protocol):
     def leave(self, hidden: Tensor, residual: Tensor, batch: Batch) -> Tensor:
         """What forward returns."""
 
+    def final_hidden(self, batch: Batch, kv_caches: Sequence[Tensor], received: Tensor | None) -> Tensor:
+        """Run the last stage up to its head: the wanted rows' normed hidden states [rows, hidden_size]."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[rows, hidden_size] of final_hidden -> [rows, vocab / tp]."""
+
     def forward(self, batch: Batch, kv_caches: Sequence[Tensor], received: Tensor | None) -> Tensor:
         """Run the stage. kv_caches: each layer's, as its CacheSpec describes it.
 
@@ -88,24 +94,39 @@ class DecoderStage:
         """As in Stage."""
         if not self.is_last:
             return torch.stack((hidden, residual))
-        assert self._head is not None
+        return self.logits(self._final_rows(hidden, residual, batch))
+
+    def _final_rows(self, hidden: Tensor, residual: Tensor, batch: Batch) -> Tensor:
         rows = batch.logit_rows
         normed, _ = self._norm.add(hidden[rows], residual[rows])
         assert isinstance(normed, Tensor)
-        logits = self._head.logits(normed)
+        return normed
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """As in Stage."""
+        assert self._head is not None
+        logits = self._head.logits(hidden)
         if self._logit_scale != 1.0:
             logits = logits * self._logit_scale
         return torch.tanh(logits / self._logit_soft_cap) * self._logit_soft_cap if self._logit_soft_cap else logits
 
+    def final_hidden(self, batch: Batch, kv_caches: Sequence[Tensor], received: Tensor | None) -> Tensor:
+        """As in Stage."""
+        return self._final_rows(*self._run_layers(batch, kv_caches, received), batch)
+
     def forward(self, batch: Batch, kv_caches: Sequence[Tensor], received: Tensor | None) -> Tensor:
         """As in Stage."""
+        return self.leave(*self._run_layers(batch, kv_caches, received), batch)
+
+    def _run_layers(self, batch: Batch, kv_caches: Sequence[Tensor], received: Tensor | None) -> tuple[Tensor, Tensor]:
+        """hidden and the residual stream after the last layer."""
         hidden, residual = self.enter(batch, received)
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
             q, residual = layer.before_attention(hidden, residual, batch, kv_cache)
             hidden, residual = layer.after_attention(layer.attention(q, batch, kv_cache), residual)
             self.on_layer()
         assert residual is not None  # every stage has a layer
-        return self.leave(hidden, residual, batch)
+        return hidden, residual
 
 
 def build_stage(model: ModelConfig, weights: Weights, groups: ParallelGroups, batch_invariant: bool = False) -> Stage:

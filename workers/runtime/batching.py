@@ -26,6 +26,7 @@ from workers.sampling.params import SamplingRows
 _NUM_HOST_BUFFERS = 2  # one is filled while the copy of the other may still be under way
 _WIDTH_STEP = 16  # of block tables: kernels are compiled once for strides that are multiples of it
 _MAX_SHAPES = 4096  # remembered
+_NONE_POOLED = np.empty((0, 2), np.int64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,6 +40,7 @@ class PreparedBatch:
     rows: Longs  # of the state, one per wanted row of logits
     num_drafts: Longs  # that precede the token that a row chooses, and are not judged yet
     order: Longs  # index of each row among the plan's wanted logits
+    pooled: Longs  # [requests, 2]: first and last of the wanted rows whose hidden states are summed
     prompt_targets: Longs | None  # the prompt's next token where a row tells of it, else -1; None: no row does
     last: tuple[Tensor, Tensor] | None  # of the wanted rows those that choose a request's next token, and their rows
     pending: tuple[Tensor, Tensor] | None  # token_ids that the step before chooses: where, and of which row
@@ -182,6 +184,10 @@ class InputBuffers:
         if targets is not None:
             targets = targets[order]
             sampling = sampling.of_prompt(targets >= 0)
+        is_pooled = self.state.pools[rows]
+        pooled = _NONE_POOLED
+        if is_pooled.any():
+            sampling, pooled = sampling.of_pooled(is_pooled), logits.runs(is_pooled)
         return PreparedBatch(
             batch,
             columns.total_tokens,
@@ -190,6 +196,7 @@ class InputBuffers:
             rows.astype(np.int64),
             logits.num_drafts(columns),
             order,
+            pooled,
             targets,
             (field["last_at"], field["last_rows"]) if shape.num_last else None,
             (field["pending_at"], field["pending_rows"]) if shape.num_pending else None,

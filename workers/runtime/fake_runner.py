@@ -33,7 +33,7 @@ from workers.runtime.fake_model import (
 )
 from workers.runtime.rank_state import RankState
 from workers.runtime.step_transfers import finish_ended
-from workers.sampling.params import TokenLogprobs
+from workers.sampling.params import PooledHidden, RowReport
 
 CACHE_BYTES = 64 << 20  # KV cache of one worker when the config does not say
 _WORD_BYTES = 4
@@ -116,15 +116,17 @@ class FakeModelRunner:
         for store in plan.stores:
             self._connector.start_store(store)
         ended = finish_ended(plan, self._connector)
-        return ModelRunnerOutput(sampled, self._logprobs(plan, sampled), ended)
+        return ModelRunnerOutput(sampled, self._reports(plan, sampled), ended)
 
-    def _logprobs(self, plan: StepPlan, sampled: Sequence[int]) -> list[TokenLogprobs | None]:
-        """Of the sampled tokens, where one of the plan's requests asks for them."""
-        rows, sampling = np.repeat(plan.rows, plan.num_logits), self._state.sampling
-        if not sampling.has_logprobs[rows].any():
+    def _reports(self, plan: StepPlan, sampled: Sequence[int]) -> list[RowReport | None]:
+        """Of the sampled tokens, where one of the plan's requests asks for them. An embedding is made of the token."""
+        rows, sampling, pools = np.repeat(plan.rows, plan.num_logits), self._state.sampling, self._state.pools
+        if not (sampling.has_logprobs[rows] | pools[rows]).any():
             return []
         return [
-            fake_logprobs(token_id, int(sampling.num_top_logprobs[row]), self._vocab_size)
+            PooledHidden([1.0, float(token_id)])
+            if pools[row]
+            else fake_logprobs(token_id, int(sampling.num_top_logprobs[row]), self._vocab_size)
             if sampling.has_logprobs[row]
             else None
             for row, token_id in zip(rows, sampled, strict=True)

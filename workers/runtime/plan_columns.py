@@ -103,6 +103,12 @@ class WantedLogits:
         num_drafts: Longs = np.maximum(0, num_choosing - 1 - self.behind)
         return num_drafts
 
+    def runs(self, is_chosen: npt.NDArray[np.bool_]) -> Longs:
+        """[requests, 2]: the first and the last row of each request whose rows are chosen."""
+        lasts = np.flatnonzero(is_chosen & (self.behind == 0))
+        firsts = np.searchsorted(self.requests, self.requests[lasts])  # a request's rows lie together
+        return np.stack((firsts, lasts), axis=1)
+
     def order(self, plan: StepPlan, order: Longs | None) -> Longs:
         """The index of each row among the wanted rows of the plan."""
         if order is None:

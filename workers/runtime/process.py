@@ -23,7 +23,7 @@ from pathlib import Path
 
 from settings.loading import SettingsError, load
 from workers.config import WorkerSpec
-from workers.errors import EngineError, rank_name
+from workers.errors import EngineError, RankLost, rank_name
 
 _LAST_WORDS_S = 5.0
 _LOOK_S = 0.05
@@ -89,12 +89,13 @@ def _loss(spec: WorkerSpec, processes: Sequence[SpawnProcess], pipes: Sequence[C
     """Why ranks have ended. One that was killed is the cause of what the others say."""
     said = []
     for rank, (process, pipe) in enumerate(zip(processes, pipes, strict=True)):
+        name = rank_name(rank, spec.engine.tp, spec.engine.pp)
         if process.exitcode is not None and process.exitcode < 0:
-            killed = signal.Signals(-process.exitcode).name
-            return f"{rank_name(rank, spec.engine.tp, spec.engine.pp)}, pid {process.pid}, was killed by {killed}"
+            return f"{name}, pid {process.pid}, was killed by {signal.Signals(-process.exitcode).name}"
         with contextlib.suppress(EOFError, OSError):
             if process.exitcode is not None and pipe.poll():
-                said.append(str(pipe.recv()[1]))
+                words = str(pipe.recv()[1])
+                said.append(words if words.startswith(RankLost.__name__) else f"{name}: {words}")
     return "; ".join(dict.fromkeys(said)) or "a rank died"
 
 

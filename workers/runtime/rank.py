@@ -146,6 +146,7 @@ class Rank:
 
     def _fail(self, error: BaseException) -> None:
         error = self._watch.explained(error)
+        self._watch.say(error)
         if not self._stopping.is_set() and not self.failure.done():
             log.error("rank %d of %s failed", self.shard.rank, self.spec.worker_id, exc_info=error)
             self.failure.set_result(error)

@@ -25,6 +25,7 @@ class RankState:
         self.block_tables: list[Ints] = [np.zeros((max_num_seqs, max_blocks), np.int32) for _ in range(num_groups)]
         self.num_prompt_tokens = np.zeros(max_num_seqs, np.int32)
         self.sampling = SamplingRows.greedy(max_num_seqs)
+        self.pools = np.zeros(max_num_seqs, np.bool_)  # rows whose hidden states are wanted
         self._sequence = 0
         self._is_behind = True
 
@@ -46,3 +47,4 @@ class RankState:
             table[row, : len(block_ids)] = block_ids
         self.num_prompt_tokens[row] = state.num_prompt_tokens
         self.sampling.put(row, state.sampling)
+        self.pools[row] = state.pools

@@ -35,8 +35,9 @@ from workers.runtime.graphs import GraphedStage
 from workers.runtime.host_copy import read_later
 from workers.runtime.step_transfers import STORE_GRACE_S, awaited, ended_of, finish_ended, poll_in_step
 from workers.runtime.token_chooser import TokenChooser
-from workers.sampling import logprobs
-from workers.sampling.params import GREEDY, SamplingParams, TokenLogprobs
+from workers.sampling.params import GREEDY, RowReport, SamplingParams
+from workers.sampling.row_reports import Reported
+from workers.sampling.row_reports import read as read_reports
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU_CACHE_BYTES = 256 << 20  # KV cache of one worker on a CPU when the config does not say
@@ -72,24 +73,25 @@ class _Chosen:
     """What a step chose, or will have chosen: these wait for it, and give nothing where it is not known."""
 
     prepared: PreparedBatch | None
+    reported: Reported | None
     token_ids: Callable[[], list[Any]]  # in the batch's order
-    numbers: Callable[[], list[Any]]  # of logprobs.of_rows
+    numbers: Callable[[], list[Any]]  # of row_reports.numbers_of
 
-    def in_plan_order(self) -> tuple[list[int], list[TokenLogprobs | None]]:
-        """Token ids, and logprobs where a row asks for them."""
+    def in_plan_order(self) -> tuple[list[int], list[RowReport | None]]:
+        """Token ids, and what rows report besides."""
         token_ids = self.token_ids()
-        if self.prepared is None or not token_ids:
+        if self.prepared is None or self.reported is None or not token_ids:
             return [], []
         order: list[int] = self.prepared.order.tolist()
         sampled = [0] * len(token_ids)
         for index, token_id in zip(order, token_ids, strict=True):
             sampled[index] = token_id
-        if not self.prepared.sampling.has_logprobs.any():
+        if self.reported.is_empty:
             return sampled, []
-        return sampled, _in_order(logprobs.read(self.numbers(), self.prepared.sampling), order)
+        return sampled, _in_order(read_reports(self.numbers(), self.reported), order)
 
 
-_NOTHING = _Chosen(None, list, list)
+_NOTHING = _Chosen(None, None, list, list)
 
 
 class TorchModelRunner:
@@ -313,9 +315,10 @@ class TorchModelRunner:
         """The forward pass and the choice of tokens; where they go is up to the stage."""
         tokens: Tensor | None = None
         numbers: Tensor | None = None
-        prepared, logits = self._forward(plan)
+        prepared, logits, hidden = self._forward(plan)
+        reported = Reported(prepared.sampling, prepared.pooled, self._stage.hidden_size)
         if logits is not None and len(prepared.order):
-            tokens, numbers = self._choose(logits, prepared)
+            tokens, numbers = self._choose(logits, hidden, prepared, reported)
             if prepared.last is not None and self._keeps_tokens:
                 at, rows = prepared.last
                 self._last_tokens.index_copy_(0, rows, tokens if len(at) == len(tokens) else tokens[at])
@@ -323,12 +326,13 @@ class TorchModelRunner:
         if self._relay is not None and len(prepared.order):
             if self._stage.is_last:
                 self._relay.send(read, read_numbers, numbers is not None)
-            read, read_numbers = self._relay.receive(prepared.rows, logprobs.shape_of(prepared.sampling))
-        return _Chosen(prepared, read, read_numbers)
+            read, read_numbers = self._relay.receive(prepared.rows, reported.shape)
+        return _Chosen(prepared, reported, read, read_numbers)
 
-    def _forward(self, plan: StepPlan) -> tuple[PreparedBatch, Tensor | None]:
-        """The batch, and on the last stage the logits of its wanted rows."""
-        graphs = self._graphs if self.replays else None
+    def _forward(self, plan: StepPlan) -> tuple[PreparedBatch, Tensor | None, Tensor | None]:
+        """The batch; on the last stage its wanted rows' logits, and their hidden states where some are pooled."""
+        pools = bool(self._inputs.state.pools[plan.rows].any())
+        graphs = self._graphs if self.replays and not pools else None
         padding = None if graphs is None else graphs.padding_for(plan)
         config = self._config
         prepared = self._inputs.fill(plan, config.block_size, config.batch_invariant, padding or NO_PADDING)
@@ -342,12 +346,15 @@ class TorchModelRunner:
             shape = (2, len(batch.token_ids), self._stage.hidden_size)
             received = self._groups.recv_from_previous_stage(shape, self._dtype)
         graphs = None if padding is None else graphs
+        if pools and self._stage.is_last:
+            hidden = self._stage.final_hidden(batch, self._layer_caches, received)
+            return prepared, self._stage.logits(hidden), hidden
         out = self._run_stage(plan, prepared, received, graphs)
         if not self._stage.is_last:
             # A graph's results lie where the next replay writes its own, which does not wait for the next stage.
             self._groups.send_to_next_stage(out if graphs is None else out.clone())
-            return prepared, None
-        return prepared, out[: len(prepared.positions)]
+            return prepared, None, None
+        return prepared, out[: len(prepared.positions)], None
 
     def _run_stage(
         self, plan: StepPlan, prepared: PreparedBatch, received: Tensor | None, graphs: GraphedStage | None
@@ -357,11 +364,13 @@ class TorchModelRunner:
             return graphs.run(prepared, received)
         return self._stage.forward(prepared.batch, self._layer_caches, received)
 
-    def _choose(self, logits: Tensor, prepared: PreparedBatch) -> tuple[Tensor, Tensor | None]:
-        return self._chooser.choose(logits, prepared)
+    def _choose(
+        self, logits: Tensor, hidden: Tensor | None, prepared: PreparedBatch, reported: Reported
+    ) -> tuple[Tensor, Tensor | None]:
+        return self._chooser.choose(logits, hidden, prepared, reported)
 
 
-def _in_order(found: Sequence[TokenLogprobs | None], order: Sequence[int]) -> list[TokenLogprobs | None]:
+def _in_order(found: Sequence[RowReport | None], order: Sequence[int]) -> list[RowReport | None]:
     """From the batch's order to the plan's."""
     by_index = dict(zip(order, found, strict=True))
     return [by_index[index] for index in range(len(order))]

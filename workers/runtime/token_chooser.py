@@ -18,7 +18,7 @@ from workers.runtime.batching import PreparedBatch
 from workers.runtime.host_copy import read_later
 from workers.sampling.grammar_masks import GrammarMasks, MaskedRun
 from workers.sampling.logit_rules import ChosenRows, LogitRules
-from workers.sampling.logprobs import of_rows
+from workers.sampling.row_reports import Reported, numbers_of
 from workers.sampling.sampler import sample
 
 
@@ -73,15 +73,20 @@ class TokenChooser:
             drafts = plan.token_ids[end - count + 1 : end].tolist()
             yield MaskedRun(row, np.flatnonzero(prepared.rows == row)[-count:].tolist(), drafts)
 
-    def choose(self, logits: Tensor, prepared: PreparedBatch) -> tuple[Tensor, Tensor | None]:
-        """int64 [rows], as sampler.sample gives; and what logprobs.of_rows gives, where a row asks for it."""
+    def choose(
+        self, logits: Tensor, hidden: Tensor | None, prepared: PreparedBatch, reported: Reported
+    ) -> tuple[Tensor, Tensor | None]:
+        """int64 [rows], as sampler.sample gives; and what numbers_of gives, where a row reports something.
+
+        hidden: [rows, hidden_size], normed, where rows are pooled.
+        """
         token_ids = self._choose(logits, prepared)
         if prepared.prompt_targets is not None:
             targets = torch.from_numpy(prepared.prompt_targets).to(token_ids.device)
             token_ids = torch.where(targets >= 0, targets, token_ids)
-        if not prepared.sampling.has_logprobs.any():
+        if reported.is_empty:
             return token_ids, None
-        return token_ids, of_rows(logits, token_ids, prepared.sampling, self._groups, self._vocab_size)
+        return token_ids, numbers_of(logits, hidden, token_ids, reported, self._groups, self._vocab_size)
 
     def _choose(self, logits: Tensor, prepared: PreparedBatch) -> Tensor:
         sampling = prepared.sampling

@@ -111,6 +111,15 @@ class TokenLogprobs:
     top_logprobs: Sequence[float] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class PooledHidden:
+    """The sum of the normed hidden states of some of a prompt's tokens."""
+
+    values: Sequence[float]  # [hidden_size]
+
+
+RowReport = TokenLogprobs | PooledHidden
+
 GREEDY = SamplingParams()
 _DESCRIPTORS = {one.name: generation_pb2.SamplingParams.DESCRIPTOR.fields_by_name[one.name] for one in fields(GREEDY)}
 _READERS: dict[str, Any] = {
@@ -158,6 +167,15 @@ class SamplingRows:
         is_cut = (self.top_k > 0) | (self.top_p < 1.0) | (self.min_p > 0) | (self.typical_p < 1.0)
         cut: npt.NDArray[np.bool_] = (self.temperature > 0) & is_cut
         return cut
+
+    def of_pooled(self, is_pooled: npt.NDArray[np.bool_]) -> SamplingRows:
+        """The same, with the entries that choose nothing and report no logprobs."""
+        return replace(
+            self,
+            temperature=np.where(is_pooled, 0.0, self.temperature),
+            has_rules=self.has_rules & ~is_pooled,
+            has_logprobs=self.has_logprobs & ~is_pooled,
+        )
 
     def of_prompt(self, is_prompt: npt.NDArray[np.bool_]) -> SamplingRows:
         """The same, with the entries that choose nothing and report logprobs of the prompt."""

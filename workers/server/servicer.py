@@ -19,7 +19,7 @@ from switchyard.v1 import worker_pb2 as pb
 from checkpoint.identity import ServedModel
 from workers.engine.engine import Clock
 from workers.engine.loop import Cancel, Continue, Credit, EngineLoop, FollowBlocks, LoopEvents, Submit
-from workers.engine.request import FinishReason, PromptLogprobs, Request, RequestEnd, RequestRole
+from workers.engine.request import FinishReason, Pooling, PromptLogprobs, Request, RequestEnd, RequestRole
 from workers.errors import InvalidRequest
 from workers.sampling.params import SamplingParams, TokenLogprobs
 from workers.server.block_events import BlockFeed
@@ -39,6 +39,7 @@ _ROLES = {
     pb.REQUEST_ROLE_MIXED: RequestRole.MIXED,
     pb.REQUEST_ROLE_PREFILL: RequestRole.PREFILL,
     pb.REQUEST_ROLE_DECODE: RequestRole.DECODE,
+    pb.REQUEST_ROLE_EMBED: RequestRole.EMBED,
 }
 _OUTCOMES = {
     FinishReason.STOP: pb.REQUEST_OUTCOME_STOP,
@@ -47,6 +48,7 @@ _OUTCOMES = {
     FinishReason.PREFILLED: pb.REQUEST_OUTCOME_PREFILLED,
     FinishReason.FAILED: pb.REQUEST_OUTCOME_FAILED,
     FinishReason.STEP_FAILED: pb.REQUEST_OUTCOME_STEP_FAILED,
+    FinishReason.EMBEDDED: pb.REQUEST_OUTCOME_PREFILLED,
     FinishReason.NO_CHOICE: pb.REQUEST_OUTCOME_FAILED,
 }
 _ERRORS = {
@@ -55,6 +57,10 @@ _ERRORS = {
 }
 _NO_LIMIT = 1 << 62
 _LONG_PROMPT_TOKENS = 2048
+
+
+def _pooling(submit: pb.Submit) -> Pooling:
+    return Pooling.MEAN if submit.pooling == generation_pb2.POOLING_MEAN else Pooling.LAST
 
 
 def logprobs_message(found: TokenLogprobs) -> generation_pb2.TokenLogprobs:
@@ -239,6 +245,7 @@ class WorkerServicer(RegistrationServicer):
             submit.num_prompt_tokens,
             SamplingParams.of(submit.sampling),
             role=role,
+            pooling=_pooling(submit) if role is RequestRole.EMBED else None,
             tenant_salt=submit.tenant_salt,
             tenant=submit.tenant,
             priority=submit.priority,
@@ -352,6 +359,7 @@ class WorkerServicer(RegistrationServicer):
             num_transferred_blocks=end.num_transferred_blocks,
             num_published_blocks=end.num_published_blocks,
             times=self._times(end),
+            embedding=end.embedding,
         )
         connection.outbox.put(pb.ConnectResponse(finished=finished))
 

@@ -63,7 +63,8 @@ class RankSteps:
         if not self._error or not isinstance(error, PeerLeft):
             first_line = (str(error).splitlines() or [""])[0]
             self._error = _LEFT if isinstance(error, PeerLeft) else f"{type(error).__name__}: {first_line}"
-        self._groups.leave()
+        if self._groups.can_rejoin:
+            self._groups.leave()
 
     def recover(self) -> list[str]:
         """On all ranks at once: be ready for the next full plan. What was raised on each rank, "" where nothing was but
@@ -134,7 +135,7 @@ class GroupExecutor:
 
     def recover(self) -> str:
         """As in Executor."""
-        if self._groups.world_size > 1 and self._groups.device.type == "cuda":
+        if not self._groups.can_rejoin:
             raise StepFailed("a step failed, and ranks on CUDA are not joined anew")
         self._groups.leave()
         if self._groups.world_size > 1:
@@ -169,7 +170,10 @@ _Orders = queue.SimpleQueue[_Step | _Recover | BaseException | None]
 
 
 def follow(runner: ModelRunner, groups: ParallelGroups, progress: StepProgress | None = None) -> None:
-    """The other ranks' side: carry out plans until the leader says stop; RuntimeError when the leader is lost."""
+    """The other ranks' side: carry out plans until the leader says stop; RuntimeError when the leader is lost.
+
+    Raises what a step raises where the ranks cannot go on after that.
+    """
     orders: _Orders = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(runner, groups, orders), name="plans", daemon=True).start()
     steps = RankSteps(runner, groups, progress)
@@ -184,6 +188,8 @@ def follow(runner: ModelRunner, groups: ParallelGroups, progress: StepProgress |
         except PeerLeft:
             pass  # the leader knows, and says when to go on
         except Exception:
+            if not groups.can_rejoin:
+                raise
             log.exception("%s: a step failed", groups.name_of(groups.shard.rank))
 
 

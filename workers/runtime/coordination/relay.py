@@ -6,9 +6,10 @@ Knows nothing of models.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,8 @@ import torch
 
 from workers.engine.step import StepPlan
 from workers.parallel import Arriving, ParallelGroups
+
+log = logging.getLogger(__name__)
 
 Read = Callable[[], list[Any]]
 
@@ -90,7 +93,13 @@ class TokenRelay:
         if self._thread is None:
             send()
         else:
-            self._thread.submit(send)
+            self._thread.submit(send).add_done_callback(self._note_failure)
+
+    def _note_failure(self, sent: Future[None]) -> None:
+        """The first stage would wait for tokens that do not come."""
+        if (error := sent.exception()) is not None:
+            log.error("the tokens of a step were not sent", exc_info=error)
+            self._groups.leave()
 
     def receive(self, rows: npt.NDArray[np.int64], numbers_shape: tuple[int, int]) -> tuple[Read, Read]:
         """On the first stage: what send sends for these rows, from a step that just began. Nothing on other ranks."""

@@ -132,6 +132,14 @@ class RankWatch:
                     self._send(peer.connection, _FAREWELL)
                     peer.connection.shutdown(socket.SHUT_WR)
 
+    def say(self, error: BaseException) -> None:
+        """This rank fails: its last words to the others."""
+        words: dict[str, object] = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+        for peer in self._peers.values():
+            if peer.connection is not None and not isinstance(error, RankLost):
+                with contextlib.suppress(OSError):
+                    self._send(peer.connection, words)
+
     def explained(self, error: BaseException, within_s: float = 2 * _BEAT_S) -> BaseException:
         """The loss of a rank in place of an error that may follow from it: what its peers see is a closed socket."""
         if isinstance(error, RankLost | RuntimeError | OSError) and self._peers:
@@ -156,8 +164,9 @@ class RankWatch:
             if now_s - last_s < self._limits.silence_s / 2:
                 self._check(now_s)
             else:  # this process itself was stopped or starved: what the others said meanwhile is not read yet
-                for peer in self._peers.values():
+                for peer in (self._own, *self._peers.values()):
                     peer.heard_s = peer.heard_s and now_s
+                    peer.progressed_s = now_s
             last_s = now_s
 
     def _listen(self, peer: _Peer) -> None:
@@ -168,6 +177,9 @@ class RankWatch:
                 message = json.loads(line)
                 if message == _FAREWELL:
                     peer.has_left = True
+                    return
+                if "failed" in message:
+                    self._lose(f"{peer.name} failed: {message['failed']}")
                     return
                 if "pid" in message:
                     peer.name = self._name(0, message["pid"], message["host"])

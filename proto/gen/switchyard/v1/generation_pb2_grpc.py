@@ -52,6 +52,11 @@ class GenerationServiceStub(object):
                 request_serializer=switchyard_dot_v1_dot_generation__pb2.ResumeRequest.SerializeToString,
                 response_deserializer=switchyard_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/switchyard.v1.GenerationService/Embed',
+                request_serializer=switchyard_dot_v1_dot_generation__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=switchyard_dot_v1_dot_generation__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/switchyard.v1.GenerationService/Tokenize',
                 request_serializer=switchyard_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
@@ -94,6 +99,13 @@ class GenerationServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Embed(self, request, context):
+        """The embedding of one prompt.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """Token ids of a text under a model's tokenizer.
         """
@@ -125,6 +137,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.Resume,
                     request_deserializer=switchyard_dot_v1_dot_generation__pb2.ResumeRequest.FromString,
                     response_serializer=switchyard_dot_v1_dot_generation__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=switchyard_dot_v1_dot_generation__pb2.EmbedRequest.FromString,
+                    response_serializer=switchyard_dot_v1_dot_generation__pb2.EmbedResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -221,6 +238,33 @@ class GenerationService(object):
             '/switchyard.v1.GenerationService/Resume',
             switchyard_dot_v1_dot_generation__pb2.ResumeRequest.SerializeToString,
             switchyard_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/switchyard.v1.GenerationService/Embed',
+            switchyard_dot_v1_dot_generation__pb2.EmbedRequest.SerializeToString,
+            switchyard_dot_v1_dot_generation__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -17,6 +17,7 @@ class RequestRole(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REQUEST_ROLE_MIXED: _ClassVar[RequestRole]
     REQUEST_ROLE_PREFILL: _ClassVar[RequestRole]
     REQUEST_ROLE_DECODE: _ClassVar[RequestRole]
+    REQUEST_ROLE_EMBED: _ClassVar[RequestRole]
 
 class WorkerRole(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -46,6 +47,7 @@ REQUEST_ROLE_UNSPECIFIED: RequestRole
 REQUEST_ROLE_MIXED: RequestRole
 REQUEST_ROLE_PREFILL: RequestRole
 REQUEST_ROLE_DECODE: RequestRole
+REQUEST_ROLE_EMBED: RequestRole
 WORKER_ROLE_UNSPECIFIED: WorkerRole
 WORKER_ROLE_MIXED: WorkerRole
 WORKER_ROLE_PREFILL: WorkerRole
@@ -91,7 +93,7 @@ class RouterHello(_message.Message):
     def __init__(self, router_id: _Optional[str] = ..., epoch: _Optional[int] = ..., served: _Optional[_Union[_identity_pb2.ServedModel, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("stream_id", "epoch", "role", "token_ids", "num_prompt_tokens", "sampling", "window_tokens", "deadline_s", "tenant_salt", "priority", "tenant")
+    __slots__ = ("stream_id", "epoch", "role", "token_ids", "num_prompt_tokens", "sampling", "window_tokens", "deadline_s", "tenant_salt", "priority", "tenant", "pooling")
     STREAM_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -103,6 +105,7 @@ class Submit(_message.Message):
     TENANT_SALT_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
+    POOLING_FIELD_NUMBER: _ClassVar[int]
     stream_id: str
     epoch: int
     role: RequestRole
@@ -114,7 +117,8 @@ class Submit(_message.Message):
     tenant_salt: bytes
     priority: int
     tenant: bytes
-    def __init__(self, stream_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[RequestRole, str]] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., window_tokens: _Optional[int] = ..., deadline_s: _Optional[float] = ..., tenant_salt: _Optional[bytes] = ..., priority: _Optional[int] = ..., tenant: _Optional[bytes] = ...) -> None: ...
+    pooling: _generation_pb2.Pooling
+    def __init__(self, stream_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[RequestRole, str]] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., window_tokens: _Optional[int] = ..., deadline_s: _Optional[float] = ..., tenant_salt: _Optional[bytes] = ..., priority: _Optional[int] = ..., tenant: _Optional[bytes] = ..., pooling: _Optional[_Union[_generation_pb2.Pooling, str]] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("stream_id",)
@@ -225,7 +229,7 @@ class TokenBatch(_message.Message):
     def __init__(self, stream_ids: _Optional[_Iterable[str]] = ..., epochs: _Optional[_Iterable[int]] = ..., stream_index: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprob_index: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_generation_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
 
 class RequestFinished(_message.Message):
-    __slots__ = ("stream_id", "epoch", "outcome", "error", "is_invalid_request", "num_cached_prompt_tokens", "num_computed_prompt_tokens", "num_transferred_blocks", "num_published_blocks", "times")
+    __slots__ = ("stream_id", "epoch", "outcome", "error", "is_invalid_request", "num_cached_prompt_tokens", "num_computed_prompt_tokens", "num_transferred_blocks", "num_published_blocks", "times", "embedding")
     STREAM_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
@@ -236,6 +240,7 @@ class RequestFinished(_message.Message):
     NUM_TRANSFERRED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NUM_PUBLISHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TIMES_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDING_FIELD_NUMBER: _ClassVar[int]
     stream_id: str
     epoch: int
     outcome: RequestOutcome
@@ -246,7 +251,8 @@ class RequestFinished(_message.Message):
     num_transferred_blocks: int
     num_published_blocks: int
     times: PartTimes
-    def __init__(self, stream_id: _Optional[str] = ..., epoch: _Optional[int] = ..., outcome: _Optional[_Union[RequestOutcome, str]] = ..., error: _Optional[str] = ..., is_invalid_request: bool = ..., num_cached_prompt_tokens: _Optional[int] = ..., num_computed_prompt_tokens: _Optional[int] = ..., num_transferred_blocks: _Optional[int] = ..., num_published_blocks: _Optional[int] = ..., times: _Optional[_Union[PartTimes, _Mapping]] = ...) -> None: ...
+    embedding: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, stream_id: _Optional[str] = ..., epoch: _Optional[int] = ..., outcome: _Optional[_Union[RequestOutcome, str]] = ..., error: _Optional[str] = ..., is_invalid_request: bool = ..., num_cached_prompt_tokens: _Optional[int] = ..., num_computed_prompt_tokens: _Optional[int] = ..., num_transferred_blocks: _Optional[int] = ..., num_published_blocks: _Optional[int] = ..., times: _Optional[_Union[PartTimes, _Mapping]] = ..., embedding: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class PartTimes(_message.Message):
     __slots__ = ("continued_s", "first_step_s", "first_token_s")

@@ -1,6 +1,6 @@
 """The OpenAI requests that this router understands, and how a request is refused that it does not.
 
-The fields here are served. router.api.openai_options has what else is known: options that change no answer are passed
+The fields here are served. router.api.openai.options has what else is known: options that change no answer are passed
 over, the others are refused by name, and so are unknown ones. Knows nothing of HTTP.
 """
 
@@ -14,8 +14,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-from router.api.openai_grammar import StructuredOutputFields
-from router.api.openai_options import NOT_SERVED, Api
+from router.api.openai.grammar import StructuredOutputFields
+from router.api.openai.options import NOT_SERVED, Api
 from router.errors import InvalidRequest
 from router.sampling import MAX_LOGPROBS, SamplingParams
 
@@ -161,30 +161,24 @@ class CompletionRequest(_Request):
 
     def prompts(self) -> Sequence[Prompt]:
         """The prompts, one choice each: a text, a list of texts, a list of ids, or a list of lists of ids."""
-        prompt = self.prompt
-        if isinstance(prompt, str):
-            return [prompt]
-        if not isinstance(prompt, list) or not prompt:
-            raise _invalid("prompt", "must be a text, a list of texts, or a list of token ids; not empty")
-        if all(type(entry) is int for entry in prompt):
-            return [tuple(prompt)]
-        if len(prompt) > MAX_PROMPTS:
-            raise _invalid("prompt", f"at most {MAX_PROMPTS} prompts in one request, not {len(prompt)}")
-        if all(isinstance(entry, str) for entry in prompt):
-            return prompt
-        if all(isinstance(entry, list) and all(type(token) is int for token in entry) for entry in prompt):
-            return [tuple(entry) for entry in prompt]
-        raise _invalid("prompt", "must be a text, a list of texts, or a list of token ids")
+        return prompts_of("prompt", self.prompt)
 
 
 class ChatRequest(_Request):
     """POST /v1/chat/completions."""
 
-    messages: Any  # see openai_messages
+    messages: Any  # see router.api.chat.messages
     max_completion_tokens: Integer | None = None
     logprobs: bool | None = None
     top_logprobs: Integer | None = None
+    tools: Any = None  # these, and the choice among them: see router.api.chat.tools
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    functions: Any = None
+    function_call: Any = None
     chat_template_kwargs: dict[str, Any] | None = None  # an extension
+    reasoning_effort: str | None = None
+    include_reasoning: bool | None = None  # an extension
 
     @property
     def limit(self) -> int | None:
@@ -204,6 +198,29 @@ class ChatRequest(_Request):
     def template_options(self) -> Mapping[str, object]:
         """What the chat template is given besides the messages. Raises InvalidRequest."""
         return template_options(self.chat_template_kwargs)
+
+
+def prompts_of(param: str, given: object) -> Sequence[Prompt]:
+    """The prompts of a field that has a text, a list of texts, a list of ids, or a list of lists of ids."""
+    if isinstance(given, str):
+        return [given]
+    if not isinstance(given, list) or not given:
+        raise _invalid(param, "must be a text, a list of texts, or a list of token ids; not empty")
+    if all(type(entry) is int for entry in given):
+        return [tuple(given)]
+    if len(given) > MAX_PROMPTS:
+        raise _invalid(param, f"at most {MAX_PROMPTS} prompts in one request, not {len(given)}")
+    if all(isinstance(entry, str) for entry in given):
+        return given
+    if all(isinstance(entry, list) and all(type(token) is int for token in entry) for entry in given):
+        return [tuple(entry) for entry in given]
+    raise _invalid(param, "must be a text, a list of texts, or a list of token ids")
+
+
+def check_salt_text(cache_salt: str | None) -> None:
+    """Raise InvalidRequest for one that is empty or too long."""
+    if cache_salt is not None and not 0 < len(cache_salt) <= MAX_SALT_CHARACTERS:
+        raise _invalid("cache_salt", f"must have 1 to {MAX_SALT_CHARACTERS} characters")
 
 
 _AS_THEY_ARE = (
@@ -260,11 +277,12 @@ def _without_neutral(content: dict[str, Any], kind: type[_Request]) -> dict[str,
         if option is None or option.api is other:
             left[name] = value
         elif not option.asks_for_nothing(value):
-            raise _invalid(name, f"{_shortened(json.dumps(value))} is not supported here: {option.note}")
+            raise _invalid(name, f"{shortened(json.dumps(value))} is not supported here: {option.note}")
     return left
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
+    """As much of a refused value as is shown."""
     return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."
 
 
@@ -272,8 +290,7 @@ def _check_together(request: _Request) -> None:
     """Raise InvalidRequest for options that are wrong, or exclude each other."""
     if request.deadline_s is not None and not 0 < request.deadline_s < math.inf:
         raise _invalid("deadline_s", f"must be > 0 and finite, not {request.deadline_s}")
-    if request.cache_salt is not None and not 0 < len(request.cache_salt) <= MAX_SALT_CHARACTERS:
-        raise _invalid("cache_salt", f"must have 1 to {MAX_SALT_CHARACTERS} characters")
+    check_salt_text(request.cache_salt)
     if request.prompt_logprobs is not None and request.stream:
         raise _invalid("prompt_logprobs", "is not possible in a stream")
     if request.stream_options is not None and not request.stream:

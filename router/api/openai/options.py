@@ -1,10 +1,10 @@
 """What becomes of each option that OpenAI's servers and vLLM's accept: served, ignored or refused. Data, and its page.
 
-The served ones are the fields of router.api.openai_schema. A refused option may have values that ask for nothing, such
+The served ones are the fields of router.api.openai.schema. A refused option may have values that ask for nothing, such
 as an empty list of tools: those are accepted, since clients send them. An option that is not here is refused as
 unknown.
 
-    python -m router.api.openai_options > docs/request-options.md
+    python -m router.api.openai.options > docs/request-options.md
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ class Api(Enum):
     BOTH = "both"
     COMPLETIONS = "completions"
     CHAT = "chat"
+    RESPONSES = "responses"  # see router.api.responses.options
 
 
 class Use(Enum):
@@ -47,13 +48,12 @@ class Option:
 
 _B, _C, _M = Api.BOTH, Api.COMPLETIONS, Api.CHAT
 _NO_BEAMS = "beam search is not served"
-_TOOLS = "tool calls are not parsed yet"
 _TEXT_ONLY = "answers are text"
 
 _SERVED: tuple[tuple[str, Api, str], ...] = (
     ("model", _B, "the served name"),
     ("prompt", _C, "a text, a list of texts, a list of ids, or a list of lists of ids"),
-    ("messages", _M, "rendered by the model's chat template; content is text, or text parts"),
+    ("messages", _M, "rendered by the model's chat template; content is text, text and refusal parts, or null"),
     ("max_tokens", _B, "> 0"),
     ("max_completion_tokens", _M, "the same; it wins over max_tokens"),
     ("temperature", _B, ">= 0; 0 is greedy"),
@@ -89,6 +89,21 @@ _SERVED: tuple[tuple[str, Api, str], ...] = (
     ("guided_grammar", _B, "structured_outputs.grammar's older name"),
     ("stream", _B, "server-sent events"),
     ("stream_options", _B, "include_usage"),
+    (
+        "tools",
+        _M,
+        "functions; strict ones are held to their schema; the model's chat template must show tools",
+    ),
+    ("tool_choice", _M, "none, auto, required, a function by name, or allowed_tools"),
+    ("parallel_tool_calls", _M, "false: the answer ends after its first call"),
+    ("functions", _M, "deprecated: as tools; the answer has one function_call"),
+    ("function_call", _M, "deprecated: none, auto, or a function by name"),
+    (
+        "reasoning_effort",
+        _M,
+        "where the chat template looks at reasoning_effort, or at enable_thinking: off with none, else on",
+    ),
+    ("include_reasoning", _M, "false leaves out reasoning_content and reasoning, where the model reasons"),
     ("chat_template_kwargs", _M, "given to the chat template"),
     ("return_token_ids", _B, "each choice has its token_ids"),
     ("cache_salt", _B, "KV blocks are shared only between requests with the same salt and credential"),
@@ -104,21 +119,14 @@ _IGNORED: tuple[tuple[str, Api, str], ...] = (
     ("prompt_cache_key", _B, "routing finds the cached prefix without it"),
     ("prompt_cache_options", _M, "prefixes are cached anyway"),
     ("prompt_cache_retention", _M, "prefixes are cached anyway"),
-    ("parallel_tool_calls", _M, "there are no tool calls"),
     ("request_id", _B, "the header X-Request-Id names a request"),
     ("return_tokens_as_token_ids", _B, "return_token_ids has the ids"),
-    ("include_reasoning", _M, "the answer has one text"),
 )
 _REFUSED: tuple[tuple[str, Api, str, tuple[str, ...]], ...] = (
     ("suffix", _C, "models that fill in the middle are not served", ('""',)),
-    ("tools", _M, _TOOLS, ("[]",)),
-    ("tool_choice", _M, _TOOLS, ('"none"', '"auto"')),
-    ("functions", _M, _TOOLS, ("[]",)),
-    ("function_call", _M, _TOOLS, ('"none"', '"auto"')),
     ("modalities", _M, _TEXT_ONLY, ('["text"]',)),
     ("audio", _M, _TEXT_ONLY, ()),
     ("prediction", _M, "the answer would be the same, but its price would not be counted", ()),
-    ("reasoning_effort", _M, "a template's option goes into chat_template_kwargs", ()),
     ("verbosity", _M, "a template's option goes into chat_template_kwargs", ('"medium"',)),
     ("web_search_options", _M, "there is no search", ()),
     ("moderation", _M, "nothing is moderated", ()),
@@ -137,7 +145,7 @@ _REFUSED: tuple[tuple[str, Api, str, tuple[str, ...]], ...] = (
     ("mm_processor_kwargs", _B, _TEXT_ONLY, ("{}",)),
     ("kv_transfer_params", _B, "the router decides where a request runs", ("{}",)),
     ("vllm_xargs", _B, "extensions of another engine", ("{}",)),
-    ("thinking_token_budget", _M, "reasoning is not told apart from the answer yet", ()),
+    ("thinking_token_budget", _M, "reasoning is not bounded", ()),
 )
 
 OPTIONS = (
@@ -149,7 +157,7 @@ NOT_SERVED = {option.name: option for option in OPTIONS if option.use is not Use
 
 _HEAD = """# Request options over HTTP
 
-Made by `python -m router.api.openai_options`; a test compares. Options that OpenAI's servers or vLLM's accept, for
+Made by `python -m router.api.openai.options`; a test compares. Options that OpenAI's servers or vLLM's accept, for
 `/v1/completions` and `/v1/chat/completions`. Ignored options change no answer. Refused ones give status 400 and name
 the field, unless their value asks for nothing: null, or one of those in brackets. Any other field is refused as
 unknown.

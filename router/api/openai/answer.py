@@ -6,19 +6,19 @@ nothing of how requests are checked or served.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import json
 import time
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from router.api import sse
+from router.api.chat.answer_message import MessageShape, delta_message, deltas_of, finish_reason, whole_message
 from router.api.choices import best, interleave
-from router.api.openai_logprobs import BytesOf, LogprobsOut, prompt_logprobs
+from router.api.openai.logprobs import BytesOf, LogprobsOut, prompt_logprobs
 from router.errors import InvalidRequest, RouterError
 from router.events import Event, Finished, PromptTokens, ResumeRequest, Started, Tokens
 
@@ -44,6 +44,7 @@ class AnswerStyle:
     echoes: Sequence[str] = ()  # the prompts' texts, to be shown before the completions; none: they are not
     has_logprobs: bool = False  # of the completion's tokens; and, where it is echoed, of the prompt's
     has_prompt_logprobs: bool = False  # in a field of their own
+    message: MessageShape = field(default_factory=MessageShape)  # of a chat
 
 
 @dataclass(slots=True)
@@ -75,7 +76,7 @@ class OpenAiAnswer(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = self._send_chunks(send) if self._style.is_stream else self._send_body(scope, receive, send)
-        await _until_disconnect(work, receive)
+        await sse.until_disconnect(work, receive)
 
     # -- one body
 
@@ -119,14 +120,16 @@ class OpenAiAnswer(Response):
 
     def _whole_choice(self, index: int, choice: _Choice) -> Json:
         assert choice.finished is not None, "a stream ended without Finished"
-        text = self._echo(index) + "".join(choice.text)
-        shown = {"message": {"role": "assistant", "content": text}} if self._style.is_chat else {"text": text}
+        shown: Json = {"text": self._echo(index) + "".join(choice.text)}
+        if self._style.is_chat:
+            shown = {"message": whole_message(choice.tokens, self._style.message)}
         logprobs = None
         if choice.logprobs is not None:
             echoed = self._echoed_logprobs(index, choice)
             logprobs = choice.logprobs.shown(choice.tokens)
             logprobs |= {name: [*values, *logprobs[name]] for name, values in echoed.items()}
-        whole: Json = {"index": index, **shown, "logprobs": logprobs, "finish_reason": choice.finished.reason.value}
+        reason = finish_reason(choice.finished, self._style.message)
+        whole: Json = {"index": index, **shown, "logprobs": logprobs, "finish_reason": reason}
         if self._style.has_token_ids:
             whole["token_ids"] = [token_id for tokens in choice.tokens for token_id in tokens.ids]
         if self._style.has_prompt_logprobs and not self._style.is_chat:
@@ -144,7 +147,7 @@ class OpenAiAnswer(Response):
                     if any(choice.started is None for choice in self._choices):
                         continue  # a status can still be chosen: until all streams have started, nothing is sent
                     if not is_open:
-                        await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
+                        await sse.start(send)
                         is_open = True
                         for i, choice in enumerate(self._choices):
                             assert choice.started is not None, "looked at above"
@@ -154,16 +157,16 @@ class OpenAiAnswer(Response):
             except RouterError as error:
                 if not is_open:
                     raise
-                await _send_data(send, error_body(error))
+                await sse.send_data(send, error_body(error))
             else:
                 if self._style.has_usage_chunk:
-                    await _send_data(send, {**self._chunk([]), **self._usage()})
-                await _send_raw(send, b"data: [DONE]\n\n")
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+                    await sse.send_data(send, {**self._chunk([]), **self._usage()})
+                await sse.send_raw(send, b"data: [DONE]\n\n")
+        await sse.end(send)
 
     async def _send_event(self, send: Send, index: int, event: Event) -> None:
         for chunk in self._chunks(index, event):
-            await _send_data(send, chunk, self._event_id())
+            await sse.send_data(send, chunk, self._event_id())
 
     def _chunks(self, index: int, event: Event) -> Sequence[Json]:
         if isinstance(event, Started):
@@ -175,11 +178,14 @@ class OpenAiAnswer(Response):
         if isinstance(event, PromptTokens):
             return self._echo_chunks(index, event)
         if isinstance(event, Finished):
-            return [self._delta(index, {} if self._style.is_chat else "", event.reason.value)]
+            reason = finish_reason(event, self._style.message)
+            return [self._delta(index, {} if self._style.is_chat else "", reason)]
         logprobs = self._choices[index].logprobs
-        if not event.text and not self._style.has_token_ids and logprobs is None:
+        shown = delta_message(deltas_of(event), self._style.message) if self._style.is_chat else event.text
+        if not shown and not self._style.has_token_ids and logprobs is None:
             return []
-        shown = {"content": event.text} if self._style.is_chat else event.text
+        if self._style.is_chat:
+            shown = shown or {"content": ""}
         delta = self._delta(index, shown, None, event.ids)
         if logprobs is not None and event.ids:
             delta["choices"][0]["logprobs"] = logprobs.shown([event])
@@ -253,6 +259,9 @@ class OpenAiAnswer(Response):
             "total_tokens": num_prompt + num_output,
             "prompt_tokens_details": {"cached_tokens": num_cached},
         }
+        if self._style.is_chat:
+            num_reasoning = sum(event.num_reasoning_tokens for event in finished)
+            usage["completion_tokens_details"] = {"reasoning_tokens": num_reasoning}
         # An extension: what each choice cost and where it ran.
         costs = [
             {"stream_id": start.stream_id, "seed": start.seed, **asdict(end.stats)}
@@ -267,13 +276,6 @@ def error_body(error: RouterError) -> Json:
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
 
 
-_SSE_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
-
-
 def format_event_id(known: ResumeRequest) -> str:
     """The id of a server-sent event after which a client has so much of a stream."""
     return f"{known.stream_id}/{known.num_tokens}{'+' if known.has_rest else ''}"
@@ -286,31 +288,3 @@ def parse_event_id(event_id: str) -> ResumeRequest:
     if not stream_id or not (digits.isascii() and digits.isdigit()) or len(digits) > 9:
         raise InvalidRequest(f"{LAST_EVENT_ID}: {event_id!r} is no event of this server", param=LAST_EVENT_ID)
     return ResumeRequest(stream_id, int(digits), has_rest=rest.endswith("+"))
-
-
-async def _send_data(send: Send, content: Mapping[str, Any], event_id: str = "") -> None:
-    data = b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-    await _send_raw(send, (f"id: {event_id}\n".encode() if event_id else b"") + data)
-
-
-async def _send_raw(send: Send, data: bytes) -> None:
-    await send({"type": "http.response.body", "body": data, "more_body": True})
-
-
-async def _until_disconnect(work: Coroutine[Any, Any, None], receive: Receive) -> None:
-    """Do the work, unless the client goes away first: then it is cancelled."""
-    working = asyncio.create_task(work)
-    leaving = asyncio.create_task(_disconnected(receive))
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            working.result()
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -1,0 +1,1 @@
+"""OpenAI's completions and chats: their options, requests and answers."""

@@ -1,0 +1,1 @@
+"""POST /v1/responses: the part of OpenAI's Responses API that keeps nothing between two requests."""
