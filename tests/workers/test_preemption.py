@@ -119,6 +119,19 @@ def test_steps_that_fail_leave_swapped_requests_whole(is_async, num_stages, shap
     engine.scheduler.pool.check()
 
 
+def test_one_that_is_admitted_takes_no_block_of_what_is_planned_already():
+    """With the prompts' part of the step used up it had blocks for no token, and took one for its next token from a
+    request of the same plan."""
+    shapes = [(12, 2, 0), (19, 6, 0), (13, 5, 0), (10, 4, 1), (17, 2, 2)]
+    expected = {f"r{i}": alone(request(f"r{i}", n, m, start=5 * k), (0,)) for i, (n, m, k) in enumerate(shapes)}
+    scheduling = SchedulingOptions(tpot_target_s=1.0, min_prefill_tokens=2)
+    engine, runner = make(13, 3, True, 4, writes_back=True, transfer_cost=NEVER_FETCH, scheduling=scheduling)
+    first = submit_all(engine, runner, shapes, RequestRole.DECODE, (0,))
+    runner.is_lost = lambda group, name: name[0] % 10 < 1
+    tokens = run(engine)
+    assert {name: [*first[name], *tokens.get(name, [])] for name in expected} == expected
+
+
 def preempted(cost: TransferCost | None, is_async: bool = False) -> tuple[Engine, PagedRunner]:
     """Two requests that do not fit together; the later one is preempted."""
     options = {} if cost is None else {"transfer_cost": cost, "writes_back": True}

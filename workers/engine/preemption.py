@@ -38,6 +38,7 @@ class Preemption:
 
     def preempt(self, plan: SchedulerOutput, request: Request) -> None:
         """The request waits again."""
+        assert request.row < 0 or request.row not in plan.rows, f"{request.request_id} is in the plan already"
         plan.has_preempted = True
         if self._swap_out(plan, request):
             self.num_swaps += 1

@@ -193,16 +193,16 @@ class Scheduler:
             is_full = len(plan.requests) >= self._spread.max_requests  # the next plan takes it
             if is_full or plan.has_preempted or num_active >= self.config.max_num_seqs:
                 break
-            if budget.num_chunk_tokens <= 0 and request.role is not RequestRole.DECODE:
+            most = budget.num_chunk_tokens  # it gets blocks for them, and takes none of what is planned already
+            if most <= 0 and request.role is not RequestRole.DECODE:
                 break
-            while not (is_admitted := self._admit(request, budget.num_chunk_tokens)) and self._preempt_stalled(plan):
+            while not (is_admitted := self._admit(request, most)) and self._preempt_stalled(plan):
                 pass
             if not is_admitted:
                 break
             num_active += 1
-            left = self._num_left(request)
-            most = budget.num_tokens if left == 1 else budget.num_chunk_tokens
             if request.status is RequestStatus.RUNNING and most > 0:
+                left = self._num_left(request)
                 budget.spend(self._plan_chunk(plan, request, left, most, budget.num_tokens), is_chunk=left > 1)
 
     def _preempt_stalled(self, plan: SchedulerOutput) -> bool:
