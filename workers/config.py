@@ -101,7 +101,7 @@ class EngineOptions:
     """Whether steps run from captured graphs; null means on cuda. On a CPU only their buffers are the same."""
     async_scheduling: bool | None = None
     """Whether a step is planned while the one before it runs, or with pp stages while pp of them do; null means on
-    cuda."""
+    cuda, where pp is 1. Not possible where both tp and pp are above 1."""
     rank_silence_s: Annotated[float, Bounds(at_least=1)] = 10.0
     """A rank whose process says nothing to the leader for so long is lost, and its worker with it."""
     rank_stall_s: Annotated[float, Bounds(at_least=1)] = 60.0
@@ -112,6 +112,8 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         check_limits(self)
+        is_both = self.tp > 1 and self.pp > 1
+        _require(not (self.async_scheduling and is_both), "async_scheduling", "needs tp=1 or pp=1")
 
     def options(self) -> dict[str, Any]:
         """These fields alone, by name."""

@@ -38,6 +38,13 @@ def load_runner(directory: Path) -> TorchModelRunner:
     return TorchModelRunner(config, load_config(directory), ParallelGroups(Shard(), CPU), CPU)
 
 
+def test_async_scheduling_needs_one_rank_or_one_stage():
+    assert EngineConfig("dir", tp=2, async_scheduling=True).async_scheduling
+    assert EngineConfig("dir", pp=2, async_scheduling=True).async_scheduling
+    with pytest.raises(ValueError, match="async_scheduling: needs tp=1 or pp=1"):
+        EngineConfig("dir", tp=2, pp=2, async_scheduling=True)
+
+
 def test_directory_without_config(tmp_path):
     with pytest.raises(ModelError, match=r"config\.json: missing"):
         load_config(tmp_path)

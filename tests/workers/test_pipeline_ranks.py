@@ -73,6 +73,8 @@ def group(request: pytest.FixtureRequest) -> Iterator[EngineGroup]:
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["waiting", "async"])
 def test_the_tokens_are_those_of_one_rank(checkpoint, expected, group, is_async):
+    if is_async and group.tp > 1:
+        pytest.skip("refused with more than one rank and more than one stage")
     for case in CASES:
         config = replace(config_for(checkpoint, case), tp=group.tp, pp=group.pp, async_scheduling=is_async)
         for name, sampling in SAMPLINGS.items():

@@ -64,8 +64,10 @@ def pick_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
 
 
 def schedules_async(config: EngineConfig, device: torch.device) -> bool:
-    """Whether async scheduling is on: as configured, else on CUDA."""
-    return device.type == "cuda" if config.async_scheduling is None else config.async_scheduling
+    """Whether async scheduling is on: as configured, else on CUDA with one pipeline stage."""
+    if config.async_scheduling is not None:
+        return config.async_scheduling
+    return device.type == "cuda" and config.pp == 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
