@@ -33,6 +33,7 @@ from workers.runtime.batching import NO_PADDING, InputBuffers, PreparedBatch
 from workers.runtime.coordination.relay import TokenRelay
 from workers.runtime.graphs import GraphedStage
 from workers.runtime.host_copy import read_later
+from workers.runtime.step_threads import StepThreads
 from workers.runtime.step_transfers import STORE_GRACE_S, awaited, ended_of, finish_ended, poll_in_step
 from workers.runtime.token_chooser import TokenChooser
 from workers.sampling.params import GREEDY, RowReport, SamplingParams
@@ -134,6 +135,7 @@ class TorchModelRunner:
         tokenizer_file = Path(config.model_dir) / "tokenizer.json"
         self.grammars = GrammarCompiler(tokenizer_file, model.vocab_size, model.eos_token_ids)
         self._chooser = TokenChooser(groups, model.vocab_size, max_num_seqs, device, self.grammars)
+        self._threads: StepThreads | None = None  # set where a step's number of threads is chosen
         self._graphs: GraphedStage | None = None
         self.replays = True  # graphs, where there are any; a benchmark compares
         self.cache = self._make_cache(groups.min_over_ranks(self._pick_num_blocks()))
@@ -236,6 +238,17 @@ class TorchModelRunner:
             self._graphs = graphs
         if self._device.type == "cuda":
             self._run_largest_steps()
+        elif not config.batch_invariant:  # in which mode the number of threads decides about the bits
+            threads = StepThreads(config.num_threads)
+            threads.measure(self._run_decodes, self._measured_sizes())
+            self._threads = threads
+
+    def _measured_sizes(self) -> list[int]:
+        most = min(self._config.max_num_seqs, self._config.max_num_batched_tokens)
+        return [size for size in (1, 4, 16, 64) if size < most] + [most]
+
+    def _run_decodes(self, num_requests: int) -> None:
+        self.execute(self._direct(*[self._sampled_token(1, GREEDY)] * num_requests))
 
     def _run_largest_steps(self) -> None:
         """Settles how much memory steps take, and compiles attention for all its tiles.
@@ -276,6 +289,8 @@ class TorchModelRunner:
 
     def start(self, plan: StepPlan, ended: Sequence[TransferDone] = ()) -> Callable[[], ModelRunnerOutput]:
         """As execute, but on CUDA the forward pass may still run; what is returned waits for its tokens."""
+        if self._threads is not None:
+            self._threads.set_for(int(plan.num_tokens.sum()))
         with torch.inference_mode(), self._on_device():
             return self._start(plan, list(ended))
 
