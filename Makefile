@@ -23,6 +23,7 @@ env-test: .venv/.test
 
 .venv/.test: .venv/.runtime
 	$(PY) -m pip install --quiet -c $(CONSTRAINTS) -e '.[cluster,test,dev]'
+	$(PY) -m pip install --quiet --upgrade --target .venv/openai-3 'openai>=3,<4'
 	touch $@
 
 serve: env       ## start the whole cluster on this machine; ARGS="..." is passed on

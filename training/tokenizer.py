@@ -37,13 +37,26 @@ def train(texts: list[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-# A model that knows Python alone: what others say are comments, and what it says is the code below them.
+# A model that knows Python alone: what others say are comments, and what it says is the code below them. It was never
+# taught to call tools; held to the form of a call it does.
 CHAT_TEMPLATE = """\
+{%- for tool in tools or [] %}
+{{- "# Tool: " + (tool.function | tojson) + "\\n" }}
+{%- endfor %}
+{%- if tools %}
+{{- '# A call: <tool_call>{"name": "...", "arguments": {...}}</tool_call>\\n' }}
+{%- endif %}
 {%- for message in messages %}
 {%- if message.role == "assistant" %}
-{{- message.content + "\\n\\n\\n" }}
+{{- message.content or "" }}
+{%- for call in message.tool_calls or [] %}
+{%- set arguments = call.function.arguments %}
+{%- set arguments = arguments if arguments is string else arguments | tojson %}
+{{- '<tool_call>{"name": "' + call.function.name + '", "arguments": ' + arguments + "}</tool_call>" }}
+{%- endfor %}
+{{- "\\n\\n\\n" }}
 {%- else %}
-{%- for line in message.content.split("\\n") %}
+{%- for line in (message.content or "").split("\\n") %}
 {{- ("# " + line).rstrip() + "\\n" }}
 {%- endfor %}
 {%- endif %}
