@@ -34,6 +34,8 @@ def fastest_cpu_dtype(model_dir: Path, note: Callable[[str], None]) -> str:
     speed_up = _remembered(processor)
     if speed_up is None:
         speed_up = _measured(note)
+        if speed_up is None:
+            return "float32"
         _remember(processor, speed_up)
     chosen = "bfloat16" if speed_up >= _WORTH else "float32"
     note(f"model.dtype=auto: {chosen}; this processor multiplies {speed_up:.1f} times as fast in bfloat16")
@@ -64,15 +66,15 @@ def _is_stored_in_16_bits(model_dir: Path) -> bool:
     return all(tensor.dtype not in ("F32", "F64") for tensor in tensors)
 
 
-def _measured(note: Callable[[str], None]) -> float:
-    """1 where the measurement fails."""
+def _measured(note: Callable[[str], None]) -> float | None:
+    """None where the measurement fails."""
     command = [sys.executable, "-P", "-m", "workers.runtime.cpu_speed"]
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, timeout=_MEASURING_TIMEOUT_S, check=True)
         return float(json.loads(done.stdout)["speed_up"])
     except (OSError, subprocess.SubprocessError, ValueError, KeyError) as error:
-        note(f"warning: model.dtype=auto: the processor's speed could not be measured: {error}")
-        return 1.0
+        note(f"warning: model.dtype=auto: float32, since the processor's speed could not be measured: {error}")
+        return None
 
 
 def _memory() -> Path:

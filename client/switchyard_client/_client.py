@@ -15,7 +15,7 @@ import grpc
 
 from switchyard_client._channels import channel_options, dial, dial_async
 from switchyard_client._errors import error_of
-from switchyard_client._messages import embed_message, event_of, request_message
+from switchyard_client._messages import embed_message, event_of, many_message
 from switchyard_client._resuming import ResumingStream
 from switchyard_client._stubs import generation_pb2, generation_pb2_grpc
 from switchyard_client._types import Embedding, Event, GenerationRequest, ServedModel
@@ -79,7 +79,7 @@ class GenerationClient:
         n. Choice i has the request's seed plus i. The shortest deadline counts for all. Raises GenerationError, also
         when the router is lost: what has come of each stream says where to resume it.
         """
-        message = generation_pb2.GenerateManyRequest(requests=map(request_message, requests), n=n, best_of=best_of)
+        message = many_message(requests, n, best_of)
         deadline_s = min((one.deadline_s for one in requests if one.deadline_s is not None), default=None)
         call = self._stub().GenerateMany(message, timeout=deadline_s, metadata=self._metadata)
         try:
@@ -100,14 +100,20 @@ class GenerationClient:
             raise error_of(error) from None
 
     def embed(
-        self, prompt: str | Sequence[int], pooling: str = "last", is_raw: bool = False, model: str = ""
+        self,
+        prompt: str | Sequence[int],
+        pooling: str = "last",
+        is_raw: bool = False,
+        model: str = "",
+        deadline_s: float | None = None,
     ) -> Embedding:
         """The embedding of a text or of token ids. Raises GenerationError.
 
         pooling: "last" or "mean", of the hidden states after the final norm. is_raw: not scaled to length 1.
         """
         try:
-            answer = self._stub().Embed(embed_message(prompt, pooling, is_raw, model), metadata=self._metadata)
+            message = embed_message(prompt, pooling, is_raw, model)
+            answer = self._stub().Embed(message, timeout=deadline_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise error_of(error) from None
         return Embedding(

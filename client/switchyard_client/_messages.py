@@ -51,6 +51,15 @@ def request_message(request: GenerationRequest) -> generation_pb2.GenerateReques
     return message
 
 
+def many_message(requests: Sequence[GenerationRequest], n: int, best_of: int) -> generation_pb2.GenerateManyRequest:
+    """A GenerateMany call's message. Raises GenerationError for what a field cannot carry."""
+    messages = [request_message(request) for request in requests]
+    try:
+        return generation_pb2.GenerateManyRequest(requests=messages, n=n, best_of=best_of)
+    except ValueError as error:
+        raise GenerationError("INVALID_ARGUMENT", str(error), None) from None
+
+
 def embed_message(prompt: str | Sequence[int], pooling: str, is_raw: bool, model: str) -> generation_pb2.EmbedRequest:
     """An Embed call's message. Raises GenerationError for what a field cannot carry."""
     if pooling not in _POOLINGS:

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 from collections.abc import AsyncGenerator, Callable, Sequence
 
-from router.events import Event, GenerationRequest, Started, Tokens
+from router.events import Event, GenerationRequest, PromptTokens, Started, Tokens
 from router.sampling import invalid
 
 MAX_STREAMS = 128  # of one call
@@ -153,5 +153,7 @@ async def best_choices(streams: Sequence[Events], n: int, best_of: int) -> Async
         candidates = seen[first : first + best_of]
         tokens = [[event for event in one if isinstance(event, Tokens)] for one in candidates]
         for place, chosen in enumerate(best(tokens, n)):
-            for event in candidates[chosen]:
+            prompt = [event for event in candidates[0] if isinstance(event, PromptTokens)] if place == 0 else []
+            started, *others = [event for event in candidates[chosen] if not isinstance(event, PromptTokens)]
+            for event in (started, *prompt, *others):
                 yield first // best_of * n + place, event

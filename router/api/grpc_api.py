@@ -6,6 +6,7 @@ Knows protobuf and grpc.aio; knows nothing of how a request is served.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
@@ -24,7 +25,7 @@ from router.api.status_api import SERVICE as STATUS_SERVICE
 from router.api.status_api import StatusServicer
 from router.api.tenancy import tenant_salt
 from router.errors import PortInUse, RouterError, is_counted
-from router.events import Event, Started
+from router.events import Event, Started, Tokens
 from router.fleet.messages import embed_request, embed_response, event_message, generation_request, resume_request
 from router.metrics import Metrics
 from router.sampling import invalid
@@ -120,7 +121,8 @@ class _Servicer(generation_pb2_grpc.GenerationServiceServicer):
             raise invalid("requests", "must not be empty")
         check_counts(len(request.requests), n, best_of, is_stream=False)
         deadline_s, salt = context.time_remaining(), _tenant_salt(context)
-        groups = [spread(generation_request(one, deadline_s, salt), n, best_of) for one in request.requests]
+        orders = [generation_request(one, deadline_s, salt) for one in request.requests]
+        groups = [spread(order, n, best_of) for order in orders]
         self._generation.check([group[0] for group in groups])
         streams = [stream for group in groups for stream in streams_over_one_prompt(group, self._generation.stream)]
         stream_ids: dict[int, str] = {}
@@ -129,6 +131,8 @@ class _Servicer(generation_pb2_grpc.GenerationServiceServicer):
             async for index, event in events:
                 if isinstance(event, Started):
                     stream_ids[index] = event.stream_id
+                if isinstance(event, Tokens) and orders[index // n].sampling.logprobs is None:
+                    event = dataclasses.replace(event, logprobs=())  # the best are found by them
                 response = event_message(stream_ids[index], event)
                 await context.write(generation_pb2.GenerateManyResponse(index=index, response=response))
 

@@ -34,7 +34,7 @@ from router.api.http_body import read_json
 from router.api.openai.answer import LAST_EVENT_ID, AnswerStyle, OpenAiAnswer, error_body, parse_event_id
 from router.api.openai.embeddings import EmbeddingsApi
 from router.api.openai.schema import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, Prompt, parse
-from router.api.renaming import refusing
+from router.api.renaming import refusing, renaming
 from router.api.request_ids import RequestIds
 from router.api.responses.endpoint import ResponsesApi
 from router.api.tenancy import tenant_salt
@@ -248,7 +248,8 @@ class _Endpoints:
         groups = [spread(order, style.num_choices, style.num_candidates) for order in orders]
         is_single = len(orders) == style.num_candidates == 1
         if not is_single:
-            self._generation.check([group[0] for group in groups])
+            with renaming(renamed):
+                self._generation.check([group[0] for group in groups])
 
         def begin(one: GenerationRequest) -> AsyncGenerator[Event, None]:
             return self._generation.stream(one, commits_first=style.is_stream and is_single)
@@ -285,12 +286,14 @@ class _Endpoints:
         return refusing(self._generation.resume(known, commits_first=True), dict.fromkeys(fields, LAST_EVENT_ID))
 
     def _style(self, body: CompletionRequest | ChatRequest, is_chat: bool) -> AnswerStyle:
+        has_echo = isinstance(body, CompletionRequest) and bool(body.echo)
         return AnswerStyle(
             is_chat=is_chat,
             is_stream=bool(body.stream),
             has_usage_chunk=body.has_usage_chunk,
             has_token_ids=bool(body.return_token_ids),
-            has_event_ids=self._generation.can_resume,
+            # Logprobs of an echoed prompt are not kept.
+            has_event_ids=self._generation.can_resume and not (has_echo and body.num_logprobs is not None),
             model=body.model,
             num_choices=body.num_choices,
             num_candidates=body.num_candidates,
@@ -335,8 +338,9 @@ def _resumption(request: Request, style: AnswerStyle) -> ResumeRequest | None:
     event_id = request.headers.get(LAST_EVENT_ID)
     if not event_id:
         return None
-    if not style.is_stream:
-        raise InvalidRequest(f"{LAST_EVENT_ID}: only what is streamed can be resumed", param=LAST_EVENT_ID)
+    if not style.is_stream or (style.has_logprobs and not style.has_event_ids):
+        message = f"{LAST_EVENT_ID}: only what is streamed, and has no echo with logprobs, can be resumed"
+        raise InvalidRequest(message, param=LAST_EVENT_ID)
     return dataclasses.replace(parse_event_id(event_id), tenant_salt=_tenant_salt(request))
 
 

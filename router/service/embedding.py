@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from router.errors import DeadlineExceeded, InvalidRequest, NoWorker, RouterError, WorkersLost
+from router.errors import DeadlineExceeded, InvalidRequest, NoWorker, RouterError, StepFailed, WorkersLost
 from router.events import Embedding, Pooling, TokenLogprobs
 from router.fleet.messages import PartOrder
 from router.placement.policy import Placement, Reject, RejectReason, RouteRequest
-from router.placement.streams import Outcome, Part, PartReport
+from router.placement.streams import MAX_FAILED_STEPS, Outcome, Part, PartReport
 from router.service.dispatch import Dispatcher
 from router.service.token_request import TokenRequest
 
@@ -60,6 +60,7 @@ async def embed(dispatcher: Dispatcher, request: TokenRequest, pooling: Pooling)
 
 async def _embed(dispatcher: Dispatcher, request: TokenRequest, pooling: Pooling) -> Embedding:
     failed: set[str] = set()
+    steps_failed_on: list[str] = []
     why = ""
     for epoch in range(1, dispatcher.config.max_replacements + 2):
         worker_id = await _place(dispatcher, request, frozenset(failed), is_new=epoch == 1)
@@ -72,6 +73,10 @@ async def _embed(dispatcher: Dispatcher, request: TokenRequest, pooling: Pooling
             return Embedding(report.embedding, len(request.token_ids), cached, worker_id)
         if report is not None and report.outcome is Outcome.FAILED and report.is_invalid_request:
             raise InvalidRequest(report.error or "a worker refused the request")
+        if report is not None and report.outcome is Outcome.STEP_FAILED:
+            steps_failed_on.append(worker_id)
+            if len(steps_failed_on) >= MAX_FAILED_STEPS:
+                raise StepFailed(f"a step with it failed on {' and on '.join(steps_failed_on)}: {report.error}")
         why = f"{worker_id}: {'connection lost' if report is None else report.error or report.outcome.value}"
         failed.add(worker_id)
         await asyncio.sleep(_RETRY_S)

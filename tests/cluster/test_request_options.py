@@ -19,6 +19,7 @@ from switchyard_client import (
     GenerationError,
     GenerationRequest,
     Grammar,
+    PromptTokens,
     SamplingParams,
     Started,
     Tokens,
@@ -301,6 +302,14 @@ def test_many_choices_of_many_prompts_in_one_call(cluster: FakeCluster) -> None:
     ):
         with pytest.raises(GenerationError, match=param):
             list(grpc.generate_many(*bad))
+    plain = [GenerationRequest(one.prompt, SamplingParams(max_tokens=3, prompt_logprobs=1)) for one in requests]
+    scored: dict[int, int] = {}
+    for index, event in grpc.generate_many(plain, 1, 2):
+        if isinstance(event, PromptTokens):
+            scored[index] = scored.get(index, 0) + len(event.ids)
+        elif isinstance(event, Tokens):
+            assert not event.logprobs, "nobody asked for them"
+    assert scored == {0: 40, 1: 40}
     broken = [requests[0], GenerationRequest((1,), SamplingParams(top_p=7.0))]
     with pytest.raises(GenerationError, match="top_p"):
         list(grpc.generate_many(broken))
@@ -428,6 +437,7 @@ def test_other_forms(client: openai.OpenAI, options: dict[str, Any], form: str) 
     [
         ({"guided_json": {"not": {}}}, "guided_json", "not"),
         ({"guided_regex": "("}, "guided_regex", "unclosed group"),
+        ({"guided_regex": "\ud800"}, "guided_regex", "lone surrogate"),
         ({"guided_choice": []}, "guided_choice", "must not be empty"),
         ({"structured_outputs": {"json": {"type": "colour"}}}, "structured_outputs.json", "colour"),
         (

@@ -77,6 +77,8 @@ def nested(depth: int) -> str:
         (Grammar.of_choices(["a", ""]), "must not be empty"),
         (Grammar.of_choices([str(i) for i in range(MAX_CHOICES + 1)]), f"at most {MAX_CHOICES}"),
         (Grammar(GrammarKind.REGEX, ""), "must not be empty"),
+        (Grammar(GrammarKind.REGEX, "\ud800"), "lone surrogate"),
+        (Grammar.of_choices(["a", "\ud800"]), "lone surrogate"),
     ],
 )
 def test_what_cannot_be_held_to_is_refused(compiler: GrammarCompiler, grammar: Grammar, reason: str) -> None:

@@ -24,7 +24,7 @@ def steps_of(law: Callable[[int, int], float]) -> Callable[[int], None]:
 
 
 def used(threads: StepThreads, num_tokens: int) -> int:
-    threads.set_for(num_tokens)
+    threads.set_for(num_tokens, 100)
     return torch.get_num_threads()
 
 
@@ -39,6 +39,21 @@ def test_where_threads_do_not_help_every_measured_step_takes_one() -> None:
     threads = StepThreads(2)
     threads.measure(steps_of(lambda n, t: 0.002), [1, 4, 16])
     assert [used(threads, n) for n in (1, 16, 17)] == [1, 1, 2]
+
+
+def test_a_long_context_takes_all_threads() -> None:
+    threads = StepThreads(2)
+    threads.measure(steps_of(lambda n, t: 0.002), [1, 4])
+    threads.set_for(1, 5000)
+    assert torch.get_num_threads() == 2
+
+
+def test_ranks_agree_on_the_least() -> None:
+    counts: list[int] = []
+    threads = StepThreads(2)
+    threads.measure(steps_of(lambda n, t: 0.002), [1, 4, 16], lambda count: counts.append(count) or 2)
+    assert counts == [3]
+    assert [used(threads, n) for n in (4, 5)] == [1, 2]
 
 
 def test_where_they_always_help_none_does() -> None:

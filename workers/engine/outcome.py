@@ -5,6 +5,7 @@ A plan may have been overtaken: its requests may be gone, or preempted, when it 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -103,7 +104,8 @@ class StepOutcomes:
             request.pool(pooled.values, is_first=start == 0)
         if end == request.num_tokens:
             request.num_pending_tokens -= 1
-            result.finished.append((request, FinishReason.EMBEDDED))
+            is_finite = all(map(math.isfinite, request.embedding))
+            result.finished.append((request, FinishReason.EMBEDDED if is_finite else FinishReason.FAILED))
 
     def abandon(self, plans: Sequence[SchedulerOutput]) -> UpdateResult:
         """The ranks gave up these plans and forgot all transfers: whatever moved counts as not moved."""

@@ -114,6 +114,8 @@ class Request:
 
     def __post_init__(self) -> None:
         self.num_given_tokens = self.num_pull_tokens = len(self.token_ids)
+        if self.pooling is not None:
+            self.sampling = SamplingParams(max_tokens=1)  # it chooses nothing
 
     @property
     def order(self) -> tuple[float, str]:

@@ -210,8 +210,8 @@ class Scheduler:
 
         Only while nothing else runs: running requests free their blocks, and most clients are slow for a moment only.
         """
-        if plan.requests or self.queues.num_active or not self.running:
-            return False
+        if plan.requests or self.queues.num_active or not self.running or self.preemption.num_leaving_blocks:
+            return False  # also while blocks of another are being copied: they are free after this step
         self.preemption.preempt(plan, self.running[-1])
         return True
 

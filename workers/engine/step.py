@@ -58,8 +58,8 @@ class RowState:
     def of(request: Request) -> RowState:
         """The state of a request of which no token is being chosen."""
         sampling, block_ids = request.sampling, [table.block_ids for table in request.block_tables]
-        if not sampling.has_rules:
-            pools = request.pooling is not None
+        pools = request.pooling is not None
+        if not sampling.has_rules or pools:
             return RowState(request.row, request.num_prompt_tokens, sampling, block_ids, pools=pools)
         history = tuple(request.token_ids) if sampling.needs_history else ()
         needs_stop_ids = sampling.min_tokens or sampling.grammar is not None

@@ -258,8 +258,10 @@ class InputBuffers:
         logits = WantedLogits.of(columns, ends)
         _put(host["logit_rows"], logits.batch_rows, 0)
         is_uniform = columns.total_logits == columns.num_last == num_requests
-        host["last_at"][:] = logits.requests if is_uniform else np.flatnonzero(logits.behind == 0)
-        host["last_rows"][:] = columns.rows if is_uniform else columns.rows[columns.num_logits > 0]
+        chooses = columns.num_logits > columns.num_prompt_logits
+        lasts = (logits.behind == 0) & chooses[logits.requests]
+        host["last_at"][:] = logits.requests if is_uniform else np.flatnonzero(lasts)
+        host["last_rows"][:] = columns.rows if is_uniform else columns.rows[chooses]
         return logits
 
     def _send(self, shape: _Shape, columns: PlanColumns, num_decodes: int, table_width: int, block_size: int) -> Batch:

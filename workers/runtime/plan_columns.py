@@ -52,7 +52,7 @@ class PlanColumns:
             total_tokens=total_tokens,
             total_logits=total_logits,
             num_single=num_requests if is_single else int((plan.num_tokens == 1).sum()),
-            num_last=total_logits if is_single else int((plan.num_logits > 0).sum()),
+            num_last=int((plan.num_logits > plan.num_prompt_logits).sum()),
             longest=1 if is_single else int(plan.num_tokens.max()),
         )
 

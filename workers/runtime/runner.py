@@ -238,9 +238,10 @@ class TorchModelRunner:
             self._graphs = graphs
         if self._device.type == "cuda":
             self._run_largest_steps()
-        elif not config.batch_invariant:  # in which mode the number of threads decides about the bits
+        elif not config.batch_invariant:  # which promises bits that depend on the number of threads
             threads = StepThreads(config.num_threads)
-            threads.measure(self._run_decodes, self._measured_sizes())
+            agree = lambda count: self._groups.min_over_ranks([count])[0]  # noqa: E731  # one expression
+            threads.measure(self._run_decodes, self._measured_sizes(), agree)
             self._threads = threads
 
     def _measured_sizes(self) -> list[int]:
@@ -290,7 +291,8 @@ class TorchModelRunner:
     def start(self, plan: StepPlan, ended: Sequence[TransferDone] = ()) -> Callable[[], ModelRunnerOutput]:
         """As execute, but on CUDA the forward pass may still run; what is returned waits for its tokens."""
         if self._threads is not None:
-            self._threads.set_for(int(plan.num_tokens.sum()))
+            longest_context = int((plan.start_positions + plan.num_tokens).max(initial=0))
+            self._threads.set_for(int(plan.num_tokens.sum()), longest_context)
         with torch.inference_mode(), self._on_device():
             return self._start(plan, list(ended))
 

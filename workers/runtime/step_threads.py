@@ -1,6 +1,6 @@
 """How many threads a step on a CPU computes with: all that it may, or one where more make it hardly faster.
 
-A small step on several threads waits for the slowest of them at every operation. On one thread it takes nearly as
+A small step on several threads waits for the slowest of them at every operation. On one thread it may take nearly as
 long, and leaves the other cores to the server, the router and other workers, on whose work the threads would wait.
 Chosen once, by a measurement at start. Knows nothing of models.
 """
@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 _WORTH = 1.25  # times as fast: what all threads must make of a step
 _RUNS = 5
+_SHORT_CONTEXT = 2048  # tokens: steps are measured without one, and a long one is work for all threads
 
 
 class StepThreads:
@@ -27,15 +28,23 @@ class StepThreads:
         self._num_threads = num_threads
         self._small = 0  # tokens: steps with at most so many take one thread
 
-    def measure(self, run: Callable[[int], None], sizes: Sequence[int]) -> None:
-        """Find out which steps are small. run: carries out a step of so many tokens; sizes: some of these, rising."""
+    def measure(
+        self, run: Callable[[int], None], sizes: Sequence[int], agree: Callable[[int], int] = lambda count: count
+    ) -> None:
+        """Find out which steps are small. run: carries out a step of so many tokens; sizes: some of these, rising.
+
+        Every rank of a worker runs the same steps, since they have collectives in them. agree: the least of all ranks'
+        numbers.
+        """
         if self._num_threads == 1:
             return
-        for size in sizes:
+        num_small = 0
+        for index, size in enumerate(sizes):
             alone_s, together_s = self._seconds(run, size, 1), self._seconds(run, size, self._num_threads)
-            if alone_s > _WORTH * together_s:
-                break
-            self._small = size
+            if num_small == index and alone_s <= _WORTH * together_s:
+                num_small += 1
+        num_small = agree(num_small)
+        self._small = sizes[num_small - 1] if num_small else 0
         log.info("steps of up to %d tokens take one of %d threads", self._small, self._num_threads)
 
     def _seconds(self, run: Callable[[int], None], size: int, num_threads: int) -> float:
@@ -48,8 +57,9 @@ class StepThreads:
             took_s.append(time.perf_counter() - began_s)
         return statistics.median(took_s)
 
-    def set_for(self, num_tokens: int) -> None:
-        """For the step that this thread is about to compute."""
-        wanted = 1 if num_tokens <= self._small else self._num_threads
+    def set_for(self, num_tokens: int, longest_context: int) -> None:
+        """For the step that this thread is about to compute. longest_context: tokens of its longest sequence."""
+        is_small = num_tokens <= self._small and longest_context <= _SHORT_CONTEXT
+        wanted = 1 if is_small else self._num_threads
         if torch.get_num_threads() != wanted:
             torch.set_num_threads(wanted)

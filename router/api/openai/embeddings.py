@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import math
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +16,9 @@ from pydantic import BaseModel, ConfigDict
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
+from router.api import sse
 from router.api.http_body import read_json
 from router.api.openai.schema import Integer, Prompt, check_salt_text, prompts_of, validated
 from router.api.renaming import renaming
@@ -66,18 +68,32 @@ class EmbeddingsApi:
         salt = tenant_salt(request.headers.get("authorization", ""))
         orders = [_order(prompt, body, salt) for prompt in prompts_of("input", body.input)]
         pooling = Pooling(body.pooling)
-        tasks = [asyncio.create_task(self._embed(order, pooling)) for order in orders]
+        return _EmbeddingsAnswer(body, [self._embed(order, pooling) for order in orders])
+
+    async def _embed(self, order: GenerationRequest, pooling: Pooling) -> Embedding:
+        with renaming({"prompt": "input"}):
+            return await self._generation.embed(order, pooling)
+
+
+class _EmbeddingsAnswer(Response):
+    """Waits for the vectors, unless the client goes away first. A RouterError is the caller's."""
+
+    def __init__(self, body: EmbeddingRequest, embedding: Sequence[Coroutine[Any, Any, Embedding]]) -> None:
+        super().__init__()
+        self._body, self._embedding = body, embedding
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await sse.until_disconnect(self._answer(scope, receive, send), receive)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        tasks = [asyncio.create_task(one) for one in self._embedding]
         try:
             found = await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        return JSONResponse(_answer(body, found))
-
-    async def _embed(self, order: GenerationRequest, pooling: Pooling) -> Embedding:
-        with renaming({"prompt": "input"}):
-            return await self._generation.embed(order, pooling)
+        await JSONResponse(_answer(self._body, found))(scope, receive, send)
 
 
 def _order(prompt: Prompt, body: EmbeddingRequest, salt: bytes) -> GenerationRequest:

@@ -1,7 +1,7 @@
 """Brings the tokens that the last pipeline stage chose to the first one, and to the leader, which is its first rank.
 
-One message per step. The first stage does not wait for it before a later plan has a token that is still being chosen.
-Knows nothing of models.
+One message per step, and a second one where rows report something. The first stage does not wait for it before a later
+plan has a token that is still being chosen. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -111,9 +111,8 @@ class TokenRelay:
             self._chosen_in[rows] = self._number
             self._arriving.append(_Chosen(self._number, rows, token_ids))
             if len(self._arriving) > self._groups.shard.pp + 1:
-                self._take(
-                    self._arriving[0].number
-                )  # it is there: the leader has it, or would not have begun this step
+                # It is there: the leader has it, or would not have begun this step.
+                self._take(self._arriving[0].number)
         if not numbers_shape[0] or self._groups.shard.tp_rank:
             return lambda: token_ids.get().tolist(), _nothing
         numbers = self._groups.begin_recv_from_last_stage(numbers_shape, torch.float64)

@@ -117,9 +117,13 @@ class RankWatch:
     def _accept(self, listener: socket.socket) -> None:
         connection, _ = listener.accept()
         connection.settimeout(_MEET_S)
-        who = json.loads(connection.makefile("rb").readline() or b"{}")
-        rank = int(who["rank"])
-        self._peers[rank] = peer = _Peer(self._name(rank, who["pid"], who["host"]), connection)
+        try:
+            who = json.loads(_line_of(connection))
+            rank, name = int(who["rank"]), self._name(int(who["rank"]), who["pid"], who["host"])
+        except (ValueError, KeyError, TypeError):  # a port scan
+            connection.close()
+            return
+        self._peers[rank] = peer = _Peer(name, connection)
         peer.heard_s = time.monotonic()
         self._send(connection, self._who())
 
@@ -205,7 +209,8 @@ class RankWatch:
             if not rank.progress.is_waiting:
                 took_s = now_s - rank.progressed_s
                 self._lose(f"{rank.name} hangs: no progress in step {rank.progress.sequence} for {took_s:.1f} s")
-        if stalled and all(rank.progress.is_waiting or not rank.progress.sequence for rank in ranks):
+        is_still = all(not r.progress.sequence or r in stalled for r in ranks)
+        if stalled and is_still and all(rank.progress.is_waiting or not rank.progress.sequence for rank in ranks):
             names = ", ".join(rank.name for rank in stalled)
             self._lose(
                 f"{names}: waiting for other ranks for {now_s - stalled[0].progressed_s:.1f} s, which do nothing"
@@ -218,3 +223,11 @@ class RankWatch:
             self._loss = RankLost(why)
         self._lost.set()
         self._on_lost(self._loss)
+
+
+def _line_of(connection: socket.socket) -> bytes:
+    """The first line, and nothing behind it: that is for who listens next."""
+    line = bytearray()
+    while not line.endswith(b"\n") and (byte := connection.recv(1)):
+        line += byte
+    return bytes(line)
