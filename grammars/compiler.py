@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,13 +20,18 @@ from grammars.grammar import Grammar, GrammarKind
 if TYPE_CHECKING:  # imported when the first grammar comes: an engine measured alone runs without it
     import llguidance
 
-MAX_SOURCE_BYTES = 256 << 10
+MAX_SOURCE_BYTES = 128 << 10
 MAX_CHOICES = 4096
 # Between two tokens of JSON. Without a bound a model that likes line breaks would write nothing else.
 _JSON_WHITESPACE = r"[\x20\x0A\x0D\x09]{0,16}"
 _MAX_KEPT = 128
+_SPECIAL = frozenset(r"\.+*?()|[]{}^$#&-~/")
 _HARMLESS_WARNING = "Unknown format: "  # by JSON Schema's own rules a format that is not known says nothing
 _MAX_SHOWN = 300  # characters of an error
+# llguidance follows references by recursion, and a stack that overflows ends the process. 128 KiB of rules that refer
+# to each other in a chain take some 60 MiB. What is not used of a stack costs nothing.
+_STACK_BYTES = 512 << 20
+_stack_size = threading.Lock()  # it is a setting of the process
 
 
 def _limits() -> llguidance.LLParserLimits:
@@ -34,6 +40,7 @@ def _limits() -> llguidance.LLParserLimits:
     import llguidance
 
     return llguidance.LLParserLimits(
+        max_items_in_row=20_000,
         initial_lexer_fuel=1_000_000,
         step_lexer_fuel=200_000,
         step_max_items=50_000,
@@ -61,7 +68,7 @@ class GrammarCompiler:
         with self._lock:
             compiled = self._compiled.get(grammar)
         if compiled is None:
-            compiled = self._compile(grammar)  # without the lock: others' matchers do not wait for it
+            compiled = _on_a_deep_stack(lambda: self._compile(grammar))  # without the lock: nobody else waits for it
         with self._lock:
             compiled = self._compiled.setdefault(grammar, compiled)
             self._compiled.move_to_end(grammar)
@@ -141,7 +148,7 @@ def _as_llguidance(grammar: Grammar) -> str:
         case GrammarKind.REGEX:
             return compiler.grammar_from_regex(grammar.source)
         case GrammarKind.CHOICE:
-            return compiler.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in grammar.choices))
+            return compiler.grammar_from_regex("|".join(map(_escaped, grammar.choices)))  # thousands, where Lark fails
         case GrammarKind.LARK:
             return compiler.grammar_from_lark(grammar.source)
         case GrammarKind.GBNF:
@@ -157,9 +164,37 @@ def _parsed_schema(source: str) -> str:
         schema = json.loads(source)
     except (ValueError, RecursionError) as error:
         raise GrammarError(f"is no JSON: {_short(error)}") from None
-    if not isinstance(schema, dict | bool):
-        raise GrammarError("a JSON schema is an object or a boolean")
+    if schema is True:
+        return "{}"
+    if not isinstance(schema, dict):
+        raise GrammarError("no text has this form" if schema is False else "a JSON schema is an object or a boolean")
     return source
+
+
+def _escaped(text: str) -> str:
+    """As a regular expression that matches nothing else (Rust's syntax)."""
+    return "".join(f"\\{c}" if c in _SPECIAL else c for c in text)
+
+
+def _on_a_deep_stack(compile_: Callable[[], llguidance.LLMatcher]) -> llguidance.LLMatcher:
+    """Its result. Raises GrammarError."""
+    found: Future[llguidance.LLMatcher] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(compile_())
+        except BaseException as error:
+            found.set_exception(error)
+
+    with _stack_size:
+        before = threading.stack_size(_STACK_BYTES)
+        try:
+            threading.Thread(target=run, name="compile grammar", daemon=True).start()
+        except RuntimeError as error:  # no memory for one more thread
+            raise GrammarError(f"cannot be compiled now: {error}") from None
+        finally:
+            threading.stack_size(before)
+    return found.result()
 
 
 def _short(error: object) -> str:

@@ -63,7 +63,11 @@ def listen(host: str, port: int, backlog: int) -> socket.socket:
     """A listening TCP socket; "::" listens for IPv4 too. Raises OSError."""
     family, address = _resolve(host, port)
     is_dual = bare_host(host) == "::" and socket.has_dualstack_ipv6()
-    return socket.create_server(address, family=family, backlog=backlog, dualstack_ipv6=is_dual)
+    server = socket.create_server(address, family=family, backlog=backlog, dualstack_ipv6=is_dual)
+    # Connections inherit it. asyncio sets it only for sockets that were made with a protocol number, as these are not,
+    # and then the second part of an answer waits 40 ms for the client's acknowledgement of the first.
+    server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return server
 
 
 def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, tuple[object, ...]]:

@@ -115,6 +115,7 @@ class CancelPart:
 
 Action = SubmitPart | ContinuePart | CancelPart
 _NOTHING: tuple[Action, ...] = ()
+_FIELDS = ("grammar", "banned_token_ids")  # that a worker may find to be impossible while it decodes
 
 
 class Stream:
@@ -218,7 +219,7 @@ class Stream:
             return self._end(FinishReason(report.outcome.value))
         if report.outcome is Outcome.FAILED and report.is_invalid_request:
             self._decode_id = None
-            return self._end(InvalidRequest(report.error or "a worker refused the request"))
+            return self._end(_refusal(report))
         if self._fails_everywhere(worker_id, report):
             self._decode_id = None
             return self._end(self._step_failed(report))
@@ -257,7 +258,7 @@ class Stream:
         if report.outcome is Outcome.STOP or report.outcome is Outcome.LENGTH:
             return self._end(FinishReason(report.outcome.value))
         if report.outcome is Outcome.FAILED and report.is_invalid_request:
-            return self._end(InvalidRequest(report.error or "a worker refused the request"))
+            return self._end(_refusal(report))
         if self._fails_everywhere(worker_id, report):
             return self._end(self._step_failed(report))
         return self._decode_alone(worker_id, report.outcome is Outcome.PREFILLED)
@@ -338,3 +339,8 @@ class Stream:
         else:
             # Of the last placement; its prompt may hold emitted tokens too.
             self.num_cached_prompt_tokens = min(report.num_cached_prompt_tokens, self.num_prompt_tokens)
+
+
+def _refusal(report: PartReport) -> InvalidRequest:
+    field = report.error.partition(":")[0]
+    return InvalidRequest(report.error or "a worker refused the request", param=field if field in _FIELDS else None)

@@ -100,6 +100,8 @@ class ChatModel:
         family = self.family.after(text)
         if family.is_plain:
             return ChatPrompt(text, None, content)
+        if calls.is_required and content is not None:
+            raise InvalidRequest("grammar: cannot be combined with a tool call that is required", param="grammar")
         names = frozenset(function.name for function in calls.functions)
         answer = AnswerFormat(family, names, calls.is_parallel, family.starts_in_reasoning(text))
         wanted = Wanted(calls.functions, calls.is_required, content)

@@ -467,6 +467,7 @@ def test_forms_that_cannot_be_held_to_are_refused_by_field(
 
 def test_a_dead_end_is_the_clients_error(client: openai.OpenAI, codec: TextCodec) -> None:
     banned = [token_id for token_id in range(4096) if "z" in codec.decode([token_id])]
-    with pytest.raises(openai.BadRequestError, match="leave no token to choose"):
+    with pytest.raises(openai.BadRequestError, match="no token is left") as refusal:
         shaped(client, guided_regex="aaz", banned_token_ids=banned)
+    assert refusal.value.param == "guided_regex"
     assert shaped(client, guided_regex="aaz").choices[0].text == "aaz"

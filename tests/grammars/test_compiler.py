@@ -66,6 +66,7 @@ def nested(depth: int) -> str:
         (Grammar(GrammarKind.JSON_SCHEMA, '{"enum": []}'), "Unsatisfiable"),
         (Grammar(GrammarKind.JSON_SCHEMA, "{"), "is no JSON"),
         (Grammar(GrammarKind.JSON_SCHEMA, "[1]"), "an object or a boolean"),
+        (Grammar(GrammarKind.JSON_SCHEMA, "false"), "no text has this form"),
         (Grammar(GrammarKind.JSON_SCHEMA, nested(5000)), ""),
         (Grammar(GrammarKind.JSON_SCHEMA, json.dumps({"const": "x" * MAX_SOURCE_BYTES})), "bytes, more than"),
         (Grammar(GrammarKind.REGEX, "(unclosed"), "unclosed group"),
@@ -87,6 +88,42 @@ def test_what_cannot_be_held_to_is_refused(compiler: GrammarCompiler, grammar: G
     assert reason in str(refusal.value)
     assert 0 < len(str(refusal.value)) < 400
     assert fits(compiler, ANY_JSON, "[]")
+
+
+def chain_of_schemas(length: int) -> str:
+    defs = {f"d{i}": {"properties": {"a": {"$ref": f"#/$defs/d{i + 1}"}}} for i in range(length)}
+    return json.dumps({"$defs": {**defs, f"d{length}": {"type": "integer"}}, "$ref": "#/$defs/d0"})
+
+
+def chain_of_rules(length: int, assign: str, first: str) -> str:
+    rules = [f"r{i} {assign} r{i + 1}" for i in range(length)]
+    return "\n".join([f"{first} {assign} r0", *rules, f'r{length} {assign} "x"', ""])
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        Grammar(GrammarKind.JSON_SCHEMA, chain_of_schemas(2000)),
+        Grammar(GrammarKind.LARK, chain_of_rules(8000, ":", "start")),
+    ],
+    ids=["schema", "lark"],
+)
+def test_long_chains_of_references_do_not_end_the_process(compiler: GrammarCompiler, grammar: Grammar) -> None:
+    assert len(grammar.source) > MAX_SOURCE_BYTES - 32768
+    assert not compiler.matcher(grammar).is_error()
+
+
+def test_thousands_of_alternatives(compiler: GrammarCompiler) -> None:
+    texts = [f"v{i}" for i in range(MAX_CHOICES)]
+    assert fits(compiler, Grammar.of_choices(texts), "v4095")
+    assert not fits(compiler, Grammar.of_choices(texts), "v4096")
+    special = r"a.b*c|d(e)[f]{g}^$\/-&~#"
+    assert fits(compiler, Grammar.of_choices([special, "line\nbreak", "\u00e9"]), special)
+    assert fits(compiler, Grammar.of_choices([special, "line\nbreak", "\u00e9"]), "line\nbreak")
+    rules = "start: " + " | ".join(f'"w{i}"' for i in range(2000))
+    assert fits(compiler, Grammar(GrammarKind.LARK, rules), "w1999")
+    many = {"type": "object", "properties": {f"p{i}": {"type": "integer"} for i in range(800)}}
+    assert fits(compiler, Grammar(GrammarKind.JSON_SCHEMA, json.dumps(many)), '{"p799": 1}')
 
 
 def test_an_unknown_format_says_nothing(compiler: GrammarCompiler) -> None:

@@ -263,9 +263,14 @@ class Engine:
             request.continued_time_s,
             request.first_step_time_s,
             request.first_token_time_s,
-            error,
+            error or (_no_choice(request) if reason is FinishReason.NO_CHOICE else ""),
             request.embedding if reason is FinishReason.EMBEDDED else (),
         )
+
+
+def _no_choice(request: Request) -> str:
+    field = "banned_token_ids" if request.sampling.grammar is None else "grammar"
+    return f"{field}: no token is left that bans, bad words and the grammar allow, or finding one is too much work"
 
 
 def _raise(error: Exception) -> NoReturn:

@@ -53,7 +53,6 @@ _OUTCOMES = {
 }
 _ERRORS = {
     FinishReason.FAILED: "the model's logits are no finite numbers (an overflow, or a damaged weight or device)",
-    FinishReason.NO_CHOICE: "sampling: its grammar, banned tokens or bad words leave no token to choose",
 }
 _NO_LIMIT = 1 << 62
 _LONG_PROMPT_TOKENS = 2048

@@ -74,7 +74,11 @@ _SERVED: tuple[tuple[str, Api, str], ...] = (
     ("include_stop_str_in_output", _B, "the stop text is shown"),
     ("stop_token_ids", _B, "end the answer, and are not shown"),
     ("ignore_eos", _B, "the model's end tokens do not end the answer"),
-    ("seed", _B, "the same seed gives the same tokens, whatever else runs; choice i has seed + i"),
+    (
+        "seed",
+        _B,
+        "gives the same tokens where logits are the same: always with model.batch_invariant; choice i has seed + i",
+    ),
     ("n", _B, "choices of each prompt, at most 128 in one call"),
     ("best_of", _C, "candidates, of which the n with the greatest mean logprob are shown; not in a stream"),
     ("logprobs", _B, "completions: how many most likely tokens, at most 20; chats: true or false"),
@@ -108,7 +112,11 @@ _SERVED: tuple[tuple[str, Api, str], ...] = (
     ("return_token_ids", _B, "each choice has its token_ids"),
     ("cache_salt", _B, "KV blocks are shared only between requests with the same salt and credential"),
     ("deadline_s", _B, "seconds from now after which the request is given up"),
-    ("priority", _B, "in [-1000, 1000]; smaller ones are served earlier, where scheduler.policy is priority"),
+    (
+        "priority",
+        _B,
+        "in [-1000, 1000]; smaller ones come earlier where pools.NAME.scheduler.policy is priority",
+    ),
 )
 _IGNORED: tuple[tuple[str, Api, str], ...] = (
     ("user", _B, "changes no answer"),
@@ -168,6 +176,14 @@ in this order: logit_bias and bans, penalties, temperature, typical_p, top_k, to
 gRPC has the served sampling options as fields of `SamplingParams` (`proto/switchyard/v1/generation.proto`) under the
 same names, `cache_salt` and `priority` in `GenerateRequest`, gRPC's own deadline, and `GenerateMany` for batches of
 prompts, n and best_of.
+
+`POST /v1/embeddings` has OpenAI's `model`, `input` (at most 64 texts or lists of ids), `encoding_format` and `user`,
+and as extensions `pooling` (last or mean of the normed hidden states), `normalize`, `cache_salt`, `priority` and
+`deadline_s`; `dimensions` is refused. Streams of one choice can be resumed with `Last-Event-ID`; those of several, an
+echo with logprobs, and `/v1/responses` cannot.
+
+Bans and bad words hold token by token: where they and a form leave nothing, the request ends with status 400, in a
+stream with an error event. Fields inside of messages that no template knows are passed to the template.
 """
 
 
