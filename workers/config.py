@@ -104,7 +104,7 @@ class EngineOptions:
     cuda, where pp is 1. Not possible where both tp and pp are above 1."""
     rank_silence_s: Annotated[float, Bounds(at_least=1)] = 10.0
     """A rank whose process says nothing to the leader for so long is lost, and its worker with it."""
-    rank_stall_s: Annotated[float, Bounds(at_least=1)] = 60.0
+    rank_stall_s: Annotated[float, Bounds(at_least=1)] = 20.0
     """The same for a rank that is in a step and has computed no further layer for so long; longer than a layer of the
     largest step takes, and on cuda than all steps that are in flight."""
     scheduler: SchedulingOptions = dataclasses.field(default_factory=SchedulingOptions)

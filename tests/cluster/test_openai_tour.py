@@ -36,6 +36,8 @@ def test_the_tour(cluster: FakeCluster, major: int) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     first, *features = done.stdout.splitlines()
+    assert done.stdout.count("the same text") >= 5
+    assert "another text" not in done.stdout
     assert first.startswith(f"openai {major}.")
     assert len(features) >= 18
     print(done.stdout)

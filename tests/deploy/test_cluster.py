@@ -151,6 +151,8 @@ def test_metrics_come_out_of_rays_port(cluster: Running) -> None:
         "recomputed_prompt_tokens",
         "dropped_write_back_blocks",
         "preemptions",
+        "swaps",
+        "recomputes",
         "moved_requests",
         "prefixes_fetched",
         "prefixes_recomputed",

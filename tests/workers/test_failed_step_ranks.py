@@ -55,7 +55,7 @@ def test_one_rank(config: EngineConfig, expected: Outcome, is_async: bool) -> No
         (2, 1, True, 1, "rank 1 of 2 (tp_rank 1, pp_stage 0)"),
         (1, 2, True, 0, "rank 0 of 2 (tp_rank 0, pp_stage 0)"),
         (1, 2, False, 1, "rank 1 of 2 (tp_rank 0, pp_stage 1)"),
-        (2, 2, True, 3, "rank 3 of 4 (tp_rank 1, pp_stage 1)"),
+        (2, 2, False, 3, "rank 3 of 4 (tp_rank 1, pp_stage 1)"),
     ],
 )
 def test_of_several_ranks(config, expected, tp, pp, is_async, rank, where) -> None:

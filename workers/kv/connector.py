@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from kvstore.format.fragment import Fragment
 from kvstore.store import FragmentStore
 from workers.engine.step import BlockTransfer, TransferDone
+from workers.errors import StepFailed
 from workers.kv.blocks import BlockMemory, FragmentBytes
 from workers.kv.grid import FragmentGrid
 
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 LOAD_THREADS = 4  # loads of different requests; most of their time they wait for a tier
 STORE_THREADS = 2
 PENDING = -1
+_FORGET_S = 15.0  # more than the time-outs of a tier's calls
 """In place of a number of blocks: the transfer has not ended on this rank."""
 
 
@@ -99,12 +101,16 @@ class KVConnector:
             finisher(done.num_blocks)
 
     def forget(self) -> None:
-        """Give up all transfers; returns when none of them touches the cache any more."""
+        """Give up all transfers; returns when none of them touches the cache any more.
+
+        Raises StepFailed when a tier hangs for too long: what such a transfer may still write, nobody can go on with.
+        """
         for prepared in self._prepared.values():
             prepared.exception()  # its slots are freed when their reservations expire
         self._prepared.clear()
         with self._changed:
-            self._changed.wait_for(lambda: not self._moving)
+            if not self._changed.wait_for(lambda: not self._moving, _FORGET_S):
+                raise StepFailed(f"a step failed, and its transfers do not end within {_FORGET_S:g} s")
             self._ended.clear()
         self._finishers.clear()
 

@@ -190,7 +190,7 @@ class RankWatch:
                     peer.heard_s = time.monotonic()
                 else:
                     peer.take(ProgressReport(**message))
-        except OSError:
+        except (OSError, ValueError, TypeError):  # closed, or cut in the middle of a line
             pass
         self._lose(f"{peer.name} died: its connection closed")
 
