@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grammars.errors import GrammarError
-from grammars.grammar import Grammar, GrammarKind
+from grammars.grammar import JSON_OPTIONS, Grammar, GrammarKind
 
 if TYPE_CHECKING:  # imported when the first grammar comes: an engine measured alone runs without it
     import llguidance
 
 MAX_SOURCE_BYTES = 128 << 10
 MAX_CHOICES = 4096
-# Between two tokens of JSON. Without a bound a model that likes line breaks would write nothing else.
-_JSON_WHITESPACE = r"[\x20\x0A\x0D\x09]{0,16}"
 _MAX_KEPT = 128
 _SPECIAL = frozenset(r"\.+*?()|[]{}^$#&-~/")
 _HARMLESS_WARNING = "Unknown format: "  # by JSON Schema's own rules a format that is not known says nothing
@@ -86,16 +84,15 @@ class GrammarCompiler:
             return self._tokenizer or self._load()
 
     def _load(self) -> llguidance.LLTokenizer:
-        if self._tokenizer is None:
-            if not self._file.is_file():
-                raise GrammarError(f"structured output needs the model's {self._file.name}, and it has none")
-            import llguidance
+        if not self._file.is_file():
+            raise GrammarError(f"structured output needs the model's {self._file.name}, and it has none")
+        import llguidance
 
-            eos = [i for i in self._eos if i < self._vocab_size] or None
-            try:
-                self._tokenizer = llguidance.LLTokenizer(str(self._file), n_vocab=self._vocab_size, eos_token=eos)
-            except Exception as error:  # what the Rust side raises has no common type
-                raise GrammarError(f"structured output is not possible with this tokenizer: {_short(error)}") from None
+        eos = [i for i in self._eos if i < self._vocab_size] or None
+        try:
+            self._tokenizer = llguidance.LLTokenizer(str(self._file), n_vocab=self._vocab_size, eos_token=eos)
+        except Exception as error:  # what the Rust side raises has no common type
+            raise GrammarError(f"structured output is not possible with this tokenizer: {_short(error)}") from None
         return self._tokenizer
 
     def _compile(self, grammar: Grammar) -> llguidance.LLMatcher:
@@ -137,12 +134,9 @@ def _as_llguidance(grammar: Grammar) -> str:
     compiler = llguidance.LLMatcher
     match grammar.kind:
         case GrammarKind.JSON_SCHEMA:
-            # Lenient, so that what it does not understand comes as warnings, which are told apart here.
             schema = _parsed_schema(grammar.source)
             try:
-                return compiler.grammar_from_json_schema(
-                    schema, overrides={"lenient": True, "whitespace_pattern": _JSON_WHITESPACE}
-                )
+                return compiler.grammar_from_json_schema(schema, overrides=JSON_OPTIONS)
             except ValueError as error:
                 raise GrammarError(_short(error)) from None
         case GrammarKind.REGEX:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from switchyard.v1 import generation_pb2
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+JSON_OPTIONS: JsonCompileOptions = {"lenient": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,16}"}
+"""llguidance's options for JSON schemas. Lenient: it warns of keywords that it does not know, and the compiler refuses
+them. White space between two tokens is bounded: a model that likes line breaks would write nothing else."""
 
 
 class GrammarKind(Enum):
@@ -26,6 +35,11 @@ class Grammar:
     kind: GrammarKind
     source: str = ""  # but for choices
     choices: tuple[str, ...] = ()
+
+    @staticmethod
+    def of_schema(schema: object) -> Grammar:
+        """JSON by this schema, an object or a boolean as Python has it."""
+        return Grammar(GrammarKind.JSON_SCHEMA, json.dumps(schema))
 
     @staticmethod
     def of_choices(texts: Sequence[str]) -> Grammar:
@@ -50,3 +64,6 @@ class Grammar:
         message = generation_pb2.Grammar()
         setattr(message, self.kind.value, self.source)
         return message
+
+
+ANY_OBJECT = Grammar.of_schema({"type": "object"})

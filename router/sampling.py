@@ -55,6 +55,10 @@ class SamplingParams:
     grammar: Grammar | None = None  # the form of the completion; compiled apart
 
 
+NO_COMPLETION = SamplingParams(temperature=0.0, max_tokens=1)
+"""Of a request that only asks for its prompt's embedding: a prompt has to leave space for one token in any case."""
+
+
 def _within(low: float, high: float) -> Callable[[Any], bool]:
     return lambda value: low <= value <= high
 

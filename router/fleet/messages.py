@@ -28,7 +28,7 @@ from router.fleet.fleet import KvLayout, LoadReport, WorkerInfo
 from router.placement.affinity import BlockChanges, BlockEvent, SnapshotPart
 from router.placement.policy import Role
 from router.placement.streams import Outcome, Part, PartReport, PartTimes
-from router.sampling import SamplingParams, sampling_message, sampling_params
+from router.sampling import NO_COMPLETION, SamplingParams, sampling_message, sampling_params
 
 _ROLES = {number: Role(name) for number, name in ROLE_NAMES.items()}
 _PARTS = {
@@ -110,7 +110,7 @@ def embed_request(
     """What a gRPC client wants embedded."""
     request = GenerationRequest(
         prompt=_prompt(message),
-        sampling=SamplingParams(temperature=0.0, max_tokens=1),
+        sampling=NO_COMPLETION,
         model=message.model,
         deadline_s=deadline_s,
         tenant_salt=tenant_salt,

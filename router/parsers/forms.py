@@ -11,15 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grammars.grammar import Grammar, GrammarKind
+from grammars.grammar import JSON_OPTIONS, Grammar, GrammarKind
 from router.parsers.families import DEEPSEEK, HARMONY, HERMES, LLAMA, MISTRAL, AnswerFormat, CallFormat
 from router.parsers.harmony import HARMONY_MARKERS
 from router.parsers.json_calls import HERMES_MARKERS
 from router.parsers.named_calls import DEEPSEEK_MARKERS, MISTRAL_MARKERS
 
 _START, _CHANNEL, _CONSTRAIN, _MESSAGE, _END, _, _ = HARMONY_MARKERS
-# As of other schemas: without a bound a model that likes line breaks would write nothing else.
-_GUIDANCE = {"lenient": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,16}"}
 _NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -259,7 +257,7 @@ def _call_schema(name: str, schema: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _guided(schema: Mapping[str, Any]) -> str:
-    return json.dumps({**schema, "x-guidance": _GUIDANCE})
+    return json.dumps({**schema, "x-guidance": JSON_OPTIONS})
 
 
 def _can_be_embedded(form: Grammar) -> bool:

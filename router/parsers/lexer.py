@@ -41,7 +41,7 @@ class Lexer:
         """Length of the longest end that may become a marker."""
         if not any(character in text for character in self._first_characters):  # as of most texts
             return 0
-        return max(_overlap(text, marker) for marker in self._markers)
+        return max(overlap(text, marker) for marker in self._markers)
 
     def finish(self) -> str:
         """What was held back is no marker."""
@@ -49,8 +49,8 @@ class Lexer:
         return held
 
 
-def _overlap(text: str, marker: str) -> int:
-    """Length of the longest end of the text that the marker, longer than it, begins with."""
+def overlap(text: str, marker: str) -> int:
+    """Length of the longest end of a text that a marker or a stop text, longer than it, begins with."""
     for length in range(min(len(text), len(marker) - 1), 0, -1):
         if marker.startswith(text[len(text) - length :]):
             return length

@@ -18,7 +18,6 @@ from router.service.dispatch import Dispatcher
 from router.service.token_request import TokenRequest
 
 _RETRY_S = 0.05
-_WORKER_DEADLINE_SLACK_S = 1.0
 
 
 class _Part:
@@ -110,9 +109,7 @@ async def _ask(
     connection = dispatcher.connections.get(worker_id)
     if connection is None:
         return None
-    part, deadline_s = _Part(), 0.0
-    if request.deadline_s is not None:
-        deadline_s = max(0.0, request.deadline_s - dispatcher.clock()) + _WORKER_DEADLINE_SLACK_S
+    part = _Part()
     order = PartOrder(
         stream_id=request.stream_id,
         epoch=epoch,
@@ -121,7 +118,7 @@ async def _ask(
         num_prompt_tokens=len(request.token_ids),
         sampling=request.sampling,
         window_tokens=0,
-        deadline_s=deadline_s,
+        deadline_s=request.worker_deadline_s(dispatcher.clock()),
         tenant_salt=request.tenant_salt,
         tenant=request.tenant,
         priority=request.priority,

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.05, 1.0
-_WORKER_DEADLINE_SLACK_S = 1.0
 
 
 class LiveStream:
@@ -278,10 +277,6 @@ class LiveStream:
 
     def _order(self, action: SubmitPart) -> PartOrder:
         state, request = self._state, self._request
-        left_s = 0.0
-        if request.deadline_s is not None:
-            # The deadline is enforced here; the worker's is a net for the case that this router dies.
-            left_s = max(0.0, request.deadline_s - self._dispatcher.clock()) + _WORKER_DEADLINE_SLACK_S
         return PartOrder(
             stream_id=request.stream_id,
             epoch=action.epoch,
@@ -291,7 +286,7 @@ class LiveStream:
             sampling=self._sampling(),
             # What the reader has not taken yet counts against the window; 0 would mean no window.
             window_tokens=max(1, self._dispatcher.config.window_tokens - (len(state.emitted) - self._num_taken)),
-            deadline_s=left_s,
+            deadline_s=request.worker_deadline_s(self._dispatcher.clock()),
             tenant_salt=request.tenant_salt,
             tenant=request.tenant,
             priority=request.priority,

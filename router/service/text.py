@@ -17,6 +17,7 @@ from typing import Protocol
 from tokenizers import Tokenizer
 
 from router.errors import ModelFilesError
+from router.parsers.lexer import overlap
 
 _REPLACEMENT = "\ufffd"
 _MAX_PENDING_TOKENS = 8  # a character takes at most 4 bytes, so an incomplete end longer than this is no character
@@ -257,7 +258,7 @@ class StopTexts:
             self._held = ""
             first, length = min(hits)
             return text[: first + length if self._shows_stop else first]
-        num_held = max((_overlap(text, stop) for stop in self._stops), default=0)
+        num_held = max((overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]
 
@@ -265,14 +266,6 @@ class StopTexts:
         """No more will come: what was held back was no stop text."""
         held, self._held = self._held, ""
         return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of the text that a stop text, longer than it, begins with."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if stop.startswith(text[len(text) - length :]):
-            return length
-    return 0
 
 
 def _is_byte_level(decoder: object) -> bool:

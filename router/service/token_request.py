@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from router.fleet.fleet import BlockNames
 from router.sampling import SamplingParams
 
+_WORKER_DEADLINE_SLACK_S = 1.0
+
 
 def block_salt(tenant_salt: bytes, cache_salt: bytes) -> bytes:
     """The salt of block names: the tenant's, or what it and the request's own make."""
@@ -35,3 +37,10 @@ class TokenRequest:
     """The smaller, the sooner."""
     weights: str
     """Digest of the weights that compute the stream, from its first token to its last."""
+
+    def worker_deadline_s(self, now_s: float) -> float:
+        """Seconds from now after which a worker drops it; 0 means never.
+
+        The deadline is enforced by the router; the worker's is a net for the case that the router dies.
+        """
+        return 0.0 if self.deadline_s is None else max(0.0, self.deadline_s - now_s) + _WORKER_DEADLINE_SLACK_S

@@ -240,9 +240,11 @@ class TorchModelRunner:
             self._run_largest_steps()
         elif not config.batch_invariant:  # which promises bits that depend on the number of threads
             threads = StepThreads(config.num_threads)
-            agree = lambda count: self._groups.min_over_ranks([count])[0]  # noqa: E731  # one expression
-            threads.measure(self._run_decodes, self._measured_sizes(), agree)
-            self._threads = threads
+            threads.measure(self._run_decodes, self._measured_sizes(), self._least_of_ranks)
+            self._threads = threads if threads.vary else None
+
+    def _least_of_ranks(self, count: int) -> int:
+        return self._groups.min_over_ranks([count])[0]
 
     def _measured_sizes(self) -> list[int]:
         most = min(self._config.max_num_seqs, self._config.max_num_batched_tokens)

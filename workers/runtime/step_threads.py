@@ -57,6 +57,11 @@ class StepThreads:
             took_s.append(time.perf_counter() - began_s)
         return statistics.median(took_s)
 
+    @property
+    def vary(self) -> bool:
+        """Whether some steps take one thread; else there is nothing to set."""
+        return self._small > 0
+
     def set_for(self, num_tokens: int, longest_context: int) -> None:
         """For the step that this thread is about to compute. longest_context: tokens of its longest sequence."""
         is_small = num_tokens <= self._small and longest_context <= _SHORT_CONTEXT

@@ -1,10 +1,9 @@
 """Which tokens the grammars of a step's rows allow: one matcher for each row that has a grammar.
 
-A thread of its own follows the matchers and fills the masks while the forward pass runs: it is told of a step's rows
-before the pass (`begin`), and of the tokens that were chosen after it (`note`), and is waited for in between, where the
-mask is applied (`apply`). A row's matcher is built from the tokens that are known when a request takes the row, so that
-a preemption, a hand-off and a failover leave it where it was. Each rank of the last stage has its own. Knows nothing of
-requests.
+A thread of its own owns the matchers and fills the masks while the forward pass runs. `begin` gives it a step's rows
+before the pass, `apply` waits for their masks after it, and `note` gives it the tokens that were chosen. A row's
+matcher is built from the tokens that are known when a request takes the row, so that a preemption, a hand-off and a
+failover leave it where it was. Each rank of the last stage has its own. Knows nothing of requests.
 
 A row whose matcher has failed, or allows nothing, loses all its logits; the sampler says so with NO_CHOICE.
 """
@@ -28,7 +27,6 @@ from grammars.grammar import Grammar
 if TYPE_CHECKING:
     import llguidance
 
-Longs = npt.NDArray[np.int64]
 Ids = Callable[[], Sequence[int]]
 
 

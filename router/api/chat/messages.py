@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from router.api.fields import object_of, text_of
 from router.sampling import invalid
 
 Json = dict[str, Any]
@@ -23,13 +24,13 @@ def checked_messages(value: object) -> Sequence[Mapping[str, object]]:
 
 
 def _checked(message: object, path: str) -> Json:
-    message = _object(message, path)
-    role = _required_text(message, "role", path)
+    message = object_of(message, path)
+    role = text_of(message, "role", path)
     for name in ("name", "refusal", "tool_call_id"):
         if message.get(name) is not None:
-            _required_text(message, name, path)
+            text_of(message, name, path)
     if role == "tool":
-        _required_text(message, "tool_call_id", path)
+        text_of(message, "tool_call_id", path)
     if message.get("audio") is not None:
         raise invalid(f"{path}.audio", "is not supported here; text is")
     changes: Json = {}
@@ -52,13 +53,13 @@ def _checked(message: object, path: str) -> Json:
 
 
 def _checked_part(part: object, role: str, path: str) -> Json:
-    part = _object(part, path)
-    kind = _required_text(part, "type", path)
+    part = object_of(part, path)
+    kind = text_of(part, "type", path)
     if kind == "refusal" and role == "assistant":
-        return {"type": "text", "text": _required_text(part, "refusal", path)}
+        return {"type": "text", "text": text_of(part, "refusal", path)}
     if kind != "text":
         raise invalid(f"{path}.type", f"{kind!r} is not supported here; text is")
-    _required_text(part, "text", path)
+    text_of(part, "text", path)
     return part
 
 
@@ -67,8 +68,8 @@ def _check_calls(calls: object, path: str) -> None:
         raise invalid(path, "must be a list of tool calls")
     for index, call in enumerate(calls):
         at = f"{path}.{index}"
-        call = _object(call, at)
-        _required_text(call, "id", at)
+        call = object_of(call, at)
+        text_of(call, "id", at)
         if call.get("type", "function") != "function":
             raise invalid(f"{at}.type", f"{call['type']!r} is not supported here; function is")
         if "function" not in call:
@@ -77,9 +78,9 @@ def _check_calls(calls: object, path: str) -> None:
 
 
 def _check_function(function: object, path: str) -> None:
-    function = _object(function, path)
-    _required_text(function, "name", path)
-    _required_text(function, "arguments", path)
+    function = object_of(function, path)
+    text_of(function, "name", path)
+    text_of(function, "arguments", path)
 
 
 class _DeprecatedCalls:
@@ -106,18 +107,3 @@ class _DeprecatedCalls:
         self._num_calls += 1
         self._last_ids[name] = f"call{self._num_calls:05d}"  # nine letters and digits, as Mistral's templates require
         return self._last_ids[name]
-
-
-def _object(value: object, path: str) -> Json:
-    if not isinstance(value, dict):
-        raise invalid(path, "must be an object")
-    return value
-
-
-def _required_text(fields: Mapping[str, object], name: str, path: str) -> str:
-    if name not in fields:
-        raise invalid(f"{path}.{name}", "is missing")
-    value = fields[name]
-    if not isinstance(value, str):
-        raise invalid(f"{path}.{name}", "must be a text")
-    return value

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from router.api.fields import object_of
 from router.api.openai.schema import ChatRequest
 from router.parsers.forms import Function
 from router.sampling import invalid
@@ -72,7 +73,7 @@ def checked_tools(value: object, place: str) -> tuple[Function, ...]:
     tools = []
     for index, tool in enumerate(_list(value, "tools")):
         path = f"tools.{index}"
-        tool = _object(tool, path)
+        tool = object_of(tool, path)
         kind = tool.get("type")
         if kind != "function":
             raise invalid(f"{path}.type", f"{kind!r} is not supported here; 'function' is")
@@ -99,7 +100,7 @@ def _checked_together(tools: list[Function], path_of: Callable[[int], str]) -> t
 
 def _checked_tool(function: object, path: str) -> Function:
     """One function. Raises InvalidRequest naming the field below path."""
-    function = _object(function, path)
+    function = object_of(function, path)
     name = _name(function, path)
     description, strict = function.get("description"), function.get("strict")
     if not isinstance(description, str | None):
@@ -114,7 +115,7 @@ def _checked_tool(function: object, path: str) -> Function:
 
 def _check_schema(schema: object, path: str) -> None:
     """As far as every function's schema goes: an object with named properties."""
-    schema = _object(schema, path)
+    schema = object_of(schema, path)
     if schema.get("type", "object") != "object":
         raise invalid(f"{path}.type", f"must be 'object', not {json.dumps(schema['type'])[:100]}")
     properties = schema.get("properties", {})
@@ -150,14 +151,14 @@ def chosen_tools(tools: tuple[Function, ...], choice: object, param: str, place:
 
 
 def _allowed(tools: tuple[Function, ...], allowed: object, path: str, place: str) -> ToolUse:
-    allowed = _object(allowed, path)
+    allowed = object_of(allowed, path)
     mode = allowed.get("mode")
     if mode not in ("auto", "required"):
         raise invalid(f"{path}.mode", "must be auto or required")
     chosen = []
     for index, entry in enumerate(_list(allowed.get("tools"), f"{path}.tools")):
         at = f"{path}.tools.{index}"
-        entry = _object(entry, at)
+        entry = object_of(entry, at)
         if entry.get("type") != "function":
             raise invalid(f"{at}.type", f"{entry.get('type')!r} is not supported here; function is")
         chosen.append(_named(tools, *_placed(entry, at, place)))
@@ -168,7 +169,7 @@ def _allowed(tools: tuple[Function, ...], allowed: object, path: str, place: str
 
 
 def _named(tools: tuple[Function, ...], function: object, path: str) -> Function:
-    name = _name(_object(function, path), path)
+    name = _name(object_of(function, path), path)
     for tool in tools:
         if tool.name == name:
             return tool
@@ -195,12 +196,6 @@ def _name(fields: Json, path: str) -> str:
     if not _NAME.fullmatch(name):
         raise invalid(f"{path}.name", "must have 1 to 64 letters, digits, underscores or dashes")
     return name
-
-
-def _object(value: object, path: str) -> Json:
-    if not isinstance(value, dict):
-        raise invalid(path, "must be an object")
-    return value
 
 
 def _list(value: object, path: str) -> list[object]:

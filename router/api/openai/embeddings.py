@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import math
 from collections.abc import Coroutine, Sequence
 from typing import Any, Literal
 
@@ -20,11 +19,11 @@ from starlette.types import Receive, Scope, Send
 
 from router.api import sse
 from router.api.http_body import read_json
-from router.api.openai.schema import Integer, Prompt, check_salt_text, prompts_of, validated
+from router.api.openai.schema import Integer, Prompt, check_deadline, check_salt_text, prompts_of, validated
 from router.api.renaming import renaming
 from router.api.tenancy import tenant_salt
 from router.events import Embedding, GenerationRequest, Pooling
-from router.sampling import SamplingParams, invalid
+from router.sampling import NO_COMPLETION, invalid
 from router.service.generation import Generation
 
 
@@ -62,8 +61,7 @@ class EmbeddingsApi:
         self._generation.preparation.check_model(body.model)
         if body.dimensions is not None:
             raise invalid("dimensions", "vectors have the size of the model's hidden states, and are not cut")
-        if body.deadline_s is not None and not 0 < body.deadline_s < math.inf:
-            raise invalid("deadline_s", f"must be > 0 and finite, not {body.deadline_s}")
+        check_deadline(body.deadline_s)
         check_salt_text(body.cache_salt)
         salt = tenant_salt(request.headers.get("authorization", ""))
         orders = [_order(prompt, body, salt) for prompt in prompts_of("input", body.input)]
@@ -99,7 +97,7 @@ class _EmbeddingsAnswer(Response):
 def _order(prompt: Prompt, body: EmbeddingRequest, salt: bytes) -> GenerationRequest:
     return GenerationRequest(
         prompt,
-        SamplingParams(temperature=0.0, max_tokens=1),
+        NO_COMPLETION,
         body.model,
         deadline_s=body.deadline_s,
         tenant_salt=salt,

@@ -5,16 +5,13 @@ Knows nothing of HTTP, or of how a grammar is compiled.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from grammars.grammar import Grammar, GrammarKind
+from grammars.grammar import ANY_OBJECT, Grammar, GrammarKind
 from router.sampling import invalid
-
-_ANY_OBJECT = Grammar(GrammarKind.JSON_SCHEMA, '{"type":"object"}')
 
 
 class JsonSchemaFormat(BaseModel):
@@ -43,12 +40,12 @@ class ResponseFormat(BaseModel):
         if self.type == "text":
             return None
         if self.type == "json_object":
-            return _ANY_OBJECT
+            return ANY_OBJECT
         if self.json_schema is None:
             raise invalid("response_format.type", f"must be text, json_object or json_schema, not {self.type!r}")
         if self.json_schema.schema_ is None:
-            return _ANY_OBJECT
-        return _of_schema(self.json_schema.schema_)
+            return ANY_OBJECT
+        return Grammar.of_schema(self.json_schema.schema_)
 
 
 class StructuredOutputs(BaseModel):
@@ -65,7 +62,7 @@ class StructuredOutputs(BaseModel):
     def grammars(self) -> Mapping[str, Grammar]:
         """Those that are given, by their field."""
         return _given(self.json_, self.regex, self.choice, self.grammar) | (
-            {"json_object": _ANY_OBJECT} if self.json_object else {}
+            {"json_object": ANY_OBJECT} if self.json_object else {}
         )
 
 
@@ -99,7 +96,10 @@ def _given(
 ) -> dict[str, Grammar]:
     found: dict[str, Grammar] = {}
     if schema is not None:
-        found["json"] = Grammar(GrammarKind.JSON_SCHEMA, schema) if isinstance(schema, str) else _of_schema(schema)
+        if isinstance(schema, str):
+            found["json"] = Grammar(GrammarKind.JSON_SCHEMA, schema)
+        else:
+            found["json"] = Grammar.of_schema(schema)
     if regex is not None:
         found["regex"] = Grammar(GrammarKind.REGEX, regex)
     if choice is not None:
@@ -107,7 +107,3 @@ def _given(
     if grammar is not None:
         found["grammar"] = Grammar(GrammarKind.GBNF if "::=" in grammar else GrammarKind.LARK, grammar)
     return found
-
-
-def _of_schema(schema: dict[str, Any] | bool) -> Grammar:
-    return Grammar(GrammarKind.JSON_SCHEMA, json.dumps(schema))

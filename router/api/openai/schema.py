@@ -217,6 +217,12 @@ def prompts_of(param: str, given: object) -> Sequence[Prompt]:
     raise _invalid(param, "must be a text, a list of texts, or a list of token ids")
 
 
+def check_deadline(deadline_s: float | None) -> None:
+    """Raise InvalidRequest for one that has passed, or never does."""
+    if deadline_s is not None and not 0 < deadline_s < math.inf:
+        raise _invalid("deadline_s", f"must be > 0 and finite, not {deadline_s}")
+
+
 def check_salt_text(cache_salt: str | None) -> None:
     """Raise InvalidRequest for one that is empty or too long."""
     if cache_salt is not None and not 0 < len(cache_salt) <= MAX_SALT_CHARACTERS:
@@ -288,8 +294,7 @@ def shortened(text: str) -> str:
 
 def _check_together(request: _Request) -> None:
     """Raise InvalidRequest for options that are wrong, or exclude each other."""
-    if request.deadline_s is not None and not 0 < request.deadline_s < math.inf:
-        raise _invalid("deadline_s", f"must be > 0 and finite, not {request.deadline_s}")
+    check_deadline(request.deadline_s)
     check_salt_text(request.cache_salt)
     if request.prompt_logprobs is not None and request.stream:
         raise _invalid("prompt_logprobs", "is not possible in a stream")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from router.api.fields import object_of, text_of
 from router.sampling import invalid
 
 Json = dict[str, Any]
@@ -37,7 +38,7 @@ class _Conversation:
 
     def add(self, item: object, path: str) -> None:
         """The next item."""
-        item = _object(item, path)
+        item = object_of(item, path)
         kind = item.get("type") or ("message" if "role" in item else None)
         match kind:
             case "message":
@@ -53,7 +54,7 @@ class _Conversation:
                 raise invalid(f"{path}.type", f"{kind!r} is not supported here; {known}")
 
     def _add_message(self, item: Json, path: str) -> None:
-        role = _text(item, "role", path)
+        role = text_of(item, "role", path)
         if role not in (*_INSTRUCTING, "user", "assistant"):
             raise invalid(f"{path}.role", f"must be system, developer, user or assistant, not {role!r}")
         if "content" not in item:
@@ -70,14 +71,14 @@ class _Conversation:
             self.messages.append({"role": role, "content": content})
 
     def _add_call(self, item: Json, path: str) -> None:
-        call_id, name = _text(item, "call_id", path), _text(item, "name", path)
+        call_id, name = text_of(item, "call_id", path), text_of(item, "name", path)
         self._names[call_id] = name
-        function = {"name": name, "arguments": _text(item, "arguments", path)}
+        function = {"name": name, "arguments": text_of(item, "arguments", path)}
         calls = self._turn("").setdefault("tool_calls", [])
         calls.append({"id": call_id, "type": "function", "function": function})
 
     def _add_output(self, item: Json, path: str) -> None:
-        call_id = _text(item, "call_id", path)
+        call_id = text_of(item, "call_id", path)
         if "output" not in item:
             raise invalid(f"{path}.output", "is missing")
         message: Json = {"role": "tool", "tool_call_id": call_id}
@@ -119,24 +120,9 @@ def _texts(value: object, kinds: Sequence[str], path: str) -> list[str]:
     texts = []
     for index, part in enumerate(value):
         at = f"{path}.{index}"
-        part = _object(part, at)
-        kind = _text(part, "type", at)
+        part = object_of(part, at)
+        kind = text_of(part, "type", at)
         if kind not in kinds:
             raise invalid(f"{at}.type", f"{kind!r} is not supported here; {kinds[0]} is")
-        texts.append(_text(part, "refusal" if kind == "refusal" else "text", at))
+        texts.append(text_of(part, "refusal" if kind == "refusal" else "text", at))
     return texts
-
-
-def _object(value: object, path: str) -> Json:
-    if not isinstance(value, dict):
-        raise invalid(path, "must be an object")
-    return value
-
-
-def _text(fields: Mapping[str, object], name: str, path: str) -> str:
-    if name not in fields:
-        raise invalid(f"{path}.{name}", "is missing")
-    value = fields[name]
-    if not isinstance(value, str):
-        raise invalid(f"{path}.{name}", "must be a text")
-    return value

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from grammars.grammar import Grammar, GrammarKind
+from grammars.grammar import ANY_OBJECT, Grammar
 from router.api.chat.tools import FLAT, ToolUse, checked_tools, chosen_tools
-from router.api.openai.schema import MAX_SALT_CHARACTERS, Integer, shortened, template_options, validated
+from router.api.openai.schema import (
+    Integer,
+    check_deadline,
+    check_salt_text,
+    shortened,
+    template_options,
+    validated,
+)
 from router.api.responses.options import NOT_SERVED
 from router.sampling import SamplingParams, invalid
-
-_ANY_OBJECT = Grammar(GrammarKind.JSON_SCHEMA, '{"type":"object"}')
 
 
 class TextFormat(BaseModel):
@@ -34,10 +38,10 @@ class TextFormat(BaseModel):
         if (self.type == "json_schema") != (self.schema_ is not None):
             raise invalid("text.format.schema", "is needed with the type json_schema, and with it alone")
         if self.schema_ is not None:
-            return Grammar(GrammarKind.JSON_SCHEMA, json.dumps(self.schema_))
+            return Grammar.of_schema(self.schema_)
         if self.type not in ("text", "json_object"):
             raise invalid("text.format.type", f"must be text, json_object or json_schema, not {self.type!r}")
-        return _ANY_OBJECT if self.type == "json_object" else None
+        return ANY_OBJECT if self.type == "json_object" else None
 
 
 class TextConfig(BaseModel):
@@ -150,10 +154,8 @@ def parse_responses(content: object) -> ResponsesRequest:
         raise invalid("store", "must be false or left out: nothing is kept")
     if request.text is not None and request.text.verbosity not in (None, "medium"):
         raise invalid("text.verbosity", "must be medium: a template's option goes into chat_template_kwargs")
-    if request.deadline_s is not None and not 0 < request.deadline_s < math.inf:
-        raise invalid("deadline_s", f"must be > 0 and finite, not {request.deadline_s}")
-    if request.cache_salt is not None and not 0 < len(request.cache_salt) <= MAX_SALT_CHARACTERS:
-        raise invalid("cache_salt", f"must have 1 to {MAX_SALT_CHARACTERS} characters")
+    check_deadline(request.deadline_s)
+    check_salt_text(request.cache_salt)
     return request
 
 
