@@ -47,6 +47,8 @@ NOT_HERE = {
             "ray_switchyard_worker_moved_requests_total",
             "ray_switchyard_worker_recomputed_prompt_tokens_total",
             "ray_switchyard_worker_preemptions_total",
+            "ray_switchyard_worker_swaps_total",
+            "ray_switchyard_worker_recomputes_total",
             "ray_switchyard_worker_prefixes_fetched_total",
             "ray_switchyard_worker_prefixes_recomputed_total",
             "ray_switchyard_worker_dropped_write_back_blocks_total",
