@@ -34,6 +34,14 @@ class WantedTensor:
     shape: tuple[int, ...]
     dtypes: tuple[str, ...] = FLOAT_DTYPES
     """Those that it may be stored in, in safetensors' names."""
+    other_shapes: tuple[tuple[int, ...], ...] = ()
+    """That writers give it, too."""
+    is_optional: bool = False
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """All that it may have."""
+        return (self.shape, *self.other_shapes)
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -88,13 +96,15 @@ def check_tensors(
     for name, want in wanted.items():
         tensor = stored.get(name)
         if tensor is None:
+            if want.is_optional:
+                continue
             directory = next(iter(stored.values())).path.parent if stored else Path()
             raise CheckpointError(f"{directory}: no tensor {name}")
         if tensor.dtype not in want.dtypes:
             raise CheckpointError(
                 f"{tensor.path}: {name} is {tensor.dtype}; by config.json it must be {' or '.join(want.dtypes)}"
             )
-        if tensor.shape != want.shape:
+        if tensor.shape not in want.shapes:
             raise CheckpointError(f"{tensor.path}: {name} is {list(tensor.shape)}, config.json says {list(want.shape)}")
     for name, tensor in stored.items():
         if name not in wanted and not name.endswith(harmless):

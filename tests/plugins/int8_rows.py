@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from checkpoint.tensors import WantedTensor
 from workers.errors import ModelError
-from workers.model.formats.plain import check_even_split
+from workers.model.quant.storage import check_even_split
 from workers.model.weight_format import ExpertMatrices, Matrices, Part, Quantised, QuantMethod
 
 if TYPE_CHECKING:
@@ -63,6 +63,12 @@ class Int8Rows:
             *(torch.stack(tensors) for tensors in zip(*down, strict=True)),
         )
 
+    def table_tensors(self, name: str, shape: tuple[int, int]) -> Mapping[str, WantedTensor]:
+        return {f"{name}.weight": WantedTensor(shape)}
+
+    def table(self, name: str, shape: tuple[int, int], rows: slice, weights: Weights) -> Tensor:
+        return weights.read(f"{name}.weight", shape, (rows,))
+
 
 def _read(weights: Weights, name: str, outputs: int, inputs: int, part: Part) -> tuple[Tensor, Tensor]:
     rows = weights.read(f"{name}.weight", (outputs, inputs), part, as_stored=True)
@@ -77,6 +83,8 @@ class Int8Linear:
     output_sizes: list[int]
     bias: Tensor | None
     options: Int8Rows
+
+    kind = "int8 rows"
 
     @property
     def input_scheme(self) -> Scheme | None:

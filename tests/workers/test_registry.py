@@ -16,8 +16,8 @@ from workers.config import EngineConfig
 from workers.errors import ModelError
 from workers.model.arithmetic import Arithmetic
 from workers.model.decoder import PreNormDecoder
-from workers.model.formats.plain import PlainFormat
 from workers.model.loader import Checkpoint
+from workers.model.quant.plain import PLAIN_FORMAT
 from workers.model.registry import load_config, load_registry
 from workers.model.stage import build_stage
 from workers.model.weight_format import Matrices, Split
@@ -156,7 +156,7 @@ def test_one_tensor_may_hold_several_matrices(split: Split) -> None:
     weights = Tensors(**{"q.weight": q, "k.weight": k, "qk.weight": torch.cat((q, k))})
     for tp_rank in range(2):
         arithmetic = Arithmetic(ParallelGroups(Shard(tp=2, tp_rank=tp_rank), CPU))
-        one, other = (PlainFormat().linear(m, weights, arithmetic, None) for m in (apart, stacked))
+        one, other = (PLAIN_FORMAT.linear(m, weights, arithmetic, None) for m in (apart, stacked))
         x = torch.randn(5, 3 if split is Split.INPUTS else 6)
         assert torch.equal(one(x), other(x))
         assert one.output_sizes == other.output_sizes == ([4, 2] if split is Split.OUTPUTS else [8, 4])

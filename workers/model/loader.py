@@ -27,6 +27,9 @@ class Weights(Protocol):
         as_stored: in the dtype of the file, whatever it is; else it must be floating-point, and comes as `dtype`.
         """
 
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
+        """As it is stored; None: there is no such tensor."""
+
 
 class Checkpoint:
     """Tensors of model.safetensors, or of the files that model.safetensors.index.json lists."""
@@ -60,6 +63,11 @@ class Checkpoint:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise ModelError(f"{stored.path}: {name} holds values that are not finite numbers in {kind}")
         return tensor
+
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
+        """As in Weights."""
+        stored = self._stored.get(name)
+        return None if stored is None else stored.shape
 
 
 def _is_finite(tensor: Tensor) -> bool:

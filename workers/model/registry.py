@@ -22,7 +22,7 @@ from workers.model.config import ModelConfig
 from workers.model.config_fields import ConfigFields
 from workers.model.families import llama, qwen3
 from workers.model.family import Family
-from workers.model.formats.plain import PlainFormat
+from workers.model.quant.plain import PLAIN_FORMAT
 from workers.model.weight_format import QuantMethod, WeightFormat
 
 _BUILT_IN: tuple[ModuleType, ...] = (llama, qwen3)
@@ -58,7 +58,7 @@ class Registry:
         """How the weights are stored by a config.json. Raises ModelError."""
         quantization = raw.get("quantization_config")
         if quantization is None:
-            return PlainFormat()
+            return PLAIN_FORMAT
         where = f"{path}: quantization_config"
         if not isinstance(quantization, dict):
             raise ModelError(f"{where} must be an object, not {quantization!r}")

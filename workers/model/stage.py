@@ -6,6 +6,7 @@ values go.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -22,6 +23,8 @@ from workers.model.layers.source import LayerSource
 from workers.model.loader import Weights
 from workers.model.tensor_layout import EMBEDDING, FINAL_NORM, HEAD
 from workers.parallel import ParallelGroups, stage_layers
+
+log = logging.getLogger(__name__)
 
 
 class Stage(Protocol):
@@ -76,9 +79,9 @@ class DecoderStage:
         self._embedding = self._head = None
         has_tied_head = self.is_last and model.tie_word_embeddings
         if self.is_first or has_tied_head:
-            self._embedding = VocabParallel(source, EMBEDDING + ".weight", self.is_first, has_tied_head)
+            self._embedding = VocabParallel(source, EMBEDDING, self.is_first, has_tied_head)
         if self.is_last:
-            self._head = self._embedding if has_tied_head else VocabParallel(source, HEAD + ".weight", False, True)
+            self._head = self._embedding if has_tied_head else VocabParallel(source, HEAD, False, True)
             self._norm = RmsNorm(source, FINAL_NORM + ".weight")
         self.layers = [model.decoder.layer(source, index) for index in self.layer_range]
 
@@ -131,4 +134,8 @@ class DecoderStage:
 
 def build_stage(model: ModelConfig, weights: Weights, groups: ParallelGroups, batch_invariant: bool = False) -> Stage:
     """This rank's stage, its weights read. Raises ModelError."""
-    return DecoderStage(LayerSource(model, weights, Arithmetic(groups, batch_invariant)), weights.dtype)
+    source = LayerSource(model, weights, Arithmetic(groups, batch_invariant))
+    stage = DecoderStage(source, weights.dtype)
+    kinds = source.num_linears_by_kind
+    log.info("products: %s", "; ".join(f"{count} of {kind}" for kind, count in kinds.most_common()))
+    return stage

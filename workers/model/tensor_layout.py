@@ -40,6 +40,10 @@ class TensorLayout:
             if matrices.has_bias:
                 self.tensor(name + ".bias", (size,))
 
+    def vocab_table(self, name: str, vocab: int, hidden: int) -> None:
+        """The embedding or the head."""
+        self.wanted.update(self._weight_format.table_tensors(name, (vocab, hidden)))
+
     def attention(self, prefix: str, attention: AttentionConfig, hidden: int) -> None:
         """As workers.model.layers.attention reads it."""
         self.linear(attention.qkv(prefix, hidden))
@@ -65,10 +69,10 @@ def tensor_layout(model: ModelConfig) -> TensorLayout:
     """That of the whole model. Raises ModelError where it is absurd: layers times experts that no checkpoint has."""
     layout = TensorLayout(model.weight_format)
     hidden, vocab = model.hidden_size, model.vocab_size
-    layout.tensor(EMBEDDING + ".weight", (vocab, hidden))
+    layout.vocab_table(EMBEDDING, vocab, hidden)
     layout.tensor(FINAL_NORM + ".weight", (hidden,))
     if not model.tie_word_embeddings:
-        layout.tensor(HEAD + ".weight", (vocab, hidden))
+        layout.vocab_table(HEAD, vocab, hidden)
     for index in range(model.num_hidden_layers):
         model.decoder.add_tensors(layout, model.hidden_size, index)
         if len(layout.wanted) > _MOST_TENSORS:

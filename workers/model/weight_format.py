@@ -111,6 +111,10 @@ class Linear(Protocol):
     def output_sizes(self) -> list[int]:
         """Columns of the result that belong to each matrix."""
 
+    @property
+    def kind(self) -> str:
+        """What multiplies by what, for the log: W4A16 g64."""
+
     def __call__(self, x: Tensor | Quantised) -> Tensor:
         """[tokens, inputs] -> [tokens, sum of output_sizes]. Takes plain rows whatever input_scheme says."""
 
@@ -143,6 +147,12 @@ class WeightFormat(Protocol):
 
     def experts(self, experts: ExpertMatrices, weights: Weights, arithmetic: Arithmetic) -> Experts:
         """The rank's share."""
+
+    def table_tensors(self, name: str, shape: tuple[int, int]) -> Mapping[str, WantedTensor]:
+        """What stands in the checkpoint for a matrix over the vocabulary: the embedding, or the head."""
+
+    def table(self, name: str, shape: tuple[int, int], rows: slice, weights: Weights) -> Tensor:
+        """Some rows of such a matrix, in the dtype that is computed in."""
 
 
 @dataclass(frozen=True, slots=True)

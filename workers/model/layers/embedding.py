@@ -14,13 +14,13 @@ class VocabParallel:
     """A [vocab, hidden] matrix split by rows, padded to a multiple of tp; serves as embedding, as head, or as both."""
 
     def __init__(self, source: LayerSource, name: str, is_embedding: bool, is_head: bool) -> None:
-        vocab_size, hidden = source.model.vocab_size, source.model.hidden_size
+        vocab_size = source.model.vocab_size
         self._arithmetic = source.arithmetic
         shard = source.arithmetic.shard
         share = -(-vocab_size // shard.tp)
         self.first_id = shard.tp_rank * share
         held = slice(min(self.first_id, vocab_size), min(self.first_id + share, vocab_size))
-        weight = source.tensor(name, (vocab_size, hidden), (held,))
+        weight = source.vocab_rows(name, held)
         weight = F.pad(weight, (0, 0, 0, share - weight.shape[0]))
         self._rows = weight if is_embedding else None
         self._product = source.arithmetic.product(weight) if is_head else None

@@ -33,6 +33,11 @@ class SummedLinear:
         """As in Linear."""
         return self.share.output_sizes
 
+    @property
+    def kind(self) -> str:
+        """As in Linear."""
+        return self.share.kind
+
     def __call__(self, x: Tensor | Quantised) -> Tensor:
         """As in Linear."""
         y = self.arithmetic.all_reduce(self.share(x))

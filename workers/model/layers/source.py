@@ -5,6 +5,7 @@ Knows nothing of any particular layer, family or weight format.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable
 
 import torch
@@ -29,6 +30,7 @@ class LayerSource:
         self._weights = weights
         self._groups = group_of_layer(cache_groups(model.cache_specs))
         self._tables: dict[Hashable, Tensor] = {}
+        self.num_linears_by_kind: Counter[str] = Counter()
 
     def tensor(self, name: str, shape: tuple[int, ...], part: Part = ()) -> Tensor:
         """A tensor in the dtype that is computed in, or a part of it; `shape` is the whole tensor's."""
@@ -37,11 +39,17 @@ class LayerSource:
     def linear(self, matrices: Matrices) -> Linear:
         """The product with some matrices, of which the rank has its share. Where the inputs are split, the sum over the
         ranks is made."""
-        weight_format = self.model.weight_format
         bias = self._bias(matrices) if matrices.has_bias else None
-        if matrices.split is not Split.INPUTS or self.arithmetic.shard.tp == 1:
-            return weight_format.linear(matrices, self._weights, self.arithmetic, bias)
-        return SummedLinear(weight_format.linear(matrices, self._weights, self.arithmetic, None), self.arithmetic, bias)
+        is_summed = matrices.split is Split.INPUTS and self.arithmetic.shard.tp > 1
+        own_bias = None if is_summed else bias
+        linear = self.model.weight_format.linear(matrices, self._weights, self.arithmetic, own_bias)
+        self.num_linears_by_kind[linear.kind] += 1
+        return SummedLinear(linear, self.arithmetic, bias) if is_summed else linear
+
+    def vocab_rows(self, name: str, rows: slice) -> Tensor:
+        """Some rows of the embedding or the head, [rows, hidden_size]."""
+        shape = (self.model.vocab_size, self.model.hidden_size)
+        return self.model.weight_format.table(name, shape, rows, self._weights)
 
     def _bias(self, matrices: Matrices) -> Tensor:
         pieces = matrices.pieces(self.arithmetic.shard)

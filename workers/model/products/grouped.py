@@ -1,0 +1,117 @@
+"""Products with weights of 4 bits and a scale per group: weight-only quantization, activations in 16 bits.
+
+On a CPU torch's packed product is the faster one for one row, and falls behind the dense one soon after, so a bfloat16
+copy takes what has more rows. On CUDA there is one kernel; k is padded with groups of zeros. What no product takes is
+dequantized once. Knows nothing of checkpoints' formats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kernels
+from kernels.gemm import w4a16
+from kernels.quantise import Scheme, quantise
+from workers.model.arithmetic import Arithmetic, Product
+from workers.model.products.dense import dequantized_linear
+from workers.model.quant.weights import NO_CHANGE, GroupedWeight, InputChange
+from workers.model.weight_format import Linear, Quantised
+
+_PACKED_ROWS = 1  # up to so many the packed product is the faster one
+_CPU_GROUPS = (32, 64, 128, 256)
+_CPU_OUTPUTS = 16  # outputs are a multiple of it
+_CUDA_GROUPS = (32, 64, 128)
+
+
+def grouped_linear(
+    weight: GroupedWeight, sizes: list[int], dtype: torch.dtype, arithmetic: Arithmetic, bias: Tensor | None
+) -> Linear:
+    """The fastest that the device has."""
+    kind = f"W{weight.bits}A{8 if weight.input_scheme else 16} g{weight.group_size}"
+    is_simple = weight.bits == 4 and weight.table is None and not arithmetic.batch_invariant
+    product: Product | None = None
+    if is_simple and arithmetic.groups.device.type == "cuda":
+        product = _cuda_product(weight, dtype, bias)
+    elif is_simple and dtype == torch.bfloat16:
+        product = _cpu_product(weight, arithmetic, bias)
+        kind += f", dequantized to bfloat16 for more than {_PACKED_ROWS} row" if product is not None else ""
+    if product is None and weight.input_scheme is None:
+        return dequantized_linear(weight, sizes, dtype, arithmetic, bias, kind)
+    if product is None:
+        kind += f" dequantized to {str(dtype).removeprefix('torch.')}"
+        return GroupedLinear(arithmetic.product(weight.dense(dtype), bias), sizes, kind, weight.input_scheme)
+    return GroupedLinear(product, sizes, kind, weight.input_scheme, weight.inputs_change)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedLinear:
+    """A product whose rows may be rounded to 8 bits before it."""
+
+    product: Product
+    output_sizes: list[int]
+    kind: str
+    rounding: Scheme | None = None
+    inputs_change: InputChange = NO_CHANGE
+    input_scheme: None = None
+
+    def __call__(self, x: Tensor | Quantised) -> Tensor:
+        """As in Linear."""
+        assert isinstance(x, Tensor), "input_scheme asks for none"
+        x = self.inputs_change(x) if self.inputs_change else x
+        if self.rounding is not None:
+            values, scales = quantise(x.float(), self.rounding)
+            x = (values.float() * scales).to(x.dtype)
+        return self.product(x)
+
+
+def _cpu_product(weight: GroupedWeight, arithmetic: Arithmetic, bias: Tensor | None) -> Product | None:
+    if weight.group_size not in _CPU_GROUPS or weight.num_outputs % _CPU_OUTPUTS:
+        return None
+    # (code - 8) * scale + minimum; ours is (code - zero) * scale + offset.
+    minima = torch.zeros_like(weight.scales) if weight.offsets is None else weight.offsets
+    if weight.zeros is not None:
+        minima = minima + (8.0 - weight.zeros.float()) * weight.scales
+    parameters = torch.stack((weight.scales, minima), dim=-1).transpose(0, 1).to(torch.bfloat16).contiguous()
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.codes.int(), 1)
+    many = arithmetic.product(replace(weight, inputs_change=NO_CHANGE).dense(torch.bfloat16), bias)
+    group_size = weight.group_size
+
+    def product(x: Tensor) -> Tensor:
+        if len(x) > _PACKED_ROWS:
+            return many(x)
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, parameters)
+        return y if bias is None else y + bias
+
+    return product
+
+
+def _cuda_product(weight: GroupedWeight, dtype: torch.dtype, bias: Tensor | None) -> Product | None:
+    if dtype not in (torch.bfloat16, torch.float16):
+        return None
+    codes, scales, zeros, offsets = weight.codes, weight.scales, weight.zeros, weight.offsets
+    if weight.group_size not in _CUDA_GROUPS:
+        if weight.group_size % _CUDA_GROUPS[-1]:
+            return None
+        repeats = weight.group_size // _CUDA_GROUPS[-1]
+        scales = scales.repeat_interleave(repeats, 1)
+        zeros = None if zeros is None else zeros.repeat_interleave(repeats, 1)
+        offsets = None if offsets is None else offsets.repeat_interleave(repeats, 1)
+    group_size = codes.shape[1] // scales.shape[1]
+    padding = -codes.shape[1] % w4a16.BLOCK_K
+    packed = w4a16.pack(F.pad(codes, (0, padding)))
+    scales = F.pad(scales, (0, padding // group_size)).T.to(dtype).contiguous()
+    if zeros is not None:
+        zeros = F.pad(zeros, (0, padding // group_size)).T.contiguous()
+    minima = None if offsets is None else offsets.to(dtype)
+
+    def product(x: Tensor) -> Tensor:
+        y = kernels.w4a16_gemm(F.pad(x, (0, padding)) if padding else x, packed, scales, zeros)
+        if minima is not None:
+            y = y + F.linear(x.unflatten(1, (-1, group_size)).sum(-1, dtype=torch.float32).to(dtype), minima)
+        return y if bias is None else y + bias
+
+    return product

@@ -1,0 +1,160 @@
+"""Integer products: rows are rounded to 8 bits, each by its own scale or all by a fixed one, and summed exactly.
+
+On a CPU oneDNN multiplies unsigned rows by signed weights, with 128 added to each number of a row: what signed rows get
+there is a plain loop (1/250 of the speed). Knows nothing of checkpoints' formats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kernels
+from kernels.quantise import Scheme, quantise
+from workers.model.arithmetic import Arithmetic
+from workers.model.products.dense import dequantized_linear
+from workers.model.quant.weights import InputChange, Int8Weight, StaticScale
+from workers.model.weight_format import Linear, Quantised
+
+_KIND = "W8A8 int"
+_CUDA_MULTIPLE = 16  # of inputs and outputs
+
+
+def int8_linear(
+    weight: Int8Weight, sizes: list[int], dtype: torch.dtype, arithmetic: Arithmetic, bias: Tensor | None
+) -> Linear:
+    """The fastest that the device has."""
+    if arithmetic.groups.device.type == "cuda":
+        has_kernel = not (arithmetic.batch_invariant or weight.outlier_threshold or _zero(weight))
+        if has_kernel:
+            return _CudaInt8Linear.of(weight, sizes, dtype, bias)
+    elif torch.cpu._is_vnni_supported():
+        return _CpuInt8Linear.of(weight, sizes, dtype, bias)
+    return dequantized_linear(weight, sizes, dtype, arithmetic, bias, _KIND)
+
+
+def _zero(weight: Int8Weight) -> int:
+    return weight.input_scale.zero if weight.input_scale is not None else 0
+
+
+@dataclass(frozen=True, slots=True)
+class _CpuInt8Linear:
+    weight: Tensor  # in oneDNN's layout
+    scales: Tensor  # fp32 [outputs]
+    zeros: Tensor  # int32 [outputs]
+    bias: Tensor | None
+    dtype: torch.dtype
+    output_sizes: list[int]
+    input_scale: StaticScale | None
+    inputs_change: InputChange
+    outliers: _Outliers | None
+    kind: str = _KIND
+    input_scheme: None = None  # the layers before would round to signed numbers
+
+    @classmethod
+    def of(cls, weight: Int8Weight, sizes: list[int], dtype: torch.dtype, bias: Tensor | None) -> _CpuInt8Linear:
+        threshold = weight.outlier_threshold
+        return cls(
+            torch.ops.onednn.qlinear_prepack(weight.codes, None),
+            weight.scales.float().contiguous(),
+            torch.zeros(weight.num_outputs, dtype=torch.int32),
+            None if bias is None else bias.float(),
+            dtype,
+            sizes,
+            weight.input_scale,
+            weight.inputs_change,
+            _Outliers(threshold, weight.codes, weight.scales) if threshold else None,
+            _KIND + (" with outliers" if threshold else ""),
+        )
+
+    def __call__(self, x: Tensor | Quantised) -> Tensor:
+        """As in Linear."""
+        assert isinstance(x, Tensor), "input_scheme asks for none"
+        x = self.inputs_change(x) if self.inputs_change else x
+        static = self.input_scale
+        if static is not None:
+            codes = (x.float() * (1.0 / static.scale) + (128 + static.zero)).round_().clamp_(0, 255).to(torch.uint8)
+            return self._product(codes, static.scale, 128 + static.zero, self.bias, self.dtype)
+        if self.outliers is None:
+            return self._dynamic(x)
+        few, rest = self.outliers.split(x)
+        y = self._dynamic(rest)
+        return y if few is None else y + self.outliers.product(few)
+
+    def _dynamic(self, x: Tensor) -> Tensor:
+        low, high = torch.aminmax(x, dim=-1, keepdim=True)
+        scales = torch.maximum(high, -low).float().mul_(1.0 / 127.0).clamp_(min=1e-30)
+        codes = torch.div(x, scales).add_(128.0).round_().to(torch.uint8)
+        y = self._product(codes, 1.0, 128, None, torch.float32).mul_(scales)
+        return (y if self.bias is None else y.add_(self.bias)).to(self.dtype)
+
+    def _product(self, codes: Tensor, scale: float, zero: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        y: Tensor = torch.ops.onednn.qlinear_pointwise(
+            codes, scale, zero, self.weight, self.scales, self.zeros, bias, 1.0, 0, dtype, "none", [], ""
+        )
+        return y
+
+
+@dataclass(frozen=True, slots=True)
+class _Outliers:
+    """Inputs that are too large to round with the others."""
+
+    threshold: float
+    codes: Tensor  # int8 [outputs, inputs]
+    scales: Tensor
+
+    def split(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The outliers, with zeros between them, and the other inputs; None where there are none."""
+        is_large = x.abs() >= self.threshold
+        if not is_large.any():
+            return None, x
+        return x.where(is_large, 0.0), x.masked_fill(is_large, 0.0)
+
+    def product(self, x: Tensor) -> Tensor:
+        """That of a few columns; the others are zero."""
+        columns = x.any(dim=0).nonzero().squeeze(-1)
+        weight = (self.codes[:, columns].float() * self.scales.unsqueeze(-1)).to(x.dtype)
+        return F.linear(x[:, columns], weight)
+
+
+@dataclass(frozen=True, slots=True)
+class _CudaInt8Linear:
+    weight: Tensor  # int8 [outputs, inputs], both rounded up to multiples of 16
+    scales: Tensor
+    bias: Tensor | None
+    dtype: torch.dtype
+    output_sizes: list[int]
+    input_scale: StaticScale | None
+    inputs_change: InputChange
+    num_added_inputs: int
+    kind: str = _KIND
+
+    @classmethod
+    def of(cls, weight: Int8Weight, sizes: list[int], dtype: torch.dtype, bias: Tensor | None) -> _CudaInt8Linear:
+        rows, columns = (-size % _CUDA_MULTIPLE for size in weight.codes.shape)
+        padded, scales = F.pad(weight.codes, (0, columns, 0, rows)).contiguous(), F.pad(weight.scales, (0, rows))
+        return cls(padded, scales, bias, dtype, sizes, weight.input_scale, weight.inputs_change, columns)
+
+    @property
+    def input_scheme(self) -> Scheme | None:
+        """As in Linear."""
+        is_plain = self.input_scale is None and not self.inputs_change and not self.num_added_inputs
+        return "int8" if is_plain else None
+
+    def __call__(self, x: Tensor | Quantised) -> Tensor:
+        """As in Linear."""
+        values, scales = (x.values, x.scales) if isinstance(x, Quantised) else self._rounded(self.inputs_change(x))
+        values = F.pad(values, (0, self.num_added_inputs)) if self.num_added_inputs else values
+        y = kernels.int8_gemm(values, self.weight, scales.squeeze(-1), self.scales)[:, : sum(self.output_sizes)]
+        y = y.to(self.dtype)
+        return y if self.bias is None else y + self.bias
+
+    def _rounded(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.input_scale is None:
+            return quantise(x.float(), "int8")
+        scale = self.input_scale.scale
+        values = (x.float() / scale).round().clamp(-128, 127).to(torch.int8)
+        return values, torch.full((len(x), 1), scale, device=x.device)
