@@ -36,6 +36,7 @@ class WantedTensor:
     """Those that it may be stored in, in safetensors' names."""
     other_shapes: tuple[tuple[int, ...], ...] = ()
     """That writers give it, too."""
+    has_any_shape: bool = False
     is_optional: bool = False
 
     @property
@@ -104,7 +105,7 @@ def check_tensors(
             raise CheckpointError(
                 f"{tensor.path}: {name} is {tensor.dtype}; by config.json it must be {' or '.join(want.dtypes)}"
             )
-        if tensor.shape not in want.shapes:
+        if tensor.shape not in want.shapes and not want.has_any_shape:
             raise CheckpointError(f"{tensor.path}: {name} is {list(tensor.shape)}, config.json says {list(want.shape)}")
     for name, tensor in stored.items():
         if name not in wanted and not name.endswith(harmless):
