@@ -100,7 +100,8 @@ def _unpack(words: Tensor) -> Tensor:
     """int32 [rows, words] -> uint8 [rows, 8 * words]."""
     from workers.model.quant.words import unpack
 
-    return unpack(words, 4).unflatten(-1, (-1, _PER_WORD))[..., list(_ORDER)].flatten(-2)
+    codes: Tensor = unpack(words, 4).unflatten(-1, (-1, _PER_WORD))
+    return codes[..., list(_ORDER)].flatten(-2)
 
 
 @dataclass(frozen=True, slots=True)

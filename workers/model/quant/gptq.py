@@ -125,13 +125,10 @@ class GptqStorage:
         """As in MatrixStorage."""
         from workers.model.quant.words import unpack
 
-        name, shapes = (
-            cut.name,
-            {key: want.shape for key, want in self.tensors(cut.name, cut.outputs, cut.inputs).items()},
-        )
+        name, wanted = cut.name, self.tensors(cut.name, cut.outputs, cut.inputs)
 
         def part_of(kind: str, part: tuple[slice, ...]) -> Tensor:
-            return weights.read(f"{name}.{kind}", shapes[f"{name}.{kind}"], part, as_stored=True)
+            return weights.read(f"{name}.{kind}", wanted[f"{name}.{kind}"].shape, part, as_stored=True)
 
         words = part_of("qweight", (self._part(cut.columns), cut.rows))
         codes = unpack(words.T.contiguous(), self.bits)[:, : cut.columns.stop - cut.columns.start].contiguous()
