@@ -21,6 +21,8 @@ from workers.model.weight_format import Linear, Quantised
 
 _KIND = "W8A8 int"
 _CUDA_MULTIPLE = 16  # of inputs and outputs
+_ROWS_AT_A_TIME = 32  # that are rounded: their numbers are still in the cache at the next operation
+_SMALLEST = 1e-30  # largest magnitude of a row
 
 
 def int8_linear(
@@ -76,7 +78,7 @@ class _CpuInt8Linear:
         x = self.inputs_change(x) if self.inputs_change else x
         static = self.input_scale
         if static is not None:
-            codes = (x.float() * (1.0 / static.scale) + (128 + static.zero)).round_().clamp_(0, 255).to(torch.uint8)
+            codes = x.float().mul_(1.0 / static.scale).add_(128 + static.zero).round_().clamp_(0, 255).to(torch.uint8)
             return self._product(codes, static.scale, 128 + static.zero, self.bias, self.dtype)
         if self.outliers is None:
             return self._dynamic(x)
@@ -85,9 +87,13 @@ class _CpuInt8Linear:
         return y if few is None else y + self.outliers.product(few)
 
     def _dynamic(self, x: Tensor) -> Tensor:
-        low, high = torch.aminmax(x, dim=-1, keepdim=True)
-        scales = torch.maximum(high, -low).float().mul_(1.0 / 127.0).clamp_(min=1e-30)
-        codes = torch.div(x, scales).add_(128.0).round_().to(torch.uint8)
+        if len(x) == 1:
+            wide = x.float()
+            low, high = torch.aminmax(wide)
+            scale = max(-low.item(), high.item(), _SMALLEST) / 127.0
+            return self._product(_unsigned(wide.mul_(1.0 / scale), 128), scale, 128, self.bias, self.dtype)
+        parts = [_round_rows(rows) for rows in x.split(_ROWS_AT_A_TIME)]
+        codes, scales = parts[0] if len(parts) == 1 else (torch.cat(each) for each in zip(*parts, strict=True))
         y = self._product(codes, 1.0, 128, None, torch.float32).mul_(scales)
         return (y if self.bias is None else y.add_(self.bias)).to(self.dtype)
 
@@ -96,6 +102,18 @@ class _CpuInt8Linear:
             codes, scale, zero, self.weight, self.scales, self.zeros, bias, 1.0, 0, dtype, "none", [], ""
         )
         return y
+
+
+def _round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[rows, inputs] -> uint8, each number plus 128, and fp32 scales [rows, 1]."""
+    wide = x.float()
+    scales = wide.abs().amax(-1, keepdim=True).clamp_(min=_SMALLEST).mul_(1.0 / 127.0)
+    return _unsigned(wide.div_(scales), 128), scales
+
+
+def _unsigned(scaled: Tensor, zero: int) -> Tensor:
+    """Changes what it is given."""
+    return scaled.add_(zero).round_().to(torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)
