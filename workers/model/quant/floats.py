@@ -31,7 +31,10 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 @dataclass(frozen=True, slots=True)
 class Fp8Storage:
     """NAME.weight e4m3 [outputs, inputs], and its scales, which multiply: one, one per output, or one per block of
-    128x128. For fixed scales of the inputs NAME.input_scale."""
+    128x128. For fixed scales of the inputs NAME.input_scale.
+
+    A rank's share that begins within a block is dequantized: its blocks would not be those of a product.
+    """
 
     scale_name: str
     has_blocks: bool = False
@@ -39,10 +42,7 @@ class Fp8Storage:
     has_multiplier: bool = False
     """NAME.pre_quant_scale [inputs] may be there: the inputs are multiplied by it (SmoothQuant)."""
 
-    @property
-    def edges(self) -> tuple[int, int]:
-        """As in MatrixStorage."""
-        return (BLOCK, BLOCK) if self.has_blocks else (1, 1)
+    edges: tuple[int, int] = (1, 1)
 
     def tensors(self, name: str, outputs: int, inputs: int) -> Mapping[str, WantedTensor]:
         """As in MatrixStorage."""
@@ -60,7 +60,7 @@ class Fp8Storage:
 
     def read(self, weights: Weights, cut: Cut) -> QuantWeight:
         """As in MatrixStorage."""
-        from workers.model.quant.weights import Fp8Weight, StaticScale
+        from workers.model.quant.weights import DenseWeight, Fp8Weight, StaticScale
 
         name = cut.name
         values = weights.read(f"{name}.weight", (cut.outputs, cut.inputs), (cut.rows, cut.columns), as_stored=True)
@@ -74,8 +74,18 @@ class Fp8Storage:
             scales = weights.read(scale_name, shape, part, as_stored=True).float()
         else:
             scales = row_scales(weights, scale_name, cut)
+        begins_within = self.has_blocks and (cut.rows.start % BLOCK or cut.columns.start % BLOCK)
+        if begins_within:
+            return DenseWeight(values.float() * _per_number(scales, cut))
         scheme: Scheme | None = None if self.input_rounding == "none" else "fp8 groups" if self.has_blocks else "fp8"
         return Fp8Weight(values, scales, scheme, fixed, input_change(weights, cut))
+
+
+def _per_number(scales: Tensor, cut: Cut) -> Tensor:
+    """Scales of blocks -> [rows, columns] of the cut."""
+    row, column = cut.rows.start % BLOCK, cut.columns.start % BLOCK
+    wide = scales.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[row:, column:]
+    return wide[: cut.rows.stop - cut.rows.start, : cut.columns.stop - cut.columns.start]
 
 
 def input_change(weights: Weights, cut: Cut) -> InputChange:
