@@ -4,9 +4,14 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 
+import hypothesis
 import pytest
 
 from tests.processes import KVNode, RedisServer, redis_executable
+
+# A slow machine is no error: no test asserts a time.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 
 _MEASURED = pytest.StashKey[dict[str, list[float]]]()
 

@@ -188,8 +188,8 @@ def test_a_key_that_is_not_there_means_what_it_means_to_transformers(architectur
         ("use_sliding_window", True, "use_sliding_window=true is not supported: attention sees the whole context"),
         (
             "quantization_config",
-            {"quant_method": "fp8"},
-            r"quantization_config\.quant_method='fp8' is not served",
+            {"quant_method": "foo"},
+            r"quantization_config\.quant_method='foo' is not served",
         ),
         ("rope_scaling", {"rope_type": "llama3", "factor": 2}, "rope scaling llama3 lacks low_freq_factor"),
         ("rope_scaling", {"rope_type": "default", "mrope_section": [1]}, "rope_scaling: mrope_section: unknown key"),

@@ -21,12 +21,13 @@ from workers.config import EngineConfig
 from workers.engine.request import SamplingParams
 from workers.errors import ModelError
 from workers.model.loader import Checkpoint
-from workers.model.registry import load_config
+from workers.model.registry import load_config, load_registry
 from workers.model.stage import build_stage
 from workers.model.tensor_layout import check_checkpoint, check_split, tensor_layout
 from workers.parallel import ParallelGroups, Shard
 
 CPU = torch.device("cpu")
+SERVED = ", ".join(load_registry().quant_methods)
 PLUGINS = ("tests.plugins.int8_rows",)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
 
@@ -124,12 +125,15 @@ def test_what_a_format_does_not_do_is_one_line(checkpoints: tuple[Path, Path]) -
     with pytest.raises(ModelError) as refused:
         load_config(small)
     assert str(refused.value) == (
-        f"{path}: quantization_config.quant_method='int8_rows' is not served (served: none but plain weights)"
+        f"{path}: quantization_config.quant_method='int8_rows' is not served (served: {SERVED})"
     )
     config = json.loads(path.read_text())
     for quantization, complaint in (
-        ({"quant_method": "gptq"}, "quantization_config.quant_method='gptq' is not served (served: int8_rows)"),
-        ({}, "quantization_config.quant_method=None is not served (served: int8_rows)"),
+        (
+            {"quant_method": "foo"},
+            f"quantization_config.quant_method='foo' is not served (served: {SERVED}, int8_rows)",
+        ),
+        ({}, f"quantization_config.quant_method=None is not served (served: {SERVED}, int8_rows)"),
         ({"quant_method": "int8_rows", "bits": 3}, "quantization_config.bits: unknown key"),
         ("int8", "quantization_config must be an object, not 'int8'"),
     ):
