@@ -44,13 +44,37 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
         "ct-mixed",
         "ct-moe-w4a16",
     ),
+    "llmcompressor_old": ("ct-w4a16-actorder",),
+    "gptqmodel": (
+        "gptq-v1",
+        "gptq-v2",
+        "gptq-actorder",
+        "gptq-asym",
+        "gptq-8bit",
+        "gptq-channel",
+        "gptq-dynamic",
+        "gptq-mislabelled",
+        "awq-gemm",
+        "awq-not-converted",
+    ),
+    "bitsandbytes": ("bnb-nf4", "bnb-nf4-double", "bnb-int8"),
+    "transformers": (
+        "fp8-deepseek",
+        "fp8-deepseek-ragged",
+        "fp8-deepseek-moe",
+        "codec-mxfp4-gptoss",
+        "codec-bitnet",
+    ),
+    "modelopt": ("modelopt-fp8", "modelopt-fp8-kv", "modelopt-int8-sq"),
 }
 """The fixtures of `by_TOOL.py`, in the order in which they are made."""
+SHARED_ENVIRONMENTS = {"bitsandbytes": "transformers"}
 SETTINGS = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "BUILD_CUDA_EXT": "0",
+    "TORCHDYNAMO_DISABLE": "1",  # torch.compile wants a compiler
     "PYTHONDONTWRITEBYTECODE": "1",
 }
 
@@ -69,7 +93,8 @@ def main() -> None:
         made = Path(scratch) / "made"
         for tool, of_tool in SCRIPTS.items():
             if names := [name for name in of_tool if name in (options.names or known)]:
-                _run_script(tool, _environment(tool, envs.resolve()), made, names)
+                python = _environment(SHARED_ENVIRONMENTS.get(tool, tool), envs.resolve())
+                _run_script(tool, python, made, names)
         different = [name for path in sorted(made.iterdir()) for name in _take(path, options.write)]
     sys.exit(f"differs from the manifest: {', '.join(different)}" if different else None)
 
@@ -83,16 +108,18 @@ def _environment(tool: str, envs: Path) -> Path:
         venv.create(envs / tool, clear=True, with_pip=True)
         pip = [str(python), "-m", "pip", "install", "--quiet"]
         torch = next(line for line in requirements.read_text().splitlines() if line.startswith("torch=="))
-        # torch comes first: some source distributions look for it while they are built.
+        # torch comes first, with what it needs on this machine. The lists name all else, and one tool among them
+        # asks for an older torch.
         subprocess.run([*pip, torch], check=True)
-        subprocess.run([*pip, "-r", str(requirements)], check=True, env={**os.environ, **SETTINGS})
+        subprocess.run([*pip, "--no-deps", "-r", str(requirements)], check=True, env={**os.environ, **SETTINGS})
         shutil.copy(requirements, installed)
     return python
 
 
 def _run_script(tool: str, python: Path, made: Path, names: Iterable[str]) -> None:
     command = [str(python), str(HERE / f"by_{tool}.py"), "--out", str(made), *names]
-    subprocess.run(command, check=True, env={**os.environ, **SETTINGS})
+    # In a folder of its own: tools leave logs where they run.
+    subprocess.run(command, check=True, env={**os.environ, **SETTINGS}, cwd=made.parent)
 
 
 def _take(folder: Path, write: bool) -> list[str]:

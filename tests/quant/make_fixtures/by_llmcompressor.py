@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from fixture_files import SAMPLED_MODULES, Maker, run, versions, write_oracle
+from fixture_files import Maker, run, sampled_weights, versions, write_oracle
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from tiny_model import tiny_experts, tiny_llama, token_ids, tokenizer
@@ -72,22 +72,28 @@ RECIPES: dict[str, Arguments] = {
 }
 SHAPES: dict[str, Arguments] = {
     "ct-w4a16-k96": {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 160},
+    "ct-fp8-kv": {"intermediate_size": 64},  # its weights stay 16 bits wide
 }
+FP4 = ("ct-mxfp4", "ct-nvfp4", "ct-nvfp4-a4")
+"""Their weights are dequantized to bfloat16 whatever the model's type is."""
 
 
 def make(name: str, folder: Path) -> dict[str, object]:
     recipe = {"ignore": ["lm_head"], **RECIPES[name]}
     _quantize(name, recipe, folder)
     in_bf16 = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, quantization_config=CompressedTensorsConfig(run_compressed=False)
+        folder, dtype=torch.bfloat16, quantization_config=CompressedTensorsConfig(dequantize=True)
     )
-    in_f32 = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    sampled = {} if name == "ct-fp8-kv" else {key: value.clone() for key, value in sampled_weights(in_bf16).items()}
+    if name in FP4:
+        in_f32, how = in_bf16.float(), "dequantizes the checkpoint to bfloat16 and runs it in float32"
+    else:
+        in_f32 = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        how = "loads the checkpoint in float32 and runs it"
     tokens = token_ids()
     with torch.no_grad():
-        logits = in_f32(tokens).logits
-    sampled = {module: in_bf16.get_submodule(module).weight for module in SAMPLED_MODULES}
-    by = f"{versions('compressed-tensors')}: loads the checkpoint in float32 and runs it"
-    write_oracle(folder, tokens, logits, sampled, by)
+        logits = in_f32.eval()(tokens).logits
+    write_oracle(folder, tokens, logits, sampled, f"{versions('compressed-tensors')}: {how}")
     return {
         "versions": versions("llmcompressor", "compressed-tensors"),
         "command": f"llmcompressor.oneshot(recipe=QuantizationModifier(**{recipe}))",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 NOTE = "made.json"
 """The driver moves it into the manifest."""
@@ -19,11 +20,32 @@ SAMPLED_MODULES = (
     "model.layers.0.self_attn.k_proj",
     "model.layers.1.mlp.down_proj",
 )
+SAMPLED_OF_EXPERTS = (
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.0.mlp.experts.3.gate_proj",
+    "model.layers.1.mlp.experts.0.down_proj",
+)
 NUM_LOGIT_ROWS = 4
 _LEFT_OUT = ("generation_config.json", "recipe.yaml", "README.md", ".gitattributes")
 
 Maker = Callable[[Path], dict[str, object]]
 """Makes one fixture in an empty folder, and returns its note: what the manifest says of it."""
+
+
+def sampled_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """By module name; transformers keeps the experts of a layer in two tensors, and a sample is cut out of one."""
+    if model.config.model_type != "qwen3_moe":
+        return {name: model.get_submodule(name).weight for name in SAMPLED_MODULES}
+    return {name: _weight_of_expert(model, name) if "experts" in name else model.get_submodule(name).weight
+            for name in SAMPLED_OF_EXPERTS}  # fmt: skip
+
+
+def _weight_of_expert(model: PreTrainedModel, name: str) -> torch.Tensor:
+    experts, number, projection = name.rsplit(".", 2)
+    if projection == "down_proj":
+        return model.get_submodule(experts).down_proj[int(number)]
+    gate, up = model.get_submodule(experts).gate_up_proj[int(number)].chunk(2)
+    return {"gate_proj": gate, "up_proj": up}[projection]
 
 
 def write_oracle(
@@ -32,9 +54,11 @@ def write_oracle(
     logits: torch.Tensor,
     dequantized: Mapping[str, torch.Tensor],
     logits_by: str,
+    more: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """`logits` [1, n, vocab]; of them the last rows are kept."""
-    tensors = {f"dequantized.{name}": weight.detach().cpu().clone() for name, weight in dequantized.items()}
+    tensors = {name: tensor.detach().clone() for name, tensor in (more or {}).items()}
+    tensors |= {f"dequantized.{name}": weight.detach().cpu().clone() for name, weight in dequantized.items()}
     tensors["token_ids"] = token_ids.clone()
     tensors["logits"] = logits[:, -NUM_LOGIT_ROWS:].detach().float().contiguous()
     save_file(tensors, folder / "oracle.safetensors", metadata={"logits_by": logits_by})

@@ -71,5 +71,5 @@ def _seeded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
             columns = [column for column in _WEIGHT_OUTLIERS if column < parameter.shape[-1]]
             values[..., columns] *= 4
         # To 16 bits first: fixtures in f32 and in bf16 hold the same weights.
-        parameter.copy_(values.to(torch.bfloat16))
-    return model.to(dtype).eval()
+        parameter.data = values.to(torch.bfloat16).to(dtype)
+    return model.eval()  # its buffers stay float32, as from_pretrained() keeps them
