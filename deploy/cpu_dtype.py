@@ -18,7 +18,7 @@ from pathlib import Path
 import platformdirs
 
 from checkpoint.errors import CheckpointError
-from checkpoint.tensors import stored_tensors
+from checkpoint.tensors import FLOAT_DTYPES, stored_tensors
 
 _FLAGS = frozenset(("avx512_bf16", "amx_bf16", "bf16"))  # of x86 and Arm, as Linux names them
 _WORTH = 1.2  # times as fast
@@ -59,11 +59,12 @@ def _processor() -> str | None:
 
 
 def _is_stored_in_16_bits(model_dir: Path) -> bool:
+    """Or in fewer: then scales may have more."""
     try:
-        tensors = stored_tensors(model_dir).values()
+        dtypes = {tensor.dtype for tensor in stored_tensors(model_dir).values()}
     except CheckpointError:
         return False
-    return all(tensor.dtype not in ("F32", "F64") for tensor in tensors)
+    return bool(dtypes - set(FLOAT_DTYPES)) or not dtypes & {"F32", "F64"}
 
 
 def _measured(note: Callable[[str], None]) -> float | None:

@@ -55,6 +55,15 @@ def test_a_processor_without_the_arithmetic_is_not_measured(
     assert not memory.exists()
 
 
+def test_scales_of_a_quantized_model_may_have_32_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: Path
+) -> None:
+    processor(tmp_path, monkeypatch, WITH_BF16)
+    save_file({"a": torch.zeros(2, dtype=torch.int8), "b": torch.zeros(2)}, tmp_path / "model.safetensors")
+    fastest_cpu_dtype(tmp_path, notes.append)
+    assert memory.exists()
+
+
 def test_a_model_in_32_bits_keeps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: Path) -> None:
     processor(tmp_path, monkeypatch, WITH_BF16)
     save_file({"a": torch.zeros(2, dtype=torch.bfloat16), "b": torch.zeros(2)}, tmp_path / "model.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from workers.model.batch import Batch, GroupInputs
 from workers.model.loader import Checkpoint
 from workers.model.quant.storage import Cut, StoredFormat
+from workers.model.quant.weights import InputChange
 from workers.model.registry import load_config
 from workers.model.stage import build_stage
 from workers.parallel import ParallelGroups, Shard
@@ -31,7 +33,9 @@ def dequantized(directory: Path, matrix: str, shape: tuple[int, int]) -> torch.T
     assert isinstance(weight_format, StoredFormat)
     weights = Checkpoint(directory, torch.float32, CPU)
     cut = Cut(matrix, *shape, slice(0, shape[0]), slice(0, shape[1]))
-    return weight_format.rule.storage_of(matrix).read(weights, cut).dense(torch.float32)
+    weight = weight_format.rule.storage_of(matrix).read(weights, cut)
+    # Tools do not count the inputs' multiplier to the matrix.
+    return replace(weight, inputs_change=InputChange(weight.inputs_change.order)).dense(torch.float32)
 
 
 def last_logits(directory: Path, dtype: torch.dtype, token_ids: torch.Tensor, count: int) -> torch.Tensor:
@@ -56,3 +60,26 @@ def last_logits(directory: Path, dtype: torch.dtype, token_ids: torch.Tensor, co
     )
     with torch.inference_mode():
         return stage.forward(batch, caches, None).float()
+
+
+class Tensors:
+    """Weights in memory."""
+
+    dtype = torch.float32
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def read(
+        self, name: str, shape: tuple[int, ...], part: tuple[slice, ...] = (), as_stored: bool = False
+    ) -> torch.Tensor:
+        assert self._tensors[name].shape == shape
+        return self._tensors[name][part]
+
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
+        return tuple(self._tensors[name].shape) if name in self._tensors else None
+
+
+def whole(name: str, outputs: int, inputs: int) -> Cut:
+    """All of a matrix."""
+    return Cut(name, outputs, inputs, slice(0, outputs), slice(0, inputs))

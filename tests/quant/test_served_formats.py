@@ -34,6 +34,7 @@ ROUNDS_INPUTS = {
     "ct-nvfp4": "inputs of 4 bits are rounded there, not at all here",
     "ct-nvfp4-a4": "the same",
     "modelopt-fp8": "inputs are rounded to e4m3 there, not at all here",
+    "modelopt-fp8-kv": "the same",
     "modelopt-int8-sq": "half-integers may be rounded to the other side",
 }
 LOOSE, VERY_LOOSE, EXACT = 0.1, 0.35, 5e-3
@@ -51,7 +52,7 @@ SERVED = [
 def test_matrices_are_the_oracles(name: str) -> None:
     """Bit for bit, in the dtype in which the oracle has them."""
     said = {key.removeprefix("dequantized."): value for key, value in oracle(name).items() if "dequantized." in key}
-    assert said
+    assert said or name == "ct-fp8-kv"  # its cache alone is quantized
     for matrix, expected in said.items():
         found = dequantized(FIXTURES / name, matrix, (expected.shape[0], expected.shape[1]))
         if name == "bnb-int8":  # it multiplies in another order

@@ -22,7 +22,7 @@ from workers.model.config import ModelConfig
 from workers.model.config_fields import ConfigFields
 from workers.model.families import llama, qwen3
 from workers.model.family import Family
-from workers.model.quant import awq, bitnet, bitsandbytes, compressed_tensors, fp8, gptq, mxfp4
+from workers.model.quant import awq, bitnet, bitsandbytes, compressed_tensors, fp8, gptq, modelopt, mxfp4
 from workers.model.quant.plain import PLAIN_FORMAT
 from workers.model.weight_format import QuantMethod, WeightFormat
 
@@ -35,6 +35,7 @@ _BUILT_IN: tuple[ModuleType, ...] = (
     compressed_tensors,
     fp8,
     gptq,
+    modelopt,
     mxfp4,
 )
 
@@ -66,8 +67,10 @@ class Registry:
         return family
 
     def weight_format(self, raw: Mapping[str, Any], path: Path) -> WeightFormat:
-        """How the weights are stored by a config.json. Raises ModelError."""
+        """How the weights are stored by a config.json, and what is beside it. Raises ModelError."""
         quantization = raw.get("quantization_config")
+        if quantization is None:
+            quantization = _modelopts_own(path)
         if quantization is None:
             return PLAIN_FORMAT
         where = f"{path}: quantization_config"
@@ -110,6 +113,16 @@ def load_config(directory: str | Path, ignore_keys: Collection[str] = (), plugin
     fields = ConfigFields(raw, path, family.architecture, family.defaults, end_ids, weight_format)
     is_built_in = any(family in _families(module) for module in _BUILT_IN)
     return family.read(fields) if is_built_in else _read_by_plugin(family, fields)
+
+
+def _modelopts_own(path: Path) -> dict[str, Any] | None:
+    """What its older versions say in a file of their own, beside config.json."""
+    try:
+        content = read_json(path.with_name("hf_quant_config.json"))
+    except CheckpointError as error:
+        raise ModelError(str(error)) from None
+    said = content.get("quantization")
+    return {"quant_method": "modelopt", **said} if isinstance(said, dict) else None
 
 
 def _read_by_plugin(family: Family, fields: ConfigFields) -> ModelConfig:

@@ -1,4 +1,7 @@
-"""AWQ (arXiv:2306.00978) in its `gemm` layout, as AutoAWQ and others write it."""
+"""AWQ (arXiv:2306.00978) in its `gemm` layout, as AutoAWQ and others write it.
+
+Unknown keys of quantization_config are passed over, as in GPTQ.
+"""
 
 from __future__ import annotations
 
@@ -22,34 +25,6 @@ if TYPE_CHECKING:
 
 _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the place of each of 8 outputs in a word
 _PER_WORD = 8
-_KEYS = (
-    "quant_method",
-    "bits",
-    "w_bit",
-    "group_size",
-    "q_group_size",
-    "version",
-    "format",
-    "checkpoint_format",
-    "zero_point",
-    "modules_to_not_convert",
-    # how it was made, and how others run it
-    "autoround_version",
-    "backend",
-    "batch_size",
-    "data_type",
-    "desc_act",
-    "do_fuse",
-    "exllama_config",
-    "fuse_max_seq_len",
-    "iters",
-    "lm_head",
-    "meta",
-    "modules_to_fuse",
-    "pack_dtype",
-    "provider",
-    "sym",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +95,6 @@ class AwqModules:
 def read(quantization: Mapping[str, Any], where: str) -> StoredFormat:
     """From quantization_config. Raises ModelError."""
     options = Options(quantization, where)
-    options.known(*_KEYS)
     options.one_of("bits" if "bits" in quantization else "w_bit", (4,))
     for key in ("version", "checkpoint_format", "format"):
         if isinstance(quantization.get(key), str) and quantization[key].lower() != "gemm":

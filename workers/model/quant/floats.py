@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from checkpoint.tensors import WantedTensor
 from workers.errors import ModelError
-from workers.model.quant.integers import InputRounding, num_groups, positive_scalar, row_scales
+from workers.model.quant.integers import InputRounding, input_change, num_groups, positive_scalar, row_scales
 from workers.model.quant.storage import Cut
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from kernels.quantise import Scheme
     from workers.model.loader import Weights
-    from workers.model.quant.weights import InputChange, QuantWeight
+    from workers.model.quant.weights import QuantWeight
 
 BLOCK = 128
 _FLOATS_AND_E8M0 = ("F64", "F32", "F16", "BF16", "F8_E8M0")
@@ -86,16 +86,6 @@ def _per_number(scales: Tensor, cut: Cut) -> Tensor:
     row, column = cut.rows.start % BLOCK, cut.columns.start % BLOCK
     wide = scales.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[row:, column:]
     return wide[: cut.rows.stop - cut.rows.start, : cut.columns.stop - cut.columns.start]
-
-
-def input_change(weights: Weights, cut: Cut) -> InputChange:
-    """By NAME.pre_quant_scale, where there is one."""
-    from workers.model.quant.weights import NO_CHANGE, InputChange
-
-    name = f"{cut.name}.pre_quant_scale"
-    if weights.shape_of(name) is None:
-        return NO_CHANGE
-    return InputChange(multiplier=weights.read(name, (cut.inputs,), (cut.columns,), as_stored=True).float())
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,9 @@
 
 Version 1 stores each zero point less one, version 2 as it is. Some files are labelled 1 and hold version 2: where zeros
 are symmetric, their words tell (0x7777... is 1, 0x8888... is 2), and count more than the label.
+
+Writers note in quantization_config how they made a file, under ever new names: unknown keys are passed over. The names
+and shapes of the tensors show what a matrix is.
 """
 
 from __future__ import annotations
@@ -27,56 +30,6 @@ if TYPE_CHECKING:
     from workers.model.quant.weights import QuantWeight
 
 _BITS = (2, 3, 4, 8)
-_KEYS = (
-    "quant_method",
-    "bits",
-    "group_size",
-    "desc_act",
-    "sym",
-    "lm_head",
-    "checkpoint_format",
-    "dynamic",
-    "modules_in_block_to_quantize",
-    "modules_to_not_convert",
-    "pack_dtype",
-    # how it was made, and how others run it
-    "act_group_aware",
-    "autoround_version",
-    "backend",
-    "batch_size",
-    "block_name_to_quantize",
-    "cache_block_outputs",
-    "damp_percent",
-    "damp_auto_increment",
-    "data_type",
-    "dataset",
-    "exllama_config",
-    "format",
-    "hessian",
-    "is_marlin_format",
-    "iters",
-    "max_input_length",
-    "meta",
-    "method",
-    "model_file_base_name",
-    "model_name_or_path",
-    "model_seqlen",
-    "module_name_preceding_first_block",
-    "offload_to_disk",
-    "offload_to_disk_path",
-    "pad_token_id",
-    "provider",
-    "quant_method_kwargs",
-    "quantizer",
-    "rotation",
-    "static_groups",
-    "super_bits",
-    "super_group_size",
-    "tokenizer",
-    "true_sequential",
-    "use_cuda_fp16",
-    "use_exllama",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +122,6 @@ class GptqModules:
 def read(quantization: Mapping[str, Any], where: str) -> StoredFormat:
     """From quantization_config. Raises ModelError."""
     options = Options(quantization, where)
-    options.known(*_KEYS)
     options.one_of("pack_dtype", ("int32",), "int32")
     default = _storage(options, None)
     overrides: list[tuple[str, MatrixStorage]] = []

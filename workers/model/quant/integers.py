@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workers.model.loader import Weights
-    from workers.model.quant.weights import QuantWeight
+    from workers.model.quant.weights import InputChange, QuantWeight
 
 InputRounding = Literal["none", "row", "fixed"]
 """How a product's inputs are rounded: not at all, by a scale of each row, or by one of the checkpoint."""
@@ -84,12 +84,14 @@ class PackedStorage:
 @dataclass(frozen=True, slots=True)
 class IntegerStorage:
     """NAME.weight int8 [outputs, inputs] and NAME.weight_scale [outputs, 1], or [1], or [outputs, groups]; for fixed
-    scales of the inputs NAME.input_scale [1], and NAME.input_zero_point int8 [1]."""
+    scales of the inputs NAME.input_scale [1], and NAME.input_zero_point int8 [1]; NAME.pre_quant_scale [inputs] may
+    multiply them before (SmoothQuant)."""
 
     bits: int
     group_size: int  # 0: all inputs
     input_rounding: InputRounding
     has_input_zero: bool = False
+    has_multiplier: bool = False
 
     @property
     def edges(self) -> tuple[int, int]:
@@ -108,6 +110,8 @@ class IntegerStorage:
             wanted[f"{name}.input_scale"] = WantedTensor((1,), other_shapes=((),))
         if self.has_input_zero:
             wanted[f"{name}.input_zero_point"] = WantedTensor((1,), ("I8",), other_shapes=((),))
+        if self.has_multiplier:
+            wanted[f"{name}.pre_quant_scale"] = WantedTensor((inputs,), is_optional=True)
         return wanted
 
     def read(self, weights: Weights, cut: Cut) -> QuantWeight:
@@ -131,7 +135,7 @@ class IntegerStorage:
         if self.input_rounding == "fixed":
             zero = int(scalar(weights, f"{name}.input_zero_point")) if self.has_input_zero else 0
             fixed = StaticScale(positive_scalar(weights, f"{name}.input_scale"), zero)
-        return Int8Weight(codes, scales, fixed)
+        return Int8Weight(codes, scales, fixed, inputs_change=input_change(weights, cut))
 
 
 def num_groups(name: str, inputs: int, group_size: int) -> int:
@@ -198,11 +202,23 @@ def check_stored_shape(weights: Weights, cut: Cut) -> None:
 
 def row_scales(weights: Weights, name: str, cut: Cut) -> Tensor:
     """fp32 [rows of the cut], of a tensor with a scale per output or one for all."""
-    shape = weights.shape_of(name) or (cut.outputs, 1)
+    shape = weights.shape_of(name)
+    if shape is None:
+        raise ModelError(f"no tensor {name}")
     if math.prod(shape) == 1:
         one: Tensor = weights.read(name, shape, as_stored=True).float().reshape(1)
         return one.repeat(cut.rows.stop - cut.rows.start)
     return weights.read(name, shape, (cut.rows,), as_stored=True).float().reshape(-1)
+
+
+def input_change(weights: Weights, cut: Cut) -> InputChange:
+    """By NAME.pre_quant_scale, where there is one."""
+    from workers.model.quant.weights import NO_CHANGE, InputChange
+
+    name = f"{cut.name}.pre_quant_scale"
+    if weights.shape_of(name) is None:
+        return NO_CHANGE
+    return InputChange(multiplier=weights.read(name, (cut.inputs,), (cut.columns,), as_stored=True).float())
 
 
 def scalar(weights: Weights, name: str) -> float:
