@@ -1,10 +1,12 @@
-"""The fixtures are the files that the manifest names, byte for byte."""
+"""The fixtures are the files that the manifest names, byte for byte, and a script makes each of them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
+
+from tests.quant.make_fixtures.__main__ import SCRIPTS
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -21,3 +23,9 @@ def test_fixtures_are_those_of_the_manifest() -> None:
         for path in FIXTURES.glob("*/*")
     }
     assert found == listed
+
+
+def test_a_script_makes_every_fixture() -> None:
+    manifest = json.loads((FIXTURES / "manifest.json").read_text())
+    made = {name for names in SCRIPTS.values() for name in names}
+    assert made == {*manifest["fixtures"], *manifest["skipped"]}

@@ -75,6 +75,7 @@ SETTINGS = {
     "HF_HUB_OFFLINE": "1",
     "BUILD_CUDA_EXT": "0",
     "TORCHDYNAMO_DISABLE": "1",  # torch.compile wants a compiler
+    "PYTHONHASHSEED": "0",  # a tool writes a list from a set
     "PYTHONDONTWRITEBYTECODE": "1",
 }
 

@@ -74,8 +74,8 @@ SHAPES: dict[str, Arguments] = {
     "ct-w4a16-k96": {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 160},
     "ct-fp8-kv": {"intermediate_size": 64},  # its weights stay 16 bits wide
 }
-FP4 = ("ct-mxfp4", "ct-nvfp4", "ct-nvfp4-a4")
-"""Their weights are dequantized to bfloat16 whatever the model's type is."""
+IN_BF16 = ("ct-mxfp4", "ct-nvfp4", "ct-nvfp4-a4", "ct-moe-w4a16")
+"""Their weights, or their experts' ones, are dequantized to bfloat16 whatever the model's type is."""
 
 
 def make(name: str, folder: Path) -> dict[str, object]:
@@ -85,7 +85,7 @@ def make(name: str, folder: Path) -> dict[str, object]:
         folder, dtype=torch.bfloat16, quantization_config=CompressedTensorsConfig(dequantize=True)
     )
     sampled = {} if name == "ct-fp8-kv" else {key: value.clone() for key, value in sampled_weights(in_bf16).items()}
-    if name in FP4:
+    if name in IN_BF16:
         in_f32, how = in_bf16.float(), "dequantizes the checkpoint to bfloat16 and runs it in float32"
     else:
         in_f32 = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

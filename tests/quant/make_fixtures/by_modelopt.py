@@ -1,8 +1,8 @@
 """ModelOpt's export of FP8, FP8 with an FP8 cache, and INT8 with SmoothQuant.
 
 No tool loads these on a CPU, so the answers come from ModelOpt's quantizers: they get the scales of the checkpoint,
-and the weights that its tensor types dequantize. (The model that was exported is of no use: the export makes layers
-with one input share their scales.) Run by the driver in an environment of requirements_modelopt.txt.
+and the weights that its tensor types dequantize. The model that was exported is not asked: its scales differ from the
+checkpoint's in the last bit, so ties round otherwise. Run by the driver in an environment of requirements_modelopt.txt.
 """
 
 from __future__ import annotations
