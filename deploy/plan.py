@@ -132,9 +132,10 @@ def _arena(store: KVStoreConfig, slot_bytes: int) -> ArenaPlan:
 
 
 def model_name(config: ClusterConfig, model_dir: str) -> str:
-    """What clients call the model: the configured name, or the directory's, or the Hub id."""
-    is_directory = model_dir.startswith("/")
-    return config.model.name or (model_dir.rstrip("/").rsplit("/", 1)[-1] if is_directory else model_dir)
+    """What clients call the model: the configured name, or that of the directory or file, or the Hub id."""
+    is_path = model_dir.startswith("/")
+    last = model_dir.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
+    return config.model.name or (last if is_path else model_dir)
 
 
 def cluster_name(config: ClusterConfig, model_dir: str, host: str, start_id: str) -> str:

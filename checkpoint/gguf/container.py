@@ -11,6 +11,7 @@ import mmap
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeAlias
 
@@ -240,6 +241,6 @@ def _read_entry(reader: _Reader, index: int, alignment: int) -> TensorEntry:
 
 def _check_apart(reader: _Reader, entries: list[TensorEntry]) -> None:
     in_order = sorted(entries, key=lambda entry: entry.offset)
-    for first, second in zip(in_order, in_order[1:], strict=False):
+    for first, second in pairwise(in_order):
         if first.offset + first.num_bytes > second.offset:
             raise reader.fault(f"{first.name} and {second.name} overlap, so an offset is wrong")

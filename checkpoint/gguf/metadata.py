@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 from checkpoint.errors import CheckpointError
 from checkpoint.gguf.container import Value
+
+_LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +43,10 @@ class Metadata:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A number, as short as the 32-bit float that it is stored in allows."""
+        """A number, not negative, as short as the 32-bit float that it is stored in allows."""
         value = self.values.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise self.wrong(key, "a number")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= _LARGEST:
+            raise self.wrong(key, "a number of at least 0")
         return _shortest(float(value))
 
     def flag(self, key: str, default: bool) -> bool:
@@ -70,14 +74,12 @@ class Metadata:
         return found
 
     def numbers(self, key: str, length: int) -> list[float] | None:
-        """A list of so many numbers; None where there is none."""
+        """A list of so many finite numbers; None where there is none."""
         value = self.values.get(key)
         if value is None:
             return None
-        if not isinstance(value, list) or len(value) != length:
-            raise self.wrong(key, f"a list of {length} numbers")
-        found = [float(entry) for entry in value if isinstance(entry, int | float)]
-        if len(found) < length:
+        found = [float(entry) for entry in value if isinstance(entry, int | float)] if isinstance(value, list) else []
+        if not isinstance(value, list) or not len(value) == len(found) == length or not all(map(isfinite, found)):
             raise self.wrong(key, f"a list of {length} numbers")
         return found
 

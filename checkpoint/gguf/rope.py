@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 _LOW_FREQ_FACTOR, _HIGH_FREQ_FACTOR, _OLD_CONTEXT = 1.0, 4.0, 8192  # of all models of Meta's
+_LARGEST_FACTOR = 2.0**20
 _TOLERANCE = 1e-4  # relative; they were computed in fp32
 
 
@@ -16,9 +17,9 @@ def llama3_scaling(divisors: Sequence[float], rope_theta: float) -> dict[str, ob
     """rope_scaling of config.json; {} where nothing is scaled; None where the divisors are of another kind."""
     if all(divisor == 1.0 for divisor in divisors):
         return {}
-    factor = float(round(max(divisors)))  # of the lowest frequency
-    if not 1 < factor < 2**20:
+    if rope_theta < 1 or not all(0.5 < divisor < _LARGEST_FACTOR for divisor in divisors):
         return None
+    factor = float(round(max(divisors)))  # of the lowest frequency
     for index, divisor in enumerate(divisors):
         wanted = _divisor(2 * math.pi * rope_theta ** (index / len(divisors)), factor)
         if not abs(divisor - wanted) <= _TOLERANCE * wanted:

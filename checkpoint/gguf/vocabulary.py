@@ -23,8 +23,9 @@ class TokenType(IntEnum):
 
 _MOST_CHARACTERS = 1024  # of a token; merges are found in time that grows with the square
 _SPECIAL = (TokenType.CONTROL, TokenType.UNKNOWN)
-_ENDS = frozenset(
-    "<|endoftext|> <|end_of_text|> <|im_end|> <|eot_id|> <|eom_id|> <|end|> <end_of_turn> <EOT> <|return|>".split()
+_ENDS = (
+    *("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>"),
+    *("<end_of_turn>", "<EOT>"),
 )
 """Control tokens at which llama.cpp ends a stream besides those that the metadata name."""
 
