@@ -14,6 +14,8 @@ from checkpoint.gguf.rope import llama3_scaling
 
 QUANT_METHOD = "gguf"
 """In config.json's quantization_config."""
+TYPES = "types"
+"""There: the type of each matrix of blocks, by name, with * for the number of an expert."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,7 @@ class ModelShapes:
     vocab_size: int  # rows of the embedding
     has_head: bool  # beside the embedding
     rope_divisors: Sequence[float]  # of rope_freqs.weight; () where there is none
+    block_types: Mapping[str, str]  # as TYPES says
 
 
 def config_json(metadata: Metadata, architecture: str, shapes: ModelShapes, end_ids: Sequence[int]) -> dict[str, Any]:
@@ -47,7 +50,7 @@ def config_json(metadata: Metadata, architecture: str, shapes: ModelShapes, end_
         "tie_word_embeddings": not shapes.has_head,
         "hidden_act": "silu",
         **({"eos_token_id": list(end_ids)} if end_ids else {}),
-        "quantization_config": {"quant_method": QUANT_METHOD},
+        "quantization_config": {"quant_method": QUANT_METHOD, TYPES: dict(shapes.block_types)},
     }
 
 

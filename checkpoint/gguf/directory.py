@@ -22,7 +22,7 @@ from checkpoint.gguf.config import ARCHITECTURES, ModelShapes, config_json, gene
 from checkpoint.gguf.container import GgufHeader, TensorEntry, read_header
 from checkpoint.gguf.metadata import Metadata
 from checkpoint.gguf.metadata_keys import ARCHITECTURE_KEYS, TOKENIZER_KEYS
-from checkpoint.gguf.names import ROPE_FACTORS
+from checkpoint.gguf.names import ROPE_FACTORS, layout_name
 from checkpoint.gguf.tokenizer import tokenizer_json
 from checkpoint.gguf.vocabulary import read_vocabulary
 from checkpoint.keys import check_keys
@@ -73,7 +73,14 @@ def _files(header: GgufHeader) -> dict[str, str]:
     if embedding is None or len(embedding.shape) != 2:
         raise metadata.refuse("no matrix token_embd.weight")
     shapes = ModelShapes(
-        embedding.shape[0], "output.weight" in tensors, _numbers(header.path, tensors.get(ROPE_FACTORS))
+        vocab_size=embedding.shape[0],
+        has_head="output.weight" in tensors,
+        rope_divisors=_numbers(header.path, tensors.get(ROPE_FACTORS)),
+        block_types={
+            layout_name(entry.name, architecture).of_expert("*").removesuffix(".weight"): entry.kind.name
+            for entry in header.tensors
+            if not entry.kind.is_number
+        },
     )
     vocabulary = read_vocabulary(metadata, shapes.vocab_size)
     files: dict[str, Mapping[str, Any]] = {

@@ -44,6 +44,10 @@ class TensorName:
     has_interleaved_heads: bool = False
     """Whether the rows of a head are stored so that those that turn together lie side by side."""
 
+    def of_expert(self, expert: str) -> str:
+        """The name of one of several; that of a single one as it is."""
+        return self.name.replace("{}", expert) if self.is_stacked else self.name
+
 
 def layout_name(name: str, architecture: str) -> TensorName:
     """Where a tensor goes. One that is not known keeps its name, by which it will be refused."""

@@ -68,7 +68,7 @@ class GgufWeights:
         is_whole = not turned or (turned % 2 == 0 and entry.shape[0] % turned == 0)
         if not is_whole or (where.is_stacked and len(entry.shape) != 3):
             raise metadata.refuse(f"{entry.name} is {list(entry.shape)}, which fits neither experts nor heads")
-        names = [where.name.format(index) for index in range(entry.shape[0])] if where.is_stacked else [where.name]
+        names = [where.of_expert(str(index)) for index in range(entry.shape[0])] if where.is_stacked else [where.name]
         shape = entry.shape[1:] if where.is_stacked else entry.shape
         if not entry.kind.is_number:
             shape = (*shape[:-1], entry.kind.row_bytes(shape[-1]))

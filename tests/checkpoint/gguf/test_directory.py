@@ -71,7 +71,7 @@ def test_sizes_and_texts_are_those_of_the_metadata(tmp_path: Path) -> None:
         "num_key_value_heads": SIZES["kv_heads"], "head_dim": SIZES["head_dim"], "vocab_size": _vocab_size(),
         "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "num_experts": SIZES["experts"],
         "num_experts_per_tok": SIZES["used"], "moe_intermediate_size": SIZES["width"], "norm_topk_prob": True,
-        "eos_token_id": [0], "quantization_config": {"quant_method": "gguf"},
+        "eos_token_id": [0], "quantization_config": {"quant_method": "gguf", "types": {}},
     }  # fmt: skip
     assert {key: config[key] for key in wanted} == wanted
     files = ModelFiles.load(directory, "x")
