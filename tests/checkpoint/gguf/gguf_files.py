@@ -11,10 +11,12 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
+from checkpoint.gguf.block_types import QUANTISED
+
 Array = npt.NDArray[Any]
 
 DEMO = Path(__file__).resolve().parents[3] / "models" / "demo"
-SIZES = {"layers": 2, "hidden": 64, "width": 96, "heads": 4, "kv_heads": 2, "head_dim": 16, "experts": 4, "used": 2}
+SIZES = {"layers": 2, "hidden": 64, "width": 128, "heads": 4, "kv_heads": 2, "head_dim": 16, "experts": 4, "used": 2}
 
 
 def write_gguf(
@@ -177,3 +179,33 @@ def quantised(
         kind = kinds[index % len(kinds)]
         found[name] = (gguf.quants.quantize(array, kind), kind)
     return found
+
+
+_HALVES = {
+    "Q4_1": (0, 2), "Q5_1": (0, 2), "Q8_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,),
+    "Q6_K": (208,), "TQ1_0": (52,), "TQ2_0": (64,),
+}  # fmt: skip
+"""Where 16-bit floats stand in a block that does not begin with one."""
+
+
+def random_rows(name: str, num_rows: int, blocks_per_row: int) -> npt.NDArray[np.uint8]:
+    """Any bytes, but for scales that are numbers of an ordinary size: uint8 [num_rows, row_bytes]."""
+    random = np.random.default_rng(len(name))
+    block = QUANTISED[name]
+    rows = random.integers(0, 256, (num_rows, blocks_per_row * block.block_bytes), dtype=np.uint8)
+    blocks = rows.reshape(-1, block.block_bytes)
+    normal = random.standard_normal((len(blocks), 1))
+    if name == "MXFP4":
+        blocks[:, 0] = random.integers(0, 250, len(blocks))  # exponents; the largest would overflow
+        blocks[: min(4, len(blocks)), 0] = (0, 1, 2, 3)[: len(blocks)]
+    elif name == "NVFP4":
+        blocks[:, :4] &= 0x7F  # scales have no sign
+        blocks[0, :4] = (0, 0x7F, 1, 7)
+    elif name == "IQ1_M":
+        blocks[:, 55] = (blocks[:, 55] & 0x0F) | 0x30  # the scale's exponent
+    elif name == "Q8_K":
+        blocks[:, :4] = normal.astype(np.float32).view(np.uint8)
+    else:
+        for at in _HALVES.get(name, (0,)):
+            blocks[:, at : at + 2] = random.permutation(normal).astype(np.float16).view(np.uint8)
+    return rows

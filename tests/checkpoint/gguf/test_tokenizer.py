@@ -17,8 +17,11 @@ from transformers import AutoTokenizer
 
 from checkpoint.errors import CheckpointError
 from checkpoint.gguf.directory import open_gguf
+from checkpoint.gguf.packaged import packaged_gguf
 from checkpoint.tokenizer_keys import check_tokenizer_files
 from tests.checkpoint.gguf.gguf_files import byte_level_tokenizer, stored_tensors, weights_of, write_gguf
+from workers.model.registry import load_config
+from workers.model.tensor_layout import check_checkpoint
 
 ROOT = Path(__file__).resolve().parents[3]
 TEXTS = [
@@ -224,3 +227,20 @@ def test_a_token_given_twice_is_named(tmp_path: Path) -> None:
     texts["ggml.tokens"][700] = texts["ggml.tokens"][701]
     with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.tokens: '.*' is given twice"):
         _opened(tmp_path, texts)
+
+
+def test_a_real_model_gives_the_tokens_that_llama_cpp_gives() -> None:
+    """smollm2_token_ids.json has what llama.cpp's /tokenize said of the packaged file (xllamacpp 2026.10.11549)."""
+    try:
+        path = packaged_gguf("smollm2")
+    except CheckpointError as error:
+        pytest.skip(str(error))
+    assert path is not None
+    directory = open_gguf(path)
+    check_tokenizer_files(directory)
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    said = json.loads(Path(__file__).with_name("smollm2_token_ids.json").read_text())
+    assert [[text, tokenizer.encode(text).ids] for text, _ in said] == said
+    model = load_config(directory)
+    check_checkpoint(directory, model)
+    assert (model.num_hidden_layers, model.vocab_size, model.eos_token_ids) == (30, 49152, (2, 0))

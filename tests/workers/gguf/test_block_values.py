@@ -9,43 +9,14 @@ import pytest
 import torch
 
 from checkpoint.gguf.block_types import QUANTISED
+from tests.checkpoint.gguf.gguf_files import random_rows
 from workers.model.quant.gguf_blocks.affine import AFFINE
 from workers.model.quant.gguf_blocks.dequantise import dequantise
 from workers.model.quant.gguf_blocks.grids import GRIDS
 from workers.model.quant.gguf_blocks.levels import LEVELS
 
-Bytes = npt.NDArray[np.uint8]
-
-_HALVES = {
-    "Q4_1": (0, 2), "Q5_1": (0, 2), "Q8_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,),
-    "Q6_K": (208,), "TQ1_0": (52,), "TQ2_0": (64,),
-}  # fmt: skip
-"""Where 16-bit floats stand in a block that does not begin with one."""
 _UNKNOWN_TO_GGUF = ("Q8_1", "Q8_K", "Q1_0", "Q2_0")
 _QUANTISERS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4")
-
-
-def _random_rows(name: str, num_rows: int = 24, blocks_per_row: int = 3) -> Bytes:
-    """Any bytes, but for scales that are numbers of an ordinary size."""
-    random = np.random.default_rng(len(name))
-    block = QUANTISED[name]
-    rows = random.integers(0, 256, (num_rows, blocks_per_row * block.block_bytes), dtype=np.uint8)
-    blocks = rows.reshape(-1, block.block_bytes)
-    normal = random.standard_normal((len(blocks), 1))
-    if name == "MXFP4":
-        blocks[:, 0] = random.integers(0, 250, len(blocks))  # exponents; the largest would overflow
-        blocks[:4, 0] = (0, 1, 2, 3)
-    elif name == "NVFP4":
-        blocks[:, :4] &= 0x7F  # scales have no sign
-        blocks[0, :4] = (0, 0x7F, 1, 7)
-    elif name == "IQ1_M":
-        blocks[:, 55] = (blocks[:, 55] & 0x0F) | 0x30  # the scale's exponent
-    elif name == "Q8_K":
-        blocks[:, :4] = normal.astype(np.float32).view(np.uint8)
-    else:
-        for at in _HALVES.get(name, (0,)):
-            blocks[:, at : at + 2] = random.permutation(normal).astype(np.float16).view(np.uint8)
-    return rows
 
 
 def _same_bits(ours: torch.Tensor, theirs: npt.NDArray[np.float32]) -> bool:
@@ -60,7 +31,7 @@ def test_every_type_has_values() -> None:
 
 @pytest.mark.parametrize("name", sorted(QUANTISED.keys() - set(_UNKNOWN_TO_GGUF)))
 def test_values_of_any_bytes(name: str) -> None:
-    rows = _random_rows(name)
+    rows = random_rows(name, 24, 3)
     theirs = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[name])
     assert _same_bits(dequantise(name, torch.from_numpy(rows)), theirs)
 
@@ -79,7 +50,7 @@ def test_values_of_quantised_numbers(name: str) -> None:
 def test_types_that_gguf_does_not_read() -> None:
     """By ggml's descriptions: a scale, and codes; Q8_1 has a sum of them besides, Q8_K sums of groups of 16."""
     for name, offset, per_byte in (("Q8_1", 4, 1), ("Q8_K", 4, 1), ("Q1_0", 2, 8), ("Q2_0", 2, 4)):
-        block = _random_rows(name, 1, 1)[0]
+        block = random_rows(name, 1, 1)[0]
         scale = block[:4].view(np.float32)[0] if name == "Q8_K" else np.float32(block[:2].view(np.float16)[0])
         wanted = []
         for byte in block[offset : offset + QUANTISED[name].block_size // per_byte]:
@@ -94,7 +65,7 @@ def test_types_that_gguf_does_not_read() -> None:
 
 def test_values_come_in_the_dtype_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Computed in fp32 and rounded once, in steps or not."""
-    rows = torch.from_numpy(_random_rows("Q4_K"))
+    rows = torch.from_numpy(random_rows("Q4_K", 24, 3))
     whole = dequantise("Q4_K", rows)
     monkeypatch.setattr("workers.model.quant.gguf_blocks.dequantise._VALUES_AT_ONCE", 512)
     assert torch.equal(dequantise("Q4_K", rows, torch.bfloat16), whole.bfloat16())
