@@ -18,11 +18,12 @@ from pathlib import Path
 import platformdirs
 
 from checkpoint.errors import CheckpointError
-from checkpoint.tensors import stored_tensors
+from checkpoint.tensors import is_gguf, stored_tensors
 
 _FLAGS = frozenset(("avx512_bf16", "amx_bf16", "bf16"))  # of x86 and Arm, as Linux names them
 _WORTH = 1.2  # times as fast
 _MEASURING_TIMEOUT_S = 60.0
+_ROUTER = ".mlp.gate.weight"
 _CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -60,10 +61,11 @@ def _processor() -> str | None:
 
 def _is_stored_in_16_bits(model_dir: Path) -> bool:
     try:
-        tensors = stored_tensors(model_dir).values()
+        wide = [(name, each) for name, each in stored_tensors(model_dir).items() if each.dtype in ("F32", "F64")]
     except CheckpointError:
         return False
-    return all(tensor.dtype not in ("F32", "F64") for tensor in tensors)
+    # A GGUF has its norms and routers in 32 bits, whatever its matrices are stored in.
+    return all(is_gguf(each.path) and (len(each.shape) == 1 or name.endswith(_ROUTER)) for name, each in wide)
 
 
 def _measured(note: Callable[[str], None]) -> float | None:

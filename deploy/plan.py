@@ -86,9 +86,9 @@ def make_plan(
 ) -> ClusterPlan:
     """Work out the whole cluster.
 
-    model_dir: an absolute path or a Hub id. num_gpus: what Ray has to offer. control: URL of the control service.
-    tier_secret: of the remote tier, where there is one. cluster: its name. cpu_dtype: what model.dtype=auto means on
-    CPUs.
+    model_dir: an absolute path, the name of a packaged model, or a Hub id. num_gpus: what Ray has to offer. control:
+    URL of the control service. tier_secret: of the remote tier, where there is one. cluster: its name. cpu_dtype: what
+    model.dtype=auto means on CPUs.
     Raises ConfigError where parts of the configuration do not fit each other or the machines.
     """
     devices = {name: _device(config, pool, num_gpus) for name, pool in config.pools.items()}
