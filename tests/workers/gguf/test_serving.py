@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from checkpoint.errors import CheckpointError
@@ -25,6 +26,7 @@ from tests.checkpoint.gguf.gguf_files import (
     weights_of,
     write_gguf,
 )  # fmt: skip
+from tests.quant.served import last_logits
 from tests.workers.engine_group import EngineGroup
 from workers.config import EngineConfig
 from workers.errors import ModelError
@@ -68,15 +70,21 @@ def _config(directory: Path, group: EngineGroup, dtype: str = "float32") -> Engi
     )
 
 
-def _oracle(path: Path, directory: Path, prompts: list[list[int]], max_tokens: int = MAX_TOKENS) -> list[list[int]]:
-    """Greedy tokens of transformers' own model in fp32, with values and names by `gguf`, and rows turned back."""
+def _oracle_model(path: Path, directory: Path) -> Any:
+    """transformers' own model in fp32, with values and names by `gguf`, and rows turned back."""
     config = json.loads((directory / "config.json").read_text())
     del config["quantization_config"]
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), torch_dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32).eval()
     loaded = model.load_state_dict(_state(path, config, set(model.state_dict())), strict=False)
     assert not loaded.unexpected_keys
     assert set(loaded.missing_keys) <= ({"lm_head.weight"} if config["tie_word_embeddings"] else set())
     model.tie_weights()
+    return model
+
+
+def _oracle(path: Path, directory: Path, prompts: list[list[int]], max_tokens: int = MAX_TOKENS) -> list[list[int]]:
+    """Greedy tokens of the oracle."""
+    model = _oracle_model(path, directory)
     found = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
@@ -237,8 +245,6 @@ def smollm2() -> Path:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_real_model_says_what_transformers_says(dtype: str, smollm2: Path) -> None:
     """In bfloat16, which rounds more than transformers does here, the answer begins the same."""
-    from tokenizers import Tokenizer
-
     directory = open_gguf(smollm2)
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     prompts = [
@@ -256,3 +262,14 @@ def test_a_real_model_says_what_transformers_says(dtype: str, smollm2: Path) -> 
         sampling = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
         found = group.run(_config(directory, group, dtype), prompts, sampling).completions
     assert [ids[:num_equal] for ids in found] == [ids[:num_equal] for ids in expected]
+
+
+@pytest.mark.slow
+def test_a_real_model_has_the_logits_of_transformers(smollm2: Path) -> None:
+    directory = open_gguf(smollm2)
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    ids = torch.tensor(tokenizer.encode(Path(__file__).read_text()[:1500]).ids)
+    with torch.inference_mode():
+        expected = _oracle_model(smollm2, directory)(ids[None]).logits[0]
+    found = last_logits(directory, torch.float32, ids, len(ids))
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
