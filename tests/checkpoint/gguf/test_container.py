@@ -156,7 +156,7 @@ def test_a_file_may_end_anywhere(small: Path, tmp_path: Path) -> None:
             read_header(path)
 
 
-@settings(max_examples=300, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_bytes_make_the_reader_fail_otherwise(small: Path, tmp_path: Path, data: st.DataObject) -> None:
     """Bits that flip, numbers that lie, ends that are missing: an error of one line, or a model that can be read."""
