@@ -8,7 +8,7 @@ OUT ?= bench/results
 .PHONY: help env env-test smollm2 serve test test-slow check bench bench-gpu proto
 
 help:            ## what can be made
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*##/  make \1\t/'
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):[^#]*##/  make \1\t/'
 
 env: .venv/.runtime       ## the environment alone (.venv)
 env-test: .venv/.test
