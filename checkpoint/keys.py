@@ -44,20 +44,23 @@ def refused(why: str, *neutral: object) -> Key:
     return Key("refused", why, neutral)
 
 
-def check_keys(raw: Mapping[str, object], table: KeyTable, where: str | Path, way_out: str = "") -> None:
+_IGNORING = "; name it in model.ignore_keys if it changes nothing"
+
+
+def check_keys(
+    raw: Mapping[str, object], table: KeyTable, where: str | Path, way_out: str = "", if_unknown: str = _IGNORING
+) -> None:
     """Raise CheckpointError for the first key whose value could change answers and is not used.
 
-    where: what the error begins with. way_out: what else can be done about a key that is not supported.
+    where: what the error begins with. way_out, if_unknown: what else can be done about a key that is not supported, or
+    not known.
     """
     for name, value in raw.items():
         if value is None:
             continue
         key = table.get(name)
         if key is None:
-            raise CheckpointError(
-                f"{where}: {name}: unknown key, so what it changes is unknown too; "
-                "name it in model.ignore_keys if it changes nothing"
-            )
+            raise CheckpointError(f"{where}: {name}: unknown key, so what it changes is unknown too{if_unknown}")
         if key.treatment == "refused" and not is_neutral(value, key.neutral):
             raise CheckpointError(f"{where}: {name}={_shown(value)} is not supported: {key.why}{way_out}")
 

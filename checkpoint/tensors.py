@@ -12,6 +12,7 @@ from pathlib import Path
 from checkpoint.digest import files_digest
 from checkpoint.errors import CheckpointError
 from checkpoint.files import refuse_pointer
+from checkpoint.gguf.directory import WEIGHTS_NAME
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 """Of tensors that are numbers as they are, in safetensors' names."""
@@ -23,8 +24,9 @@ class StoredTensor:
 
     path: Path
     dtype: str
-    """In safetensors' names: F32, BF16, F8_E4M3, I32, ..."""
+    """In safetensors' names: F32, BF16, F8_E4M3, I32, ... Of quantised rows in a GGUF: Q4_K, ..."""
     shape: tuple[int, ...]
+    """Of quantised rows in a GGUF: rows, and bytes of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +48,14 @@ class WantedTensor:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """model.safetensors, or the files that model.safetensors.index.json lists. Raises CheckpointError."""
-    index = directory / "model.safetensors.index.json"
+    """model.safetensors, the files that model.safetensors.index.json lists, or model.gguf. Raises CheckpointError."""
+    index, single, gguf = (
+        directory / name for name in ("model.safetensors.index.json", "model.safetensors", WEIGHTS_NAME)
+    )
+    if gguf.exists():
+        if index.exists() or single.exists():
+            raise CheckpointError(f"{gguf}: beside files of safetensors, so which of them is the model is open")
+        return [gguf]
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -61,7 +69,6 @@ def weight_files(directory: Path) -> list[Path]:
         if missing:
             raise CheckpointError(f"{directory / missing[0]}: missing, and listed in {index.name}")
         return [directory / name for name in names]
-    single = directory / "model.safetensors"
     if not single.exists():
         raise CheckpointError(f"{single}: missing (neither it nor model.safetensors.index.json is there)")
     return [single]
@@ -69,22 +76,38 @@ def weight_files(directory: Path) -> list[Path]:
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     """All tensors of the weight files, by name. Raises CheckpointError."""
+    found: dict[str, StoredTensor] = {}
+    for path in weight_files(directory):
+        for name, tensor in (_of_gguf(path) if is_gguf(path) else _of_safetensors(path)).items():
+            if name in found:
+                raise CheckpointError(f"{path}: {name} stands in {found[name].path.name} too")
+            found[name] = tensor
+    return found
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a weight file is a GGUF, and not of safetensors."""
+    return path.name == WEIGHTS_NAME
+
+
+def _of_gguf(path: Path) -> dict[str, StoredTensor]:
+    from checkpoint.gguf.weights import GgufWeights
+
+    tensors = GgufWeights(path).tensors
+    return {name: StoredTensor(path, tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+
+
+def _of_safetensors(path: Path) -> dict[str, StoredTensor]:
     # Here, since `switchyard router` imports this module and has no safetensors: it reads no weights.
     from safetensors import SafetensorError, safe_open
 
-    found: dict[str, StoredTensor] = {}
-    for path in weight_files(directory):
-        try:
-            refuse_pointer(path)
-            with safe_open(path, framework="np") as file:
-                for name in file.keys():  # noqa: SIM118  # not a mapping
-                    view = file.get_slice(name)
-                    if name in found:
-                        raise CheckpointError(f"{path}: {name} stands in {found[name].path.name} too")
-                    found[name] = StoredTensor(path, view.get_dtype(), tuple(view.get_shape()))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: not readable as safetensors ({error})") from None
-    return found
+    try:
+        refuse_pointer(path)
+        with safe_open(path, framework="np") as file:
+            views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+            return {name: StoredTensor(path, view.get_dtype(), tuple(view.get_shape())) for name, view in views.items()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not readable as safetensors ({error})") from None
 
 
 def check_tensors(
@@ -116,8 +139,16 @@ def have_same_bytes(one: StoredTensor, other: StoredTensor, names: tuple[str, st
     """Whether two tensors, of these names in their files, are the same in dtype, shape and every byte."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
+    if is_gguf(one.path) or is_gguf(other.path):
+        return _gguf_bytes(one.path, names[0]) == _gguf_bytes(other.path, names[1])
     with _mapped(one.path, names[0]) as first, _mapped(other.path, names[1]) as second:
         return first == second
+
+
+def _gguf_bytes(path: Path, name: str) -> bytes:
+    from checkpoint.gguf.weights import GgufWeights
+
+    return GgufWeights(path).read(name).tobytes()
 
 
 @contextlib.contextmanager

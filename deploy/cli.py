@@ -58,7 +58,9 @@ def cli() -> None:
 
 @cli.command()
 @click.option("--config", "config_path", metavar="FILE", help="YAML of the whole cluster.")
-@click.option("--model", metavar="DIR_OR_HUB_ID", help="Model directory or Hub id. Default: the demo model.")
+@click.option(
+    "--model", metavar="MODEL", help="Model directory, GGUF file, smollm2 or Hub id. Default: the demo model."
+)
 @click.option("--prefill", type=int, metavar="N", help="Prefill workers.")
 @click.option("--decode", type=int, metavar="N", help="Decode workers.")
 @click.option("--mixed", type=int, metavar="N", help="Workers that do both; alone, instead of the default pair.")

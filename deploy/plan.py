@@ -86,9 +86,9 @@ def make_plan(
 ) -> ClusterPlan:
     """Work out the whole cluster.
 
-    model_dir: an absolute path or a Hub id. num_gpus: what Ray has to offer. control: URL of the control service.
-    tier_secret: of the remote tier, where there is one. cluster: its name. cpu_dtype: what model.dtype=auto means on
-    CPUs.
+    model_dir: an absolute path, the name of a packaged model, or a Hub id. num_gpus: what Ray has to offer. control:
+    URL of the control service. tier_secret: of the remote tier, where there is one. cluster: its name. cpu_dtype: what
+    model.dtype=auto means on CPUs.
     Raises ConfigError where parts of the configuration do not fit each other or the machines.
     """
     devices = {name: _device(config, pool, num_gpus) for name, pool in config.pools.items()}
@@ -132,9 +132,10 @@ def _arena(store: KVStoreConfig, slot_bytes: int) -> ArenaPlan:
 
 
 def model_name(config: ClusterConfig, model_dir: str) -> str:
-    """What clients call the model: the configured name, or the directory's, or the Hub id."""
-    is_directory = model_dir.startswith("/")
-    return config.model.name or (model_dir.rstrip("/").rsplit("/", 1)[-1] if is_directory else model_dir)
+    """What clients call the model: the configured name, or that of the directory or file, or the Hub id."""
+    is_path = model_dir.startswith("/")
+    last = model_dir.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
+    return config.model.name or (last if is_path else model_dir)
 
 
 def cluster_name(config: ClusterConfig, model_dir: str, host: str, start_id: str) -> str:

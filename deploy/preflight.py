@@ -44,7 +44,7 @@ class FoundModel:
     """The model to serve, as this machine sees it."""
 
     reference: str
-    """The path for workers on other hosts: an absolute path, or a Hub id."""
+    """The same for workers on other hosts: an absolute path, the name of a packaged model, or a Hub id."""
     directory: Path
     config: ModelConfig
 
@@ -62,8 +62,8 @@ def find_model(config: ClusterConfig) -> FoundModel:
         model = load_config(directory, config.model.ignore_keys, config.model.plugins)
     except (ModelError, ModelFilesError) as error:
         raise ConfigError(str(error)) from None
-    is_directory = Path(wanted).expanduser().is_dir()
-    return FoundModel(str(directory) if is_directory else wanted, directory, model)
+    path = Path(wanted).expanduser()
+    return FoundModel(str(path.resolve()) if path.exists() else wanted, directory, model)
 
 
 def check_model(config: ClusterConfig) -> FoundModel:

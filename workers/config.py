@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from checkpoint.errors import CheckpointError
+from checkpoint.gguf.directory import find_gguf, open_gguf
+from checkpoint.gguf.packaged import packaged_gguf
 from kvstore.config import KV_ENCODINGS, KVStoreConfig
 from settings.limits import Bounds, OneOf, check_limits
 from workers.errors import ModelError
@@ -19,18 +22,35 @@ KV_SCALE_BYTES = 4  # fp32, one for each row that is kept in 8 bits
 
 
 def resolve_model(model: str) -> Path:
-    """A local directory as it is; anything else is a Hugging Face Hub id and is fetched into its cache.
+    """The model directory of: a local directory; a GGUF file, or a directory with one; the name of a packaged model; or
+    a Hugging Face Hub id, which is fetched into its cache.
 
-    Raises ModelError when it is neither.
+    Raises ModelError when it is none of these.
     """
     try:
         path = Path(model).expanduser()
         if path.exists() or model.startswith((".", "/", "~")):
-            if not path.is_dir():
-                raise ModelError(f"{model}: no such model directory")
-            return path
+            return _local_model(model, path)
+        packaged = packaged_gguf(model)
+        if packaged is not None:
+            return open_gguf(packaged)
+    except CheckpointError as error:
+        raise ModelError(str(error)) from None
     except (OSError, RuntimeError) as error:  # a name that is too long, a user that there is not
         raise ModelError(f"model.path: {model[:100]!r}: {getattr(error, 'strerror', None) or error}") from None
+    return _fetched_model(model)
+
+
+def _local_model(model: str, path: Path) -> Path:
+    gguf = find_gguf(path)
+    if gguf is not None and gguf.exists():
+        return open_gguf(gguf)
+    if not path.is_dir():
+        raise ModelError(f"{model}: no such model directory")
+    return path
+
+
+def _fetched_model(model: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -125,7 +145,7 @@ class EngineConfig(EngineOptions):
     """One engine: what it computes with and how much at a time."""
 
     model_dir: str
-    """Directory of the model, or a Hub id."""
+    """Directory of the model, a GGUF file, the name of a packaged model, or a Hub id."""
     dtype: Annotated[str, OneOf(DTYPES)] = "auto"
     """float32, bfloat16 or float16; auto means float32 on CPU and bfloat16 on CUDA."""
     device: str = "auto"

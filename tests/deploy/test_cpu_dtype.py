@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from checkpoint.gguf.directory import open_gguf
 from deploy import cpu_dtype
 from deploy.cpu_dtype import fastest_cpu_dtype
+from tests.checkpoint.gguf.gguf_files import demo_tokenizer, quantised, stored_tensors, weights_of, write_gguf
 from tests.fake_cluster import DEMO
 
 WITH_BF16 = "processor\t: 0\nmodel name\t: Fast CPU\nflags\t\t: fpu avx512f avx512_bf16\n"
@@ -70,3 +73,17 @@ def test_a_model_in_32_bits_keeps_them(tmp_path: Path, monkeypatch: pytest.Monke
     assert fastest_cpu_dtype(tmp_path, notes.append) == "float32"
     assert fastest_cpu_dtype(tmp_path / "nothing", notes.append) == "float32"
     assert not memory.exists()
+
+
+@pytest.mark.parametrize(("kind", "keeps_32_bits"), [("Q4_0", False), ("F16", False), ("F32", True)])
+def test_norms_of_a_gguf_do_not_count(
+    kind: str, keeps_32_bits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: Path
+) -> None:
+    processor(tmp_path, monkeypatch, WITH_BF16)
+    monkeypatch.setattr(cpu_dtype, "_measured", lambda note: 3.0)
+    vocab_size = len(demo_tokenizer()["ggml.tokens"])
+    tensors = quantised(
+        stored_tensors("qwen3moe", weights_of("qwen3moe", vocab_size)), [gguf.GGMLQuantizationType[kind]]
+    )
+    directory = open_gguf(write_gguf(tmp_path / "x.gguf", "qwen3moe", tensors))
+    assert fastest_cpu_dtype(directory, notes.append) == ("float32" if keeps_32_bits else "bfloat16")

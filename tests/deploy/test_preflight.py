@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from gguf import GGMLQuantizationType
 
+from checkpoint.gguf.directory import open_gguf
 from deploy import config
 from deploy.cluster import Cluster
 from deploy.config import EndpointsConfig, RayConfig
 from deploy.errors import ConfigError, StartError
+from deploy.plan import model_name
 from deploy.preflight import (
     check_control,
     check_folder,
@@ -31,6 +34,7 @@ from deploy.progress import Steps
 from kvstore.network.addresses import listen
 from kvstore.tiers.disk.segments import LOCK_NAME, lock_file
 from kvstore.tiers.redis.redis_tier import key_prefix_of
+from tests.checkpoint.gguf.gguf_files import demo_tokenizer, quantised, stored_tensors, weights_of, write_gguf
 from tests.processes import RedisServer
 
 
@@ -52,6 +56,22 @@ def test_a_good_model_is_found(tiny_model: Path) -> None:
     assert found.directory == tiny_model
     assert found.reference == str(tiny_model)
     assert found.config.cache_specs[0].num_kv_heads == 2
+
+
+@pytest.mark.parametrize("is_named_by_folder", [True, False])
+def test_a_gguf_is_found(is_named_by_folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers on other hosts get what was named here, and open it there."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    weights = stored_tensors("llama", weights_of("llama", len(demo_tokenizer()["ggml.tokens"])))
+    (tmp_path / "models").mkdir()
+    path = write_gguf(tmp_path / "models" / "Tiny-Q4_0.gguf", "llama", quantised(weights, [GGMLQuantizationType.Q4_0]))
+    named = path.parent if is_named_by_folder else path
+    found = check_model(config.load(None, [f"model.path={named}", "pools.decode.tp=2"]))
+    assert (found.reference, found.directory) == (str(named), open_gguf(path))
+    assert model_name(config.load(None), found.reference) == ("models" if is_named_by_folder else "Tiny-Q4_0")
+    assert "tp=4 does not divide" in refusal(f"model.path={named}", "pools.decode.tp=4")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert refusal(f"model.path={named}").startswith(f"{path}: not a whole GGUF file: it ends within ")
 
 
 def test_the_fake_engine_needs_no_weights(model: Path) -> None:

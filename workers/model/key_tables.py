@@ -7,6 +7,7 @@ import sys
 
 from checkpoint.config_keys import ROPE_KEYS
 from checkpoint.generation_keys import GENERATION_KEYS
+from checkpoint.gguf import metadata_keys
 from checkpoint.keys import Key, KeyTable
 from checkpoint.tokenizer_keys import TOKENIZER_CONFIG_KEYS, TOKENIZER_KEYS
 from workers.model.registry import load_registry
@@ -21,6 +22,11 @@ Made by `python -m workers.model.key_tables` from the declarations in `checkpoin
 - **refused**: the model does not start, and the error names the key, unless the value is null or one of those given.
 
 A key that is not listed is refused, too. A file is read as if the keys in `model.ignore_keys` were not in it.
+"""
+
+_GGUF = """`tokenizer.chat_template.NAME` are further templates, of which none is used. Of `general.*` the
+architecture, the alignment, the type and some of `general.sampling.*` are used, and `split.count` must be 1; all other
+keys are notes. A GGUF's unknown keys cannot be ignored.
 """
 
 
@@ -40,6 +46,9 @@ def render() -> str:
         "Every other key that ends in `_token` and holds a text is understood, as a name for a chat template.\n",
         _section("tokenizer.json, its top", TOKENIZER_KEYS),
     ]
+    for architecture, table in metadata_keys.ARCHITECTURE_KEYS.items():
+        parts.append(_section(f"metadata of a GGUF, {architecture}.*", table))
+    parts += [_section("metadata of a GGUF, tokenizer.*", metadata_keys.TOKENIZER_KEYS), _GGUF]
     return "\n".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""Reads the weights of a Hugging Face directory, one shard's share at a time. Knows nothing of what they are for."""
+"""Reads the weights of a model directory, one shard's share at a time. Knows nothing of what they are for."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from checkpoint.errors import CheckpointError
 from checkpoint.tensors import FLOAT_DTYPES, stored_tensors
 from workers.errors import ModelError
+from workers.model.tensor_files import TensorFile, open_tensor_file
 
 
 class Weights(Protocol):
@@ -32,18 +32,18 @@ class Weights(Protocol):
 
 
 class Checkpoint:
-    """Tensors of model.safetensors, or of the files that model.safetensors.index.json lists."""
+    """Tensors of a directory's weight files, as checkpoint.tensors names them."""
 
     def __init__(self, directory: Path, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
         self._device = device
         self._directory = directory
-        self._files: dict[Path, safe_open] = {}
+        self._files: dict[Path, TensorFile] = {}
         try:
             self._stored = stored_tensors(directory)
             for path in {tensor.path for tensor in self._stored.values()}:
-                self._files[path] = safe_open(path, framework="pt")
-        except (CheckpointError, SafetensorError, OSError) as error:
+                self._files[path] = open_tensor_file(path)
+        except CheckpointError as error:
             raise ModelError(str(error)) from None
 
     def read(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...] = (), as_stored: bool = False) -> Tensor:
@@ -55,8 +55,7 @@ class Checkpoint:
             raise ModelError(f"{stored.path}: {name} is {list(stored.shape)}, config.json says {list(shape)}")
         if not as_stored and stored.dtype not in FLOAT_DTYPES:
             raise ModelError(f"{stored.path}: {name} is {stored.dtype}, where a floating-point tensor is wanted")
-        file = self._files[stored.path]
-        tensor: Tensor = file.get_slice(name)[part or slice(None)] if shape else file.get_tensor(name)
+        tensor = self._files[stored.path].read(name, part)
         tensor = tensor.to(device=self._device, dtype=tensor.dtype if as_stored else self.dtype).contiguous()
         # With one such weight all logits become NaN, and the arg max of those is id 0: an answer like any other.
         if not _is_finite(tensor):

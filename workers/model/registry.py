@@ -22,7 +22,7 @@ from workers.model.config import ModelConfig
 from workers.model.config_fields import ConfigFields
 from workers.model.families import llama, qwen3
 from workers.model.family import Family
-from workers.model.quant import awq, bitnet, bitsandbytes, compressed_tensors, fp8, gptq, modelopt, mxfp4
+from workers.model.quant import awq, bitnet, bitsandbytes, compressed_tensors, fp8, gguf, gptq, modelopt, mxfp4
 from workers.model.quant.plain import PLAIN_FORMAT
 from workers.model.weight_format import QuantMethod, WeightFormat
 
@@ -34,6 +34,7 @@ _BUILT_IN: tuple[ModuleType, ...] = (
     bitsandbytes,
     compressed_tensors,
     fp8,
+    gguf,
     gptq,
     modelopt,
     mxfp4,

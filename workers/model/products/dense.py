@@ -34,6 +34,7 @@ def dense_linear(
 ) -> DenseLinear:
     """As the weight is stored."""
     kind = str(dtype).removeprefix("torch.")
+    kind = f"{weight.stored_as} dequantized to {kind}" if weight.stored_as else kind
     return DenseLinear(arithmetic.product(weight.values.to(dtype), bias), sizes, kind, weight.inputs_change)
 
 

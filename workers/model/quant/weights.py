@@ -53,6 +53,8 @@ class DenseWeight:
 
     values: Tensor  # [outputs, inputs], floating-point
     inputs_change: InputChange = NO_CHANGE
+    stored_as: str = ""
+    """What the numbers were computed from, for the log; "" where they are those of the checkpoint."""
 
     @property
     def num_outputs(self) -> int:
@@ -181,7 +183,8 @@ def joined(weights: Sequence[QuantWeight]) -> QuantWeight | None:
 
 
 def _joined_dense(weights: Sequence[DenseWeight]) -> DenseWeight:
-    return replace(weights[0], values=torch.cat([weight.values for weight in weights]))
+    stored_as = " and ".join(dict.fromkeys(weight.stored_as for weight in weights if weight.stored_as))
+    return replace(weights[0], values=torch.cat([weight.values for weight in weights]), stored_as=stored_as)
 
 
 def _joined_grouped(weights: Sequence[GroupedWeight]) -> GroupedWeight | None:
