@@ -34,8 +34,8 @@ COMMON_KEYS: dict[str, Key] = {
     "eos_token_id": understood("ends a stream, together with those of the other files"),
     "hidden_act": understood("silu; others are refused"),
     "quantization_config": understood("how the weights are stored; an unknown quant_method is refused"),
+    "compression_config": understood("the same, as older files of compressed-tensors call it"),
     # -- not supported
-    "compression_config": refused("quantization_config says how weights are stored"),
     "qkv_bias": refused("projections have no bias", False),
     "attention_bias": refused("projections have no bias", False),
     "mlp_bias": refused("projections have no bias", False),

@@ -225,8 +225,8 @@ def test_whatever_is_wrong_with_the_models_files_is_found_before_anything_starts
     assert refusal(path) == f"{model}/a-of-2.safetensors: missing, and listed in model.safetensors.index.json"
 
 
-def test_a_quantized_checkpoint_is_refused_by_name(model: Path) -> None:
-    """A Qwen 3 in the FP8 layout started, and answered garbage."""
+def test_a_checkpoint_that_is_half_quantized_is_refused_by_name(model: Path) -> None:
+    """A Qwen 3 in the FP8 layout once started, and answered garbage."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -239,9 +239,10 @@ def test_a_quantized_checkpoint_is_refused_by_name(model: Path) -> None:
     assert said.startswith(f"{model}/model.safetensors: {name} is F8_E4M3; by config.json it must be F64 or F32 or")
     edit(model / "config.json", quantization_config={"quant_method": "fp8"})
     said = refusal(f"model.path={model}")
-    assert said == (
-        f"{model}/config.json: quantization_config.quant_method='fp8' is not served (served: none but plain weights)"
-    )
+    assert said == f"{model}: no tensor model.layers.0.self_attn.q_proj.weight_scale"
+    edit(model / "config.json", quantization_config={"quant_method": "foo"})
+    said = refusal(f"model.path={model}")
+    assert said.startswith(f"{model}/config.json: quantization_config.quant_method='foo' is not served (served: awq, ")
 
 
 def test_a_family_of_a_plugin_is_found_before_anything_starts(model: Path) -> None:

@@ -145,6 +145,15 @@ def test_what_the_tensors_are(name: str, change: Callable[[Tensors], None], comp
     assert "\n" not in str(refused.value)
 
 
+def test_older_files_call_it_compression_config(tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(FIXTURES / "ct-w4a16-g32", tmp_path / "model"))
+    config = json.loads((directory / "config.json").read_text())
+    expected = load_config(directory).weight_format
+    config["compression_config"] = config.pop("quantization_config")
+    (directory / "config.json").write_text(json.dumps(config))
+    assert load_config(directory).weight_format == expected
+
+
 def test_an_older_modelopt_has_a_file_of_its_own(tmp_path: Path) -> None:
     directory = Path(shutil.copytree(FIXTURES / "modelopt-fp8", tmp_path / "model"))
     config = json.loads((directory / "config.json").read_text())

@@ -40,6 +40,8 @@ _BUILT_IN: tuple[ModuleType, ...] = (
     mxfp4,
 )
 
+_MODELOPTS = "hf_quant_config.json"
+
 T = TypeVar("T")
 
 
@@ -69,12 +71,13 @@ class Registry:
 
     def weight_format(self, raw: Mapping[str, Any], path: Path) -> WeightFormat:
         """How the weights are stored by a config.json, and what is beside it. Raises ModelError."""
-        quantization = raw.get("quantization_config")
+        key = "quantization_config" if raw.get("quantization_config") is not None else "compression_config"
+        quantization = raw.get(key)
+        where = f"{path}: {key}"
         if quantization is None:
-            quantization = _modelopts_own(path)
+            quantization, where = _modelopts_own(path), f"{path.with_name(_MODELOPTS)}: quantization"
         if quantization is None:
             return PLAIN_FORMAT
-        where = f"{path}: quantization_config"
         if not isinstance(quantization, dict):
             raise ModelError(f"{where} must be an object, not {quantization!r}")
         name = quantization.get("quant_method")
@@ -119,7 +122,7 @@ def load_config(directory: str | Path, ignore_keys: Collection[str] = (), plugin
 def _modelopts_own(path: Path) -> dict[str, Any] | None:
     """What its older versions say in a file of their own, beside config.json."""
     try:
-        content = read_json(path.with_name("hf_quant_config.json"))
+        content = read_json(path.with_name(_MODELOPTS))
     except CheckpointError as error:
         raise ModelError(str(error)) from None
     said = content.get("quantization")
