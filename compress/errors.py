@@ -1,0 +1,7 @@
+"""The error of this package: one line that names the option, file or tensor."""
+
+from __future__ import annotations
+
+
+class CompressError(Exception):
+    """What was asked for cannot be done as asked, or the disk cannot take it."""

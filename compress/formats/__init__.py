@@ -1,0 +1,1 @@
+"""How compressed matrices are written into files, and read back. One file a format."""

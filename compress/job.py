@@ -1,0 +1,118 @@
+"""One compression from a model directory to another, with its report. What `switchyard quantize` calls."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint.errors import CheckpointError
+from checkpoint.files import read_json
+from checkpoint.tensors import StoredTensor, stored_tensors, weights_digest
+from compress.blocks import TokenBlocks
+from compress.errors import CompressError
+from compress.formats.compressed_tensors import quantization_config
+from compress.layerwise import LayerwiseRun, Outcome
+from compress.partial import PartialCheckpoint
+from compress.recipe import Recipe
+from compress.report import Report, Sizes, as_json, as_markdown, as_picture
+from compress.schemes import Scheme
+from compress.walk import ModelWalk
+from workers.errors import ModelError
+from workers.model.config import ModelConfig
+from workers.model.loader import Checkpoint
+from workers.model.registry import load_config
+from workers.model.tensor_layout import HEAD, check_checkpoint, tensor_layout
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class PlainModel:
+    """A checkpoint that is to be compressed."""
+
+    directory: Path
+    config: ModelConfig
+    stored: dict[str, StoredTensor]
+    walk: ModelWalk
+
+
+def open_model(directory: Path, device: str = "cpu", dtype: str = "float32") -> PlainModel:
+    """Raises CompressError naming the file, field or tensor."""
+    try:
+        model = load_config(directory)
+        check_checkpoint(directory, model)
+        on = torch.device(device)
+        walk = ModelWalk(model, Checkpoint(directory, _DTYPES[dtype], on), on)
+        return PlainModel(directory, model, stored_tensors(directory), walk)
+    except (ModelError, CheckpointError) as error:
+        raise CompressError(str(error)) from None
+
+
+def compress_model(
+    model: PlainModel, recipe: Recipe, blocks: TokenBlocks, out: Path, on_layer: Callable[[int], None]
+) -> Report:
+    """Write `out`. Raises CompressError."""
+    began_s = time.monotonic()
+    if recipe.needs_calibration and not len(blocks.calibration):
+        raise CompressError(f"{recipe.scheme.name} by {recipe.rounding}: needs calibration tokens; give --calibration")
+    partial = PartialCheckpoint(out, model.config.num_hidden_layers + 1, _options(model, recipe, blocks))
+    try:
+        outcome = LayerwiseRun(model.walk, recipe, blocks, partial).run(model.stored, on_layer)
+    except ModelError as error:
+        raise CompressError(str(error)) from None
+    sizes = Sizes(_plain_bytes(model), partial.num_bytes, _matrix_bits(model, recipe))
+    report = Report(str(model.directory.name), recipe, outcome.errors, outcome.schemes, outcome.loss, sizes)
+    files: dict[str, str | bytes] = {"report.json": as_json(report), "report.md": as_markdown(report)}
+    picture = as_picture(report)
+    if picture is not None:
+        files["report.png"] = picture
+    partial.finish(model.directory, _config(model, recipe, outcome), files)
+    return dataclasses.replace(report, took_s=time.monotonic() - began_s)
+
+
+def _options(model: PlainModel, recipe: Recipe, blocks: TokenBlocks) -> dict[str, Any]:
+    """What a run that goes on must have the same."""
+    try:
+        weights = weights_digest(model.directory)
+    except CheckpointError as error:
+        raise CompressError(str(error)) from None
+    dtype = str(model.walk.weights.dtype)
+    return {"weights": weights, "recipe": repr(recipe), "tokens": blocks.digest, "dtype": dtype}
+
+
+def _config(model: PlainModel, recipe: Recipe, outcome: Outcome) -> dict[str, Any]:
+    """config.json of the compressed model."""
+    config = read_json(model.directory / "config.json", is_required=True)
+    groups: dict[Scheme, list[str]] = {}
+    ignored = [HEAD]
+    for matrices in tensor_layout(model.config).matrices:
+        scheme = recipe.scheme_of(matrices)
+        if scheme.grid is None:
+            ignored += matrices.names
+        else:
+            groups.setdefault(scheme, []).extend(matrices.names)
+    if groups or recipe.has_kv_scales:
+        act_order = {"none": None, "static": "static", "permuted": "group"}[recipe.gptq.act_order]
+        ordered = act_order if recipe.rounding == "gptq" else None
+        config["quantization_config"] = quantization_config(groups, ignored, ordered, recipe.has_kv_scales)
+    return config
+
+
+def _plain_bytes(model: PlainModel) -> int:
+    return sum(path.stat().st_size for path in {tensor.path for tensor in model.stored.values()})
+
+
+def _matrix_bits(model: PlainModel, recipe: Recipe) -> float:
+    """Bits per weight of the matrices in layers, scales included."""
+    bits = weights = 0
+    for matrices in tensor_layout(model.config).matrices:
+        for _, outputs in matrices.tensors():
+            bits += recipe.scheme_of(matrices).bits_of(outputs, matrices.inputs)
+            weights += outputs * matrices.inputs
+    return bits / weights

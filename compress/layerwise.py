@@ -1,0 +1,148 @@
+"""Compresses a model one layer at a time, and measures what it loses on the way.
+
+Calibration blocks reach each layer through the layers before it as they were compressed. Held-out blocks go through
+both models. A run that was cut off reads the finished layers, sends the blocks through them, and goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from checkpoint.tensors import StoredTensor
+from compress.blocks import TokenBlocks
+from compress.errors import CompressError
+from compress.kv_scales import CacheRecorder, rounded_cache
+from compress.layer import CompressedLayer, LayerWeights, compress_layer, meant_weights, read_layer
+from compress.loss import Loss, compare
+from compress.partial import PartialCheckpoint
+from compress.recipe import Recipe
+from compress.statistics import LayerRecorder
+from compress.tapped import Replaced, Tap, TappedFormat
+from compress.walk import ModelWalk
+from workers.model.tensor_layout import TensorLayout
+from workers.model.weight_format import Matrices
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a finished run knows beside its files."""
+
+    errors: dict[str, float]  # see CompressedLayer
+    loss: Loss | None  # None without held-out blocks
+    schemes: dict[str, str]  # of each matrix, by name
+
+
+@dataclass(slots=True)
+class _Streams:
+    """Hidden states before the next layer."""
+
+    calibration: Tensor
+    plain: Tensor
+    compressed: Tensor
+
+
+class LayerwiseRun:
+    """One compression."""
+
+    def __init__(self, walk: ModelWalk, recipe: Recipe, blocks: TokenBlocks, partial: PartialCheckpoint) -> None:
+        self._walk, self._recipe, self._blocks, self._partial = walk, recipe, blocks, partial
+        self._errors: dict[str, float] = {}
+        self._schemes: dict[str, str] = {}
+
+    @torch.no_grad()
+    def run(self, stored: dict[str, StoredTensor], on_layer: Callable[[int], None]) -> Outcome:
+        """stored: all tensors of the checkpoint. on_layer: called with the number of layers that are done."""
+        walk, num_layers = self._walk, self._walk.model.num_hidden_layers
+        for index in range(num_layers):
+            check_layer(walk, self._recipe, index)
+        self._copy_ends(stored)
+        held_out = walk.enter(self._blocks.held_out)
+        streams = _Streams(walk.enter(self._blocks.calibration), held_out, held_out)
+        for index in range(num_layers):
+            self._layer(index, streams)
+            on_layer(index + 1)
+        has_loss = len(self._blocks.held_out) > 0
+        loss = compare(walk, self._blocks.held_out, streams.plain, streams.compressed) if has_loss else None
+        return Outcome(self._errors, loss, self._schemes)
+
+    def _layer(self, index: int, streams: _Streams) -> None:
+        layer = read_layer(self._walk.model, self._walk.weights, index)
+        if self._partial.has(index + 1):
+            tensors, notes = self._partial.read(index + 1)
+            errors = notes["errors"]
+        else:
+            made = self._compress(layer, index, streams.calibration)
+            tensors, errors = made.tensors, made.errors
+            self._partial.write(index + 1, tensors, {"errors": errors})
+        self._errors |= errors
+        for matrices in layer.matrices:
+            self._schemes |= dict.fromkeys(matrices.names, self._recipe.scheme_of(matrices).name)
+        self._send_on(index, layer, tensors, streams)
+
+    def _compress(self, layer: LayerWeights, index: int, x: Tensor) -> CompressedLayer:
+        recipe, walk = self._recipe, self._walk
+        cache = CacheRecorder(walk.model.cache_specs[index]) if recipe.has_kv_scales else None
+        if recipe.needs_calibration:
+            recorder = LayerRecorder(recipe.needs_hessian, walk.device)
+            walk.through(walk.layer(index, TappedFormat(recorder.tap)), index, x, cache and cache.tap)
+            layer.statistics = {matrices.names: recorder.of(matrices) for matrices in layer.matrices}
+        made = compress_layer(walk.model, layer, recipe, index)
+        if cache is not None:
+            made.tensors.update(cache.tensors(f"model.layers.{index}.self_attn."))
+        return made
+
+    def _send_on(self, index: int, layer: LayerWeights, tensors: dict[str, Tensor], streams: _Streams) -> None:
+        walk, is_last = self._walk, index + 1 == self._walk.model.num_hidden_layers
+        given = meant_weights(layer, tensors, self._recipe)
+        compressed = walk.layer(
+            index, TappedFormat(input_rounding(self._recipe, tensors)), Replaced(walk.weights, given)
+        )
+        cache_tap = rounded_cache(tensors, f"model.layers.{index}.self_attn.")
+        if self._recipe.needs_calibration and not is_last:
+            streams.calibration = walk.through(compressed, index, streams.calibration, cache_tap)
+        if len(streams.plain):
+            streams.compressed = walk.through(compressed, index, streams.compressed, cache_tap)
+            streams.plain = walk.through(walk.plain_layer(index), index, streams.plain)
+
+    def _copy_ends(self, stored: dict[str, StoredTensor]) -> None:
+        """File 0: embedding, final norm, head, as they are."""
+        if self._partial.has(0):
+            return
+        of_layers: set[str] = set()
+        for index in range(self._walk.model.num_hidden_layers):
+            layout = TensorLayout(self._walk.model.weight_format)
+            self._walk.model.decoder.add_tensors(layout, self._walk.model.hidden_size, index)
+            of_layers |= layout.wanted.keys()
+        ends = {
+            name: self._walk.weights.read(name, tensor.shape, as_stored=True)
+            for name, tensor in stored.items()
+            if name not in of_layers
+        }
+        self._partial.write(0, ends, {})
+
+
+def check_layer(walk: ModelWalk, recipe: Recipe, index: int) -> None:
+    """Raise CompressError for what cannot be compressed so, before anything is computed."""
+    layout = TensorLayout(walk.model.weight_format)
+    walk.model.decoder.add_tensors(layout, walk.model.hidden_size, index)
+    for matrices in layout.matrices:
+        recipe.check(matrices)
+    if recipe.has_kv_scales and walk.model.cache_specs[index].is_latent:
+        raise CompressError(f"layer {index}: scales of a latent cache are not known")
+
+
+def input_rounding(recipe: Recipe, tensors: dict[str, Tensor]) -> Tap:
+    """What a server does to each product's inputs. tensors: of the compressed layer."""
+
+    def tap(matrices: Matrices, x: Tensor) -> Tensor:
+        rounding = recipe.scheme_of(matrices).activations
+        if rounding is None:
+            return x
+        scale = tensors.get(matrices.names[0] + ".input_scale")
+        return rounding.round(x, None if scale is None else scale.float())
+
+    return tap
