@@ -25,7 +25,7 @@ class ActivationRounding:
     kind: Literal["int8", "fp8"]
     scale_per: Literal["token", "tensor", "group"]  # group: 128 columns of a token; tensor: a scale from calibration
     exact_columns_from: float = 0.0
-    """Columns with a number of this size or more among the rows stay as they are (LLM.int8, arXiv:2208.07339); 0: none."""
+    """Columns with a number of this size or more in a row stay as they are (LLM.int8, arXiv:2208.07339); 0: none."""
 
     def round(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """fp32 or 16-bit rows. scale: fp32 [], of all tokens, where scale_per is tensor."""

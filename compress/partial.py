@@ -41,7 +41,9 @@ class PartialCheckpoint:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             run = self.folder / _RUN
             if run.exists() and run.read_text() != text:
-                raise CompressError(f"{self.folder}: was begun with other options or files; remove it or choose another --out")
+                raise CompressError(
+                    f"{self.folder}: was begun with other options or files; remove it or choose another --out"
+                )
             write_text(run, text)
         except BlockingIOError:
             raise CompressError(f"{self.folder}: another process writes it") from None

@@ -68,9 +68,7 @@ class InputRecorder:
         count = max(1, self._num_rows)
         hessian = None if self._hessian is None else self._hessian / count
         rows = torch.cat(self._rows) if self._rows else self._peak.new_zeros(0, len(self._peak))
-        return InputStatistics(
-            self._num_rows, hessian, self._peak, self._magnitude / count, self._square / count, rows
-        )
+        return InputStatistics(self._num_rows, hessian, self._peak, self._magnitude / count, self._square / count, rows)
 
 
 class LayerRecorder:

@@ -20,6 +20,7 @@ import click
 
 from deploy.commands.autoscaler import autoscaler
 from deploy.commands.models import models
+from deploy.commands.quantize import quantize
 from deploy.commands.router import router
 from deploy.commands.scale import scale
 from deploy.commands.status import status
@@ -189,7 +190,7 @@ def bench(
     return 1 if report.num_failed else 0
 
 
-for command in (status, router, autoscaler, scale, models):
+for command in (status, router, autoscaler, scale, models, quantize):
     cli.add_command(command)
 
 

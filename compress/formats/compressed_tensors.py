@@ -71,7 +71,11 @@ def encode(matrix: RoundedMatrix, dtype: torch.dtype, input_scale: Tensor | None
     if isinstance(grid, IntGrid):
         parts = _encode_integers(matrix, grid, codes.round(), dtype)
     elif isinstance(grid, Fp8Grid):
-        stored = {"row": matrix.scales.values, "matrix": matrix.scales.values[0], "block": matrix.scales.values[::BLOCK]}
+        stored = {
+            "row": matrix.scales.values,
+            "matrix": matrix.scales.values[0],
+            "block": matrix.scales.values[::BLOCK],
+        }
         parts = {"weight": codes.to(torch.float8_e4m3fn), "weight_scale": stored[grid.scale_per].to(dtype)}
     elif isinstance(grid, Mxfp4Grid):
         exponents = (matrix.scales.values.log2().round() + _MX_BIAS).to(torch.uint8)
@@ -105,7 +109,11 @@ def _encode_integers(matrix: RoundedMatrix, grid: IntGrid, codes: Tensor, dtype:
 
 
 def _packed(grid: IntGrid, codes: Tensor, scales: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {"weight_packed": pack_words(codes - grid.least, grid.bits), **scales, "weight_shape": torch.tensor(codes.shape)}
+    return {
+        "weight_packed": pack_words(codes - grid.least, grid.bits),
+        **scales,
+        "weight_shape": torch.tensor(codes.shape),
+    }
 
 
 def decode(parts: Mapping[str, Tensor], scheme: Scheme, outputs: int, inputs: int) -> Tensor:

@@ -98,9 +98,7 @@ class _Run:
             left[:, end:].addmm_(errors, self.factor[begin:end, end:], alpha=-1)
         return rounded, _joined([found[group] for group in sorted(found)])
 
-    def _fit_late(
-        self, left: Tensor, errors: Tensor, begin: int, step: int, width: int
-    ) -> Scales:
+    def _fit_late(self, left: Tensor, errors: Tensor, begin: int, step: int, width: int) -> Scales:
         """By the group's weights as the errors of all columns before it have changed them, the current block's too."""
         end = min(step + width, left.shape[1])
         columns = left[:, step:end].clone()

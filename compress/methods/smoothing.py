@@ -90,5 +90,3 @@ def clip_to_best_range(weight: Tensor, statistics: InputStatistics, grid: Grid, 
         best = torch.where(error < least, clipped, best)
         least = torch.minimum(error, least)
     return best.flatten(1)
-
-

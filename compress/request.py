@@ -1,0 +1,103 @@
+"""From what a person asks for, in words, to a recipe and token blocks. Raises CompressError naming the option."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from checkpoint.files import read_json
+from compress.blocks import TokenBlocks, read_blocks, split_blocks
+from compress.errors import CompressError
+from compress.job import PlainModel
+from compress.methods.gptq import ActOrder, GptqOptions
+from compress.methods.pruning import Pattern
+from compress.recipe import Pruning, Recipe
+from compress.samples import own_samples
+from compress.schemes import PLAIN, scheme_named
+
+_DEFAULT_SCHEMES = {
+    "rtn": "w4a16",
+    "gptq": "w4a16",
+    "awq": "w4a16-asym",
+    "smoothquant": "w8a8",
+    "magnitude": "plain",
+    "wanda": "plain",
+    "sparsegpt": "plain",
+    "kv": "plain",
+}
+METHOD_NAMES = tuple(_DEFAULT_SCHEMES)
+OWN_SAMPLES = "self"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the command line says."""
+
+    method: str
+    scheme: str = ""  # "": the method's usual one
+    group_size: int = 64
+    act_order: ActOrder = "static"
+    searches_range: bool = False
+    sparsity: str = "2:4"
+    kept: tuple[str, ...] = ()
+    has_kv_scales: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRequest:
+    """Which tokens to calibrate and to measure on."""
+
+    calibration: str  # a file, "self", or "": none
+    held_out: str  # a file, or "": every fourth block of calibration
+    block_tokens: int = 512
+    num_blocks: int = 128
+    num_held_out: int = 40
+    seed: int = 0
+
+
+def recipe_for(request: Request) -> Recipe:
+    """The recipe."""
+    if request.method not in _DEFAULT_SCHEMES:
+        raise CompressError(f"--method {request.method!r} is not known (known: {', '.join(METHOD_NAMES)})")
+    method = request.method
+    scheme = scheme_named(request.scheme or _DEFAULT_SCHEMES[method], request.group_size, request.searches_range)
+    prunes = method in ("magnitude", "wanda", "sparsegpt")
+    if scheme == PLAIN and not prunes and not request.has_kv_scales and method != "kv":
+        raise CompressError(f"--method {method} with --scheme plain changes nothing")
+    return Recipe(
+        scheme=scheme,
+        rounding="gptq" if method in ("gptq", "sparsegpt") and scheme != PLAIN else "nearest",
+        gptq=GptqOptions(request.act_order),
+        smoothing=method if method in ("awq", "smoothquant") else "none",  # type: ignore[arg-type]
+        pruning=Pruning(method, Pattern.parse(request.sparsity)) if prunes else None,  # type: ignore[arg-type]
+        kept=request.kept,
+        has_kv_scales=request.has_kv_scales or method == "kv",
+    )
+
+
+def blocks_for(model: PlainModel, request: TokenRequest) -> TokenBlocks:
+    """The blocks; either part may be empty."""
+    directory, vocab = model.directory, model.config.vocab_size
+    if request.block_tokens > model.config.max_position_embeddings:
+        most = model.config.max_position_embeddings
+        raise CompressError(f"--block-tokens {request.block_tokens}: the model has {most} positions")
+    found = torch.zeros(0, request.block_tokens, dtype=torch.int64)
+    if request.calibration == OWN_SAMPLES:
+        count = request.num_blocks
+        found = own_samples(model.walk, _first_token(model), count, request.block_tokens, request.seed)
+    elif request.calibration:
+        path = Path(request.calibration)
+        found = read_blocks(path, directory, vocab, request.block_tokens, request.num_blocks)
+    if request.held_out:
+        path = Path(request.held_out)
+        held_out = read_blocks(path, directory, vocab, request.block_tokens, request.num_held_out)
+        return TokenBlocks(found, held_out)
+    return split_blocks(found, request.calibration) if len(found) else TokenBlocks(found, found)
+
+
+def _first_token(model: PlainModel) -> int:
+    """What the model's own texts begin with."""
+    said = read_json(model.directory / "config.json").get("bos_token_id")
+    return said if type(said) is int else next(iter(model.config.eos_token_ids), 0)
