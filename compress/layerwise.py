@@ -88,7 +88,7 @@ class LayerwiseRun:
         cache = CacheRecorder(walk.model.cache_specs[index]) if recipe.has_kv_scales else None
         if recipe.needs_calibration:
             recorder = LayerRecorder(recipe.needs_hessian, walk.device)
-            walk.through(walk.layer(index, TappedFormat(recorder.tap)), index, x, cache and cache.tap)
+            walk.through(walk.layer(index, TappedFormat(recorder.tap)), index, x, None if cache is None else cache.tap)
             layer.statistics = {matrices.names: recorder.of(matrices) for matrices in layer.matrices}
         made = compress_layer(walk.model, layer, recipe, index)
         if cache is not None:

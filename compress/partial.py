@@ -82,7 +82,7 @@ class PartialCheckpoint:
             done = sum(self.has(i) for i in range(self._num_files))
             why = "no space left" if "28" in str(error) or "StorageFull" in str(error) else str(error).splitlines()[0]
             raise CompressError(
-                f"{path}: {why}; {done} of {self._num_files} files are finished, and the same command goes on from there"
+                f"{path}: {why}; {done} of {self._num_files} files are finished, and the same command goes on"
             ) from None
 
     def finish(self, source: Path, config: Mapping[str, Any], reports: Mapping[str, str | bytes]) -> None:
@@ -111,7 +111,8 @@ class PartialCheckpoint:
         return sum(self._path(i).stat().st_size for i in range(self._num_files) if self.has(i))
 
     def _index(self) -> dict[str, Any]:
-        places, total = {}, 0
+        places: dict[str, str] = {}
+        total = 0
         for index in range(self._num_files):
             path = self._path(index)
             with safe_open(path, framework="pt") as file:

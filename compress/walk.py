@@ -60,7 +60,7 @@ class ModelWalk:
         return self._ends.enter(batch, None)[0]
 
     def layer(self, index: int, weight_format: WeightFormat, weights: Weights | None = None) -> Layer:
-        """A layer whose matrices are read by this format, from other weights than the checkpoint's if they are given."""
+        """A layer whose matrices are read by this format, from the checkpoint unless other weights are given."""
         model = replace(self.model, weight_format=weight_format)
         source = LayerSource(model, weights or self.weights, Arithmetic(self._groups))
         return model.decoder.layer(source, index)
@@ -121,4 +121,5 @@ class ModelWalk:
 
 
 def _parts(blocks: Tensor) -> tuple[Tensor, ...]:
-    return blocks.split(max(1, _ROWS_AT_ONCE // blocks.shape[1]))
+    parts: tuple[Tensor, ...] = blocks.split(max(1, _ROWS_AT_ONCE // blocks.shape[1]))
+    return parts

@@ -7,6 +7,7 @@ Packing: integers below 8 bits in int32 words, the lowest bits first, along the 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -30,19 +31,21 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
     per_word = _WORD_BITS // bits
     padded = torch.nn.functional.pad(codes.long(), (0, -codes.shape[1] % per_word)).unflatten(1, (-1, per_word))
     words = (padded << (torch.arange(per_word, device=codes.device) * bits)).sum(-1)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
+    signed: Tensor = torch.where(words >= 1 << 31, words - (1 << 32), words).int()
+    return signed
 
 
 def unpack_words(words: Tensor, bits: int, columns: int) -> Tensor:
     """The way back: int64 [rows, columns]."""
     per_word = _WORD_BITS // bits
     shifts = torch.arange(per_word, device=words.device) * bits
-    return ((words.long()[..., None] >> shifts) & ((1 << bits) - 1)).flatten(1)[:, :columns]
+    codes: Tensor = ((words.long()[..., None] >> shifts) & ((1 << bits) - 1)).flatten(1)[:, :columns]
+    return codes
 
 
 def pack_halves(codes: Tensor) -> Tensor:
     """4-bit codes [rows, columns] -> uint8 [rows, columns / 2], the first in the lower half."""
-    pairs = codes.to(torch.uint8).unflatten(1, (-1, 2))
+    pairs: Tensor = codes.to(torch.uint8).unflatten(1, (-1, 2))
     return pairs[..., 0] | (pairs[..., 1] << 4)
 
 
@@ -53,7 +56,7 @@ def unpack_halves(packed: Tensor) -> Tensor:
 
 def e2m1_codes(values: Tensor) -> Tensor:
     """int64: the sign's bit above the index of the magnitude."""
-    boundaries = torch.tensor([(a + b) / 2 for a, b in zip(E2M1, E2M1[1:], strict=False)], device=values.device)
+    boundaries = torch.tensor([(a + b) / 2 for a, b in pairwise(E2M1)], device=values.device)
     return torch.bucketize(values.abs().contiguous(), boundaries) + 8 * torch.signbit(values).long()
 
 

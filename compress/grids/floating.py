@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -32,7 +33,7 @@ def round_e2m1(x: Tensor) -> Tensor:
     """fp32 to the nearest e2m1 number, ties to even."""
     size = x.abs()
     index = torch.zeros_like(size, dtype=torch.int64)
-    for i, (low, high) in enumerate(zip(E2M1, E2M1[1:], strict=False)):
+    for i, (low, high) in enumerate(pairwise(E2M1)):
         middle = (low + high) / 2
         index += (size > middle) if i % 2 == 0 else (size >= middle)
     return torch.tensor(E2M1, device=x.device)[index].copysign(x)

@@ -68,7 +68,8 @@ def group_of_column(grid: Grid, inputs: int, device: torch.device | None = None)
 def grouped(weight: Tensor, group_size: int) -> Tensor:
     """[outputs, inputs] -> [outputs, groups, columns]; the last group is filled up with zeros."""
     size = group_size or weight.shape[1]
-    return torch.nn.functional.pad(weight, (0, -weight.shape[1] % size)).unflatten(1, (-1, size))
+    filled: Tensor = torch.nn.functional.pad(weight, (0, -weight.shape[1] % size)).unflatten(1, (-1, size))
+    return filled
 
 
 def nearest(grid: Grid, weight: Tensor, scales: Scales) -> Tensor:

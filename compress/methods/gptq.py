@@ -1,4 +1,4 @@
-"""GPTQ (arXiv:2210.17323): columns are rounded one after the other, and each column's error is undone in the later ones.
+"""GPTQ (arXiv:2210.17323): columns are rounded one by one, and each one's error is undone in the later ones.
 
 With the inputs' Hessian H = mean(x^T x), the error that counts is tr(D H D^T) of the change D, which is what the output
 changes by. Knows nothing of where weights and Hessians come from.
@@ -33,10 +33,11 @@ class GptqOptions:
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """U, the upper Cholesky factor of the damped inverse: H^-1 = U^T U."""
     share = float(hessian.diagonal().mean())
-    identity = torch.eye(len(hessian), device=hessian.device)
+    identity: Tensor = torch.eye(len(hessian), device=hessian.device)
     for _ in range(6):
         factor, failed = torch.linalg.cholesky_ex(hessian + damping * share * identity)
         if not int(failed):
+            upper: Tensor
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
             if not int(failed) and bool(upper.isfinite().all()):
                 return upper
