@@ -17,7 +17,7 @@ from checkpoint.tensors import StoredTensor, stored_tensors, weights_digest
 from compress.blocks import TokenBlocks
 from compress.errors import CompressError
 from compress.formats.compressed_tensors import quantization_config
-from compress.layerwise import LayerwiseRun, Outcome
+from compress.layerwise import LayerwiseRun
 from compress.partial import PartialCheckpoint
 from compress.recipe import Recipe
 from compress.report import Report, Sizes, as_json, as_markdown, as_picture
@@ -61,7 +61,14 @@ def compress_model(
     began_s = time.monotonic()
     if recipe.needs_calibration and not len(blocks.calibration):
         raise CompressError(f"{recipe.scheme.name} by {recipe.rounding}: needs calibration tokens; give --calibration")
-    partial = PartialCheckpoint(out, model.config.num_hidden_layers + 1, _options(model, recipe, blocks))
+    with PartialCheckpoint(out, model.config.num_hidden_layers + 1, _options(model, recipe, blocks)) as partial:
+        report = _run(model, recipe, blocks, partial, on_layer)
+    return dataclasses.replace(report, took_s=time.monotonic() - began_s)
+
+
+def _run(
+    model: PlainModel, recipe: Recipe, blocks: TokenBlocks, partial: PartialCheckpoint, on_layer: Callable[[int], None]
+) -> Report:
     try:
         outcome = LayerwiseRun(model.walk, recipe, blocks, partial).run(model.stored, on_layer)
     except ModelError as error:
@@ -72,8 +79,8 @@ def compress_model(
     picture = as_picture(report)
     if picture is not None:
         files["report.png"] = picture
-    partial.finish(model.directory, _config(model, recipe, outcome), files)
-    return dataclasses.replace(report, took_s=time.monotonic() - began_s)
+    partial.finish(model.directory, _config(model, recipe), files)
+    return report
 
 
 def _options(model: PlainModel, recipe: Recipe, blocks: TokenBlocks) -> dict[str, Any]:
@@ -86,7 +93,7 @@ def _options(model: PlainModel, recipe: Recipe, blocks: TokenBlocks) -> dict[str
     return {"weights": weights, "recipe": repr(recipe), "tokens": blocks.digest, "dtype": dtype}
 
 
-def _config(model: PlainModel, recipe: Recipe, outcome: Outcome) -> dict[str, Any]:
+def _config(model: PlainModel, recipe: Recipe) -> dict[str, Any]:
     """config.json of the compressed model."""
     config = read_json(model.directory / "config.json", is_required=True)
     groups: dict[Scheme, list[str]] = {}

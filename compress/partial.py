@@ -50,6 +50,13 @@ class PartialCheckpoint:
         except OSError as error:
             raise CompressError(f"{error.filename or self.folder}: {error.strerror}") from None
 
+    def __enter__(self) -> PartialCheckpoint:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Others may write it now."""
+        os.close(self._lock)
+
     def _path(self, index: int) -> Path:
         return self.folder / f"model-{index + 1:05d}-of-{self._num_files:05d}.safetensors"
 
@@ -61,9 +68,7 @@ class PartialCheckpoint:
         """A finished file's tensors and notes."""
         path = self._path(index)
         try:
-            with safe_open(path, framework="pt") as file:
-                notes = json.loads((file.metadata() or {}).get("notes", "{}"))
-            return load_file(path), notes
+            return load_file(path), json.loads(_notes(path).read_text())
         except (SafetensorError, OSError, ValueError) as error:
             raise CompressError(f"{path}: {error}; remove it, and it is made again") from None
 
@@ -72,8 +77,9 @@ class PartialCheckpoint:
         path = self._path(index)
         unfinished = path.with_suffix(".unfinished")
         try:
-            metadata = {"format": "pt", "notes": json.dumps(notes, sort_keys=True)}
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, unfinished, metadata)
+            write_text(_notes(path), json.dumps(notes))
+            # Of several keys in its metadata safetensors draws the order: notes would make other bytes of each run.
+            save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, unfinished, {"format": "pt"})
             unfinished.chmod(0o644)  # safetensors lets the owner read only
             _sync(unfinished)
             unfinished.replace(path)
@@ -98,12 +104,12 @@ class PartialCheckpoint:
                 (self.folder / name).write_bytes(data)
             (self.folder / "run.lock").unlink()
             (self.folder / _RUN).unlink()
+            for index in range(self._num_files):
+                _notes(self._path(index)).unlink()
             _sync(self.folder)
             self.folder.rename(self.out)
         except OSError as error:
             raise CompressError(f"{error.filename or self.folder}: {error.strerror}") from None
-        finally:
-            os.close(self._lock)
 
     @property
     def num_bytes(self) -> int:
@@ -119,6 +125,10 @@ class PartialCheckpoint:
                 places |= dict.fromkeys(file.keys(), path.name)
             total += path.stat().st_size
         return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+
+
+def _notes(path: Path) -> Path:
+    return path.with_suffix(".notes.json")
 
 
 def write_text(path: Path, text: str) -> None:
