@@ -17,7 +17,7 @@ from checkpoint.tensors import StoredTensor, stored_tensors, weights_digest
 from compress.blocks import TokenBlocks
 from compress.errors import CompressError
 from compress.formats.compressed_tensors import quantization_config
-from compress.layerwise import LayerwiseRun
+from compress.layerwise import LayerwiseRun, Outcome
 from compress.partial import PartialCheckpoint
 from compress.recipe import Recipe
 from compress.report import Report, Sizes, as_json, as_markdown, as_picture
@@ -55,32 +55,38 @@ def open_model(directory: Path, device: str = "cpu", dtype: str = "float32") -> 
 
 
 def compress_model(
-    model: PlainModel, recipe: Recipe, blocks: TokenBlocks, out: Path, on_layer: Callable[[int], None]
+    model: PlainModel,
+    recipe: Recipe,
+    blocks: TokenBlocks,
+    out: Path,
+    on_layer: Callable[[int], None],
+    predicted_kl_nats: float | None = None,
 ) -> Report:
-    """Write `out`. Raises CompressError."""
+    """Write `out`. predicted_kl_nats: what mixed precision expects; it is only reported. Raises CompressError."""
     began_s = time.monotonic()
     if recipe.needs_calibration and not len(blocks.calibration):
         raise CompressError(f"{recipe.scheme.name} by {recipe.rounding}: needs calibration tokens; give --calibration")
     with PartialCheckpoint(out, model.config.num_hidden_layers + 1, _options(model, recipe, blocks)) as partial:
-        report = _run(model, recipe, blocks, partial, on_layer)
+        outcome = _run(model, recipe, blocks, partial, on_layer)
+        sizes = Sizes(_plain_bytes(model), partial.num_bytes, _matrix_bits(model, recipe))
+        report = Report(
+            model.directory.name, recipe, outcome.errors, outcome.schemes, outcome.loss, sizes, predicted_kl_nats
+        )
+        files: dict[str, str | bytes] = {"report.json": as_json(report), "report.md": as_markdown(report)}
+        picture = as_picture(report)
+        if picture is not None:
+            files["report.png"] = picture
+        partial.finish(model.directory, _config(model, recipe), files)
     return dataclasses.replace(report, took_s=time.monotonic() - began_s)
 
 
 def _run(
     model: PlainModel, recipe: Recipe, blocks: TokenBlocks, partial: PartialCheckpoint, on_layer: Callable[[int], None]
-) -> Report:
+) -> Outcome:
     try:
-        outcome = LayerwiseRun(model.walk, recipe, blocks, partial).run(model.stored, on_layer)
+        return LayerwiseRun(model.walk, recipe, blocks, partial).run(model.stored, on_layer)
     except ModelError as error:
         raise CompressError(str(error)) from None
-    sizes = Sizes(_plain_bytes(model), partial.num_bytes, _matrix_bits(model, recipe))
-    report = Report(str(model.directory.name), recipe, outcome.errors, outcome.schemes, outcome.loss, sizes)
-    files: dict[str, str | bytes] = {"report.json": as_json(report), "report.md": as_markdown(report)}
-    picture = as_picture(report)
-    if picture is not None:
-        files["report.png"] = picture
-    partial.finish(model.directory, _config(model, recipe), files)
-    return report
 
 
 def _options(model: PlainModel, recipe: Recipe, blocks: TokenBlocks) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class Report:
     schemes: dict[str, str]
     loss: Loss | None
     sizes: Sizes
+    predicted_kl_nats: float | None = None  # of mixed precision: the sum of what each product loses by itself
     took_s: float = 0.0  # not in the files: the same compression gives the same bytes
 
     def summary(self) -> str:
@@ -40,6 +41,8 @@ class Report:
             loss = self.loss
             parts.append(f"loss {loss.added_nats:+.4f} +- {loss.added_nats_spread:.4f} nats a token")
             parts.append(f"KL {loss.kl_nats:.4f}, same choice {loss.top1_agreement:.1%}")
+        if self.predicted_kl_nats is not None:
+            parts.append(f"KL predicted {self.predicted_kl_nats:.4f}")
         return ", ".join(parts)
 
 
@@ -49,6 +52,7 @@ def as_json(report: Report) -> str:
         "model": report.model,
         "recipe": dataclasses.asdict(report.recipe),
         "loss": None if report.loss is None else dataclasses.asdict(report.loss),
+        "predicted_kl_nats": report.predicted_kl_nats,
         "sizes": dataclasses.asdict(report.sizes),
         "matrices": {
             name: {"scheme": report.schemes[name], "relative_error": error} for name, error in report.errors.items()
@@ -78,6 +82,8 @@ def as_markdown(report: Report) -> str:
             f"| same most likely token | {loss.top1_agreement:.2%} |",
             f"| measured on | {loss.num_blocks} blocks, {loss.num_tokens} tokens |",
         ]
+    if report.predicted_kl_nats is not None:
+        lines.append(f"| KL divergence predicted, if losses added up | {report.predicted_kl_nats:.4f} |")
     lines += ["", "| matrix | scheme | squared error of its output, relative |", "| --- | --- | ---: |"]
     lines += [f"| {name} | {report.schemes[name]} | {error:.3e} |" for name, error in report.errors.items()]
     return "\n".join(lines) + "\n"

@@ -45,6 +45,19 @@ class Request:
     has_kv_scales: bool = False
 
 
+def parse_bytes(text: str) -> int:
+    """From "6200000", "6.2MB" or "40GB". Raises CompressError."""
+    factors = {"KB": 1e3, "MB": 1e6, "GB": 1e9}
+    number, factor = (text[:-2], factors[text[-2:]]) if text[-2:] in factors else (text, 1.0)
+    try:
+        value = float(number) * factor
+    except ValueError:
+        value = 0.0
+    if not 1 <= value < 2**60:
+        raise CompressError(f"--budget {text!r}: must be bytes, such as 6200000, 6.2MB or 40GB")
+    return int(value)
+
+
 @dataclass(frozen=True, slots=True)
 class TokenRequest:
     """Which tokens to calibrate and to measure on."""

@@ -26,6 +26,11 @@ class Scheme:
     activations: ActivationRounding | None = None
 
     @property
+    def label(self) -> str:
+        """The name, and the group size where it can differ."""
+        return f"{self.name}:{self.grid.group_size}" if self.grid is not None and self.name in _GROUPED else self.name
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether a scale of inputs comes from calibration."""
         return self.activations is not None and self.activations.scale_per == "tensor"
@@ -55,6 +60,14 @@ _MAKERS: dict[str, Callable[[int, bool], Scheme]] = {
 }
 SCHEME_NAMES = tuple(_MAKERS)
 _GROUPED = ("w4a16", "w4a16-asym", "w8a16", "w4a8")
+
+
+def scheme_labelled(label: str) -> Scheme:
+    """From a label such as w4a16:32. Raises CompressError."""
+    name, _, size = label.partition(":")
+    if size and not size.isdigit():
+        raise CompressError(f"scheme {label!r}: behind the colon stands a group size")
+    return scheme_named(name, int(size)) if size else scheme_named(name)
 
 
 def scheme_named(name: str, group_size: int = 64, searches_range: bool = False) -> Scheme:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,9 +14,10 @@ from deploy.errors import ConfigError, StartError, one_line
 from deploy.progress import deliver
 
 if TYPE_CHECKING:
+    from compress.blocks import TokenBlocks
     from compress.job import PlainModel
+    from compress.mixed import MixedRecipe
     from compress.recipe import Recipe
-    from compress.request import TokenRequest
 
 
 @click.command()
@@ -36,6 +37,14 @@ if TYPE_CHECKING:
 @click.option("--sparsity", default="2:4", show_default=True, metavar="N:M_OR_SHARE", help="What pruning leaves.")
 @click.option("--kv-scales", is_flag=True, help="Also store scales for an fp8 KV cache.")
 @click.option("--keep", "kept", multiple=True, metavar="REGEX", help="Matrices that stay as they are.")
+@click.option("--budget", default="", metavar="BYTES", help="Of all weights: each product gets one of --schemes.")
+@click.option(
+    "--schemes",
+    default="w4a16:64,w4a16:32,w8a16:64,plain",
+    show_default=True,
+    metavar="LIST",
+    help="With --budget: names, and group sizes behind a colon.",
+)
 @click.option("--calibration", default="self", show_default=True, metavar="FILE", help="Text, .json or .npy of ids.")
 @click.option("--held-out", default="", metavar="FILE", help="Default: every fourth block of the calibration.")
 @click.option("--block-tokens", type=click.IntRange(2), default=512, show_default=True, metavar="N")
@@ -95,7 +104,7 @@ def _print_plan(model_dir: str, as_json: bool, options: dict[str, object]) -> in
 
 def _compress(model_dir: str, out: Path, as_json: bool, options: dict[str, object]) -> int:
     from compress.job import open_model
-    from compress.request import OWN_SAMPLES, Request, TokenRequest, recipe_for
+    from compress.request import OWN_SAMPLES, Request, TokenRequest, blocks_for, recipe_for
 
     asked = {key: options[key] for key in ("method", "scheme", "group_size", "act_order", "sparsity", "kept")}
     recipe = recipe_for(
@@ -105,7 +114,7 @@ def _compress(model_dir: str, out: Path, as_json: bool, options: dict[str, objec
         raise ConfigError(f"{out}: is there already")
     model = open_model(Path(model_dir), str(options["device"]), str(options["dtype"]))
     calibration, held_out = str(options["calibration"]), str(options["held_out"])
-    if calibration == OWN_SAMPLES and held_out and not recipe.needs_calibration:
+    if calibration == OWN_SAMPLES and held_out and not (recipe.needs_calibration or options["budget"]):
         calibration = ""
     tokens = TokenRequest(
         calibration,
@@ -115,22 +124,41 @@ def _compress(model_dir: str, out: Path, as_json: bool, options: dict[str, objec
         _int(options, "held_out_blocks"),
         _int(options, "seed"),
     )
-    return _run(model, recipe, tokens, out, as_json)
+    blocks = blocks_for(model, tokens)
+    chosen = _mix(model, recipe, blocks, str(options["budget"]), str(options["schemes"]))
+    return _run(model, chosen, blocks, out, as_json)
 
 
-def _run(model: PlainModel, recipe: Recipe, tokens: TokenRequest, out: Path, as_json: bool) -> int:
-    from tqdm import tqdm
+def _mix(model: PlainModel, recipe: Recipe, blocks: TokenBlocks, budget: str, schemes: str) -> MixedRecipe:
+    """Measure each product under each scheme, where there is a budget."""
+    from compress.mixed import MixedRecipe, measure, mixed_recipe
+    from compress.request import parse_bytes
+    from compress.schemes import scheme_labelled
 
+    if not budget:
+        return MixedRecipe(recipe, None)
+    budget_bytes, tried = parse_bytes(budget), [scheme_labelled(label) for label in schemes.split(",")]
+    with _bar(model, "measured") as bar:
+        items = measure(model, recipe, tried, blocks, lambda done: bar.update(done - bar.n))
+    return mixed_recipe(model, recipe, items, budget_bytes)
+
+
+def _run(model: PlainModel, chosen: MixedRecipe, blocks: TokenBlocks, out: Path, as_json: bool) -> int:
     from compress.job import compress_model
     from compress.report import as_json as report_json
-    from compress.request import blocks_for
 
-    blocks = blocks_for(model, tokens)
-    with tqdm(total=model.config.num_hidden_layers, desc="layers", unit="layer", file=sys.stderr) as bar:
-        report = compress_model(model, recipe, blocks, out, lambda done: bar.update(done - bar.n))
+    with _bar(model, "layers") as bar:
+        predicted = chosen.predicted_kl_nats
+        report = compress_model(model, chosen.recipe, blocks, out, lambda done: bar.update(done - bar.n), predicted)
     text = report_json(report) if as_json else f"{out}: {report.summary()}, {report.took_s:.0f} s\n"
     deliver(text, sys.stdout)
     return 0
+
+
+def _bar(model: PlainModel, what: str) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=model.config.num_hidden_layers, desc=what, unit="layer", file=sys.stderr)
 
 
 def _int(options: dict[str, object], name: str) -> int:
