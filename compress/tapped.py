@@ -7,7 +7,7 @@ built with it, since families ask a WeightFormat for their products. Knows nothi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,8 +16,9 @@ import kernels
 from checkpoint.tensors import WantedTensor
 from workers.errors import ModelError
 from workers.model.arithmetic import Arithmetic
-from workers.model.formats.plain import PlainFormat
 from workers.model.loader import Weights
+from workers.model.quant.plain import PLAIN_FORMAT
+from workers.model.quant.storage import StoredFormat
 from workers.model.weight_format import ExpertMatrices, Linear, Matrices, Quantised
 
 Tap = Callable[[Matrices, Tensor], Tensor]
@@ -26,10 +27,10 @@ Tap = Callable[[Matrices, Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class TappedFormat:
-    """PlainFormat with a tap before each product. One rank only."""
+    """Plain matrices with a tap before each product. One rank only."""
 
     tap: Tap
-    plain: PlainFormat = field(default_factory=PlainFormat)
+    plain: StoredFormat = PLAIN_FORMAT
 
     def tensors(self, name: str, outputs: int, inputs: int) -> Mapping[str, WantedTensor]:
         """As in WeightFormat."""
@@ -49,6 +50,14 @@ class TappedFormat:
         linears = [self.linear(matrices, weights, arithmetic, None) for matrices in experts.as_matrices()]
         return TappedExperts(linears[::2], linears[1::2])
 
+    def table_tensors(self, name: str, shape: tuple[int, int]) -> Mapping[str, WantedTensor]:
+        """As in WeightFormat."""
+        return self.plain.table_tensors(name, shape)
+
+    def table(self, name: str, shape: tuple[int, int], rows: slice, weights: Weights) -> Tensor:
+        """As in WeightFormat."""
+        return self.plain.table(name, shape, rows, weights)
+
 
 @dataclass(frozen=True, slots=True)
 class TappedLinear:
@@ -63,6 +72,11 @@ class TappedLinear:
     def output_sizes(self) -> list[int]:
         """As in Linear."""
         return self.inner.output_sizes
+
+    @property
+    def kind(self) -> str:
+        """As in Linear."""
+        return self.inner.kind
 
     def __call__(self, x: Tensor | Quantised) -> Tensor:
         """As in Linear."""
@@ -102,3 +116,8 @@ class Replaced:
             return self._stored.read(name, shape, part, as_stored)
         assert tensor.shape == shape, name
         return tensor[part] if as_stored else tensor[part].to(self.dtype)
+
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
+        """As in Weights."""
+        tensor = self._given.get(name)
+        return self._stored.shape_of(name) if tensor is None else tuple(tensor.shape)

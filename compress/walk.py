@@ -16,10 +16,10 @@ from workers.model.arithmetic import Arithmetic
 from workers.model.batch import Batch, GroupInputs
 from workers.model.cache_spec import CacheSpec
 from workers.model.config import ModelConfig
-from workers.model.formats.plain import PlainFormat
 from workers.model.layers.decoder import Layer
 from workers.model.layers.source import LayerSource
 from workers.model.loader import Weights
+from workers.model.quant.plain import PLAIN_FORMAT
 from workers.model.stage import build_stage
 from workers.model.weight_format import WeightFormat
 from workers.parallel import ParallelGroups, Shard
@@ -35,7 +35,7 @@ class ModelWalk:
     """A model on one device, of which one layer at a time is in memory."""
 
     def __init__(self, model: ModelConfig, weights: Weights, device: torch.device) -> None:
-        if not isinstance(model.weight_format, PlainFormat):
+        if model.weight_format != PLAIN_FORMAT:
             raise ModelError("quantization_config: the model is compressed already; start from its plain weights")
         self.model = model
         self.weights = weights
