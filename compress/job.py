@@ -16,18 +16,17 @@ from checkpoint.files import read_json
 from checkpoint.tensors import StoredTensor, stored_tensors, weights_digest
 from compress.blocks import TokenBlocks
 from compress.errors import CompressError
-from compress.formats.compressed_tensors import quantization_config
 from compress.layerwise import LayerwiseRun, Outcome
 from compress.partial import PartialCheckpoint
 from compress.recipe import Recipe
 from compress.report import Report, Sizes, as_json, as_markdown, as_picture
-from compress.schemes import Scheme
+from compress.stored import StoredModel
 from compress.walk import ModelWalk
 from workers.errors import ModelError
 from workers.model.config import ModelConfig
 from workers.model.loader import Checkpoint
 from workers.model.registry import load_config
-from workers.model.tensor_layout import HEAD, check_checkpoint, tensor_layout
+from workers.model.tensor_layout import check_checkpoint, tensor_layout
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -66,6 +65,7 @@ def compress_model(
     began_s = time.monotonic()
     if recipe.needs_calibration and not len(blocks.calibration):
         raise CompressError(f"{recipe.scheme.name} by {recipe.rounding}: needs calibration tokens; give --calibration")
+    StoredModel(recipe, tensor_layout(model.config).matrices)  # refuses what cannot be stored
     with PartialCheckpoint(out, model.config.num_hidden_layers + 1, _options(model, recipe, blocks)) as partial:
         outcome = _run(model, recipe, blocks, partial, on_layer)
         sizes = Sizes(_plain_bytes(model), partial.num_bytes, _matrix_bits(model, recipe))
@@ -102,18 +102,9 @@ def _options(model: PlainModel, recipe: Recipe, blocks: TokenBlocks) -> dict[str
 def _config(model: PlainModel, recipe: Recipe) -> dict[str, Any]:
     """config.json of the compressed model."""
     config = read_json(model.directory / "config.json", is_required=True)
-    groups: dict[Scheme, list[str]] = {}
-    ignored = [HEAD]
-    for matrices in tensor_layout(model.config).matrices:
-        scheme = recipe.scheme_of(matrices)
-        if scheme.grid is None:
-            ignored += matrices.names
-        else:
-            groups.setdefault(scheme, []).extend(matrices.names)
-    if groups or recipe.has_kv_scales:
-        act_order = {"none": None, "static": "static", "permuted": "group"}[recipe.gptq.act_order]
-        ordered = act_order if recipe.rounding == "gptq" else None
-        config["quantization_config"] = quantization_config(groups, ignored, ordered, recipe.has_kv_scales)
+    stored = StoredModel(recipe, tensor_layout(model.config).matrices)
+    if stored.quantization_config is not None:
+        config["quantization_config"] = stored.quantization_config
     return config
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from compress.errors import CompressError
 from compress.folding import Fold, fold_into, folds_of
-from compress.formats.compressed_tensors import decode, encode
 from compress.methods.gptq import gptq
 from compress.methods.nearest import round_to_nearest
 from compress.methods.pruning import prune
@@ -19,6 +18,7 @@ from compress.recipe import Recipe
 from compress.rounded import RoundedMatrix
 from compress.schemes import Scheme
 from compress.statistics import InputStatistics
+from compress.stored import StoredModel
 from workers.model.config import ModelConfig
 from workers.model.loader import Weights
 from workers.model.tensor_layout import TensorLayout
@@ -69,7 +69,7 @@ def compress_layer(model: ModelConfig, layer: LayerWeights, recipe: Recipe, inde
         folds = folds_of(model, layer.matrices, index)
         for fold in folds:
             _smooth(model, layer, recipe, fold)
-    tensors, errors = dict(layer.others), {}
+    tensors, errors, stored = dict(layer.others), {}, StoredModel(recipe, layer.matrices)
     for matrices in layer.matrices:
         scheme, statistics = recipe.scheme_of(matrices), layer.statistics.get(matrices.names)
         peak = torch.stack([layer.weights[name].abs().max() for name, _ in matrices.tensors()]).max()
@@ -79,21 +79,19 @@ def compress_layer(model: ModelConfig, layer: LayerWeights, recipe: Recipe, inde
             if scheme.grid is None:
                 parts = {"weight": pruned.to(dtype)}
             else:
-                rounded = _round(name, pruned, scheme, recipe, statistics, peak, dtype)
-                parts = encode(rounded, dtype, _input_scale(scheme, statistics))
+                rounded = _round(name, pruned, scheme, recipe, statistics, peak, stored.scale_dtype(dtype))
+                parts = stored.encode(rounded, dtype, _input_scale(scheme, statistics))
             tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-            errors[name] = _relative_error(decode(parts, scheme, outputs, matrices.inputs), before, statistics)
+            errors[name] = _relative_error(stored.dense(tensors, name, outputs, matrices.inputs), before, statistics)
     return CompressedLayer(tensors, errors)
 
 
 def meant_weights(layer: LayerWeights, tensors: Mapping[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:
     """What a compressed layer's tensors stand for, under the names of a plain checkpoint."""
-    meant = {name: tensors[name] for name in layer.others}
+    meant, stored = {name: tensors[name] for name in layer.others}, StoredModel(recipe, layer.matrices)
     for matrices in layer.matrices:
-        scheme = recipe.scheme_of(matrices)
         for name, outputs in matrices.tensors():
-            parts = {key.removeprefix(name + "."): t for key, t in tensors.items() if key.startswith(name + ".")}
-            meant[name + ".weight"] = decode(parts, scheme, outputs, matrices.inputs)
+            meant[name + ".weight"] = stored.dense(tensors, name, outputs, matrices.inputs)
     return meant
 
 
@@ -130,7 +128,8 @@ def _smooth(model: ModelConfig, layer: LayerWeights, recipe: Recipe, fold: Fold)
     if scheme.grid is None or not statistics.num_rows:
         return
     names = [name for name, _ in matrices.tensors()]
-    consumers = Consumers([layer.weights[name] for name in names], statistics, scheme, layer.dtypes[names[0]])
+    scale_dtype = StoredModel(recipe, [matrices]).scale_dtype(layer.dtypes[names[0]])
+    consumers = Consumers([layer.weights[name] for name in names], statistics, scheme, scale_dtype)
     find = awq_factors if recipe.smoothing == "awq" else smoothquant_factors
     factors = fold_into(model, fold, layer.weights, layer.others, find(consumers))
     for name in names:

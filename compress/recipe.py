@@ -35,6 +35,7 @@ class Recipe:
     pruning: Pruning | None = None
     kept: tuple[str, ...] = ()  # patterns of names of matrices that stay as they are
     has_kv_scales: bool = False  # static scales for an e4m3 KV cache
+    file_format: str = "compressed-tensors"
     schemes: tuple[tuple[str, Scheme], ...] = ()
     """Of single matrices, by name, in place of `scheme`: what mixed precision chose."""
 

@@ -16,12 +16,14 @@ from compress.methods.pruning import Pattern
 from compress.recipe import Pruning, Recipe
 from compress.samples import own_samples
 from compress.schemes import PLAIN, scheme_named
+from compress.stored import format_for
 
 _DEFAULT_SCHEMES = {
     "rtn": "w4a16",
     "gptq": "w4a16",
     "awq": "w4a16-asym",
     "smoothquant": "w8a8",
+    "llm-int8": "llm-int8",
     "magnitude": "plain",
     "wanda": "plain",
     "sparsegpt": "plain",
@@ -43,6 +45,7 @@ class Request:
     sparsity: str = "2:4"
     kept: tuple[str, ...] = ()
     has_kv_scales: bool = False
+    file_format: str = ""  # "": the one that has the scheme
 
 
 def parse_bytes(text: str) -> int:
@@ -87,6 +90,7 @@ def recipe_for(request: Request) -> Recipe:
         pruning=Pruning(method, Pattern.parse(request.sparsity)) if prunes else None,  # type: ignore[arg-type]
         kept=request.kept,
         has_kv_scales=request.has_kv_scales or method == "kv",
+        file_format=format_for(scheme, request.file_format),
     )
 
 

@@ -56,6 +56,9 @@ _MAKERS: dict[str, Callable[[int, bool], Scheme]] = {
     "mxfp4": lambda group, search: Scheme("mxfp4", Mxfp4Grid()),
     "nvfp4": lambda group, search: Scheme("nvfp4", Nvfp4Grid()),
     "nf4": lambda group, search: Scheme("nf4", Nf4Grid()),
+    "llm-int8": lambda group, search: Scheme(
+        "llm-int8", IntGrid(8, 0, True, search, is_balanced=True), ActivationRounding("int8", "token", 6.0)
+    ),
     "plain": lambda group, search: PLAIN,
 }
 SCHEME_NAMES = tuple(_MAKERS)

@@ -22,11 +22,12 @@ class IntGrid:
     is_symmetric: bool = True
     searches_range: bool = False
     """Try ranges smaller than a group's extremes, and keep the one with the least squared error."""
+    is_balanced: bool = False  # without -2^(bits-1): as many codes below 0 as above
 
     @property
     def least(self) -> int:
         """The smallest code."""
-        return -(1 << (self.bits - 1))
+        return int(self.is_balanced) - (1 << (self.bits - 1))
 
     @property
     def most(self) -> int:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 @click.option("--out", metavar="DIR", help="Where the compressed model goes; DIR.partial holds it until it is whole.")
 @click.option("--method", default="gptq", metavar="NAME", show_default=True, help="How weights are changed.")
 @click.option("--scheme", default="", metavar="NAME", help="What is stored. Default: what the method is known for.")
+@click.option("--format", "file_format", default="", metavar="NAME", help="Default: compressed-tensors.")
 @click.option("--group-size", type=int, default=64, show_default=True, metavar="N", help="0: a scale for each row.")
 @click.option(
     "--act-order",
@@ -106,7 +107,9 @@ def _compress(model_dir: str, out: Path, as_json: bool, options: dict[str, objec
     from compress.job import open_model
     from compress.request import OWN_SAMPLES, Request, TokenRequest, blocks_for, recipe_for
 
-    asked = {key: options[key] for key in ("method", "scheme", "group_size", "act_order", "sparsity", "kept")}
+    asked = {
+        key: options[key] for key in ("method", "scheme", "group_size", "act_order", "sparsity", "kept", "file_format")
+    }
     recipe = recipe_for(
         Request(**asked, searches_range=bool(options["search_range"]), has_kv_scales=bool(options["kv_scales"]))  # type: ignore[arg-type]
     )

@@ -28,6 +28,7 @@ _BASE: dict[str, object] = {
 _KINDS: dict[str, tuple[type[PretrainedConfig], dict[str, object]]] = {
     "llama": (LlamaConfig, {}),
     "qwen3": (Qwen3Config, {}),
+    "llama64": (LlamaConfig, {}),
     "mha": (LlamaConfig, {"num_key_value_heads": 4}),
     "qwen3_experts": (
         Qwen3MoeConfig,

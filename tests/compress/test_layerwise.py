@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from compress.blocks import TokenBlocks
 from compress.errors import CompressError
-from compress.formats.compressed_tensors import decode
 from compress.job import compress_model, open_model
 from compress.recipe import Recipe
 from compress.report import Report
 from compress.request import METHOD_NAMES, Request, TokenRequest, blocks_for, recipe_for
 from compress.schemes import scheme_named
+from compress.stored import StoredModel
 from tests.compress.models import VOCAB, make_blocks, make_model
 from workers.model.tensor_layout import tensor_layout
 
@@ -47,13 +47,13 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 def dense(path: Path, folder: Path, recipe: Recipe) -> dict[str, torch.Tensor]:
     """The compressed checkpoint as plain numbers."""
-    tensors, model = tensors_of(folder), open_model(path).config
-    for matrices in tensor_layout(model).matrices:
+    tensors, all_matrices = tensors_of(folder), tensor_layout(open_model(path).config).matrices
+    stored, dense = StoredModel(recipe, all_matrices), {}
+    for matrices in all_matrices:
         for name, outputs in matrices.tensors():
-            keys = [key for key in tensors if key.startswith(name + ".")]
-            parts = {key.removeprefix(name + "."): tensors.pop(key) for key in keys}
-            tensors[name + ".weight"] = decode(parts, recipe.scheme_of(matrices), outputs, matrices.inputs)
-    return tensors
+            dense[name + ".weight"] = stored.dense(tensors, name, outputs, matrices.inputs)
+            tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(name + ".")}
+    return {**tensors, **dense}
 
 
 def nats_by_transformers(path: Path, tensors: dict[str, torch.Tensor], ids: torch.Tensor) -> float:
@@ -237,7 +237,10 @@ def test_a_partial_folder_of_other_options_is_refused(models: Callable[[str], Pa
         (Request("rtn", "plain"), "--method rtn with --scheme plain changes nothing"),
         (Request("wanda", sparsity="4:2"), "sparsity '4:2' is neither like 2:4 nor a share"),
         (Request("wanda", sparsity="3:5"), "a pattern of 3:5 does not divide its 64 inputs"),
-        (Request("rtn", "nf4"), "compressed-tensors stores no "),
+        (Request("rtn", "nf4", file_format="awq"), "--format awq stores no nf4"),
+        (Request("rtn", "w8a8", group_size=32, file_format="gptq"), "--format gptq stores no w8a8"),
+        (Request("rtn", group_size=32, file_format="zip"), "--format 'zip' is not known (known: compressed-tensors, "),
+        (Request("gptq", group_size=32, has_kv_scales=True, file_format="gptq"), "stores one scheme, and no KV scales"),
     ],
 )
 def test_what_cannot_be_done_is_named_in_one_line(
