@@ -11,6 +11,7 @@ from torch import Tensor
 from compress.errors import CompressError
 from compress.folding import Fold, fold_into, folds_of
 from compress.methods.gptq import gptq
+from compress.methods.low_rank import factorized, rank_of
 from compress.methods.nearest import round_to_nearest
 from compress.methods.pruning import prune
 from compress.methods.smoothing import Consumers, awq_factors, clip_to_best_range, smoothquant_factors
@@ -76,7 +77,10 @@ def compress_layer(model: ModelConfig, layer: LayerWeights, recipe: Recipe, inde
         for name, outputs in matrices.tensors():
             before, dtype = layer.weights[name], layer.dtypes[name]
             pruned = before if recipe.pruning is None else prune_by(recipe, before, statistics)
-            if scheme.grid is None:
+            if scheme.is_low_rank:
+                factors = factorized(pruned, rank_of(outputs, matrices.inputs, scheme.kept_share), statistics)
+                parts = {"weight_left": factors.left.to(dtype), "weight_right": factors.right.to(dtype)}
+            elif scheme.grid is None:
                 parts = {"weight": pruned.to(dtype)}
             else:
                 rounded = _round(name, pruned, scheme, recipe, statistics, peak, stored.scale_dtype(dtype))

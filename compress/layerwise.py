@@ -80,7 +80,7 @@ class LayerwiseRun:
             self._partial.write(index + 1, tensors, {"errors": errors})
         self._errors |= errors
         for matrices in layer.matrices:
-            self._schemes |= dict.fromkeys(matrices.names, self._recipe.scheme_of(matrices).name)
+            self._schemes |= dict.fromkeys(matrices.names, self._recipe.scheme_of(matrices).label)
         self._send_on(index, layer, tensors, streams)
 
     def _compress(self, layer: LayerWeights, index: int, x: Tensor) -> CompressedLayer:

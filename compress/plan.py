@@ -52,7 +52,8 @@ def gpu_named(name: str) -> Gpu:
 def plan(model: ModelConfig, gpu: Gpu, load: Workload, group_size: int) -> list[PlanRow]:
     """A row for each scheme."""
     matrices = tensor_layout(model).matrices
-    return [_row(model, matrices, scheme_named(name, group_size), gpu, load) for name in SCHEME_NAMES]
+    schemes = [scheme_named(name, 80 if name == "low-rank" else group_size) for name in SCHEME_NAMES]
+    return [_row(model, matrices, scheme, gpu, load) for scheme in schemes]
 
 
 def _row(model: ModelConfig, matrices: Sequence[Matrices], scheme: Scheme, gpu: Gpu, load: Workload) -> PlanRow:
@@ -64,7 +65,7 @@ def _row(model: ModelConfig, matrices: Sequence[Matrices], scheme: Scheme, gpu: 
                 if scheme.grid is not None:
                     scheme.grid.check(name, outputs, group.inputs)
             except CompressError as error:
-                return PlanRow(scheme.name, str(error))
+                return PlanRow(scheme.label, str(error))
             size = scheme.bits_of(outputs, group.inputs)
             bits, weights = bits + size, weights + outputs * group.inputs
             read_bits += share * size
@@ -77,7 +78,7 @@ def _row(model: ModelConfig, matrices: Sequence[Matrices], scheme: Scheme, gpu: 
     unit = scheme.activations.kind if scheme.activations is not None else "bf16"
     step_s = max(step_bytes / gpu.memory_bytes_per_s, flops / gpu.flops_per_s(unit))
     fits = weight_bytes + kv_bytes < gpu.memory_bytes
-    return PlanRow(scheme.name, "", weight_bytes, bits / weights, step_bytes, load.num_sequences / step_s, fits)
+    return PlanRow(scheme.label, "", weight_bytes, bits / weights, step_bytes, load.num_sequences / step_s, fits)
 
 
 def _kv_token_bytes(model: ModelConfig) -> int:

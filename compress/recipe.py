@@ -43,15 +43,19 @@ class Recipe:
     def needs_hessian(self) -> bool:
         """Whether inputs are multiplied with each other while calibration runs."""
         is_sparsegpt = self.pruning is not None and self.pruning.method == "sparsegpt"
-        return self.rounding == "gptq" or self.smoothing == "awq" or is_sparsegpt
+        is_low_rank = any(scheme.is_low_rank for scheme in self._all_schemes)
+        return self.rounding == "gptq" or self.smoothing == "awq" or is_sparsegpt or is_low_rank
 
     @property
     def needs_calibration(self) -> bool:
         """Whether any input is looked at."""
-        schemes = (self.scheme, *(scheme for _, scheme in self.schemes))
-        sees_inputs = any(scheme.needs_calibration for scheme in schemes)
+        sees_inputs = any(scheme.needs_calibration for scheme in self._all_schemes)
         is_wanda = self.pruning is not None and self.pruning.method == "wanda"
         return self.needs_hessian or self.smoothing != "none" or is_wanda or sees_inputs or self.has_kv_scales
+
+    @property
+    def _all_schemes(self) -> set[Scheme]:
+        return {self.scheme, *(scheme for _, scheme in self.schemes)}
 
     def scheme_of(self, matrices: Matrices) -> Scheme:
         """What these are stored by."""

@@ -67,7 +67,7 @@ def as_markdown(report: Report) -> str:
     lines = [
         f"# {report.model}, compressed",
         "",
-        f"Scheme {report.recipe.scheme.name}, rounding {report.recipe.rounding}, smoothing {report.recipe.smoothing}.",
+        f"Scheme {report.recipe.scheme.label}, rounding {report.recipe.rounding}, smoothing {report.recipe.smoothing}.",
         "",
         "| | |",
         "| --- | --- |",

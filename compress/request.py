@@ -15,7 +15,7 @@ from compress.methods.gptq import ActOrder, GptqOptions
 from compress.methods.pruning import Pattern
 from compress.recipe import Pruning, Recipe
 from compress.samples import own_samples
-from compress.schemes import PLAIN, scheme_named
+from compress.schemes import PLAIN, scheme_labelled, scheme_named
 from compress.stored import format_for
 
 _DEFAULT_SCHEMES = {
@@ -27,6 +27,7 @@ _DEFAULT_SCHEMES = {
     "magnitude": "plain",
     "wanda": "plain",
     "sparsegpt": "plain",
+    "low-rank": "low-rank:80",
     "kv": "plain",
 }
 METHOD_NAMES = tuple(_DEFAULT_SCHEMES)
@@ -78,7 +79,9 @@ def recipe_for(request: Request) -> Recipe:
     if request.method not in _DEFAULT_SCHEMES:
         raise CompressError(f"--method {request.method!r} is not known (known: {', '.join(METHOD_NAMES)})")
     method = request.method
-    scheme = scheme_named(request.scheme or _DEFAULT_SCHEMES[method], request.group_size, request.searches_range)
+    name = request.scheme or _DEFAULT_SCHEMES[method]
+    size = request.group_size
+    scheme = scheme_labelled(name) if ":" in name else scheme_named(name, size, request.searches_range)
     prunes = method in ("magnitude", "wanda", "sparsegpt")
     if scheme == PLAIN and not prunes and not request.has_kv_scales and method != "kv":
         raise CompressError(f"--method {method} with --scheme plain changes nothing")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.formats import awq, bitsandbytes, compressed_tensors, gptq
+from compress.formats import awq, bitsandbytes, compressed_tensors, gptq, low_rank
 from compress.formats.file_format import Contents, FileFormat
 from compress.recipe import Recipe
 from compress.rounded import RoundedMatrix
@@ -25,7 +25,13 @@ from workers.model.tensor_layout import HEAD
 from workers.model.weight_format import Matrices
 
 FILE_FORMATS: Mapping[str, FileFormat] = MappingProxyType(
-    {"compressed-tensors": compressed_tensors, "gptq": gptq, "awq": awq, "bitsandbytes": bitsandbytes}
+    {
+        "compressed-tensors": compressed_tensors,
+        "gptq": gptq,
+        "awq": awq,
+        "bitsandbytes": bitsandbytes,
+        "low-rank": low_rank,
+    }
 )
 
 
@@ -87,14 +93,16 @@ def _contents(recipe: Recipe, matrices: Sequence[Matrices]) -> Contents:
     plain = [HEAD]
     for group in matrices:
         scheme = recipe.scheme_of(group)
-        if scheme.grid is None:
+        if scheme.is_plain:
             plain += group.names
         else:
             groups.setdefault(scheme, []).extend(group.names)
     act_order = recipe.gptq.act_order if recipe.rounding == "gptq" else "none"
-    return Contents(groups, plain, act_order, recipe.has_kv_scales)
+    shapes = {name: (outputs, group.inputs) for group in matrices for name, outputs in group.tensors()}
+    return Contents(groups, plain, act_order, recipe.has_kv_scales, shapes)
 
 
 def format_for(scheme: Scheme, asked: str) -> str:
     """The file format that was asked for, or the one that has the scheme."""
-    return asked or ("bitsandbytes" if scheme.name in ("nf4", "llm-int8") else "compressed-tensors")
+    own = {"nf4": "bitsandbytes", "llm-int8": "bitsandbytes", "low-rank": "low-rank"}
+    return asked or own.get(scheme.name, "compressed-tensors")

@@ -24,6 +24,7 @@ class Contents:
     plain: list[str]  # names of those that stay as they are
     act_order: str  # of GPTQ: none, static, permuted; "none" too where nothing was rounded by it
     has_kv_scales: bool
+    shapes: Mapping[str, tuple[int, int]]  # [outputs, inputs] of each matrix
 
     @property
     def only_scheme(self) -> Scheme:

@@ -29,7 +29,9 @@ from workers.model.weight_format import Matrices
 
 NAME = "model.layers.0.mlp.down_proj"
 MINE = {"nf4": "bitsandbytes", "llm-int8": "bitsandbytes"}
-STORED = [(name, MINE.get(name, "compressed-tensors"), 32) for name in SCHEME_NAMES if name != "plain"]
+STORED = [
+    (name, MINE.get(name, "compressed-tensors"), 32) for name in SCHEME_NAMES if name not in ("plain", "low-rank")
+]
 STORED += [(name, form, group) for form in ("gptq", "awq") for name in ("w4a16", "w4a16-asym") for group in (32, 0)]
 STORED += [("w8a16", "gptq", 64), ("w4a16", "compressed-tensors", 0), ("w4a16-asym", "compressed-tensors", 0)]
 
@@ -111,7 +113,7 @@ SERVED = [
     ("rtn", "w4a16", ""), ("rtn", "w4a16-asym", ""), ("gptq", "w4a16", ""), ("gptq", "w4a16", "gptq"),
     ("gptq", "w4a16-asym", "gptq"), ("awq", "w4a16-asym", "awq"), ("smoothquant", "w8a8", ""), ("rtn", "w4a8", ""),
     ("rtn", "fp8", ""), ("rtn", "fp8-static", ""), ("rtn", "mxfp4", ""), ("rtn", "nvfp4", ""), ("rtn", "nf4", ""),
-    ("llm-int8", "", ""), ("kv", "", ""), ("sparsegpt", "w4a16", ""),
+    ("llm-int8", "", ""), ("kv", "", ""), ("sparsegpt", "w4a16", ""), ("low-rank", "low-rank:70", ""),
 ]  # fmt: skip
 
 
@@ -150,4 +152,4 @@ def test_several_schemes_are_told_apart_by_name(tmp_path: Path) -> None:
         "pack-quantized", "int-quantized", "float-quantized",
     }  # fmt: skip
     check_checkpoint(tmp_path / "out", load_config(tmp_path / "out"))
-    assert set(report.schemes.values()) == {"w4a16", "w8a8", "fp8"}
+    assert set(report.schemes.values()) == {"w4a16:64", "w8a8", "fp8"}

@@ -20,7 +20,7 @@ from compress.job import compress_model, open_model
 from compress.recipe import Recipe
 from compress.report import Report
 from compress.request import METHOD_NAMES, Request, TokenRequest, blocks_for, recipe_for
-from compress.schemes import scheme_named
+from compress.schemes import scheme_labelled
 from compress.stored import StoredModel
 from tests.compress.models import VOCAB, make_blocks, make_model
 from workers.model.tensor_layout import tensor_layout
@@ -234,6 +234,11 @@ def test_a_partial_folder_of_other_options_is_refused(models: Callable[[str], Pa
         (Request("rtn", "w5a5"), "scheme 'w5a5' is not known (known: w4a16, "),
         (Request("rtn", group_size=48), "group_size must be 32, 64, 128, 256, or 0 for whole rows, not 48"),
         (Request("rtn", group_size=128), "model.layers.0.self_attn.q_proj: groups of 128 do not divide its 64 inputs"),
+        (
+            Request("low-rank", "low-rank:120"),
+            "scheme low-rank:120: behind the colon stands a share from 1 to 99 percent",
+        ),
+        (Request("rtn", "w4a16:x"), "scheme 'w4a16:x': behind the colon stands a group size"),
         (Request("rtn", "plain"), "--method rtn with --scheme plain changes nothing"),
         (Request("wanda", sparsity="4:2"), "sparsity '4:2' is neither like 2:4 nor a share"),
         (Request("wanda", sparsity="3:5"), "a pattern of 3:5 does not divide its 64 inputs"),
@@ -303,7 +308,8 @@ def test_calibration_by_own_samples_is_repeatable(models: Callable[[str], Path])
 
 def test_all_methods_have_a_default_scheme() -> None:
     for method in METHOD_NAMES:
-        assert recipe_for(Request(method)).scheme == scheme_named(recipe_for(Request(method)).scheme.name)
+        scheme = recipe_for(Request(method)).scheme
+        assert scheme == scheme_labelled(scheme.label)
 
 
 def test_a_plan_is_printed_without_weights(models: Callable[[str], Path], tmp_path: Path) -> None:
@@ -312,10 +318,10 @@ def test_a_plan_is_printed_without_weights(models: Callable[[str], Path], tmp_pa
     (folder / "config.json").write_text((models("qwen3_experts") / "config.json").read_text())
     found = command(f"'{folder}'", "--plan", "--json", "--group-size", 32)
     rows = {row["scheme"]: row for row in json.loads(found.stdout)}
-    assert rows["w4a16"]["bits_per_weight"] == 4.5
-    assert rows["w4a16"]["step_bytes"] < rows["plain"]["step_bytes"]
-    assert rows["w4a16"]["weight_bytes"] < rows["plain"]["weight_bytes"]
-    assert rows["w4a16"]["tokens_per_s"] > rows["plain"]["tokens_per_s"]
+    assert rows["w4a16:32"]["bits_per_weight"] == 4.5
+    assert rows["w4a16:32"]["step_bytes"] < rows["plain"]["step_bytes"]
+    assert rows["w4a16:32"]["weight_bytes"] < rows["plain"]["weight_bytes"]
+    assert rows["w4a16:32"]["tokens_per_s"] > rows["plain"]["tokens_per_s"]
     refused = command(f"'{folder}'", "--plan", "--gpu", "z80")
     assert refused.returncode == 2
     assert "--gpu 'z80' is not known (known: a10, " in refused.stderr

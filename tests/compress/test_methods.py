@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compress.grids.grid import Grid
 from compress.methods.gptq import ActOrder, GptqOptions, gptq, inverse_factor
+from compress.methods.low_rank import factorized, rank_of
 from compress.methods.nearest import round_to_nearest
 from compress.methods.pruning import Pattern, prune
 from compress.methods.smoothing import Consumers, awq_factors, clip_to_best_range, smoothquant_factors
@@ -152,3 +153,23 @@ def test_the_recorder_adds_up(product: Product) -> None:
     torch.testing.assert_close(found.mean_magnitude, rows.abs().mean(0))
     change = torch.randn(5, 8)
     assert found.output_error(change) == pytest.approx(float((rows @ change.T).square().sum() / 30), rel=1e-4)
+
+
+def test_a_whitened_factorization_is_the_best_of_its_rank(product: Product) -> None:
+    """Below a plain decomposition, below one by magnitudes, and below small changes of itself."""
+    rank, shape = rank_of(96, 256, 0.6), product.weight.shape
+    assert rank * sum(shape) <= 0.6 * shape[0] * shape[1] < (rank + 1) * sum(shape)
+    best, plain = (factorized(product.weight, rank, seen) for seen in (product.statistics, None))
+    by_magnitude = factorized(product.weight, rank, replace(product.statistics, hessian=None))
+    error = product.error(best.left @ best.right)
+    assert error < 0.9 * product.error(plain.left @ plain.right)
+    assert error < product.error(by_magnitude.left @ by_magnitude.right)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        nudge = torch.randn(best.left.shape, generator=generator) * 0.01 * best.left.std()
+        assert error < product.error((best.left + nudge) @ best.right)
+
+
+def test_at_full_rank_a_factorization_is_the_matrix(product: Product) -> None:
+    factors = factorized(product.weight, 96, product.statistics)
+    torch.testing.assert_close(factors.left @ factors.right, product.weight, atol=1e-4, rtol=1e-3)

@@ -22,7 +22,18 @@ from workers.model.config import ModelConfig
 from workers.model.config_fields import ConfigFields
 from workers.model.families import llama, qwen3
 from workers.model.family import Family
-from workers.model.quant import awq, bitnet, bitsandbytes, compressed_tensors, fp8, gguf, gptq, modelopt, mxfp4
+from workers.model.quant import (
+    awq,
+    bitnet,
+    bitsandbytes,
+    compressed_tensors,
+    fp8,
+    gguf,
+    gptq,
+    low_rank,
+    modelopt,
+    mxfp4,
+)
 from workers.model.quant.plain import PLAIN_FORMAT
 from workers.model.weight_format import QuantMethod, WeightFormat
 
@@ -36,6 +47,7 @@ _BUILT_IN: tuple[ModuleType, ...] = (
     fp8,
     gguf,
     gptq,
+    low_rank,
     modelopt,
     mxfp4,
 )
