@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -178,7 +179,13 @@ def test_a_run_that_was_cut_off_gives_the_same_bytes(
     assert all((tmp_path / "cut" / name).stat().st_mtime_ns == time for name, time in made.items())
 
 
-def command(*arguments: str | Path, prefix: str = "") -> subprocess.CompletedProcess[str]:
+def start(*arguments: object) -> subprocess.Popen[bytes]:
+    line = [sys.executable, "-m", "deploy.cli", "quantize", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def command(*arguments: object, prefix: str = "") -> subprocess.CompletedProcess[str]:
     line = " ".join([sys.executable, "-m", "deploy.cli", "quantize", *map(str, arguments)])
     environment = {
         **os.environ,
@@ -193,6 +200,23 @@ def token_file(tmp_path: Path) -> Path:
     blocks, path = make_blocks(), tmp_path / "ids.json"
     path.write_text(json.dumps(torch.cat([blocks.calibration, blocks.held_out]).tolist()))
     return path
+
+
+def test_a_run_that_was_killed_gives_the_same_bytes(
+    models: Callable[[str], Path], tmp_path: Path, token_file: Path
+) -> None:
+    arguments = [models("llama"), "--group-size", 32, "--block-tokens", 40, "--calibration", token_file, "--out"]
+    assert command(*arguments, tmp_path / "whole").returncode == 0
+    partial = tmp_path / "cut.partial"
+    with start(*arguments, tmp_path / "cut") as process:
+        while process.poll() is None and len(list(partial.glob("*.safetensors"))) < 2:
+            time.sleep(0.002)
+        process.kill()
+    assert partial.exists()
+    assert command(*arguments, tmp_path / "cut").returncode == 0
+    cut, whole = files_of(tmp_path / "cut"), files_of(tmp_path / "whole")
+    assert cut.keys() == whole.keys()
+    assert [name for name in cut if cut[name] != whole[name]] == []
 
 
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
