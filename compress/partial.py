@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compress.errors import CompressError
+from compress.errors import CompressError, DiskError
 
 _RUN = "run.json"
 _COPIED = (".json", ".jinja", ".txt", ".model")
@@ -87,7 +87,7 @@ class PartialCheckpoint:
             unfinished.unlink(missing_ok=True)
             done = sum(self.has(i) for i in range(self._num_files))
             why = "no space left" if "28" in str(error) or "StorageFull" in str(error) else str(error).splitlines()[0]
-            raise CompressError(
+            raise DiskError(
                 f"{path}: {why}; {done} of {self._num_files} files are finished, and the same command goes on"
             ) from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,8 +98,10 @@ def recipe_for(request: Request) -> Recipe:
     )
 
 
-def blocks_for(model: PlainModel, request: TokenRequest) -> TokenBlocks:
-    """The blocks; either part may be empty."""
+def blocks_for(
+    model: PlainModel, request: TokenRequest, on_token: Callable[[int], None] = lambda done: None
+) -> TokenBlocks:
+    """The blocks; either part may be empty. on_token: called with how much of each own sample is done."""
     directory, vocab = model.directory, model.config.vocab_size
     if request.block_tokens > model.config.max_position_embeddings:
         most = model.config.max_position_embeddings
@@ -106,7 +109,7 @@ def blocks_for(model: PlainModel, request: TokenRequest) -> TokenBlocks:
     found = torch.zeros(0, request.block_tokens, dtype=torch.int64)
     if request.calibration == OWN_SAMPLES:
         count = request.num_blocks
-        found = own_samples(model.walk, _first_token(model), count, request.block_tokens, request.seed)
+        found = own_samples(model.walk, _first_token(model), count, request.block_tokens, request.seed, on_token)
     elif request.calibration:
         path = Path(request.calibration)
         found = read_blocks(path, directory, vocab, request.block_tokens, request.num_blocks)

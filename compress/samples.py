@@ -5,17 +5,21 @@ All layers are in memory meanwhile, unlike in the rest of a compression.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from compress.walk import ModelWalk
 from workers.model.batch import Batch, GroupInputs
 
-_SEQUENCES_AT_ONCE = 32
+_SEQUENCES_AT_ONCE = 128
 
 
 @torch.no_grad()
-def own_samples(walk: ModelWalk, first_token: int, num_blocks: int, num_tokens: int, seed: int) -> Tensor:
+def own_samples(
+    walk: ModelWalk, first_token: int, num_blocks: int, num_tokens: int, seed: int, on_token: Callable[[int], None]
+) -> Tensor:
     """int64 [blocks, tokens]; each begins with first_token, and the same seed gives the same."""
     generator = torch.Generator().manual_seed(seed)
     layers = [walk.plain_layer(index) for index in range(walk.model.num_hidden_layers)]
@@ -33,6 +37,7 @@ def own_samples(walk: ModelWalk, first_token: int, num_blocks: int, num_tokens: 
                 x = hidden + residual
             chances = walk.logits_of_rows(x, batch).softmax(-1).cpu()
             ids[:, position + 1] = torch.multinomial(chances, 1, generator=generator)[:, 0]
+            on_token(position + 2)
         blocks.append(ids)
     return torch.cat(blocks)
 

@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def quantize(model_dir: str, out: str | None, is_plan: bool, as_json: bool, **options: object) -> int:
     """Compress the model in a directory, one layer at a time; a run that was cut off goes on where it was."""
-    from compress.errors import CompressError
+    from compress.errors import CompressError, DiskError
 
     try:
         if is_plan:
@@ -69,6 +69,8 @@ def quantize(model_dir: str, out: str | None, is_plan: bool, as_json: bool, **op
         if out is None:
             raise ConfigError("--out: where the compressed model goes must be given")
         return _compress(model_dir, Path(out), as_json, options)
+    except DiskError as error:
+        raise StartError(one_line(error)) from None
     except CompressError as error:
         raise ConfigError(one_line(error)) from None
     except MemoryError:
@@ -127,7 +129,8 @@ def _compress(model_dir: str, out: Path, as_json: bool, options: dict[str, objec
         _int(options, "held_out_blocks"),
         _int(options, "seed"),
     )
-    blocks = blocks_for(model, tokens)
+    with _bar(model, "sampled", tokens.block_tokens if calibration == OWN_SAMPLES else 0) as bar:
+        blocks = blocks_for(model, tokens, lambda done: bar.update(done - bar.n))
     chosen = _mix(model, recipe, blocks, str(options["budget"]), str(options["schemes"]))
     return _run(model, chosen, blocks, out, as_json)
 
@@ -158,10 +161,12 @@ def _run(model: PlainModel, chosen: MixedRecipe, blocks: TokenBlocks, out: Path,
     return 0
 
 
-def _bar(model: PlainModel, what: str) -> Any:
+def _bar(model: PlainModel, what: str, num_tokens: int | None = None) -> Any:
+    """Of layers; or of tokens: 0 of them is no bar."""
     from tqdm import tqdm
 
-    return tqdm(total=model.config.num_hidden_layers, desc=what, unit="layer", file=sys.stderr)
+    total, unit = (model.config.num_hidden_layers, "layer") if num_tokens is None else (num_tokens, "token")
+    return tqdm(total=total, desc=what, unit=unit, file=sys.stderr, disable=total == 0)
 
 
 def _int(options: dict[str, object], name: str) -> int:
