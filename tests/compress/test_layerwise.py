@@ -181,7 +181,11 @@ def test_a_run_that_was_cut_off_gives_the_same_bytes(
 
 def start(*arguments: object) -> subprocess.Popen[bytes]:
     line = [sys.executable, "-m", "deploy.cli", "quantize", *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
     return subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
@@ -190,7 +194,7 @@ def command(*arguments: object, prefix: str = "") -> subprocess.CompletedProcess
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
     return subprocess.run(["bash", "-c", prefix + line], capture_output=True, text=True, env=environment, timeout=200)
 
@@ -205,15 +209,16 @@ def token_file(tmp_path: Path) -> Path:
 def test_a_run_that_was_killed_gives_the_same_bytes(
     models: Callable[[str], Path], tmp_path: Path, token_file: Path
 ) -> None:
-    arguments = [models("llama"), "--group-size", 32, "--block-tokens", 40, "--calibration", token_file, "--out"]
-    assert command(*arguments, tmp_path / "whole").returncode == 0
+    blocks = blocks_for(open_model(models("llama")), TokenRequest(str(token_file), "", 40))
+    compress(models("llama"), tmp_path / "whole", Request("gptq", group_size=32), blocks)
     partial = tmp_path / "cut.partial"
-    with start(*arguments, tmp_path / "cut") as process:
+    arguments = ["--group-size", 32, "--block-tokens", 40, "--calibration", token_file]
+    with start(models("llama"), "--out", tmp_path / "cut", *arguments) as process:
         while process.poll() is None and len(list(partial.glob("*.safetensors"))) < 2:
             time.sleep(0.002)
         process.kill()
     assert partial.exists()
-    assert command(*arguments, tmp_path / "cut").returncode == 0
+    compress(models("llama"), tmp_path / "cut", Request("gptq", group_size=32), blocks)
     cut, whole = files_of(tmp_path / "cut"), files_of(tmp_path / "whole")
     assert cut.keys() == whole.keys()
     assert [name for name in cut if cut[name] != whole[name]] == []
