@@ -19,6 +19,7 @@ from compress.formats.file_format import Contents, FileFormat
 from compress.recipe import Recipe
 from compress.rounded import RoundedMatrix
 from compress.schemes import Scheme
+from workers.model.quant.plain import PLAIN_FORMAT
 from workers.model.quant.storage import Cut, StoredFormat
 from workers.model.registry import load_registry
 from workers.model.tensor_layout import HEAD
@@ -47,11 +48,13 @@ class StoredModel:
         for scheme in contents.groups:
             self._format.check(scheme)
         self.quantization_config: dict[str, Any] | None = None
+        self._reader = PLAIN_FORMAT
         if contents.groups or contents.has_kv_scales:
             self.quantization_config = self._format.quantization_config(contents)
-        found = load_registry().weight_format({"quantization_config": self.quantization_config}, Path("config.json"))
-        assert isinstance(found, StoredFormat)
-        self._reader = found
+            raw = {"quantization_config": self.quantization_config}
+            found = load_registry().weight_format(raw, Path("config.json"))
+            assert isinstance(found, StoredFormat)
+            self._reader = found
 
     def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """What scales are stored in, for a checkpoint of this dtype."""
