@@ -46,11 +46,18 @@ def open_model(directory: Path, device: str = "cpu", dtype: str = "float32") -> 
     try:
         model = load_config(directory)
         check_checkpoint(directory, model)
-        on = torch.device(device)
+        on = _device(device)
         walk = ModelWalk(model, Checkpoint(directory, _DTYPES[dtype], on), on)
         return PlainModel(directory, model, stored_tensors(directory), walk)
     except (ModelError, CheckpointError) as error:
         raise CompressError(str(error)) from None
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        raise CompressError(f"--device {name!r}: {str(error).splitlines()[0]}") from None
 
 
 def compress_model(

@@ -84,7 +84,7 @@ def compress_layer(model: ModelConfig, layer: LayerWeights, recipe: Recipe, inde
                 parts = {"weight": pruned.to(dtype)}
             else:
                 rounded = _round(name, pruned, scheme, recipe, statistics, peak, stored.scale_dtype(dtype))
-                parts = stored.encode(rounded, dtype, _input_scale(scheme, statistics))
+                parts = stored.encode(rounded, dtype, _input_scale(name, scheme, statistics))
             tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
             errors[name] = _relative_error(stored.dense(tensors, name, outputs, matrices.inputs), before, statistics)
     return CompressedLayer(tensors, errors)
@@ -141,11 +141,13 @@ def _smooth(model: ModelConfig, layer: LayerWeights, recipe: Recipe, fold: Fold)
     layer.statistics[matrices.names] = statistics.scaled(1 / factors)
 
 
-def _input_scale(scheme: Scheme, statistics: InputStatistics | None) -> Tensor | None:
+def _input_scale(name: str, scheme: Scheme, statistics: InputStatistics | None) -> Tensor | None:
     if scheme.activations is None or scheme.activations.scale_per != "tensor":
         return None
     if statistics is None or not statistics.num_rows:
-        raise CompressError("a static scale of inputs needs calibration tokens, and none came to an expert")
+        raise CompressError(
+            f"{name}: its inputs have no scale, since no calibration token came there; give more --blocks"
+        )
     return scheme.activations.scale_of(statistics.peak)
 
 

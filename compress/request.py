@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,11 @@ def recipe_for(request: Request) -> Recipe:
     """The recipe."""
     if request.method not in _DEFAULT_SCHEMES:
         raise CompressError(f"--method {request.method!r} is not known (known: {', '.join(METHOD_NAMES)})")
+    for pattern in request.kept:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise CompressError(f"--keep {pattern!r}: not a regular expression ({error})") from None
     method = request.method
     name = request.scheme or _DEFAULT_SCHEMES[method]
     size = request.group_size

@@ -268,6 +268,7 @@ def test_a_partial_folder_of_other_options_is_refused(models: Callable[[str], Pa
             "scheme low-rank:120: behind the colon stands a share from 1 to 99 percent",
         ),
         (Request("rtn", "w4a16:x"), "scheme 'w4a16:x': behind the colon stands a group size"),
+        (Request("rtn", kept=("(",)), "--keep '(': not a regular expression"),
         (Request("rtn", "plain"), "--method rtn with --scheme plain changes nothing"),
         (Request("wanda", sparsity="4:2"), "sparsity '4:2' is neither like 2:4 nor a share"),
         (Request("wanda", sparsity="3:5"), "a pattern of 3:5 does not divide its 64 inputs"),
@@ -298,6 +299,12 @@ def test_a_missing_tensor_is_named(models: Callable[[str], Path], tmp_path: Path
     save_file(tensors, broken / "model.safetensors")
     with pytest.raises(CompressError, match=r"no tensor model\.layers\.1\.mlp\.up_proj\.weight"):
         open_model(broken)
+
+
+@pytest.mark.parametrize("device", ["abacus", "cuda:77"])
+def test_a_device_that_is_not_there_is_named(models: Callable[[str], Path], device: str) -> None:
+    with pytest.raises(CompressError, match=f"--device '{device}': "):
+        open_model(models("llama"), device)
 
 
 def test_a_compressed_model_is_not_compressed_again(models: Callable[[str], Path], tmp_path: Path) -> None:
