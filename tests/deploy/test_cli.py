@@ -56,6 +56,11 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
         (["bench", "--synthetic", "speed=9"], "--synthetic: 'speed=9' is not one of"),
         (["bench", "--trace", "a.csv", "--synthetic", "prompt=3"], "exclude each other"),
         (["bench", "--concurrency", "0"], "0 is not in the range"),
+        (["quantize"], "Missing argument 'MODEL'"),
+        (["quantize", "x"], "--out: where the compressed model goes must be given"),
+        (["quantize", "/no/such/model", "--out", "x"], "/no/such/model: no such model directory"),
+        (["quantize", "x", "--out", "y", "--method", "nonsense"], "--method 'nonsense' is not known (known: rtn, "),
+        (["quantize", "x", "--plan", "--gpu", "z80"], "--gpu 'z80' is not known (known: a10, "),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_code_2(
