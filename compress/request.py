@@ -32,6 +32,7 @@ _DEFAULT_SCHEMES = {
     "low-rank": "low-rank:80",
     "kv": "plain",
 }
+_ROUNDED_BY_GPTQ = ("gptq", "sparsegpt", "llm-int8")
 METHOD_NAMES = tuple(_DEFAULT_SCHEMES)
 OWN_SAMPLES = "self"
 
@@ -94,7 +95,7 @@ def recipe_for(request: Request) -> Recipe:
         raise CompressError(f"--method {method} with --scheme plain changes nothing")
     return Recipe(
         scheme=scheme,
-        rounding="gptq" if method in ("gptq", "sparsegpt") and scheme != PLAIN else "nearest",
+        rounding="gptq" if method in _ROUNDED_BY_GPTQ and scheme != PLAIN else "nearest",
         gptq=GptqOptions(request.act_order),
         smoothing=method if method in ("awq", "smoothquant") else "none",  # type: ignore[arg-type]
         pruning=Pruning(method, Pattern.parse(request.sparsity)) if prunes else None,  # type: ignore[arg-type]
