@@ -24,15 +24,16 @@ class ActivationRounding:
 
     kind: Literal["int8", "fp8"]
     scale_per: Literal["token", "tensor", "group"]  # group: 128 columns of a token; tensor: a scale from calibration
-    exact_columns_from: float = 0.0
-    """Columns with a number of this size or more in a row stay as they are (LLM.int8, arXiv:2208.07339); 0: none."""
+    exact_from: float = 0.0
+    """Numbers of this size or more stay as they are; 0: none. LLM.int8 (arXiv:2208.07339) leaves the whole column, of
+    whatever tokens are beside each other; the engine leaves the number, so that a row does not depend on others."""
 
     def round(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """fp32 or 16-bit rows. scale: fp32 [], of all tokens, where scale_per is tensor."""
         wide = x.float()
-        if not self.exact_columns_from:
+        if not self.exact_from:
             return self._round(wide, scale).to(x.dtype)
-        is_exact = wide.abs().amax(0) >= self.exact_columns_from
+        is_exact = wide.abs() >= self.exact_from
         return torch.where(is_exact, wide, self._round(wide.masked_fill(is_exact, 0.0), scale)).to(x.dtype)
 
     def _round(self, x: Tensor, scale: Tensor | None) -> Tensor:

@@ -62,6 +62,6 @@ def quantization_config(contents: Contents) -> dict[str, Any]:
         "bnb_4bit_use_double_quant": False,
         "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_compute_dtype": "bfloat16",
-        "llm_int8_threshold": 6.0 if rounding is None else rounding.exact_columns_from,
+        "llm_int8_threshold": 6.0 if rounding is None else rounding.exact_from,
         "llm_int8_skip_modules": contents.plain,
     }

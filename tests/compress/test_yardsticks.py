@@ -1,8 +1,8 @@
 """The demo model by each method, against what other people's tools lose on the same tokens (2026-11-28, in nats).
 
 Calibrated on 32 blocks of 512 tokens of the standard library, measured on 40 blocks of modules that were held
-out in training. NF4 and LLM.int8: bitsandbytes 0.50 on 16 blocks, the rest llm-compressor 0.14. The library's sources differ
-between Python versions, so that only 3.11 has these numbers.
+out in training. NF4 and LLM.int8 are bitsandbytes 0.50 on 16 blocks, the rest is llm-compressor 0.14. The library's
+sources differ between Python versions, so that only 3.11 has these numbers.
 """
 
 from __future__ import annotations
