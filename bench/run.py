@@ -8,6 +8,7 @@
     stalled_tier  the longest gap between two tokens while a tier that the streams do not need does not answer for 2 s
     host_step     the leader's Python of a decode step: plan, encode, fill, update
     scheduling    TTFT and times between tokens under each scheduling policy, in virtual time
+    quantized     weights in 8 and 4 bits beside the same model in bfloat16, engine alone
     scaling       GPU-hours and attainment of the scaling policies, in simulated time (five minutes)
 
 Rows are appended to bench/results/cpu.jsonl. Starts clusters as a user would, with the `switchyard` command.
@@ -43,6 +44,7 @@ from bench.long_prompts import bench_failover, bench_overlap
 from bench.peers import options as peer_options
 from bench.peers.comparison import measure_peers
 from bench.peers.table import markdown, newest_run
+from bench.quantized import measure_quantized
 from bench.rows import Measurement, append_rows
 from bench.scaling import measure_scaling
 from bench.scheduling import measure_scheduling
@@ -208,6 +210,7 @@ SECTIONS = {
     "stalled_tier": bench_stalled_tier,
     "host_step": bench_host_step,
     "scheduling": measure_scheduling,
+    "quantized": measure_quantized,
     "scaling": measure_scaling,
 }
 

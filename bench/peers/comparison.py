@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 
 from bench.peers import ours
-from bench.peers.models import MODELS, PeerModel, directory_of
+from bench.peers.models import MODELS, PeerModel, directory_of, full_model
 from bench.peers.ours import OurCluster, OurOptions, our_cluster
 from bench.peers.peer_side import PeerOptions
 from bench.peers.processes import PEERS, PeerFailed, PeerSpec, RunningPeer, peer
@@ -142,7 +142,10 @@ def _load_peers(
 def _peer_options(comparison: Comparison, model: PeerModel, name: str, directory: Path) -> PeerOptions:
     work = comparison.folder / model.name / name
     work.mkdir(parents=True, exist_ok=True)
-    return PeerOptions(str(directory), str(work), _PEER_DTYPE, comparison.ours.num_threads, _MAX_NUM_SEQS)
+    if model.precision:
+        directory = directory_of(full_model(model), comparison.folder)
+    threads = comparison.ours.num_threads
+    return PeerOptions(str(directory), str(work), _PEER_DTYPE, threads, _MAX_NUM_SEQS, model.precision)
 
 
 def _run_all(run: Run, calls: Sequence[Call]) -> list[Sequence[Completion]]:

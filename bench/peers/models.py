@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,12 +33,16 @@ class PeerModel:
     size: str  # for people
     workloads: tuple[str, ...]
     shape: Shape | None  # None: the demo model
+    quantized: tuple[str, ...] = ()  # arguments of `switchyard quantize`, for us
+    precision: str = ""  # of the weights, for peers: int8 or int4; "": 16 bits
 
 
 MODELS = {
     model.name: model
     for model in (
         PeerModel("half", "0.39 B parameters", ("single", "batch", "prefix"), HALF),
+        PeerModel("half-int8", "0.39 B parameters, 8 bits", ("single", "batch"), HALF, ("--scheme", "w8a8"), "int8"),
+        PeerModel("half-int4", "0.39 B parameters, 4 bits", ("single", "batch"), HALF, ("--scheme", "w4a16"), "int4"),
         PeerModel("tiny", "5 M parameters", ("single", "batch", "prefix"), TINY),
         PeerModel("demo", "the demo model, 7 M parameters", ("batch",), None),
     )
@@ -47,12 +54,29 @@ def directory_of(model: PeerModel, folder: Path) -> Path:
     if model.shape is None:
         return ROOT / "models" / "demo"
     directory = folder / model.name / "model"
-    if not directory.exists():
-        partial = directory.with_name("partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        write_random_model(partial, model.shape)
-        partial.rename(directory)
+    if directory.exists():
+        return directory
+    if model.quantized:
+        _quantize(directory_of(full_model(model), folder), directory, model.quantized)
+        return directory
+    partial = directory.with_name("partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    write_random_model(partial, model.shape)
+    partial.rename(directory)
     return directory
+
+
+def full_model(model: PeerModel) -> PeerModel:
+    """The same in 16 bits, which peers quantize by themselves."""
+    return MODELS[model.name.partition("-")[0]]
+
+
+def _quantize(directory: Path, out: Path, arguments: Sequence[str]) -> None:
+    """Rounded to the nearest: speed does not depend on what the numbers are."""
+    command = [str(Path(sys.executable).with_name("switchyard")), "quantize", str(directory), "--out", str(out)]
+    short = ["--method", "rtn", "--blocks", "2", "--block-tokens", "32", "--held-out-blocks", "1"]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    subprocess.run([*command, *short, *arguments], check=True, stdin=subprocess.DEVNULL)
 
 
 def write_random_model(directory: Path, shape: Shape) -> None:

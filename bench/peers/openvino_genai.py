@@ -28,7 +28,8 @@ def _export(options: PeerOptions) -> Path:
         partial = Path(options.work_dir) / "partial"
         shutil.rmtree(partial, ignore_errors=True)
         command = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "openvino"]
-        command += ["--model", options.model_dir, "--task", "text-generation-with-past", "--weight-format", "fp16"]
+        weights = options.precision or "fp16"
+        command += ["--model", options.model_dir, "--task", "text-generation-with-past", "--weight-format", weights]
         if code := subprocess.run([*command, str(partial)], stdin=subprocess.DEVNULL).returncode:
             sys.exit(code)  # its last line on stderr says why
         partial.rename(done)
@@ -52,7 +53,10 @@ class OpenvinoPeer:
         device = {"INFERENCE_NUM_THREADS": options.num_threads, "INFERENCE_PRECISION_HINT": precision}
         self._pipeline = openvino_genai.ContinuousBatchingPipeline(str(exported), scheduler, "CPU", device)
         self._numbers = itertools.count()
-        self.about = {"version": openvino_genai.__version__, "dtype": f"fp16 weights, {precision} arithmetic"}
+        self.about = {
+            "version": openvino_genai.__version__,
+            "dtype": f"{options.precision or 'fp16'} weights, {precision} arithmetic",
+        }
 
     def run(self, call: Call) -> Sequence[Completion]:
         """As in Peer."""

@@ -30,6 +30,7 @@ class PeerOptions:
     dtype: str  # bfloat16 or float32
     num_threads: int
     max_num_seqs: int
+    precision: str = ""  # of weights, which the peer rounds by itself: int8 or int4; "": they stay as they are
 
 
 class Peer(Protocol):

@@ -52,6 +52,7 @@ PEERS = {
         },
     ),
     "openvino-genai": PeerSpec("bench.peers.openvino_genai"),
+    "llama.cpp": PeerSpec("bench.peers.llama_cpp"),
     "transformers": PeerSpec("bench.peers.transformers_batching", variables={"OMP_NUM_THREADS": "{threads}"}),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from collections.abc import Sequence
 
@@ -17,6 +18,8 @@ class TransformersPeer:
     """The manager of continuous batching with shared prefixes; never stopped, for the process ends with it."""
 
     def __init__(self, options: PeerOptions) -> None:
+        if options.precision:
+            sys.exit("measured with weights in 16 bits only")
         import torch
         import transformers
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from collections.abc import Sequence
 
@@ -14,6 +15,8 @@ class VllmPeer:
     """vLLM with prefix caching, compiled as it is by default."""
 
     def __init__(self, options: PeerOptions) -> None:
+        if options.precision:
+            sys.exit("measured with weights in 16 bits only")
         import vllm
 
         self._llm = vllm.LLM(
