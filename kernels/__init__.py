@@ -30,7 +30,7 @@ definition that both are tested against. Importing touches no GPU.
     mla_prefill_attention(q, kv, k_rope, query_start_loc, kv_start_loc, max_query_len, scale) -> [tokens, heads, v_dim]
         kv [kv_tokens, heads, nope_dim + v_dim], k_rope [kv_tokens, rope_dim]: each sequence's context and chunk
     fixed_order_linear(x, weight, bias) -> x @ weight.T + bias, each row's bits the same in every batch
-    w4a16_gemm(x, packed, scales, zeros) -> x @ W.T, W in 4 bits; the layout is that of kernels.gemm.w4a16.pack
+    w4a16_gemm(x, packed, scales, zeros, table) -> x @ W.T, W in 4 bits; the layout is that of kernels.gemm.codes4.pack
     fp8_gemm, int8_gemm(x, weight, x_scales, weight_scales) -> x @ weight.T, scaled per row and per column, bf16
     fp8_block_gemm(x, weight, x_scales, weight_scales) -> the same with a scale per 128 of k and per 128x128, bf16
     group_by_expert(expert_ids, num_experts, block) -> (row of each slot, expert of each block)

@@ -8,17 +8,25 @@ def torch_linear(x, weight, bias):
     return F.linear(x.double(), weight.double(), None if bias is None else bias.double())
 
 
-def torch_w4a16(x, packed, scales, zeros):
-    """Word by word as the layout is documented: word j of block b holds k = 128 b + j + 32 i at bits 4 i."""
-    num_blocks, n, num_words = packed.shape
-    codes = torch.empty(n, 128 * num_blocks, dtype=torch.float64)
+def torch_w4(packed, scales, zeros, table):
+    """Word by word as the layout is documented: word j of a block holds k = j + lanes * i at bits 4 i."""
+    num_blocks, n, lanes = packed.shape
+    codes = torch.empty(n, 4 * lanes * num_blocks, dtype=torch.float64)
     for b in range(num_blocks):
         for i in range(4):
-            codes[:, 128 * b + 32 * i : 128 * b + 32 * i + num_words] = packed[b].bitwise_right_shift(4 * i) & 15
+            first = 4 * lanes * b + lanes * i
+            codes[:, first : first + lanes] = packed[b].bitwise_right_shift(4 * i) & 15
     group = codes.shape[1] // scales.shape[0]
-    zero = torch.full_like(scales, 8) if zeros is None else zeros
-    weight = (codes - zero.T.repeat_interleave(group, 1)) * scales.T.double().repeat_interleave(group, 1)
-    return torch.einsum("mk,nk->mn", x.double(), weight)
+    if table is None:
+        zero = torch.full_like(scales, 8) if zeros is None else zeros
+        codes -= zero.T.repeat_interleave(group, 1)
+    else:
+        codes.apply_(lambda code: table[int(code)])
+    return codes * scales.T.double().repeat_interleave(group, 1)
+
+
+def torch_w4a16(x, packed, scales, zeros, table):
+    return torch.einsum("mk,nk->mn", x.double(), torch_w4(packed, scales, zeros, table))
 
 
 def torch_w8a8(x, weight, x_scales, weight_scales):

@@ -7,6 +7,7 @@ dequantized once. Knows nothing of checkpoints' formats.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from kernels.gemm import w4a16
+from kernels.gemm import codes4
 from kernels.quantise import Scheme, quantise
 from workers.model.arithmetic import Arithmetic, Product
 from workers.model.products.dense import dequantized_linear
@@ -24,7 +25,7 @@ from workers.model.weight_format import Linear, Quantised
 _PACKED_ROWS = 1  # up to so many the packed product is the faster one
 _CPU_GROUPS = (32, 64, 128, 256)
 _CPU_OUTPUTS = 16  # outputs are a multiple of it
-_CUDA_GROUPS = (32, 64, 128)
+_CUDA_GROUPS = (16, 32, 64, 128)
 
 
 def grouped_linear(
@@ -32,11 +33,11 @@ def grouped_linear(
 ) -> Linear:
     """The fastest that the device has."""
     kind = f"W{weight.bits}A{8 if weight.input_scheme else 16} g{weight.group_size}"
-    is_simple = weight.bits == 4 and weight.table is None and not arithmetic.batch_invariant
+    has_product = weight.bits == 4 and not arithmetic.batch_invariant
     product: Product | None = None
-    if is_simple and arithmetic.groups.device.type == "cuda":
+    if has_product and arithmetic.groups.device.type == "cuda":
         product = _cuda_product(weight, dtype, bias)
-    elif is_simple and dtype == torch.bfloat16:
+    elif has_product and weight.table is None and dtype == torch.bfloat16:
         product = _cpu_product(weight, arithmetic, bias)
         kind += f", dequantized to bfloat16 for more than {_PACKED_ROWS} row" if product is not None else ""
     if product is None and weight.input_scheme is None:
@@ -92,26 +93,27 @@ def _cpu_product(weight: GroupedWeight, arithmetic: Arithmetic, bias: Tensor | N
 def _cuda_product(weight: GroupedWeight, dtype: torch.dtype, bias: Tensor | None) -> Product | None:
     if dtype not in (torch.bfloat16, torch.float16):
         return None
-    codes, scales, zeros, offsets = weight.codes, weight.scales, weight.zeros, weight.offsets
-    if weight.group_size not in _CUDA_GROUPS:
-        if weight.group_size % _CUDA_GROUPS[-1]:
-            return None
-        repeats = weight.group_size // _CUDA_GROUPS[-1]
-        scales = scales.repeat_interleave(repeats, 1)
-        zeros = None if zeros is None else zeros.repeat_interleave(repeats, 1)
-        offsets = None if offsets is None else offsets.repeat_interleave(repeats, 1)
-    group_size = codes.shape[1] // scales.shape[1]
-    padding = -codes.shape[1] % w4a16.BLOCK_K
-    packed = w4a16.pack(F.pad(codes, (0, padding)))
-    scales = F.pad(scales, (0, padding // group_size)).T.to(dtype).contiguous()
-    if zeros is not None:
-        zeros = F.pad(zeros, (0, padding // group_size)).T.contiguous()
-    minima = None if offsets is None else offsets.to(dtype)
+    group_size = math.gcd(weight.group_size, _CUDA_GROUPS[-1])
+    if group_size not in _CUDA_GROUPS:
+        return None
+    repeats = weight.group_size // group_size
+    lanes = codes4.lanes_of(group_size)
+    padding = -weight.codes.shape[1] % (codes4.CODES_PER_WORD * lanes)
+
+    def per_group(parameter: Tensor) -> Tensor:
+        return F.pad(parameter.repeat_interleave(repeats, 1), (0, padding // group_size)).T.contiguous()
+
+    packed = codes4.pack(F.pad(weight.codes, (0, padding)), lanes)
+    scales = per_group(weight.scales.to(dtype))
+    zeros = None if weight.zeros is None else per_group(weight.zeros)
+    table = None if weight.table is None else tuple(weight.table.tolist())
+    minima = None if weight.offsets is None else weight.offsets.to(dtype)
 
     def product(x: Tensor) -> Tensor:
-        y = kernels.w4a16_gemm(F.pad(x, (0, padding)) if padding else x, packed, scales, zeros)
+        y = kernels.w4a16_gemm(F.pad(x, (0, padding)) if padding else x, packed, scales, zeros, table)
         if minima is not None:
-            y = y + F.linear(x.unflatten(1, (-1, group_size)).sum(-1, dtype=torch.float32).to(dtype), minima)
+            sums = x.unflatten(1, (minima.shape[1], -1)).sum(-1, dtype=torch.float32)
+            y = y + F.linear(sums.to(dtype), minima)
         return y if bias is None else y + bias
 
     return product
