@@ -241,9 +241,9 @@ FULL = (
 LIMIT = (
     "Memory up to 64 tokens, and close behind it the issue of instructions: an SM's share of memory brings the 8 KB "
     "of a 128x128 piece in about 440 cycles; the 16-token loop has 326 instructions for it (501 without the packed "
-    "assembly, which the memory would wait for). A table of e2m1 takes 537, and any other 704, of which 400 are integer "
-    "operations at half the rate: 810 cycles. Above 64 tokens, and where groups are short, each weight is scaled: a "
-    "tile has one accumulator."
+    "assembly, which the memory would wait for). A table of e2m1 takes 537, and any other 704, of which 400 are "
+    "integer operations at half the rate: 810 cycles. Above 64 tokens, and where groups are short, each weight is "
+    "scaled: a tile has one accumulator."
 )
 
 w4a16_gemm = Op(

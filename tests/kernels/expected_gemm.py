@@ -88,6 +88,15 @@ def torch_moe_fp8(x, gate_up, down, x_scales, gate_up_scales, down_scales, exper
     return out
 
 
+def torch_moe_w4a16(x, gate_up, down, gate_up_scales, down_scales, expert_ids, weights, up_zeros, down_zeros, table):
+    def dense(packed, scales, zeros):
+        each = zip(packed, scales, [None] * len(packed) if zeros is None else zeros, strict=True)
+        return torch.stack([torch_w4(*expert, table) for expert in each])
+
+    wide = dense(gate_up, gate_up_scales, up_zeros), dense(down, down_scales, down_zeros)
+    return torch_moe(x, *wide, expert_ids, weights)
+
+
 TORCH_GEMM = {
     "fixed_order_linear": torch_linear,
     "w4a16_gemm": torch_w4a16,
@@ -97,4 +106,5 @@ TORCH_GEMM = {
     "group_by_expert": torch_group,
     "moe_experts": torch_moe,
     "moe_experts_fp8": torch_moe_fp8,
+    "moe_experts_w4a16": torch_moe_w4a16,
 }

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from kernels.gemm.codes4 import E2M1
-from workers.model.products.choose import linear_of
+from workers.model.products.choose import experts_of, linear_of
+from workers.model.products.dense import DenseExperts
+from workers.model.products.grouped_experts import GroupedExperts
 from workers.model.quant.weights import GroupedWeight, InputChange
 
 CUDA = SimpleNamespace(groups=SimpleNamespace(device=torch.device("cuda")), batch_invariant=False)
@@ -17,10 +19,10 @@ def generator():
     return torch.Generator().manual_seed(1)
 
 
-def grouped(inputs, group, *, zeros=False, offsets=False, **options):
-    shape = (OUTPUTS, inputs // group)
+def grouped(inputs, group, *, zeros=False, offsets=False, outputs=OUTPUTS, **options):
+    shape = (outputs, inputs // group)
     return GroupedWeight(
-        torch.randint(0, 16, (OUTPUTS, inputs), generator=generator(), dtype=torch.uint8),
+        torch.randint(0, 16, (outputs, inputs), generator=generator(), dtype=torch.uint8),
         torch.rand(shape, generator=generator()) * 0.1,
         4,
         zeros=torch.randint(0, 17, shape, generator=generator(), dtype=torch.uint8) if zeros else None,
@@ -53,3 +55,38 @@ def test_tables_of_16_numbers(group, table):
 def test_inputs_in_another_order():
     order = torch.randperm(128, generator=generator())
     check(grouped(128, 32, inputs_change=InputChange(order)), 128, "W4A16 g32")
+
+
+EXPERT_OPTIONS = {
+    "plain": {},
+    "zeros": {"zeros": True},
+    "table": {"table": torch.tensor(E2M1)},
+}
+
+
+@pytest.mark.parametrize("options", EXPERT_OPTIONS.values(), ids=EXPERT_OPTIONS)
+@pytest.mark.parametrize("groups", [(32, 32), (64, 16)], ids=str)
+def test_experts_of_4_bits(options, groups):
+    hidden, width, count = 64, 48 if groups[1] == 16 else 96, 3
+    gate_ups = [[grouped(hidden, groups[0], outputs=width, **options) for _ in range(2)] for _ in range(count)]
+    gate_ups[1][0].codes.fill_(3)  # so that experts, gate and up differ
+    gate_ups[2][1].scales.mul_(-0.5)
+    downs = [grouped(width, groups[1], outputs=hidden, **options) for _ in range(count)]
+    downs[1].scales.mul_(2.0)
+    experts = experts_of(gate_ups, downs, torch.bfloat16, CUDA)
+    assert isinstance(experts, GroupedExperts)
+    x = torch.randn(7, hidden, generator=generator()).bfloat16()
+    ids = torch.tensor([[0, 1], [1, 2], [2, 0], [0, 2], [-1, 1], [1, 0], [-1, -1]], dtype=torch.int32)
+    weights = torch.rand(7, 2, generator=generator())
+    dense = DenseExperts(
+        torch.stack([torch.cat([half.dense(torch.float32) for half in halves]) for halves in gate_ups]),
+        torch.stack([down.dense(torch.float32) for down in downs]),
+    )
+    expected = dense(x.float(), ids, weights)
+    assert (experts(x, ids, weights).float() - expected).norm() <= 0.03 * expected.norm()
+
+
+def test_experts_that_are_not_alike_are_dequantized():
+    gate_ups = [[grouped(64, 32), grouped(64, 32)], [grouped(64, 32), grouped(64, 16)]]
+    downs = [grouped(24, 8, outputs=64) for _ in range(2)]
+    assert isinstance(experts_of(gate_ups, downs, torch.bfloat16, CUDA), DenseExperts)

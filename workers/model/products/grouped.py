@@ -7,7 +7,6 @@ dequantized once. Knows nothing of checkpoints' formats.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,17 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from kernels.gemm import codes4
 from kernels.quantise import Scheme, quantise
 from workers.model.arithmetic import Arithmetic, Product
 from workers.model.products.dense import dequantized_linear
+from workers.model.products.packed4 import Packed4, group_of, table_of
 from workers.model.quant.weights import NO_CHANGE, GroupedWeight, InputChange
 from workers.model.weight_format import Linear, Quantised
 
 _PACKED_ROWS = 1  # up to so many the packed product is the faster one
 _CPU_GROUPS = (32, 64, 128, 256)
 _CPU_OUTPUTS = 16  # outputs are a multiple of it
-_CUDA_GROUPS = (16, 32, 64, 128)
 
 
 def grouped_linear(
@@ -91,22 +89,10 @@ def _cpu_product(weight: GroupedWeight, arithmetic: Arithmetic, bias: Tensor | N
 
 
 def _cuda_product(weight: GroupedWeight, dtype: torch.dtype, bias: Tensor | None) -> Product | None:
-    if dtype not in (torch.bfloat16, torch.float16):
+    if dtype not in (torch.bfloat16, torch.float16) or group_of(weight) is None:
         return None
-    group_size = math.gcd(weight.group_size, _CUDA_GROUPS[-1])
-    if group_size not in _CUDA_GROUPS:
-        return None
-    repeats = weight.group_size // group_size
-    lanes = codes4.lanes_of(group_size)
-    padding = -weight.codes.shape[1] % (codes4.CODES_PER_WORD * lanes)
-
-    def per_group(parameter: Tensor) -> Tensor:
-        return F.pad(parameter.repeat_interleave(repeats, 1), (0, padding // group_size)).T.contiguous()
-
-    packed = codes4.pack(F.pad(weight.codes, (0, padding)), lanes)
-    scales = per_group(weight.scales.to(dtype))
-    zeros = None if weight.zeros is None else per_group(weight.zeros)
-    table = None if weight.table is None else tuple(weight.table.tolist())
+    table, whole = table_of(weight), Packed4.of(weight, dtype)
+    packed, scales, zeros, padding = whole.packed, whole.scales, whole.zeros, whole.num_added_inputs
     minima = None if weight.offsets is None else weight.offsets.to(dtype)
 
     def product(x: Tensor) -> Tensor:
