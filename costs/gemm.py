@@ -27,6 +27,12 @@ def w8a8_gemm(num_tokens: int, n: int, k: int, num_scales: int, out_bytes: int, 
     return OpCost((num_tokens + n) * k + 4 * num_scales + num_tokens * n * out_bytes, 2 * num_tokens * n * k, unit)
 
 
+def w4a8_gemm(num_tokens: int, n: int, k: int, scale_bytes: int, zero_bytes: int) -> OpCost:
+    """A byte for an activation, four for a row's scale, half a byte a weight, bf16 out."""
+    weight_bytes = n * k // 2 + scale_bytes + zero_bytes
+    return OpCost(num_tokens * (k + 2 * n + 4) + weight_bytes, 2 * num_tokens * n * k, "int8")
+
+
 def group_by_expert(num_tokens: int, top_k: int, num_experts: int, block: int) -> OpCost:
     """Ids are read, a row number per slot and an expert per block are written. Per id: compare, rank, store."""
     num_rows = num_tokens * top_k

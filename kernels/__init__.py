@@ -31,6 +31,7 @@ definition that both are tested against. Importing touches no GPU.
         kv [kv_tokens, heads, nope_dim + v_dim], k_rope [kv_tokens, rope_dim]: each sequence's context and chunk
     fixed_order_linear(x, weight, bias) -> x @ weight.T + bias, each row's bits the same in every batch
     w4a16_gemm(x, packed, scales, zeros, table) -> x @ W.T, W in 4 bits; the layout is that of kernels.gemm.codes4.pack
+    w4a8_gemm(x, packed, x_scales, scales, zeros) -> the same of int8 rows, bf16; the layout is kernels.gemm.w4a8's
     fp8_gemm, int8_gemm(x, weight, x_scales, weight_scales) -> x @ weight.T, scaled per row and per column, bf16
     fp8_block_gemm(x, weight, x_scales, weight_scales) -> the same with a scale per 128 of k and per 128x128, bf16
     group_by_expert(expert_ids, num_experts, block) -> (row of each slot, expert of each block)
@@ -59,6 +60,7 @@ from kernels.embedding import vocab_embedding
 from kernels.gated import swiglu, swiglu_quantised
 from kernels.gemm.fp8_block import fp8_block_gemm
 from kernels.gemm.linear import fixed_order_linear
+from kernels.gemm.w4a8 import w4a8_gemm
 from kernels.gemm.w4a16 import w4a16_gemm
 from kernels.gemm.w8a8 import fp8_gemm, int8_gemm
 from kernels.grouping import group_by_expert
@@ -101,5 +103,6 @@ __all__ = [
     "swiglu_quantised",
     "vocab_argmax",
     "vocab_embedding",
+    "w4a8_gemm",
     "w4a16_gemm",
 ]

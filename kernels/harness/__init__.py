@@ -13,6 +13,7 @@ from kernels.embedding import vocab_embedding
 from kernels.gated import swiglu, swiglu_quantised
 from kernels.gemm.fp8_block import fp8_block_gemm
 from kernels.gemm.linear import fixed_order_linear
+from kernels.gemm.w4a8 import w4a8_gemm
 from kernels.gemm.w4a16 import w4a16_gemm
 from kernels.gemm.w8a8 import fp8_gemm, int8_gemm
 from kernels.grouping import group_by_expert
@@ -41,6 +42,7 @@ OPS: tuple[Op[..., Any], ...] = (
     mla_prefill_attention,
     fixed_order_linear,
     w4a16_gemm,
+    w4a8_gemm,
     fp8_gemm,
     int8_gemm,
     fp8_block_gemm,

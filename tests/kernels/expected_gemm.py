@@ -29,6 +29,21 @@ def torch_w4a16(x, packed, scales, zeros, table):
     return torch.einsum("mk,nk->mn", x.double(), torch_w4(packed, scales, zeros, table))
 
 
+def torch_w4a8(x, packed, x_scales, scales, zeros):
+    """Byte j of a block holds k = j in its low bits and k = j + lanes in its high ones, as signed numbers of 4 bits."""
+    num_blocks, n, lanes = packed.shape
+    weight = torch.empty(n, 2 * lanes * num_blocks, dtype=torch.float64)
+    for b in range(num_blocks):
+        first = 2 * lanes * b
+        weight[:, first : first + lanes] = (packed[b].int() << 28) >> 28
+        weight[:, first + lanes : first + 2 * lanes] = packed[b].int() >> 4
+    group = weight.shape[1] // scales.shape[0]
+    if zeros is not None:
+        weight += 8 - zeros.T.double().repeat_interleave(group, 1)
+    weight *= scales.T.double().repeat_interleave(group, 1)
+    return torch.einsum("mk,nk->mn", x.double() * x_scales[:, None], weight)
+
+
 def torch_w8a8(x, weight, x_scales, weight_scales):
     return F.linear(x.double() * x_scales[:, None], weight.double() * weight_scales[:, None])
 
@@ -100,6 +115,7 @@ def torch_moe_w4a16(x, gate_up, down, gate_up_scales, down_scales, expert_ids, w
 TORCH_GEMM = {
     "fixed_order_linear": torch_linear,
     "w4a16_gemm": torch_w4a16,
+    "w4a8_gemm": torch_w4a8,
     "fp8_gemm": torch_w8a8,
     "int8_gemm": torch_w8a8,
     "fp8_block_gemm": torch_fp8_block,

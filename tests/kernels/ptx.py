@@ -52,7 +52,9 @@ def _looked_up(a, b, c, table):
 
 _INTEGER = {
     "mov": lambda a: a,
+    "add": lambda a, b: a + b,
     "and": lambda a, b: a & b,
+    "xor": lambda a, b: a ^ b,
     "shl": lambda a, b: a << b,
     "shr": lambda a, b: a >> b,
     "prmt": _permuted,

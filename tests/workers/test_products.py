@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from kernels.gemm.codes4 import E2M1
+from kernels.quantise import quantise
 from workers.model.products.choose import experts_of, linear_of
 from workers.model.products.dense import DenseExperts
 from workers.model.products.grouped_experts import GroupedExperts
 from workers.model.quant.weights import GroupedWeight, InputChange
+from workers.model.weight_format import Quantised
 
 CUDA = SimpleNamespace(groups=SimpleNamespace(device=torch.device("cuda")), batch_invariant=False)
 OUTPUTS = 24
@@ -55,6 +57,21 @@ def test_tables_of_16_numbers(group, table):
 def test_inputs_in_another_order():
     order = torch.randperm(128, generator=generator())
     check(grouped(128, 32, inputs_change=InputChange(order)), 128, "W4A16 g32")
+
+
+@pytest.mark.parametrize("group", [32, 64, 96, 192])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_integers_of_4_bits_with_rows_of_8(group, zeros):
+    weight = grouped(192, group, zeros=zeros, input_scheme="int8")
+    check(weight, 192, f"W4A8 g{group}")
+    assert linear_of([weight], torch.bfloat16, CUDA, None).input_scheme == (None if group in (64, 192) else "int8")
+
+
+def test_rows_that_are_rounded_already():
+    linear = linear_of([grouped(128, 32, input_scheme="int8")], torch.bfloat16, CUDA, None)
+    x = torch.randn(3, 128, generator=generator()).bfloat16()
+    rounded = Quantised(*quantise(x.float(), "int8"), "int8")
+    assert torch.equal(linear(rounded), linear(x))
 
 
 EXPERT_OPTIONS = {

@@ -17,6 +17,7 @@ import kernels
 from kernels.quantise import Scheme, quantise
 from workers.model.arithmetic import Arithmetic, Product
 from workers.model.products.dense import dequantized_linear
+from workers.model.products.grouped_int8 import GroupedInt8Linear, has_integer_product
 from workers.model.products.packed4 import Packed4, group_of, table_of
 from workers.model.quant.weights import NO_CHANGE, GroupedWeight, InputChange
 from workers.model.weight_format import Linear, Quantised
@@ -34,6 +35,8 @@ def grouped_linear(
     has_product = weight.bits == 4 and not arithmetic.batch_invariant
     product: Product | None = None
     if has_product and arithmetic.groups.device.type == "cuda":
+        if has_integer_product(weight):
+            return GroupedInt8Linear.of(weight, sizes, dtype, bias, kind)
         product = _cuda_product(weight, dtype, bias)
     elif has_product and weight.table is None and dtype == torch.bfloat16:
         product = _cpu_product(weight, arithmetic, bias)
