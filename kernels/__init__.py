@@ -32,6 +32,8 @@ definition that both are tested against. Importing touches no GPU.
     fixed_order_linear(x, weight, bias) -> x @ weight.T + bias, each row's bits the same in every batch
     w4a16_gemm(x, packed, scales, zeros, table) -> x @ W.T, W in 4 bits; the layout is that of kernels.gemm.codes4.pack
     w4a8_gemm(x, packed, x_scales, scales, zeros) -> the same of int8 rows, bf16; the layout is kernels.gemm.w4a8's
+    split_outliers(x, threshold) -> (x in int8 without its large inputs, scales, which stretches had any)
+    add_outliers(out, x, flags, weight, weight_scales, threshold) -> out plus the large inputs' product, in place
     fp8_gemm, int8_gemm(x, weight, x_scales, weight_scales) -> x @ weight.T, scaled per row and per column, bf16
     fp8_block_gemm(x, weight, x_scales, weight_scales) -> the same with a scale per 128 of k and per 128x128, bf16
     group_by_expert(expert_ids, num_experts, block) -> (row of each slot, expert of each block)
@@ -60,6 +62,7 @@ from kernels.embedding import vocab_embedding
 from kernels.gated import swiglu, swiglu_quantised
 from kernels.gemm.fp8_block import fp8_block_gemm
 from kernels.gemm.linear import fixed_order_linear
+from kernels.gemm.outliers import add_outliers, split_outliers
 from kernels.gemm.w4a8 import w4a8_gemm
 from kernels.gemm.w4a16 import w4a16_gemm
 from kernels.gemm.w8a8 import fp8_gemm, int8_gemm
@@ -76,6 +79,7 @@ from kernels.sampling import sample
 from kernels.vocab_argmax import vocab_argmax
 
 __all__ = [
+    "add_outliers",
     "add_rms_norm",
     "add_rms_norm_quantised",
     "apply_penalties",
@@ -99,6 +103,7 @@ __all__ = [
     "rope_and_write_kv_int8",
     "sample",
     "scatter_kv_blocks",
+    "split_outliers",
     "swiglu",
     "swiglu_quantised",
     "vocab_argmax",

@@ -153,22 +153,22 @@ def pack(codes: torch.Tensor, lanes: int = 64) -> torch.Tensor:
     if k % (CODES_PER_BYTE * lanes):
         raise ValueError(f"k is {k}; it must be a multiple of {CODES_PER_BYTE * lanes}")
     low, high = (codes.to(torch.uint8) ^ SYMMETRIC_ZERO).view(n, -1, CODES_PER_BYTE, lanes).unbind(2)
-    return (low | high << 4).transpose(0, 1).contiguous().view(torch.int8)
+    packed: torch.Tensor = (low | high << 4).transpose(0, 1).contiguous()
+    return packed.view(torch.int8)
 
 
 def unpack(packed: torch.Tensor) -> torch.Tensor:
     """packed -> codes [n, k] uint8."""
     stored = packed.view(torch.uint8)
     codes = torch.stack((stored & 0xF, stored >> 4), dim=2) ^ SYMMETRIC_ZERO
-    by_output: torch.Tensor = codes.transpose(0, 1)
-    return by_output.flatten(1)
+    return codes.transpose(0, 1).reshape(packed.shape[1], -1)
 
 
 def _dequantise(
     packed: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """The weights [n, k]."""
-    grouped = unpack(packed).to(dtype).unflatten(1, (scales.shape[0], -1))
+    grouped: torch.Tensor = unpack(packed).to(dtype).unflatten(1, (scales.shape[0], -1))
     grouped -= SYMMETRIC_ZERO if zeros is None else zeros.T.to(dtype).unsqueeze(-1)
     return (grouped * scales.T.to(dtype).unsqueeze(-1)).flatten(1)
 

@@ -112,10 +112,24 @@ def torch_moe_w4a16(x, gate_up, down, gate_up_scales, down_scales, expert_ids, w
     return torch_moe(x, *wide, expert_ids, weights)
 
 
+def torch_split_outliers(x, threshold):
+    rest = torch.where(x.abs() >= threshold, 0.0, x.double())
+    scales = rest.abs().amax(1, keepdim=True) / 127
+    flags = [[bool((part.abs() >= threshold).any()) for part in row.split(32)] for row in x]
+    return (rest / scales).round(), scales, torch.tensor(flags)
+
+
+def torch_add_outliers(out, x, flags, weight, weight_scales, threshold):
+    large = torch.where(x.abs() >= threshold, x.double(), 0.0)
+    return out + F.linear(large, weight.double() * weight_scales[:, None])
+
+
 TORCH_GEMM = {
     "fixed_order_linear": torch_linear,
     "w4a16_gemm": torch_w4a16,
     "w4a8_gemm": torch_w4a8,
+    "split_outliers": torch_split_outliers,
+    "add_outliers": torch_add_outliers,
     "fp8_gemm": torch_w8a8,
     "int8_gemm": torch_w8a8,
     "fp8_block_gemm": torch_fp8_block,

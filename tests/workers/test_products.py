@@ -10,7 +10,7 @@ from kernels.quantise import quantise
 from workers.model.products.choose import experts_of, linear_of
 from workers.model.products.dense import DenseExperts
 from workers.model.products.grouped_experts import GroupedExperts
-from workers.model.quant.weights import GroupedWeight, InputChange
+from workers.model.quant.weights import GroupedWeight, InputChange, Int8Weight
 from workers.model.weight_format import Quantised
 
 CUDA = SimpleNamespace(groups=SimpleNamespace(device=torch.device("cuda")), batch_invariant=False)
@@ -72,6 +72,25 @@ def test_rows_that_are_rounded_already():
     x = torch.randn(3, 128, generator=generator()).bfloat16()
     rounded = Quantised(*quantise(x.float(), "int8"), "int8")
     assert torch.equal(linear(rounded), linear(x))
+
+
+def int8(inputs, **options):
+    codes = torch.randint(-127, 128, (OUTPUTS, inputs), generator=generator()).to(torch.int8)
+    return Int8Weight(codes, torch.rand(OUTPUTS, generator=generator()) * 0.01, **options)
+
+
+@pytest.mark.parametrize("inputs", [64, 70])
+def test_large_inputs_are_multiplied_unrounded(inputs):
+    weight = int8(inputs, outlier_threshold=6.0)
+    check(weight, inputs, "W8A8 int with outliers")
+    linear = linear_of([weight], torch.bfloat16, CUDA, None)
+    assert linear.input_scheme is None
+    x = torch.randn(4, inputs, generator=generator()).bfloat16()
+    x[1, 7], x[2, 9] = 600.0, -30.0
+    expected = x.float() @ weight.dense(torch.float32).T
+    assert (linear(x).float() - expected).norm(dim=1).max() <= 0.02 * expected[0].norm() + 0.004 * expected[1].norm()
+    rounded = linear_of([int8(inputs)], torch.bfloat16, CUDA, None)(x).float()
+    assert (rounded - expected)[1].norm() > 2 * (linear(x).float() - expected)[1].norm()
 
 
 EXPERT_OPTIONS = {
