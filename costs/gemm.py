@@ -33,6 +33,11 @@ def w4a8_gemm(num_tokens: int, n: int, k: int, scale_bytes: int, zero_bytes: int
     return OpCost(num_tokens * (k + 2 * n + 4) + weight_bytes, 2 * num_tokens * n * k, "int8")
 
 
+def w2a8_gemm(num_tokens: int, n: int, k: int) -> OpCost:
+    """A byte for an activation, four for a scale, a quarter of a byte a weight, bf16 out."""
+    return OpCost(num_tokens * (k + 2 * n + 4) + n * k // 4 + 4 * n, 2 * num_tokens * n * k, "int8")
+
+
 def add_outliers(num_tokens: int, n: int, num_inputs: int, num_flags: int) -> OpCost:
     """The weights, a byte each, and 16-bit activations of `num_inputs` inputs; bf16 results are read and written."""
     moved = num_inputs * (n + 2 * num_tokens) + num_flags + (4 * n + 4 * num_tokens * n if num_inputs else 0)

@@ -32,6 +32,7 @@ definition that both are tested against. Importing touches no GPU.
     fixed_order_linear(x, weight, bias) -> x @ weight.T + bias, each row's bits the same in every batch
     w4a16_gemm(x, packed, scales, zeros, table) -> x @ W.T, W in 4 bits; the layout is that of kernels.gemm.codes4.pack
     w4a8_gemm(x, packed, x_scales, scales, zeros) -> the same of int8 rows, bf16; the layout is kernels.gemm.w4a8's
+    w2a8_gemm(x, packed, x_scales, weight_scales) -> the same of weights -1, 0, 1; the layout is kernels.gemm.w2a8's
     split_outliers(x, threshold) -> (x in int8 without its large inputs, scales, which stretches had any)
     add_outliers(out, x, flags, weight, weight_scales, threshold) -> out plus the large inputs' product, in place
     fp8_gemm, int8_gemm(x, weight, x_scales, weight_scales) -> x @ weight.T, scaled per row and per column, bf16
@@ -63,6 +64,7 @@ from kernels.gated import swiglu, swiglu_quantised
 from kernels.gemm.fp8_block import fp8_block_gemm
 from kernels.gemm.linear import fixed_order_linear
 from kernels.gemm.outliers import add_outliers, split_outliers
+from kernels.gemm.w2a8 import w2a8_gemm
 from kernels.gemm.w4a8 import w4a8_gemm
 from kernels.gemm.w4a16 import w4a16_gemm
 from kernels.gemm.w8a8 import fp8_gemm, int8_gemm
@@ -108,6 +110,7 @@ __all__ = [
     "swiglu_quantised",
     "vocab_argmax",
     "vocab_embedding",
+    "w2a8_gemm",
     "w4a8_gemm",
     "w4a16_gemm",
 ]

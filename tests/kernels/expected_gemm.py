@@ -112,6 +112,15 @@ def torch_moe_w4a16(x, gate_up, down, gate_up_scales, down_scales, expert_ids, w
     return torch_moe(x, *wide, expert_ids, weights)
 
 
+def torch_w2a8(x, packed, x_scales, weight_scales):
+    """Byte j of a block holds k = j + 64 i at bits 2 i, as signed numbers of 2 bits."""
+    num_blocks, n, lanes = packed.shape
+    weight = torch.empty(n, num_blocks, 4, lanes, dtype=torch.float64)
+    for i in range(4):
+        weight[:, :, i] = ((packed.transpose(0, 1).int() >> 2 * i) & 3).apply_(lambda bits: (0, 1, -2, -1)[bits])
+    return F.linear(x.double() * x_scales[:, None], weight.flatten(1) * weight_scales[:, None])
+
+
 def torch_split_outliers(x, threshold):
     rest = torch.where(x.abs() >= threshold, 0.0, x.double())
     scales = rest.abs().amax(1, keepdim=True) / 127
@@ -128,6 +137,7 @@ TORCH_GEMM = {
     "fixed_order_linear": torch_linear,
     "w4a16_gemm": torch_w4a16,
     "w4a8_gemm": torch_w4a8,
+    "w2a8_gemm": torch_w2a8,
     "split_outliers": torch_split_outliers,
     "add_outliers": torch_add_outliers,
     "fp8_gemm": torch_w8a8,

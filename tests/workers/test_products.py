@@ -93,6 +93,15 @@ def test_large_inputs_are_multiplied_unrounded(inputs):
     assert (rounded - expected)[1].norm() > 2 * (linear(x).float() - expected)[1].norm()
 
 
+@pytest.mark.parametrize("inputs", [256, 300])
+def test_ternary_weights_take_2_bits(inputs):
+    codes = torch.randint(-1, 2, (OUTPUTS, inputs), generator=generator()).to(torch.int8)
+    weight = Int8Weight(codes, torch.rand(OUTPUTS, generator=generator()) * 0.1)
+    check(weight, inputs, "W2A8 int")
+    linear = linear_of([weight], torch.bfloat16, CUDA, None)
+    assert linear.input_scheme == ("int8" if inputs == 256 else None)
+
+
 EXPERT_OPTIONS = {
     "plain": {},
     "zeros": {"zeros": True},

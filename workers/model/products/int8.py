@@ -16,6 +16,7 @@ import kernels
 from kernels.quantise import Scheme, quantise
 from workers.model.arithmetic import Arithmetic
 from workers.model.products.dense import dequantized_linear
+from workers.model.products.ternary import TernaryLinear, is_ternary
 from workers.model.quant.weights import InputChange, Int8Weight, StaticScale
 from workers.model.weight_format import Linear, Quantised
 
@@ -31,6 +32,8 @@ def int8_linear(
     """The fastest that the device has."""
     if arithmetic.groups.device.type == "cuda":
         has_kernel = not (arithmetic.batch_invariant or _zero(weight))
+        if has_kernel and is_ternary(weight):
+            return TernaryLinear.of(weight, sizes, dtype, bias)
         if has_kernel:
             return _CudaInt8Linear.of(weight, sizes, dtype, bias)
     elif torch.cpu._is_vnni_supported():
