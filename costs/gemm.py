@@ -16,9 +16,11 @@ def linear(num_tokens: int, n: int, k: int, dtype_bytes: int) -> OpCost:
     return OpCost((num_tokens * (k + n) + n * k) * dtype_bytes, 2 * num_tokens * n * k)
 
 
-def w4a16_gemm(num_tokens: int, n: int, k: int, group_size: int, has_zeros: bool, dtype_bytes: int) -> OpCost:
-    """Half a byte a weight; a scale, and where there are zero points a byte, per group."""
-    weight_bytes = n * k // 2 + n * (k // group_size) * (dtype_bytes + int(has_zeros))
+def weight_only_gemm(
+    num_tokens: int, n: int, k: int, bits: int, group_size: int, bytes_per_group: int, dtype_bytes: int
+) -> OpCost:
+    """`bits` a weight; a scale, and what else there is (a zero point's byte, an offset), per group."""
+    weight_bytes = n * k * bits // 8 + n * (k // group_size) * (dtype_bytes + bytes_per_group)
     return OpCost(num_tokens * (k + n) * dtype_bytes + weight_bytes, 2 * num_tokens * n * k)
 
 

@@ -30,7 +30,8 @@ definition that both are tested against. Importing touches no GPU.
     mla_prefill_attention(q, kv, k_rope, query_start_loc, kv_start_loc, max_query_len, scale) -> [tokens, heads, v_dim]
         kv [kv_tokens, heads, nope_dim + v_dim], k_rope [kv_tokens, rope_dim]: each sequence's context and chunk
     fixed_order_linear(x, weight, bias) -> x @ weight.T + bias, each row's bits the same in every batch
-    w4a16_gemm(x, packed, scales, zeros, table) -> x @ W.T, W in 4 bits; the layout is that of kernels.gemm.codes4.pack
+    w4a16_gemm(x, packed, scales, zeros, table, offsets) -> x @ W.T, W in 4 bits, laid out by kernels.gemm.codes4.pack
+    w8a16_gemm(x, packed, scales, zeros, offsets) -> the same in 8 bits, laid out by kernels.gemm.codes8.pack
     w4a8_gemm(x, packed, x_scales, scales, zeros) -> the same of int8 rows, bf16; the layout is kernels.gemm.w4a8's
     w2a8_gemm(x, packed, x_scales, weight_scales) -> the same of weights -1, 0, 1; the layout is kernels.gemm.w2a8's
     split_outliers(x, threshold) -> (x in int8 without its large inputs, scales, which stretches had any)
@@ -68,6 +69,7 @@ from kernels.gemm.w2a8 import w2a8_gemm
 from kernels.gemm.w4a8 import w4a8_gemm
 from kernels.gemm.w4a16 import w4a16_gemm
 from kernels.gemm.w8a8 import fp8_gemm, int8_gemm
+from kernels.gemm.w8a16 import w8a16_gemm
 from kernels.grouping import group_by_expert
 from kernels.kv_copy import gather_kv_blocks, scatter_kv_blocks
 from kernels.moe import moe_experts
@@ -113,4 +115,5 @@ __all__ = [
     "w2a8_gemm",
     "w4a8_gemm",
     "w4a16_gemm",
+    "w8a16_gemm",
 ]

@@ -66,6 +66,7 @@ def dequantise(
     zeros: torch.Tensor | None,  # uint8, shaped as scales
     dtype: torch.dtype,
     table: Table | None = None,
+    offsets: torch.Tensor | None = None,  # shaped as scales
 ) -> torch.Tensor:
     """The weights [n, k] in `dtype`."""
     num_blocks, n, lanes = packed.shape
@@ -79,6 +80,8 @@ def dequantise(
     if table is None:
         grouped.sub_(SYMMETRIC_ZERO if zeros is None else _per_group(zeros, groups, num_blocks, dtype))
     grouped.mul_(_per_group(scales, groups, num_blocks, dtype))
+    if offsets is not None:
+        grouped.add_(_per_group(offsets, groups, num_blocks, dtype))
     return grouped.view(num_blocks, n, -1).transpose(0, 1).reshape(n, -1)
 
 

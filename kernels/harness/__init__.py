@@ -18,6 +18,7 @@ from kernels.gemm.w2a8 import w2a8_gemm
 from kernels.gemm.w4a8 import w4a8_gemm
 from kernels.gemm.w4a16 import w4a16_gemm
 from kernels.gemm.w8a8 import fp8_gemm, int8_gemm
+from kernels.gemm.w8a16 import w8a16_gemm
 from kernels.grouping import group_by_expert
 from kernels.kv_copy import gather_kv_blocks, scatter_kv_blocks
 from kernels.moe import moe_experts
@@ -44,6 +45,7 @@ OPS: tuple[Op[..., Any], ...] = (
     mla_prefill_attention,
     fixed_order_linear,
     w4a16_gemm,
+    w8a16_gemm,
     w4a8_gemm,
     w2a8_gemm,
     split_outliers,

@@ -193,9 +193,11 @@ def _int4pack_mm(
     scales: torch.Tensor,
     zeros: torch.Tensor | None = None,
     table: Table | None = None,
+    offsets: torch.Tensor | None = None,
 ) -> Callable[[], object] | None:
     group = x.shape[1] // scales.shape[0]
-    if not x.is_cuda or x.dtype != torch.bfloat16 or table is not None or group < 32:
+    has_peer = table is None and offsets is None and group >= 32
+    if not x.is_cuda or x.dtype != torch.bfloat16 or not has_peer:
         return None
     codes = unpack(packed)
     tiles = torch._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], 8)

@@ -25,8 +25,20 @@ def torch_w4(packed, scales, zeros, table):
     return codes * scales.T.double().repeat_interleave(group, 1)
 
 
-def torch_w4a16(x, packed, scales, zeros, table):
-    return torch.einsum("mk,nk->mn", x.double(), torch_w4(packed, scales, zeros, table))
+def torch_w4a16(x, packed, scales, zeros, table, offsets):
+    weight = torch_w4(packed, scales, zeros, table)
+    if offsets is not None:
+        weight = weight + offsets.T.double().repeat_interleave(weight.shape[1] // len(offsets), 1)
+    return torch.einsum("mk,nk->mn", x.double(), weight)
+
+
+def torch_w8a16(x, packed, scales, zeros, offsets):
+    """Word j of a block holds k = j in its low byte and k = j + lanes in the other; the sums of x take the offsets."""
+    codes = packed.view(torch.uint8).unflatten(-1, (-1, 2)).permute(1, 0, 3, 2).flatten(1).double()
+    group = codes.shape[1] // len(scales)
+    codes -= 128 if zeros is None else zeros.T.repeat_interleave(group, 1)
+    out = F.linear(x.double(), codes * scales.T.double().repeat_interleave(group, 1))
+    return out if offsets is None else out + x.double().unflatten(1, (-1, group)).sum(2) @ offsets.double()
 
 
 def torch_w4a8(x, packed, x_scales, scales, zeros):
@@ -136,6 +148,7 @@ def torch_add_outliers(out, x, flags, weight, weight_scales, threshold):
 TORCH_GEMM = {
     "fixed_order_linear": torch_linear,
     "w4a16_gemm": torch_w4a16,
+    "w8a16_gemm": torch_w8a16,
     "w4a8_gemm": torch_w4a8,
     "w2a8_gemm": torch_w2a8,
     "split_outliers": torch_split_outliers,

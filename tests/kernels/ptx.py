@@ -63,11 +63,12 @@ _INTEGER = {
 
 
 def _of_floats(name, dtype, *values):
-    a, b = (
+    a, b, *rest = (
         torch.tensor([value & 0xFFFF, value >> 16], dtype=torch.int32).to(torch.int16).view(dtype).double()
         for value in values
     )
-    result = {"mul": a * b, "sub": a - b}[name].to(dtype).view(torch.int16).tolist()
+    exact = a * b + rest[0] if name == "fma" else {"mul": a * b, "sub": a - b}[name]
+    result = exact.to(dtype).view(torch.int16).tolist()
     return (result[0] & 0xFFFF) | (result[1] & 0xFFFF) << 16
 
 

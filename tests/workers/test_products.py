@@ -21,13 +21,15 @@ def generator():
     return torch.Generator().manual_seed(1)
 
 
-def grouped(inputs, group, *, zeros=False, offsets=False, outputs=OUTPUTS, **options):
+def grouped(inputs, group, *, bits=4, zeros=False, offsets=False, outputs=OUTPUTS, **options):
     shape = (outputs, inputs // group)
     return GroupedWeight(
-        torch.randint(0, 16, (outputs, inputs), generator=generator(), dtype=torch.uint8),
+        torch.randint(0, 2**bits, (outputs, inputs), generator=generator(), dtype=torch.uint8),
         torch.rand(shape, generator=generator()) * 0.1,
-        4,
-        zeros=torch.randint(0, 17, shape, generator=generator(), dtype=torch.uint8) if zeros else None,
+        bits,
+        zeros=torch.randint(0, min(256, 2**bits + 1), shape, generator=generator(), dtype=torch.uint8)
+        if zeros
+        else None,
         offsets=torch.randn(shape, generator=generator()) if offsets else None,
         **options,
     )
@@ -46,6 +48,13 @@ def check(weight, inputs, kind, tolerance=0.02, num_rows=5):
 @pytest.mark.parametrize("options", [{}, {"zeros": True}, {"offsets": True}], ids=["plain", "zeros", "offsets"])
 def test_integers_of_4_bits(group, options):
     check(grouped(192, group, **options), 192, f"W4A16 g{group}")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 6, 8])
+@pytest.mark.parametrize("group", [16, 32, 128])
+@pytest.mark.parametrize("options", [{}, {"zeros": True}, {"offsets": True}], ids=["plain", "zeros", "offsets"])
+def test_integers_of_other_widths(bits, group, options):
+    check(grouped(384, group, bits=bits, **options), 384, f"W{bits}A16 g{group}")
 
 
 @pytest.mark.parametrize("group", [16, 32, 64])

@@ -1,8 +1,8 @@
-"""Products with weights of 4 bits and a scale per group: weight-only quantization, activations in 16 bits.
+"""Products with weights of 2 to 8 bits and a scale per group: weight-only quantization, activations in 16 bits.
 
 On a CPU torch's packed product is the faster one for one row, and falls behind the dense one soon after, so a bfloat16
-copy takes what has more rows. On CUDA there is one kernel; k is padded with groups of zeros. What no product takes is
-dequantized once. Knows nothing of checkpoints' formats.
+copy takes what has more rows. On CUDA there is a kernel for 4 bits and one for 8; k is padded with groups of zeros.
+What no product takes is dequantized once. Knows nothing of checkpoints' formats.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kernels.quantise import Scheme, quantise
 from workers.model.arithmetic import Arithmetic, Product
 from workers.model.products.dense import dequantized_linear
 from workers.model.products.grouped_int8 import GroupedInt8Linear, has_integer_product
-from workers.model.products.packed4 import Packed4, group_of, table_of
+from workers.model.products.packed import PackedCodes, group_of, is_narrow
 from workers.model.quant.weights import NO_CHANGE, GroupedWeight, InputChange
 from workers.model.weight_format import Linear, Quantised
 
@@ -32,13 +32,12 @@ def grouped_linear(
 ) -> Linear:
     """The fastest that the device has."""
     kind = f"W{weight.bits}A{8 if weight.input_scheme else 16} g{weight.group_size}"
-    has_product = weight.bits == 4 and not arithmetic.batch_invariant
     product: Product | None = None
-    if has_product and arithmetic.groups.device.type == "cuda":
+    if not arithmetic.batch_invariant and arithmetic.groups.device.type == "cuda":
         if has_integer_product(weight):
             return GroupedInt8Linear.of(weight, sizes, dtype, bias, kind)
         product = _cuda_product(weight, dtype, bias)
-    elif has_product and weight.table is None and dtype == torch.bfloat16:
+    elif not arithmetic.batch_invariant and dtype == torch.bfloat16:
         product = _cpu_product(weight, arithmetic, bias)
         kind += f", dequantized to bfloat16 for more than {_PACKED_ROWS} row" if product is not None else ""
     if product is None and weight.input_scheme is None:
@@ -71,6 +70,8 @@ class GroupedLinear:
 
 
 def _cpu_product(weight: GroupedWeight, arithmetic: Arithmetic, bias: Tensor | None) -> Product | None:
+    if weight.bits != 4 or weight.table is not None:
+        return None
     if weight.group_size not in _CPU_GROUPS or weight.num_outputs % _CPU_OUTPUTS:
         return None
     # (code - 8) * scale + minimum; ours is (code - zero) * scale + offset.
@@ -94,15 +95,15 @@ def _cpu_product(weight: GroupedWeight, arithmetic: Arithmetic, bias: Tensor | N
 def _cuda_product(weight: GroupedWeight, dtype: torch.dtype, bias: Tensor | None) -> Product | None:
     if dtype not in (torch.bfloat16, torch.float16) or group_of(weight) is None:
         return None
-    table, whole = table_of(weight), Packed4.of(weight, dtype)
-    packed, scales, zeros, padding = whole.packed, whole.scales, whole.zeros, whole.num_added_inputs
-    minima = None if weight.offsets is None else weight.offsets.to(dtype)
+    w, narrow = PackedCodes.of(weight, dtype), is_narrow(weight)  # the product must not keep the weight itself
+    padding = w.num_added_inputs
 
     def product(x: Tensor) -> Tensor:
-        y = kernels.w4a16_gemm(F.pad(x, (0, padding)) if padding else x, packed, scales, zeros, table)
-        if minima is not None:
-            sums = x.unflatten(1, (minima.shape[1], -1)).sum(-1, dtype=torch.float32)
-            y = y + F.linear(sums.to(dtype), minima)
+        x = F.pad(x, (0, padding)) if padding else x
+        if narrow:
+            y = kernels.w4a16_gemm(x, w.codes, w.scales, w.zeros, w.table, w.offsets)
+        else:
+            y = kernels.w8a16_gemm(x, w.codes, w.scales, w.zeros, w.offsets)
         return y if bias is None else y + bias
 
     return product

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import kernels
 from kernels.gemm.codes4 import CODES_PER_WORD, Table, lanes_of
-from workers.model.products.packed4 import Packed4, group_of, table_of
+from workers.model.products.packed import PackedCodes, group_of, is_narrow, table_of
 from workers.model.quant.weights import GroupedWeight, QuantWeight, joined
 
 
@@ -42,8 +42,8 @@ class GroupedExperts:
         if table_of(up) != table_of(down):
             return None
         block = CODES_PER_WORD * lanes_of(group_of(down) or 0)
-        gate_up = Packed4.of(_with_rows(up, 2 * len(downs), -down.codes.shape[1] % block), dtype)
-        packed_down = Packed4.of(down, dtype)
+        gate_up = PackedCodes.of(_with_rows(up, 2 * len(downs), -down.codes.shape[1] % block), dtype)
+        packed_down = PackedCodes.of(down, dtype)
         return cls(
             *_by_expert(gate_up, len(downs)),
             *_by_expert(packed_down, len(downs)),
@@ -65,7 +65,7 @@ def _whole(matrices: Sequence[QuantWeight]) -> GroupedWeight | None:
     if len({matrix.num_outputs for matrix in matrices}) > 1:
         return None
     whole = joined(matrices)
-    if not isinstance(whole, GroupedWeight) or group_of(whole) is None:
+    if not isinstance(whole, GroupedWeight) or group_of(whole) is None or not is_narrow(whole):
         return None
     is_plain = whole.offsets is None and whole.input_scheme is None and not whole.inputs_change
     return whole if is_plain else None
@@ -82,11 +82,11 @@ def _with_rows(whole: GroupedWeight, count: int, num_added: int) -> GroupedWeigh
     return replace(whole, codes=padded(whole.codes), scales=padded(whole.scales), zeros=zeros)
 
 
-def _by_expert(whole: Packed4, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def _by_expert(whole: PackedCodes, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """[blocks or groups, experts * outputs, ..] -> [experts, blocks or groups, outputs, ..]."""
 
     def turned(tensor: Tensor) -> Tensor:
         each: Tensor = tensor.unflatten(1, (count, -1)).transpose(0, 1)
         return each.contiguous()
 
-    return turned(whole.packed), turned(whole.scales), None if whole.zeros is None else turned(whole.zeros)
+    return turned(whole.codes), turned(whole.scales), None if whole.zeros is None else turned(whole.zeros)
