@@ -40,6 +40,11 @@ def w2a8_gemm(num_tokens: int, n: int, k: int) -> OpCost:
     return OpCost(num_tokens * (k + 2 * n + 4) + n * k // 4 + 4 * n, 2 * num_tokens * n * k, "int8")
 
 
+def sparse24_gemm(num_tokens: int, n: int, k: int) -> OpCost:
+    """All in 16 bits; of every four weights two, and four bits for where they belong. Products with zeros count not."""
+    return OpCost(2 * num_tokens * (k + n) + n * k * 9 // 8, num_tokens * n * k)
+
+
 def add_outliers(num_tokens: int, n: int, num_inputs: int, num_flags: int) -> OpCost:
     """The weights, a byte each, and 16-bit activations of `num_inputs` inputs; bf16 results are read and written."""
     moved = num_inputs * (n + 2 * num_tokens) + num_flags + (4 * n + 4 * num_tokens * n if num_inputs else 0)

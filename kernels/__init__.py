@@ -34,6 +34,7 @@ definition that both are tested against. Importing touches no GPU.
     w8a16_gemm(x, packed, scales, zeros, offsets) -> the same in 8 bits, laid out by kernels.gemm.codes8.pack
     w4a8_gemm(x, packed, x_scales, scales, zeros) -> the same of int8 rows, bf16; the layout is kernels.gemm.w4a8's
     w2a8_gemm(x, packed, x_scales, weight_scales) -> the same of weights -1, 0, 1; the layout is kernels.gemm.w2a8's
+    sparse24_gemm(x, values, places) -> x @ W.T, of every four weights two; the layout is kernels.gemm.sparse24's
     split_outliers(x, threshold) -> (x in int8 without its large inputs, scales, which stretches had any)
     add_outliers(out, x, flags, weight, weight_scales, threshold) -> out plus the large inputs' product, in place
     fp8_gemm, int8_gemm(x, weight, x_scales, weight_scales) -> x @ weight.T, scaled per row and per column, bf16
@@ -65,6 +66,7 @@ from kernels.gated import swiglu, swiglu_quantised
 from kernels.gemm.fp8_block import fp8_block_gemm
 from kernels.gemm.linear import fixed_order_linear
 from kernels.gemm.outliers import add_outliers, split_outliers
+from kernels.gemm.sparse24 import sparse24_gemm
 from kernels.gemm.w2a8 import w2a8_gemm
 from kernels.gemm.w4a8 import w4a8_gemm
 from kernels.gemm.w4a16 import w4a16_gemm
@@ -107,6 +109,7 @@ __all__ = [
     "rope_and_write_kv_int8",
     "sample",
     "scatter_kv_blocks",
+    "sparse24_gemm",
     "split_outliers",
     "swiglu",
     "swiglu_quantised",

@@ -14,6 +14,7 @@ from kernels.gated import swiglu, swiglu_quantised
 from kernels.gemm.fp8_block import fp8_block_gemm
 from kernels.gemm.linear import fixed_order_linear
 from kernels.gemm.outliers import add_outliers, split_outliers
+from kernels.gemm.sparse24 import sparse24_gemm
 from kernels.gemm.w2a8 import w2a8_gemm
 from kernels.gemm.w4a8 import w4a8_gemm
 from kernels.gemm.w4a16 import w4a16_gemm
@@ -48,6 +49,7 @@ OPS: tuple[Op[..., Any], ...] = (
     w8a16_gemm,
     w4a8_gemm,
     w2a8_gemm,
+    sparse24_gemm,
     split_outliers,
     add_outliers,
     fp8_gemm,

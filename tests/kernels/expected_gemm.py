@@ -133,6 +133,21 @@ def torch_w2a8(x, packed, x_scales, weight_scales):
     return F.linear(x.double() * x_scales[:, None], weight.flatten(1) * weight_scales[:, None])
 
 
+def torch_sparse24(x, values, places):
+    """Four by four, as the layout is documented."""
+    num_blocks, n, _ = places.shape
+    weight = torch.zeros(n, num_blocks, 4, 32, 4, dtype=torch.float64)
+    kept = values.view(x.dtype).unflatten(-1, (-1, 2)).double()  # [block, part, n, word, first or second]
+    for i in range(4):
+        bits = (places >> 4 * i) & 15
+        first = torch.where(bits & 1 > 0, 0, torch.where(bits & 2 > 0, 1, 2))
+        second = torch.where(bits & 4 > 0, 2, torch.where(bits & 8 > 0, 3, 1))
+        for place in range(4):
+            part = kept[:, i, :, :, 0] * (first == place) + kept[:, i, :, :, 1] * (second == place)
+            weight[:, :, i, :, place] = part.transpose(0, 1)
+    return F.linear(x.double(), weight.flatten(1))
+
+
 def torch_split_outliers(x, threshold):
     rest = torch.where(x.abs() >= threshold, 0.0, x.double())
     scales = rest.abs().amax(1, keepdim=True) / 127
@@ -150,6 +165,7 @@ TORCH_GEMM = {
     "w4a16_gemm": torch_w4a16,
     "w8a16_gemm": torch_w8a16,
     "w4a8_gemm": torch_w4a8,
+    "sparse24_gemm": torch_sparse24,
     "w2a8_gemm": torch_w2a8,
     "split_outliers": torch_split_outliers,
     "add_outliers": torch_add_outliers,
