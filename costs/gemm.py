@@ -51,6 +51,11 @@ def add_outliers(num_tokens: int, n: int, num_inputs: int, num_flags: int) -> Op
     return OpCost(moved, 2 * num_tokens * n * num_inputs)
 
 
+def add_low_rank(num_tokens: int, n: int, k: int, rank: int, dtype_bytes: int) -> OpCost:
+    """Both matrices and the activations are read, the result is read and written; what lies between is free."""
+    return OpCost((rank * (k + n) + num_tokens * (k + 2 * n)) * dtype_bytes, 2 * num_tokens * rank * (k + n))
+
+
 def group_by_expert(num_tokens: int, top_k: int, num_experts: int, block: int) -> OpCost:
     """Ids are read, a row number per slot and an expert per block are written. Per id: compare, rank, store."""
     num_rows = num_tokens * top_k

@@ -37,6 +37,7 @@ definition that both are tested against. Importing touches no GPU.
     sparse24_gemm(x, values, places) -> x @ W.T, of every four weights two; the layout is kernels.gemm.sparse24's
     split_outliers(x, threshold) -> (x in int8 without its large inputs, scales, which stretches had any)
     add_outliers(out, x, flags, weight, weight_scales, threshold) -> out plus the large inputs' product, in place
+    add_low_rank(out, x, down, up) -> out + x @ down.T @ up.T, in place
     fp8_gemm, int8_gemm(x, weight, x_scales, weight_scales) -> x @ weight.T, scaled per row and per column, bf16
     fp8_block_gemm(x, weight, x_scales, weight_scales) -> the same with a scale per 128 of k and per 128x128, bf16
     group_by_expert(expert_ids, num_experts, block) -> (row of each slot, expert of each block)
@@ -65,6 +66,7 @@ from kernels.embedding import vocab_embedding
 from kernels.gated import swiglu, swiglu_quantised
 from kernels.gemm.fp8_block import fp8_block_gemm
 from kernels.gemm.linear import fixed_order_linear
+from kernels.gemm.low_rank import add_low_rank
 from kernels.gemm.outliers import add_outliers, split_outliers
 from kernels.gemm.sparse24 import sparse24_gemm
 from kernels.gemm.w2a8 import w2a8_gemm
@@ -85,6 +87,7 @@ from kernels.sampling import sample
 from kernels.vocab_argmax import vocab_argmax
 
 __all__ = [
+    "add_low_rank",
     "add_outliers",
     "add_rms_norm",
     "add_rms_norm_quantised",

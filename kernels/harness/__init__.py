@@ -13,6 +13,7 @@ from kernels.embedding import vocab_embedding
 from kernels.gated import swiglu, swiglu_quantised
 from kernels.gemm.fp8_block import fp8_block_gemm
 from kernels.gemm.linear import fixed_order_linear
+from kernels.gemm.low_rank import add_low_rank
 from kernels.gemm.outliers import add_outliers, split_outliers
 from kernels.gemm.sparse24 import sparse24_gemm
 from kernels.gemm.w2a8 import w2a8_gemm
@@ -52,6 +53,7 @@ OPS: tuple[Op[..., Any], ...] = (
     sparse24_gemm,
     split_outliers,
     add_outliers,
+    add_low_rank,
     fp8_gemm,
     int8_gemm,
     fp8_block_gemm,

@@ -165,6 +165,7 @@ TORCH_GEMM = {
     "w4a16_gemm": torch_w4a16,
     "w8a16_gemm": torch_w8a16,
     "w4a8_gemm": torch_w4a8,
+    "add_low_rank": lambda out, x, down, up: out + F.linear(x.double(), up.double() @ down.double()),
     "sparse24_gemm": torch_sparse24,
     "w2a8_gemm": torch_w2a8,
     "split_outliers": torch_split_outliers,
