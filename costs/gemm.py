@@ -16,15 +16,44 @@ def linear(num_tokens: int, n: int, k: int, dtype_bytes: int) -> OpCost:
     return OpCost((num_tokens * (k + n) + n * k) * dtype_bytes, 2 * num_tokens * n * k)
 
 
-def w4a16_gemm(num_tokens: int, n: int, k: int, group_size: int, has_zeros: bool, dtype_bytes: int) -> OpCost:
-    """Half a byte a weight; a scale, and where there are zero points a byte, per group."""
-    weight_bytes = n * k // 2 + n * (k // group_size) * (dtype_bytes + int(has_zeros))
+def weight_only_gemm(
+    num_tokens: int, n: int, k: int, bits: int, group_size: int, bytes_per_group: int, dtype_bytes: int
+) -> OpCost:
+    """`bits` a weight; a scale, and what else there is (a zero point's byte, an offset), per group."""
+    weight_bytes = n * k * bits // 8 + n * (k // group_size) * (dtype_bytes + bytes_per_group)
     return OpCost(num_tokens * (k + n) * dtype_bytes + weight_bytes, 2 * num_tokens * n * k)
 
 
 def w8a8_gemm(num_tokens: int, n: int, k: int, num_scales: int, out_bytes: int, unit: Literal["fp8", "int8"]) -> OpCost:
     """A byte for each operand's element, four for each scale."""
     return OpCost((num_tokens + n) * k + 4 * num_scales + num_tokens * n * out_bytes, 2 * num_tokens * n * k, unit)
+
+
+def w4a8_gemm(num_tokens: int, n: int, k: int, scale_bytes: int, zero_bytes: int) -> OpCost:
+    """A byte for an activation, four for a row's scale, half a byte a weight, bf16 out."""
+    weight_bytes = n * k // 2 + scale_bytes + zero_bytes
+    return OpCost(num_tokens * (k + 2 * n + 4) + weight_bytes, 2 * num_tokens * n * k, "int8")
+
+
+def w2a8_gemm(num_tokens: int, n: int, k: int) -> OpCost:
+    """A byte for an activation, four for a scale, a quarter of a byte a weight, bf16 out."""
+    return OpCost(num_tokens * (k + 2 * n + 4) + n * k // 4 + 4 * n, 2 * num_tokens * n * k, "int8")
+
+
+def sparse24_gemm(num_tokens: int, n: int, k: int) -> OpCost:
+    """All in 16 bits; of every four weights two, and four bits for where they belong. Products with zeros count not."""
+    return OpCost(2 * num_tokens * (k + n) + n * k * 9 // 8, num_tokens * n * k)
+
+
+def add_outliers(num_tokens: int, n: int, num_inputs: int, num_flags: int) -> OpCost:
+    """The weights, a byte each, and 16-bit activations of `num_inputs` inputs; bf16 results are read and written."""
+    moved = num_inputs * (n + 2 * num_tokens) + num_flags + (4 * n + 4 * num_tokens * n if num_inputs else 0)
+    return OpCost(moved, 2 * num_tokens * n * num_inputs)
+
+
+def add_low_rank(num_tokens: int, n: int, k: int, rank: int, dtype_bytes: int) -> OpCost:
+    """Both matrices and the activations are read, the result is read and written; what lies between is free."""
+    return OpCost((rank * (k + n) + num_tokens * (k + 2 * n)) * dtype_bytes, 2 * num_tokens * rank * (k + n))
 
 
 def group_by_expert(num_tokens: int, top_k: int, num_experts: int, block: int) -> OpCost:
@@ -48,3 +77,21 @@ def moe_experts_fp8(num_tokens: int, num_routed: int, num_active: int, hidden_si
     weight_bytes = 3 * num_active * (hidden_size * width + 4 * (hidden_size // 128) * (width // 128))
     moved = num_tokens * (3 * hidden_size + 4 * (hidden_size // 128)) + weight_bytes
     return OpCost(moved, num_routed * (6 * hidden_size * width + 8 * width + 2 * hidden_size), "fp8")
+
+
+def moe_experts_w4a16(
+    num_tokens: int,
+    num_routed: int,
+    num_active: int,
+    hidden_size: int,
+    width: int,
+    group_size: int,
+    has_zeros: bool,
+    dtype_bytes: int,
+) -> OpCost:
+    """As moe_experts, with weights as in w4a16_gemm."""
+    per_group = dtype_bytes + int(has_zeros)
+    plain = moe_experts(num_tokens, num_routed, num_active, hidden_size, width, dtype_bytes)
+    saved = 3 * num_active * hidden_size * width * dtype_bytes
+    weight_bytes = 3 * num_active * (hidden_size * width // 2 + hidden_size * width // group_size * per_group)
+    return OpCost(plain.memory_bytes - saved + weight_bytes, plain.flops)

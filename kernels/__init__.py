@@ -30,12 +30,20 @@ definition that both are tested against. Importing touches no GPU.
     mla_prefill_attention(q, kv, k_rope, query_start_loc, kv_start_loc, max_query_len, scale) -> [tokens, heads, v_dim]
         kv [kv_tokens, heads, nope_dim + v_dim], k_rope [kv_tokens, rope_dim]: each sequence's context and chunk
     fixed_order_linear(x, weight, bias) -> x @ weight.T + bias, each row's bits the same in every batch
-    w4a16_gemm(x, packed, scales, zeros) -> x @ W.T, W in 4 bits; the layout is that of kernels.gemm.w4a16.pack
+    w4a16_gemm(x, packed, scales, zeros, table, offsets) -> x @ W.T, W in 4 bits, laid out by kernels.gemm.codes4.pack
+    w8a16_gemm(x, packed, scales, zeros, offsets) -> the same in 8 bits, laid out by kernels.gemm.codes8.pack
+    w4a8_gemm(x, packed, x_scales, scales, zeros) -> the same of int8 rows, bf16; the layout is kernels.gemm.w4a8's
+    w2a8_gemm(x, packed, x_scales, weight_scales) -> the same of weights -1, 0, 1; the layout is kernels.gemm.w2a8's
+    sparse24_gemm(x, values, places) -> x @ W.T, of every four weights two; the layout is kernels.gemm.sparse24's
+    split_outliers(x, threshold) -> (x in int8 without its large inputs, scales, which stretches had any)
+    add_outliers(out, x, flags, weight, weight_scales, threshold) -> out plus the large inputs' product, in place
+    add_low_rank(out, x, down, up) -> out + x @ down.T @ up.T, in place
     fp8_gemm, int8_gemm(x, weight, x_scales, weight_scales) -> x @ weight.T, scaled per row and per column, bf16
     fp8_block_gemm(x, weight, x_scales, weight_scales) -> the same with a scale per 128 of k and per 128x128, bf16
     group_by_expert(expert_ids, num_experts, block) -> (row of each slot, expert of each block)
     moe_experts(x, gate_up, down, expert_ids, weights) -> the weighted sum of the chosen experts' outputs
     moe_experts_fp8(x, gate_up, down, their scales, expert_ids, weights) -> the same in e4m3 with scales per block
+    moe_experts_w4a16(x, gate_up, down, their scales, expert_ids, weights, their zeros, table) -> the same in 4 bits
     vocab_argmax(logits, first_id) -> (value, id) of each row, of this rank's share of the vocabulary
     sample(logits, temperature, top_k, top_p, min_p, seeds, positions, first_id) -> (value, id), by Gumbel noise
     apply_penalties(logits, counts, count_rows, repetition, presence, frequency) -> the logits, changed in place
@@ -58,12 +66,19 @@ from kernels.embedding import vocab_embedding
 from kernels.gated import swiglu, swiglu_quantised
 from kernels.gemm.fp8_block import fp8_block_gemm
 from kernels.gemm.linear import fixed_order_linear
+from kernels.gemm.low_rank import add_low_rank
+from kernels.gemm.outliers import add_outliers, split_outliers
+from kernels.gemm.sparse24 import sparse24_gemm
+from kernels.gemm.w2a8 import w2a8_gemm
+from kernels.gemm.w4a8 import w4a8_gemm
 from kernels.gemm.w4a16 import w4a16_gemm
 from kernels.gemm.w8a8 import fp8_gemm, int8_gemm
+from kernels.gemm.w8a16 import w8a16_gemm
 from kernels.grouping import group_by_expert
 from kernels.kv_copy import gather_kv_blocks, scatter_kv_blocks
 from kernels.moe import moe_experts
 from kernels.moe_fp8 import moe_experts_fp8
+from kernels.moe_w4a16 import moe_experts_w4a16
 from kernels.norm import add_rms_norm, add_rms_norm_quantised, rms_norm, rms_norm_quantised
 from kernels.penalties import apply_penalties
 from kernels.rope_kv import rope_and_write_kv
@@ -72,6 +87,8 @@ from kernels.sampling import sample
 from kernels.vocab_argmax import vocab_argmax
 
 __all__ = [
+    "add_low_rank",
+    "add_outliers",
     "add_rms_norm",
     "add_rms_norm_quantised",
     "apply_penalties",
@@ -86,6 +103,7 @@ __all__ = [
     "mla_prefill_attention",
     "moe_experts",
     "moe_experts_fp8",
+    "moe_experts_w4a16",
     "prefill_attention",
     "rms_norm",
     "rms_norm_quantised",
@@ -94,9 +112,14 @@ __all__ = [
     "rope_and_write_kv_int8",
     "sample",
     "scatter_kv_blocks",
+    "sparse24_gemm",
+    "split_outliers",
     "swiglu",
     "swiglu_quantised",
     "vocab_argmax",
     "vocab_embedding",
+    "w2a8_gemm",
+    "w4a8_gemm",
     "w4a16_gemm",
+    "w8a16_gemm",
 ]

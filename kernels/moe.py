@@ -168,7 +168,7 @@ def sum_rows(out: torch.Tensor, parts: torch.Tensor, expert_ids: torch.Tensor) -
 def reference(
     x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    out = torch.zeros(x.shape[0], down.shape[1], dtype=torch.float64, device=x.device)
     for expert in expert_ids.unique().tolist():
         if expert < 0:
             continue
@@ -182,7 +182,7 @@ def reference(
 def cpu(
     x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    out = torch.zeros(x.shape, dtype=torch.float32)
+    out = torch.zeros(x.shape[0], down.shape[1], dtype=torch.float32)
     for expert in expert_ids.unique().tolist():
         if expert < 0:
             continue

@@ -13,12 +13,19 @@ from kernels.embedding import vocab_embedding
 from kernels.gated import swiglu, swiglu_quantised
 from kernels.gemm.fp8_block import fp8_block_gemm
 from kernels.gemm.linear import fixed_order_linear
+from kernels.gemm.low_rank import add_low_rank
+from kernels.gemm.outliers import add_outliers, split_outliers
+from kernels.gemm.sparse24 import sparse24_gemm
+from kernels.gemm.w2a8 import w2a8_gemm
+from kernels.gemm.w4a8 import w4a8_gemm
 from kernels.gemm.w4a16 import w4a16_gemm
 from kernels.gemm.w8a8 import fp8_gemm, int8_gemm
+from kernels.gemm.w8a16 import w8a16_gemm
 from kernels.grouping import group_by_expert
 from kernels.kv_copy import gather_kv_blocks, scatter_kv_blocks
 from kernels.moe import moe_experts
 from kernels.moe_fp8 import moe_experts_fp8
+from kernels.moe_w4a16 import moe_experts_w4a16
 from kernels.norm import add_rms_norm, add_rms_norm_quantised, rms_norm, rms_norm_quantised
 from kernels.op import Op
 from kernels.penalties import apply_penalties
@@ -40,6 +47,13 @@ OPS: tuple[Op[..., Any], ...] = (
     mla_prefill_attention,
     fixed_order_linear,
     w4a16_gemm,
+    w8a16_gemm,
+    w4a8_gemm,
+    w2a8_gemm,
+    sparse24_gemm,
+    split_outliers,
+    add_outliers,
+    add_low_rank,
     fp8_gemm,
     int8_gemm,
     fp8_block_gemm,
@@ -55,4 +69,5 @@ OPS: tuple[Op[..., Any], ...] = (
     group_by_expert,
     moe_experts,
     moe_experts_fp8,
+    moe_experts_w4a16,
 )

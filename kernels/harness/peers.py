@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from kernels.attention.mla import gather_latents
 from kernels.attention.paged import gather_sequence
-from kernels.gemm.w4a16 import unpack
+from kernels.gemm.codes4 import Table, unpack
 from kernels.kv_copy import gather_cpu, scatter_cpu
 
 Peer = Callable[..., Callable[[], object] | None]
@@ -188,15 +188,21 @@ def _torch_embedding(weight: torch.Tensor, token_ids: torch.Tensor, first_id: in
 
 
 def _int4pack_mm(
-    x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None = None
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None = None,
+    table: Table | None = None,
+    offsets: torch.Tensor | None = None,
 ) -> Callable[[], object] | None:
-    if not x.is_cuda or x.dtype != torch.bfloat16:
+    group = x.shape[1] // scales.shape[0]
+    has_peer = table is None and offsets is None and group >= 32
+    if not x.is_cuda or x.dtype != torch.bfloat16 or not has_peer:
         return None
     codes = unpack(packed)
     tiles = torch._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], 8)
     shift = scales * (8 - zeros.to(scales.dtype)) if zeros is not None else torch.zeros_like(scales)
     scales_and_shifts = torch.stack([scales, shift], dim=-1).contiguous()
-    group = x.shape[1] // scales.shape[0]
     return lambda: torch._weight_int4pack_mm(x, tiles, group, scales_and_shifts)
 
 

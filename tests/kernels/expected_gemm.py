@@ -8,17 +8,52 @@ def torch_linear(x, weight, bias):
     return F.linear(x.double(), weight.double(), None if bias is None else bias.double())
 
 
-def torch_w4a16(x, packed, scales, zeros):
-    """Word by word as the layout is documented: word j of block b holds k = 128 b + j + 32 i at bits 4 i."""
-    num_blocks, n, num_words = packed.shape
-    codes = torch.empty(n, 128 * num_blocks, dtype=torch.float64)
+def torch_w4(packed, scales, zeros, table):
+    """Word by word as the layout is documented: word j of a block holds k = j + lanes * i at bits 4 i."""
+    num_blocks, n, lanes = packed.shape
+    codes = torch.empty(n, 4 * lanes * num_blocks, dtype=torch.float64)
     for b in range(num_blocks):
         for i in range(4):
-            codes[:, 128 * b + 32 * i : 128 * b + 32 * i + num_words] = packed[b].bitwise_right_shift(4 * i) & 15
+            first = 4 * lanes * b + lanes * i
+            codes[:, first : first + lanes] = packed[b].bitwise_right_shift(4 * i) & 15
     group = codes.shape[1] // scales.shape[0]
-    zero = torch.full_like(scales, 8) if zeros is None else zeros
-    weight = (codes - zero.T.repeat_interleave(group, 1)) * scales.T.double().repeat_interleave(group, 1)
+    if table is None:
+        zero = torch.full_like(scales, 8) if zeros is None else zeros
+        codes -= zero.T.repeat_interleave(group, 1)
+    else:
+        codes.apply_(lambda code: table[int(code)])
+    return codes * scales.T.double().repeat_interleave(group, 1)
+
+
+def torch_w4a16(x, packed, scales, zeros, table, offsets):
+    weight = torch_w4(packed, scales, zeros, table)
+    if offsets is not None:
+        weight = weight + offsets.T.double().repeat_interleave(weight.shape[1] // len(offsets), 1)
     return torch.einsum("mk,nk->mn", x.double(), weight)
+
+
+def torch_w8a16(x, packed, scales, zeros, offsets):
+    """Word j of a block holds k = j in its low byte and k = j + lanes in the other; the sums of x take the offsets."""
+    codes = packed.view(torch.uint8).unflatten(-1, (-1, 2)).permute(1, 0, 3, 2).flatten(1).double()
+    group = codes.shape[1] // len(scales)
+    codes -= 128 if zeros is None else zeros.T.repeat_interleave(group, 1)
+    out = F.linear(x.double(), codes * scales.T.double().repeat_interleave(group, 1))
+    return out if offsets is None else out + x.double().unflatten(1, (-1, group)).sum(2) @ offsets.double()
+
+
+def torch_w4a8(x, packed, x_scales, scales, zeros):
+    """Byte j of a block holds k = j in its low bits and k = j + lanes in its high ones, as signed numbers of 4 bits."""
+    num_blocks, n, lanes = packed.shape
+    weight = torch.empty(n, 2 * lanes * num_blocks, dtype=torch.float64)
+    for b in range(num_blocks):
+        first = 2 * lanes * b
+        weight[:, first : first + lanes] = (packed[b].int() << 28) >> 28
+        weight[:, first + lanes : first + 2 * lanes] = packed[b].int() >> 4
+    group = weight.shape[1] // scales.shape[0]
+    if zeros is not None:
+        weight += 8 - zeros.T.double().repeat_interleave(group, 1)
+    weight *= scales.T.double().repeat_interleave(group, 1)
+    return torch.einsum("mk,nk->mn", x.double() * x_scales[:, None], weight)
 
 
 def torch_w8a8(x, weight, x_scales, weight_scales):
@@ -80,13 +115,66 @@ def torch_moe_fp8(x, gate_up, down, x_scales, gate_up_scales, down_scales, exper
     return out
 
 
+def torch_moe_w4a16(x, gate_up, down, gate_up_scales, down_scales, expert_ids, weights, up_zeros, down_zeros, table):
+    def dense(packed, scales, zeros):
+        each = zip(packed, scales, [None] * len(packed) if zeros is None else zeros, strict=True)
+        return torch.stack([torch_w4(*expert, table) for expert in each])
+
+    wide = dense(gate_up, gate_up_scales, up_zeros), dense(down, down_scales, down_zeros)
+    return torch_moe(x, *wide, expert_ids, weights)
+
+
+def torch_w2a8(x, packed, x_scales, weight_scales):
+    """Byte j of a block holds k = j + 64 i at bits 2 i, as signed numbers of 2 bits."""
+    num_blocks, n, lanes = packed.shape
+    weight = torch.empty(n, num_blocks, 4, lanes, dtype=torch.float64)
+    for i in range(4):
+        weight[:, :, i] = ((packed.transpose(0, 1).int() >> 2 * i) & 3).apply_(lambda bits: (0, 1, -2, -1)[bits])
+    return F.linear(x.double() * x_scales[:, None], weight.flatten(1) * weight_scales[:, None])
+
+
+def torch_sparse24(x, values, places):
+    """Four by four, as the layout is documented."""
+    num_blocks, n, _ = places.shape
+    weight = torch.zeros(n, num_blocks, 4, 32, 4, dtype=torch.float64)
+    kept = values.view(x.dtype).unflatten(-1, (-1, 2)).double()  # [block, part, n, word, first or second]
+    for i in range(4):
+        bits = (places >> 4 * i) & 15
+        first = torch.where(bits & 1 > 0, 0, torch.where(bits & 2 > 0, 1, 2))
+        second = torch.where(bits & 4 > 0, 2, torch.where(bits & 8 > 0, 3, 1))
+        for place in range(4):
+            part = kept[:, i, :, :, 0] * (first == place) + kept[:, i, :, :, 1] * (second == place)
+            weight[:, :, i, :, place] = part.transpose(0, 1)
+    return F.linear(x.double(), weight.flatten(1))
+
+
+def torch_split_outliers(x, threshold):
+    rest = torch.where(x.abs() >= threshold, 0.0, x.double())
+    scales = rest.abs().amax(1, keepdim=True) / 127
+    flags = [[bool((part.abs() >= threshold).any()) for part in row.split(32)] for row in x]
+    return (rest / scales).round(), scales, torch.tensor(flags)
+
+
+def torch_add_outliers(out, x, flags, weight, weight_scales, threshold):
+    large = torch.where(x.abs() >= threshold, x.double(), 0.0)
+    return out + F.linear(large, weight.double() * weight_scales[:, None])
+
+
 TORCH_GEMM = {
     "fixed_order_linear": torch_linear,
     "w4a16_gemm": torch_w4a16,
+    "w8a16_gemm": torch_w8a16,
+    "w4a8_gemm": torch_w4a8,
+    "add_low_rank": lambda out, x, down, up: out + F.linear(x.double(), up.double() @ down.double()),
+    "sparse24_gemm": torch_sparse24,
+    "w2a8_gemm": torch_w2a8,
+    "split_outliers": torch_split_outliers,
+    "add_outliers": torch_add_outliers,
     "fp8_gemm": torch_w8a8,
     "int8_gemm": torch_w8a8,
     "fp8_block_gemm": torch_fp8_block,
     "group_by_expert": torch_group,
     "moe_experts": torch_moe,
     "moe_experts_fp8": torch_moe_fp8,
+    "moe_experts_w4a16": torch_moe_w4a16,
 }

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.gemm.w4a16 import dequantise, pack, unpack
+from kernels.gemm.codes4 import dequantise, pack, unpack
 
 
 def codes_of(n, k):

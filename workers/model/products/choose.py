@@ -15,6 +15,7 @@ from workers.model.products.dense import DenseExperts, dense_linear
 from workers.model.products.fp8 import fp8_linear
 from workers.model.products.fp8_experts import Fp8Experts
 from workers.model.products.grouped import grouped_linear
+from workers.model.products.grouped_experts import GroupedExperts
 from workers.model.products.int8 import int8_linear
 from workers.model.quant.weights import DenseWeight, Fp8Weight, GroupedWeight, Int8Weight, QuantWeight, joined
 from workers.model.weight_format import Experts, Linear, Quantised
@@ -78,7 +79,7 @@ def experts_of(
     if arithmetic.batch_invariant:
         raise ModelError("batch_invariant: a mixture of experts groups its rows by the batch")
     if arithmetic.groups.device.type == "cuda":
-        found = Fp8Experts.of(gate_ups, downs)
+        found = Fp8Experts.of(gate_ups, downs) or GroupedExperts.of(gate_ups, downs, dtype)
         if found is not None:
             return found
     gate_up = [torch.cat([part.dense(dtype) for part in expert]) for expert in gate_ups]

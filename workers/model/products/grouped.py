@@ -1,8 +1,8 @@
-"""Products with weights of 4 bits and a scale per group: weight-only quantization, activations in 16 bits.
+"""Products with weights of 2 to 8 bits and a scale per group: weight-only quantization, activations in 16 bits.
 
 On a CPU torch's packed product is the faster one for one row, and falls behind the dense one soon after, so a bfloat16
-copy takes what has more rows. On CUDA there is one kernel; k is padded with groups of zeros. What no product takes is
-dequantized once. Knows nothing of checkpoints' formats.
+copy takes what has more rows. On CUDA there is a kernel for 4 bits and one for 8; k is padded with groups of zeros.
+What no product takes is dequantized once. Knows nothing of checkpoints' formats.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from kernels.gemm import w4a16
 from kernels.quantise import Scheme, quantise
 from workers.model.arithmetic import Arithmetic, Product
 from workers.model.products.dense import dequantized_linear
+from workers.model.products.grouped_int8 import GroupedInt8Linear, has_integer_product
+from workers.model.products.packed import PackedCodes, group_of, is_narrow
 from workers.model.quant.weights import NO_CHANGE, GroupedWeight, InputChange
 from workers.model.weight_format import Linear, Quantised
 
 _PACKED_ROWS = 1  # up to so many the packed product is the faster one
 _CPU_GROUPS = (32, 64, 128, 256)
 _CPU_OUTPUTS = 16  # outputs are a multiple of it
-_CUDA_GROUPS = (32, 64, 128)
 
 
 def grouped_linear(
@@ -32,11 +32,12 @@ def grouped_linear(
 ) -> Linear:
     """The fastest that the device has."""
     kind = f"W{weight.bits}A{8 if weight.input_scheme else 16} g{weight.group_size}"
-    is_simple = weight.bits == 4 and weight.table is None and not arithmetic.batch_invariant
     product: Product | None = None
-    if is_simple and arithmetic.groups.device.type == "cuda":
+    if not arithmetic.batch_invariant and arithmetic.groups.device.type == "cuda":
+        if has_integer_product(weight):
+            return GroupedInt8Linear.of(weight, sizes, dtype, bias, kind)
         product = _cuda_product(weight, dtype, bias)
-    elif is_simple and dtype == torch.bfloat16:
+    elif not arithmetic.batch_invariant and dtype == torch.bfloat16:
         product = _cpu_product(weight, arithmetic, bias)
         kind += f", dequantized to bfloat16 for more than {_PACKED_ROWS} row" if product is not None else ""
     if product is None and weight.input_scheme is None:
@@ -69,6 +70,8 @@ class GroupedLinear:
 
 
 def _cpu_product(weight: GroupedWeight, arithmetic: Arithmetic, bias: Tensor | None) -> Product | None:
+    if weight.bits != 4 or weight.table is not None:
+        return None
     if weight.group_size not in _CPU_GROUPS or weight.num_outputs % _CPU_OUTPUTS:
         return None
     # (code - 8) * scale + minimum; ours is (code - zero) * scale + offset.
@@ -90,28 +93,17 @@ def _cpu_product(weight: GroupedWeight, arithmetic: Arithmetic, bias: Tensor | N
 
 
 def _cuda_product(weight: GroupedWeight, dtype: torch.dtype, bias: Tensor | None) -> Product | None:
-    if dtype not in (torch.bfloat16, torch.float16):
+    if dtype not in (torch.bfloat16, torch.float16) or group_of(weight) is None:
         return None
-    codes, scales, zeros, offsets = weight.codes, weight.scales, weight.zeros, weight.offsets
-    if weight.group_size not in _CUDA_GROUPS:
-        if weight.group_size % _CUDA_GROUPS[-1]:
-            return None
-        repeats = weight.group_size // _CUDA_GROUPS[-1]
-        scales = scales.repeat_interleave(repeats, 1)
-        zeros = None if zeros is None else zeros.repeat_interleave(repeats, 1)
-        offsets = None if offsets is None else offsets.repeat_interleave(repeats, 1)
-    group_size = codes.shape[1] // scales.shape[1]
-    padding = -codes.shape[1] % w4a16.BLOCK_K
-    packed = w4a16.pack(F.pad(codes, (0, padding)))
-    scales = F.pad(scales, (0, padding // group_size)).T.to(dtype).contiguous()
-    if zeros is not None:
-        zeros = F.pad(zeros, (0, padding // group_size)).T.contiguous()
-    minima = None if offsets is None else offsets.to(dtype)
+    w, narrow = PackedCodes.of(weight, dtype), is_narrow(weight)  # the product must not keep the weight itself
+    padding = w.num_added_inputs
 
     def product(x: Tensor) -> Tensor:
-        y = kernels.w4a16_gemm(F.pad(x, (0, padding)) if padding else x, packed, scales, zeros)
-        if minima is not None:
-            y = y + F.linear(x.unflatten(1, (-1, group_size)).sum(-1, dtype=torch.float32).to(dtype), minima)
+        x = F.pad(x, (0, padding)) if padding else x
+        if narrow:
+            y = kernels.w4a16_gemm(x, w.codes, w.scales, w.zeros, w.table, w.offsets)
+        else:
+            y = kernels.w8a16_gemm(x, w.codes, w.scales, w.zeros, w.offsets)
         return y if bias is None else y + bias
 
     return product

@@ -16,6 +16,7 @@ import kernels
 from kernels.quantise import Scheme, quantise
 from workers.model.arithmetic import Arithmetic
 from workers.model.products.dense import dequantized_linear
+from workers.model.products.ternary import TernaryLinear, is_ternary
 from workers.model.quant.weights import InputChange, Int8Weight, StaticScale
 from workers.model.weight_format import Linear, Quantised
 
@@ -30,7 +31,9 @@ def int8_linear(
 ) -> Linear:
     """The fastest that the device has."""
     if arithmetic.groups.device.type == "cuda":
-        has_kernel = not (arithmetic.batch_invariant or weight.outlier_threshold or _zero(weight))
+        has_kernel = not (arithmetic.batch_invariant or _zero(weight))
+        if has_kernel and is_ternary(weight):
+            return TernaryLinear.of(weight, sizes, dtype, bias)
         if has_kernel:
             return _CudaInt8Linear.of(weight, sizes, dtype, bias)
     elif torch.cpu._is_vnni_supported():
@@ -148,27 +151,44 @@ class _CudaInt8Linear:
     input_scale: StaticScale | None
     inputs_change: InputChange
     num_added_inputs: int
-    kind: str = _KIND
+    outlier_threshold: float
+    kind: str
 
     @classmethod
     def of(cls, weight: Int8Weight, sizes: list[int], dtype: torch.dtype, bias: Tensor | None) -> _CudaInt8Linear:
         rows, columns = (-size % _CUDA_MULTIPLE for size in weight.codes.shape)
         padded, scales = F.pad(weight.codes, (0, columns, 0, rows)).contiguous(), F.pad(weight.scales, (0, rows))
-        return cls(padded, scales, bias, dtype, sizes, weight.input_scale, weight.inputs_change, columns)
+        threshold = weight.outlier_threshold
+        kind = _KIND + (" with outliers" if threshold else "")
+        return cls(
+            padded, scales, bias, dtype, sizes, weight.input_scale, weight.inputs_change, columns, threshold, kind
+        )
 
     @property
     def input_scheme(self) -> Scheme | None:
         """As in Linear."""
-        is_plain = self.input_scale is None and not self.inputs_change and not self.num_added_inputs
-        return "int8" if is_plain else None
+        is_dynamic = self.input_scale is None and not self.outlier_threshold
+        return "int8" if is_dynamic and not self.inputs_change and not self.num_added_inputs else None
 
     def __call__(self, x: Tensor | Quantised) -> Tensor:
         """As in Linear."""
-        values, scales = (x.values, x.scales) if isinstance(x, Quantised) else self._rounded(self.inputs_change(x))
-        values = F.pad(values, (0, self.num_added_inputs)) if self.num_added_inputs else values
-        y = kernels.int8_gemm(values, self.weight, scales.squeeze(-1), self.scales)[:, : sum(self.output_sizes)]
-        y = y.to(self.dtype)
+        if isinstance(x, Quantised):
+            y = self._product(x.values, x.scales)
+        else:
+            x = self.inputs_change(x)
+            y = self._with_outliers(x) if self.outlier_threshold else self._product(*self._rounded(x))
+        y = y[:, : sum(self.output_sizes)].to(self.dtype)
         return y if self.bias is None else y + self.bias
+
+    def _with_outliers(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, self.num_added_inputs)) if self.num_added_inputs else x
+        values, scales, flags = kernels.split_outliers(x, self.outlier_threshold)
+        rest = kernels.int8_gemm(values, self.weight, scales.squeeze(-1), self.scales)
+        return kernels.add_outliers(rest, x, flags, self.weight, self.scales, self.outlier_threshold)
+
+    def _product(self, values: Tensor, scales: Tensor) -> Tensor:
+        values = F.pad(values, (0, self.num_added_inputs)) if self.num_added_inputs else values
+        return kernels.int8_gemm(values, self.weight, scales.squeeze(-1), self.scales)
 
     def _rounded(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.input_scale is None:

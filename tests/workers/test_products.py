@@ -1,0 +1,146 @@
+"""The products that CUDA gets, computed by the operations' CPU twins: layouts, padding, scales and their order."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kernels.gemm.codes4 import E2M1
+from kernels.quantise import quantise
+from workers.model.products.choose import experts_of, linear_of
+from workers.model.products.dense import DenseExperts
+from workers.model.products.grouped_experts import GroupedExperts
+from workers.model.quant.weights import GroupedWeight, InputChange, Int8Weight
+from workers.model.weight_format import Quantised
+
+CUDA = SimpleNamespace(groups=SimpleNamespace(device=torch.device("cuda")), batch_invariant=False)
+OUTPUTS = 24
+
+
+def generator():
+    return torch.Generator().manual_seed(1)
+
+
+def grouped(inputs, group, *, bits=4, zeros=False, offsets=False, outputs=OUTPUTS, **options):
+    shape = (outputs, inputs // group)
+    return GroupedWeight(
+        torch.randint(0, 2**bits, (outputs, inputs), generator=generator(), dtype=torch.uint8),
+        torch.rand(shape, generator=generator()) * 0.1,
+        bits,
+        zeros=torch.randint(0, min(256, 2**bits + 1), shape, generator=generator(), dtype=torch.uint8)
+        if zeros
+        else None,
+        offsets=torch.randn(shape, generator=generator()) if offsets else None,
+        **options,
+    )
+
+
+def check(weight, inputs, kind, tolerance=0.02, num_rows=5):
+    bias = torch.randn(OUTPUTS, generator=generator()).bfloat16()
+    linear = linear_of([weight], torch.bfloat16, CUDA, bias)
+    assert linear.kind == kind
+    x = torch.randn(num_rows, inputs, generator=generator()).bfloat16()
+    expected = x.float() @ weight.dense(torch.float32).T + bias.float()
+    assert (linear(x).float() - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("group", [16, 32, 48, 64, 192])
+@pytest.mark.parametrize("options", [{}, {"zeros": True}, {"offsets": True}], ids=["plain", "zeros", "offsets"])
+def test_integers_of_4_bits(group, options):
+    check(grouped(192, group, **options), 192, f"W4A16 g{group}")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 6, 8])
+@pytest.mark.parametrize("group", [16, 32, 128])
+@pytest.mark.parametrize("options", [{}, {"zeros": True}, {"offsets": True}], ids=["plain", "zeros", "offsets"])
+def test_integers_of_other_widths(bits, group, options):
+    check(grouped(384, group, bits=bits, **options), 384, f"W{bits}A16 g{group}")
+
+
+@pytest.mark.parametrize("group", [16, 32, 64])
+@pytest.mark.parametrize("table", [E2M1, tuple(i**3 / 512 for i in range(-8, 8))], ids=["e2m1", "cubes"])
+def test_tables_of_16_numbers(group, table):
+    check(grouped(320, group, table=torch.tensor(table)), 320, f"W4A16 g{group}")
+
+
+def test_inputs_in_another_order():
+    order = torch.randperm(128, generator=generator())
+    check(grouped(128, 32, inputs_change=InputChange(order)), 128, "W4A16 g32")
+
+
+@pytest.mark.parametrize("group", [32, 64, 96, 192])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_integers_of_4_bits_with_rows_of_8(group, zeros):
+    weight = grouped(192, group, zeros=zeros, input_scheme="int8")
+    check(weight, 192, f"W4A8 g{group}")
+    assert linear_of([weight], torch.bfloat16, CUDA, None).input_scheme == (None if group in (64, 192) else "int8")
+
+
+def test_rows_that_are_rounded_already():
+    linear = linear_of([grouped(128, 32, input_scheme="int8")], torch.bfloat16, CUDA, None)
+    x = torch.randn(3, 128, generator=generator()).bfloat16()
+    rounded = Quantised(*quantise(x.float(), "int8"), "int8")
+    assert torch.equal(linear(rounded), linear(x))
+
+
+def int8(inputs, **options):
+    codes = torch.randint(-127, 128, (OUTPUTS, inputs), generator=generator()).to(torch.int8)
+    return Int8Weight(codes, torch.rand(OUTPUTS, generator=generator()) * 0.01, **options)
+
+
+@pytest.mark.parametrize("inputs", [64, 70])
+def test_large_inputs_are_multiplied_unrounded(inputs):
+    weight = int8(inputs, outlier_threshold=6.0)
+    check(weight, inputs, "W8A8 int with outliers")
+    linear = linear_of([weight], torch.bfloat16, CUDA, None)
+    assert linear.input_scheme is None
+    x = torch.randn(4, inputs, generator=generator()).bfloat16()
+    x[1, 7], x[2, 9] = 600.0, -30.0
+    expected = x.float() @ weight.dense(torch.float32).T
+    assert (linear(x).float() - expected).norm(dim=1).max() <= 0.02 * expected[0].norm() + 0.004 * expected[1].norm()
+    rounded = linear_of([int8(inputs)], torch.bfloat16, CUDA, None)(x).float()
+    assert (rounded - expected)[1].norm() > 2 * (linear(x).float() - expected)[1].norm()
+
+
+@pytest.mark.parametrize("inputs", [256, 300])
+def test_ternary_weights_take_2_bits(inputs):
+    codes = torch.randint(-1, 2, (OUTPUTS, inputs), generator=generator()).to(torch.int8)
+    weight = Int8Weight(codes, torch.rand(OUTPUTS, generator=generator()) * 0.1)
+    check(weight, inputs, "W2A8 int")
+    linear = linear_of([weight], torch.bfloat16, CUDA, None)
+    assert linear.input_scheme == ("int8" if inputs == 256 else None)
+
+
+EXPERT_OPTIONS = {
+    "plain": {},
+    "zeros": {"zeros": True},
+    "table": {"table": torch.tensor(E2M1)},
+}
+
+
+@pytest.mark.parametrize("options", EXPERT_OPTIONS.values(), ids=EXPERT_OPTIONS)
+@pytest.mark.parametrize("groups", [(32, 32), (64, 16)], ids=str)
+def test_experts_of_4_bits(options, groups):
+    hidden, width, count = 64, 48 if groups[1] == 16 else 96, 3
+    gate_ups = [[grouped(hidden, groups[0], outputs=width, **options) for _ in range(2)] for _ in range(count)]
+    gate_ups[1][0].codes.fill_(3)  # so that experts, gate and up differ
+    gate_ups[2][1].scales.mul_(-0.5)
+    downs = [grouped(width, groups[1], outputs=hidden, **options) for _ in range(count)]
+    downs[1].scales.mul_(2.0)
+    experts = experts_of(gate_ups, downs, torch.bfloat16, CUDA)
+    assert isinstance(experts, GroupedExperts)
+    x = torch.randn(7, hidden, generator=generator()).bfloat16()
+    ids = torch.tensor([[0, 1], [1, 2], [2, 0], [0, 2], [-1, 1], [1, 0], [-1, -1]], dtype=torch.int32)
+    weights = torch.rand(7, 2, generator=generator())
+    dense = DenseExperts(
+        torch.stack([torch.cat([half.dense(torch.float32) for half in halves]) for halves in gate_ups]),
+        torch.stack([down.dense(torch.float32) for down in downs]),
+    )
+    expected = dense(x.float(), ids, weights)
+    assert (experts(x, ids, weights).float() - expected).norm() <= 0.03 * expected.norm()
+
+
+def test_experts_that_are_not_alike_are_dequantized():
+    gate_ups = [[grouped(64, 32), grouped(64, 32)], [grouped(64, 32), grouped(64, 16)]]
+    downs = [grouped(24, 8, outputs=64) for _ in range(2)]
+    assert isinstance(experts_of(gate_ups, downs, torch.bfloat16, CUDA), DenseExperts)
