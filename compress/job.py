@@ -16,6 +16,8 @@ from checkpoint.files import read_json
 from checkpoint.tensors import StoredTensor, stored_tensors, weights_digest
 from compress.blocks import TokenBlocks
 from compress.errors import CompressError
+from compress.gguf.file import GgufContents, gguf_contents, write_file
+from compress.gguf.mixtures import with_block_types
 from compress.layerwise import LayerwiseRun, Outcome
 from compress.partial import PartialCheckpoint
 from compress.recipe import Recipe
@@ -68,23 +70,40 @@ def compress_model(
     on_layer: Callable[[int], None],
     predicted_kl_nats: float | None = None,
 ) -> Report:
-    """Write `out`. predicted_kl_nats: what mixed precision expects; it is only reported. Raises CompressError."""
+    """Write `out`, a directory, or a file where the format is GGUF. predicted_kl_nats: what mixed precision expects; it is only reported. Raises CompressError."""
     began_s = time.monotonic()
+    if recipe.file_format == "gguf":
+        if out.suffix != ".gguf":
+            raise CompressError(f"{out}: the name of a GGUF ends in .gguf")
+        recipe = with_block_types(recipe, model.config)
     if recipe.needs_calibration and not len(blocks.calibration):
         raise CompressError(f"{recipe.scheme.name} by {recipe.rounding}: needs calibration tokens; give --calibration")
     StoredModel(recipe, tensor_layout(model.config).matrices)  # refuses what cannot be stored
+    contents = _gguf_contents(model, recipe) if recipe.file_format == "gguf" else None
     with PartialCheckpoint(out, model.config.num_hidden_layers + 1, _options(model, recipe, blocks)) as partial:
         outcome = _run(model, recipe, blocks, partial, on_layer)
         sizes = Sizes(_plain_bytes(model), partial.num_bytes, _matrix_bits(model, recipe))
         report = Report(
             model.directory.name, recipe, outcome.errors, outcome.schemes, outcome.loss, sizes, predicted_kl_nats
         )
+        if contents is not None:
+            num_bytes = partial.finish_as_file(lambda path, sources: write_file(path, contents, sources))
+            sizes = dataclasses.replace(sizes, compressed_bytes=num_bytes)
+            took_s = time.monotonic() - began_s
+            return dataclasses.replace(report, sizes=sizes, warning=contents.warning, took_s=took_s)
         files: dict[str, str | bytes] = {"report.json": as_json(report), "report.md": as_markdown(report)}
         picture = as_picture(report)
         if picture is not None:
             files["report.png"] = picture
         partial.finish(model.directory, _config(model, recipe), files)
     return dataclasses.replace(report, took_s=time.monotonic() - began_s)
+
+
+def _gguf_contents(model: PlainModel, recipe: Recipe) -> GgufContents:
+    try:
+        return gguf_contents(model.directory, model.config, recipe)
+    except CheckpointError as error:
+        raise CompressError(str(error)) from None
 
 
 def _run(
@@ -123,7 +142,7 @@ def _matrix_bits(model: PlainModel, recipe: Recipe) -> float:
     """Bits per weight of the matrices in layers, scales included."""
     bits = weights = 0
     for matrices in tensor_layout(model.config).matrices:
-        for _, outputs in matrices.tensors():
-            bits += recipe.scheme_of(matrices).bits_of(outputs, matrices.inputs)
+        for name, outputs in matrices.tensors():
+            bits += recipe.scheme_of(matrices, name).bits_of(outputs, matrices.inputs)
             weights += outputs * matrices.inputs
     return bits / weights

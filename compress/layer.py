@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compress.errors import CompressError
 from compress.folding import Fold, fold_into, folds_of
+from compress.gguf.blocks.quantise import quantise
 from compress.methods.gptq import gptq
 from compress.methods.low_rank import factorized, rank_of
 from compress.methods.nearest import round_to_nearest
@@ -72,14 +73,16 @@ def compress_layer(model: ModelConfig, layer: LayerWeights, recipe: Recipe, inde
             _smooth(model, layer, recipe, fold)
     tensors, errors, stored = dict(layer.others), {}, StoredModel(recipe, layer.matrices)
     for matrices in layer.matrices:
-        scheme, statistics = recipe.scheme_of(matrices), layer.statistics.get(matrices.names)
+        statistics = layer.statistics.get(matrices.names)
         peak = torch.stack([layer.weights[name].abs().max() for name, _ in matrices.tensors()]).max()
         for name, outputs in matrices.tensors():
-            before, dtype = layer.weights[name], layer.dtypes[name]
+            before, dtype, scheme = layer.weights[name], layer.dtypes[name], recipe.scheme_of(matrices, name)
             pruned = before if recipe.pruning is None else prune_by(recipe, before, statistics)
             if scheme.is_low_rank:
                 factors = factorized(pruned, rank_of(outputs, matrices.inputs, scheme.kept_share), statistics)
                 parts = {"weight_left": factors.left.to(dtype), "weight_right": factors.right.to(dtype)}
+            elif scheme.block_type:
+                parts = {"weight": quantise(scheme.block_type, pruned, _importances(recipe, statistics))}
             elif scheme.grid is None:
                 parts = {"weight": pruned.to(dtype)}
             else:
@@ -123,6 +126,11 @@ def _round(
         assert statistics.hessian is not None
         return gptq(weight, statistics.hessian, scheme.grid, peak, dtype, recipe.gptq)
     return round_to_nearest(weight, scheme.grid, peak, dtype)
+
+
+def _importances(recipe: Recipe, statistics: InputStatistics | None) -> Tensor | None:
+    has_seen_any = statistics is not None and statistics.num_rows > 0
+    return statistics.mean_square if recipe.has_importances and statistics is not None and has_seen_any else None
 
 
 def _smooth(model: ModelConfig, layer: LayerWeights, recipe: Recipe, fold: Fold) -> None:

@@ -15,15 +15,17 @@ from torch import Tensor
 from checkpoint.tensors import StoredTensor
 from compress.blocks import TokenBlocks
 from compress.errors import CompressError
+from compress.gguf.blocks.quantise import quantise
 from compress.kv_scales import CacheRecorder, rounded_cache
 from compress.layer import CompressedLayer, LayerWeights, compress_layer, meant_weights, read_layer
 from compress.loss import Loss, compare
 from compress.partial import PartialCheckpoint
 from compress.recipe import Recipe
 from compress.statistics import LayerRecorder
+from compress.stored import StoredModel
 from compress.tapped import Replaced, Tap, TappedFormat
 from compress.walk import ModelWalk
-from workers.model.tensor_layout import TensorLayout
+from workers.model.tensor_layout import EMBEDDING, HEAD, TensorLayout
 from workers.model.weight_format import Matrices
 
 
@@ -59,14 +61,15 @@ class LayerwiseRun:
         walk, num_layers = self._walk, self._walk.model.num_hidden_layers
         for index in range(num_layers):
             check_layer(walk, self._recipe, index)
-        self._copy_ends(stored)
-        held_out = walk.enter(self._blocks.held_out)
-        streams = _Streams(walk.enter(self._blocks.calibration), held_out, held_out)
+        self._write_ends(stored)
+        ends = self._compressed_ends()
+        held_out = self._blocks.held_out
+        plain = walk.enter(held_out)
+        streams = _Streams(ends.enter(self._blocks.calibration), plain, plain if ends is walk else ends.enter(held_out))
         for index in range(num_layers):
             self._layer(index, streams)
             on_layer(index + 1)
-        has_loss = len(self._blocks.held_out) > 0
-        loss = compare(walk, self._blocks.held_out, streams.plain, streams.compressed) if has_loss else None
+        loss = compare(walk, held_out, streams.plain, streams.compressed, ends) if len(held_out) else None
         return Outcome(self._errors, loss, self._schemes)
 
     def _layer(self, index: int, streams: _Streams) -> None:
@@ -80,7 +83,7 @@ class LayerwiseRun:
             self._partial.write(index + 1, tensors, {"errors": errors})
         self._errors |= errors
         for matrices in layer.matrices:
-            self._schemes |= dict.fromkeys(matrices.names, self._recipe.scheme_of(matrices).label)
+            self._schemes |= {name: self._recipe.scheme_of(matrices, name).label for name in matrices.names}
         self._send_on(index, layer, tensors, streams)
 
     def _compress(self, layer: LayerWeights, index: int, x: Tensor) -> CompressedLayer:
@@ -108,8 +111,8 @@ class LayerwiseRun:
             streams.compressed = walk.through(compressed, index, streams.compressed, cache_tap)
             streams.plain = walk.through(walk.plain_layer(index), index, streams.plain)
 
-    def _copy_ends(self, stored: dict[str, StoredTensor]) -> None:
-        """File 0: embedding, final norm, head, as they are."""
+    def _write_ends(self, stored: dict[str, StoredTensor]) -> None:
+        """File 0: embedding, final norm, head; as they are, but in a GGUF."""
         if self._partial.has(0):
             return
         of_layers: set[str] = set()
@@ -122,7 +125,24 @@ class LayerwiseRun:
             for name, tensor in stored.items()
             if name not in of_layers
         }
+        for name, tensor in ends.items():
+            scheme = self._recipe.scheme_of_table(name.removesuffix(".weight"))
+            if scheme.block_type:
+                ends[name] = quantise(scheme.block_type, tensor.float())
         self._partial.write(0, ends, {})
+
+    def _compressed_ends(self) -> ModelWalk:
+        """A walk whose embedding and head are those of file 0."""
+        model = self._walk.model
+        names = (EMBEDDING,) if model.tie_word_embeddings else (EMBEDDING, HEAD)
+        changed = [name for name in names if not self._recipe.scheme_of_table(name).is_plain]
+        if not changed:
+            return self._walk
+        tensors, _ = self._partial.read(0)
+        tables = [Matrices((name,), (model.vocab_size,), model.hidden_size) for name in changed]
+        stored = StoredModel(self._recipe, tables)
+        given = {f"{name}.weight": stored.dense(tensors, name, model.vocab_size, model.hidden_size) for name in changed}
+        return ModelWalk(model, Replaced(self._walk.weights, given), self._walk.device)
 
 
 def check_layer(walk: ModelWalk, recipe: Recipe, index: int) -> None:

@@ -29,9 +29,13 @@ class Loss:
 
 
 @torch.no_grad()
-def compare(walk: ModelWalk, blocks: Tensor, plain: Tensor, compressed: Tensor) -> Loss:
-    """Token ids [blocks, tokens] and both models' hidden states behind their last layers."""
-    rows = [_of_block(walk, blocks[i : i + 1], plain[i : i + 1], compressed[i : i + 1]) for i in range(len(blocks))]
+def compare(
+    walk: ModelWalk, blocks: Tensor, plain: Tensor, compressed: Tensor, compressed_walk: ModelWalk | None = None
+) -> Loss:
+    """Token ids [blocks, tokens] and both models' hidden states behind their last layers. compressed_walk: whose norm
+    and head are those of the compressed model; None: it has the plain ones."""
+    walks = (walk, compressed_walk or walk)
+    rows = [_of_block(walks, blocks[i : i + 1], plain[i : i + 1], compressed[i : i + 1]) for i in range(len(blocks))]
     nats, other_nats, kl, agree = torch.tensor(rows, dtype=torch.float64).T
     return Loss(
         float(nats.mean()),
@@ -45,8 +49,11 @@ def compare(walk: ModelWalk, blocks: Tensor, plain: Tensor, compressed: Tensor) 
     )
 
 
-def _of_block(walk: ModelWalk, ids: Tensor, plain: Tensor, compressed: Tensor) -> tuple[float, ...]:
-    log_p, log_q = (F.log_softmax(walk.logits(x)[:, :-1], dim=-1).flatten(0, 1) for x in (plain, compressed))
+def _of_block(walks: tuple[ModelWalk, ModelWalk], ids: Tensor, plain: Tensor, compressed: Tensor) -> tuple[float, ...]:
+    log_p, log_q = (
+        F.log_softmax(walk.logits(x)[:, :-1], dim=-1).flatten(0, 1)
+        for walk, x in zip(walks, (plain, compressed), strict=True)
+    )
     targets = ids[:, 1:].flatten().to(log_p.device)
     nats, other_nats = F.nll_loss(log_p, targets), F.nll_loss(log_q, targets)
     kl = F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")

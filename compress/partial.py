@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,24 @@ class PartialCheckpoint:
             self.folder.rename(self.out)
         except OSError as error:
             raise CompressError(f"{error.filename or self.folder}: {error.strerror}") from None
+
+    def finish_as_file(self, write: Callable[[Path, Mapping[str, Path]], None]) -> int:
+        """Make one file of the finished ones, and give it the final name. Returns its size in bytes.
+
+        write: a file of this name, from which file has each tensor; raises OSError.
+        """
+        path = self.folder / "whole.unfinished"
+        try:
+            write(path, {name: self.folder / file for name, file in self._index()["weight_map"].items()})
+            size = path.stat().st_size
+            path.replace(self.out)
+            _sync(self.out.parent)
+            shutil.rmtree(self.folder)
+            return size
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            why = f"{error.strerror}; all layers are finished, and the same command goes on"
+            raise DiskError(f"{error.filename or self.folder}: {why}") from None
 
     @property
     def num_bytes(self) -> int:

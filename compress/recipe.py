@@ -37,7 +37,9 @@ class Recipe:
     has_kv_scales: bool = False  # static scales for an e4m3 KV cache
     file_format: str = "compressed-tensors"
     schemes: tuple[tuple[str, Scheme], ...] = ()
-    """Of single matrices, by name, in place of `scheme`: what mixed precision chose."""
+    """Of single matrices, by name, in place of `scheme`: what mixed precision chose, or a GGUF's mixture. A product's
+    matrices have the same but in a GGUF."""
+    has_importances: bool = False  # in a GGUF errors weigh by the inputs that calibration saw
 
     @property
     def needs_hessian(self) -> bool:
@@ -51,17 +53,24 @@ class Recipe:
         """Whether any input is looked at."""
         sees_inputs = any(scheme.needs_calibration for scheme in self._all_schemes)
         is_wanda = self.pruning is not None and self.pruning.method == "wanda"
-        return self.needs_hessian or self.smoothing != "none" or is_wanda or sees_inputs or self.has_kv_scales
+        sees_inputs = sees_inputs or self.has_kv_scales or self.has_importances
+        return self.needs_hessian or self.smoothing != "none" or is_wanda or sees_inputs
 
     @property
     def _all_schemes(self) -> set[Scheme]:
         return {self.scheme, *(scheme for _, scheme in self.schemes)}
 
-    def scheme_of(self, matrices: Matrices) -> Scheme:
-        """What these are stored by."""
-        if any(re.search(pattern, name) for pattern in self.kept for name in matrices.names):
+    def scheme_of(self, matrices: Matrices, name: str = "") -> Scheme:
+        """What these are stored by. name: of one of them; else it is the first."""
+        if any(re.search(pattern, each) for pattern in self.kept for each in matrices.names):
             return PLAIN
-        return self._by_name().get(matrices.names[0], self.scheme)
+        return self._by_name().get(name or matrices.names[0], self.scheme)
+
+    def scheme_of_table(self, name: str) -> Scheme:
+        """What the embedding or the head is stored by."""
+        if any(re.search(pattern, name) for pattern in self.kept):
+            return PLAIN
+        return self._by_name().get(name, PLAIN)
 
     def _by_name(self) -> Mapping[str, Scheme]:
         return dict(self.schemes)

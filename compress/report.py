@@ -31,6 +31,7 @@ class Report:
     loss: Loss | None
     sizes: Sizes
     predicted_kl_nats: float | None = None  # of mixed precision: the sum of what each product loses by itself
+    warning: str = ""  # what a person should know of the file that was written
     took_s: float = 0.0  # not in the files: the same compression gives the same bytes
 
     def summary(self) -> str:

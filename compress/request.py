@@ -12,15 +12,17 @@ import torch
 from checkpoint.files import read_json
 from compress.blocks import TokenBlocks, read_blocks, split_blocks
 from compress.errors import CompressError
+from compress.gguf.mixtures import MIXTURE_NAMES, mixture_named
 from compress.job import PlainModel
 from compress.methods.gptq import ActOrder, GptqOptions
 from compress.methods.pruning import Pattern
 from compress.recipe import Pruning, Recipe
 from compress.samples import own_samples
-from compress.schemes import PLAIN, scheme_labelled, scheme_named
+from compress.schemes import PLAIN, Scheme, scheme_labelled, scheme_named
 from compress.stored import format_for
 
 _DEFAULT_SCHEMES = {
+    "imatrix": "Q4_K_M",
     "rtn": "w4a16",
     "gptq": "w4a16",
     "awq": "w4a16-asym",
@@ -41,7 +43,7 @@ OWN_SAMPLES = "self"
 class Request:
     """What the command line says."""
 
-    method: str
+    method: str  # "": gptq; for a GGUF rtn, or imatrix where the scheme is lost without
     scheme: str = ""  # "": the method's usual one
     group_size: int = 64
     act_order: ActOrder = "static"
@@ -79,14 +81,16 @@ class TokenRequest:
 
 def recipe_for(request: Request) -> Recipe:
     """The recipe."""
-    if request.method not in _DEFAULT_SCHEMES:
-        raise CompressError(f"--method {request.method!r} is not known (known: {', '.join(METHOD_NAMES)})")
     for pattern in request.kept:
         try:
             re.compile(pattern)
         except re.error as error:
             raise CompressError(f"--keep {pattern!r}: not a regular expression ({error})") from None
-    method = request.method
+    if request.file_format == "gguf" or request.scheme in MIXTURE_NAMES or request.method == "imatrix":
+        return _gguf_recipe(request)
+    method = request.method or "gptq"
+    if method not in _DEFAULT_SCHEMES:
+        raise CompressError(f"--method {method!r} is not known (known: {', '.join(METHOD_NAMES)})")
     name = request.scheme or _DEFAULT_SCHEMES[method]
     size = request.group_size
     scheme = scheme_labelled(name) if ":" in name else scheme_named(name, size, request.searches_range)
@@ -102,6 +106,26 @@ def recipe_for(request: Request) -> Recipe:
         kept=request.kept,
         has_kv_scales=request.has_kv_scales or method == "kv",
         file_format=format_for(scheme, request.file_format),
+    )
+
+
+def _gguf_recipe(request: Request) -> Recipe:
+    """The types of single matrices are chosen when the model is known (compress.gguf.mixtures.with_block_types)."""
+    name = request.scheme or _DEFAULT_SCHEMES["imatrix"]
+    mixture = mixture_named(name)
+    if request.file_format not in ("gguf", ""):
+        raise CompressError(f"--format {request.file_format} stores no {request.scheme}: only gguf does")
+    if request.method not in ("", "rtn", "imatrix"):
+        raise CompressError(f"--method {request.method!r}: a GGUF is made by rtn or imatrix")
+    if request.has_kv_scales:
+        raise CompressError("--kv-scales: a GGUF has none")
+    if request.method == "rtn" and request.scheme == "IQ2_XXS":
+        raise CompressError("--method rtn: IQ2_XXS needs importances; choose imatrix")
+    return Recipe(
+        scheme=Scheme(name, None, block_type=mixture.base),
+        kept=request.kept,
+        has_importances=request.method == "imatrix" or (not request.method and mixture.is_by_importance),
+        file_format="gguf",
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from checkpoint.gguf.block_types import QUANTISED
 from compress.activations import ActivationRounding
 from compress.errors import CompressError
 from compress.grids.floating import Fp8Grid, Mxfp4Grid, Nf4Grid, Nvfp4Grid
@@ -26,6 +27,7 @@ class Scheme:
     grid: Grid | None  # None: plain numbers in the checkpoint's own type
     activations: ActivationRounding | None = None
     kept_share: float = 1.0  # below 1: two thin matrices with this share of the parameters
+    block_type: str = ""  # of a GGUF, which has scales and codes in blocks of bytes; "": none
 
     @property
     def is_low_rank(self) -> bool:
@@ -35,7 +37,7 @@ class Scheme:
     @property
     def is_plain(self) -> bool:
         """Whether nothing changes."""
-        return self.grid is None and not self.is_low_rank
+        return self.grid is None and not self.is_low_rank and not self.block_type
 
     @property
     def label(self) -> str:
@@ -53,6 +55,8 @@ class Scheme:
         """Stored for a matrix."""
         if self.is_low_rank:
             return plain_bits * rank_of(outputs, inputs, self.kept_share) * (outputs + inputs)
+        if self.block_type:
+            return 8 * outputs * QUANTISED[self.block_type].row_bytes(inputs)
         if self.grid is None:
             return plain_bits * outputs * inputs
         return self.grid.bits * outputs * inputs + self.grid.scale_bits(outputs, inputs)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.formats import awq, bitsandbytes, compressed_tensors, gptq, low_rank
+from compress.formats import awq, bitsandbytes, compressed_tensors, gguf, gptq, low_rank
 from compress.formats.file_format import Contents, FileFormat
 from compress.recipe import Recipe
 from compress.rounded import RoundedMatrix
@@ -32,6 +32,7 @@ FILE_FORMATS: Mapping[str, FileFormat] = MappingProxyType(
         "awq": awq,
         "bitsandbytes": bitsandbytes,
         "low-rank": low_rank,
+        "gguf": gguf,
     }
 )
 
@@ -95,11 +96,12 @@ def _contents(recipe: Recipe, matrices: Sequence[Matrices]) -> Contents:
     groups: dict[Scheme, list[str]] = {}
     plain = [HEAD]
     for group in matrices:
-        scheme = recipe.scheme_of(group)
-        if scheme.is_plain:
-            plain += group.names
-        else:
-            groups.setdefault(scheme, []).extend(group.names)
+        for name in group.names:
+            scheme = recipe.scheme_of(group, name)
+            if scheme.is_plain:
+                plain.append(name)
+            else:
+                groups.setdefault(scheme, []).append(name)
     act_order = recipe.gptq.act_order if recipe.rounding == "gptq" else "none"
     shapes = {name: (outputs, group.inputs) for group in matrices for name, outputs in group.tensors()}
     return Contents(groups, plain, act_order, recipe.has_kv_scales, shapes)
@@ -108,4 +110,4 @@ def _contents(recipe: Recipe, matrices: Sequence[Matrices]) -> Contents:
 def format_for(scheme: Scheme, asked: str) -> str:
     """The file format that was asked for, or the one that has the scheme."""
     own = {"nf4": "bitsandbytes", "llm-int8": "bitsandbytes", "low-rank": "low-rank"}
-    return asked or own.get(scheme.name, "compressed-tensors")
+    return asked or ("gguf" if scheme.block_type else own.get(scheme.name, "compressed-tensors"))

@@ -29,7 +29,7 @@ from checkpoint.keys import check_keys
 
 WEIGHTS_NAME = "model.gguf"
 """Of the file itself in a model directory."""
-_FORM = 1  # of what is written: to be raised with every change, so that no directory of an older form is found
+_FORM = 2  # of what is written: to be raised with every change, so that no directory of an older form is found
 _SUFFIX = ".gguf"
 
 

@@ -104,7 +104,7 @@ TOKENIZER_KEYS: KeyTable = {
     "ggml.fim_sep_token_id": harmless(_INFILLING),
     "chat_template": understood("chat messages to a prompt"),
     "chat_templates": harmless("names of further templates; the one without a name is used"),
-    "huggingface.json": harmless("the other keys say the same"),
+    "huggingface.json": understood("the whole tokenizer, whose tokens must be those of the other keys"),
     "rwkv.world": harmless("the other keys say the same"),
 }
 """Without the prefix `tokenizer.`. Besides, chat_template.NAME are further templates."""

@@ -1,4 +1,4 @@
-"""What llama.cpp calls a model's tensors, and how Hugging Face's layout calls them and orders their rows.
+"""What llama.cpp calls a model's tensors, and how Hugging Face's layout calls them and orders their rows; both ways.
 
 Knows nothing of metadata beyond the architecture and the number of heads.
 """
@@ -49,6 +49,38 @@ class TensorName:
         return self.name.replace("{}", expert) if self.is_stacked else self.name
 
 
+@dataclass(frozen=True, slots=True)
+class FileName:
+    """Where a tensor of Hugging Face's layout goes in the file."""
+
+    name: str
+    expert: int | None = None  # its place among those that are stacked
+    has_interleaved_heads: bool = False  # as in TensorName
+
+
+_LAYOUT_GLOBAL = {theirs: ours for ours, theirs in _GLOBAL.items()}
+_LAYOUT_LAYER = {theirs: ours for ours, theirs in _LAYER.items()}
+_LAYOUT_EXPERTS = {theirs: ours for ours, theirs in _EXPERTS.items()}
+_LAYOUT_OF_LAYER = re.compile(r"model\.layers\.(\d+)\.(?:mlp\.experts\.(\d+)\.(\w+)|([\w.]+))\.(weight|bias)")
+
+
+def file_name(name: str, architecture: str) -> FileName | None:
+    """The inverse of layout_name; None for a tensor that a GGUF has no name for."""
+    if name in _LAYOUT_GLOBAL:
+        return FileName(_LAYOUT_GLOBAL[name])
+    found = _LAYOUT_OF_LAYER.fullmatch(name)
+    if found is None:
+        return None
+    layer, expert, of_expert, part, kind = found.groups()
+    if expert is not None:
+        known = kind == "weight" and of_expert in _LAYOUT_EXPERTS
+        return FileName(f"blk.{layer}.{_LAYOUT_EXPERTS[of_expert]}.weight", int(expert)) if known else None
+    if part not in _LAYOUT_LAYER:
+        return None
+    turned = _is_turned(architecture, _LAYOUT_LAYER[part])
+    return FileName(f"blk.{layer}.{_LAYOUT_LAYER[part]}.{kind}", has_interleaved_heads=turned)
+
+
 def layout_name(name: str, architecture: str) -> TensorName:
     """Where a tensor goes. One that is not known keeps its name, by which it will be refused."""
     if name in _GLOBAL:
@@ -62,6 +94,9 @@ def layout_name(name: str, architecture: str) -> TensorName:
         return TensorName(f"{prefix}mlp.experts.{{}}.{_EXPERTS[part]}.weight", is_stacked=True)
     if part not in _LAYER:
         return TensorName(name)
-    # llama.cpp turns neighbouring values of Llama's heads, and halves of the others', as Hugging Face does of all.
-    is_turned = architecture == "llama" and part in ("attn_q", "attn_k")
-    return TensorName(f"{prefix}{_LAYER[part]}.{kind}", has_interleaved_heads=is_turned)
+    return TensorName(f"{prefix}{_LAYER[part]}.{kind}", has_interleaved_heads=_is_turned(architecture, part))
+
+
+def _is_turned(architecture: str, part: str) -> bool:
+    """llama.cpp turns neighbouring values of Llama's heads, and halves of the others', as Hugging Face does of all."""
+    return architecture == "llama" and part in ("attn_q", "attn_k")

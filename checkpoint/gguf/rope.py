@@ -6,7 +6,7 @@ config.json has the parameters that they were computed from: these are found aga
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 _LOW_FREQ_FACTOR, _HIGH_FREQ_FACTOR, _OLD_CONTEXT = 1.0, 4.0, 8192  # of all models of Meta's
 _LARGEST_FACTOR = 2.0**20
@@ -31,6 +31,17 @@ def llama3_scaling(divisors: Sequence[float], rope_theta: float) -> dict[str, ob
         "high_freq_factor": _HIGH_FREQ_FACTOR,
         "original_max_position_embeddings": _OLD_CONTEXT,
     }
+
+
+def rope_divisors(scaling: Mapping[str, object], rope_theta: float, head_dim: int) -> list[float] | None:
+    """Of a llama3 scaling, one for each frequency; None where llama3_scaling would not find its parameters again."""
+    factor = scaling.get("factor")
+    if not isinstance(factor, int | float) or not 1 <= factor < _LARGEST_FACTOR:
+        return None
+    count = head_dim // 2
+    divisors = [_divisor(2 * math.pi * rope_theta ** (index / count), factor) for index in range(count)]
+    again = llama3_scaling(divisors, rope_theta)
+    return divisors if again and all(again[key] == scaling.get(key) for key in again if key != "rope_type") else None
 
 
 def _divisor(wavelength: float, factor: float) -> float:

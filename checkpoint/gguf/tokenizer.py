@@ -1,11 +1,13 @@
 """tokenizer.json, in the form of the library `tokenizers`, of the vocabulary that a GGUF holds.
 
 A GGUF has tokens and merges, and of the rest a name only: the forms here are those of the models that are so named.
+Some carry the whole tokenizer.json as a text besides, as those that we write do where there is no name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from checkpoint.gguf.metadata import Metadata
@@ -37,16 +39,61 @@ _PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
 """How a text is split before merges, by tokenizer.ggml.pre."""
 _WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe")  # a word that is a token needs no merges; begin with bos
 _COMPOSED = ("qwen2",)  # a text is brought to Unicode's NFC
+_WRITTEN = ("gpt-2", "smollm", "qwen2", "llama-bpe", "smaug-bpe")
+WHOLE_TOKENIZER = "huggingface.json"
+"""The key of a whole tokenizer.json, behind `tokenizer.`."""
+
+
+def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str | None:
+    """What tokenizer.ggml.pre says of a tokenizer.json of BPE over bytes; None for one that has no name."""
+    steps, normalizer = _steps(tokenizer.get("pre_tokenizer")), tokenizer.get("normalizer")
+    for name in _WRITTEN:
+        is_composed = isinstance(normalizer, dict) and normalizer.get("type") == "NFC"
+        has_whole_words = bool(tokenizer["model"].get("ignore_merges"))
+        is_same = _steps({"type": "Sequence", "pretokenizers": _PRE_TOKENIZERS[name]}) == steps
+        if is_same and is_composed == (name in _COMPOSED) and has_whole_words == (name in _WHOLE_WORDS):
+            return name if is_composed or not normalizer else None
+    return None
+
+
+def _steps(pre_tokenizer: Any) -> list[tuple[object, ...]]:
+    """What a pre_tokenizer does, whatever the form in which it is said."""
+    said = pre_tokenizer if isinstance(pre_tokenizer, dict) else {}
+    if said.get("type") == "Sequence":
+        return [step for part in said.get("pretokenizers", ()) for step in _steps(part)]
+    if said.get("type") == "ByteLevel":
+        return [("bytes", bool(said.get("add_prefix_space")), said.get("use_regex", True))]
+    if said.get("type") == "Split":
+        pattern = said.get("pattern") or {}
+        return [("split", pattern.get("Regex"), str(said.get("behavior")).lower(), bool(said.get("invert")))]
+    return [(said.get("type"), bool(said.get("individual_digits")))]
 
 
 def tokenizer_json(metadata: Metadata, vocabulary: Vocabulary) -> dict[str, Any]:
     """The whole file. Raises CheckpointError for a kind of tokenizer that is not known."""
+    if f"tokenizer.{WHOLE_TOKENIZER}" in metadata.values:
+        return _whole(metadata, vocabulary)
     model = metadata.text("tokenizer.ggml.model")
     if model == "gpt2":
         return _byte_level(metadata, vocabulary)
     if model == "llama":
         return _sentencepiece(metadata, vocabulary)
     raise metadata.refuse(f"tokenizer.ggml.model={model!r} is not supported (supported: gpt2, llama)")
+
+
+def _whole(metadata: Metadata, vocabulary: Vocabulary) -> dict[str, Any]:
+    """The text that the file carries, if its tokens are those of the other keys."""
+    key = f"tokenizer.{WHOLE_TOKENIZER}"
+    try:
+        tokenizer = json.loads(metadata.text(key))
+        found = {token_id: text for text, token_id in tokenizer["model"]["vocab"].items()}
+        found |= {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
+        is_same = all(vocabulary.tokens[token_id] == text for token_id, text in found.items() if token_id >= 0)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        raise metadata.refuse(f"{key} is not a tokenizer.json with the tokens of tokenizer.ggml.tokens") from None
+    if not is_same:
+        raise metadata.refuse(f"{key} has other tokens than tokenizer.ggml.tokens")
+    return dict(tokenizer)
 
 
 def _byte_level(metadata: Metadata, vocabulary: Vocabulary) -> dict[str, Any]:

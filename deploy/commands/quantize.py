@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model_dir", metavar="MODEL")
 @click.option("--out", metavar="DIR", help="Where the compressed model goes; DIR.partial holds it until it is whole.")
-@click.option("--method", default="gptq", metavar="NAME", show_default=True, help="How weights are changed.")
+@click.option("--method", default="", metavar="NAME", help="How weights are changed. Default: gptq; rtn for gguf.")
 @click.option("--scheme", default="", metavar="NAME", help="What is stored. Default: what the method is known for.")
-@click.option("--format", "file_format", default="", metavar="NAME", help="Default: compressed-tensors.")
+@click.option(
+    "--format", "file_format", default="", metavar="NAME", help="Default: compressed-tensors. gguf writes one file."
+)
 @click.option("--group-size", type=int, default=64, show_default=True, metavar="N", help="0: a scale for each row.")
 @click.option(
     "--act-order",
@@ -117,6 +119,8 @@ def _compress(model_dir: str, out: Path, as_json: bool, options: dict[str, objec
     )
     if out.exists():
         raise ConfigError(f"{out}: is there already")
+    if recipe.file_format == "gguf" and options["budget"]:
+        raise ConfigError("--budget: a GGUF's mixture chooses the types")
     model = open_model(Path(model_dir), str(options["device"]), str(options["dtype"]))
     calibration, held_out = str(options["calibration"]), str(options["held_out"])
     if calibration == OWN_SAMPLES and held_out and not (recipe.needs_calibration or options["budget"]):
@@ -156,6 +160,8 @@ def _run(model: PlainModel, chosen: MixedRecipe, blocks: TokenBlocks, out: Path,
     with _bar(model, "layers") as bar:
         predicted = chosen.predicted_kl_nats
         report = compress_model(model, chosen.recipe, blocks, out, lambda done: bar.update(done - bar.n), predicted)
+    if report.warning:
+        click.echo(f"warning: {report.warning}", err=True)
     text = report_json(report) if as_json else f"{out}: {report.summary()}, {report.took_s:.0f} s\n"
     deliver(text, sys.stdout)
     return 0

@@ -20,14 +20,14 @@ _IQ1_DELTA = 0.125
 
 
 @cache
-def _grid(name: str, device: torch.device) -> Tensor:
+def grid_points(name: str, device: torch.device) -> Tensor:
     """fp32 [points, coordinates]."""
     with np.load(Path(__file__).with_name("iq_grids.npz")) as grids:
         return torch.from_numpy(grids[name]).to(device=device, dtype=torch.float32)
 
 
 @cache
-def _sign_bytes(device: torch.device) -> Tensor:
+def sign_bytes(device: torch.device) -> Tensor:
     """uint8 [128]: seven signs, and an eighth that makes the number of minus signs even."""
     index = torch.arange(128)
     parity = sum((index >> bit) & 1 for bit in range(7)) & 1
@@ -36,7 +36,7 @@ def _sign_bytes(device: torch.device) -> Tensor:
 
 def _points(name: str, codes: Tensor) -> Tensor:
     """int [n, m] -> fp32 [n, m * coordinates]."""
-    return _grid(name, codes.device)[codes].flatten(1)
+    return grid_points(name, codes.device)[codes].flatten(1)
 
 
 def _scaled(scales: Tensor, values: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def _scaled(scales: Tensor, values: Tensor) -> Tensor:
 def _packed_signs(packed: Tensor) -> Tensor:
     """Of 32-bit words with four times seven signs: int64 [n, m] -> fp32 [n, m * 32]."""
     index = (packed.unsqueeze(-1) >> torch.tensor([0, 7, 14, 21], device=packed.device)) & 127
-    return signs(_sign_bytes(packed.device)[index].flatten(1))
+    return signs(sign_bytes(packed.device)[index].flatten(1))
 
 
 def _high_bits(data: Tensor, bits: int, parts: int) -> Tensor:
@@ -65,7 +65,7 @@ def _iq2_xxs(blocks: Tensor) -> Tensor:
 def _iq2_xs(blocks: Tensor) -> Tensor:
     packed = words(blocks[:, 2:66], 2)
     scales = half(blocks, 0) * (0.5 + in_turn(blocks[:, 66:], 4).float()) * 0.25
-    turned = signs(_sign_bytes(blocks.device)[packed >> 9])
+    turned = signs(sign_bytes(blocks.device)[packed >> 9])
     return _scaled(scales, _points("iq2_xs", packed & 511)) * turned
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from workers.model.quant.gguf_blocks.fields import half, spread, words
 
-_IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twice the values of FP4, as scales are halves
 
 
@@ -18,14 +18,14 @@ def _look_up(levels: tuple[int, ...], codes: Tensor) -> Tensor:
 
 
 def _iq4_nl(blocks: Tensor) -> Tensor:
-    return half(blocks, 0) * _look_up(_IQ4, spread(blocks[:, 2:], 4).flatten(1))
+    return half(blocks, 0) * _look_up(IQ4_LEVELS, spread(blocks[:, 2:], 4).flatten(1))
 
 
 def _iq4_xs(blocks: Tensor) -> Tensor:
     high = (words(blocks[:, 2:4], 2) >> (2 * torch.arange(8, device=blocks.device))) & 3
     low = spread(blocks[:, 4:8].unsqueeze(-1), 4).flatten(1)
     scales = half(blocks, 0) * ((low | (high << 4)).float() - 32)
-    numbers = _look_up(_IQ4, spread(blocks[:, 8:].unflatten(1, (8, 16)), 4).flatten(2))
+    numbers = _look_up(IQ4_LEVELS, spread(blocks[:, 8:].unflatten(1, (8, 16)), 4).flatten(2))
     return (scales.unsqueeze(-1) * numbers).flatten(1)
 
 

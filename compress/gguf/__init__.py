@@ -1,0 +1,1 @@
+"""Writes a compressed model as one GGUF file, which llama.cpp and the engine read."""
