@@ -70,7 +70,10 @@ def compress_model(
     on_layer: Callable[[int], None],
     predicted_kl_nats: float | None = None,
 ) -> Report:
-    """Write `out`, a directory, or a file where the format is GGUF. predicted_kl_nats: what mixed precision expects; it is only reported. Raises CompressError."""
+    """Write `out`, a directory, or a file where the format is GGUF. Raises CompressError.
+
+    predicted_kl_nats: what mixed precision expects; it is only reported.
+    """
     began_s = time.monotonic()
     if recipe.file_format == "gguf":
         if out.suffix != ".gguf":

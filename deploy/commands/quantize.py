@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--method", default="", metavar="NAME", help="How weights are changed. Default: gptq; rtn for gguf.")
 @click.option("--scheme", default="", metavar="NAME", help="What is stored. Default: what the method is known for.")
 @click.option(
-    "--format", "file_format", default="", metavar="NAME", help="Default: compressed-tensors. gguf writes one file."
+    "--format", "file_format", default="", metavar="NAME", help="Default: compressed-tensors; gguf is one file."
 )
 @click.option("--group-size", type=int, default=64, show_default=True, metavar="N", help="0: a scale for each row.")
 @click.option(
