@@ -22,7 +22,6 @@ from compress.schemes import PLAIN, Scheme, scheme_labelled, scheme_named
 from compress.stored import format_for
 
 _DEFAULT_SCHEMES = {
-    "imatrix": "Q4_K_M",
     "rtn": "w4a16",
     "gptq": "w4a16",
     "awq": "w4a16-asym",
@@ -33,6 +32,7 @@ _DEFAULT_SCHEMES = {
     "sparsegpt": "plain",
     "low-rank": "low-rank:80",
     "kv": "plain",
+    "imatrix": "Q4_K_M",
 }
 _ROUNDED_BY_GPTQ = ("gptq", "sparsegpt", "llm-int8")
 METHOD_NAMES = tuple(_DEFAULT_SCHEMES)

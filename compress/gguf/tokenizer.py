@@ -132,10 +132,24 @@ def _special_ids(
     for name in ("eos", "eot", "eom"):
         if ends and f"ggml.{name}_token_id" not in found:
             found[f"ggml.{name}_token_id"] = ends.pop(0)
-    bos_id = found.get("ggml.bos_token_id")
-    begun = json.dumps(tokenizer.get("post_processor"))
-    adds_bos = isinstance(bos_id, int) and '"TemplateProcessing"' in begun and json.dumps(tokens[bos_id]) in begun
-    return {**found, "ggml.add_bos_token": adds_bos}
+    first = _first_token(tokenizer.get("post_processor"))
+    if first:
+        found["ggml.bos_token_id"] = ids[first]
+    return {**found, "ggml.add_bos_token": bool(first)}
+
+
+def _first_token(post_processor: Mapping[str, Any] | None) -> str:
+    """What is put before a prompt; "" where nothing is. Raises CompressError for what a GGUF cannot say."""
+    said = post_processor or {}
+    if said.get("type") == "Sequence":
+        found = [first for part in said["processors"] if (first := _first_token(part))]
+        return found[0] if found else ""
+    if said.get("type") != "TemplateProcessing":
+        return ""
+    added = [part["SpecialToken"]["id"] if "SpecialToken" in part else "" for part in said["single"]]
+    if added.count("") != 1 or added.index("") != len(added) - 1 or len(added) > 2:
+        raise CompressError("tokenizer.json: a GGUF can say that one token is put before a prompt, and no more")
+    return str(added[0])
 
 
 def _chat_template(directory: Path, config: Mapping[str, Any]) -> str:

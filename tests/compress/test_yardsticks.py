@@ -22,8 +22,8 @@ pytestmark = [
     pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the tokens are those of Python 3.11's library"),
 ]
 DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
-_HELD_OUT = ("enum.py", "traceback.py", "cgi.py", "hmac.py")
-_CALIBRATION = (
+HELD_OUT = ("enum.py", "traceback.py", "cgi.py", "hmac.py")
+CALIBRATION = (
     "argparse.py", "json/decoder.py", "threading.py", "socket.py", "ast.py", "inspect.py", "typing.py", "tarfile.py",
 )  # fmt: skip
 OUTSIDE = [
@@ -51,7 +51,7 @@ OUTSIDE = [
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[PlainModel, TokenBlocks]:
     folder, library = tmp_path_factory.mktemp("tokens"), Path(sysconfig.get_paths()["stdlib"])
     blocks = []
-    for name, files, count in (("calibration", _CALIBRATION, 32), ("held_out", _HELD_OUT, 40)):
+    for name, files, count in (("calibration", CALIBRATION, 32), ("held_out", HELD_OUT, 40)):
         file = folder / f"{name}.txt"
         file.write_text("".join((library / each).read_text(encoding="utf-8") for each in files), encoding="utf-8")
         blocks.append(read_blocks(file, DEMO, 4096, 512, count))

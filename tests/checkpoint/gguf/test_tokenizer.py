@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from checkpoint.errors import CheckpointError
@@ -20,81 +20,9 @@ from checkpoint.gguf.directory import open_gguf
 from checkpoint.gguf.packaged import packaged_gguf
 from checkpoint.tokenizer_keys import check_tokenizer_files
 from tests.checkpoint.gguf.gguf_files import byte_level_tokenizer, stored_tensors, weights_of, write_gguf
+from tests.checkpoint.gguf.own_tokenizers import TEXTS, gpt2, llama3, qwen2, sentencepiece, smollm, trained
 from workers.model.registry import load_config
 from workers.model.tensor_layout import check_checkpoint
-
-ROOT = Path(__file__).resolve().parents[3]
-TEXTS = [
-    "The capital of France is",
-    "Hello, world!  It's 3.14159 and 12345678 people",
-    "def f(x):\n    return x**2  # comment\n\n\tprint(f(1_000))\n",
-    "  leading and trailing   ",
-    "tabs\t\tand\r\nnewlines\n\n\n  x",
-    "Ünïcödé: naïve café — “quotes” … 日本語テキスト 한국어 العربية हिन्दी",
-    "emoji 👩‍👩‍👧 🚀🔥 e\u0301 (combining) ﬁ Å",
-    "<|begin|>user\nHi<|end|>\n <|begin|>assistant<think>\n",
-    "I'M can't won't THEY'LL we'd 've",
-    "x=1;y=22;z=333;w=4444 ½ Ⅷ ٣٤٥ 五",
-    "control \u200b zero\u00a0nbsp \x00\x01",
-    "a" * 50 + " " * 30 + "b",
-    "1 2  3   4    5\n6\n\n7",
-    "",
-    " ",
-    "\n",
-]
-_QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_LLAMA3 = _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-
-
-def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
-    pieces = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-    return pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
-def _gpt2() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return tokenizer
-
-
-def _smollm() -> Tokenizer:
-    tokenizer = _gpt2()
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    return tokenizer
-
-
-def _qwen2() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = _split(_QWEN2)
-    return tokenizer
-
-
-def _llama3() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
-    tokenizer.pre_tokenizer = _split(_LLAMA3)
-    return tokenizer
-
-
-def _corpus() -> Iterator[str]:
-    for path in sorted(ROOT.glob("*.md")):
-        yield path.read_text()
-    yield from TEXTS * 3
-
-
-def _trained(make: Callable[[], Tokenizer]) -> Tokenizer:
-    tokenizer = make()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=3000, special_tokens=["<|begin|>", "<|end|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(_corpus(), trainer)
-    tokenizer.add_tokens([AddedToken("<think>", normalized=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
 
 
 def _opened(path: Path, texts: dict[str, Any]) -> Tokenizer:
@@ -111,12 +39,12 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("pre", "make", "adds_bos"),
-    [("gpt-2", _gpt2, False), ("smollm", _smollm, False), ("qwen2", _qwen2, False), ("llama-bpe", _llama3, True)],
+    [("gpt-2", gpt2, False), ("smollm", smollm, False), ("qwen2", qwen2, False), ("llama-bpe", llama3, True)],
 )
 def test_bytes_give_the_tokens_of_the_original(
     pre: str, make: Callable[[], Tokenizer], adds_bos: bool, tmp_path: Path
 ) -> None:
-    original = _trained(make)
+    original = trained(make)
     texts = byte_level_tokenizer(json.loads(original.to_str()), pre)
     texts["ggml.token_type"][original.token_to_id("<think>")] = 4  # user-defined: found in texts, and not special
     opened = _opened(tmp_path, texts)
@@ -130,23 +58,6 @@ def test_bytes_give_the_tokens_of_the_original(
         for skip in (True, False):
             assert opened.decode(ids, skip_special_tokens=skip) == original.decode(ids, skip_special_tokens=skip)
     assert opened.get_added_tokens_decoder().keys() == original.get_added_tokens_decoder().keys()
-
-
-def _sentencepiece() -> Tokenizer:
-    """As tokenizer.json of Llama 2 has it."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=2000, special_tokens=special, limit_alphabet=150, show_progress=False)
-    words = (word for text in _corpus() for word in text.replace("\n", " \n ").split(" "))
-    tokenizer.train_from_iterator(words, trainer)
-    content = json.loads(tokenizer.to_str())
-    content["added_tokens"] = content["added_tokens"][:3]
-    tokenizer = Tokenizer.from_str(json.dumps(content))
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    strip = decoders.Strip(" ", 1, 0)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
-    return tokenizer
 
 
 def _scored(original: Tokenizer) -> dict[str, Any]:
@@ -172,7 +83,7 @@ def _scored(original: Tokenizer) -> dict[str, Any]:
 
 
 def test_scores_give_the_tokens_of_the_original(tmp_path: Path) -> None:
-    original = _sentencepiece()
+    original = sentencepiece()
     opened = _opened(tmp_path, _scored(original))
     for text in [*TEXTS, "<s>a</s> b", "it is<s>so"]:
         ids = original.encode(text).ids
@@ -182,7 +93,7 @@ def test_scores_give_the_tokens_of_the_original(tmp_path: Path) -> None:
 
 
 def test_a_text_need_not_begin_with_a_space(tmp_path: Path) -> None:
-    texts = _scored(_sentencepiece()) | {"ggml.add_space_prefix": False, "ggml.add_bos_token": False}
+    texts = _scored(sentencepiece()) | {"ggml.add_space_prefix": False, "ggml.add_bos_token": False}
     opened = _opened(tmp_path, texts)
     assert opened.encode("is it").tokens[0] == "is"
     assert opened.decode(opened.encode(" is it").ids) == " is it"
@@ -190,7 +101,7 @@ def test_a_text_need_not_begin_with_a_space(tmp_path: Path) -> None:
 
 def test_transformers_reads_the_same_from_the_file(tmp_path: Path) -> None:
     """Where its own reading knows the form: of `smollm` it splits no digits, which that model's own tokenizer does."""
-    texts = byte_level_tokenizer(json.loads(_trained(_qwen2).to_str()), "qwen2")
+    texts = byte_level_tokenizer(json.loads(trained(qwen2).to_str()), "qwen2")
     opened = _opened(tmp_path, texts)
     theirs = AutoTokenizer.from_pretrained(str(tmp_path), gguf_file="model-x.gguf")
     for text in TEXTS:
@@ -216,14 +127,14 @@ def test_transformers_reads_the_same_from_the_file(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_what_is_not_known_is_named(changes: dict[str, Any], complaint: str, tmp_path: Path) -> None:
-    texts = byte_level_tokenizer(json.loads(_trained(_gpt2).to_str()), "gpt-2")
+    texts = byte_level_tokenizer(json.loads(trained(gpt2).to_str()), "gpt-2")
     with pytest.raises(CheckpointError) as raised:
         _opened(tmp_path, texts | changes)
     assert complaint in str(raised.value)
 
 
 def test_a_token_given_twice_is_named(tmp_path: Path) -> None:
-    texts = byte_level_tokenizer(json.loads(_trained(_gpt2).to_str()), "gpt-2")
+    texts = byte_level_tokenizer(json.loads(trained(gpt2).to_str()), "gpt-2")
     texts["ggml.tokens"][700] = texts["ggml.tokens"][701]
     with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.tokens: '.*' is given twice"):
         _opened(tmp_path, texts)
