@@ -79,19 +79,9 @@ def moe_experts_fp8(num_tokens: int, num_routed: int, num_active: int, hidden_si
     return OpCost(moved, num_routed * (6 * hidden_size * width + 8 * width + 2 * hidden_size), "fp8")
 
 
-def moe_experts_w4a16(
-    num_tokens: int,
-    num_routed: int,
-    num_active: int,
-    hidden_size: int,
-    width: int,
-    group_size: int,
-    has_zeros: bool,
-    dtype_bytes: int,
+def moe_experts_weight_only(
+    num_tokens: int, num_routed: int, hidden_size: int, width: int, weight_bytes: int, dtype_bytes: int
 ) -> OpCost:
-    """As moe_experts, with weights as in w4a16_gemm."""
-    per_group = dtype_bytes + int(has_zeros)
-    plain = moe_experts(num_tokens, num_routed, num_active, hidden_size, width, dtype_bytes)
-    saved = 3 * num_active * hidden_size * width * dtype_bytes
-    weight_bytes = 3 * num_active * (hidden_size * width // 2 + hidden_size * width // group_size * per_group)
-    return OpCost(plain.memory_bytes - saved + weight_bytes, plain.flops)
+    """As moe_experts, with `weight_bytes` for the active experts' codes, scales and what else they have."""
+    plain = moe_experts(num_tokens, num_routed, 0, hidden_size, width, dtype_bytes)
+    return OpCost(plain.memory_bytes + weight_bytes, plain.flops)

@@ -43,7 +43,7 @@ definition that both are tested against. Importing touches no GPU.
     group_by_expert(expert_ids, num_experts, block) -> (row of each slot, expert of each block)
     moe_experts(x, gate_up, down, expert_ids, weights) -> the weighted sum of the chosen experts' outputs
     moe_experts_fp8(x, gate_up, down, their scales, expert_ids, weights) -> the same in e4m3 with scales per block
-    moe_experts_w4a16(x, gate_up, down, their scales, expert_ids, weights, their zeros, table) -> the same in 4 bits
+    moe_experts_weight_only(x, gate_up, down, expert_ids, weights) -> the same in 4 or 8 bits
     vocab_argmax(logits, first_id) -> (value, id) of each row, of this rank's share of the vocabulary
     sample(logits, temperature, top_k, top_p, min_p, seeds, positions, first_id) -> (value, id), by Gumbel noise
     apply_penalties(logits, counts, count_rows, repetition, presence, frequency) -> the logits, changed in place
@@ -78,7 +78,7 @@ from kernels.grouping import group_by_expert
 from kernels.kv_copy import gather_kv_blocks, scatter_kv_blocks
 from kernels.moe import moe_experts
 from kernels.moe_fp8 import moe_experts_fp8
-from kernels.moe_w4a16 import moe_experts_w4a16
+from kernels.moe_weight_only import moe_experts_weight_only
 from kernels.norm import add_rms_norm, add_rms_norm_quantised, rms_norm, rms_norm_quantised
 from kernels.penalties import apply_penalties
 from kernels.rope_kv import rope_and_write_kv
@@ -103,7 +103,7 @@ __all__ = [
     "mla_prefill_attention",
     "moe_experts",
     "moe_experts_fp8",
-    "moe_experts_w4a16",
+    "moe_experts_weight_only",
     "prefill_attention",
     "rms_norm",
     "rms_norm_quantised",

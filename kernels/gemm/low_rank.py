@@ -150,9 +150,9 @@ FULL = (
 )
 
 LIMIT = (
-    "Latency up to 64 tokens: two launches of a few microseconds; eight programs read down, 64 KB each at k 4096 and rank "
-    "64, and every program of the second launch reads 32 KB of shares from the L2 (16 tokens). Above, memory: out is "
-    "read and written once more than an epilogue of the main product would."
+    "Latency up to 64 tokens: two launches of a few microseconds; eight programs read down, 64 KB each at k 4096 and "
+    "rank 64, and every program of the second launch reads 32 KB of shares from the L2 (16 tokens). Above, memory: out "
+    "is read and written once more than an epilogue of the main product would."
 )
 
 add_low_rank = Op(

@@ -25,7 +25,7 @@ from kernels.grouping import group_by_expert
 from kernels.kv_copy import gather_kv_blocks, scatter_kv_blocks
 from kernels.moe import moe_experts
 from kernels.moe_fp8 import moe_experts_fp8
-from kernels.moe_w4a16 import moe_experts_w4a16
+from kernels.moe_weight_only import moe_experts_weight_only
 from kernels.norm import add_rms_norm, add_rms_norm_quantised, rms_norm, rms_norm_quantised
 from kernels.op import Op
 from kernels.penalties import apply_penalties
@@ -69,5 +69,5 @@ OPS: tuple[Op[..., Any], ...] = (
     group_by_expert,
     moe_experts,
     moe_experts_fp8,
-    moe_experts_w4a16,
+    moe_experts_weight_only,
 )

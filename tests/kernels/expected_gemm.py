@@ -115,22 +115,23 @@ def torch_moe_fp8(x, gate_up, down, x_scales, gate_up_scales, down_scales, exper
     return out
 
 
-def torch_moe_w4a16(x, gate_up, down, gate_up_scales, down_scales, expert_ids, weights, up_zeros, down_zeros, table):
-    def dense(packed, scales, zeros):
-        each = zip(packed, scales, [None] * len(packed) if zeros is None else zeros, strict=True)
-        return torch.stack([torch_w4(*expert, table) for expert in each])
+def torch_moe_weight_only(x, gate_up, down, expert_ids, weights):
+    def dense(matrix):
+        """Each expert's product with the unit matrix, transposed."""
+        unit = torch.eye(matrix.codes.shape[1] * matrix.codes.shape[3] * 16 // matrix.bits, dtype=torch.float64)
+        options = [
+            [None if every is None else every[i] for every in (matrix.zeros, matrix.offsets)]
+            for i in range(len(matrix.codes))
+        ]
+        each = [
+            torch_w8a16(unit, codes, scales, *option)
+            if matrix.bits == 8
+            else torch_w4a16(unit, codes, scales, option[0], matrix.table, option[1])
+            for codes, scales, option in zip(matrix.codes, matrix.scales, options, strict=True)
+        ]
+        return torch.stack(each).transpose(1, 2)
 
-    wide = dense(gate_up, gate_up_scales, up_zeros), dense(down, down_scales, down_zeros)
-    return torch_moe(x, *wide, expert_ids, weights)
-
-
-def torch_w2a8(x, packed, x_scales, weight_scales):
-    """Byte j of a block holds k = j + 64 i at bits 2 i, as signed numbers of 2 bits."""
-    num_blocks, n, lanes = packed.shape
-    weight = torch.empty(n, num_blocks, 4, lanes, dtype=torch.float64)
-    for i in range(4):
-        weight[:, :, i] = ((packed.transpose(0, 1).int() >> 2 * i) & 3).apply_(lambda bits: (0, 1, -2, -1)[bits])
-    return F.linear(x.double() * x_scales[:, None], weight.flatten(1) * weight_scales[:, None])
+    return torch_moe(x, dense(gate_up), dense(down), expert_ids, weights)
 
 
 def torch_sparse24(x, values, places):
@@ -146,6 +147,15 @@ def torch_sparse24(x, values, places):
             part = kept[:, i, :, :, 0] * (first == place) + kept[:, i, :, :, 1] * (second == place)
             weight[:, :, i, :, place] = part.transpose(0, 1)
     return F.linear(x.double(), weight.flatten(1))
+
+
+def torch_w2a8(x, packed, x_scales, weight_scales):
+    """Byte j of a block holds k = j + 64 i at bits 2 i, as signed numbers of 2 bits."""
+    num_blocks, n, lanes = packed.shape
+    weight = torch.empty(n, num_blocks, 4, lanes, dtype=torch.float64)
+    for i in range(4):
+        weight[:, :, i] = ((packed.transpose(0, 1).int() >> 2 * i) & 3).apply_(lambda bits: (0, 1, -2, -1)[bits])
+    return F.linear(x.double() * x_scales[:, None], weight.flatten(1) * weight_scales[:, None])
 
 
 def torch_split_outliers(x, threshold):
@@ -176,5 +186,5 @@ TORCH_GEMM = {
     "group_by_expert": torch_group,
     "moe_experts": torch_moe,
     "moe_experts_fp8": torch_moe_fp8,
-    "moe_experts_w4a16": torch_moe_w4a16,
+    "moe_experts_weight_only": torch_moe_weight_only,
 }

@@ -115,6 +115,9 @@ EXPERT_OPTIONS = {
     "plain": {},
     "zeros": {"zeros": True},
     "table": {"table": torch.tensor(E2M1)},
+    "offsets": {"offsets": True},
+    "5 bits": {"bits": 5, "offsets": True},
+    "6 bits": {"bits": 6},
 }
 
 

@@ -18,7 +18,7 @@ from kernels.quantise import Scheme, quantise
 from workers.model.arithmetic import Arithmetic, Product
 from workers.model.products.dense import dequantized_linear
 from workers.model.products.grouped_int8 import GroupedInt8Linear, has_integer_product
-from workers.model.products.packed import PackedCodes, group_of, is_narrow
+from workers.model.products.packed import PackedCodes, group_of
 from workers.model.quant.weights import NO_CHANGE, GroupedWeight, InputChange
 from workers.model.weight_format import Linear, Quantised
 
@@ -95,12 +95,12 @@ def _cpu_product(weight: GroupedWeight, arithmetic: Arithmetic, bias: Tensor | N
 def _cuda_product(weight: GroupedWeight, dtype: torch.dtype, bias: Tensor | None) -> Product | None:
     if dtype not in (torch.bfloat16, torch.float16) or group_of(weight) is None:
         return None
-    w, narrow = PackedCodes.of(weight, dtype), is_narrow(weight)  # the product must not keep the weight itself
+    w = PackedCodes.of(weight, dtype)
     padding = w.num_added_inputs
 
     def product(x: Tensor) -> Tensor:
         x = F.pad(x, (0, padding)) if padding else x
-        if narrow:
+        if w.bits == 4:
             y = kernels.w4a16_gemm(x, w.codes, w.scales, w.zeros, w.table, w.offsets)
         else:
             y = kernels.w8a16_gemm(x, w.codes, w.scales, w.zeros, w.offsets)

@@ -27,6 +27,7 @@ class PackedCodes:
     zeros: Tensor | None
     offsets: Tensor | None
     table: codes4.Table | None
+    bits: int  # 4 or 8
     num_added_inputs: int
 
     @classmethod
@@ -55,6 +56,7 @@ class PackedCodes:
             per_group(weight.zeros),
             None if offsets is None else offsets.to(dtype),
             table_of(weight),
+            4 if layout is codes4 else 8,
             padding,
         )
 
