@@ -17,7 +17,9 @@ from kvstore.config import KVStoreConfig
 from kvstore.tiers.disk.disk import least_disk_bytes
 from kvstore.tiers.host.arena import num_slots_for
 from workers.config import EngineConfig, WorkerSpec, kv_row_bytes
-from workers.model.cache_spec import CacheSpec, cache_groups
+from workers.errors import ModelError
+from workers.kv.schemes.named import kv_scheme
+from workers.model.cache_spec import CacheGroup, CacheSpec, cache_groups
 from workers.model.config import ModelConfig
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -112,13 +114,26 @@ def make_plan(
             cluster=cluster,
         )
         pools.append(_pool_plan(spec, pool))
-    encoding, element_bytes = config.kvstore.kv_encoding, DTYPE_BYTES[dtype]
-    slot_bytes = max(
-        layers * spec.num_planes * block_size * kv_row_bytes(encoding, spec.head_dim, element_bytes)
+    arena = _arena(config.kvstore, layers * _fragment_layer_bytes(config, model, block_size, dtype))
+    return ClusterPlan(cluster, name, tuple(pools), arena)
+
+
+def _fragment_layer_bytes(config: ClusterConfig, model: ModelConfig, block_size: int, dtype: str) -> int:
+    """Of a fragment, for each layer in it; the largest of all cache groups."""
+    encoding = config.kvstore.kv_encoding
+    if encoding == "none":
+        return max(group.block_bytes(block_size, dtype) for group in _cache_groups(config, model))
+    return max(
+        spec.num_planes * block_size * kv_row_bytes(encoding, spec.head_dim, DTYPE_BYTES[dtype])
         for spec in model.cache_specs
     )
-    arena = _arena(config.kvstore, slot_bytes)
-    return ClusterPlan(cluster, name, tuple(pools), arena)
+
+
+def _cache_groups(config: ClusterConfig, model: ModelConfig) -> tuple[CacheGroup, ...]:
+    try:
+        return kv_scheme(config.kvstore.kv_cache_dtype).groups(model.cache_specs)
+    except ModelError as error:
+        raise ConfigError(f"kvstore.{error}") from None
 
 
 def _arena(store: KVStoreConfig, slot_bytes: int) -> ArenaPlan:
@@ -161,6 +176,7 @@ def _engine(
         max_model_len=config.model.max_model_len,
         batch_invariant=config.model.batch_invariant,
         kv_encoding=config.kvstore.kv_encoding,
+        kv_cache_dtype=config.kvstore.kv_cache_dtype,
         ignore_keys=config.model.ignore_keys,
         plugins=config.model.plugins,
         **dataclasses.asdict(config.engine),
@@ -205,9 +221,12 @@ def check_cpu_memory(config: ClusterConfig, model: ModelConfig, memory_bytes: in
     What a GPU has space for is known to the worker that finds it. Raises ConfigError.
     """
     pools = {name: pool for name, pool in config.pools.items() if _device(config, pool, float(has_gpus)) == "cpu"}
-    numbers_per_token = sum(spec.num_planes * spec.num_kv_heads * spec.head_dim for spec in model.cache_specs)
-    element_bytes = DTYPE_BYTES.get(config.model.dtype, DTYPE_BYTES["float32"])
-    block_bytes = (config.kvstore.block_size or _CPU_BLOCK_TOKENS) * numbers_per_token * element_bytes
+    block_size = config.kvstore.block_size or _CPU_BLOCK_TOKENS
+    dtype = "float32" if config.model.dtype == "auto" else config.model.dtype
+    block_bytes = sum(
+        len(group.layers) * group.spec.num_kv_heads * group.block_bytes(block_size, dtype)
+        for group in _cache_groups(config, model)
+    )
     if pools and block_bytes > memory_bytes:
         raise ConfigError(f"kvstore.block_size: one block takes {block_bytes} bytes, more than this machine's memory")
     for name, pool in pools.items():

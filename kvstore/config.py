@@ -16,7 +16,8 @@ from settings.limits import Bounds, Matches, OneOf, check_limits
 
 DISK_WRITES = ("back", "through")
 PREFIX_FETCH = ("cheapest", "always", "never")
-KV_ENCODINGS = ("none", "int8", "fp8")  # of keys and values, with loss
+KV_ENCODINGS = ("none", "int8", "fp8")  # of keys and values on their way, with loss
+KV_CACHE_DTYPES = ("auto", "int8", "fp8")  # of keys and values in the paged cache
 COMPRESSIONS = ("none", "zstd")  # of the bytes of a fragment, without
 CALLS_SUFFIX = ".calls"  # behind the path of a node's host address: the socket for slot calls
 _LEAST_DISK_BYTES = 16 * 1024 * 1024
@@ -36,6 +37,15 @@ def check_peer_transport(name: str) -> None:
         raise ValueError(f"must be one of {', '.join(PEER_TRANSPORTS)}, not {name!r}")
     if name == "nixl" and importlib.util.find_spec("nixl") is None:
         raise ValueError("nixl needs the nixl package, which is not installed: pip install 'switchyard[nixl]'")
+
+
+def check_kv_forms(kv_encoding: str, kv_cache_dtype: str) -> None:
+    """Raises ValueError, with the name of the setting, where blocks would be rounded twice."""
+    if kv_encoding != "none" and kv_cache_dtype != "auto":
+        raise ValueError(
+            f"kv_encoding: must be none, not {kv_encoding!r}: with kv_cache_dtype={kv_cache_dtype}"
+            " blocks travel as they lie in the cache"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +70,10 @@ class KVStoreConfig:
     kv_encoding: Annotated[str, OneOf(KV_ENCODINGS)] = "none"
     """none, or int8 or fp8 (e4m3): keys and values travel, and lie in all tiers, as 8-bit numbers with a scale per
     row. A fourth of the bytes of float32, half of bfloat16's; some tokens change (`python -m bench.kv_loss`)."""
+    kv_cache_dtype: Annotated[str, OneOf(KV_CACHE_DTYPES)] = "auto"
+    """How the paged cache itself keeps keys and values, and so all tiers; what it saves is streams that fit. auto: in
+    the model's dtype. int8: with a scale of each token and head. fp8 (e4m3): divided by a fixed scale of each head, the
+    checkpoint's k_scale and v_scale or else 1. Other than auto, kv_encoding must be none."""
     disk_compression: Annotated[str, OneOf(COMPRESSIONS)] = "none"
     """none, or zstd: without loss, where it saves whole pages. Of what is written from now on; both forms are read."""
     peers: bool = False
@@ -91,6 +105,7 @@ class KVStoreConfig:
     it, by what each worker measured at its start. The KV transfer from prefill to decode is not affected."""
 
     def __post_init__(self) -> None:
+        check_kv_forms(self.kv_encoding, self.kv_cache_dtype)
         if is_redis_cluster(self.control):
             raise ValueError("control: must be one Redis, not a cluster: its scripts change keys of several hash slots")
         check_limits(self)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from kvstore.config import KV_ENCODINGS, KVStoreConfig
+from kvstore.config import KV_CACHE_DTYPES, KV_ENCODINGS, KVStoreConfig, check_kv_forms
 from settings.limits import Bounds, OneOf, check_limits
 from workers.errors import ModelError
 
@@ -144,6 +144,8 @@ class EngineConfig(EngineOptions):
     """Whether a request's logits have the same bits whatever is computed beside it; slower."""
     kv_encoding: Annotated[str, OneOf(KV_ENCODINGS)] = "none"
     """none, int8 or fp8: how keys and values travel to the tiers and back."""
+    kv_cache_dtype: Annotated[str, OneOf(KV_CACHE_DTYPES)] = "auto"
+    """As kvstore.kv_cache_dtype."""
     ignore_keys: tuple[str, ...] = ()
     """Keys of the model's files that are passed over though nothing is known of them."""
     plugins: tuple[str, ...] = ()
@@ -157,6 +159,9 @@ class EngineConfig(EngineOptions):
             "kv_encoding",
             f"{self.kv_encoding} changes bits: neither batch_invariant nor runner=fake",
         )
+        check_kv_forms(self.kv_encoding, self.kv_cache_dtype)
+        is_fake = self.runner == "fake"
+        _require(self.kv_cache_dtype == "auto" or not is_fake, "kv_cache_dtype", "must be auto with runner=fake")
 
 
 @dataclass(frozen=True, slots=True)

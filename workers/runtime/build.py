@@ -15,7 +15,8 @@ from workers.config import EngineConfig
 from workers.engine.engine import Engine
 from workers.engine.scheduler import Scheduler, SchedulerConfig
 from workers.engine.step import Executor
-from workers.model.config import ModelConfig
+from workers.kv.schemes.named import kv_scheme
+from workers.model.config import ModelConfig, described
 from workers.parallel import ParallelGroups
 from workers.runtime.coordination.executor import GroupExecutor
 from workers.runtime.coordination.progress import StepProgress
@@ -29,13 +30,14 @@ def kv_fingerprint(engine: EngineConfig, model: ModelConfig, dtype: torch.dtype,
     """Fingerprint of all that the bytes of a KV block depend on: the weights, and the model's configuration.
 
     In batch-invariant mode also how they were summed: a block from a worker that sums otherwise has other bits. And
-    what they lose on their way: a block that travelled in 8 bits is another block.
+    what they lose on their way, or in the cache: a block that travelled or was kept in 8 bits is another block.
     """
     summed = {"tp": engine.tp, "num_threads": engine.num_threads} if engine.batch_invariant else {}
     return fingerprint(
         {
             **summed,
             **({} if engine.kv_encoding == "none" else {"kv_encoding": engine.kv_encoding}),
+            **({} if engine.kv_cache_dtype == "auto" else {"kv_scheme": described(kv_scheme(engine.kv_cache_dtype))}),
             "weights": weights,
             "dtype": str(dtype),
             "block_size": engine.block_size,

@@ -23,7 +23,7 @@ from workers.engine.step import ModelRunnerOutput, StepPlan, TransferDone
 from workers.errors import ModelError
 from workers.kv.connector import KVConnector
 from workers.kv.paged_cache import CacheLayout, PagedCache
-from workers.model.cache_spec import cache_groups
+from workers.kv.schemes.named import kv_scheme
 from workers.model.config import ModelConfig
 from workers.model.loader import Checkpoint, Weights
 from workers.model.stage import build_stage
@@ -118,8 +118,11 @@ class TorchModelRunner:
             weights = Checkpoint(Path(config.model_dir), self._dtype, device)
         self._stage = build_stage(model, weights, groups, config.batch_invariant)
         self._context_tokens = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
-        cached = cache_groups(model.cache_specs)
-        self._layout = CacheLayout(cached, self._stage.layer_range, groups.shard, config.block_size, self._dtype)
+        scheme = kv_scheme(config.kv_cache_dtype)
+        cached = scheme.groups(model.cache_specs)
+        self._layout = CacheLayout(
+            cached, self._stage.layer_range, groups.shard, config.block_size, self._dtype, scheme
+        )
         max_num_seqs = max(config.max_num_seqs, _WARM_UP_SEQS)
         self._inputs = InputBuffers(
             max(config.max_num_batched_tokens, max_num_seqs, _WARM_UP_TOKENS),
