@@ -78,6 +78,12 @@ class CacheGroup:
     layers: tuple[int, ...]  # ascending
     form: BlockForm = EXACT_FORM
 
+    def num_blocks_held(self, num_tokens: int, block_size: int) -> int:
+        """By a request with so many tokens that is being decoded, at most."""
+        window = self.spec.window
+        num_blocks = -(-num_tokens // block_size)
+        return min(num_blocks, (window - 1) // block_size + 2) if window else num_blocks
+
     def block_bytes(self, block_size: int, dtype: str) -> int:
         """Of one block, layer and KV head."""
         return sum(part.num_bytes for part in self.form.parts(self.spec, block_size, dtype))
