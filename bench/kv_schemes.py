@@ -27,7 +27,7 @@ from workers.config import EngineConfig
 from workers.engine.engine import Engine
 from workers.engine.request import Request
 from workers.kv.paged_cache import CacheLayout
-from workers.kv.schemes.named import kv_scheme
+from workers.kv.schemes.named import scheme_of
 from workers.model.config import ModelConfig
 from workers.model.registry import load_config
 from workers.parallel import ParallelGroups, Shard
@@ -53,6 +53,7 @@ class SchemeOptions:
     segment_tokens: int = 512
     context_tokens: int = 2048
     """Of a stream, when bytes and streams are counted."""
+    block_size: int = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +74,22 @@ class SchemeFigures:
 
 
 def scheme_config(scheme: str, options: SchemeOptions) -> EngineConfig:
-    """An engine that keeps keys and values in this scheme. Raises ValueError."""
+    """An engine that keeps keys and values in this scheme: a name, or NAME/WINDOW/SINKS. Raises ValueError."""
+    name, *tokens = scheme.split("/")
+    if len(tokens) not in (0, 2):
+        raise ValueError("must be NAME or NAME/WINDOW/SINKS, as kivi2/32/0")
+    exact = dict(zip(("kv_window_tokens", "kv_sink_tokens"), map(int, tokens), strict=False))
     num_tokens = options.segment_tokens + 1
     config = EngineConfig(
         options.model_dir,
         options.dtype,
         "cpu",
+        block_size=options.block_size,
         max_num_seqs=1,
         max_num_batched_tokens=_CHUNK_TOKENS,
         enable_prefix_caching=False,
-        kv_cache_dtype=scheme,
+        kv_cache_dtype=name,
+        **exact,
     )
     return replace(config, num_blocks=-(-num_tokens // config.block_size) + 8)
 
@@ -113,7 +120,7 @@ def _loss(engine: Engine, name: str, token_ids: Sequence[int]) -> float:
 
 def bytes_of_stream(config: EngineConfig, model: ModelConfig, context_tokens: int) -> int:
     """What a stream with so many tokens holds beside bfloat16 activations, all ranks together."""
-    scheme = kv_scheme(config.kv_cache_dtype)
+    scheme = scheme_of(config)
     layers = range(model.num_hidden_layers)
     layout = CacheLayout(scheme.groups(model.cache_specs), layers, Shard(), config.block_size, torch.bfloat16, scheme)
     return sum(
@@ -161,6 +168,7 @@ def measurements(options: SchemeOptions) -> list[Measurement]:
         "text": options.text.name,
         "tokens": f"{options.num_segments} x {options.segment_tokens}",
         "context_tokens": options.context_tokens,
+        "block_size": options.block_size,
         "dtype": options.dtype,
     }
     return [
@@ -181,7 +189,8 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     text = Path(sysconfig.get_path("stdlib")) / "LICENSE.txt"
     group.add_argument("--kv-model", default=DEMO, help="directory of the model; default: %(default)s")
     group.add_argument("--kv-text", type=Path, default=text, help="held-out text; default: Python's own license")
-    group.add_argument("--kv-schemes", nargs="+", default=list(KV_CACHE_DTYPES), metavar="SCHEME")
+    group.add_argument("--kv-schemes", nargs="+", default=list(KV_CACHE_DTYPES), metavar="NAME[/WINDOW/SINKS]")
+    group.add_argument("--kv-block-size", type=int, default=32, help="tokens of a block; default: %(default)s")
     group.add_argument("--kv-segments", type=int, default=2, help="parts of the text; default: %(default)s")
     group.add_argument("--kv-tokens", type=int, default=512, help="of each part; default: %(default)s")
 
@@ -194,6 +203,7 @@ def options_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Sch
         args.kv_schemes,
         num_segments=args.kv_segments,
         segment_tokens=args.kv_tokens,
+        block_size=args.kv_block_size,
     )
     for scheme in options.schemes:
         try:

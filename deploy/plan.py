@@ -18,7 +18,7 @@ from kvstore.tiers.disk.disk import least_disk_bytes
 from kvstore.tiers.host.arena import num_slots_for
 from workers.config import EngineConfig, WorkerSpec, kv_row_bytes
 from workers.errors import ModelError
-from workers.kv.schemes.named import kv_scheme
+from workers.kv.schemes.named import KVCacheOptions
 from workers.model.cache_spec import CacheGroup, CacheSpec, cache_groups
 from workers.model.config import ModelConfig
 
@@ -122,16 +122,17 @@ def _fragment_layer_bytes(config: ClusterConfig, model: ModelConfig, block_size:
     """Of a fragment, for each layer in it; the largest of all cache groups."""
     encoding = config.kvstore.kv_encoding
     if encoding == "none":
-        return max(group.block_bytes(block_size, dtype) for group in _cache_groups(config, model))
+        return max(group.block_bytes(block_size, dtype) for group in _cache_groups(config.kvstore, model, block_size))
     return max(
         spec.num_planes * block_size * kv_row_bytes(encoding, spec.head_dim, DTYPE_BYTES[dtype])
         for spec in model.cache_specs
     )
 
 
-def _cache_groups(config: ClusterConfig, model: ModelConfig) -> tuple[CacheGroup, ...]:
+def _cache_groups(store: KVStoreConfig, model: ModelConfig, block_size: int) -> tuple[CacheGroup, ...]:
+    options = KVCacheOptions(store.kv_cache_dtype, store.kv_window_tokens, store.kv_sink_tokens)
     try:
-        return kv_scheme(config.kvstore.kv_cache_dtype).groups(model.cache_specs)
+        return options.scheme(block_size).groups(model.cache_specs)
     except ModelError as error:
         raise ConfigError(f"kvstore.{error}") from None
 
@@ -177,6 +178,8 @@ def _engine(
         batch_invariant=config.model.batch_invariant,
         kv_encoding=config.kvstore.kv_encoding,
         kv_cache_dtype=config.kvstore.kv_cache_dtype,
+        kv_window_tokens=config.kvstore.kv_window_tokens,
+        kv_sink_tokens=config.kvstore.kv_sink_tokens,
         ignore_keys=config.model.ignore_keys,
         plugins=config.model.plugins,
         **dataclasses.asdict(config.engine),
@@ -225,7 +228,7 @@ def check_cpu_memory(config: ClusterConfig, model: ModelConfig, memory_bytes: in
     dtype = "float32" if config.model.dtype == "auto" else config.model.dtype
     block_bytes = sum(
         len(group.layers) * group.spec.num_kv_heads * group.block_bytes(block_size, dtype)
-        for group in _cache_groups(config, model)
+        for group in _cache_groups(config.kvstore, model, block_size)
     )
     if pools and block_bytes > memory_bytes:
         raise ConfigError(f"kvstore.block_size: one block takes {block_bytes} bytes, more than this machine's memory")

@@ -17,7 +17,7 @@ from settings.limits import Bounds, Matches, OneOf, check_limits
 DISK_WRITES = ("back", "through")
 PREFIX_FETCH = ("cheapest", "always", "never")
 KV_ENCODINGS = ("none", "int8", "fp8")  # of keys and values on their way, with loss
-KV_CACHE_DTYPES = ("auto", "int8", "fp8")  # of keys and values in the paged cache
+KV_CACHE_DTYPES = ("auto", "int8", "fp8", "kivi4", "kivi2")  # of keys and values in the paged cache
 COMPRESSIONS = ("none", "zstd")  # of the bytes of a fragment, without
 CALLS_SUFFIX = ".calls"  # behind the path of a node's host address: the socket for slot calls
 _LEAST_DISK_BYTES = 16 * 1024 * 1024
@@ -73,7 +73,14 @@ class KVStoreConfig:
     kv_cache_dtype: Annotated[str, OneOf(KV_CACHE_DTYPES)] = "auto"
     """How the paged cache itself keeps keys and values, and so all tiers; what it saves is streams that fit. auto: in
     the model's dtype. int8: with a scale of each token and head. fp8 (e4m3): divided by a fixed scale of each head, the
-    checkpoint's k_scale and v_scale or else 1. Other than auto, kv_encoding must be none."""
+    checkpoint's k_scale and v_scale or else 1. kivi4, kivi2 (arXiv:2402.02750): blocks are packed in 4 or 2 bits when
+    they are full, keys per channel and values per token; the newest and the first tokens stay exact; block_size should
+    be 32 or 64. Other than auto, kv_encoding must be none."""
+    kv_window_tokens: Annotated[int, Bounds(at_least=0, at_most=2**20)] = 32
+    """kivi4, kivi2: tokens behind each token, itself included, whose keys and values it sees exactly; no fewer than a
+    block has."""
+    kv_sink_tokens: Annotated[int, Bounds(at_least=0, at_most=2**20)] = 16
+    """kivi4, kivi2: tokens at the beginning of a request that stay exact."""
     disk_compression: Annotated[str, OneOf(COMPRESSIONS)] = "none"
     """none, or zstd: without loss, where it saves whole pages. Of what is written from now on; both forms are read."""
     peers: bool = False

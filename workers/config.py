@@ -146,6 +146,10 @@ class EngineConfig(EngineOptions):
     """none, int8 or fp8: how keys and values travel to the tiers and back."""
     kv_cache_dtype: Annotated[str, OneOf(KV_CACHE_DTYPES)] = "auto"
     """As kvstore.kv_cache_dtype."""
+    kv_window_tokens: Annotated[int, Bounds(at_least=0, at_most=2**20)] = 32
+    """As kvstore.kv_window_tokens."""
+    kv_sink_tokens: Annotated[int, Bounds(at_least=0, at_most=2**20)] = 16
+    """As kvstore.kv_sink_tokens."""
     ignore_keys: tuple[str, ...] = ()
     """Keys of the model's files that are passed over though nothing is known of them."""
     plugins: tuple[str, ...] = ()

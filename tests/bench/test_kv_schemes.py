@@ -41,7 +41,7 @@ def test_every_scheme_has_a_line() -> None:
 def test_bytes_are_those_of_the_blocks_that_a_stream_holds() -> None:
     model = load_config(DEMO_MODEL)
     spec = model.cache_specs[0]
-    rows = 63 * 16 * model.num_hidden_layers * spec.num_kv_heads * 2  # of 1,000 tokens
+    rows = 32 * 32 * model.num_hidden_layers * spec.num_kv_heads * 2  # of 1,000 tokens
     for scheme, row_bytes in (("auto", 2 * spec.head_dim), ("int8", spec.head_dim + 4), ("fp8", spec.head_dim)):
         assert bytes_of_stream(scheme_config(scheme, OPTIONS), model, 1000) == rows * row_bytes
 

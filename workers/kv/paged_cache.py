@@ -127,7 +127,8 @@ class PagedCache:
     def _memory(
         self, group: CacheGroup, tensors: tuple[Tensor, ...], layers_per_fragment: int, encoding: str
     ) -> BlockMemory:
-        if len(tensors) == 1:
+        if len(tensors) == 1 and not group.takes_full_blocks:
             return block_memory(tensors[0], layers_per_fragment, encoding)
         assert encoding == "none", encoding  # blocks travel as they lie: see EngineConfig
-        return PartedBlocks(tensors, self.layout.parts(group), layers_per_fragment)
+        full_block_tokens = self.layout.block_size if group.takes_full_blocks else 0
+        return PartedBlocks(tensors, self.layout.parts(group), layers_per_fragment, full_block_tokens)

@@ -16,12 +16,22 @@ from workers.kv.blocks import Filling, FragmentBytes, runs
 from workers.kv.staging import Staging
 from workers.model.cache_spec import BlockPart
 
+_NOTHING_BYTES = 8  # stand for a block that is not full yet, where only full ones are written
+
 
 class PartedBlocks:
     """As BlockMemory, through a buffer; for a cache on a device a pinned one."""
 
-    def __init__(self, tensors: Sequence[Tensor], parts: Sequence[BlockPart], layers_per_fragment: int) -> None:
-        """tensors: [layers, blocks, kv_heads, planes, slots, width] of each part."""
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        parts: Sequence[BlockPart],
+        layers_per_fragment: int,
+        full_block_tokens: int = 0,
+    ) -> None:
+        """tensors: [layers, blocks, kv_heads, planes, slots, width] of each part. full_block_tokens: there is nothing
+        in blocks that have fewer; 0: there is."""
+        self._full_block_tokens = full_block_tokens
         self._tensors = [tensor.view(torch.uint8) for tensor in tensors]
         self._is_per_token = [part.is_per_token for part in parts]
         self._layers_per_fragment = layers_per_fragment
@@ -33,6 +43,9 @@ class PartedBlocks:
         """As in BlockMemory."""
         staged: list[Tensor] = []
         for block_ids, num_tokens in runs(transfer) if self._num_groups else ():
+            if num_tokens < self._full_block_tokens:
+                staged.append(torch.zeros(self._num_fragments(block_ids), _NOTHING_BYTES, dtype=torch.uint8))
+                continue
             ids = self._staging.ids(block_ids)
             gathered = [
                 gather_kv_blocks(tensor, ids, self._layers_per_fragment, num_slots).flatten(0, 2).flatten(1)
@@ -51,18 +64,23 @@ class PartedBlocks:
         """As in BlockMemory."""
         staged: list[tuple[Sequence[int], int, Tensor]] = []
         for block_ids, num_tokens in runs(transfer) if self._num_groups else ():
-            num_fragments = len(block_ids) * self._num_groups * self._num_heads
-            staged.append((block_ids, num_tokens, self._staging.empty((num_fragments, sum(self._sizes(num_tokens))))))
+            has_content = num_tokens >= self._full_block_tokens
+            num_bytes = sum(self._sizes(num_tokens)) if has_content else _NOTHING_BYTES
+            buffer = self._staging.empty((self._num_fragments(block_ids), num_bytes))
+            staged.append((block_ids, num_tokens, buffer))
 
         def finish(num_blocks: int) -> None:
             for block_ids, num_tokens, buffer in staged:
                 count = min(num_blocks, len(block_ids))
                 num_blocks -= count
-                if count:
-                    whole = buffer[: count * self._num_groups * self._num_heads]
+                if count and num_tokens >= self._full_block_tokens:
+                    whole = buffer[: self._num_fragments(block_ids[:count])]
                     self._scatter(self._staging.to_device(whole), block_ids[:count], num_tokens)
 
         return Filling([fragment for _, _, buffer in staged for fragment in buffer.numpy()], finish)
+
+    def _num_fragments(self, block_ids: Sequence[int]) -> int:
+        return len(block_ids) * self._num_groups * self._num_heads
 
     def _scatter(self, whole: Tensor, block_ids: Sequence[int], num_tokens: int) -> None:
         ids, sizes = self._staging.ids(block_ids), self._sizes(num_tokens)

@@ -77,11 +77,20 @@ class CacheGroup:
     spec: CacheSpec
     layers: tuple[int, ...]  # ascending
     form: BlockForm = EXACT_FORM
+    rung: int = 0  # tells groups of the same layers apart, which keep the same tokens in several forms
+    first_tokens: int = 0  # of each request, which alone are kept; 0: all
+    takes_full_blocks: bool = False  # a block is written at once when all its tokens are known
+
+    def limit(self, block_size: int) -> int:
+        """Blocks that a request has at most; 0: no bound."""
+        return -(-self.first_tokens // block_size)
 
     def num_blocks_held(self, num_tokens: int, block_size: int) -> int:
         """By a request with so many tokens that is being decoded, at most."""
         window = self.spec.window
         num_blocks = -(-num_tokens // block_size)
+        if self.first_tokens:
+            return min(num_blocks, self.limit(block_size))
         return min(num_blocks, (window - 1) // block_size + 2) if window else num_blocks
 
     def block_bytes(self, block_size: int, dtype: str) -> int:

@@ -18,7 +18,7 @@ from workers.config import EngineConfig
 from workers.engine.step import BlockTransfer
 from workers.errors import ModelError
 from workers.kv.paged_cache import CacheLayout, PagedCache
-from workers.kv.schemes.named import kv_scheme
+from workers.kv.schemes.named import KVCacheOptions
 from workers.model.cache_spec import CacheSpec
 from workers.model.registry import load_config
 from workers.model.tensor_layout import check_checkpoint
@@ -32,7 +32,7 @@ TRANSFER = BlockTransfer(1, 0, [b"a", b"b", b"c"], [5, 0, 3], [BLOCK_SIZE, BLOCK
 
 
 def layout(kv_cache_dtype: str, shard: Shard | None = None, dtype: torch.dtype = torch.bfloat16) -> CacheLayout:
-    scheme = kv_scheme(kv_cache_dtype)
+    scheme = KVCacheOptions(kv_cache_dtype, 8, 4).scheme(BLOCK_SIZE)
     return CacheLayout(scheme.groups(SPECS), range(LAYERS), shard or Shard(), BLOCK_SIZE, dtype, scheme)
 
 
@@ -104,7 +104,7 @@ def test_blocks_of_other_schemes_have_other_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kv_cache_dtype", sorted(set(KV_CACHE_DTYPES) - {"auto"}))
 def test_latent_caches_are_refused(kv_cache_dtype: str) -> None:
     with pytest.raises(ModelError, match=r"^kv_cache_dtype: must be auto for a latent cache, .*, not '"):
-        kv_scheme(kv_cache_dtype).groups([CacheSpec(1, 24, is_latent=True)])
+        KVCacheOptions(kv_cache_dtype, 8, 4).scheme(BLOCK_SIZE).groups([CacheSpec(1, 24, is_latent=True)])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,20 @@
+"""Bits and groups of packed blocks of keys and values; kernels.packed_blocks says what they mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LARGEST_GROUP = 32
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBits:
+    """Of a number of each kind: 1, 2, 4 or 8."""
+
+    keys: int
+    values: int
+
+
+def value_group(head_dim: int) -> int:
+    """Channels of a value that share a scale."""
+    return LARGEST_GROUP if head_dim % LARGEST_GROUP == 0 else head_dim
