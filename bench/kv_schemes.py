@@ -78,7 +78,6 @@ def scheme_config(scheme: str, options: SchemeOptions) -> EngineConfig:
     name, *tokens = scheme.split("/")
     if len(tokens) not in (0, 2):
         raise ValueError("must be NAME or NAME/WINDOW/SINKS, as kivi2/32/0")
-    exact = dict(zip(("kv_window_tokens", "kv_sink_tokens"), map(int, tokens), strict=False))
     num_tokens = options.segment_tokens + 1
     config = EngineConfig(
         options.model_dir,
@@ -89,8 +88,9 @@ def scheme_config(scheme: str, options: SchemeOptions) -> EngineConfig:
         max_num_batched_tokens=_CHUNK_TOKENS,
         enable_prefix_caching=False,
         kv_cache_dtype=name,
-        **exact,
     )
+    if tokens:
+        config = replace(config, kv_window_tokens=int(tokens[0]), kv_sink_tokens=int(tokens[1]))
     return replace(config, num_blocks=-(-num_tokens // config.block_size) + 8)
 
 

@@ -13,8 +13,9 @@ class PackedBits:
 
     keys: int
     values: int
+    has_token_keys: bool = False  # keys share scales per token over groups of channels, as values do
 
 
-def value_group(head_dim: int) -> int:
-    """Channels of a value that share a scale."""
+def channel_group(head_dim: int) -> int:
+    """Channels of a token that share a scale."""
     return LARGEST_GROUP if head_dim % LARGEST_GROUP == 0 else head_dim

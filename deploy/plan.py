@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from deploy.config import ClusterConfig, PoolConfig
 from deploy.errors import ConfigError
-from kvstore.config import KVStoreConfig
+from kvstore.config import KV_LADDERS, LADDER_BLOCK_TOKENS, KVStoreConfig
 from kvstore.tiers.disk.disk import least_disk_bytes
 from kvstore.tiers.host.arena import num_slots_for
 from workers.config import EngineConfig, WorkerSpec, kv_row_bytes
@@ -24,7 +24,7 @@ from workers.model.config import ModelConfig
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 REPLICA_CPUS = 0.1  # the replica only watches over its ranks
-_CPU_BLOCK_TOKENS = 16
+_CPU_BLOCK_TOKENS, _CUDA_BLOCK_TOKENS = 16, 64
 StageLayers = Callable[[int, int, int], range]  # (num_layers, pp, stage)
 
 
@@ -96,7 +96,7 @@ def make_plan(
     devices = {name: _device(config, pool, num_gpus) for name, pool in config.pools.items()}
     dtype = _dtype(config, set(devices.values()), cpu_dtype)
     _check_invariance(config, devices)
-    block_size = config.kvstore.block_size or (64 if "cuda" in devices.values() else _CPU_BLOCK_TOKENS)
+    block_size = _block_size(config.kvstore, "cuda" in devices.values())
     layers = layers_per_fragment(config, model.cache_specs)
     name = model_name(config, model_dir)
     pools = []
@@ -116,6 +116,11 @@ def make_plan(
         pools.append(_pool_plan(spec, pool))
     arena = _arena(config.kvstore, layers * _fragment_layer_bytes(config, model, block_size, dtype))
     return ClusterPlan(cluster, name, tuple(pools), arena)
+
+
+def _block_size(store: KVStoreConfig, on_cuda: bool) -> int:
+    on_cpu = LADDER_BLOCK_TOKENS if store.kv_cache_dtype in KV_LADDERS else _CPU_BLOCK_TOKENS
+    return store.block_size or (_CUDA_BLOCK_TOKENS if on_cuda else on_cpu)
 
 
 def _fragment_layer_bytes(config: ClusterConfig, model: ModelConfig, block_size: int, dtype: str) -> int:
@@ -224,7 +229,7 @@ def check_cpu_memory(config: ClusterConfig, model: ModelConfig, memory_bytes: in
     What a GPU has space for is known to the worker that finds it. Raises ConfigError.
     """
     pools = {name: pool for name, pool in config.pools.items() if _device(config, pool, float(has_gpus)) == "cpu"}
-    block_size = config.kvstore.block_size or _CPU_BLOCK_TOKENS
+    block_size = _block_size(config.kvstore, on_cuda=False)
     dtype = "float32" if config.model.dtype == "auto" else config.model.dtype
     block_bytes = sum(
         len(group.layers) * group.spec.num_kv_heads * group.block_bytes(block_size, dtype)

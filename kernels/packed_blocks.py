@@ -1,6 +1,7 @@
 """Whole blocks of keys and values in few bits, as KIVI has them (arXiv:2402.02750): in torch.
 
-Keys share a scale and a minimum per channel over the block's tokens, values per token over groups of channels. A number
+Keys share a scale and a minimum per channel over the block's tokens, values per token over groups of channels; or both
+do so per token, which costs keys more, since the same few channels are large in all tokens. A number
 is code * scale + minimum, both fp16; codes are rounded to nearest with the fp16 values, so that nothing is lost twice.
 One bit tells above from below the group's mean, at the mean distance from it. A byte holds neighbouring channels, the
 lowest bits first. Knows nothing of caches or attention.
@@ -10,39 +11,52 @@ from __future__ import annotations
 
 import torch
 
-from costs.packed_kv import PackedBits, value_group
+from costs.packed_kv import PackedBits, channel_group
 
 _SMALLEST_SCALE = 2.0**-24  # the smallest fp16 number above 0
 _LARGEST = 65504.0  # fp16
 
 Packed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""Of n blocks: codes of keys [n, kv_heads, 1, block_size, head_dim * bits / 8] uint8, their scales and minima
-[n, kv_heads, 2, 1, head_dim] fp16; codes of values; theirs [n, kv_heads, 2, block_size, head_dim / group] fp16."""
+"""Of n blocks: codes of keys [n, kv_heads, 1, block_size, head_dim * bits / 8] uint8; their scales and minima fp16
+[n, kv_heads, 2, 1, head_dim], or with has_token_keys as the values'; codes of values; theirs [n, kv_heads, 2,
+block_size, head_dim / group]."""
 
 
 def pack_blocks(kv: torch.Tensor, bits: PackedBits) -> Packed:
     """kv: [n, kv_heads, 2, block_size, head_dim] of full blocks."""
     keys, values = kv.float().unbind(2)
-    key_scales = _scales(keys, bits.keys, dim=2)  # [n, kv_heads, 2, 1, head_dim]
-    key_codes = _codes(keys, key_scales.float(), bits.keys)
-    grouped = values.unflatten(-1, (-1, value_group(kv.shape[-1])))
-    value_scales = _scales(grouped, bits.values, dim=4).squeeze(-1)  # [n, kv_heads, 2, block_size, groups]
-    value_codes = _codes(grouped, value_scales.float().unsqueeze(-1), bits.values).flatten(-2)
-    return (
-        _to_bytes(key_codes, bits.keys).unsqueeze(2), key_scales,
-        _to_bytes(value_codes, bits.values).unsqueeze(2), value_scales,
-    )  # fmt: skip
+    pack_keys = _pack_by_token if bits.has_token_keys else _pack_by_channel
+    return (*pack_keys(keys, bits.keys), *_pack_by_token(values, bits.values))
 
 
 def unpack_blocks(packed: Packed, bits: PackedBits, dtype: torch.dtype) -> torch.Tensor:
     """[n, kv_heads, 2, block_size, head_dim]."""
     key_codes, key_scales, value_codes, value_scales = packed
-    scale, minimum = key_scales.float().unbind(2)
-    keys = _from_bytes(key_codes.squeeze(2), bits.keys) * scale + minimum
-    scale, minimum = value_scales.float().unsqueeze(-1).unbind(2)
-    codes = _from_bytes(value_codes.squeeze(2), bits.values)
-    values = (codes.unflatten(-1, (value_scales.shape[-1], -1)) * scale + minimum).flatten(-2)
-    return torch.stack((keys, values), 2).to(dtype)
+    if bits.has_token_keys:
+        keys = _unpack_by_token(key_codes, key_scales, bits.keys)
+    else:
+        scale, minimum = key_scales.float().unbind(2)
+        keys = _from_bytes(key_codes.squeeze(2), bits.keys) * scale + minimum
+    return torch.stack((keys, _unpack_by_token(value_codes, value_scales, bits.values)), 2).to(dtype)
+
+
+def _pack_by_channel(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    scales = _scales(x, bits, dim=2)  # [n, kv_heads, 2, 1, head_dim]
+    return _to_bytes(_codes(x, scales.float(), bits), bits).unsqueeze(2), scales
+
+
+def _pack_by_token(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    grouped = x.unflatten(-1, (-1, channel_group(x.shape[-1])))
+    scales = _scales(grouped, bits, dim=4).squeeze(-1)  # [n, kv_heads, 2, block_size, groups]
+    codes = _codes(grouped, scales.float().unsqueeze(-1), bits).flatten(-2)
+    return _to_bytes(codes, bits).unsqueeze(2), scales
+
+
+def _unpack_by_token(codes: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    scale, minimum = scales.float().unsqueeze(-1).unbind(2)
+    grouped = _from_bytes(codes.squeeze(2), bits).unflatten(-1, (scales.shape[-1], -1))
+    unpacked: torch.Tensor = grouped * scale + minimum
+    return unpacked.flatten(-2)
 
 
 def _scales(x: torch.Tensor, bits: int, dim: int) -> torch.Tensor:

@@ -17,7 +17,9 @@ from settings.limits import Bounds, Matches, OneOf, check_limits
 DISK_WRITES = ("back", "through")
 PREFIX_FETCH = ("cheapest", "always", "never")
 KV_ENCODINGS = ("none", "int8", "fp8")  # of keys and values on their way, with loss
-KV_CACHE_DTYPES = ("auto", "int8", "fp8", "kivi4", "kivi2")  # of keys and values in the paged cache
+KV_LADDERS = ("kivi8_4", "kivi4", "kivi4_2", "kivi2", "kivi2_v1", "token4", "token2")
+KV_CACHE_DTYPES = ("auto", "int8", "fp8", *KV_LADDERS)  # of keys and values in the paged cache
+LADDER_BLOCK_TOKENS = 32  # scales are shared by a block's tokens: in smaller blocks they cost more than the codes
 COMPRESSIONS = ("none", "zstd")  # of the bytes of a fragment, without
 CALLS_SUFFIX = ".calls"  # behind the path of a node's host address: the socket for slot calls
 _LEAST_DISK_BYTES = 16 * 1024 * 1024
@@ -53,7 +55,8 @@ class KVStoreConfig:
     """Paging, naming and the tiers that fragments of KV blocks are kept in."""
 
     block_size: Annotated[int, Bounds(at_least=0, at_most=_MOST_BLOCK_TOKENS)] = 0
-    """Tokens of a KV block: the unit of paging, naming and transfer. 0 means 16 on CPU, 64 on CUDA."""
+    """Tokens of a KV block: the unit of paging, naming and transfer. 0 means 16 on CPU (32 with a
+    kivi or token scheme), 64 on CUDA."""
     layers_per_fragment: Annotated[int, Bounds(at_least=0)] = 0
     """Layers that travel in one fragment. 0 means derived from the model and the pools' pipeline stages."""
     host_bytes: Annotated[int, Bounds(at_least=1024 * 1024)] = 512 * 1024 * 1024
@@ -74,13 +77,14 @@ class KVStoreConfig:
     """How the paged cache itself keeps keys and values, and so all tiers; what it saves is streams that fit. auto: in
     the model's dtype. int8: with a scale of each token and head. fp8 (e4m3): divided by a fixed scale of each head, the
     checkpoint's k_scale and v_scale or else 1. kivi4, kivi2 (arXiv:2402.02750): blocks are packed in 4 or 2 bits when
-    they are full, keys per channel and values per token; the newest and the first tokens stay exact; block_size should
-    be 32 or 64. Other than auto, kv_encoding must be none."""
+    they are full, keys per channel and values per token; the newest and the first tokens stay exact. kivi2_v1: values
+    in 1 bit. kivi8_4, kivi4_2: 8 (4) bits up to 128 tokens back, then 4 (2). token4, token2: keys per token too, which
+    loses more. Other than auto, kv_encoding must be none."""
     kv_window_tokens: Annotated[int, Bounds(at_least=0, at_most=2**20)] = 32
-    """kivi4, kivi2: tokens behind each token, itself included, whose keys and values it sees exactly; no fewer than a
-    block has."""
+    """kivi and token schemes: tokens behind each token, itself included, whose keys and values it sees exactly; no
+    fewer than a block has."""
     kv_sink_tokens: Annotated[int, Bounds(at_least=0, at_most=2**20)] = 16
-    """kivi4, kivi2: tokens at the beginning of a request that stay exact."""
+    """kivi and token schemes: tokens at the beginning of a request that stay exact."""
     disk_compression: Annotated[str, OneOf(COMPRESSIONS)] = "none"
     """none, or zstd: without loss, where it saves whole pages. Of what is written from now on; both forms are read."""
     peers: bool = False

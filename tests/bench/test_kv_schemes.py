@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM
 from bench.kv_schemes import SchemeOptions, bytes_of_stream, markdown, measure, measure_all, scheme_config, segments_of
 from bench.run import main
 from deploy.config import DEMO_MODEL, ROOT
-from kvstore.config import KV_CACHE_DTYPES
 from workers.model.registry import load_config
 
+SCHEMES = ("auto", "int8", "fp8", "kivi4", "kivi2/32/0", "kivi2")
 OPTIONS = SchemeOptions(
-    str(DEMO_MODEL), ROOT / "workers" / "config.py", KV_CACHE_DTYPES, segment_tokens=150, context_tokens=1000
+    str(DEMO_MODEL), ROOT / "workers" / "config.py", SCHEMES, segment_tokens=150, context_tokens=1000
 )
 
 
@@ -31,10 +31,12 @@ def test_the_exact_caches_loss_is_that_of_the_model() -> None:
 
 def test_every_scheme_has_a_line() -> None:
     figures = measure_all(OPTIONS)
-    assert [f.scheme for f in figures] == list(KV_CACHE_DTYPES)
+    assert [f.scheme for f in figures] == list(SCHEMES)
     by_name = {f.scheme: f for f in figures}
     assert by_name["int8"].loss == pytest.approx(by_name["auto"].loss, abs=0.01)
     assert by_name["fp8"].loss == pytest.approx(by_name["auto"].loss, abs=0.05)
+    assert by_name["kivi2"].loss < by_name["kivi2/32/0"].loss + 0.05
+    assert by_name["kivi2"].bytes_per_token < by_name["kivi4"].bytes_per_token < by_name["int8"].bytes_per_token
     assert markdown(figures).count("\n") == 2 + len(figures)
 
 

@@ -27,6 +27,7 @@ from workers.runtime.build import kv_fingerprint
 
 CPU = torch.device("cpu")
 LAYERS, HEADS, BLOCK_SIZE, HEAD_DIM = 4, 2, 8, 16
+ONE_GROUP = ("auto", "int8", "fp8")
 SPECS = [CacheSpec(HEADS, HEAD_DIM)] * LAYERS
 TRANSFER = BlockTransfer(1, 0, [b"a", b"b", b"c"], [5, 0, 3], [BLOCK_SIZE, BLOCK_SIZE, 3])
 
@@ -58,7 +59,7 @@ def test_blocks_count_all_their_bytes(kv_cache_dtype: str, row_bytes: int) -> No
 
 
 @pytest.mark.parametrize("layers_per_fragment", [1, 2, 4])
-@pytest.mark.parametrize("kv_cache_dtype", KV_CACHE_DTYPES)
+@pytest.mark.parametrize("kv_cache_dtype", ONE_GROUP)
 def test_blocks_arrive_with_all_their_parts(kv_cache_dtype: str, layers_per_fragment: int) -> None:
     """Whole blocks and a short one; what does not belong to them is left alone."""
     source, target = (filled(PagedCache(layout(kv_cache_dtype), [6], CPU), seed) for seed in (1, 2))
@@ -93,11 +94,63 @@ def test_only_whole_blocks_are_brought_in() -> None:
         assert torch.equal(got[:, :5], old[:, :5])
 
 
+@pytest.mark.parametrize(("kv_cache_dtype", "bits"), [("kivi4", 4), ("kivi2", 2)])
+def test_a_ladder_has_a_group_for_each_form(kv_cache_dtype: str, bits: int) -> None:
+    """Packed ones for all tokens; exact ones for the window of 8, and for the first block, in which the 4 sinks are."""
+    found = layout(kv_cache_dtype)
+    packed, exact, sinks = found.groups
+    codes, scales = 2 * BLOCK_SIZE * HEAD_DIM * bits // 8, 2 * 2 * (HEAD_DIM + BLOCK_SIZE)
+    assert found.block_bytes(packed) == LAYERS * HEADS * (codes + scales)
+    assert found.block_bytes(exact) == found.block_bytes(sinks) == LAYERS * HEADS * 2 * BLOCK_SIZE * HEAD_DIM * 2
+    assert [group.spec.window for group in found.groups] == [0, 8, 0]
+    assert [group.limit(BLOCK_SIZE) for group in found.groups] == [0, 0, 1]
+    assert [group.num_blocks_held(1000, BLOCK_SIZE) for group in found.groups] == [125, 2, 1]
+    keys = [key for grid in PagedCache(found, [4, 4, 4], CPU).grids(2) for key in grid.keys(bytes(16))]
+    assert len(set(keys)) == 3 * HEADS * LAYERS // 2
+
+
+def test_layers_that_see_no_more_than_the_window_are_not_packed() -> None:
+    specs = [CacheSpec(HEADS, HEAD_DIM), CacheSpec(HEADS, HEAD_DIM, window=8), CacheSpec(HEADS, HEAD_DIM, window=64)]
+    groups = KVCacheOptions("kivi2", 8, 0).scheme(BLOCK_SIZE).groups(specs)
+    assert [(group.layers, group.spec.window, group.rung) for group in groups] == [
+        ((0,), 0, 0), ((1,), 8, 0), ((2,), 64, 0), ((0,), 8, 1), ((2,), 8, 1)
+    ]  # fmt: skip
+    assert [group.takes_full_blocks for group in groups] == [True, False, True, False, False]
+
+
+def test_the_window_is_a_block_at_least() -> None:
+    groups = KVCacheOptions("kivi2", 3, 0).scheme(BLOCK_SIZE).groups(SPECS)
+    assert [group.spec.window for group in groups] == [0, BLOCK_SIZE]
+
+
+def test_heads_that_do_not_fill_bytes_are_refused() -> None:
+    with pytest.raises(ModelError, match=r"^kv_cache_dtype: kivi2 does not pack heads of 6 numbers$"):
+        KVCacheOptions("kivi2", 8, 0).scheme(BLOCK_SIZE).groups([CacheSpec(2, 6)])
+
+
+def test_blocks_that_are_not_full_have_nothing_packed() -> None:
+    """Their fragments are there, and change nothing where they arrive."""
+    source, target = (filled(PagedCache(layout("kivi2"), [6] * 3, CPU), seed) for seed in (1, 2))
+    before = [tensor.clone() for tensor in target.tensors[0]]
+    sender, reader = (cache.memories(2, "none")[0] for cache in (source, target))
+    fragments, filling = sender.gather(TRANSFER)(), reader.fill(TRANSFER)
+    for buffer, fragment in zip(filling.fragments, fragments, strict=True):
+        np.copyto(buffer, fragment)
+    assert not any(fragment.any() for fragment in fragments[-4:])
+    filling.finish(3)
+    for sent, got, old in zip(source.tensors[0], target.tensors[0], before, strict=True):
+        sent, got, old = (tensor.view(torch.uint8) for tensor in (sent, got, old))
+        assert torch.equal(got[:, [5, 0]], sent[:, [5, 0]])
+        assert torch.equal(got[:, [1, 2, 3, 4]], old[:, [1, 2, 3, 4]])
+
+
 def test_blocks_of_other_schemes_have_other_names(tmp_path: Path) -> None:
     checkpoint = make_checkpoint("gqa", tmp_path)
     model = load_config(checkpoint)
     engines = [EngineConfig(str(checkpoint), kv_cache_dtype=name) for name in KV_CACHE_DTYPES]
     engines += [EngineConfig(str(checkpoint), kv_encoding=name) for name in ("int8", "fp8")]
+    engines += [EngineConfig(str(checkpoint), kv_cache_dtype="kivi2", kv_window_tokens=64)]
+    engines += [EngineConfig(str(checkpoint), kv_cache_dtype="kivi2", kv_sink_tokens=4)]
     assert len({kv_fingerprint(engine, model, torch.float32, "weights") for engine in engines}) == len(engines)
 
 
@@ -110,7 +163,7 @@ def test_latent_caches_are_refused(kv_cache_dtype: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kv_cache_dtype": "int4"}, "kv_cache_dtype: must be one of auto, int8, fp8, not 'int4'"),
+        ({"kv_cache_dtype": "int4"}, "kv_cache_dtype: must be one of auto, int8, fp8, kivi8_4"),
         ({"kv_cache_dtype": "int8", "kv_encoding": "int8"}, "kv_encoding: must be none, not 'int8': with kv_cache_dt"),
         ({"kv_cache_dtype": "fp8", "runner": "fake"}, "kv_cache_dtype: must be auto with runner=fake"),
     ],

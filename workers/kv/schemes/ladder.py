@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from costs.packed_kv import PackedBits, value_group
+from costs.packed_kv import PackedBits, channel_group
 from workers.errors import ModelError
 from workers.kv.schemes.scheme import LayerBlocks, refuse_latent
 from workers.model.cache_spec import EXACT_FORM, BlockPart, CacheGroup, CacheSpec, cache_groups
@@ -24,18 +24,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PackedForm:
-    """As kernels.packed_blocks: keys per channel over the block, values per token over groups of channels."""
+    """As kernels.packed_blocks."""
 
     bits: PackedBits
 
     def parts(self, spec: CacheSpec, block_size: int, dtype: str) -> tuple[BlockPart, ...]:
         """As in BlockForm."""
-        head_dim, num_groups = spec.head_dim, spec.head_dim // value_group(spec.head_dim)
+        head_dim, num_groups = spec.head_dim, spec.head_dim // channel_group(spec.head_dim)
+        token_scales = BlockPart("float16", 2, block_size, num_groups)
+        key_scales = BlockPart("float16", 2, 1, head_dim, is_per_token=False)
         return (
             BlockPart("uint8", 1, block_size, head_dim * self.bits.keys // 8),
-            BlockPart("float16", 2, 1, head_dim, is_per_token=False),
+            token_scales if self.bits.has_token_keys else key_scales,
             BlockPart("uint8", 1, block_size, head_dim * self.bits.values // 8),
-            BlockPart("float16", 2, block_size, num_groups),
+            token_scales,
         )
 
 

@@ -17,6 +17,11 @@ _EVERY_BLOCK_ALONE: Mapping[str, KVScheme] = {"auto": EXACT_SCHEME, "int8": Int8
 _LADDERS: Mapping[str, tuple[Rung, ...]] = {
     "kivi4": (Rung(PackedForm(PackedBits(4, 4))),),
     "kivi2": (Rung(PackedForm(PackedBits(2, 2))),),
+    "kivi2_v1": (Rung(PackedForm(PackedBits(2, 1))),),
+    "kivi8_4": (Rung(PackedForm(PackedBits(4, 4))), Rung(PackedForm(PackedBits(8, 8)), 128)),
+    "kivi4_2": (Rung(PackedForm(PackedBits(2, 2))), Rung(PackedForm(PackedBits(4, 4)), 128)),
+    "token4": (Rung(PackedForm(PackedBits(4, 4, has_token_keys=True))),),
+    "token2": (Rung(PackedForm(PackedBits(2, 2, has_token_keys=True))),),
 }
 
 
