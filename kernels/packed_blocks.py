@@ -13,8 +13,8 @@ import torch
 
 from costs.packed_kv import PackedBits, channel_group
 
-_SMALLEST_SCALE = 2.0**-24  # the smallest fp16 number above 0
-_LARGEST = 65504.0  # fp16
+SMALLEST_SCALE = 2.0**-24  # the smallest fp16 number above 0
+LARGEST = 65504.0  # fp16
 
 Packed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """Of n blocks: codes of keys [n, kv_heads, 1, block_size, head_dim * bits / 8] uint8; their scales and minima fp16
@@ -67,8 +67,8 @@ def _scales(x: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
         low, scale = mean - reach, 2 * reach
     else:
         low, high = x.aminmax(dim=dim, keepdim=True)
-        scale = (high - low) / (2**bits - 1)
-    pair = scale.clamp(_SMALLEST_SCALE, _LARGEST), low.clamp(-_LARGEST, _LARGEST)
+        scale = (high - low) * (1 / (2**bits - 1))
+    pair = scale.clamp(SMALLEST_SCALE, LARGEST), low.clamp(-LARGEST, LARGEST)
     return torch.stack(pair, 2).half()
 
 

@@ -78,6 +78,26 @@ def attend_rungs(
     return out.view(n, num_q_heads, head_dim)
 
 
+def define_rungs(q: torch.Tensor, rungs: Sequence[SeenKeys], length: int, softmax: Softmax) -> torch.Tensor:
+    """The definition, in float64: one softmax over all keys, each in the form in which it is seen."""
+    out, first_position = torch.empty_like(q), length - len(q)
+    num_kv_heads = rungs[0].kv.shape[0]
+    positions, group = torch.arange(first_position, length), q.shape[1] // num_kv_heads
+    for h in range(num_kv_heads):
+        heads, scores, values = slice(h * group, (h + 1) * group), list[torch.Tensor](), list[torch.Tensor]()
+        for rung in rungs:
+            products = torch.einsum("qhd,kd->hqk", q[:, heads].double(), rung.kv[h, 0].double())
+            unseen = ~_seen(rung, positions, rung.keys, softmax)
+            scores.append(softmax.scores(products).masked_fill(unseen, float("-inf")))
+            values.append(rung.kv[h, 1].double())
+        num_keys = sum(len(value) for value in values)
+        if softmax.sinks is not None:
+            scores.append(softmax.sinks[heads, None, None].double().expand(-1, len(q), 1))
+        weights = torch.softmax(torch.cat(scores, -1), dim=-1)[..., :num_keys]
+        out[:, heads] = torch.einsum("hqk,kd->qhd", weights, torch.cat(values)).to(q.dtype)
+    return out
+
+
 def _seen(rung: SeenKeys, positions: torch.Tensor, keys: torch.Tensor, softmax: Softmax) -> torch.Tensor:
     return softmax.is_seen(positions, keys) & rung.reach.is_seen(positions, keys)
 

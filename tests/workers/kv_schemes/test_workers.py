@@ -40,6 +40,7 @@ def kv_cache_dtype(request: pytest.FixtureRequest) -> str:
 
 def scheme_spec(checkpoint: Path, role: str, node: KVNode, kv_cache_dtype: str, **options: object) -> WorkerSpec:
     engine = {name: options.pop(name) for name in ("num_blocks",) if name in options}
+    engine["max_model_len"] = 112  # so that windows of 128 fit into few blocks
     spec = spec_for(checkpoint, role, node, **options)
     exact = {"batch_invariant": True, "kv_cache_dtype": kv_cache_dtype, **engine}
     return replace(spec, engine=replace(spec.engine, **exact))
@@ -77,7 +78,7 @@ def test_hand_off_and_prefix_hits_give_the_undisturbed_tokens(checkpoint, shared
 
 def test_swapped_requests_give_the_undisturbed_tokens(checkpoint, shared_kv_node, kv_cache_dtype) -> None:
     prompts = [prompt(60, seed=50), prompt(61, seed=51)]
-    spec = scheme_spec(checkpoint, "mixed", shared_kv_node, kv_cache_dtype, kvstore=ALWAYS, num_blocks=8)
+    spec = scheme_spec(checkpoint, "mixed", shared_kv_node, kv_cache_dtype, kvstore=ALWAYS, num_blocks=9)
     right = undisturbed(spec, prompts, 50)
     for fetch in ("always", "never"):
         with worker(replace(spec, kvstore=KVStoreConfig(prefix_fetch=fetch))) as client:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 import kernels
 from costs.packed_kv import PackedBits
-from kernels.attention.paged import Softmax
-from kernels.attention.rungs import Reach, SeenKeys, attend_rungs
-from kernels.packed_blocks import pack_blocks, unpack_blocks
+from kernels.attention.ladder import RungBlocks
+from kernels.attention.rungs import Reach
+from workers.errors import ModelError
 from workers.kv.schemes.ladder import LadderScheme, PackedForm
 from workers.kv.schemes.scheme import LayerBlocks
 from workers.model.batch import Batch
@@ -29,21 +29,14 @@ class _Rung:
     reach: Reach
     num_tokens: int = 0  # of each sequence, that are kept; 0: all
 
-    def write(self, kv: Tensor, block_ids: Tensor) -> None:
-        """kv [n, kv_heads, 2, block_size, head_dim]: blocks that are full."""
-        packed = (kv,) if self.bits is None else pack_blocks(kv, self.bits)
-        for part, rows in zip(self.parts, packed, strict=True):
-            part[block_ids] = rows.to(part.dtype)
+    def target_slots(self, batch: Batch) -> Tensor:
+        """Where this pass's tokens lie in it; -1: nowhere."""
+        slots = batch.groups[self.group].slot_mapping
+        return torch.where(batch.positions < self.num_tokens, slots, -1) if self.num_tokens else slots
 
-    def read(self, block_ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """[kv_heads, 2, tokens, head_dim] of a sequence's blocks."""
-        picked = tuple(part[block_ids] for part in self.parts)
-        if self.bits is None:
-            kv = picked[0]
-        else:
-            key_codes, key_scales, value_codes, value_scales = picked
-            kv = unpack_blocks((key_codes, key_scales, value_codes, value_scales), self.bits, dtype)
-        return kv.permute(1, 2, 0, 3, 4).flatten(2, 3)
+    def blocks(self, batch: Batch, sequences: slice) -> RungBlocks:
+        """For attention of some of the batch's sequences."""
+        return RungBlocks(self.parts, self.bits, self.reach, batch.groups[self.group].block_table[sequences])
 
 
 class LadderLayer:
@@ -54,7 +47,12 @@ class LadderLayer:
         (exact,) = (each for each in blocks if not each.group.takes_full_blocks)
         self._block_size = exact.parts[0].shape[3]
         self._exact = _Rung(exact.group.index, exact.parts, None, Reach(farthest=scheme.window_tokens))
-        self._packed = list(_packed_rungs(blocks, scheme))
+        self._others = list(_other_rungs(blocks, scheme))
+        on_cuda = exact.parts[0].is_cuda
+        if on_cuda and any(rung.bits and min(rung.bits.keys, rung.bits.values) == 1 for rung in self._others):
+            raise ModelError(f"kv_cache_dtype: {scheme.name} runs on CPUs only")
+        if on_cuda and (self._block_size < 16 or self._block_size & (self._block_size - 1)):
+            raise ModelError(f"block_size: must be a power of two from 16 on with kv_cache_dtype={scheme.name}")
 
     def write(self, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, batch: Batch, terms: AttentionTerms) -> Tensor:
         """As in LayerCache."""
@@ -62,60 +60,49 @@ class LadderLayer:
         kv_cache = self._exact.parts[0]
         rotated = kernels.rope_and_write_kv(q, k, v, cos_sin, batch.positions, kv_cache, slots)
         is_last = (slots >= 0) & (slots % self._block_size == self._block_size - 1)
-        if bool(is_last.any()):
-            self._pack(batch, is_last)
+        if kv_cache.is_cuda or bool(is_last.any()):
+            for rung in self._others:
+                self._write_full_blocks(rung, slots, rung.target_slots(batch))
         return rotated
 
-    def _pack(self, batch: Batch, is_last: Tensor) -> None:
-        """Write the blocks that became full to the other rungs. is_last: tokens that end one."""
-        for rung in self._packed:
-            ends = is_last & (batch.positions < rung.num_tokens) if rung.num_tokens else is_last
-            source, target = (
-                batch.groups[group].slot_mapping[ends] // self._block_size for group in (self._exact.group, rung.group)
-            )
-            if len(source):
-                rung.write(self._exact.parts[0][source], target)
+    def _write_full_blocks(self, rung: _Rung, slots: Tensor, target_slots: Tensor) -> None:
+        kv_cache = self._exact.parts[0]
+        if rung.bits is None:
+            kernels.copy_full_blocks(kv_cache, slots, target_slots, rung.parts[0])
+        else:
+            key_codes, key_scales, value_codes, value_scales = rung.parts
+            packed = key_codes, key_scales, value_codes, value_scales
+            kernels.pack_full_blocks(kv_cache, slots, target_slots, packed, rung.bits)
 
     def attend_decodes(self, q: Tensor, batch: Batch, terms: AttentionTerms) -> Tensor:
         """As in LayerCache."""
-        lengths = batch.seq_lens[: batch.num_decodes].tolist()
-        return self._attend(q, batch, terms, 0, lengths, list(range(len(lengths) + 1)))
+        n = batch.num_decodes
+        starts = torch.arange(n + 1, dtype=torch.int32, device=q.device)
+        return self._attend(q, batch, terms, slice(n), starts, 1)
 
     def attend_prefills(self, q: Tensor, batch: Batch, terms: AttentionTerms) -> Tensor:
         """As in LayerCache."""
-        lengths = batch.seq_lens[batch.num_decodes :].tolist()
-        return self._attend(q, batch, terms, batch.num_decodes, lengths, batch.query_start_loc.tolist())
+        sequences = slice(batch.num_decodes, None)
+        return self._attend(q, batch, terms, sequences, batch.query_start_loc, batch.max_query_len)
 
     def _attend(
-        self, q: Tensor, batch: Batch, terms: AttentionTerms, first: int, lengths: list[int], starts: list[int]
+        self, q: Tensor, batch: Batch, terms: AttentionTerms, sequences: slice, starts: Tensor, max_query_len: int
     ) -> Tensor:
-        """first: the sequence that the lengths begin with. starts: of each one's rows."""
-        softmax = Softmax(terms.scale, terms.window, terms.sinks, terms.soft_cap)
-        out = torch.zeros_like(q)
-        for i, length in enumerate(lengths):
-            rows = q[starts[i] : starts[i + 1]]
-            if length and len(rows):
-                seen = list(self._seen(batch, first + i, length - len(rows), length, softmax, q.dtype))
-                attended = attend_rungs(rows, seen, length, softmax, terms.batch_invariant)
-                out[starts[i] : starts[i + 1]] = attended
-        return out
-
-    def _seen(
-        self, batch: Batch, sequence: int, first_position: int, length: int, softmax: Softmax, dtype: torch.dtype
-    ) -> Iterator[SeenKeys]:
-        """What tokens from a position on see of their sequence, in each form that they see something of."""
-        for rung in (*self._packed, self._exact):
-            keys = rung.reach.keys_of(first_position, length)
-            first_block = max(keys.start, softmax.first_key(first_position)) // self._block_size
-            last_block = -(-keys.stop // self._block_size)
-            if last_block > first_block:
-                block_ids = batch.groups[rung.group].block_table[sequence, first_block:last_block].long()
-                first_key = first_block * self._block_size
-                kv = rung.read(block_ids, dtype)[:, :, : keys.stop - first_key]
-                yield SeenKeys(kv, first_key, rung.reach)
+        return kernels.ladder_attention(
+            q,
+            [rung.blocks(batch, sequences) for rung in (*self._others, self._exact)],
+            starts,
+            batch.seq_lens[sequences],
+            max_query_len,
+            terms.scale,
+            window=terms.window,
+            sinks=terms.sinks,
+            soft_cap=terms.soft_cap,
+            batch_invariant=terms.batch_invariant,
+        )
 
 
-def _packed_rungs(blocks: Sequence[LayerBlocks], scheme: LadderScheme) -> Iterator[_Rung]:
+def _other_rungs(blocks: Sequence[LayerBlocks], scheme: LadderScheme) -> Iterator[_Rung]:
     windows = [rung.window_tokens for rung in scheme.rungs] + [scheme.window_tokens]
     ladder = [each for each in blocks if not each.group.first_tokens][:-1]
     for index, each in enumerate(ladder):
@@ -126,5 +113,5 @@ def _packed_rungs(blocks: Sequence[LayerBlocks], scheme: LadderScheme) -> Iterat
     for each in blocks:
         if each.group.first_tokens:
             reach = Reach(scheme.window_tokens, end_key=scheme.sink_tokens)
-            num_tokens = each.group.limit(each.parts[0].shape[3]) * each.parts[0].shape[3]
-            yield _Rung(each.group.index, each.parts, None, reach, num_tokens)
+            block_size = each.parts[0].shape[3]
+            yield _Rung(each.group.index, each.parts, None, reach, each.group.limit(block_size) * block_size)
