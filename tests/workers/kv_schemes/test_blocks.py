@@ -24,6 +24,7 @@ from workers.model.registry import load_config
 from workers.model.tensor_layout import check_checkpoint
 from workers.parallel import Shard
 from workers.runtime.build import kv_fingerprint
+from workers.runtime.pool_needs import PoolNeeds
 
 CPU = torch.device("cpu")
 LAYERS, HEADS, BLOCK_SIZE, HEAD_DIM = 4, 2, 8, 16
@@ -116,6 +117,24 @@ def test_layers_that_see_no_more_than_the_window_are_not_packed() -> None:
         ((0,), 0, 0), ((1,), 8, 0), ((2,), 64, 0), ((0,), 8, 1), ((2,), 8, 1)
     ]  # fmt: skip
     assert [group.takes_full_blocks for group in groups] == [True, False, True, False, False]
+
+
+def test_memory_goes_to_what_is_kept_for_long() -> None:
+    """The exact blocks are as many as running requests need, the rest of the memory holds packed ones."""
+    found = layout("kivi2")
+    config = EngineConfig("", max_num_seqs=4, max_num_batched_tokens=32, max_model_len=512)
+    packed, exact, sinks = PoolNeeds(config, BLOCK_SIZE, 512, 1).num_blocks(found, lambda: 1 << 20)
+    assert (exact, sinks) == (2 * 2 * 4 + 7, 2 * 4)  # two blocks hold a window of 8; a chunk of 32 and a window take 7
+    spent = sum(
+        count * found.block_bytes(group) for count, group in zip((packed, exact, sinks), found.groups, strict=False)
+    )
+    assert 0 <= (1 << 20) - spent < found.block_bytes(found.groups[0])
+    assert packed > 10 * exact
+
+
+def test_layers_with_a_window_have_no_first_tokens_to_keep() -> None:
+    groups = KVCacheOptions("kivi2", 8, 4).scheme(BLOCK_SIZE).groups([CacheSpec(HEADS, HEAD_DIM, window=64)])
+    assert [(group.spec.window, group.first_tokens) for group in groups] == [(64, 0), (8, 0)]
 
 
 def test_the_window_is_a_block_at_least() -> None:

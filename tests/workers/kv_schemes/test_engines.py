@@ -11,6 +11,7 @@ import torch
 from tests.quant.served import FIXTURES, MODELS, oracle
 from tests.workers.engine_group import EngineGroup
 from tests.workers.test_batch_invariance import GREEDY, SAMPLED, assert_same, many_prompts, pick
+from tests.workers.test_family_plugin import CONFIG, PLUGINS, make_random
 from tests.workers.tiny_llama import make_checkpoint
 from workers.config import EngineConfig
 
@@ -109,6 +110,24 @@ def test_decode_attention_reads_them_as_well(checkpoints, kv_cache_dtype: str) -
         num_same = next((i for i, pair in enumerate(zip(a, b, strict=True)) if pair[0] != pair[1]), len(a) - 1)
         for i in range(num_same + 1):  # of equal histories
             assert change(mine[i], theirs[i]) < 2 * LARGEST_CHANGE[kv_cache_dtype]
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "kivi4"])
+def test_layers_with_a_window_of_their_own(tmp_path: Path, kv_cache_dtype: str) -> None:
+    """Every other layer sees 6 tokens, of which 4 are exact here, and the 2 before them packed."""
+    path = make_random(tmp_path, CONFIG)
+    config = EngineConfig(
+        str(path), "float32", "cpu", block_size=4, num_blocks=64, max_num_batched_tokens=16, batch_invariant=True,
+        plugins=PLUGINS, kv_window_tokens=4, kv_sink_tokens=5,
+    )  # fmt: skip
+    with EngineGroup(1, 1) as alone:
+        exact = alone.run(config, many_prompts(), GREEDY)
+        found = alone.run(replace(config, kv_cache_dtype=kv_cache_dtype), many_prompts(), GREEDY)
+        for other in ({"max_num_batched_tokens": 7}, {"num_blocks": 18}):
+            again = alone.run(replace(config, kv_cache_dtype=kv_cache_dtype, **other), many_prompts(), GREEDY)
+            assert_same(again, found, str(other))
+    changes = [change(a[0], b[0]) for a, b in zip(found.logits, exact.logits, strict=True)]
+    assert 1e-4 < max(changes) < LARGEST_CHANGE[kv_cache_dtype]
 
 
 @pytest.mark.parametrize("name", [name for name in ("ct-fp8-kv",) if name in MODELS])

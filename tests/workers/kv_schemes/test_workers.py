@@ -25,7 +25,7 @@ from workers.config import WorkerSpec
 from workers.kv.grid import FragmentGrid
 
 SCHEMES = ("int8", "fp8", "kivi2", "kivi8_4")  # one of each form, and one of two forms behind the exact one
-NUM_TOKENS = 40
+NUM_TOKENS = 30
 
 
 @pytest.fixture(scope="module")

@@ -87,8 +87,8 @@ class LadderScheme:
             yield replace(group, spec=spec, form=rung.form, rung=number, takes_full_blocks=True)
         spec = replace(group.spec, window=self.window_tokens)
         yield replace(group, spec=spec, rung=number + 1)
-        if self.sink_tokens:
-            first = replace(group.spec, window=0)
+        if self.sink_tokens and not group.spec.window:  # a window of the model's own leaves the first tokens behind
+            first = group.spec
             yield replace(group, spec=first, rung=number + 2, first_tokens=self.sink_tokens, takes_full_blocks=True)
 
     def _check(self, spec: CacheSpec) -> None:

@@ -105,13 +105,14 @@ class LadderLayer:
 def _other_rungs(blocks: Sequence[LayerBlocks], scheme: LadderScheme) -> Iterator[_Rung]:
     windows = [rung.window_tokens for rung in scheme.rungs] + [scheme.window_tokens]
     ladder = [each for each in blocks if not each.group.first_tokens][:-1]
+    sink_tokens = scheme.sink_tokens if len(blocks) > len(ladder) + 1 else 0
     for index, each in enumerate(ladder):
         form = each.group.form
         assert isinstance(form, PackedForm)
-        reach = Reach(windows[index + 1], windows[index], first_key=scheme.sink_tokens)
+        reach = Reach(windows[index + 1], windows[index], first_key=sink_tokens)
         yield _Rung(each.group.index, each.parts, form.bits, reach)
     for each in blocks:
         if each.group.first_tokens:
-            reach = Reach(scheme.window_tokens, end_key=scheme.sink_tokens)
+            reach = Reach(scheme.window_tokens, end_key=sink_tokens)
             block_size = each.parts[0].shape[3]
             yield _Rung(each.group.index, each.parts, None, reach, each.group.limit(block_size) * block_size)
