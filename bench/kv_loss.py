@@ -91,7 +91,7 @@ class LossMeter:
             same += len(changed) - sum(changed)
             num_same_streams += not any(changed)
             whole = len(prompt) // _BLOCK_SIZE
-            rows = self._runner.cache.tensors[0][:, :whole]  # [layers, blocks, heads, K and V, slots, head_dim]
+            rows = self._runner.cache.tensors[0][0][:, :whole]  # [layers, blocks, heads, K and V, slots, head_dim]
             keys.append(row_errors(rows[:, :, :, 0], encoding))
             values.append(row_errors(rows[:, :, :, 1], encoding))
         num_compared = len(prompts) * (self._new_tokens - 1)

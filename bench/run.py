@@ -9,6 +9,7 @@
     host_step     the leader's Python of a decode step: plan, encode, fill, update
     scheduling    TTFT and times between tokens under each scheduling policy, in virtual time
     quantized     weights in 8 and 4 bits beside the same model in bfloat16, engine alone
+    kv_schemes    loss, bytes per token and streams that fit of each kvstore.kv_cache_dtype
     scaling       GPU-hours and attainment of the scaling policies, in simulated time (five minutes)
 
 Rows are appended to bench/results/cpu.jsonl. Starts clusters as a user would, with the `switchyard` command.
@@ -34,7 +35,7 @@ from urllib.parse import urlsplit
 
 from switchyard_client import GenerationClient, GenerationRequest, SamplingParams, Tokens
 
-from bench import direct, tiers
+from bench import direct, kv_schemes, tiers
 from bench.cluster import cluster
 from bench.host_step import SIZES as HOST_STEP_SIZES
 from bench.host_step import measure as measure_host_step
@@ -218,15 +219,21 @@ SECTIONS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the sections and append their rows."""
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__.split("\n")[0])
-    known = [*SECTIONS, "peers"]
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(known)}; default: all but peers")
+    known = [*SECTIONS, "kv_schemes", "peers"]
+    said = f"of {', '.join(known)}; default: all but kv_schemes and peers"
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=said)
     peer_options.add_to(parser)
+    kv_schemes.add_to(parser)
     args = parser.parse_args(arguments)
     unknown = set(args.sections) - set(known)
     if unknown:
         parser.error(f"no section {unknown.pop()!r}; there are {', '.join(known)}")
     comparison = peer_options.comparison_of(parser, args)
-    sections: dict[str, Callable[[], list[Measurement]]] = {**SECTIONS, "peers": partial(measure_peers, comparison)}
+    sections: dict[str, Callable[[], list[Measurement]]] = {
+        **SECTIONS,
+        "kv_schemes": partial(kv_schemes.measurements, kv_schemes.options_of(parser, args)),
+        "peers": partial(measure_peers, comparison),
+    }
     for name in args.sections or list(SECTIONS):
         rows = sections[name]()
         path = append_rows("cpu.jsonl", rows, f"make bench ARGS={name}")

@@ -61,9 +61,11 @@ GENERATION_KEYS: KeyTable = {
     "remove_invalid_values": harmless("logits are finite"),
     "use_cache": harmless("there is always a KV cache"),
     "cache_implementation": refused(
-        "the KV cache keeps every bit unless kvstore.kv_encoding says otherwise", *_EXACT_CACHES
+        "the KV cache keeps every bit unless kvstore.kv_cache_dtype or kv_encoding says otherwise", *_EXACT_CACHES
     ),
-    "cache_config": refused("the KV cache keeps every bit unless kvstore.kv_encoding says otherwise", {}),
+    "cache_config": refused(
+        "the KV cache keeps every bit unless kvstore.kv_cache_dtype or kv_encoding says otherwise", {}
+    ),
     "max_cache_len": harmless(_INNER),
     "compile_config": harmless(_INNER),
     "disable_compile": harmless(_INNER),

@@ -234,6 +234,13 @@ class ClusterConfig:
             "kvstore.kv_encoding",
             f"must be none with {exact}, which needs every bit, not {lossy!r}",
         )
+        is_fake = self.engine.runner == "fake"
+        kept = self.kvstore.kv_cache_dtype
+        _require(
+            kept == "auto" or not is_fake,
+            "kvstore.kv_cache_dtype",
+            f"must be auto with engine.runner=fake, not {kept!r}",
+        )
         for name, pool in self.pools.items():
             is_one = pool.tp * pool.pp == 1
             _require(is_one or self.engine.runner != "fake", f"pools.{name}", "engine.runner=fake takes tp=1 and pp=1")

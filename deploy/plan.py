@@ -13,16 +13,18 @@ from dataclasses import dataclass
 
 from deploy.config import ClusterConfig, PoolConfig
 from deploy.errors import ConfigError
-from kvstore.config import KVStoreConfig
+from kvstore.config import KV_LADDERS, LADDER_BLOCK_TOKENS, KVStoreConfig
 from kvstore.tiers.disk.disk import least_disk_bytes
 from kvstore.tiers.host.arena import num_slots_for
 from workers.config import EngineConfig, WorkerSpec, kv_row_bytes
-from workers.model.cache_spec import CacheSpec, cache_groups
+from workers.errors import ModelError
+from workers.kv.schemes.named import KVCacheOptions
+from workers.model.cache_spec import CacheGroup, CacheSpec, cache_groups
 from workers.model.config import ModelConfig
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 REPLICA_CPUS = 0.1  # the replica only watches over its ranks
-_CPU_BLOCK_TOKENS = 16
+_CPU_BLOCK_TOKENS, _CUDA_BLOCK_TOKENS = 16, 64
 StageLayers = Callable[[int, int, int], range]  # (num_layers, pp, stage)
 
 
@@ -94,7 +96,7 @@ def make_plan(
     devices = {name: _device(config, pool, num_gpus) for name, pool in config.pools.items()}
     dtype = _dtype(config, set(devices.values()), cpu_dtype)
     _check_invariance(config, devices)
-    block_size = config.kvstore.block_size or (64 if "cuda" in devices.values() else _CPU_BLOCK_TOKENS)
+    block_size = _block_size(config.kvstore, "cuda" in devices.values())
     layers = layers_per_fragment(config, model.cache_specs)
     name = model_name(config, model_dir)
     pools = []
@@ -112,13 +114,32 @@ def make_plan(
             cluster=cluster,
         )
         pools.append(_pool_plan(spec, pool))
-    encoding, element_bytes = config.kvstore.kv_encoding, DTYPE_BYTES[dtype]
-    slot_bytes = max(
-        layers * spec.num_planes * block_size * kv_row_bytes(encoding, spec.head_dim, element_bytes)
+    arena = _arena(config.kvstore, layers * _fragment_layer_bytes(config, model, block_size, dtype))
+    return ClusterPlan(cluster, name, tuple(pools), arena)
+
+
+def _block_size(store: KVStoreConfig, on_cuda: bool) -> int:
+    on_cpu = LADDER_BLOCK_TOKENS if store.kv_cache_dtype in KV_LADDERS else _CPU_BLOCK_TOKENS
+    return store.block_size or (_CUDA_BLOCK_TOKENS if on_cuda else on_cpu)
+
+
+def _fragment_layer_bytes(config: ClusterConfig, model: ModelConfig, block_size: int, dtype: str) -> int:
+    """Of a fragment, for each layer in it; the largest of all cache groups."""
+    encoding = config.kvstore.kv_encoding
+    if encoding == "none":
+        return max(group.block_bytes(block_size, dtype) for group in _cache_groups(config.kvstore, model, block_size))
+    return max(
+        spec.num_planes * block_size * kv_row_bytes(encoding, spec.head_dim, DTYPE_BYTES[dtype])
         for spec in model.cache_specs
     )
-    arena = _arena(config.kvstore, slot_bytes)
-    return ClusterPlan(cluster, name, tuple(pools), arena)
+
+
+def _cache_groups(store: KVStoreConfig, model: ModelConfig, block_size: int) -> tuple[CacheGroup, ...]:
+    options = KVCacheOptions(store.kv_cache_dtype, store.kv_window_tokens, store.kv_sink_tokens)
+    try:
+        return options.scheme(block_size).groups(model.cache_specs)
+    except ModelError as error:
+        raise ConfigError(f"kvstore.{error}") from None
 
 
 def _arena(store: KVStoreConfig, slot_bytes: int) -> ArenaPlan:
@@ -162,6 +183,9 @@ def _engine(
         max_model_len=config.model.max_model_len,
         batch_invariant=config.model.batch_invariant,
         kv_encoding=config.kvstore.kv_encoding,
+        kv_cache_dtype=config.kvstore.kv_cache_dtype,
+        kv_window_tokens=config.kvstore.kv_window_tokens,
+        kv_sink_tokens=config.kvstore.kv_sink_tokens,
         ignore_keys=config.model.ignore_keys,
         plugins=config.model.plugins,
         **dataclasses.asdict(config.engine),
@@ -206,9 +230,12 @@ def check_cpu_memory(config: ClusterConfig, model: ModelConfig, memory_bytes: in
     What a GPU has space for is known to the worker that finds it. Raises ConfigError.
     """
     pools = {name: pool for name, pool in config.pools.items() if _device(config, pool, float(has_gpus)) == "cpu"}
-    numbers_per_token = sum(spec.num_planes * spec.num_kv_heads * spec.head_dim for spec in model.cache_specs)
-    element_bytes = DTYPE_BYTES.get(config.model.dtype, DTYPE_BYTES["float32"])
-    block_bytes = (config.kvstore.block_size or _CPU_BLOCK_TOKENS) * numbers_per_token * element_bytes
+    block_size = _block_size(config.kvstore, on_cuda=False)
+    dtype = "float32" if config.model.dtype == "auto" else config.model.dtype
+    block_bytes = sum(
+        len(group.layers) * group.spec.num_kv_heads * group.block_bytes(block_size, dtype)
+        for group in _cache_groups(config.kvstore, model, block_size)
+    )
     if pools and block_bytes > memory_bytes:
         raise ConfigError(f"kvstore.block_size: one block takes {block_bytes} bytes, more than this machine's memory")
     for name, pool in pools.items():

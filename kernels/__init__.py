@@ -20,6 +20,10 @@ definition that both are tested against. Importing touches no GPU.
                                block_size]: a cached number times its scale is meant
         batch_invariant=False  a token's bits then depend on its own sequence only (kernels/attention/ says how far)
     rope_and_write_kv(q, k, v, cos_sin, positions, kv_cache, slot_mapping) -> rotated q
+    pack_full_blocks(kv_cache, slot_mapping, that of the packed cache, its parts, bits) -> the parts, written in place
+    copy_full_blocks(kv_cache, slot_mapping, that of the other cache, the other cache) -> it, written in place
+    ladder_attention(q, rungs, query_start_loc, seq_lens, max_query_len, scale, ...) -> shaped as q
+        rungs: kernels.attention.ladder.RungBlocks, each a form of the cache and the distances it stands for
     rms_norm(x, weight, eps) -> normed
     add_rms_norm(x, residual, weight, eps) -> (normed, new_residual)
     swiglu(gate_up) -> silu(first half) * second half
@@ -59,9 +63,11 @@ Quantised results come with their fp32 scales, [num_tokens, 1] or, in groups of 
 """
 
 from kernels.attention.decode import decode_attention
+from kernels.attention.ladder import ladder_attention
 from kernels.attention.mla import mla_decode_attention
 from kernels.attention.mla_prefill import mla_prefill_attention
 from kernels.attention.prefill import prefill_attention
+from kernels.copy_blocks import copy_full_blocks
 from kernels.embedding import vocab_embedding
 from kernels.gated import swiglu, swiglu_quantised
 from kernels.gemm.fp8_block import fp8_block_gemm
@@ -80,6 +86,7 @@ from kernels.moe import moe_experts
 from kernels.moe_fp8 import moe_experts_fp8
 from kernels.moe_weight_only import moe_experts_weight_only
 from kernels.norm import add_rms_norm, add_rms_norm_quantised, rms_norm, rms_norm_quantised
+from kernels.pack_kv import pack_full_blocks
 from kernels.penalties import apply_penalties
 from kernels.rope_kv import rope_and_write_kv
 from kernels.rope_kv_quantised import rope_and_write_kv_fp8, rope_and_write_kv_int8
@@ -92,6 +99,7 @@ __all__ = [
     "add_rms_norm",
     "add_rms_norm_quantised",
     "apply_penalties",
+    "copy_full_blocks",
     "decode_attention",
     "fixed_order_linear",
     "fp8_block_gemm",
@@ -99,11 +107,13 @@ __all__ = [
     "gather_kv_blocks",
     "group_by_expert",
     "int8_gemm",
+    "ladder_attention",
     "mla_decode_attention",
     "mla_prefill_attention",
     "moe_experts",
     "moe_experts_fp8",
     "moe_experts_weight_only",
+    "pack_full_blocks",
     "prefill_attention",
     "rms_norm",
     "rms_norm_quantised",

@@ -54,10 +54,7 @@ def _launch(
     kv_cache: torch.Tensor, block_ids: torch.Tensor, buffer: torch.Tensor, layers_per_fragment: int, gather: bool
 ) -> None:
     num_layers, _, num_kv_heads, _, block_size, head_dim = kv_cache.shape
-    token_bytes = head_dim * kv_cache.element_size()
-    if token_bytes % (2 * _WORD_BYTES):
-        raise ValueError(f"a token's key is {token_bytes} bytes, which is no multiple of {2 * _WORD_BYTES}")
-    token_words = token_bytes // _WORD_BYTES
+    token_words = head_dim * kv_cache.element_size() // _WORD_BYTES
     run_words = buffer.shape[-2] * token_words
     stride_layer, stride_block = (n * kv_cache.element_size() // _WORD_BYTES for n in kv_cache.stride()[:2])
     grid = (len(block_ids), num_layers // layers_per_fragment, num_kv_heads * layers_per_fragment * 2)
@@ -77,15 +74,25 @@ def _empty_buffer(
     return torch.empty(shape, dtype=kv_cache.dtype, device=kv_cache.device)
 
 
+def _moves_words(kv_cache: torch.Tensor) -> bool:
+    """Whether there are K and V, in rows of whole pairs of words. What else there is, such as scales, is few bytes, and
+    torch moves it."""
+    return kv_cache.shape[3] == 2 and kv_cache.shape[5] * kv_cache.element_size() % (2 * _WORD_BYTES) == 0
+
+
 def gather_launch(
     kv_cache: torch.Tensor, block_ids: torch.Tensor, layers_per_fragment: int, num_tokens: int
 ) -> torch.Tensor:
+    if not _moves_words(kv_cache):
+        return gather_cpu(kv_cache, block_ids, layers_per_fragment, num_tokens)
     buffer = _empty_buffer(kv_cache, block_ids, layers_per_fragment, num_tokens)
     _launch(kv_cache, block_ids, buffer, layers_per_fragment, gather=True)
     return buffer
 
 
 def scatter_launch(buffer: torch.Tensor, block_ids: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
+    if not _moves_words(kv_cache):
+        return scatter_cpu(buffer, block_ids, kv_cache)
     _launch(kv_cache, block_ids, buffer, buffer.shape[3], gather=False)
     return kv_cache
 

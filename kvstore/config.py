@@ -16,7 +16,10 @@ from settings.limits import Bounds, Matches, OneOf, check_limits
 
 DISK_WRITES = ("back", "through")
 PREFIX_FETCH = ("cheapest", "always", "never")
-KV_ENCODINGS = ("none", "int8", "fp8")  # of keys and values, with loss
+KV_ENCODINGS = ("none", "int8", "fp8")  # of keys and values on their way, with loss
+KV_LADDERS = ("kivi8_4", "kivi4", "kivi4_2", "kivi2", "kivi2_v1", "token4", "token2")
+KV_CACHE_DTYPES = ("auto", "int8", "fp8", *KV_LADDERS)  # of keys and values in the paged cache
+LADDER_BLOCK_TOKENS = 32  # scales are shared by a block's tokens: in smaller blocks they cost more than the codes
 COMPRESSIONS = ("none", "zstd")  # of the bytes of a fragment, without
 CALLS_SUFFIX = ".calls"  # behind the path of a node's host address: the socket for slot calls
 _LEAST_DISK_BYTES = 16 * 1024 * 1024
@@ -38,12 +41,22 @@ def check_peer_transport(name: str) -> None:
         raise ValueError("nixl needs the nixl package, which is not installed: pip install 'switchyard[nixl]'")
 
 
+def check_kv_forms(kv_encoding: str, kv_cache_dtype: str) -> None:
+    """Raises ValueError, with the name of the setting, where blocks would be rounded twice."""
+    if kv_encoding != "none" and kv_cache_dtype != "auto":
+        raise ValueError(
+            f"kv_encoding: must be none, not {kv_encoding!r}: with kv_cache_dtype={kv_cache_dtype}"
+            " blocks travel as they lie in the cache"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class KVStoreConfig:
     """Paging, naming and the tiers that fragments of KV blocks are kept in."""
 
     block_size: Annotated[int, Bounds(at_least=0, at_most=_MOST_BLOCK_TOKENS)] = 0
-    """Tokens of a KV block: the unit of paging, naming and transfer. 0 means 16 on CPU, 64 on CUDA."""
+    """Tokens of a KV block: the unit of paging, naming and transfer. 0 means 16 on CPU (32 with a
+    kivi or token scheme), 64 on CUDA."""
     layers_per_fragment: Annotated[int, Bounds(at_least=0)] = 0
     """Layers that travel in one fragment. 0 means derived from the model and the pools' pipeline stages."""
     host_bytes: Annotated[int, Bounds(at_least=1024 * 1024)] = 512 * 1024 * 1024
@@ -60,6 +73,18 @@ class KVStoreConfig:
     kv_encoding: Annotated[str, OneOf(KV_ENCODINGS)] = "none"
     """none, or int8 or fp8 (e4m3): keys and values travel, and lie in all tiers, as 8-bit numbers with a scale per
     row. A fourth of the bytes of float32, half of bfloat16's; some tokens change (`python -m bench.kv_loss`)."""
+    kv_cache_dtype: Annotated[str, OneOf(KV_CACHE_DTYPES)] = "auto"
+    """How the paged cache itself keeps keys and values, and so all tiers; what it saves is streams that fit. auto: in
+    the model's dtype. int8: with a scale of each token and head. fp8 (e4m3): divided by a fixed scale of each head, the
+    checkpoint's k_scale and v_scale or else 1. kivi4, kivi2 (arXiv:2402.02750): blocks are packed in 4 or 2 bits when
+    they are full, keys per channel and values per token; the newest and the first tokens stay exact. kivi2_v1: values
+    in 1 bit. kivi8_4, kivi4_2: 8 (4) bits up to 128 tokens back, then 4 (2). token4, token2: keys per token too, which
+    loses more. Other than auto, kv_encoding must be none."""
+    kv_window_tokens: Annotated[int, Bounds(at_least=0, at_most=2**20)] = 32
+    """kivi and token schemes: tokens behind each token, itself included, whose keys and values it sees exactly; no
+    fewer than a block has."""
+    kv_sink_tokens: Annotated[int, Bounds(at_least=0, at_most=2**20)] = 16
+    """kivi and token schemes: tokens at the beginning of a request that stay exact."""
     disk_compression: Annotated[str, OneOf(COMPRESSIONS)] = "none"
     """none, or zstd: without loss, where it saves whole pages. Of what is written from now on; both forms are read."""
     peers: bool = False
@@ -91,6 +116,7 @@ class KVStoreConfig:
     it, by what each worker measured at its start. The KV transfer from prefill to decode is not affected."""
 
     def __post_init__(self) -> None:
+        check_kv_forms(self.kv_encoding, self.kv_cache_dtype)
         if is_redis_cluster(self.control):
             raise ValueError("control: must be one Redis, not a cluster: its scripts change keys of several hash slots")
         check_limits(self)

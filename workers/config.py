@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from checkpoint.errors import CheckpointError
 from checkpoint.gguf.directory import find_gguf, open_gguf
 from checkpoint.gguf.packaged import packaged_gguf
-from kvstore.config import KV_ENCODINGS, KVStoreConfig
+from kvstore.config import KV_CACHE_DTYPES, KV_ENCODINGS, KVStoreConfig, check_kv_forms
 from settings.limits import Bounds, OneOf, check_limits
 from workers.errors import ModelError
 
@@ -164,6 +164,12 @@ class EngineConfig(EngineOptions):
     """Whether a request's logits have the same bits whatever is computed beside it; slower."""
     kv_encoding: Annotated[str, OneOf(KV_ENCODINGS)] = "none"
     """none, int8 or fp8: how keys and values travel to the tiers and back."""
+    kv_cache_dtype: Annotated[str, OneOf(KV_CACHE_DTYPES)] = "auto"
+    """As kvstore.kv_cache_dtype."""
+    kv_window_tokens: Annotated[int, Bounds(at_least=0, at_most=2**20)] = 32
+    """As kvstore.kv_window_tokens."""
+    kv_sink_tokens: Annotated[int, Bounds(at_least=0, at_most=2**20)] = 16
+    """As kvstore.kv_sink_tokens."""
     ignore_keys: tuple[str, ...] = ()
     """Keys of the model's files that are passed over though nothing is known of them."""
     plugins: tuple[str, ...] = ()
@@ -177,6 +183,9 @@ class EngineConfig(EngineOptions):
             "kv_encoding",
             f"{self.kv_encoding} changes bits: neither batch_invariant nor runner=fake",
         )
+        check_kv_forms(self.kv_encoding, self.kv_cache_dtype)
+        is_fake = self.runner == "fake"
+        _require(self.kv_cache_dtype == "auto" or not is_fake, "kv_cache_dtype", "must be auto with runner=fake")
 
 
 @dataclass(frozen=True, slots=True)

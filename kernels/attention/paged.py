@@ -17,7 +17,7 @@ from kernels.jit import cdiv
 # The fixed order: a tile of queries is that of these positions, whichever of them a call brings, and a tile of keys
 # likewise. All products then have one shape, and a token is always the same row of them: the matrix library has no
 # choice left that could depend on the batch. Small enough that a decode step, one token of a tile, stays bearable.
-_QUERY_TILE, _KEY_TILE = 4, 128
+QUERY_TILE, KEY_TILE = 4, 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,25 +151,25 @@ def attend_in_fixed_order(q: torch.Tensor, kv: torch.Tensor, length: int, softma
     """
     num_kv_heads, _, num_keys, head_dim = kv.shape
     group = q.shape[1] // num_kv_heads
-    first_position, first_tile = length - len(q), (length - num_keys) // _KEY_TILE
-    num_tiles = cdiv(length, _KEY_TILE) - first_tile
-    padded = torch.zeros(num_kv_heads, 2, num_tiles * _KEY_TILE, head_dim)
-    begin = length - num_keys - first_tile * _KEY_TILE
+    first_position, first_tile = length - len(q), (length - num_keys) // KEY_TILE
+    num_tiles = cdiv(length, KEY_TILE) - first_tile
+    padded = torch.zeros(num_kv_heads, 2, num_tiles * KEY_TILE, head_dim)
+    begin = length - num_keys - first_tile * KEY_TILE
     padded[:, :, begin : begin + num_keys] = kv
-    # [tile, 2, kv_heads, _KEY_TILE, head_dim]: each product's operand is contiguous and aligned alike
-    tiles = padded.view(num_kv_heads, 2, num_tiles, _KEY_TILE, head_dim).permute(2, 1, 0, 3, 4).contiguous()
+    # [tile, 2, kv_heads, KEY_TILE, head_dim]: each product's operand is contiguous and aligned alike
+    tiles = padded.view(num_kv_heads, 2, num_tiles, KEY_TILE, head_dim).permute(2, 1, 0, 3, 4).contiguous()
     out = torch.empty(q.shape, dtype=q.dtype)
-    for begin in range(first_position // _QUERY_TILE * _QUERY_TILE, first_position + len(q), _QUERY_TILE):
-        first, last = max(begin, first_position), min(begin + _QUERY_TILE, first_position + len(q))
-        rows = torch.zeros(_QUERY_TILE, num_kv_heads, group, head_dim)
+    for begin in range(first_position // QUERY_TILE * QUERY_TILE, first_position + len(q), QUERY_TILE):
+        first, last = max(begin, first_position), min(begin + QUERY_TILE, first_position + len(q))
+        rows = torch.zeros(QUERY_TILE, num_kv_heads, group, head_dim)
         rows[first - begin : last - begin] = q[first - first_position : last - first_position].unflatten(
             1, (num_kv_heads, group)
         )
-        rows = rows.transpose(0, 1).reshape(num_kv_heads, _QUERY_TILE * group, head_dim)
-        position = torch.arange(begin, begin + _QUERY_TILE).repeat_interleave(group)
-        key_tiles = range(softmax.first_key(first) // _KEY_TILE, cdiv(last, _KEY_TILE))
+        rows = rows.transpose(0, 1).reshape(num_kv_heads, QUERY_TILE * group, head_dim)
+        position = torch.arange(begin, begin + QUERY_TILE).repeat_interleave(group)
+        key_tiles = range(softmax.first_key(first) // KEY_TILE, cdiv(last, KEY_TILE))
         attended = _attend_tile(rows, position, tiles, first_tile, key_tiles, softmax)
-        attended = attended.view(num_kv_heads, _QUERY_TILE, group, head_dim).transpose(0, 1)
+        attended = attended.view(num_kv_heads, QUERY_TILE, group, head_dim).transpose(0, 1)
         out[first - first_position : last - first_position] = attended[first - begin : last - begin].flatten(1, 2)
     return out
 
@@ -183,24 +183,46 @@ def _attend_tile(
     softmax: Softmax,
 ) -> torch.Tensor:
     """A tile of keys that a row does not see changes no bit of it, so other rows may ask for more tiles."""
-    num_kv_heads, num_rows, _ = rows.shape
-    acc = torch.zeros_like(rows)
-    peak = torch.full((num_kv_heads, num_rows, 1), float("-inf"))
-    total = torch.zeros(num_kv_heads, num_rows, 1)
-    if softmax.sinks is not None:
-        group = softmax.sinks.shape[0] // num_kv_heads
-        peak = softmax.sinks.view(num_kv_heads, 1, group).expand(-1, num_rows // group, -1).reshape(peak.shape)
-        total = torch.ones_like(total)
-    lane = torch.arange(_KEY_TILE)
+    sums = TileSums.start(rows, softmax)
+    lane = torch.arange(KEY_TILE)
     for i in key_tiles:
         k, v = tiles[i - first_tile]
-        scores = softmax.scores(torch.bmm(rows, k.transpose(1, 2)))
-        scores.masked_fill_(~softmax.is_seen(position, i * _KEY_TILE + lane), float("-inf"))
-        new_peak = torch.maximum(peak, scores.amax(-1, keepdim=True))
+        sums.add(k, v, softmax.is_seen(position, i * KEY_TILE + lane))
+    return sums.result()
+
+
+@dataclass(slots=True)
+class TileSums:
+    """A tile of rows on its way through tiles of keys, which always come in the same order."""
+
+    rows: torch.Tensor  # [kv_heads, rows, head_dim] fp32
+    softmax: Softmax
+    acc: torch.Tensor
+    peak: torch.Tensor
+    total: torch.Tensor
+
+    @staticmethod
+    def start(rows: torch.Tensor, softmax: Softmax) -> TileSums:
+        num_kv_heads, num_rows, _ = rows.shape
+        peak = torch.full((num_kv_heads, num_rows, 1), float("-inf"))
+        total = torch.zeros(num_kv_heads, num_rows, 1)
+        if softmax.sinks is not None:
+            group = softmax.sinks.shape[0] // num_kv_heads
+            peak = softmax.sinks.view(num_kv_heads, 1, group).expand(-1, num_rows // group, -1).reshape(peak.shape)
+            total = torch.ones_like(total)
+        return TileSums(rows, softmax, torch.zeros_like(rows), peak, total)
+
+    def add(self, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor) -> None:
+        """k, v [kv_heads, KEY_TILE, head_dim]; seen [rows, KEY_TILE]."""
+        scores = self.softmax.scores(torch.bmm(self.rows, k.transpose(1, 2)))
+        scores.masked_fill_(~seen, float("-inf"))
+        new_peak = torch.maximum(self.peak, scores.amax(-1, keepdim=True))
         base = new_peak.masked_fill(new_peak == float("-inf"), 0.0)
         weights = torch.exp(scores - base)
-        decay = torch.exp(peak - base)
-        total = total * decay + weights.sum(-1, keepdim=True)
-        acc = acc * decay + torch.bmm(weights, v)
-        peak = new_peak
-    return acc / torch.where(total > 0, total, 1.0)
+        decay = torch.exp(self.peak - base)
+        self.total = self.total * decay + weights.sum(-1, keepdim=True)
+        self.acc = self.acc * decay + torch.bmm(weights, v)
+        self.peak = new_peak
+
+    def result(self) -> torch.Tensor:
+        return self.acc / torch.where(self.total > 0, self.total, 1.0)

@@ -6,9 +6,11 @@ For tests and benchmarks; the engine never imports it.
 from typing import Any
 
 from kernels.attention.decode import decode_attention
+from kernels.attention.ladder import ladder_attention
 from kernels.attention.mla import mla_decode_attention
 from kernels.attention.mla_prefill import mla_prefill_attention
 from kernels.attention.prefill import prefill_attention
+from kernels.copy_blocks import copy_full_blocks
 from kernels.embedding import vocab_embedding
 from kernels.gated import swiglu, swiglu_quantised
 from kernels.gemm.fp8_block import fp8_block_gemm
@@ -28,6 +30,7 @@ from kernels.moe_fp8 import moe_experts_fp8
 from kernels.moe_weight_only import moe_experts_weight_only
 from kernels.norm import add_rms_norm, add_rms_norm_quantised, rms_norm, rms_norm_quantised
 from kernels.op import Op
+from kernels.pack_kv import pack_full_blocks
 from kernels.penalties import apply_penalties
 from kernels.rope_kv import rope_and_write_kv
 from kernels.rope_kv_quantised import rope_and_write_kv_fp8, rope_and_write_kv_int8
@@ -66,6 +69,9 @@ OPS: tuple[Op[..., Any], ...] = (
     sample,
     vocab_embedding,
     apply_penalties,
+    ladder_attention,
+    pack_full_blocks,
+    copy_full_blocks,
     group_by_expert,
     moe_experts,
     moe_experts_fp8,

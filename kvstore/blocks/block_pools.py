@@ -2,7 +2,8 @@
 
 A group whose layers see a window of tokens needs the last blocks of a prefix only, and gives back what has left the
 window. So each group has a pool of its own, and each request a block table per group, whose first entries may have been
-given back. Pure; knows nothing of tensors, of requests, or of what a name means.
+given back. A group may also keep no more than the first blocks of each request. Pure; knows nothing of tensors, of
+requests, or of what a name means.
 """
 
 from __future__ import annotations
@@ -27,13 +28,18 @@ class BlockTable:
 
 
 class BlockPools:
-    """Pools with one block size. windows: of each group, in tokens; 0: all tokens are seen. The engine owns it."""
+    """Pools with one block size. windows: of each group, in tokens; 0: all tokens are seen. limits: of each group, how
+    many of a request's first blocks it keeps; 0: all. The engine owns it."""
 
-    def __init__(self, pools: Sequence[BlockPool], windows: Sequence[int] = (0,)) -> None:
+    def __init__(
+        self, pools: Sequence[BlockPool], windows: Sequence[int] = (0,), limits: Sequence[int] | None = None
+    ) -> None:
         if len(pools) != len(windows) or len({pool.block_size for pool in pools}) != 1:
             raise ValueError(f"{len(pools)} pools with {len(windows)} windows, or with different block sizes")
         self.pools = tuple(pools)
         self.windows = tuple(windows)
+        self.limits = (0,) * len(pools) if limits is None else tuple(limits)
+        self._growing = [group for group, limit in enumerate(self.limits) if not limit]
         self.block_size = pools[0].block_size
         self.has_windows = any(windows)
         self.num_groups = len(pools)
@@ -59,6 +65,23 @@ class BlockPools:
         window = self.windows[group]
         return max(0, num_tokens - window) // self.block_size if window else 0
 
+    @property
+    def max_blocks(self) -> int:
+        """Of one request: as many as the groups have that keep all of them."""
+        groups = zip(self.pools, self.windows, self.limits, strict=True)
+        return min((pool.num_blocks for pool, window, limit in groups if not window and not limit), default=1 << 62)
+
+    def num_entries(self, tables: Sequence[BlockTable]) -> int:
+        """Blocks for which every group's table has an entry, where the group has one for all."""
+        if len(tables) == 1:
+            return len(tables[0].block_ids)
+        return min(len(tables[group].block_ids) for group in self._growing)
+
+    def _bounded(self, group: int, num_blocks: int) -> int:
+        """How many of a request's first blocks the group keeps."""
+        limit = self.limits[group]
+        return min(num_blocks, limit) if limit else num_blocks
+
     def check(self) -> None:
         """Re-derives the books of all pools; raises AssertionError when they disagree."""
         for pool in self.pools:
@@ -68,9 +91,11 @@ class BlockPools:
     def num_matched(self, names: Sequence[bytes]) -> int:
         """Blocks of the longest prefix of `names` from which every group could go on."""
         count = len(names)
-        for pool, window in zip(self.pools, self.windows, strict=True):
+        for group, (pool, window) in enumerate(zip(self.pools, self.windows, strict=True)):
             if not window:
-                count = min(count, len(pool.match_prefix(names[:count])))
+                wanted = self._bounded(group, count)
+                found = len(pool.match_prefix(names[:wanted]))
+                count = count if found == wanted else found
         while self.has_windows and count > 0:
             shorter = min(self._num_matched_in_window(group, names, count) for group in range(self.num_groups))
             if shorter == count:
@@ -91,7 +116,7 @@ class BlockPools:
         tables = []
         for group, pool in enumerate(self.pools):
             first = self.first_needed(group, len(names) * self.block_size)
-            block_ids = pool.match_prefix(names[first:])
+            block_ids = pool.match_prefix(names[first : self._bounded(group, len(names))])
             pool.acquire(block_ids)
             tables.append(BlockTable([0] * first + block_ids, first))
         return tables
@@ -103,7 +128,7 @@ class BlockPools:
 
     def num_missing(self, tables: Sequence[BlockTable], num_blocks: int, groups: Sequence[int]) -> int:
         """Blocks that must become free in some group before its table can have so many entries; none if not > 0."""
-        lacks = [num_blocks - len(tables[group].block_ids) for group in groups]
+        lacks = [self._bounded(group, num_blocks) - len(tables[group].block_ids) for group in groups]
         return max(
             (lack - self.pools[group].num_free for group, lack in zip(groups, lacks, strict=True) if lack > 0),
             default=0,
@@ -112,7 +137,7 @@ class BlockPools:
     def extend(self, tables: Sequence[BlockTable], num_blocks: int, groups: Sequence[int]) -> None:
         """Give the tables of these groups blocks until they have so many entries."""
         for group in groups:
-            missing = num_blocks - len(tables[group].block_ids)
+            missing = self._bounded(group, num_blocks) - len(tables[group].block_ids)
             if missing > 0:
                 tables[group].block_ids += self.pools[group].allocate(missing)
 
@@ -142,7 +167,7 @@ class BlockPools:
     def register(self, tables: Sequence[BlockTable], index: int, name: bytes) -> None:
         """The entries at `index` hold the content of `name` now."""
         for pool, table in zip(self.pools, tables, strict=True):
-            if index >= table.num_released:
+            if table.num_released <= index < len(table.block_ids):
                 pool.register(table.block_ids[index], name)
 
     def release_behind_windows(self, tables: Sequence[BlockTable], num_tokens: int) -> None:

@@ -93,6 +93,15 @@ def test_the_laptop_example_says_what_the_defaults_are() -> None:
             "kvstore: {kv_encoding: int8}\nengine: {runner: fake}",
             "kvstore.kv_encoding: must be none with engine.runner=fake, which needs every bit, not 'int8'",
         ),
+        ("kvstore: {kv_cache_dtype: int3}", "kvstore.kv_cache_dtype: must be one of auto, int8, fp8, kivi8_4"),
+        (
+            "kvstore: {kv_cache_dtype: int8, kv_encoding: fp8}",
+            "kvstore.kv_encoding: must be none, not 'fp8': with kv_cache_dtype=int8 blocks travel as they",
+        ),
+        (
+            "kvstore: {kv_cache_dtype: int8}\nengine: {runner: fake}",
+            "kvstore.kv_cache_dtype: must be auto with engine.runner=fake, not 'int8'",
+        ),
         ("kvstore: {tier_compression: lz4}", "kvstore.tier_compression: must be one of none, zstd, not 'lz4'"),
         ("router: {window_tokens: 0}", "router.window_tokens: must be at least 1"),
         ("router: {policy: best}", "router.policy: must be one of cheapest, least_loaded, not 'best'"),

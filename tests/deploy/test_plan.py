@@ -62,6 +62,21 @@ def test_slots_are_as_large_as_what_is_kept_in_them(tiny_model: Path, encoding: 
     assert {pool.spec.kvstore.tier_compression for pool in made.pools} == {"zstd"}
 
 
+@pytest.mark.parametrize(("kv_cache_dtype", "row_bytes"), [("auto", 16 * 4), ("int8", 16 + 4), ("fp8", 16)])
+def test_slots_and_blocks_are_as_large_as_what_the_cache_keeps(
+    tiny_model: Path, kv_cache_dtype: str, row_bytes: int
+) -> None:
+    made = plan(tiny_model, f"kvstore.kv_cache_dtype={kv_cache_dtype}")
+    assert made.arena.slot_bytes == 4 * 2 * 16 * row_bytes
+    assert {pool.spec.engine.kv_cache_dtype for pool in made.pools} == {kv_cache_dtype}
+    model = load_config(tiny_model)
+    block_bytes = sum(spec.num_kv_heads for spec in model.cache_specs) * 2 * 16 * row_bytes
+    settings = ["pools.decode.num_blocks=100", f"kvstore.kv_cache_dtype={kv_cache_dtype}"]
+    check_cpu_memory(config.load(None, settings), model, 100 * block_bytes, has_gpus=False)
+    with pytest.raises(ConfigError, match=f"100 blocks of {block_bytes} bytes"):
+        check_cpu_memory(config.load(None, settings), model, 100 * block_bytes - 1, has_gpus=False)
+
+
 def test_gpus_change_block_size_dtype_and_resources(tiny_model: Path) -> None:
     made = plan(tiny_model, "pools.decode.tp=2", "pools.decode.pp=2", num_gpus=8)
     decode = made.pools[1]

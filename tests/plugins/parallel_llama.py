@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from workers.model.batch import Batch
     from workers.model.layers.attention import Attention
+    from workers.model.layers.layer_cache import LayerCache
     from workers.model.layers.mlp import SwiGlu
     from workers.model.layers.norm import RmsNorm
     from workers.model.layers.source import LayerSource
@@ -54,7 +55,7 @@ class ParallelDecoder:
         prefix = f"model.layers.{index}."
         return ParallelLayer(
             RmsNorm(source, prefix + "norm.weight"),
-            Attention(source, prefix + "self_attn.", self.attention, source.cache_group(index), cos_sin),
+            Attention(source, prefix + "self_attn.", self.attention, cos_sin),
             SwiGlu(source, prefix + "mlp.", self.mlp),
         )
 
@@ -73,12 +74,12 @@ class ParallelLayer:
         self.attended_width = attention.attended_width
 
     def before_attention(
-        self, hidden: Tensor, residual: Tensor | None, batch: Batch, kv_cache: Tensor
+        self, hidden: Tensor, residual: Tensor | None, batch: Batch, kv_cache: LayerCache
     ) -> tuple[Tensor, Tensor]:
         x, residual = self._norm.add(hidden, residual)
         return self._attention.queries(x, batch, kv_cache), residual
 
-    def attention(self, q: Tensor, batch: Batch, kv_cache: Tensor) -> Tensor:
+    def attention(self, q: Tensor, batch: Batch, kv_cache: LayerCache) -> Tensor:
         return self._attention.attend(q, batch, kv_cache)
 
     def after_attention(self, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from workers.kv.schemes.paged_layer import PagedLayer
 from workers.model.batch import Batch, GroupInputs
 from workers.model.loader import Checkpoint
 from workers.model.quant.storage import Cut, StoredFormat
@@ -45,7 +46,7 @@ def last_logits(directory: Path, dtype: torch.dtype, token_ids: torch.Tensor, co
     n = len(token_ids)
     blocks = torch.arange(-(-n // _BLOCK_SIZE), dtype=torch.int32)
     caches = [
-        torch.zeros(len(blocks), spec.num_kv_heads, 2, _BLOCK_SIZE, spec.head_dim, dtype=dtype)
+        PagedLayer(0, torch.zeros(len(blocks), spec.num_kv_heads, 2, _BLOCK_SIZE, spec.head_dim, dtype=dtype))
         for spec in model.cache_specs
     ]
     batch = Batch(

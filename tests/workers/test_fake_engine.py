@@ -127,7 +127,7 @@ def test_any_wrong_word_of_the_cache_changes_the_tokens(model_dir: Path) -> None
     assert next_token(runner, table) == right
     num_same = num_tried = 0
     for position in range(9):
-        slots = runner.cache.tensors[0][:, table[position // BLOCK_SIZE], :, :, position % BLOCK_SIZE]
+        slots = runner.cache.tensors[0][0][:, table[position // BLOCK_SIZE], :, :, position % BLOCK_SIZE]
         for word in itertools.product(*map(range, slots.shape)):
             slots[word] ^= 1 << (num_tried % 31)
             num_same += next_token(runner, table) == right
@@ -150,7 +150,7 @@ def test_words_in_the_wrong_slot_change_the_tokens(model_dir: Path) -> None:
     }
     for name, words_of in swaps.items():
         runner, table = filled_runner(model_dir)
-        one, other = words_of(runner.cache.tensors[0])
+        one, other = words_of(runner.cache.tensors[0][0])
         kept = one.clone()
         one.copy_(other)
         other.copy_(kept)

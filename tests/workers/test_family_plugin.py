@@ -65,6 +65,7 @@ def make_random(path: Path, config: dict[str, object]) -> Path:
         if name.endswith("norm.weight")
         else torch.randn(tensor.shape, generator=generator) * (0.2 if len(tensor.shape) == 2 else 1.0)
         for name, tensor in wanted.items()
+        if not tensor.is_optional
     }
     save_file(tensors, path / "model.safetensors")
     return path

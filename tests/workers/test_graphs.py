@@ -145,7 +145,7 @@ def test_every_small_step_is_a_replay_and_reads_no_foreign_slot(checkpoint, monk
         options = replace(config, cuda_graphs=with_graphs)
         runner = TorchModelRunner(options, load_config(checkpoint), ParallelGroups(Shard(), CPU), CPU)
         runner.warm_up()
-        runner.cache.tensors[0].fill_(float("nan"))  # as if other requests had left that
+        runner.cache.tensors[0][0].fill_(float("nan"))  # as if other requests had left that
         tokens, num_steps, replays, forwards = run_counting(runner, options, monkeypatch)
         completions.append(tokens)
         if with_graphs:
@@ -167,7 +167,7 @@ def test_the_largest_steps_of_a_warm_up_fit_and_write_nothing(checkpoint, with_g
     )  # fmt: skip
     runner = TorchModelRunner(config, load_config(checkpoint), ParallelGroups(Shard(), CPU), CPU)
     runner.warm_up()
-    (cache,) = runner.cache.tensors
+    ((cache,),) = runner.cache.tensors
     before = cache.clone()
     runner._run_largest_steps()
     assert torch.equal(cache, before)

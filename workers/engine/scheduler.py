@@ -78,8 +78,7 @@ class Scheduler:
     @property
     def max_context_tokens(self) -> int:
         """Most tokens of one request: more would not fit into the blocks of a group that keeps all of them."""
-        whole = [pool.num_blocks for pool, window in zip(self.pool.pools, self.pool.windows, strict=True) if not window]
-        return min([self.config.max_model_len, *(num_blocks * self.pool.block_size for num_blocks in whole)])
+        return min(self.config.max_model_len, self.pool.max_blocks * self.pool.block_size)
 
     def name_blocks(self, request: Request) -> None:
         """Name the full blocks of a request that is not queued yet; from any thread."""
@@ -256,9 +255,9 @@ class Scheduler:
         end, is_last = start + count, count == left
         drafts = self._take_drafts(request, budget - count) if is_last and request.draft_token_ids else ()
         end += len(drafts)
-        size, tables = self.pool.block_size, request.block_tables
-        shortest = tables[0] if not self.pool.has_windows else min(tables, key=lambda table: len(table.block_ids))
-        if end > len(shortest.block_ids) * size and not self._free_blocks_for(plan, request, end):
+        size = self.pool.block_size
+        num_slots = self.pool.num_entries(request.block_tables) * size
+        if end > num_slots and not self._free_blocks_for(plan, request, end):
             return 0
         if self.rows.take(request, plan.rows):
             plan.new_rows.append(RowState.of(request))
@@ -371,7 +370,7 @@ class Scheduler:
         self.pool.extend(request.block_tables, num_blocks, self._all_groups)
         if request.row >= 0:
             for group, (table, first) in enumerate(zip(request.block_tables, before, strict=True)):
-                for index in range(first, num_blocks):
+                for index in range(first, len(table.block_ids)):
                     plan.new_blocks += (group, request.row, index, table.block_ids[index])
         return True
 

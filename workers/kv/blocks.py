@@ -21,6 +21,7 @@ from workers.config import kv_row_bytes
 from workers.engine.step import BlockTransfer
 from workers.errors import ModelError
 from workers.kv.codec import decode, encode
+from workers.kv.staging import Staging
 
 FragmentBytes = npt.NDArray[np.uint8]
 """A fragment's payload in its order: flat, or as it lies in a cache, [layers of the group, K|V, slots, bytes]."""
@@ -110,21 +111,21 @@ class StagedBlocks:
         self._cache = cache
         self._layers_per_fragment = layers_per_fragment
         self._encoding = encoding
-        self._is_cuda = cache.is_cuda
-        self._copies = torch.cuda.Stream(cache.device) if cache.is_cuda else None
+        self._staging = Staging(cache.device)
 
     def gather(self, transfer: BlockTransfer) -> Callable[[], list[FragmentBytes]]:
         """As in BlockMemory."""
         staged: list[Tensor] = []
-        for block_ids, num_tokens in _runs(transfer):
-            gathered = gather_kv_blocks(self._cache, self._ids(block_ids), self._layers_per_fragment, num_tokens)
+        for block_ids, num_tokens in runs(transfer):
+            gathered = gather_kv_blocks(
+                self._cache, self._staging.ids(block_ids), self._layers_per_fragment, num_tokens
+            )
             encoded = encode(gathered.flatten(0, 2), self._encoding)
-            staged.append(self._to_host(encoded))
-        copied = None if self._copies is None else self._copies.record_event()
+            staged.append(self._staging.to_host(encoded))
+        wait_for_copies = self._staging.copied()
 
         def wait() -> list[FragmentBytes]:
-            if copied is not None:
-                copied.synchronize()
+            wait_for_copies()
             return [fragment for buffer in staged for fragment in buffer.numpy()]
 
         return wait
@@ -132,10 +133,10 @@ class StagedBlocks:
     def fill(self, transfer: BlockTransfer) -> Filling:
         """As in BlockMemory."""
         staged: list[tuple[Sequence[int], int, Tensor]] = []
-        for block_ids, num_tokens in _runs(transfer):
+        for block_ids, num_tokens in runs(transfer):
             num_fragments = len(block_ids) * self._fragments_per_block
             shape = (num_fragments, self._rows_per_slot * num_tokens * self._row_bytes)
-            staged.append((block_ids, num_tokens, torch.empty(shape, dtype=torch.uint8, pin_memory=self._is_cuda)))
+            staged.append((block_ids, num_tokens, self._staging.empty(shape)))
 
         def finish(num_blocks: int) -> None:
             for block_ids, num_tokens, buffer in staged:
@@ -143,29 +144,9 @@ class StagedBlocks:
                 num_blocks -= count
                 if count:
                     whole = buffer[: count * self._fragments_per_block]
-                    self._scatter(self._to_device(whole), block_ids[:count], num_tokens)
+                    self._scatter(self._staging.to_device(whole), block_ids[:count], num_tokens)
 
         return Filling([fragment for _, _, buffer in staged for fragment in buffer.numpy()], finish)
-
-    def _to_host(self, encoded: Tensor) -> Tensor:
-        if self._copies is None:
-            return encoded
-        pinned = torch.empty_like(encoded, device="cpu", pin_memory=True)
-        self._copies.wait_stream(torch.cuda.current_stream(self._cache.device))
-        with torch.cuda.stream(self._copies):
-            pinned.copy_(encoded, non_blocking=True)
-        encoded.record_stream(self._copies)  # not reused for another tensor before it is copied
-        return pinned
-
-    def _to_device(self, pinned: Tensor) -> Tensor:
-        if self._copies is None:
-            return pinned
-        with torch.cuda.stream(self._copies):
-            encoded = pinned.to(self._cache.device, non_blocking=True)
-        computing = torch.cuda.current_stream(self._cache.device)
-        computing.wait_stream(self._copies)
-        encoded.record_stream(computing)
-        return encoded
 
     @property
     def _fragments_per_block(self) -> int:
@@ -184,14 +165,10 @@ class StagedBlocks:
         num_groups = num_layers // self._layers_per_fragment
         rows = decode(encoded, head_dim, self._cache.dtype, self._encoding)
         shape = (len(block_ids), num_groups, num_heads, self._layers_per_fragment, 2, num_tokens, head_dim)
-        scatter_kv_blocks(rows.view(shape), self._ids(block_ids), self._cache)
-
-    def _ids(self, block_ids: Sequence[int]) -> Tensor:
-        ids = torch.tensor(block_ids, dtype=torch.int32)
-        return ids.pin_memory().to(self._cache.device, non_blocking=True) if self._is_cuda else ids
+        scatter_kv_blocks(rows.view(shape), self._staging.ids(block_ids), self._cache)
 
 
-def _runs(transfer: BlockTransfer) -> Iterator[tuple[Sequence[int], int]]:
+def runs(transfer: BlockTransfer) -> Iterator[tuple[Sequence[int], int]]:
     """(blocks with equally many filled slots, how many); only the last block of a transfer may have fewer."""
     num_full = sum(count == transfer.num_tokens[0] for count in transfer.num_tokens)
     for first, last in ((0, num_full), (num_full, len(transfer.block_ids))):

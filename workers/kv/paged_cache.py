@@ -1,4 +1,4 @@
-"""A rank's paged KV cache: one tensor per cache group, with the layers and heads that the rank owns.
+"""A rank's paged KV cache: tensors per cache group, with the layers and heads that the rank owns.
 
 Knows nothing of requests; which block belongs to whom is the block pools' business.
 """
@@ -14,7 +14,11 @@ from torch import Tensor
 from workers.errors import ModelError
 from workers.kv.blocks import BlockMemory, block_memory
 from workers.kv.grid import FragmentGrid, fragment_grid
-from workers.model.cache_spec import CacheGroup, group_of_layer
+from workers.kv.parted_blocks import PartedBlocks
+from workers.kv.schemes.exact import EXACT_SCHEME
+from workers.kv.schemes.scheme import KVScheme, LayerBlocks
+from workers.model.cache_spec import BlockPart, CacheGroup
+from workers.model.layers.layer_cache import LayerCache
 from workers.parallel import Shard
 
 
@@ -26,7 +30,8 @@ class CacheLayout:
     held_layers: range  # of the rank's stage
     shard: Shard
     block_size: int
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the activations
+    scheme: KVScheme = EXACT_SCHEME  # that made the groups
 
     def layers(self, group: CacheGroup) -> list[int]:
         """Those of the group that the rank's stage has."""
@@ -39,11 +44,18 @@ class CacheLayout:
         held = self.shard.slice_of(group.spec.num_kv_heads)
         return range(held.start, held.stop)
 
+    def parts(self, group: CacheGroup) -> tuple[BlockPart, ...]:
+        """What a block of the group has per layer and head."""
+        return group.form.parts(group.spec, self.block_size, self._dtype_name)
+
     def block_bytes(self, group: CacheGroup) -> int:
         """Of one block on this rank."""
-        spec = group.spec
-        rows = len(self.layers(group)) * len(self.heads(group)) * spec.num_planes * self.block_size
-        return rows * spec.head_dim * self.dtype.itemsize
+        num_heads = len(self.layers(group)) * len(self.heads(group))
+        return num_heads * group.block_bytes(self.block_size, self._dtype_name)
+
+    @property
+    def _dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
     def blocks_that_fit(self, free_bytes: int, most: Sequence[int]) -> list[int]:
         """Blocks of each group: as many in all of them, but in none more than `most`, from which nobody would gain.
@@ -67,35 +79,33 @@ class CacheLayout:
 
 
 class PagedCache:
-    """Tensors [layers, blocks, heads, K|V, block_size, head_dim]; K|V has one entry in a latent cache."""
+    """For each part of a group's form a tensor [layers, blocks, heads, planes, slots, width]."""
 
     def __init__(self, layout: CacheLayout, num_blocks: Sequence[int], device: torch.device) -> None:
         self.layout = layout
         self.num_blocks = list(num_blocks)
-        self.tensors: list[Tensor] = []
-        for group, count in zip(layout.groups, num_blocks, strict=True):
-            spec = group.spec
-            shape = (
-                len(layout.layers(group)), count, len(layout.heads(group)), spec.num_planes, layout.block_size,
-                spec.head_dim,
-            )  # fmt: skip
-            # Zeros, not empty: attention multiplies masked slots by 0, and 0 x NaN is NaN.
-            self.tensors.append(torch.zeros(shape, dtype=layout.dtype, device=device))
+        self.device = device
+        # Zeros, not empty: attention multiplies masked slots by 0, and 0 x NaN is NaN.
+        self.tensors: list[tuple[Tensor, ...]] = [
+            tuple(
+                torch.zeros(
+                    (len(layout.layers(group)), count, len(layout.heads(group)), part.planes, part.slots, part.width),
+                    dtype=getattr(torch, part.dtype),
+                    device=device,
+                )
+                for part in layout.parts(group)
+            )
+            for group, count in zip(layout.groups, num_blocks, strict=True)
+        ]
 
-    @property
-    def device(self) -> torch.device:
-        """Where the cache lies."""
-        return self.tensors[0].device
-
-    def of_layers(self) -> list[Tensor]:
-        """The cache of each layer of the stage, [blocks, heads, K|V, block_size, head_dim]."""
-        index_of = {
-            layer: (group.index, index)
-            for group in self.layout.groups
-            for index, layer in enumerate(self.layout.layers(group))
-        }
-        assert set(index_of) == set(self.layout.held_layers) <= set(group_of_layer(self.layout.groups))
-        return [self.tensors[group][index] for group, index in (index_of[layer] for layer in self.layout.held_layers)]
+    def of_layers(self) -> list[LayerCache]:
+        """The cache of each layer of the stage."""
+        layout = self.layout
+        blocks: dict[int, list[LayerBlocks]] = {layer: [] for layer in layout.held_layers}
+        for group, tensors in zip(layout.groups, self.tensors, strict=True):
+            for index, layer in enumerate(layout.layers(group)):
+                blocks[layer].append(LayerBlocks(group, tuple(tensor[index] for tensor in tensors)))
+        return [layout.scheme.layer_cache(blocks[layer]) for layer in layout.held_layers]
 
     def grids(self, layers_per_fragment: int) -> list[FragmentGrid]:
         """What the rank owns of each group. Raises ModelError when fragments do not fit the stage."""
@@ -107,8 +117,18 @@ class PagedCache:
 
     def memories(self, layers_per_fragment: int, encoding: str) -> list[BlockMemory]:
         """The fragments of each group as bytes."""
-        grids = self.grids(layers_per_fragment)
         return [
-            block_memory(tensor, grid.layers_per_fragment, encoding)
-            for tensor, grid in zip(self.tensors, grids, strict=True)
+            self._memory(group, tensors, grid.layers_per_fragment, encoding)
+            for group, tensors, grid in zip(
+                self.layout.groups, self.tensors, self.grids(layers_per_fragment), strict=True
+            )
         ]
+
+    def _memory(
+        self, group: CacheGroup, tensors: tuple[Tensor, ...], layers_per_fragment: int, encoding: str
+    ) -> BlockMemory:
+        if len(tensors) == 1 and not group.takes_full_blocks:
+            return block_memory(tensors[0], layers_per_fragment, encoding)
+        assert encoding == "none", encoding  # blocks travel as they lie: see EngineConfig
+        full_block_tokens = self.layout.block_size if group.takes_full_blocks else 0
+        return PartedBlocks(tensors, self.layout.parts(group), layers_per_fragment, full_block_tokens)

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
+
+ELEMENT_BYTES = {"float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1, "uint8": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,23 +35,73 @@ class CacheSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockPart:
+    """What a block has of one kind of number: a tensor [layers, blocks, kv_heads, planes, slots, width] of a group."""
+
+    dtype: str  # torch's name
+    planes: int
+    slots: int
+    width: int
+    is_per_token: bool = True  # a slot is a token's, so that a block that is not full has the first ones only
+
+    @property
+    def num_bytes(self) -> int:
+        """Of one block, layer and KV head."""
+        return self.planes * self.slots * self.width * ELEMENT_BYTES[self.dtype]
+
+
+class BlockForm(Protocol):
+    """The numbers that stand for the keys and values of a block. A frozen dataclass."""
+
+    def parts(self, spec: CacheSpec, block_size: int, dtype: str) -> tuple[BlockPart, ...]:
+        """dtype: that of the activations."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExactForm:
+    """Keys and values as they were computed."""
+
+    def parts(self, spec: CacheSpec, block_size: int, dtype: str) -> tuple[BlockPart, ...]:
+        """As in BlockForm."""
+        return (BlockPart(dtype, spec.num_planes, block_size, spec.head_dim),)
+
+
+EXACT_FORM = ExactForm()
+
+
+@dataclass(frozen=True, slots=True)
 class CacheGroup:
     """Layers of the whole model that share blocks."""
 
     index: int
     spec: CacheSpec
     layers: tuple[int, ...]  # ascending
+    form: BlockForm = EXACT_FORM
+    rung: int = 0  # tells groups of the same layers apart, which keep the same tokens in several forms
+    first_tokens: int = 0  # of each request, which alone are kept; 0: all
+    takes_full_blocks: bool = False  # a block is written at once when all its tokens are known
+
+    def limit(self, block_size: int) -> int:
+        """Blocks that a request has at most; 0: no bound."""
+        return -(-self.first_tokens // block_size)
+
+    def num_blocks_held(self, num_tokens: int, block_size: int) -> int:
+        """By a request with so many tokens that is being decoded, at most."""
+        window = self.spec.window
+        num_blocks = -(-num_tokens // block_size)
+        if self.first_tokens:
+            return min(num_blocks, self.limit(block_size))
+        return min(num_blocks, (window - 1) // block_size + 2) if window else num_blocks
+
+    def block_bytes(self, block_size: int, dtype: str) -> int:
+        """Of one block, layer and KV head."""
+        return sum(part.num_bytes for part in self.form.parts(self.spec, block_size, dtype))
 
 
-def cache_groups(specs: Sequence[CacheSpec]) -> tuple[CacheGroup, ...]:
+def cache_groups(specs: Sequence[CacheSpec], form: BlockForm = EXACT_FORM) -> tuple[CacheGroup, ...]:
     """Groups of a model whose layers have these specs: those that keep all tokens first, then by their first layer."""
     layers_of: dict[CacheSpec, list[int]] = {}
     for layer, spec in enumerate(specs):
         layers_of.setdefault(spec, []).append(layer)
     ordered = sorted(layers_of.items(), key=lambda item: (item[0].window > 0, item[1][0]))
-    return tuple(CacheGroup(index, spec, tuple(layers)) for index, (spec, layers) in enumerate(ordered))
-
-
-def group_of_layer(groups: Sequence[CacheGroup]) -> dict[int, tuple[int, int]]:
-    """For each layer the index of its group, and its index among the group's layers."""
-    return {layer: (group.index, index) for group in groups for index, layer in enumerate(group.layers)}
+    return tuple(CacheGroup(index, spec, tuple(layers), form) for index, (spec, layers) in enumerate(ordered))

@@ -5,8 +5,9 @@ What all models have is here; the rest is its family's, in `decoder`. Knows noth
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from workers.model.cache_spec import CacheSpec
@@ -69,17 +70,17 @@ class ModelConfig:
     def fingerprint_fields(self) -> dict[str, Any]:
         """All fields, its family's and its weight format's too, as JSON can carry them: what answers and KV blocks
         depend on beside the weights. No family can forget one."""
-        described: dict[str, Any] = _described(self)
-        return described
+        fields: dict[str, Any] = described(self)
+        return fields
 
 
-def _described(value: Any) -> Any:
+def described(value: Any) -> Any:
     """A dataclass with its type's name, since two types may have the same fields."""
-    if is_dataclass(value):
-        named = {field.name: _described(getattr(value, field.name)) for field in fields(value)}
+    if dataclasses.is_dataclass(value):
+        named = {field.name: described(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return {"kind": type(value).__name__, **named}
     if isinstance(value, Mapping):
-        return {str(key): _described(item) for key, item in value.items()}
+        return {str(key): described(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return [_described(item) for item in value]
+        return [described(item) for item in value]
     return value

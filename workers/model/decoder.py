@@ -60,7 +60,7 @@ class PreNormDecoder:
         prefix, layer = _prefix(index), self.layers[index]
         return PreNormLayer(
             RmsNorm(source, prefix + "input_layernorm.weight"),
-            Attention(source, prefix + "self_attn.", layer.attention, source.cache_group(index)),
+            Attention(source, prefix + "self_attn.", layer.attention),
             RmsNorm(source, prefix + "post_attention_layernorm.weight"),
             make_mlp(source, prefix + "mlp.", layer.mlp),
         )

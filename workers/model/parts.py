@@ -73,6 +73,12 @@ class AttentionConfig:
         return Matrices((prefix + "o_proj",), (hidden,), queries, Split.INPUTS, self.has_output_bias)
 
 
+def kv_scale_names(prefix: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the scales of an fp8 cache, of keys and of values: compressed-tensors', then ModelOpt's."""
+    keys, values = ((f"{prefix}{kind}_scale", f"{prefix}{kind}_proj.{kind}_scale") for kind in "kv")
+    return keys, values
+
+
 @dataclass(frozen=True, slots=True)
 class MlpConfig:
     """down(silu(gate(x)) * up(x))."""

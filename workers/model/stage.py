@@ -18,6 +18,7 @@ from workers.model.batch import Batch
 from workers.model.config import ModelConfig
 from workers.model.layers.decoder import Layer
 from workers.model.layers.embedding import VocabParallel
+from workers.model.layers.layer_cache import LayerCache
 from workers.model.layers.norm import RmsNorm
 from workers.model.layers.source import LayerSource
 from workers.model.loader import Weights
@@ -49,14 +50,14 @@ class Stage(Protocol):
     def leave(self, hidden: Tensor, residual: Tensor, batch: Batch) -> Tensor:
         """What forward returns."""
 
-    def final_hidden(self, batch: Batch, kv_caches: Sequence[Tensor], received: Tensor | None) -> Tensor:
+    def final_hidden(self, batch: Batch, kv_caches: Sequence[LayerCache], received: Tensor | None) -> Tensor:
         """Run the last stage up to its head: the wanted rows' normed hidden states [rows, hidden_size]."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden_size] of final_hidden -> [rows, vocab / tp]."""
 
-    def forward(self, batch: Batch, kv_caches: Sequence[Tensor], received: Tensor | None) -> Tensor:
-        """Run the stage. kv_caches: each layer's, as its CacheSpec describes it.
+    def forward(self, batch: Batch, kv_caches: Sequence[LayerCache], received: Tensor | None) -> Tensor:
+        """Run the stage. kv_caches: each layer's.
 
         received: [2, tokens, hidden_size] from the stage before; None on the first. Returns the same for the stage
         behind, or the wanted rows' logits [rows, vocab / tp] on the last.
@@ -113,15 +114,17 @@ class DecoderStage:
             logits = logits * self._logit_scale
         return torch.tanh(logits / self._logit_soft_cap) * self._logit_soft_cap if self._logit_soft_cap else logits
 
-    def final_hidden(self, batch: Batch, kv_caches: Sequence[Tensor], received: Tensor | None) -> Tensor:
+    def final_hidden(self, batch: Batch, kv_caches: Sequence[LayerCache], received: Tensor | None) -> Tensor:
         """As in Stage."""
         return self._final_rows(*self._run_layers(batch, kv_caches, received), batch)
 
-    def forward(self, batch: Batch, kv_caches: Sequence[Tensor], received: Tensor | None) -> Tensor:
+    def forward(self, batch: Batch, kv_caches: Sequence[LayerCache], received: Tensor | None) -> Tensor:
         """As in Stage."""
         return self.leave(*self._run_layers(batch, kv_caches, received), batch)
 
-    def _run_layers(self, batch: Batch, kv_caches: Sequence[Tensor], received: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _run_layers(
+        self, batch: Batch, kv_caches: Sequence[LayerCache], received: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """hidden and the residual stream after the last layer."""
         hidden, residual = self.enter(batch, received)
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):

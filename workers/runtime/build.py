@@ -15,7 +15,8 @@ from workers.config import EngineConfig
 from workers.engine.engine import Engine
 from workers.engine.scheduler import Scheduler, SchedulerConfig
 from workers.engine.step import Executor
-from workers.model.config import ModelConfig
+from workers.kv.schemes.named import scheme_of
+from workers.model.config import ModelConfig, described
 from workers.parallel import ParallelGroups
 from workers.runtime.coordination.executor import GroupExecutor
 from workers.runtime.coordination.progress import StepProgress
@@ -29,13 +30,14 @@ def kv_fingerprint(engine: EngineConfig, model: ModelConfig, dtype: torch.dtype,
     """Fingerprint of all that the bytes of a KV block depend on: the weights, and the model's configuration.
 
     In batch-invariant mode also how they were summed: a block from a worker that sums otherwise has other bits. And
-    what they lose on their way: a block that travelled in 8 bits is another block.
+    what they lose on their way, or in the cache: a block that travelled or was kept in 8 bits is another block.
     """
     summed = {"tp": engine.tp, "num_threads": engine.num_threads} if engine.batch_invariant else {}
     return fingerprint(
         {
             **summed,
             **({} if engine.kv_encoding == "none" else {"kv_encoding": engine.kv_encoding}),
+            **({} if engine.kv_cache_dtype == "auto" else {"kv_scheme": described(scheme_of(engine))}),
             "weights": weights,
             "dtype": str(dtype),
             "block_size": engine.block_size,
@@ -58,11 +60,11 @@ def make_engine(
     kv_names: from kv_fingerprint. transfer_cost: of its KV tiers, where there are any.
     """
     context_tokens = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
-    windows = [group.spec.window for group in runner.cache.layout.groups]
-    for num_blocks, window in zip(runner.cache.num_blocks, windows, strict=True):
-        if not window:
-            context_tokens = min(context_tokens, num_blocks * config.block_size)
+    groups = runner.cache.layout.groups
     pools = [BlockPool(count, config.block_size, config.enable_prefix_caching) for count in runner.cache.num_blocks]
+    windows, limits = ([group.spec.window for group in groups], [group.limit(config.block_size) for group in groups])
+    block_pools = BlockPools(pools, windows, limits)
+    context_tokens = min(context_tokens, block_pools.max_blocks * config.block_size)
     scheduler = Scheduler(
         SchedulerConfig(
             config.max_num_seqs,
@@ -73,7 +75,7 @@ def make_engine(
             num_stages=config.pp,
             scheduling=config.scheduler,
         ),
-        BlockPools(pools, windows),
+        block_pools,
         kv_names,
         frozenset(model.eos_token_ids),
     )

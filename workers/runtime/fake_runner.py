@@ -58,7 +58,7 @@ class FakeModelRunner:
         num_blocks = config.num_blocks or max(1, CACHE_BYTES // layout.block_bytes(groups[0]))
         self.grammars = None  # what it chooses goes by no grammar
         self.cache = PagedCache(layout, [num_blocks], torch.device("cpu"))
-        self._words = self.cache.tensors[0].numpy().view(np.uint32)
+        self._words = self.cache.tensors[0][0].numpy().view(np.uint32)
         self._code = SlotCode(layers * heads * 2 * words)
         self._weights = self._code.weights.reshape(layers, heads, 2, words)
         context_tokens = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from workers.engine.direct_plan import DirectChunk, direct_plan
 from workers.engine.step import StepPlan
 from workers.model.batch import Batch
+from workers.model.layers.layer_cache import LayerCache
 from workers.model.stage import Stage
 from workers.runtime.batching import InputBuffers, Padding, PreparedBatch
 
@@ -88,7 +89,7 @@ def repeat_on_cpu(call: Call) -> Captured:
 class GraphedStage:
     """A stage's graphs. `capture` on all ranks at once, before anything runs."""
 
-    def __init__(self, stage: Stage, kv_caches: list[Tensor], inputs: InputBuffers) -> None:
+    def __init__(self, stage: Stage, kv_caches: list[LayerCache], inputs: InputBuffers) -> None:
         self._stage = stage
         self._kv_caches = kv_caches
         self._inputs = inputs

@@ -23,7 +23,7 @@ from workers.engine.step import ModelRunnerOutput, StepPlan, TransferDone
 from workers.errors import ModelError
 from workers.kv.connector import KVConnector
 from workers.kv.paged_cache import CacheLayout, PagedCache
-from workers.model.cache_spec import cache_groups
+from workers.kv.schemes.named import scheme_of
 from workers.model.config import ModelConfig
 from workers.model.loader import Checkpoint, Weights
 from workers.model.stage import build_stage
@@ -33,6 +33,7 @@ from workers.runtime.batching import NO_PADDING, InputBuffers, PreparedBatch
 from workers.runtime.coordination.relay import TokenRelay
 from workers.runtime.graphs import GraphedStage
 from workers.runtime.host_copy import read_later
+from workers.runtime.pool_needs import PoolNeeds
 from workers.runtime.step_threads import StepThreads
 from workers.runtime.step_transfers import STORE_GRACE_S, awaited, ended_of, finish_ended, poll_in_step
 from workers.runtime.token_chooser import TokenChooser
@@ -118,8 +119,11 @@ class TorchModelRunner:
             weights = Checkpoint(Path(config.model_dir), self._dtype, device)
         self._stage = build_stage(model, weights, groups, config.batch_invariant)
         self._context_tokens = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
-        cached = cache_groups(model.cache_specs)
-        self._layout = CacheLayout(cached, self._stage.layer_range, groups.shard, config.block_size, self._dtype)
+        scheme = scheme_of(config)
+        cached = scheme.groups(model.cache_specs)
+        self._layout = CacheLayout(
+            cached, self._stage.layer_range, groups.shard, config.block_size, self._dtype, scheme
+        )
         max_num_seqs = max(config.max_num_seqs, _WARM_UP_SEQS)
         self._inputs = InputBuffers(
             max(config.max_num_batched_tokens, max_num_seqs, _WARM_UP_TOKENS),
@@ -147,32 +151,9 @@ class TorchModelRunner:
         return cache
 
     def _pick_num_blocks(self) -> list[int]:
-        """Blocks of each cache group. Raises ModelError when they do not suffice for one request."""
-        config, groups = self._config, self._layout.groups
-        needs = [self._blocks_of_a_window(group.spec.window) for group in groups]
-        if config.num_blocks:
-            counts = [config.num_blocks] * len(groups)
-        else:
-            most = [2 * need * config.max_num_seqs if need else 1 << 31 for need in needs]
-            counts = self._layout.blocks_that_fit(self._free_bytes(), most)
-        for group, need, count in zip(groups, needs, counts, strict=True):
-            if count < need:
-                raise ModelError(
-                    f"num_blocks={count}: a window of {group.spec.window} tokens beside a step of"
-                    f" {config.max_num_batched_tokens} takes {need} blocks"
-                )
-        return counts
-
-    def _blocks_of_a_window(self, window: int) -> int:
-        """What one request may hold in a group with this window, while its longest chunks are computed. 0: no window.
-
-        Further chunks are planned before the first is through: see Engine.step.
-        """
-        if not window:
-            return 0
         num_chunks = self._config.pp + self._keeps_tokens
-        num_tokens = min(window + num_chunks * self._config.max_num_batched_tokens, self._context_tokens)
-        return -(-num_tokens // self._config.block_size) + 2
+        needs = PoolNeeds(self._config, self._layout.block_size, self._context_tokens, num_chunks)
+        return needs.num_blocks(self._layout, self._free_bytes)
 
     def _free_bytes(self) -> int:
         if self._device.type == "cuda":

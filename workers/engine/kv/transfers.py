@@ -80,9 +80,11 @@ class Transfers:
         for group in groups:
             self._last_id = self._last_id % _MAX_ID + 1
             block_ids = request.block_tables[group].block_ids[first:last]
+            if not block_ids:
+                continue  # the group keeps none of these
             self._pools.pools[group].acquire(block_ids)
-            is_copied = kind is TransferKind.WRITE_BACK
-            part = BlockTransfer(self._last_id, group, names, block_ids, num_tokens, is_copied)
+            is_copied, count = kind is TransferKind.WRITE_BACK, len(block_ids)
+            part = BlockTransfer(self._last_id, group, names[:count], block_ids, num_tokens[:count], is_copied)
             transfer.parts[self._last_id] = part
             self._of_part[self._last_id] = transfer
         self.num_transfers += 1
@@ -109,7 +111,8 @@ class Transfers:
                     pool.register(block_id, name)
         if not part.is_copied:
             pool.release(part.block_ids)
-        transfer.num_blocks = min(transfer.num_blocks, done.num_blocks)
+        if done.num_blocks < len(part.block_ids):
+            transfer.num_blocks = min(transfer.num_blocks, done.num_blocks)
         if transfer.parts:
             return None
         self.num_transfers -= 1

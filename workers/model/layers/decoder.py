@@ -8,6 +8,7 @@ from torch import Tensor
 
 from workers.model.batch import Batch
 from workers.model.layers.attention import Attention
+from workers.model.layers.layer_cache import LayerCache
 from workers.model.layers.mlp import Mlp
 from workers.model.layers.norm import RmsNorm
 
@@ -20,12 +21,12 @@ class Layer(Protocol):
         """Columns of what attention returns."""
 
     def before_attention(
-        self, hidden: Tensor, residual: Tensor | None, batch: Batch, kv_cache: Tensor
+        self, hidden: Tensor, residual: Tensor | None, batch: Batch, kv_cache: LayerCache
     ) -> tuple[Tensor, Tensor]:
         """hidden [tokens, hidden_size] and the residual stream before it; returns q [tokens, heads, head_dim] and the
         residual stream, with this pass's keys and values in the cache."""
 
-    def attention(self, q: Tensor, batch: Batch, kv_cache: Tensor) -> Tensor:
+    def attention(self, q: Tensor, batch: Batch, kv_cache: LayerCache) -> Tensor:
         """[tokens, heads, head_dim] -> [tokens, attended_width]; the only part in which rows meet."""
 
     def after_attention(self, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,13 +42,13 @@ class PreNormLayer:
         self.attended_width = attention.attended_width
 
     def before_attention(
-        self, hidden: Tensor, residual: Tensor | None, batch: Batch, kv_cache: Tensor
+        self, hidden: Tensor, residual: Tensor | None, batch: Batch, kv_cache: LayerCache
     ) -> tuple[Tensor, Tensor]:
         """As in Layer."""
         x, residual = self.input_norm.add(hidden, residual, self.self_attention.qkv.input_scheme)
         return self.self_attention.queries(x, batch, kv_cache), residual
 
-    def attention(self, q: Tensor, batch: Batch, kv_cache: Tensor) -> Tensor:
+    def attention(self, q: Tensor, batch: Batch, kv_cache: LayerCache) -> Tensor:
         """As in Layer."""
         return self.self_attention.attend(q, batch, kv_cache)
 

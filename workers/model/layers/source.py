@@ -6,13 +6,13 @@ Knows nothing of any particular layer, family or weight format.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
 
+from workers.errors import ModelError
 from workers.model.arithmetic import Arithmetic
-from workers.model.cache_spec import cache_groups, group_of_layer
 from workers.model.config import ModelConfig
 from workers.model.layers.linear import SummedLinear
 from workers.model.layers.rope import rope_table
@@ -28,13 +28,23 @@ class LayerSource:
         self.model = model
         self.arithmetic = arithmetic
         self._weights = weights
-        self._groups = group_of_layer(cache_groups(model.cache_specs))
         self._tables: dict[Hashable, Tensor] = {}
         self.num_linears_by_kind: Counter[str] = Counter()
 
     def tensor(self, name: str, shape: tuple[int, ...], part: Part = ()) -> Tensor:
         """A tensor in the dtype that is computed in, or a part of it; `shape` is the whole tensor's."""
         return self._weights.read(name, shape, part)
+
+    def stored_scale(self, names: Sequence[str]) -> Tensor | None:
+        """The first of these tensors that the checkpoint has, fp32 [1] or [one of each head]; None: it has none."""
+        for name in names:
+            shape = self._weights.shape_of(name)
+            if shape is not None:
+                scale = self._weights.read(name, shape, as_stored=True).float().cpu().reshape(-1)
+                if not bool((scale > 0).all()):
+                    raise ModelError(f"{name}: a scale must be positive")
+                return scale
+        return None
 
     def linear(self, matrices: Matrices) -> Linear:
         """The product with some matrices, of which the rank has its share. Where the inputs are split, the sum over the
@@ -58,10 +68,6 @@ class LayerSource:
     def experts(self, experts: ExpertMatrices) -> Experts:
         """The rank's share of all experts."""
         return self.model.weight_format.experts(experts, self._weights, self.arithmetic)
-
-    def cache_group(self, index: int) -> int:
-        """Which of the batch's groups a layer reads and writes."""
-        return self._groups[index][0]
 
     def rope_table(self, rope: RopeConfig, head_dim: int) -> Tensor:
         """As in workers.model.layers.rope; layers that turn alike share one."""

@@ -1,0 +1,1 @@
+"""How the paged cache keeps keys and values: one file per scheme. See kvstore.kv_cache_dtype."""
