@@ -122,7 +122,7 @@ class PartialCheckpoint:
             size = path.stat().st_size
             path.replace(self.out)
             _sync(self.out.parent)
-            shutil.rmtree(self.folder)
+            shutil.rmtree(self.folder, ignore_errors=True)
             return size
         except OSError as error:
             path.unlink(missing_ok=True)
