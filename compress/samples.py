@@ -26,7 +26,7 @@ def own_samples(
     blocks = []
     for begin in range(0, num_blocks, _SEQUENCES_AT_ONCE):
         count = min(_SEQUENCES_AT_ONCE, num_blocks - begin)
-        caches = [walk.cache(spec, count, num_tokens) for spec in walk.model.cache_specs]
+        caches = [walk.layer_cache(spec, count, num_tokens) for spec in walk.model.cache_specs]
         ids = torch.full((count, num_tokens), first_token)
         for position in range(num_tokens - 1):
             batch = _step(walk, ids[:, position], position, num_tokens)

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from workers.errors import ModelError
+from workers.kv.schemes.paged_layer import PagedLayer
 from workers.model.arithmetic import Arithmetic
 from workers.model.batch import Batch, GroupInputs
 from workers.model.cache_spec import CacheSpec
 from workers.model.config import ModelConfig
 from workers.model.layers.decoder import Layer
+from workers.model.layers.layer_cache import LayerCache
 from workers.model.layers.source import LayerSource
 from workers.model.loader import Weights
 from workers.model.quant.plain import PLAIN_FORMAT
@@ -24,6 +26,7 @@ from workers.model.stage import build_stage
 from workers.model.weight_format import WeightFormat
 from workers.parallel import ParallelGroups, Shard
 
+_GROUP = 0  # all of the batch's groups have the same tables
 _SLOTS = 64  # of a cache block
 _ROWS_AT_ONCE = 2048
 
@@ -74,10 +77,11 @@ class ModelWalk:
         outputs, spec = [], self.model.cache_specs[index]
         for part in _parts(x):
             batch = self._batch(torch.zeros(part.shape[:2], dtype=torch.int64))
-            cache = self.cache(spec, *part.shape[:2])
+            keys_and_values = self.cache(spec, *part.shape[:2])
+            cache = PagedLayer(_GROUP, keys_and_values)
             q, residual = layer.before_attention(part.flatten(0, 1), None, batch, cache)
             if cache_tap is not None:
-                cache_tap(cache)
+                cache_tap(keys_and_values)
             hidden, residual = layer.after_attention(layer.attention(q, batch, cache), residual)
             outputs.append((hidden + residual).view_as(part))
         return torch.cat(outputs)
@@ -96,6 +100,10 @@ class ModelWalk:
         count = num_blocks * -(-num_tokens // _SLOTS)
         planes = () if spec.is_latent else (spec.num_kv_heads, 2)
         return torch.zeros((count, *planes, _SLOTS, spec.head_dim), dtype=self.weights.dtype, device=self.device)
+
+    def layer_cache(self, spec: CacheSpec, num_blocks: int, num_tokens: int) -> LayerCache:
+        """The same, as attention takes it."""
+        return PagedLayer(_GROUP, self.cache(spec, num_blocks, num_tokens))
 
     def places(self, num_blocks: int, num_tokens: int) -> tuple[Tensor, Tensor]:
         """Block table [sequences, blocks], and slots [sequences, tokens], in a `cache` of that size."""
