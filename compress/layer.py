@@ -55,7 +55,9 @@ def read_layer(model: ModelConfig, weights: Weights, index: int) -> LayerWeights
     model.decoder.add_tensors(layout, model.hidden_size, index)
     read: dict[str, Tensor] = {}
     dtypes: dict[str, torch.dtype] = {}
-    others = {name: want.shape for name, want in layout.wanted.items()}
+    others = {name: want.shape for name, want in layout.wanted.items() if not want.is_optional}
+    optional = {name: weights.shape_of(name) for name, want in layout.wanted.items() if want.is_optional}
+    others |= {name: shape for name, shape in optional.items() if shape is not None}
     for matrices in layout.matrices:
         for name, outputs in matrices.tensors():
             others.pop(name + ".weight")

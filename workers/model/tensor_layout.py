@@ -18,13 +18,7 @@ from workers.model.weight_format import Matrices, WeightFormat
 
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens", "lm_head", "model.norm"
 _MOST_TENSORS = 2**20  # several times those of the largest models, which list each expert's
-_HARMLESS = (
-    "rotary_emb.inv_freq",  # computed from config.json; old checkpoints store it
-    "self_attn.k_scale",  # of an fp8 KV cache
-    "self_attn.v_scale",
-    "k_proj.k_scale",  # the same, as ModelOpt places them
-    "v_proj.v_scale",
-)
+_HARMLESS = ("rotary_emb.inv_freq",)  # computed from config.json; old checkpoints store it
 
 
 class TensorLayout:
