@@ -64,7 +64,7 @@ def num_found(scheme: str, options: SchemeOptions, wanted: Sequence[Needle]) -> 
     count = 0
     for index, needle in enumerate(wanted):
         sampling = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
-        engine.submit(Request(f"n{index}", needle.token_ids, len(needle.token_ids), sampling))
+        engine.submit(Request(f"n{index}", list(needle.token_ids), len(needle.token_ids), sampling))
         completion: list[int] = []
         while engine.scheduler.has_work():
             events = engine.step()

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bench.kv_schemes import SchemeOptions, bytes_of_stream, markdown, measure, measure_all, scheme_config, segments_of
+from bench.needle import DEPTHS, needles, num_found
 from bench.run import main
 from deploy.config import DEMO_MODEL, ROOT
 from workers.model.registry import load_config
@@ -58,3 +59,14 @@ def test_a_short_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("a few words")
     with pytest.raises(ValueError, match=r"short\.txt has \d+ tokens, not 300"):
         segments_of(SchemeOptions(str(DEMO_MODEL), tmp_path / "short.txt", (), segment_tokens=150))
+
+
+def test_needles_are_asked_of_each_scheme_alike() -> None:
+    """The demo model finds few; what is asked must not depend on who was asked before."""
+    options = SchemeOptions(str(DEMO_MODEL), ROOT / "workers" / "config.py", (), segment_tokens=120)
+    wanted = list(needles(options, 1))
+    before = [list(needle.token_ids) for needle in wanted]
+    assert [len(ids) for ids in before] == [120] * len(DEPTHS)
+    counts = [num_found(scheme, options, wanted) for scheme in ("auto", "auto", "kivi2")]
+    assert counts[0] == counts[1]
+    assert [needle.token_ids for needle in wanted] == before
