@@ -123,6 +123,7 @@ class QatTraining:
             "optimizer": self.optimizer.state_dict(),
             "history": self.history,
             "step": self.num_steps_done,
+            "plan": repr(self.plan),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(path.name + ".unfinished")
@@ -130,8 +131,10 @@ class QatTraining:
         unfinished.replace(path)
 
     def resume(self, path: Path) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint. Raises ValueError for one of another plan."""
         saved = torch.load(path, weights_only=True)
+        if saved["plan"] != repr(self.plan):
+            raise ValueError(f"--checkpoint: {path} was begun with other options; remove it or name another")
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.history, self.num_steps_done = saved["history"], saved["step"]
@@ -189,7 +192,10 @@ def main() -> None:
     blocks = held_out_blocks(tok, data.held_out)
     before = added_nats(rounded_model(teacher, _LINEARS[args.kind]), teacher, blocks)
     streams = train.encode(tok, data.sources), train.encode(tok, data.tests)
-    training = run(plan, teacher, streams, args.checkpoint or train.MODELS.parent / "build" / name)
+    try:
+        training = run(plan, teacher, streams, args.checkpoint or train.MODELS.parent / "build" / name)
+    except ValueError as error:
+        parser.error(str(error))
     after = added_nats(training.model, teacher, blocks)
     export(training.model, train.MODELS / "demo", args.out)
     (args.out / "training_history.json").write_text(json.dumps(training.history) + "\n")

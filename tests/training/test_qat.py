@@ -138,6 +138,12 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(
         assert torch.equal(one, other), name
 
 
+def test_a_checkpoint_of_another_plan_is_refused(teacher: Llama, tmp_path: Path) -> None:
+    qat.run(_plan("w4", 2), teacher, _streams(), tmp_path / "state.pt")
+    with pytest.raises(ValueError, match="was begun with other options"):
+        qat.run(_plan("w4", 3), teacher, _streams(), tmp_path / "state.pt")
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
