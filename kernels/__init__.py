@@ -23,7 +23,7 @@ definition that both are tested against. Importing touches no GPU.
     pack_full_blocks(kv_cache, slot_mapping, that of the packed cache, its parts, bits) -> the parts, written in place
     copy_full_blocks(kv_cache, slot_mapping, that of the other cache, the other cache) -> it, written in place
     ladder_attention(q, rungs, query_start_loc, seq_lens, max_query_len, scale, ...) -> shaped as q
-        rungs: kernels.attention.ladder.RungBlocks, each a form of the cache and the distances it stands for
+        rungs: kernels.attention.rungs.RungBlocks, each a form of the cache and the distances it stands for
     rms_norm(x, weight, eps) -> normed
     add_rms_norm(x, residual, weight, eps) -> (normed, new_residual)
     swiglu(gate_up) -> silu(first half) * second half

@@ -17,47 +17,14 @@ import torch
 from costs import ops as costs
 from costs.packed_kv import PackedBits, channel_group
 from kernels.attention.paged import Softmax
-from kernels.attention.rungs import Reach, SeenKeys, attend_rungs, define_rungs
+from kernels.attention.rungs import Reach, RungBlocks, SeenKeys, attend_rungs, define_rungs
 from kernels.attention.tile import LOG2_E, score_factors
 from kernels.cases import Draw, PagedShape
 from kernels.jit import Value, cdiv, constexpr, jit, next_power_of_2, tl
 from kernels.op import Case, Op
-from kernels.packed_blocks import pack_blocks, unpack_blocks
+from kernels.packed_blocks import pack_blocks
 
 _NO_END = 1 << 30  # a distance or a position behind all others
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class RungBlocks:
-    """One form of a layer's blocks."""
-
-    parts: tuple[torch.Tensor, ...]  # (kv_cache,), or those of kernels.packed_blocks; of all blocks
-    bits: PackedBits | None  # None: exact
-    reach: Reach
-    block_table: torch.Tensor  # int32 [batch, max_blocks]; entries out of reach are not read
-
-    @property
-    def block_size(self) -> int:
-        return self.parts[0].shape[3]
-
-    def seen(self, sequence: int, first_position: int, length: int, softmax: Softmax, dtype: torch.dtype) -> SeenKeys:
-        """What the tokens of a sequence from a position on see."""
-        keys = self.reach.keys_of(first_position, length)
-        first, size = max(keys.start, softmax.first_key(first_position)), self.block_size
-        stop = max(first, keys.stop)
-        first_block = first // size
-        block_ids = self.block_table[sequence, first_block : cdiv(stop, size)].long()
-        picked = tuple(part[block_ids] for part in self.parts)
-        kv = picked[0] if self.bits is None else unpack_blocks(_packed(picked), self.bits, dtype)
-        by_token = kv.permute(1, 2, 0, 3, 4).flatten(2, 3)
-        return SeenKeys(by_token[:, :, first - first_block * size : stop - first_block * size], first, self.reach)
-
-
-def _packed(
-    parts: tuple[torch.Tensor, ...],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    key_codes, key_scales, value_codes, value_scales = parts
-    return key_codes, key_scales, value_codes, value_scales
 
 
 @jit
@@ -224,7 +191,7 @@ def launch(
             keys, key_scales, values, value_scales = kv, None, kv[:, :, 1], None
             strides = (kv.stride(1), 0, kv.stride(1), 0)
         else:
-            keys, key_scales, values, value_scales = _packed(rung.parts)
+            keys, key_scales, values, value_scales = rung.packed
             strides = (keys.stride(1), key_scales.stride(1), values.stride(1), value_scales.stride(1))
         _rung_kernel[grid](
             outs[i], sums[i], q, query_start_loc, seq_lens, rung.block_table, keys, key_scales, values, value_scales,

@@ -2,7 +2,7 @@
 
 A token sees each key once, in the form that the key's distance asks for: what is near exactly, what is far in fewer
 bits. So a token's result does not depend on how its prompt was cut into chunks, nor on when a block was packed.
-Knows nothing of blocks, forms or Triton.
+Knows nothing of Triton.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
+from costs.packed_kv import PackedBits
 from kernels.attention.paged import KEY_TILE, QUERY_TILE, Softmax, TileSums, softmax_attention
 from kernels.jit import cdiv
+from kernels.packed_blocks import Packed, unpack_blocks
 
 _QUERY_ROWS = 64
 
@@ -55,6 +57,42 @@ class SeenKeys:
     def keys(self) -> torch.Tensor:
         """Positions."""
         return torch.arange(self.first_key, self.first_key + self.kv.shape[2])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RungBlocks:
+    """One form of a layer's blocks."""
+
+    parts: tuple[torch.Tensor, ...]  # (kv_cache,), or those of kernels.packed_blocks; of all blocks
+    bits: PackedBits | None  # None: exact
+    reach: Reach
+    block_table: torch.Tensor  # int32 [batch, max_blocks]; entries out of reach are not read
+
+    @property
+    def packed(self) -> Packed:
+        """The parts, where bits are given."""
+        return _as_packed(self.parts)
+
+    @property
+    def block_size(self) -> int:
+        return self.parts[0].shape[3]
+
+    def seen(self, sequence: int, first_position: int, length: int, softmax: Softmax, dtype: torch.dtype) -> SeenKeys:
+        """What the tokens of a sequence from a position on see."""
+        keys = self.reach.keys_of(first_position, length)
+        first, size = max(keys.start, softmax.first_key(first_position)), self.block_size
+        stop = max(first, keys.stop)
+        first_block = first // size
+        block_ids = self.block_table[sequence, first_block : cdiv(stop, size)].long()
+        picked = tuple(part[block_ids] for part in self.parts)
+        kv = picked[0] if self.bits is None else unpack_blocks(_as_packed(picked), self.bits, dtype)
+        by_token = kv.permute(1, 2, 0, 3, 4).flatten(2, 3)
+        return SeenKeys(by_token[:, :, first - first_block * size : stop - first_block * size], first, self.reach)
+
+
+def _as_packed(parts: tuple[torch.Tensor, ...]) -> Packed:
+    key_codes, key_scales, value_codes, value_scales = parts
+    return key_codes, key_scales, value_codes, value_scales
 
 
 def attend_rungs(

@@ -10,8 +10,7 @@ from torch import Tensor
 
 import kernels
 from costs.packed_kv import PackedBits
-from kernels.attention.ladder import RungBlocks
-from kernels.attention.rungs import Reach
+from kernels.attention.rungs import Reach, RungBlocks
 from workers.errors import ModelError
 from workers.kv.schemes.ladder import LadderScheme, PackedForm
 from workers.kv.schemes.scheme import LayerBlocks
