@@ -51,5 +51,6 @@ def export(model: Llama, tokenizer_from: Path, out: Path) -> None:
         if (tokenizer_from / file).exists():
             shutil.copyfile(tokenizer_from / file, unfinished / file)
     save_file({name: t.contiguous() for name, t in tensors.items()}, unfinished / "model.safetensors", {"format": "pt"})
+    (unfinished / "model.safetensors").chmod(0o644)  # safetensors lets the owner read only
     (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     unfinished.rename(out)
