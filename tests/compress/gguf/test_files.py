@@ -3,6 +3,7 @@ nothing half-written under the final name."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -269,6 +270,12 @@ def test_what_a_file_cannot_say_is_named(change: dict[str, object], message: str
         write(path, tmp_path / "out.gguf", "Q8_0")
     assert message in str(caught.value)
     assert {each.name for each in tmp_path.iterdir()} == {"model"}
+
+
+def test_an_architecture_without_a_name_is_named(folder: Path) -> None:
+    model = dataclasses.replace(load_config(model_of("narrow", folder)), architecture="OtherForCausalLM")
+    with pytest.raises(CompressError, match=r"--format gguf: architecture OtherForCausalLM is not supported \(support"):
+        with_block_types(recipe_for(Request("", "Q8_0")), model)
 
 
 def test_the_command_says_one_line(folder: Path, tmp_path: Path) -> None:
