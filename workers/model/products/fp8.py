@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from kernels.quantise import FP8, Scheme, narrow, quantise
+from kernels.quantise import FP8, Scheme
 from workers.model.arithmetic import Arithmetic
 from workers.model.products.dense import dequantized_linear
-from workers.model.quant.weights import Fp8Weight, InputChange, StaticScale
+from workers.model.products.rounded_rows import RoundedRows
+from workers.model.quant.weights import Fp8Weight
 from workers.model.weight_format import Linear, Quantised
 
 _MULTIPLE = 16  # of inputs and outputs
@@ -34,9 +35,8 @@ def fp8_linear(
     rows, columns = (-size % _MULTIPLE for size in weight.values.shape)
     values = F.pad(weight.values.view(torch.uint8), (0, columns, 0, rows)).contiguous().view(FP8)
     scales = weight.scales if weight.has_blocks else F.pad(weight.scales, (0, rows))
-    return Fp8Linear(
-        values, scales, bias, dtype, sizes, scheme, weight.input_scale, weight.inputs_change, columns, kind
-    )
+    rows_of_x = RoundedRows(scheme, weight.inputs_change, columns, weight.input_scale)
+    return Fp8Linear(values, scales, bias, dtype, sizes, rows_of_x, kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,32 +48,20 @@ class Fp8Linear:
     bias: Tensor | None
     dtype: torch.dtype
     output_sizes: list[int]
-    scheme: Scheme
-    input_scale: StaticScale | None
-    inputs_change: InputChange
-    num_added_inputs: int
+    rows: RoundedRows
     kind: str
 
     @property
     def input_scheme(self) -> Scheme | None:
         """As in Linear."""
-        is_plain = self.input_scale is None and not self.inputs_change and not self.num_added_inputs
-        return self.scheme if is_plain else None
+        return self.rows.input_scheme
 
     def __call__(self, x: Tensor | Quantised) -> Tensor:
         """As in Linear."""
-        values, scales = (x.values, x.scales) if isinstance(x, Quantised) else self._rounded(self.inputs_change(x))
-        if self.num_added_inputs:
-            values = F.pad(values.view(torch.uint8), (0, self.num_added_inputs)).view(FP8)
-        if self.scheme == "fp8 groups":
+        values, scales = self.rows(x)
+        if self.rows.scheme == "fp8 groups":
             y = kernels.fp8_block_gemm(values, self.weight, scales, self.scales)
         else:
             y = kernels.fp8_gemm(values, self.weight, scales.squeeze(-1), self.scales)
         y = y[:, : sum(self.output_sizes)].to(self.dtype)
         return y if self.bias is None else y + self.bias
-
-    def _rounded(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.input_scale is None:
-            return quantise(x.float(), self.scheme)
-        scale = self.input_scale.scale
-        return narrow(x.float() / scale, FP8), torch.full((len(x), 1), scale, device=x.device)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 import kernels
 from kernels.gemm import w4a8
-from kernels.quantise import Scheme, quantise
-from workers.model.quant.weights import GroupedWeight, InputChange
+from kernels.quantise import Scheme
+from workers.model.products.rounded_rows import RoundedRows
+from workers.model.quant.weights import GroupedWeight
 from workers.model.weight_format import Quantised
 
 _GROUPS = (32, 64, 128)
@@ -41,8 +42,7 @@ class GroupedInt8Linear:
     bias: Tensor | None
     dtype: torch.dtype
     output_sizes: list[int]
-    inputs_change: InputChange
-    num_added_inputs: int
+    rows: RoundedRows
     kind: str
 
     @classmethod
@@ -61,19 +61,15 @@ class GroupedInt8Linear:
         packed = w4a8.pack(F.pad(weight.codes, (0, padding)), lanes)
         zeros = None if weight.zeros is None else per_group(weight.zeros)
         scales = per_group(weight.scales.to(dtype))
-        return cls(packed, scales, zeros, bias, dtype, sizes, weight.inputs_change, padding, kind)
+        return cls(packed, scales, zeros, bias, dtype, sizes, RoundedRows("int8", weight.inputs_change, padding), kind)
 
     @property
     def input_scheme(self) -> Scheme | None:
         """As in Linear."""
-        return None if self.inputs_change or self.num_added_inputs else "int8"
+        return self.rows.input_scheme
 
     def __call__(self, x: Tensor | Quantised) -> Tensor:
         """As in Linear."""
-        if isinstance(x, Quantised):
-            values, scales = x.values, x.scales
-        else:
-            values, scales = quantise(self.inputs_change(x).float(), "int8")
-        values = F.pad(values, (0, self.num_added_inputs)) if self.num_added_inputs else values
+        values, scales = self.rows(x)
         y = kernels.w4a8_gemm(values, self.packed, scales.squeeze(-1), self.scales, self.zeros).to(self.dtype)
         return y if self.bias is None else y + self.bias

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from kernels.quantise import Scheme, quantise
+from kernels.quantise import Scheme
 from workers.model.arithmetic import Arithmetic
 from workers.model.products.dense import dequantized_linear
+from workers.model.products.rounded_rows import RoundedRows
 from workers.model.products.ternary import TernaryLinear, is_ternary
 from workers.model.quant.weights import InputChange, Int8Weight, StaticScale
 from workers.model.weight_format import Linear, Quantised
@@ -148,9 +149,7 @@ class _CudaInt8Linear:
     bias: Tensor | None
     dtype: torch.dtype
     output_sizes: list[int]
-    input_scale: StaticScale | None
-    inputs_change: InputChange
-    num_added_inputs: int
+    rows: RoundedRows
     outlier_threshold: float
     kind: str
 
@@ -160,39 +159,27 @@ class _CudaInt8Linear:
         padded, scales = F.pad(weight.codes, (0, columns, 0, rows)).contiguous(), F.pad(weight.scales, (0, rows))
         threshold = weight.outlier_threshold
         kind = _KIND + (" with outliers" if threshold else "")
-        return cls(
-            padded, scales, bias, dtype, sizes, weight.input_scale, weight.inputs_change, columns, threshold, kind
-        )
+        rows_of_x = RoundedRows("int8", weight.inputs_change, columns, weight.input_scale)
+        return cls(padded, scales, bias, dtype, sizes, rows_of_x, threshold, kind)
 
     @property
     def input_scheme(self) -> Scheme | None:
         """As in Linear."""
-        is_dynamic = self.input_scale is None and not self.outlier_threshold
-        return "int8" if is_dynamic and not self.inputs_change and not self.num_added_inputs else None
+        return None if self.outlier_threshold else self.rows.input_scheme
 
     def __call__(self, x: Tensor | Quantised) -> Tensor:
         """As in Linear."""
-        if isinstance(x, Quantised):
-            y = self._product(x.values, x.scales)
+        if self.outlier_threshold:
+            assert isinstance(x, Tensor), "input_scheme asks for none"
+            y = self._with_outliers(self.rows.inputs_change(x))
         else:
-            x = self.inputs_change(x)
-            y = self._with_outliers(x) if self.outlier_threshold else self._product(*self._rounded(x))
+            values, scales = self.rows(x)
+            y = kernels.int8_gemm(values, self.weight, scales.squeeze(-1), self.scales)
         y = y[:, : sum(self.output_sizes)].to(self.dtype)
         return y if self.bias is None else y + self.bias
 
     def _with_outliers(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, self.num_added_inputs)) if self.num_added_inputs else x
+        x = F.pad(x, (0, self.rows.num_added_inputs))
         values, scales, flags = kernels.split_outliers(x, self.outlier_threshold)
         rest = kernels.int8_gemm(values, self.weight, scales.squeeze(-1), self.scales)
         return kernels.add_outliers(rest, x, flags, self.weight, self.scales, self.outlier_threshold)
-
-    def _product(self, values: Tensor, scales: Tensor) -> Tensor:
-        values = F.pad(values, (0, self.num_added_inputs)) if self.num_added_inputs else values
-        return kernels.int8_gemm(values, self.weight, scales.squeeze(-1), self.scales)
-
-    def _rounded(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.input_scale is None:
-            return quantise(x.float(), "int8")
-        scale = self.input_scale.scale
-        values = (x.float() / scale).round().clamp(-128, 127).to(torch.int8)
-        return values, torch.full((len(x), 1), scale, device=x.device)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 import kernels
 from kernels.gemm import w2a8
-from kernels.quantise import Scheme, quantise
-from workers.model.quant.weights import InputChange, Int8Weight
+from kernels.quantise import Scheme
+from workers.model.products.rounded_rows import RoundedRows
+from workers.model.quant.weights import Int8Weight
 from workers.model.weight_format import Quantised
 
 
@@ -34,8 +35,7 @@ class TernaryLinear:
     bias: Tensor | None
     dtype: torch.dtype
     output_sizes: list[int]
-    inputs_change: InputChange
-    num_added_inputs: int
+    rows: RoundedRows
     kind: str = "W2A8 int"
 
     @classmethod
@@ -43,19 +43,22 @@ class TernaryLinear:
         """Inputs are padded with weights of zero."""
         padding = -weight.codes.shape[1] % w2a8.BLOCK_K
         packed = w2a8.pack(F.pad(weight.codes, (0, padding)))
-        return cls(packed, weight.scales.float().contiguous(), bias, dtype, sizes, weight.inputs_change, padding)
+        return cls(
+            packed,
+            weight.scales.float().contiguous(),
+            bias,
+            dtype,
+            sizes,
+            RoundedRows("int8", weight.inputs_change, padding),
+        )
 
     @property
     def input_scheme(self) -> Scheme | None:
         """As in Linear."""
-        return None if self.inputs_change or self.num_added_inputs else "int8"
+        return self.rows.input_scheme
 
     def __call__(self, x: Tensor | Quantised) -> Tensor:
         """As in Linear."""
-        if isinstance(x, Quantised):
-            values, scales = x.values, x.scales
-        else:
-            values, scales = quantise(self.inputs_change(x).float(), "int8")
-        values = F.pad(values, (0, self.num_added_inputs)) if self.num_added_inputs else values
+        values, scales = self.rows(x)
         y = kernels.w2a8_gemm(values, self.packed, scales.squeeze(-1), self.scales).to(self.dtype)
         return y if self.bias is None else y + self.bias

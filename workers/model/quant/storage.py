@@ -33,11 +33,6 @@ class Cut:
     rows: slice
     columns: slice
 
-    @property
-    def has_all_columns(self) -> bool:
-        """Whether no column is missing."""
-        return len(range(self.inputs)[self.columns]) == self.inputs
-
 
 class MatrixStorage(Protocol):
     """What stands in a checkpoint for one matrix [outputs, inputs]. A frozen dataclass: its fields are part of what the

@@ -28,8 +28,3 @@ def nibbles(values: Tensor, high_first: bool = False) -> Tensor:
 def span(part: slice, per_word: int) -> slice:
     """The words that hold these codes, which begin and end on words; the last word may be filled up."""
     return slice(part.start // per_word, -(-part.stop // per_word))
-
-
-def values_per_word(bits: int) -> tuple[int, int]:
-    """Codes that fill a whole number of words, and that number: 8 in 1 for 4 bits, 32 in 3 for 3 bits."""
-    return (32 // bits, 1) if 32 % bits == 0 else (32, bits)
