@@ -14,7 +14,8 @@ import torch
 from checkpoint.errors import CheckpointError
 from checkpoint.files import read_json
 from checkpoint.tensors import StoredTensor, stored_tensors, weights_digest
-from compress.blocks import TokenBlocks
+from compress.calibration.blocks import TokenBlocks
+from compress.calibration.walk import ModelWalk
 from compress.errors import CompressError
 from compress.gguf.file import GgufContents, gguf_contents, write_file
 from compress.gguf.mixtures import with_block_types
@@ -23,7 +24,6 @@ from compress.partial import PartialCheckpoint
 from compress.recipe import Recipe
 from compress.report import Report, Sizes, as_json, as_markdown, as_picture
 from compress.stored import StoredModel
-from compress.walk import ModelWalk
 from workers.errors import ModelError
 from workers.model.config import ModelConfig
 from workers.model.loader import Checkpoint

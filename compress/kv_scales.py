@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from compress.calibration.walk import CacheTap
 from compress.grids.floating import FP8_MOST, round_e4m3
-from compress.walk import CacheTap
 from workers.model.cache_spec import CacheSpec
 
 _SAMPLE_PER_CALL = 20_000

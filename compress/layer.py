@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compress.calibration.statistics import InputStatistics
 from compress.errors import CompressError
 from compress.folding import Fold, fold_into, folds_of
 from compress.gguf.blocks.quantise import quantise
@@ -19,7 +20,6 @@ from compress.methods.smoothing import Consumers, awq_factors, clip_to_best_rang
 from compress.recipe import Recipe
 from compress.rounded import RoundedMatrix
 from compress.schemes import Scheme
-from compress.statistics import InputStatistics
 from compress.stored import StoredModel
 from workers.model.config import ModelConfig
 from workers.model.loader import Weights

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from checkpoint.tensors import StoredTensor
-from compress.blocks import TokenBlocks
+from compress.calibration.blocks import TokenBlocks
+from compress.calibration.statistics import LayerRecorder
+from compress.calibration.tapped import Replaced, Tap, TappedFormat
+from compress.calibration.walk import ModelWalk
 from compress.errors import CompressError
 from compress.gguf.blocks.quantise import quantise
 from compress.kv_scales import CacheRecorder, rounded_cache
@@ -21,10 +24,7 @@ from compress.layer import CompressedLayer, LayerWeights, compress_layer, meant_
 from compress.loss import Loss, compare
 from compress.partial import PartialCheckpoint
 from compress.recipe import Recipe
-from compress.statistics import LayerRecorder
 from compress.stored import StoredModel
-from compress.tapped import Replaced, Tap, TappedFormat
-from compress.walk import ModelWalk
 from workers.model.tensor_layout import EMBEDDING, HEAD, TensorLayout
 from workers.model.weight_format import Matrices
 

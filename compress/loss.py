@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.walk import ModelWalk
+from compress.calibration.walk import ModelWalk
 
 
 @dataclass(frozen=True, slots=True)

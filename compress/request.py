@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 
 from checkpoint.files import read_json
-from compress.blocks import TokenBlocks, read_blocks, split_blocks
+from compress.calibration.blocks import TokenBlocks, read_blocks, split_blocks
+from compress.calibration.samples import own_samples
 from compress.errors import CompressError
 from compress.gguf.mixtures import MIXTURE_NAMES, mixture_named
 from compress.job import PlainModel
 from compress.methods.gptq import ActOrder, GptqOptions
 from compress.methods.pruning import Pattern
 from compress.recipe import Pruning, Recipe
-from compress.samples import own_samples
 from compress.schemes import PLAIN, Scheme, scheme_labelled, scheme_named
 from compress.stored import format_for
 

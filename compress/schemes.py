@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from checkpoint.gguf.block_types import QUANTISED
-from compress.activations import ActivationRounding
+from compress.calibration.activations import ActivationRounding
 from compress.errors import CompressError
 from compress.grids.floating import Fp8Grid, Mxfp4Grid, Nf4Grid, Nvfp4Grid
 from compress.grids.grid import Grid

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from deploy.config import ClusterConfig, PoolConfig
 from deploy.errors import ConfigError
-from kvstore.config import KV_LADDERS, LADDER_BLOCK_TOKENS, KVStoreConfig
+from kvstore.config import KV_MIXED_PRECISIONS, MIXED_PRECISION_BLOCK_TOKENS, KVStoreConfig
 from kvstore.tiers.disk.disk import least_disk_bytes
 from kvstore.tiers.host.arena import num_slots_for
 from workers.config import EngineConfig, WorkerSpec, kv_row_bytes
@@ -119,7 +119,7 @@ def make_plan(
 
 
 def _block_size(store: KVStoreConfig, on_cuda: bool) -> int:
-    on_cpu = LADDER_BLOCK_TOKENS if store.kv_cache_dtype in KV_LADDERS else _CPU_BLOCK_TOKENS
+    on_cpu = MIXED_PRECISION_BLOCK_TOKENS if store.kv_cache_dtype in KV_MIXED_PRECISIONS else _CPU_BLOCK_TOKENS
     return store.block_size or (_CUDA_BLOCK_TOKENS if on_cuda else on_cpu)
 
 

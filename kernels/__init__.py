@@ -22,8 +22,8 @@ definition that both are tested against. Importing touches no GPU.
     rope_and_write_kv(q, k, v, cos_sin, positions, kv_cache, slot_mapping) -> rotated q
     pack_full_blocks(kv_cache, slot_mapping, that of the packed cache, its parts, bits) -> the parts, written in place
     copy_full_blocks(kv_cache, slot_mapping, that of the other cache, the other cache) -> it, written in place
-    ladder_attention(q, rungs, query_start_loc, seq_lens, max_query_len, scale, ...) -> shaped as q
-        rungs: kernels.attention.rungs.RungBlocks, each a form of the cache and the distances it stands for
+    mixed_precision_attention(q, levels, query_start_loc, seq_lens, max_query_len, scale, ...) -> shaped as q
+        levels: kernels.attention.precision_levels.LevelBlocks, each a form of the cache and the distances it stands for
     rms_norm(x, weight, eps) -> normed
     add_rms_norm(x, residual, weight, eps) -> (normed, new_residual)
     swiglu(gate_up) -> silu(first half) * second half
@@ -63,7 +63,7 @@ Quantised results come with their fp32 scales, [num_tokens, 1] or, in groups of 
 """
 
 from kernels.attention.decode import decode_attention
-from kernels.attention.ladder import ladder_attention
+from kernels.attention.mixed_precision import mixed_precision_attention
 from kernels.attention.mla import mla_decode_attention
 from kernels.attention.mla_prefill import mla_prefill_attention
 from kernels.attention.prefill import prefill_attention
@@ -107,7 +107,7 @@ __all__ = [
     "gather_kv_blocks",
     "group_by_expert",
     "int8_gemm",
-    "ladder_attention",
+    "mixed_precision_attention",
     "mla_decode_attention",
     "mla_prefill_attention",
     "moe_experts",

@@ -17,9 +17,10 @@ from settings.limits import Bounds, Matches, OneOf, check_limits
 DISK_WRITES = ("back", "through")
 PREFIX_FETCH = ("cheapest", "always", "never")
 KV_ENCODINGS = ("none", "int8", "fp8")  # of keys and values on their way, with loss
-KV_LADDERS = ("kivi8_4", "kivi4", "kivi4_2", "kivi2", "kivi2_v1", "token4", "token2")
-KV_CACHE_DTYPES = ("auto", "int8", "fp8", *KV_LADDERS)  # of keys and values in the paged cache
-LADDER_BLOCK_TOKENS = 32  # scales are shared by a block's tokens: in smaller blocks they cost more than the codes
+KV_MIXED_PRECISIONS = ("kivi8_4", "kivi4", "kivi4_2", "kivi2", "kivi2_v1", "token4", "token2")
+KV_CACHE_DTYPES = ("auto", "int8", "fp8", *KV_MIXED_PRECISIONS)  # of keys and values in the paged cache
+# Scales are shared by a block's tokens: in smaller blocks they cost more than the codes.
+MIXED_PRECISION_BLOCK_TOKENS = 32
 COMPRESSIONS = ("none", "zstd")  # of the bytes of a fragment, without
 CALLS_SUFFIX = ".calls"  # behind the path of a node's host address: the socket for slot calls
 _LEAST_DISK_BYTES = 16 * 1024 * 1024

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.statistics import InputStatistics
+from compress.calibration.statistics import InputStatistics
 
 _DAMPING = 1e-4  # of the Hessian's mean diagonal
 

@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from compress.calibration.statistics import InputStatistics
 from compress.errors import CompressError
 from compress.methods.gptq import inverse_factor
-from compress.statistics import InputStatistics
 
 PruningMethod = Literal["magnitude", "wanda", "sparsegpt"]
 _BLOCK_COLUMNS = 128

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compress.calibration.statistics import InputStatistics
 from compress.grids.grid import Grid, grouped
 from compress.methods.nearest import round_to_nearest
 from compress.schemes import Scheme
-from compress.statistics import InputStatistics
 
 _SMALLEST = 1e-5
 _AWQ_STEPS = 20

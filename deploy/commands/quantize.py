@@ -14,10 +14,10 @@ from deploy.errors import ConfigError, StartError, one_line
 from deploy.progress import deliver
 
 if TYPE_CHECKING:
-    from compress.blocks import TokenBlocks
+    from compress.calibration.blocks import TokenBlocks
     from compress.job import PlainModel
-    from compress.mixed import MixedRecipe
     from compress.recipe import Recipe
+    from compress.selection.mixed import MixedRecipe
 
 
 @click.command()
@@ -141,9 +141,9 @@ def _compress(model_dir: str, out: Path, as_json: bool, options: dict[str, objec
 
 def _mix(model: PlainModel, recipe: Recipe, blocks: TokenBlocks, budget: str, schemes: str) -> MixedRecipe:
     """Measure each product under each scheme, where there is a budget."""
-    from compress.mixed import MixedRecipe, measure, mixed_recipe
     from compress.request import parse_bytes
     from compress.schemes import scheme_labelled
+    from compress.selection.mixed import MixedRecipe, measure, mixed_recipe
 
     if not budget:
         return MixedRecipe(recipe, None)

@@ -6,7 +6,7 @@ For tests and benchmarks; the engine never imports it.
 from typing import Any
 
 from kernels.attention.decode import decode_attention
-from kernels.attention.ladder import ladder_attention
+from kernels.attention.mixed_precision import mixed_precision_attention
 from kernels.attention.mla import mla_decode_attention
 from kernels.attention.mla_prefill import mla_prefill_attention
 from kernels.attention.prefill import prefill_attention
@@ -69,7 +69,7 @@ OPS: tuple[Op[..., Any], ...] = (
     sample,
     vocab_embedding,
     apply_penalties,
-    ladder_attention,
+    mixed_precision_attention,
     pack_full_blocks,
     copy_full_blocks,
     group_by_expert,

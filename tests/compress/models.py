@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
 
-from compress.blocks import TokenBlocks
+from compress.calibration.blocks import TokenBlocks
 
 VOCAB = 96
 _BASE: dict[str, object] = {

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from compress.errors import CompressError
 from compress.job import compress_model, open_model
-from compress.knapsack import Choice, choose, choose_exactly, total_bytes, total_loss
-from compress.mixed import end_bytes, measure, mixed_recipe
 from compress.request import Request, parse_bytes, recipe_for
 from compress.schemes import scheme_labelled
+from compress.selection.knapsack import Choice, choose, choose_exactly, total_bytes, total_loss
+from compress.selection.mixed import end_bytes, measure, mixed_recipe
 from tests.compress.models import make_blocks, make_model
 
 choices = st.lists(st.tuples(st.integers(1, 30), st.integers(0, 100)), min_size=1, max_size=4)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from compress.blocks import TokenBlocks
+from compress.calibration.blocks import TokenBlocks
 from compress.errors import CompressError
 from compress.job import compress_model, open_model
 from compress.recipe import Recipe

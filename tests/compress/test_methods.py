@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from compress.calibration.statistics import InputRecorder, InputStatistics
 from compress.grids.grid import Grid
 from compress.methods.gptq import ActOrder, GptqOptions, gptq, inverse_factor
 from compress.methods.low_rank import factorized, rank_of
@@ -15,7 +16,6 @@ from compress.methods.nearest import round_to_nearest
 from compress.methods.pruning import Pattern, prune
 from compress.methods.smoothing import Consumers, awq_factors, clip_to_best_range, smoothquant_factors
 from compress.schemes import scheme_named
-from compress.statistics import InputRecorder, InputStatistics
 
 BF16 = torch.bfloat16
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from compress.blocks import TokenBlocks, read_blocks
+from compress.calibration.blocks import TokenBlocks, read_blocks
 from compress.job import PlainModel, compress_model, open_model
 from compress.request import Request, recipe_for
 

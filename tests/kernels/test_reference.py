@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from kernels.cases import Draw, PagedShape
 from kernels.harness import OPS
 from kernels.harness.compare import case_error, row_error
-from tests.kernels import expected_attention, expected_ladder
+from tests.kernels import expected_attention, expected_mixed_precision
 from tests.kernels.expected_elementwise import EXPECTED as EXPECTED_ELEMENTWISE
 from tests.kernels.expected_gemm import TORCH_GEMM
 
@@ -59,7 +59,7 @@ def torch_rope(q, k, v, cos_sin, positions, kv_cache, slot_mapping):
 
 TORCH = {
     **expected_attention.TORCH,
-    **expected_ladder.TORCH,
+    **expected_mixed_precision.TORCH,
     "rms_norm": torch_rms_norm,
     "add_rms_norm": torch_add_rms_norm,
     "rope_and_write_kv": torch_rope,

@@ -13,7 +13,7 @@ from kvstore.names import fragment_key
 from workers.errors import ModelError
 from workers.model.cache_spec import CacheGroup
 
-LAYERS_PER_RUNG = 1 << 13  # more than any model has; a key has 16 bits for both
+LAYERS_PER_LEVEL = 1 << 13  # more than any model has; a key has 16 bits for both
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +24,11 @@ class FragmentGrid:
     layers_per_fragment: int  # divides their number
     first_kv_head: int
     num_kv_heads: int
-    rung: int = 0
+    level: int = 0
 
     def keys(self, block_name: bytes) -> list[bytes]:
         """Keys of this rank's fragments of a block: groups of layers, and heads within a group."""
-        above = self.rung * LAYERS_PER_RUNG
+        above = self.level * LAYERS_PER_LEVEL
         return [
             fragment_key(block_name, above + first_layer, self.layers_per_fragment, self.first_kv_head + head)
             for first_layer in self.layers[:: self.layers_per_fragment]
@@ -48,4 +48,4 @@ def fragment_grid(group: CacheGroup, held: range, layers_per_fragment: int, head
         raise ModelError(
             f"layers_per_fragment={per_fragment} does not fit the stage's layers {held.start}..{held.stop - 1}"
         )
-    return FragmentGrid(layers, per_fragment, heads.start, len(heads), group.rung)
+    return FragmentGrid(layers, per_fragment, heads.start, len(heads), group.level)

@@ -77,7 +77,7 @@ class CacheGroup:
     spec: CacheSpec
     layers: tuple[int, ...]  # ascending
     form: BlockForm = EXACT_FORM
-    rung: int = 0  # tells groups of the same layers apart, which keep the same tokens in several forms
+    level: int = 0  # tells groups of the same layers apart, which keep the same tokens in several forms
     first_tokens: int = 0  # of each request, which alone are kept; 0: all
     takes_full_blocks: bool = False  # a block is written at once when all its tokens are known
 

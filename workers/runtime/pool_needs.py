@@ -51,7 +51,7 @@ class PoolNeeds:
             return 2 * group.limit(self.block_size) * most_seqs
         if not group.spec.window:
             return 1 << 31
-        if group.rung:  # a step has one longest chunk: the others' blocks are better spent on what is kept for long
+        if group.level:  # a step has one longest chunk: the others' blocks are better spent on what is kept for long
             held = group.num_blocks_held(self.context_tokens, self.block_size)
             return 2 * held * most_seqs + self._least(group)
         return 2 * self._least(group) * most_seqs

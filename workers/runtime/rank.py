@@ -156,7 +156,7 @@ class Rank:
         cache = self._runner.cache
         keys: list[bytes] = []
         for group, own in zip(cache.layout.groups, cache.grids(self.spec.layers_per_fragment), strict=True):
-            whole = FragmentGrid(group.layers, own.layers_per_fragment, 0, group.spec.num_kv_heads, group.rung)
+            whole = FragmentGrid(group.layers, own.layers_per_fragment, 0, group.spec.num_kv_heads, group.level)
             keys += whole.keys(block_name)
         return keys
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 
 from checkpoint.gguf.directory import open_gguf
 from checkpoint.gguf.names import file_name, layout_name
-from compress.blocks import TokenBlocks
+from compress.calibration.blocks import TokenBlocks
 from compress.errors import CompressError, DiskError
 from compress.gguf.mixtures import MIXTURE_NAMES, with_block_types
 from compress.job import compress_model, open_model

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from compress.blocks import TokenBlocks, read_blocks
+from compress.calibration.blocks import TokenBlocks, read_blocks
 from compress.job import compress_model, open_model
 from compress.request import Request, recipe_for
 from tests.compress.test_yardsticks import CALIBRATION, DEMO, HELD_OUT

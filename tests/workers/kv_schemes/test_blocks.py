@@ -96,7 +96,7 @@ def test_only_whole_blocks_are_brought_in() -> None:
 
 
 @pytest.mark.parametrize(("kv_cache_dtype", "bits"), [("kivi4", 4), ("kivi2", 2)])
-def test_a_ladder_has_a_group_for_each_form(kv_cache_dtype: str, bits: int) -> None:
+def test_a_mixed_precision_scheme_has_a_group_for_each_form(kv_cache_dtype: str, bits: int) -> None:
     """Packed ones for all tokens; exact ones for the window of 8, and for the first block, in which the 4 sinks are."""
     found = layout(kv_cache_dtype)
     packed, exact, sinks = found.groups
@@ -113,7 +113,7 @@ def test_a_ladder_has_a_group_for_each_form(kv_cache_dtype: str, bits: int) -> N
 def test_layers_that_see_no_more_than_the_window_are_not_packed() -> None:
     specs = [CacheSpec(HEADS, HEAD_DIM), CacheSpec(HEADS, HEAD_DIM, window=8), CacheSpec(HEADS, HEAD_DIM, window=64)]
     groups = KVCacheOptions("kivi2", 8, 0).scheme(BLOCK_SIZE).groups(specs)
-    assert [(group.layers, group.spec.window, group.rung) for group in groups] == [
+    assert [(group.layers, group.spec.window, group.level) for group in groups] == [
         ((0,), 0, 0), ((1,), 8, 0), ((2,), 64, 0), ((0,), 8, 1), ((2,), 8, 1)
     ]  # fmt: skip
     assert [group.takes_full_blocks for group in groups] == [True, False, True, False, False]

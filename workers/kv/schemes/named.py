@@ -10,18 +10,18 @@ from workers.config import EngineConfig
 from workers.kv.schemes.exact import EXACT_SCHEME
 from workers.kv.schemes.fp8 import Fp8Scheme
 from workers.kv.schemes.int8 import Int8Scheme
-from workers.kv.schemes.ladder import LadderScheme, PackedForm, Rung
+from workers.kv.schemes.mixed_precision import MixedPrecisionScheme, PackedForm, PrecisionLevel
 from workers.kv.schemes.scheme import KVScheme
 
 _EVERY_BLOCK_ALONE: Mapping[str, KVScheme] = {"auto": EXACT_SCHEME, "int8": Int8Scheme(), "fp8": Fp8Scheme()}
-_LADDERS: Mapping[str, tuple[Rung, ...]] = {
-    "kivi4": (Rung(PackedForm(PackedBits(4, 4))),),
-    "kivi2": (Rung(PackedForm(PackedBits(2, 2))),),
-    "kivi2_v1": (Rung(PackedForm(PackedBits(2, 1))),),
-    "kivi8_4": (Rung(PackedForm(PackedBits(4, 4))), Rung(PackedForm(PackedBits(8, 8)), 128)),
-    "kivi4_2": (Rung(PackedForm(PackedBits(2, 2))), Rung(PackedForm(PackedBits(4, 4)), 128)),
-    "token4": (Rung(PackedForm(PackedBits(4, 4, has_token_keys=True))),),
-    "token2": (Rung(PackedForm(PackedBits(2, 2, has_token_keys=True))),),
+_LEVELS: Mapping[str, tuple[PrecisionLevel, ...]] = {
+    "kivi4": (PrecisionLevel(PackedForm(PackedBits(4, 4))),),
+    "kivi2": (PrecisionLevel(PackedForm(PackedBits(2, 2))),),
+    "kivi2_v1": (PrecisionLevel(PackedForm(PackedBits(2, 1))),),
+    "kivi8_4": (PrecisionLevel(PackedForm(PackedBits(4, 4))), PrecisionLevel(PackedForm(PackedBits(8, 8)), 128)),
+    "kivi4_2": (PrecisionLevel(PackedForm(PackedBits(2, 2))), PrecisionLevel(PackedForm(PackedBits(4, 4)), 128)),
+    "token4": (PrecisionLevel(PackedForm(PackedBits(4, 4, has_token_keys=True))),),
+    "token2": (PrecisionLevel(PackedForm(PackedBits(2, 2, has_token_keys=True))),),
 }
 
 
@@ -39,7 +39,7 @@ class KVCacheOptions:
         if scheme is not None:
             return scheme
         window = max(self.kv_window_tokens, block_size)  # a block is packed when it is full, and exact until then
-        return LadderScheme(self.kv_cache_dtype, _LADDERS[self.kv_cache_dtype], window, self.kv_sink_tokens)
+        return MixedPrecisionScheme(self.kv_cache_dtype, _LEVELS[self.kv_cache_dtype], window, self.kv_sink_tokens)
 
 
 def scheme_of(engine: EngineConfig) -> KVScheme:

@@ -12,15 +12,15 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from compress.knapsack import Choice
+from compress.calibration.statistics import LayerRecorder
+from compress.calibration.tapped import Replaced, TappedFormat
+from compress.calibration.walk import ModelWalk
 from compress.layer import LayerWeights, compress_layer, meant_weights, read_layer
 from compress.layerwise import check_layer, input_rounding
 from compress.loss import compare
 from compress.recipe import Recipe
 from compress.schemes import PLAIN, Scheme
-from compress.statistics import LayerRecorder
-from compress.tapped import Replaced, TappedFormat
-from compress.walk import ModelWalk
+from compress.selection.knapsack import Choice
 from workers.model.weight_format import Matrices
 
 

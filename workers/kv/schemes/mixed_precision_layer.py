@@ -1,4 +1,4 @@
-"""A layer's keys and values on a ladder of forms; see workers.kv.schemes.ladder."""
+"""A layer's keys and values in several forms; see workers.kv.schemes.mixed_precision."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 
 import kernels
 from costs.packed_kv import PackedBits
-from kernels.attention.rungs import Reach, RungBlocks
+from kernels.attention.precision_levels import LevelBlocks, Reach
 from workers.errors import ModelError
-from workers.kv.schemes.ladder import LadderScheme, PackedForm
+from workers.kv.schemes.mixed_precision import MixedPrecisionScheme, PackedForm
 from workers.kv.schemes.scheme import LayerBlocks
 from workers.model.batch import Batch
 from workers.model.layers.layer_cache import AttentionTerms
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Rung:
+class _Level:
     """One form of the layer's blocks, and the keys that it stands for."""
 
     group: int
@@ -33,22 +33,22 @@ class _Rung:
         slots = batch.groups[self.group].slot_mapping
         return torch.where(batch.positions < self.num_tokens, slots, -1) if self.num_tokens else slots
 
-    def blocks(self, batch: Batch, sequences: slice) -> RungBlocks:
+    def blocks(self, batch: Batch, sequences: slice) -> LevelBlocks:
         """For attention of some of the batch's sequences."""
-        return RungBlocks(self.parts, self.bits, self.reach, batch.groups[self.group].block_table[sequences])
+        return LevelBlocks(self.parts, self.bits, self.reach, batch.groups[self.group].block_table[sequences])
 
 
-class LadderLayer:
+class MixedPrecisionLayer:
     """As LayerCache."""
 
-    def __init__(self, blocks: Sequence[LayerBlocks], scheme: LadderScheme) -> None:
+    def __init__(self, blocks: Sequence[LayerBlocks], scheme: MixedPrecisionScheme) -> None:
         """blocks: in the order of the scheme's groups."""
         (exact,) = (each for each in blocks if not each.group.takes_full_blocks)
         self._block_size = exact.parts[0].shape[3]
-        self._exact = _Rung(exact.group.index, exact.parts, None, Reach(farthest=scheme.window_tokens))
-        self._others = list(_other_rungs(blocks, scheme))
+        self._exact = _Level(exact.group.index, exact.parts, None, Reach(farthest=scheme.window_tokens))
+        self._others = list(_other_levels(blocks, scheme))
         on_cuda = exact.parts[0].is_cuda
-        if on_cuda and any(rung.bits and min(rung.bits.keys, rung.bits.values) == 1 for rung in self._others):
+        if on_cuda and any(level.bits and min(level.bits.keys, level.bits.values) == 1 for level in self._others):
             raise ModelError(f"kv_cache_dtype: {scheme.name} runs on CPUs only")
         if on_cuda and (self._block_size < 16 or self._block_size & (self._block_size - 1)):
             raise ModelError(f"block_size: must be a power of two from 16 on with kv_cache_dtype={scheme.name}")
@@ -60,18 +60,18 @@ class LadderLayer:
         rotated = kernels.rope_and_write_kv(q, k, v, cos_sin, batch.positions, kv_cache, slots)
         is_last = (slots >= 0) & (slots % self._block_size == self._block_size - 1)
         if kv_cache.is_cuda or bool(is_last.any()):
-            for rung in self._others:
-                self._write_full_blocks(rung, slots, rung.target_slots(batch))
+            for level in self._others:
+                self._write_full_blocks(level, slots, level.target_slots(batch))
         return rotated
 
-    def _write_full_blocks(self, rung: _Rung, slots: Tensor, target_slots: Tensor) -> None:
+    def _write_full_blocks(self, level: _Level, slots: Tensor, target_slots: Tensor) -> None:
         kv_cache = self._exact.parts[0]
-        if rung.bits is None:
-            kernels.copy_full_blocks(kv_cache, slots, target_slots, rung.parts[0])
+        if level.bits is None:
+            kernels.copy_full_blocks(kv_cache, slots, target_slots, level.parts[0])
         else:
-            key_codes, key_scales, value_codes, value_scales = rung.parts
+            key_codes, key_scales, value_codes, value_scales = level.parts
             packed = key_codes, key_scales, value_codes, value_scales
-            kernels.pack_full_blocks(kv_cache, slots, target_slots, packed, rung.bits)
+            kernels.pack_full_blocks(kv_cache, slots, target_slots, packed, level.bits)
 
     def attend_decodes(self, q: Tensor, batch: Batch, terms: AttentionTerms) -> Tensor:
         """As in LayerCache."""
@@ -87,9 +87,9 @@ class LadderLayer:
     def _attend(
         self, q: Tensor, batch: Batch, terms: AttentionTerms, sequences: slice, starts: Tensor, max_query_len: int
     ) -> Tensor:
-        return kernels.ladder_attention(
+        return kernels.mixed_precision_attention(
             q,
-            [rung.blocks(batch, sequences) for rung in (*self._others, self._exact)],
+            [level.blocks(batch, sequences) for level in (*self._others, self._exact)],
             starts,
             batch.seq_lens[sequences],
             max_query_len,
@@ -101,17 +101,17 @@ class LadderLayer:
         )
 
 
-def _other_rungs(blocks: Sequence[LayerBlocks], scheme: LadderScheme) -> Iterator[_Rung]:
-    windows = [rung.window_tokens for rung in scheme.rungs] + [scheme.window_tokens]
-    ladder = [each for each in blocks if not each.group.first_tokens][:-1]
-    sink_tokens = scheme.sink_tokens if len(blocks) > len(ladder) + 1 else 0
-    for index, each in enumerate(ladder):
+def _other_levels(blocks: Sequence[LayerBlocks], scheme: MixedPrecisionScheme) -> Iterator[_Level]:
+    windows = [level.window_tokens for level in scheme.levels] + [scheme.window_tokens]
+    by_distance = [each for each in blocks if not each.group.first_tokens][:-1]
+    sink_tokens = scheme.sink_tokens if len(blocks) > len(by_distance) + 1 else 0
+    for index, each in enumerate(by_distance):
         form = each.group.form
         assert isinstance(form, PackedForm)
         reach = Reach(windows[index + 1], windows[index], first_key=sink_tokens)
-        yield _Rung(each.group.index, each.parts, form.bits, reach)
+        yield _Level(each.group.index, each.parts, form.bits, reach)
     for each in blocks:
         if each.group.first_tokens:
             reach = Reach(scheme.window_tokens, end_key=sink_tokens)
             block_size = each.parts[0].shape[3]
-            yield _Rung(each.group.index, each.parts, None, reach, each.group.limit(block_size) * block_size)
+            yield _Level(each.group.index, each.parts, None, reach, each.group.limit(block_size) * block_size)

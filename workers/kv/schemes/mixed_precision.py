@@ -1,10 +1,10 @@
-"""Keys and values in fewer bits the farther they lie back: a ladder of forms, of which the nearest rung is exact.
+"""Keys and values in fewer bits the farther they lie back; the nearest are exact.
 
-Each rung is a cache group of its own over the same layers. Tokens are written to the exact rung, whose blocks are given
-back when the last of its window has passed. A block is written to all other rungs at once, when it is full, from the
-exact one: its bytes depend on its tokens alone, so that it is named and shared like any block. Which rung a token
-reads of a key depends on their distance only. The first tokens of a sequence (its attention sinks) may stay exact at
-any distance. Without torch until layers are made.
+Each precision level is a cache group of its own over the same layers. Tokens are written to the exact level, whose
+blocks are freed when they leave its window. A full block is quantized from the exact level into all others at once: its
+bytes depend on its tokens alone, so that it is named and shared like any block. The distance between query and key
+alone determines which level is read. The first tokens of a sequence (its attention sinks) may stay exact at any
+distance. Torch is imported when layers are made.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class PackedForm:
 
 
 @dataclass(frozen=True, slots=True)
-class Rung:
+class PrecisionLevel:
     """What stands for keys up to a distance."""
 
     form: PackedForm
@@ -50,16 +50,16 @@ class Rung:
 
 
 @dataclass(frozen=True, slots=True)
-class LadderScheme:
-    """The farthest rung first; the exact one is not listed."""
+class MixedPrecisionScheme:
+    """The farthest level first; the exact one is not listed."""
 
     name: str
-    rungs: tuple[Rung, ...]
+    levels: tuple[PrecisionLevel, ...]
     window_tokens: int  # that stay exact behind each token, itself included; at least a block
     sink_tokens: int  # at the beginning of a sequence, that stay exact
 
     def groups(self, specs: Sequence[CacheSpec]) -> tuple[CacheGroup, ...]:
-        """As in KVScheme: for all layers what is kept longest, then their other rungs."""
+        """As in KVScheme: for all layers what is kept longest, then their other levels."""
         refuse_latent(self.name, specs)
         for spec in specs:
             self._check(spec)
@@ -67,7 +67,7 @@ class LadderScheme:
         base = cache_groups(specs)
         for group in base:
             is_packed = self._is_packed(group.spec)
-            form = self.rungs[0].form if is_packed else EXACT_FORM
+            form = self.levels[0].form if is_packed else EXACT_FORM
             found.append(replace(group, form=form, takes_full_blocks=is_packed))
         for group in base:
             if self._is_packed(group.spec):
@@ -80,28 +80,28 @@ class LadderScheme:
         return not 0 < spec.window <= self.window_tokens
 
     def _nearer(self, group: CacheGroup) -> Iterator[CacheGroup]:
-        """The rungs behind the first, the exact one, and the sinks."""
+        """The levels behind the first, the exact one, and the sinks."""
         number = 0
-        for number, rung in enumerate(self.rungs[1:], 1):
-            spec = replace(group.spec, window=min(rung.window_tokens, group.spec.window or rung.window_tokens))
-            yield replace(group, spec=spec, form=rung.form, rung=number, takes_full_blocks=True)
+        for number, level in enumerate(self.levels[1:], 1):
+            spec = replace(group.spec, window=min(level.window_tokens, group.spec.window or level.window_tokens))
+            yield replace(group, spec=spec, form=level.form, level=number, takes_full_blocks=True)
         spec = replace(group.spec, window=self.window_tokens)
-        yield replace(group, spec=spec, rung=number + 1)
+        yield replace(group, spec=spec, level=number + 1)
         if self.sink_tokens and not group.spec.window:  # a window of the model's own leaves the first tokens behind
             first = group.spec
-            yield replace(group, spec=first, rung=number + 2, first_tokens=self.sink_tokens, takes_full_blocks=True)
+            yield replace(group, spec=first, level=number + 2, first_tokens=self.sink_tokens, takes_full_blocks=True)
 
     def _check(self, spec: CacheSpec) -> None:
-        for rung in self.rungs:
-            bits = rung.form.bits
+        for level in self.levels:
+            bits = level.form.bits
             if any(spec.head_dim * each % 8 for each in (bits.keys, bits.values)):
                 raise ModelError(f"kv_cache_dtype: {self.name} does not pack heads of {spec.head_dim} numbers")
 
     def layer_cache(self, blocks: Sequence[LayerBlocks]) -> LayerCache:
         """As in KVScheme."""
-        from workers.kv.schemes.ladder_layer import LadderLayer
+        from workers.kv.schemes.mixed_precision_layer import MixedPrecisionLayer
         from workers.kv.schemes.paged_layer import PagedLayer
 
         if len(blocks) == 1:
             return PagedLayer(blocks[0].group.index, blocks[0].parts[0])
-        return LadderLayer(blocks, self)
+        return MixedPrecisionLayer(blocks, self)

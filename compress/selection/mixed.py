@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from compress.blocks import TokenBlocks
+from compress.calibration.blocks import TokenBlocks
 from compress.errors import CompressError
 from compress.job import PlainModel
-from compress.knapsack import Items, choose, total_bytes, total_loss
 from compress.recipe import Recipe
 from compress.schemes import Scheme, scheme_labelled
-from compress.sensitivity import item_of, sensitivities
+from compress.selection.knapsack import Items, choose, total_bytes, total_loss
+from compress.selection.sensitivity import item_of, sensitivities
 from workers.model.tensor_layout import tensor_layout
 
 _MEASURED_BLOCKS = 8

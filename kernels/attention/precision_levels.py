@@ -60,7 +60,7 @@ class SeenKeys:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class RungBlocks:
+class LevelBlocks:
     """One form of a layer's blocks."""
 
     parts: tuple[torch.Tensor, ...]  # (kv_cache,), or those of kernels.packed_blocks; of all blocks
@@ -95,14 +95,14 @@ def _as_packed(parts: tuple[torch.Tensor, ...]) -> Packed:
     return key_codes, key_scales, value_codes, value_scales
 
 
-def attend_rungs(
-    q: torch.Tensor, rungs: Sequence[SeenKeys], length: int, softmax: Softmax, batch_invariant: bool = False
+def attend_levels(
+    q: torch.Tensor, levels: Sequence[SeenKeys], length: int, softmax: Softmax, batch_invariant: bool = False
 ) -> torch.Tensor:
     """q [n, q_heads, head_dim] are the last tokens of a sequence of this length -> the same shape."""
     if batch_invariant:
-        return _attend_in_fixed_order(q, rungs, length, softmax)
+        return _attend_in_fixed_order(q, levels, length, softmax)
     n, num_q_heads, head_dim = q.shape
-    kv = torch.cat([rung.kv for rung in rungs], 2)
+    kv = torch.cat([level.kv for level in levels], 2)
     num_kv_heads = kv.shape[0]
     rows = q.view(n, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
     k, v = (kv[:, i : i + 1].expand(-1, rows.shape[1], -1, -1) for i in range(2))
@@ -110,24 +110,24 @@ def attend_rungs(
     for begin in range(0, n, _QUERY_ROWS):
         end = min(begin + _QUERY_ROWS, n)
         positions = torch.arange(length - n + begin, length - n + end)
-        mask = torch.cat([_seen(rung, positions, rung.keys, softmax) for rung in rungs], 1)
+        mask = torch.cat([_seen(level, positions, level.keys, softmax) for level in levels], 1)
         attended = softmax_attention(rows[:, :, begin:end], k, v, mask, softmax, (num_kv_heads, -1, 1, 1))
         out[begin:end] = attended.permute(2, 0, 1, 3)
     return out.view(n, num_q_heads, head_dim)
 
 
-def define_rungs(q: torch.Tensor, rungs: Sequence[SeenKeys], length: int, softmax: Softmax) -> torch.Tensor:
+def define_levels(q: torch.Tensor, levels: Sequence[SeenKeys], length: int, softmax: Softmax) -> torch.Tensor:
     """The definition, in float64: one softmax over all keys, each in the form in which it is seen."""
     out, first_position = torch.empty_like(q), length - len(q)
-    num_kv_heads = rungs[0].kv.shape[0]
+    num_kv_heads = levels[0].kv.shape[0]
     positions, group = torch.arange(first_position, length), q.shape[1] // num_kv_heads
     for h in range(num_kv_heads):
         heads, scores, values = slice(h * group, (h + 1) * group), list[torch.Tensor](), list[torch.Tensor]()
-        for rung in rungs:
-            products = torch.einsum("qhd,kd->hqk", q[:, heads].double(), rung.kv[h, 0].double())
-            unseen = ~_seen(rung, positions, rung.keys, softmax)
+        for level in levels:
+            products = torch.einsum("qhd,kd->hqk", q[:, heads].double(), level.kv[h, 0].double())
+            unseen = ~_seen(level, positions, level.keys, softmax)
             scores.append(softmax.scores(products).masked_fill(unseen, float("-inf")))
-            values.append(rung.kv[h, 1].double())
+            values.append(level.kv[h, 1].double())
         num_keys = sum(len(value) for value in values)
         if softmax.sinks is not None:
             scores.append(softmax.sinks[heads, None, None].double().expand(-1, len(q), 1))
@@ -136,16 +136,16 @@ def define_rungs(q: torch.Tensor, rungs: Sequence[SeenKeys], length: int, softma
     return out
 
 
-def _seen(rung: SeenKeys, positions: torch.Tensor, keys: torch.Tensor, softmax: Softmax) -> torch.Tensor:
-    return softmax.is_seen(positions, keys) & rung.reach.is_seen(positions, keys)
+def _seen(level: SeenKeys, positions: torch.Tensor, keys: torch.Tensor, softmax: Softmax) -> torch.Tensor:
+    return softmax.is_seen(positions, keys) & level.reach.is_seen(positions, keys)
 
 
-def _attend_in_fixed_order(q: torch.Tensor, rungs: Sequence[SeenKeys], length: int, softmax: Softmax) -> torch.Tensor:
+def _attend_in_fixed_order(q: torch.Tensor, levels: Sequence[SeenKeys], length: int, softmax: Softmax) -> torch.Tensor:
     """As kernels.attention.paged.attend_in_fixed_order, with each tile of keys in every form, one after the other."""
     n, num_q_heads, head_dim = q.shape
-    num_kv_heads, group = rungs[0].kv.shape[0], num_q_heads // rungs[0].kv.shape[0]
+    num_kv_heads, group = levels[0].kv.shape[0], num_q_heads // levels[0].kv.shape[0]
     num_tiles = cdiv(length, KEY_TILE)
-    tiles = [_tiles(rung, num_tiles) for rung in rungs]
+    tiles = [_tiles(level, num_tiles) for level in levels]
     first_position = length - n
     out = torch.empty(q.shape, dtype=q.dtype)
     lane = torch.arange(KEY_TILE)
@@ -157,17 +157,17 @@ def _attend_in_fixed_order(q: torch.Tensor, rungs: Sequence[SeenKeys], length: i
         sums = TileSums.start(rows.transpose(0, 1).reshape(num_kv_heads, QUERY_TILE * group, head_dim), softmax)
         positions = torch.arange(begin, begin + QUERY_TILE).repeat_interleave(group)
         for i in range(cdiv(last, KEY_TILE)):
-            for rung, its_tiles in zip(rungs, tiles, strict=True):
+            for level, its_tiles in zip(levels, tiles, strict=True):
                 k, v = its_tiles[i]
-                sums.add(k, v, _seen(rung, positions, i * KEY_TILE + lane, softmax))
+                sums.add(k, v, _seen(level, positions, i * KEY_TILE + lane, softmax))
         attended = sums.result().view(num_kv_heads, QUERY_TILE, group, head_dim).transpose(0, 1)
         out[first - first_position : last - first_position] = attended[mine].flatten(1, 2).to(q.dtype)
     return out
 
 
-def _tiles(rung: SeenKeys, num_tiles: int) -> torch.Tensor:
+def _tiles(level: SeenKeys, num_tiles: int) -> torch.Tensor:
     """[tile, 2, kv_heads, KEY_TILE, head_dim]; zeros where the form has nothing."""
-    num_kv_heads, _, num_keys, head_dim = rung.kv.shape
+    num_kv_heads, _, num_keys, head_dim = level.kv.shape
     padded = torch.zeros(num_kv_heads, 2, num_tiles * KEY_TILE, head_dim)
-    padded[:, :, rung.first_key : rung.first_key + num_keys] = rung.kv
+    padded[:, :, level.first_key : level.first_key + num_keys] = level.kv
     return padded.view(num_kv_heads, 2, num_tiles, KEY_TILE, head_dim).permute(2, 1, 0, 3, 4).contiguous()

@@ -1,8 +1,9 @@
 """Attention over keys and values that lie in several forms at once: the nearest exactly, the farther the fewer bits.
 
-A rung is one form: its blocks, its block table, and the distances that it stands for (kernels.attention.rungs). Each
-rung is one launch, over the tiles of queries of prefill attention and with tiles of keys that are blocks; codes are
-unpacked on the way to the tensor cores. What the rungs give is merged by the logarithms of their sums of weights.
+A precision level is one form of the cache: its blocks, its block table, and the distances between query and key at
+which it is read (kernels.attention.precision_levels). Each level is one launch over the query tiles of prefill
+attention; a key tile is a block, whose codes are unpacked in registers. The partial results of the levels are merged by
+their log-sum-exp, as those of split-KV attention are.
 Single tokens take the same launch as chunks. Batch-invariant mode is that of kernels.attention.prefill.
 Knows nothing of schedulers or models.
 """
@@ -17,7 +18,7 @@ import torch
 from costs import ops as costs
 from costs.packed_kv import PackedBits, channel_group
 from kernels.attention.paged import Softmax
-from kernels.attention.rungs import Reach, RungBlocks, SeenKeys, attend_rungs, define_rungs
+from kernels.attention.precision_levels import LevelBlocks, Reach, SeenKeys, attend_levels, define_levels
 from kernels.attention.tile import LOG2_E, score_factors
 from kernels.cases import Draw, PagedShape
 from kernels.jit import Value, cdiv, constexpr, jit, next_power_of_2, tl
@@ -54,7 +55,7 @@ def _numbers(
 
 
 @jit
-def _rung_kernel(
+def _level_kernel(
     out_ptr: Value,  # fp32 [tokens, q_heads, HEAD_DIM]
     lse_ptr: Value,  # fp32 [tokens, q_heads], log2 of the sum of weights
     q_ptr: Value,
@@ -163,7 +164,7 @@ def _tile_rows(head_dim: int, element_size: int) -> int:
 
 def launch(
     q: torch.Tensor,
-    rungs: Sequence[RungBlocks],
+    levels: Sequence[LevelBlocks],
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
     max_query_len: int,
@@ -174,42 +175,42 @@ def launch(
     batch_invariant: bool = False,
 ) -> torch.Tensor:
     num_tokens, num_q_heads, head_dim = q.shape
-    num_kv_heads = rungs[0].parts[0].shape[1]
-    outs = torch.empty(len(rungs), num_tokens, num_q_heads, head_dim, dtype=torch.float32, device=q.device)
-    sums = torch.empty(len(rungs), num_tokens, num_q_heads, dtype=torch.float32, device=q.device)
+    num_kv_heads = levels[0].parts[0].shape[1]
+    outs = torch.empty(len(levels), num_tokens, num_q_heads, head_dim, dtype=torch.float32, device=q.device)
+    sums = torch.empty(len(levels), num_tokens, num_q_heads, dtype=torch.float32, device=q.device)
     group, block_d = num_q_heads // num_kv_heads, max(16, next_power_of_2(head_dim))
     most_rows = _tile_rows(block_d, q.element_size())
     rows = most_rows if batch_invariant else min(most_rows, next_power_of_2(max_query_len * group))
     block_m = max(16, next_power_of_2(group), rows)
     block_q = block_m // group
     grid = (cdiv(max_query_len, block_q) + batch_invariant, num_kv_heads, seq_lens.shape[0])
-    for i, rung in enumerate(rungs):
-        reach, bits = rung.reach, rung.bits
+    for i, level in enumerate(levels):
+        reach, bits = level.reach, level.bits
         channels = channel_group(head_dim)
         if bits is None:
-            kv = rung.parts[0]
+            kv = level.parts[0]
             keys, key_scales, values, value_scales = kv, None, kv[:, :, 1], None
             strides = (kv.stride(1), 0, kv.stride(1), 0)
         else:
-            keys, key_scales, values, value_scales = rung.packed
+            keys, key_scales, values, value_scales = level.packed
             strides = (keys.stride(1), key_scales.stride(1), values.stride(1), value_scales.stride(1))
-        _rung_kernel[grid](
-            outs[i], sums[i], q, query_start_loc, seq_lens, rung.block_table, keys, key_scales, values, value_scales,
+        _level_kernel[grid](
+            outs[i], sums[i], q, query_start_loc, seq_lens, level.block_table, keys, key_scales, values, value_scales,
             *score_factors(scale, soft_cap), window or _NO_END, reach.nearest, reach.farthest or _NO_END,
-            reach.first_key, reach.end_key or _NO_END, q.stride(0), rung.block_table.stride(0), *strides,
-            GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=rung.block_size,
+            reach.first_key, reach.end_key or _NO_END, q.stride(0), level.block_table.stride(0), *strides,
+            GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=level.block_size,
             KEY_BITS=8 if bits is None else bits.keys, VALUE_BITS=8 if bits is None else bits.values,
             KEY_CHANNELS=channels if bits is not None and bits.has_token_keys else 0, VALUE_CHANNELS=channels,
             CAPPED=soft_cap > 0, INVARIANT=batch_invariant, BLOCK_Q=block_q, BLOCK_M=block_m, BLOCK_D=block_d,
             # Unpacking takes registers: at 64 keys a tile of 16 rows spills.
-            BLOCK_N=rung.block_size if bits is None else min(rung.block_size, 32),
+            BLOCK_N=level.block_size if bits is None else min(level.block_size, 32),
             num_warps=8 if q.element_size() == 4 else 4, num_stages=2,
         )  # fmt: skip
     return _merge(outs, sums, sinks).to(q.dtype)
 
 
 def _merge(outs: torch.Tensor, sums: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
-    """outs [rungs, tokens, heads, head_dim] and log2 of their sums of weights -> [tokens, heads, head_dim]."""
+    """outs [levels, tokens, heads, head_dim] and log2 of their sums of weights -> [tokens, heads, head_dim]."""
     peak = sums.amax(0)
     if sinks is not None:
         peak = torch.maximum(peak, sinks * LOG2_E)
@@ -223,7 +224,7 @@ def _merge(outs: torch.Tensor, sums: torch.Tensor, sinks: torch.Tensor | None) -
 
 
 def _of_sequences(
-    q: torch.Tensor, rungs: Sequence[RungBlocks], query_start_loc: torch.Tensor, seq_lens: torch.Tensor,
+    q: torch.Tensor, levels: Sequence[LevelBlocks], query_start_loc: torch.Tensor, seq_lens: torch.Tensor,
     softmax: Softmax,
 ) -> list[tuple[slice, int, list[SeenKeys]]]:  # fmt: skip
     """The rows of each sequence that asks something, its length, and what it sees."""
@@ -231,14 +232,14 @@ def _of_sequences(
     for i, length in enumerate(seq_lens.tolist()):
         first_position = length - (starts[i + 1] - starts[i])
         if length and first_position < length:
-            seen = [rung.seen(i, first_position, length, softmax, q.dtype) for rung in rungs]
+            seen = [level.seen(i, first_position, length, softmax, q.dtype) for level in levels]
             found.append((slice(starts[i], starts[i + 1]), length, [each for each in seen if each.kv.shape[2]]))
     return found
 
 
 def reference(
     q: torch.Tensor,
-    rungs: Sequence[RungBlocks],
+    levels: Sequence[LevelBlocks],
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
     max_query_len: int,
@@ -249,14 +250,14 @@ def reference(
     batch_invariant: bool = False,
 ) -> torch.Tensor:
     softmax, out = Softmax(scale, window, sinks, soft_cap), torch.zeros_like(q)
-    for rows, length, seen in _of_sequences(q, rungs, query_start_loc, seq_lens, softmax):
-        out[rows] = define_rungs(q[rows], seen, length, softmax)
+    for rows, length, seen in _of_sequences(q, levels, query_start_loc, seq_lens, softmax):
+        out[rows] = define_levels(q[rows], seen, length, softmax)
     return out
 
 
 def cpu(
     q: torch.Tensor,
-    rungs: Sequence[RungBlocks],
+    levels: Sequence[LevelBlocks],
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
     max_query_len: int,
@@ -266,16 +267,16 @@ def cpu(
     soft_cap: float = 0.0,
     batch_invariant: bool = False,
 ) -> torch.Tensor:
-    """One sequence at a time, all its rungs in one call of torch's attention."""
+    """One sequence at a time, all its levels in one call of torch's attention."""
     softmax, out = Softmax(scale, window, sinks, soft_cap), torch.zeros_like(q)
-    for rows, length, seen in _of_sequences(q, rungs, query_start_loc, seq_lens, softmax):
-        out[rows] = attend_rungs(q[rows], seen, length, softmax, batch_invariant)
+    for rows, length, seen in _of_sequences(q, levels, query_start_loc, seq_lens, softmax):
+        out[rows] = attend_levels(q[rows], seen, length, softmax, batch_invariant)
     return out
 
 
 def _cost(
     q: torch.Tensor,
-    rungs: Sequence[RungBlocks],
+    levels: Sequence[LevelBlocks],
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
     max_query_len: int,
@@ -285,9 +286,9 @@ def _cost(
     soft_cap: float = 0.0,
     batch_invariant: bool = False,
 ) -> costs.OpCost:
-    """As if all keys were of the first rung, which stands for most of them."""
+    """As if all keys were of the first level, which stands for most of them."""
     _, num_q_heads, head_dim = q.shape
-    far, num_kv_heads = rungs[0], rungs[0].parts[0].shape[1]
+    far, num_kv_heads = levels[0], levels[0].parts[0].shape[1]
     token_bytes = sum(part[0, 0].numel() * part.element_size() for part in far.parts) // far.block_size
     return costs.prefill_attention(
         query_start_loc.diff().tolist(), seq_lens.tolist(), num_q_heads, num_kv_heads, head_dim, q.element_size(),
@@ -296,12 +297,12 @@ def _cost(
 
 
 _Arguments = tuple[
-    torch.Tensor, tuple[RungBlocks, ...], torch.Tensor, torch.Tensor, int, float, int, torch.Tensor | None, float, bool
+    torch.Tensor, tuple[LevelBlocks, ...], torch.Tensor, torch.Tensor, int, float, int, torch.Tensor | None, float, bool
 ]
 
 
 @dataclass(frozen=True, slots=True)
-class _Ladder:
+class _Forms:
     """Of a case: what lies beyond each distance."""
 
     packed: tuple[tuple[PackedBits, int], ...]  # the farthest first, with their windows; 0: no end
@@ -312,7 +313,7 @@ class _Ladder:
         forms = [f"k{bits.keys}v{bits.values}" + "t" * bits.has_token_keys for bits, _ in self.packed]
         return f" {' '.join(forms)} exact{self.window_tokens} first{self.sink_tokens}"
 
-    def rungs(self, kv_cache: torch.Tensor, block_table: torch.Tensor, seq_lens: list[int]) -> tuple[RungBlocks, ...]:
+    def levels(self, kv_cache: torch.Tensor, block_table: torch.Tensor, seq_lens: list[int]) -> tuple[LevelBlocks, ...]:
         """Packed from the cache. What is in no full block is no number, so that nobody reads it packed."""
         full = torch.nan_to_num(kv_cache)
         windows = [window for _, window in self.packed] + [self.window_tokens]
@@ -324,16 +325,16 @@ class _Ladder:
                 is_open = kv_cache[:, 0, 0].isnan().any(-1).any(-1)
                 assert int(is_open.sum()) == 1 + sum(length % size > 0 for length in seq_lens)
                 parts[1][is_open], parts[3][is_open] = float("nan"), float("nan")
-            found.append(RungBlocks(parts, bits, Reach(nearest, window, self.sink_tokens), block_table))
-        found.append(RungBlocks((kv_cache,), None, Reach(0, self.window_tokens), block_table))
+            found.append(LevelBlocks(parts, bits, Reach(nearest, window, self.sink_tokens), block_table))
+        found.append(LevelBlocks((kv_cache,), None, Reach(0, self.window_tokens), block_table))
         if self.sink_tokens:
             reach = Reach(self.window_tokens, end_key=self.sink_tokens)
-            found.append(RungBlocks((kv_cache,), None, reach, block_table))
+            found.append(LevelBlocks((kv_cache,), None, reach, block_table))
         return tuple(found)
 
 
 def _case(
-    shape: PagedShape, dtype: torch.dtype, ladder: _Ladder, window: int = 0, sinks: bool = False,
+    shape: PagedShape, dtype: torch.dtype, forms: _Forms, window: int = 0, sinks: bool = False,
     soft_cap: float = 0.0, batch_invariant: bool = False,
 ) -> Case:  # fmt: skip
     def build(device: str) -> _Arguments:
@@ -342,37 +343,37 @@ def _case(
         q = draw.normal(sum(query_lens), shape.num_q_heads, shape.head_dim)
         kv_cache, block_table, seq_lens = draw.paged_cache(shape)
         starts = [sum(query_lens[:i]) for i in range(len(query_lens) + 1)]
-        rungs = ladder.rungs(kv_cache, block_table, list(shape.seq_lens))
+        levels = forms.levels(kv_cache, block_table, list(shape.seq_lens))
         logits = draw.normal(shape.num_q_heads, dtype=torch.float32) if sinks else None
         return (
-            q, rungs, draw.integers(starts), seq_lens, max(query_lens), shape.head_dim**-0.5, window, logits, soft_cap,
+            q, levels, draw.integers(starts), seq_lens, max(query_lens), shape.head_dim**-0.5, window, logits, soft_cap,
             batch_invariant,
         )  # fmt: skip
 
     marks = f" window{window}" * bool(window) + " sinks" * sinks + " capped" * bool(soft_cap)
-    return Case(shape.name(dtype) + ladder.name() + marks + " invariant" * batch_invariant, dtype, build)
+    return Case(shape.name(dtype) + forms.name() + marks + " invariant" * batch_invariant, dtype, build)
 
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-_KIVI2 = _Ladder(((PackedBits(2, 2), 0),), 32, 16)
-_TIERS = _Ladder(((PackedBits(4, 4), 0), (PackedBits(8, 8), 64)), 32, 16)
+_KIVI2 = _Forms(((PackedBits(2, 2), 0),), 32, 16)
+_TIERS = _Forms(((PackedBits(4, 4), 0), (PackedBits(8, 8), 64)), 32, 16)
 SMALL = (
-    _case(PagedShape((1, 16, 77), 4, 2, 64, 16), FP32, _Ladder(((PackedBits(2, 2), 0),), 16, 4)),
+    _case(PagedShape((1, 16, 77), 4, 2, 64, 16), FP32, _Forms(((PackedBits(2, 2), 0),), 16, 4)),
     _case(PagedShape((150, 0, 33), 4, 2, 64, 32), BF16, _KIVI2),
-    _case(PagedShape((130,), 6, 2, 96, 32), FP32, _Ladder(((PackedBits(4, 4), 0),), 32)),
-    _case(PagedShape((150, 40), 7, 1, 80, 16), FP16, _Ladder(((PackedBits(4, 2), 0),), 20, 3)),
-    _case(PagedShape((100, 1, 70), 4, 2, 64, 16, query_lens=(40, 1, 1)), BF16, _Ladder(((PackedBits(2, 2), 0),), 16)),
+    _case(PagedShape((130,), 6, 2, 96, 32), FP32, _Forms(((PackedBits(4, 4), 0),), 32)),
+    _case(PagedShape((150, 40), 7, 1, 80, 16), FP16, _Forms(((PackedBits(4, 2), 0),), 20, 3)),
+    _case(PagedShape((100, 1, 70), 4, 2, 64, 16, query_lens=(40, 1, 1)), BF16, _Forms(((PackedBits(2, 2), 0),), 16)),
     _case(PagedShape((200,), 4, 2, 64, 16, query_lens=(90,)), FP32, _TIERS),
     _case(PagedShape((90, 64), 4, 4, 32, 32, query_lens=(90, 9)), FP32,
-          _Ladder(((PackedBits(4, 4, has_token_keys=True), 0),), 32, 16)),
+          _Forms(((PackedBits(4, 4, has_token_keys=True), 0),), 32, 16)),
     _case(PagedShape((140,), 4, 2, 64, 16, query_lens=(60,)), FP32, _KIVI2, window=50, sinks=True, soft_cap=5.0),
     _case(PagedShape((150, 3), 4, 2, 64, 16, query_lens=(70, 3)), FP32, _KIVI2, batch_invariant=True),
 )  # fmt: skip
 FULL = (
-    _case(PagedShape((8192,) * 64, 32, 8, 128, 64), BF16, _Ladder(((PackedBits(2, 2), 0),), 64, 16)),
-    _case(PagedShape((8192,) * 64, 32, 8, 128, 32), BF16, _Ladder(((PackedBits(4, 4), 0),), 32, 16)),
-    _case(PagedShape((16384,), 32, 8, 128, 64, query_lens=(2048,)), BF16, _Ladder(((PackedBits(2, 2), 0),), 64, 16)),
-    _case(PagedShape((4096,) * 8, 28, 4, 128, 64), FP16, _Ladder(((PackedBits(4, 4), 0), (PackedBits(8, 8), 128)), 64)),
+    _case(PagedShape((8192,) * 64, 32, 8, 128, 64), BF16, _Forms(((PackedBits(2, 2), 0),), 64, 16)),
+    _case(PagedShape((8192,) * 64, 32, 8, 128, 32), BF16, _Forms(((PackedBits(4, 4), 0),), 32, 16)),
+    _case(PagedShape((16384,), 32, 8, 128, 64, query_lens=(2048,)), BF16, _Forms(((PackedBits(2, 2), 0),), 64, 16)),
+    _case(PagedShape((4096,) * 8, 28, 4, 128, 64), FP16, _Forms(((PackedBits(4, 4), 0), (PackedBits(8, 8), 128)), 64)),
     _case(PagedShape((2048,) * 8, 9, 3, 64, 32), FP32, _KIVI2, batch_invariant=True),
 )
 
@@ -381,4 +382,4 @@ LIMIT = (
     " not fill the device. A byte of codes is loaded by each thread that has one of its channels."
 )
 
-ladder_attention = Op("ladder_attention", reference, launch, cpu, _cost, SMALL, FULL, limit=LIMIT)
+mixed_precision_attention = Op("mixed_precision_attention", reference, launch, cpu, _cost, SMALL, FULL, limit=LIMIT)

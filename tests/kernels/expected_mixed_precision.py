@@ -49,27 +49,36 @@ def pack_full_blocks(kv_cache, slots, target_slots, packed, bits):
     return packed
 
 
-def _number(rung, half, block, head, slot, dtype):
+def _number(level, half, block, head, slot, dtype):
     """A key (half 0) or value of a token, fp32 rounded to dtype."""
-    if rung.bits is None:
-        return rung.parts[0][block, head, half, slot]
-    codes, scales = rung.parts[2 * half][block, head, 0, slot], rung.parts[2 * half + 1][block, head]
-    num_bits = (rung.bits.keys, rung.bits.values)[half]
+    if level.bits is None:
+        return level.parts[0][block, head, half, slot]
+    codes, scales = level.parts[2 * half][block, head, 0, slot], level.parts[2 * half + 1][block, head]
+    num_bits = (level.bits.keys, level.bits.values)[half]
     per_byte = 8 // num_bits
     head_dim = codes.shape[0] * per_byte
     unpacked = [(int(codes[d // per_byte]) >> (d % per_byte * num_bits)) % 2**num_bits for d in range(head_dim)]
-    if half == 0 and not rung.bits.has_token_keys:
+    if half == 0 and not level.bits.has_token_keys:
         scale, low = scales[:, 0].float()
     else:
         scale, low = scales[:, slot].float().repeat_interleave(_group(head_dim), 1)
     return (torch.tensor(unpacked).float() * scale + low).to(dtype)
 
 
-def ladder_attention(
-    q, rungs, query_start_loc, seq_lens, max_query_len, scale, window=0, sinks=None, soft_cap=0.0, batch_invariant=False
+def mixed_precision_attention(
+    q,
+    levels,
+    query_start_loc,
+    seq_lens,
+    max_query_len,
+    scale,
+    window=0,
+    sinks=None,
+    soft_cap=0.0,
+    batch_invariant=False,
 ):
     out = torch.zeros(q.shape, dtype=torch.float64)
-    group = q.shape[1] // rungs[0].parts[0].shape[1]
+    group = q.shape[1] // levels[0].parts[0].shape[1]
     for i, length in enumerate(seq_lens.tolist()):
         begin, end = query_start_loc[i : i + 2].tolist()
         cached = {}
@@ -78,12 +87,14 @@ def ladder_attention(
             for head in range(q.shape[1]):
                 scores, values = [], []
                 for key in range(max(0, position + 1 - window) if window else 0, position + 1):
-                    rung = _of(rungs, position - key, key)
-                    block = int(rung.block_table[i, key // rung.block_size])
-                    at = (id(rung), key, head // group)
+                    level = _of(levels, position - key, key)
+                    block = int(level.block_table[i, key // level.block_size])
+                    at = (id(level), key, head // group)
                     if at not in cached:
-                        slot = key % rung.block_size
-                        numbers = [_number(rung, half, block, head // group, slot, q.dtype).double() for half in (0, 1)]
+                        slot = key % level.block_size
+                        numbers = [
+                            _number(level, half, block, head // group, slot, q.dtype).double() for half in (0, 1)
+                        ]
                         cached[at] = numbers
                     k, v = cached[at]
                     score = (q[row, head].double() * k).sum() * scale
@@ -96,13 +107,13 @@ def ladder_attention(
     return out
 
 
-def _of(rungs, distance, key):
+def _of(levels, distance, key):
     """The one form in which a key is seen."""
     (found,) = (
-        rung
-        for rung in rungs
-        if rung.reach.nearest <= distance < (rung.reach.farthest or 1 << 30)
-        and rung.reach.first_key <= key < (rung.reach.end_key or 1 << 30)
+        level
+        for level in levels
+        if level.reach.nearest <= distance < (level.reach.farthest or 1 << 30)
+        and level.reach.first_key <= key < (level.reach.end_key or 1 << 30)
     )
     return found
 
@@ -117,6 +128,6 @@ def copy_full_blocks(kv_cache, slots, target_slots, out):
 
 TORCH = {
     "copy_full_blocks": copy_full_blocks,
-    "ladder_attention": ladder_attention,
+    "mixed_precision_attention": mixed_precision_attention,
     "pack_full_blocks": pack_full_blocks,
 }

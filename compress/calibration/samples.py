@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from compress.walk import ModelWalk
+from compress.calibration.walk import ModelWalk
 from workers.model.batch import Batch, GroupInputs
 
 _SEQUENCES_AT_ONCE = 128
