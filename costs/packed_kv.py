@@ -1,4 +1,4 @@
-"""Bits and groups of packed blocks of keys and values; kernels.packed_blocks says what they mean."""
+"""Bits and groups of packed blocks of keys and values; kernels.kv.packed_blocks says what they mean."""
 
 from __future__ import annotations
 

@@ -67,8 +67,11 @@ from kernels.attention.mixed_precision import mixed_precision_attention
 from kernels.attention.mla import mla_decode_attention
 from kernels.attention.mla_prefill import mla_prefill_attention
 from kernels.attention.prefill import prefill_attention
-from kernels.copy_blocks import copy_full_blocks
 from kernels.embedding import vocab_embedding
+from kernels.experts.grouping import group_by_expert
+from kernels.experts.moe import moe_experts
+from kernels.experts.moe_fp8 import moe_experts_fp8
+from kernels.experts.moe_weight_only import moe_experts_weight_only
 from kernels.gated import swiglu, swiglu_quantised
 from kernels.gemm.fp8_block import fp8_block_gemm
 from kernels.gemm.linear import fixed_order_linear
@@ -80,16 +83,13 @@ from kernels.gemm.w4a8 import w4a8_gemm
 from kernels.gemm.w4a16 import w4a16_gemm
 from kernels.gemm.w8a8 import fp8_gemm, int8_gemm
 from kernels.gemm.w8a16 import w8a16_gemm
-from kernels.grouping import group_by_expert
-from kernels.kv_copy import gather_kv_blocks, scatter_kv_blocks
-from kernels.moe import moe_experts
-from kernels.moe_fp8 import moe_experts_fp8
-from kernels.moe_weight_only import moe_experts_weight_only
+from kernels.kv.copy_blocks import copy_full_blocks
+from kernels.kv.kv_copy import gather_kv_blocks, scatter_kv_blocks
+from kernels.kv.pack_kv import pack_full_blocks
+from kernels.kv.rope_kv import rope_and_write_kv
+from kernels.kv.rope_kv_quantised import rope_and_write_kv_fp8, rope_and_write_kv_int8
 from kernels.norm import add_rms_norm, add_rms_norm_quantised, rms_norm, rms_norm_quantised
-from kernels.pack_kv import pack_full_blocks
 from kernels.penalties import apply_penalties
-from kernels.rope_kv import rope_and_write_kv
-from kernels.rope_kv_quantised import rope_and_write_kv_fp8, rope_and_write_kv_int8
 from kernels.sampling import sample
 from kernels.vocab_argmax import vocab_argmax
 

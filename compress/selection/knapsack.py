@@ -88,20 +88,6 @@ def _best_exchange(items: Items, picked: Mapping[str, Choice], left: int) -> dic
     return best
 
 
-def choose_exactly(items: Items, budget_bytes: int) -> dict[str, Choice] | None:
-    """Over all sums of bytes that can be reached: for a few items, and to hold `choose` against."""
-    reached: dict[int, tuple[float, dict[str, Choice]]] = {0: (0.0, {})}
-    for name, choices in items.items():
-        grown: dict[int, tuple[float, dict[str, Choice]]] = {}
-        for used, (loss, picked) in reached.items():
-            for choice in choices:
-                size, total = used + choice.num_bytes, loss + choice.loss
-                if size <= budget_bytes and (size not in grown or total < grown[size][0]):
-                    grown[size] = (total, {**picked, name: choice})
-        reached = grown
-    return min(reached.values(), key=lambda found: found[0])[1] if reached else None
-
-
 def total_bytes(picked: Mapping[str, Choice]) -> int:
     """Of all items."""
     return sum(choice.num_bytes for choice in picked.values())

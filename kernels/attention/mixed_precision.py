@@ -22,8 +22,8 @@ from kernels.attention.precision_levels import LevelBlocks, Reach, SeenKeys, att
 from kernels.attention.tile import LOG2_E, score_factors
 from kernels.cases import Draw, PagedShape
 from kernels.jit import Value, cdiv, constexpr, jit, next_power_of_2, tl
+from kernels.kv.packed_blocks import pack_blocks
 from kernels.op import Case, Op
-from kernels.packed_blocks import pack_blocks
 
 _NO_END = 1 << 30  # a distance or a position behind all others
 

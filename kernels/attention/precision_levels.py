@@ -15,7 +15,7 @@ import torch
 from costs.packed_kv import PackedBits
 from kernels.attention.paged import KEY_TILE, QUERY_TILE, Softmax, TileSums, softmax_attention
 from kernels.jit import cdiv
-from kernels.packed_blocks import Packed, unpack_blocks
+from kernels.kv.packed_blocks import Packed, unpack_blocks
 
 _QUERY_ROWS = 64
 
@@ -63,7 +63,7 @@ class SeenKeys:
 class LevelBlocks:
     """One form of a layer's blocks."""
 
-    parts: tuple[torch.Tensor, ...]  # (kv_cache,), or those of kernels.packed_blocks; of all blocks
+    parts: tuple[torch.Tensor, ...]  # (kv_cache,), or those of kernels.kv.packed_blocks; of all blocks
     bits: PackedBits | None  # None: exact
     reach: Reach
     block_table: torch.Tensor  # int32 [batch, max_blocks]; entries out of reach are not read

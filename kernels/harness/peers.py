@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from kernels.attention.mla import gather_latents
 from kernels.attention.paged import gather_sequence
 from kernels.gemm.codes4 import Table, unpack
-from kernels.kv_copy import gather_cpu, scatter_cpu
+from kernels.kv.kv_copy import gather_cpu, scatter_cpu
 
 Peer = Callable[..., Callable[[], object] | None]
 

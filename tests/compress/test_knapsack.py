@@ -12,11 +12,25 @@ from compress.errors import CompressError
 from compress.job import compress_model, open_model
 from compress.request import Request, parse_bytes, recipe_for
 from compress.schemes import scheme_labelled
-from compress.selection.knapsack import Choice, choose, choose_exactly, total_bytes, total_loss
+from compress.selection.knapsack import Choice, Items, choose, total_bytes, total_loss
 from compress.selection.mixed import end_bytes, measure, mixed_recipe
 from tests.compress.models import make_blocks, make_model
 
 choices = st.lists(st.tuples(st.integers(1, 30), st.integers(0, 100)), min_size=1, max_size=4)
+
+
+def choose_exactly(items: Items, budget_bytes: int) -> dict[str, Choice] | None:
+    """Over all sums of bytes that can be reached."""
+    reached: dict[int, tuple[float, dict[str, Choice]]] = {0: (0.0, {})}
+    for name, choices in items.items():
+        grown: dict[int, tuple[float, dict[str, Choice]]] = {}
+        for used, (loss, picked) in reached.items():
+            for choice in choices:
+                size, total = used + choice.num_bytes, loss + choice.loss
+                if size <= budget_bytes and (size not in grown or total < grown[size][0]):
+                    grown[size] = (total, {**picked, name: choice})
+        reached = grown
+    return min(reached.values(), key=lambda found: found[0])[1] if reached else None
 
 
 @settings(max_examples=150, deadline=None)

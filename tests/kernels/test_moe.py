@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels.grouping import NO_EXPERT, group_by_expert, max_blocks
-from kernels.moe import moe_experts
+from kernels.experts.grouping import NO_EXPERT, group_by_expert, max_blocks
+from kernels.experts.moe import moe_experts
 
 
 @pytest.mark.parametrize(

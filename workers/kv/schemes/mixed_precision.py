@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PackedForm:
-    """As kernels.packed_blocks."""
+    """As kernels.kv.packed_blocks."""
 
     bits: PackedBits
 

@@ -15,7 +15,7 @@ from workers.model.quant.weights import FP8_BLOCK, Fp8Weight, QuantWeight
 
 @dataclass(frozen=True, slots=True)
 class Fp8Experts:
-    """The layouts are those of kernels.moe_fp8."""
+    """The layouts are those of kernels.experts.moe_fp8."""
 
     gate_up: Tensor
     gate_up_scales: Tensor

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from kernels.moe_weight_only import ExpertCodes
+from kernels.experts.moe_weight_only import ExpertCodes
 from workers.model.products.packed import PackedCodes, group_of
 from workers.model.quant.weights import GroupedWeight, QuantWeight, joined
 
 
 @dataclass(frozen=True, slots=True)
 class GroupedExperts:
-    """The layouts are those of kernels.moe_weight_only."""
+    """The layouts are those of kernels.experts.moe_weight_only."""
 
     gate_up: ExpertCodes
     down: ExpertCodes

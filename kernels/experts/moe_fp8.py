@@ -1,9 +1,9 @@
-"""The expert layer of `kernels.moe` in e4m3 with a scale per block: DeepSeek-V3's format.
+"""The expert layer of `kernels.experts.moe` in e4m3 with a scale per block: DeepSeek-V3's format.
 
     x               [tokens, hidden] e4m3, with x_scales [tokens, hidden / 128] fp32
     gate_up         [experts, 2 * width, hidden] e4m3, gate_up_scales [experts, 2 * width / 128, hidden / 128] fp32
     down            [experts, hidden, width] e4m3, down_scales [experts, hidden / 128, width / 128] fp32
-    expert_ids, weights, out: as in `kernels.moe`; out is bf16. hidden and width are multiples of 128.
+    expert_ids, weights, out: as in `kernels.experts.moe`; out is bf16. hidden and width are multiples of 128.
 
 A program of the first product owns 128 columns of the gated activations, so that it can round them to e4m3 itself, a
 scale per row: they go to memory once, in 8 bits. Each 128 of k is summed by the tensor core from zero, and scaled and
@@ -18,11 +18,11 @@ import torch
 from costs import gemm as costs
 from costs.ops import OpCost
 from kernels.cases import Draw
+from kernels.experts.grouping import draw_ids, group_rows
+from kernels.experts.moe import UNGROUPED_UP_TO_ROWS, sum_rows
 from kernels.gemm.fp8_block import SCALE_BLOCK, scaled
 from kernels.gemm.tile import widened
-from kernels.grouping import draw_ids, group_rows
 from kernels.jit import Value, box, cdiv, constexpr, jit, tl
-from kernels.moe import UNGROUPED_UP_TO_ROWS, sum_rows
 from kernels.op import Case, Op, Target
 from kernels.tuning import config_for
 

@@ -5,7 +5,7 @@ cosines, then the sines, in fp32. A token's slot is block * block_size + offset;
 
 The cache holds the model's dtype; or fp8, divided by a fixed scale of each KV head; or int8, with a scale of each slot
 and KV head beside it, made of what is written. One kernel does all three; the ops of the 8-bit caches are in
-kernels.rope_kv_quantised. Knows nothing of how frequencies are made.
+kernels.kv.rope_kv_quantised. Knows nothing of how frequencies are made.
 """
 
 from __future__ import annotations

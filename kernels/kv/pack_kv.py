@@ -1,4 +1,4 @@
-"""Packs the blocks of a layer's cache that became full in this pass: see kernels.packed_blocks for what is written.
+"""Packs the blocks of a layer's cache that became full in this pass: see kernels.kv.packed_blocks for what is written.
 
 A block is full when the token of its last slot is written. The kernel has a program for each token of the pass and KV
 head, and all but those of such tokens end at once: nothing is decided on the host, and the launch can be captured in a
@@ -12,10 +12,10 @@ import torch
 from costs import ops as costs
 from costs.packed_kv import PackedBits, channel_group
 from kernels.cases import DTYPE_NAMES, Draw
-from kernels.copy_blocks import full_block_slots
 from kernels.jit import Value, cdiv, constexpr, jit, next_power_of_2, tl
+from kernels.kv.copy_blocks import full_block_slots
+from kernels.kv.packed_blocks import Packed, pack_blocks
 from kernels.op import Case, Op
-from kernels.packed_blocks import Packed, pack_blocks
 
 
 @jit

@@ -1,4 +1,4 @@
-"""Mixture of experts, as kernels.moe, with weights of 4 or 8 bits and a scale per group.
+"""Mixture of experts, as kernels.experts.moe, with weights of 4 or 8 bits and a scale per group.
 
     x           [tokens, hidden], of 16 bits
     gate_up     the experts' matrices [2 * width, hidden]; gate rows stand before up rows
@@ -7,8 +7,8 @@
     weights     [tokens, top_k] fp32
 
 hidden and width are multiples of a block of the layout; who pads hidden pads x too, and gets `down`'s rows. Rows,
-blocks and grids are those of kernels.moe. Every product is turned over (out^T = W x^T), and every weight is scaled in
-16 bits: a gated tile has two sums already. Knows nothing of routers or ranks.
+blocks and grids are those of kernels.experts.moe. Every product is turned over (out^T = W x^T), and every weight is
+scaled in 16 bits: a gated tile has two sums already. Knows nothing of routers or ranks.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch
 
 from costs import gemm as costs
 from costs.ops import OpCost
-from kernels import moe
 from kernels.cases import DTYPE_NAMES, Draw
+from kernels.experts import moe
+from kernels.experts.grouping import draw_ids, group_rows
 from kernels.gemm import codes4, codes8
 from kernels.gemm.codes4 import E2M1, Table, assembly, decoded
 from kernels.gemm.codes8 import decoded8
-from kernels.grouping import draw_ids, group_rows
 from kernels.jit import Value, cdiv, constexpr, jit, tl
 from kernels.op import Case, Op, Target
 from kernels.tuning import config_for

@@ -1,6 +1,6 @@
 """Copies the blocks of a layer's cache that became full in this pass to another cache of the same form.
 
-As kernels.pack_kv, and for the same reason: a program for each token and KV head, of which all but those that end a
+As kernels.kv.pack_kv, and for the same reason: a program for each token and KV head, of which all but those that end a
 block end at once. Knows nothing of what the copy is for.
 """
 

@@ -1,7 +1,7 @@
 """The same pass into a cache of 8-bit numbers: rotary position embedding of q and k, and the write of k and v.
 
 fp8 is divided by a fixed scale of each KV head; int8 has a scale of each slot and KV head beside it, made of what is
-written. What is quantised is the fp32 result of the rotation, rounded once. The kernel is that of kernels.rope_kv.
+written. What is quantised is the fp32 result of the rotation, rounded once. The kernel is that of kernels.kv.rope_kv.
 """
 
 from __future__ import annotations
@@ -9,9 +9,7 @@ from __future__ import annotations
 import torch
 
 from costs import ops as costs
-from kernels.op import Case, Op
-from kernels.quantise import FP8, narrow, quantise
-from kernels.rope_kv import (
+from kernels.kv.rope_kv import (
     BF16,
     FP16,
     FP32,
@@ -25,6 +23,8 @@ from kernels.rope_kv import (
     write_kv,
     write_rows,
 )
+from kernels.op import Case, Op
+from kernels.quantise import FP8, narrow, quantise
 
 
 def launch_quantised(

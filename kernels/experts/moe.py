@@ -7,9 +7,9 @@
     weights      [tokens, top_k] fp32
     out          [tokens, hidden]: of each token, sum over k of weights * down(silu(gate(x)) * up(x))
 
-A row is one (token, k), numbered token * top_k + k; `kernels.grouping` gives every expert whole blocks of rows. Grids
-follow shapes alone, as if every block were used; a program of an unused block ends at once. Row results are written
-once each and summed over k in order, so that the same call gives the same bits.
+A row is one (token, k), numbered token * top_k + k; `kernels.experts.grouping` gives every expert whole blocks of rows.
+Grids follow shapes alone, as if every block were used; a program of an unused block ends at once. Row results are
+written once each and summed over k in order, so that the same call gives the same bits.
 
 Few tokens per expert are the tensor core's narrow side (out^T = W x^T). For a handful of rows grouping would cost more
 than it saves: each row is then a block of its own. Knows nothing of routers or ranks.
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from costs import gemm as costs
 from costs.ops import OpCost
 from kernels.cases import DTYPE_NAMES, Draw
-from kernels.grouping import draw_ids, group_rows
+from kernels.experts.grouping import draw_ids, group_rows
 from kernels.jit import Value, cdiv, constexpr, jit, next_power_of_2, tl
 from kernels.op import Case, Op, Target
 from kernels.tuning import config_for

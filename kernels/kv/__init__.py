@@ -1,0 +1,1 @@
+"""What writes, packs and copies blocks of the paged KV cache."""
