@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from deploy.config import ClusterConfig, load
+from deploy.draft_model import check_draft
 from deploy.errors import ConfigError
 from deploy.plan import layers_per_fragment, make_plan
 from deploy.preflight import check_model
@@ -41,7 +42,14 @@ def build(arguments: Mapping[str, str]) -> serve.Application:
     layers_per_fragment(config, model.config.cache_specs)
     secret = shared_secret(config)
     plan = make_plan(
-        config, model.config, model.reference, 0.0, config.kvstore.control_url, secret, cluster=config.name
+        config,
+        model.config,
+        model.reference,
+        0.0,
+        config.kvstore.control_url,
+        secret,
+        cluster=config.name,
+        draft_dir=check_draft(config, model),
     )
     settings = KVNodeSettings(
         cluster_id=cluster_id(config),

@@ -71,6 +71,12 @@ def cli() -> None:
 @click.option("--set", "assignments", multiple=True, metavar="A.B=C", help="Set any key of the configuration.")
 @click.option("--grpc-port", type=int, metavar="P", help="Default: 50051.")
 @click.option("--http-port", type=int, metavar="P", help="Default: 8000.")
+@click.option(
+    "--speculative-config",
+    metavar="JSON",
+    help="Speculative decoding: the keys of the branch `speculative`, such as "
+    '\'{"method": "suffix", "num_speculative_tokens": 8}\'.',
+)
 @click.option("--once", metavar="PROMPT", help="Answer this prompt, print the answer and its timings, exit.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def serve(config_path: str | None, assignments: tuple[str, ...], once: str | None, as_json: bool, **flags: Any) -> int:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from deploy.actors.ray_runtime import RayRuntime, close_ray, open_ray
 from deploy.config import ClusterConfig
 from deploy.cpu_dtype import fastest_cpu_dtype
+from deploy.draft_model import check_draft
 from deploy.errors import ConfigError, StartError, one_line
 from deploy.plan import (
     ClusterPlan,
@@ -218,6 +219,7 @@ class Cluster:
             self._tier_secret,
             self._name(model),
             cpu_dtype,
+            check_draft(self._config, model),
         )
         short = check_capacity(plan.pools)
         if short and ray.was_started:

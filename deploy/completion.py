@@ -63,10 +63,13 @@ def summary(completion: Completion) -> list[str]:
         if stats.prefill_worker_id != stats.decode_worker_id
         else f"on {stats.decode_worker_id}"
     )
+    accepted = f"{stats.num_accepted_tokens} of {stats.num_draft_tokens} accepted"
+    drafts = [f"draft tokens          {accepted}"] if stats.num_draft_tokens else []
     return [
         f"time to first token   {completion.ttft_s * 1000:.1f} ms",
         f"tokens per second     {completion.tokens_per_s:.1f}",
         f"tokens                {completion.num_prompt_tokens} prompt, {completion.num_output_tokens} completion",
+        *drafts,
         f"KV blocks moved       {stats.num_transferred_blocks} from the prefill to the decode worker",
         f"recomputed at decode  {stats.num_recomputed_prompt_tokens} prompt tokens",
         f"ran                   {where}",

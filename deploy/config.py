@@ -26,10 +26,11 @@ from router.model_files import GENERATION_CONFIG
 from settings import loading
 from settings.limits import Bounds, Matches, OneOf, check_limits
 from settings.loading import SettingsError
-from workers.config import DTYPES, ROLES, RUNNERS, EngineOptions
+from workers.config import DTYPES, ROLES, RUNNERS, EngineOptions, SpeculativeOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_MODEL = ROOT / "models" / "demo"
+DEMO_DRAFT = ROOT / "models" / "demo-draft"
 DEVICES = ("auto", "cpu", "cuda")
 _MOST_ROUTERS = 1000
 _MOST_REPLICAS = 10_000
@@ -210,6 +211,8 @@ class ClusterConfig:
     """Workers, by the names of their pools. By default one prefill and one decode worker."""
     kvstore: KVStoreConfig = field(default_factory=KVStoreConfig)
     """KV blocks and their tiers."""
+    speculative: SpeculativeOptions = field(default_factory=SpeculativeOptions)
+    """Speculative decoding, in pools that decode."""
     autoscaling: AutoscalingConfig = field(default_factory=AutoscalingConfig)
     """How many workers the pools have, between min_replicas and max_replicas."""
     ray: RayConfig = field(default_factory=RayConfig)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ class ServeFlags:
     pp: int | None = None
     grpc_port: int | None = None
     http_port: int | None = None
+    speculative_config: str | None = None
 
 
 def load_with_flags(path: str | None, flags: ServeFlags, assignments: Sequence[str]) -> ClusterConfig:
@@ -40,9 +42,21 @@ def load_with_flags(path: str | None, flags: ServeFlags, assignments: Sequence[s
         if value is not None:
             branch, name = key.split(".")
             _branch(raw, branch)[name] = value
+    if flags.speculative_config is not None:
+        raw["speculative"] = {**(raw.get("speculative") or {}), **_json_object(flags.speculative_config)}
     for assignment in assignments:
         config.set_key(raw, assignment)
     return config.parse(raw, path or "")
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"--speculative-config: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError("--speculative-config: must be a JSON object with the keys of the branch `speculative`")
+    return value
 
 
 def _apply_pools(raw: dict[str, Any], flags: ServeFlags) -> None:

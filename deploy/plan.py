@@ -85,12 +85,13 @@ def make_plan(
     tier_secret: str = "",
     cluster: str = "",
     cpu_dtype: str = "float32",
+    draft_dir: str = "",
 ) -> ClusterPlan:
     """Work out the whole cluster.
 
     model_dir: an absolute path, the name of a packaged model, or a Hub id. num_gpus: what Ray has to offer. control:
     URL of the control service. tier_secret: of the remote tier, where there is one. cluster: its name. cpu_dtype: what
-    model.dtype=auto means on CPUs.
+    model.dtype=auto means on CPUs. draft_dir: of the draft model, where there is one, as model_dir.
     Raises ConfigError where parts of the configuration do not fit each other or the machines.
     """
     devices = {name: _device(config, pool, num_gpus) for name, pool in config.pools.items()}
@@ -105,7 +106,10 @@ def make_plan(
             worker_id="",
             pool=pool_name,
             role=pool.role,
-            engine=_engine(config, pool, model_dir, devices[pool_name], dtype, block_size),
+            engine=dataclasses.replace(
+                _engine(config, pool, model_dir, devices[pool_name], dtype, block_size),
+                speculative=dataclasses.replace(config.speculative, model=draft_dir),
+            ),
             model_name=name,
             kvstore=config.kvstore,
             tier_secret=tier_secret,

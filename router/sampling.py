@@ -18,6 +18,7 @@ from router.errors import InvalidRequest
 MAX_STOP_TEXTS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_LOGPROBS = 20
+MAX_SPECULATIVE_TOKENS = 64
 MAX_BIASED_IDS = 1024
 MAX_BAD_WORDS = 128
 MAX_BANNED_SEQUENCES = 1024
@@ -52,6 +53,7 @@ class SamplingParams:
     banned_sequences: tuple[tuple[int, ...], ...] = ()
     logprobs: int | None = None  # None: of no token
     prompt_logprobs: int | None = None  # of the prompt's tokens; None: of none
+    num_speculative_tokens: int | None = None  # most draft tokens in a step; None: as the worker likes
     grammar: Grammar | None = None  # the form of the completion; compiled apart
 
 
@@ -80,6 +82,10 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "min_tokens": (lambda value: 0 <= value < 2**31, "must be >= 0 and < 2^31"),
     "logprobs": (lambda value: 0 <= value <= MAX_LOGPROBS, f"must be in [0, {MAX_LOGPROBS}]"),
     "prompt_logprobs": (lambda value: 0 <= value <= MAX_LOGPROBS, f"must be in [0, {MAX_LOGPROBS}]"),
+    "num_speculative_tokens": (
+        _within(0, MAX_SPECULATIVE_TOKENS),
+        f"must be in [0, {MAX_SPECULATIVE_TOKENS}] (0 means none)",
+    ),
     "seed": (lambda value: 0 <= value < 2**64, "must be in [0, 2^64)"),
 }
 

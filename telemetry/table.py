@@ -28,6 +28,7 @@ def render() -> str:
             _section(
                 "Workers and their tiers (routers)", (worker.UP, worker.KNOWN_BLOCKS, *worker.STORE, worker.TIER_OK)
             ),
+            _section("Speculative decoding (routers)", worker.SPECULATION),
             _section("What is asked of workers (routers and Ray)", worker.DEMAND),
             _section("KV nodes (Ray)", node.ARENA),
             _section("Disk tiers of KV nodes (Ray)", node.DISK),

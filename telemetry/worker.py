@@ -73,6 +73,29 @@ ENGINE = (
 )
 """On Ray's metrics port and on each router's /metrics."""
 
+SPECULATION = (
+    _count("spec_decode_num_drafts", "", "Runs of draft tokens that were judged.", "num_drafts"),
+    _count("spec_decode_num_draft_tokens", "tokens", "Draft tokens that were judged.", "num_draft_tokens"),
+    _count(
+        "spec_decode_num_accepted_tokens", "tokens", "Draft tokens that the model chose, too.", "num_accepted_tokens"
+    ),
+    _count(
+        "spec_decode_num_accepted_tokens_per_pos",
+        "",
+        "Accepted tokens by position in the draft.",
+        "num_accepted_tokens_per_pos",
+        "position",
+    ),
+    _count("spec_decode_drafting_seconds", "seconds", "Time in proposing draft tokens.", "drafting_seconds"),
+    _state(
+        "spec_decode_saved_seconds",
+        "seconds",
+        "Time that drafts have saved since the start, by measured times of steps without; negative: they cost time.",
+        "saved_seconds",
+    ),
+)
+"""On each router's /metrics. The mean acceptance length is 1 + accepted tokens / drafts."""
+
 DEMAND = (
     _count("requests", "requests", "Requests that came.", "num_requests"),
     _count("prompt_tokens", "tokens", "Tokens of the prompts that came.", "num_prompt_tokens"),
@@ -138,5 +161,5 @@ KNOWN_BLOCKS = _state("known_blocks", "blocks", "KV blocks that the worker said 
 RAY_METRICS = (*ENGINE, *DEMAND, TIME_TO_FIRST)
 """On Ray's metrics port."""
 
-ROUTER_METRICS = (*ENGINE, *DEMAND, *STORE, TIER_OK, UP, KNOWN_BLOCKS)
+ROUTER_METRICS = (*ENGINE, *SPECULATION, *DEMAND, *STORE, TIER_OK, UP, KNOWN_BLOCKS)
 """On each router's /metrics, from the worker's last load report."""

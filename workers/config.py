@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,10 @@ ROLES = ("prefill", "decode", "mixed")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 RUNNERS = ("torch", "fake")
 POLICIES = ("fcfs", "priority", "deadline", "fair_share")
+SPECULATIVE_METHODS = ("none", "ngram", "suffix", "grammar", "draft_model")
+_MOST_DRAFT_TOKENS = 64
+_DEFAULT_DRAFT_TOKENS = {"ngram": 8, "suffix": 16, "grammar": 16, "draft_model": 4}
+_SHARE = Bounds(at_least=0, at_most=1)
 KV_SCALE_BYTES = 4  # fp32, one for each row that is kept in 8 bits
 
 
@@ -98,6 +103,80 @@ class SchedulingOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculativeOptions:
+    """How tokens are proposed, and how many. Whatever is proposed, the tokens of a stream are the same."""
+
+    method: Annotated[str, OneOf(SPECULATIVE_METHODS)] = "none"
+    """none, or where drafts come from. ngram: what followed the same tokens earlier in the request. suffix: the same,
+    also in earlier requests of the same tenant on this worker. draft_model: a smaller model with the same tokenizer.
+    grammar: tokens that a request's grammar leaves no choice about; the other methods propose them, too."""
+    model: str = ""
+    """draft_model: the draft's directory, GGUF file, packaged model or Hub id. Empty with the demo model means its own
+    draft."""
+    num_speculative_tokens: Annotated[int, Bounds(at_least=0, at_most=_MOST_DRAFT_TOKENS)] = 0
+    """Most draft tokens of a request in a step; 0 means 4 for draft_model, 8 for ngram, 16 for suffix and grammar."""
+    enable_adaptive_verification: bool = True
+    """Whether each step takes only as many drafts as are expected to save time, by what was accepted of each request
+    and by measured step times; none at all when none pay. Else every step takes all that are proposed."""
+    num_speculative_tokens_per_batch_size: tuple[tuple[int, int, int], ...] = ()
+    """[first, last, most]: with so many running requests, at most so many draft tokens of each. Sizes that no entry has
+    are bounded by num_speculative_tokens alone."""
+    prompt_lookup_min: Annotated[int, Bounds(at_least=1, at_most=64)] = 2
+    """ngram: fewest last tokens that must have come before."""
+    prompt_lookup_max: Annotated[int, Bounds(at_least=1, at_most=64)] = 5
+    """ngram: most last tokens that are compared; of several places the one with the longest match counts."""
+    suffix_decoding_max_tree_depth: Annotated[int, Bounds(at_least=2, at_most=256)] = 24
+    """suffix: most last tokens that are compared."""
+    suffix_decoding_max_cached_requests: Annotated[int, Bounds(at_least=0, at_most=1_000_000)] = 1000
+    """suffix: how many finished requests a worker remembers, of all tenants; 0: none."""
+    suffix_decoding_max_cached_tokens: Annotated[int, Bounds(at_least=0, at_most=2**31)] = 1_000_000
+    """suffix: and how many tokens of them. Each takes about 200 bytes."""
+    suffix_decoding_max_spec_factor: Annotated[float, Bounds(more_than=0, at_most=64)] = 1.0
+    """suffix: a draft has at most so many times as many tokens as match."""
+    suffix_decoding_min_token_prob: Annotated[float, _SHARE] = 0.1
+    """suffix: a draft ends before a token that followed in a smaller share of the places."""
+    draft_temperature_scale: Annotated[float, Bounds(at_least=0, at_most=4)] = 1.0
+    """draft_model: times the request's temperature, in choosing drafts; 0: greedily."""
+    draft_tensor_parallel_size: Annotated[int, Bounds(at_least=0, at_most=1)] = 0
+    """draft_model: ranks that compute the draft. It runs on rank 0 alone: 0 and 1 mean the same."""
+    draft_num_blocks: Annotated[int, Bounds(at_least=0, less_than=2**31)] = 0
+    """draft_model: KV blocks of the draft; 0 means as many as the model has."""
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise ValueError(
+                f"prompt_lookup_min: must not be above prompt_lookup_max={self.prompt_lookup_max}, "
+                f"not {self.prompt_lookup_min}"
+            )
+        if self.model and self.method != "draft_model":
+            raise ValueError(f"model: method={self.method} has no draft model")
+        _check_sizes(self.num_speculative_tokens_per_batch_size)
+
+    @property
+    def most_tokens(self) -> int:
+        """Draft tokens of a request in a step, whatever the batch size."""
+        return self.num_speculative_tokens or _DEFAULT_DRAFT_TOKENS.get(self.method, 0)
+
+    def most_tokens_at(self, num_requests: int) -> int:
+        """Draft tokens of a request in a step with so many running requests."""
+        for first, last, most in self.num_speculative_tokens_per_batch_size:
+            if first <= num_requests <= last:
+                return min(most, self.most_tokens)
+        return self.most_tokens
+
+
+def _check_sizes(sizes: Sequence[Sequence[int]]) -> None:
+    name, last_before = "num_speculative_tokens_per_batch_size", 0
+    for first, last, most in sizes:
+        if not last_before < first <= last:
+            raise ValueError(f"{name}: [{first}, {last}, {most}] must be a range of sizes after {last_before}")
+        if not 0 <= most <= _MOST_DRAFT_TOKENS:
+            raise ValueError(f"{name}: [{first}, {last}, {most}] must have 0 to {_MOST_DRAFT_TOKENS} tokens")
+        last_before = last
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
     """What an operator may choose for the engines of each pool. `pools.NAME` and an engine have these fields alike."""
 
@@ -174,6 +253,8 @@ class EngineConfig(EngineOptions):
     """Keys of the model's files that are passed over though nothing is known of them."""
     plugins: tuple[str, ...] = ()
     """As model.plugins."""
+    speculative: SpeculativeOptions = dataclasses.field(default_factory=SpeculativeOptions)
+    """The `speculative` branch of the configuration."""
 
     def __post_init__(self) -> None:
         EngineOptions.__post_init__(self)

@@ -48,6 +48,7 @@ class SamplingParams:
     logprobs: int | None = None  # at most 20; of the chosen token and so many most likely ones; None means of none
     grammar: Grammar | None = None  # the form of the completion; not together with ignore_eos or min_tokens
     prompt_logprobs: int | None = None  # at most 20; of the prompt's tokens; None means of none
+    num_speculative_tokens: int | None = None  # at most 64; draft tokens in a step; 0 means none; same tokens anyway
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,8 @@ class RequestStats:
     num_transferred_blocks: int = 0  # KV blocks from the prefill to the decode worker
     prefill_worker_id: str = ""
     decode_worker_id: str = ""
+    num_draft_tokens: int = 0  # judged for this request, where workers decode speculatively
+    num_accepted_tokens: int = 0  # of them, those that the model chose, too
     num_replacements: int = 0  # times that the stream was placed anew because a worker was lost
 
 

@@ -33,6 +33,9 @@ class RankActor:
         spec, kv_nodes = self._spec, self._kv_nodes
         node = ray.get(describe(kv_node_on(ray.get_runtime_context().get_node_id(), kv_nodes)))
         engine = dataclasses.replace(spec.engine, model_dir=str(resolve_model(spec.engine.model_dir)))
+        if draft := engine.speculative.model:
+            speculative = dataclasses.replace(engine.speculative, model=str(resolve_model(draft)))
+            engine = dataclasses.replace(engine, speculative=speculative)
         spec = dataclasses.replace(
             spec,
             engine=engine,

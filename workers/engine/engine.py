@@ -20,6 +20,7 @@ from grammars.grammar import Grammar
 from workers.engine.outcome import UpdateResult
 from workers.engine.request import FinishReason, PromptLogprobs, Request, RequestEnd, TokenOutputs
 from workers.engine.scheduler import Scheduler
+from workers.engine.speculation import Speculation
 from workers.engine.step import Executor, ModelRunnerOutput, SchedulerOutput
 from workers.errors import InvalidRequest, RankLost, StepFailed
 
@@ -66,8 +67,10 @@ class Engine:
         clock: Clock,
         async_scheduling: bool = False,
         grammars: GrammarCompiler | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
-        """grammars: of the model's tokenizer; without it a request that has a grammar is refused."""
+        """grammars: of the model's tokenizer; without it a request that has a grammar is refused. speculation: proposes
+        draft tokens, where there is speculative decoding."""
         self.scheduler = scheduler
         self.counters = EngineCounters()
         self._step_began_s = self._step_ended_s = 0.0
@@ -76,6 +79,7 @@ class Engine:
         self._clock = clock
         self._num_ahead = scheduler.config.num_stages - 1 + async_scheduling  # steps started before one is waited for
         self._grammars = grammars
+        self.speculation = speculation
         self._in_flight: deque[tuple[SchedulerOutput, Callable[[], ModelRunnerOutput]]] = deque()
         self._num_failed_steps = 0  # in a row
 
@@ -144,6 +148,8 @@ class Engine:
 
         With several in flight a step is started, and what is returned is of the oldest, once so many are started.
         """
+        if self.speculation is not None:
+            self.speculation.propose(self.scheduler)
         plan = self.scheduler.schedule()
         is_due = not plan.is_empty or (not self._in_flight and self._executor.has_ended_transfers)
         if is_due:
@@ -193,6 +199,8 @@ class Engine:
             self._num_failed_steps = 0
             now = self._clock()
             self.scheduler.budgets.step_took(plan, now - self._step_began_s, now - self._step_ended_s)
+            if self.speculation is not None:
+                self.speculation.step_took(plan, update.judged, now - self._step_began_s)
             self._step_ended_s = now
             self._count_step(now)
         events = self._events_of(update)
@@ -249,6 +257,8 @@ class Engine:
 
     def _end(self, request: Request, reason: FinishReason, error: str = "") -> RequestEnd:
         self.scheduler.finish(request)
+        if self.speculation is not None:
+            self.speculation.forget(request)
         self.counters.num_cached_prompt_tokens += request.num_cached_prompt_tokens
         return RequestEnd(
             request.request_id,
@@ -259,6 +269,8 @@ class Engine:
             request.num_tokens - request.num_given_tokens,
             request.num_transferred_blocks,
             request.num_published_blocks,
+            request.num_draft_tokens,
+            request.num_accepted_tokens,
             request.arrival_time_s,
             request.continued_time_s,
             request.first_step_time_s,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from workers.engine.engine import Engine
 
@@ -33,6 +35,12 @@ class LoadSnapshot:
     step_seconds: float = 0.0
     step_requests: int = 0
     step_context_tokens: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_accepted_tokens_per_pos: Mapping[str, int] = field(default_factory=dict)
+    drafting_seconds: float = 0.0
+    saved_seconds: float = 0.0
 
 
 def snapshot(engine: Engine) -> LoadSnapshot:
@@ -61,4 +69,19 @@ def snapshot(engine: Engine) -> LoadSnapshot:
         step_seconds=counters.step_seconds,
         step_requests=counters.step_requests,
         step_context_tokens=counters.step_context_tokens,
+        **_speculation(engine),
     )
+
+
+def _speculation(engine: Engine) -> dict[str, Any]:
+    if engine.speculation is None:
+        return {}
+    counters = engine.speculation.counters
+    return {
+        "num_drafts": counters.num_drafts,
+        "num_draft_tokens": counters.num_draft_tokens,
+        "num_accepted_tokens": counters.num_accepted_tokens,
+        "num_accepted_tokens_per_pos": {str(i): n for i, n in enumerate(counters.num_accepted_tokens_per_pos)},
+        "drafting_seconds": counters.drafting_seconds,
+        "saved_seconds": counters.saved_seconds,
+    }

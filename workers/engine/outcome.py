@@ -22,6 +22,15 @@ from workers.sampling.params import NO_CHOICE, NO_TOKEN, PooledHidden, RowReport
 _REASONS = {NO_TOKEN: FinishReason.FAILED, NO_CHOICE: FinishReason.NO_CHOICE}
 
 
+@dataclass(frozen=True, slots=True)
+class JudgedDrafts:
+    """Draft tokens of a request that a step computed."""
+
+    request: Request
+    num_drafts: int
+    num_right: int  # those that the model chose, too, up to the first that it did not
+
+
 @dataclass(slots=True)
 class UpdateResult:
     """What a finished step means for requests."""
@@ -30,6 +39,7 @@ class UpdateResult:
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     finished: list[tuple[Request, FinishReason]] = field(default_factory=list)
     published_names: list[bytes] = field(default_factory=list)
+    judged: list[JudgedDrafts] = field(default_factory=list)
     num_transferred_blocks: int = 0
     num_computed_prompt_tokens: int = 0
 
@@ -89,7 +99,7 @@ class StepOutcomes:
             if num_logits > num_prompt:
                 request.num_pending_tokens -= 1
                 if request.drafts_in_flight:
-                    choices = self._judge_drafts(request, choices)
+                    choices = self._judge_drafts(request, choices, result)
                     end = request.num_computed_tokens
                 self._append_tokens(request, choices, _logprobs(reports), result)
             if end >= (request.num_registered_blocks + 1) * size:
@@ -117,12 +127,15 @@ class StepOutcomes:
                 self._end_transfer(transfer, result)
         return result
 
-    def _judge_drafts(self, request: Request, choices: Sequence[int]) -> Sequence[int]:
+    def _judge_drafts(self, request: Request, choices: Sequence[int], result: UpdateResult) -> Sequence[int]:
         """The choices after the last known token and after each draft that the model had chosen too."""
         drafts, request.drafts_in_flight = request.drafts_in_flight, []
         num_right = 0
         while num_right < len(drafts) and choices[num_right] == drafts[num_right]:
             num_right += 1
+        result.judged.append(JudgedDrafts(request, len(drafts), num_right))
+        request.num_draft_tokens += len(drafts)
+        request.num_accepted_tokens += num_right
         request.num_computed_tokens -= len(drafts) - num_right
         request.num_kv_tokens = min(request.num_kv_tokens, request.num_computed_tokens)
         request.window_tokens -= num_right

@@ -76,6 +76,7 @@ class Request:
     block_tables: list[BlockTable] = field(default_factory=list)  # per cache group; empty: holds no blocks
     block_names: list[bytes] = field(default_factory=list)  # of the full blocks of token_ids known so far
     draft_token_ids: list[int] = field(default_factory=list)  # proposed to follow; scheduled, and kept if chosen
+    awaits_drafts: bool = False  # they follow known tokens: no step runs ahead of the one that chooses its next
     num_computed_tokens: int = 0  # once all steps that are planned are through
     num_pending_tokens: int = 0  # being chosen by a step that is not through
     pending_in_plan: int = 0  # number of the plan that chooses the last of them; see pipeline.py
@@ -108,6 +109,8 @@ class Request:
     num_cached_prompt_tokens: int = 0
     num_computed_prompt_tokens: int = 0
     num_transferred_blocks: int = 0
+    num_draft_tokens: int = 0  # judged so far
+    num_accepted_tokens: int = 0  # of them
     continued_time_s: float | None = None  # when the prefill side was reported to be through (DECODE)
     first_step_time_s: float | None = None  # when the first step that computes tokens of it began
     first_token_time_s: float | None = None  # when the step that chose its first token here ended
@@ -238,6 +241,8 @@ class RequestEnd:
     num_generated_tokens: int
     num_transferred_blocks: int
     num_published_blocks: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
     arrival_time_s: float  # all on the engine's clock; None for what did not happen here
     continued_time_s: float | None
     first_step_time_s: float | None

@@ -51,6 +51,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None  # likewise of the prompt's tokens but the first; None: of none
     grammar: Grammar | None = None  # the form of the completion
     logprobs: int | None = None  # of the chosen token and so many most likely ones; None: of none
+    num_speculative_tokens: int | None = None  # most draft tokens in a step; None: as many as the worker likes
 
     @classmethod
     def of(cls, message: generation_pb2.SamplingParams) -> SamplingParams:

@@ -357,6 +357,8 @@ class WorkerServicer(RegistrationServicer):
             num_computed_prompt_tokens=end.num_computed_prompt_tokens,
             num_transferred_blocks=end.num_transferred_blocks,
             num_published_blocks=end.num_published_blocks,
+            num_draft_tokens=end.num_draft_tokens,
+            num_accepted_tokens=end.num_accepted_tokens,
             times=self._times(end),
             embedding=end.embedding,
         )

@@ -79,6 +79,11 @@ _SERVED: tuple[tuple[str, Api, str], ...] = (
         _B,
         "gives the same tokens where logits are the same: always with model.batch_invariant; choice i has seed + i",
     ),
+    (
+        "num_speculative_tokens",
+        _B,
+        "most draft tokens in a step, at most 64, where `speculative` is configured; the tokens stay the same",
+    ),
     ("n", _B, "choices of each prompt, at most 128 in one call"),
     ("best_of", _C, "candidates, of which the n with the greatest mean logprob are shown; not in a stream"),
     ("logprobs", _B, "completions: how many most likely tokens, at most 20; chats: true or false"),

@@ -69,6 +69,7 @@ class _Request(StructuredOutputFields):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     prompt_logprobs: Integer | None = None
+    num_speculative_tokens: Integer | None = None
     stop_token_ids: list[Integer] | None = None
     allowed_token_ids: list[Integer] | None = None
     banned_token_ids: list[Integer] | None = None
@@ -231,6 +232,7 @@ def check_salt_text(cache_salt: str | None) -> None:
 
 _AS_THEY_ARE = (
     "temperature", "top_p", "min_p", "typical_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty",
+    "num_speculative_tokens",
 )  # fmt: skip
 _LISTS = ("stop_token_ids", "allowed_token_ids", "banned_token_ids", "bad_words")
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fswitchyard/v1/worker_load.proto\x12\rswitchyard.v1\"\x94\x0e\n\nWorkerLoad\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x1a\n\x12num_waiting_for_kv\x18\x03 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x04 \x01(\r\x12\x19\n\x11num_queued_tokens\x18\x05 \x01(\r\x12\x11\n\tnum_steps\x18\x06 \x01(\x04\x12\"\n\x1anum_computed_prompt_tokens\x18\x07 \x01(\x04\x12 \n\x18num_cached_prompt_tokens\x18\x08 \x01(\x04\x12$\n\x1cnum_recomputed_prompt_tokens\x18\t \x01(\x04\x12\x1c\n\x14num_generated_tokens\x18\n \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\x0b \x01(\x04\x12\x1c\n\x14num_published_blocks\x18\x0c \x01(\x04\x12\x1e\n\x16num_transferred_blocks\x18\r \x01(\x04\x12S\n\x16num_rejected_fragments\x18\x0e \x03(\x0b\x32\x33.switchyard.v1.WorkerLoad.NumRejectedFragmentsEntry\x12@\n\x0cpulled_bytes\x18\x0f \x03(\x0b\x32*.switchyard.v1.WorkerLoad.PulledBytesEntry\x12\x46\n\x0fpublished_bytes\x18\x10 \x03(\x0b\x32-.switchyard.v1.WorkerLoad.PublishedBytesEntry\x12;\n\ntier_is_up\x18\x11 \x03(\x0b\x32\'.switchyard.v1.WorkerLoad.TierIsUpEntry\x12\x1c\n\x14num_prefixes_fetched\x18\x12 \x01(\x04\x12\x1f\n\x17num_prefixes_recomputed\x18\x13 \x01(\x04\x12W\n\x18num_prefetched_fragments\x18\x14 \x03(\x0b\x32\x35.switchyard.v1.WorkerLoad.NumPrefetchedFragmentsEntry\x12H\n\x10prefetched_bytes\x18\x15 \x03(\x0b\x32..switchyard.v1.WorkerLoad.PrefetchedBytesEntry\x12(\n num_useless_prefetched_fragments\x18\x16 \x01(\x04\x12\x42\n\rtier_problems\x18\x17 \x03(\x0b\x32+.switchyard.v1.WorkerLoad.TierProblemsEntry\x12\x1f\n\x17num_dropped_write_backs\x18\x18 \x01(\x04\x12\x15\n\rnum_transfers\x18\x19 \x01(\r\x12\x14\n\x0cnum_requests\x18\x1a \x01(\x04\x12\x19\n\x11num_prompt_tokens\x18\x1b \x01(\x04\x12\x1a\n\x12num_ended_requests\x18\x1c \x01(\x04\x12\x1f\n\x17uncached_tokens_squared\x18\x1d \x01(\x01\x12\x14\n\x0cnum_kv_waits\x18\x1e \x01(\x04\x12\x17\n\x0fkv_wait_seconds\x18\x1f \x01(\x01\x12\x19\n\x11num_moved_streams\x18  \x01(\x04\x12\x14\n\x0cstep_seconds\x18! \x01(\x01\x12\x15\n\rstep_requests\x18\" \x01(\x04\x12\x1b\n\x13step_context_tokens\x18# \x01(\x04\x12!\n\x19num_ended_uncached_tokens\x18$ \x01(\x04\x12\x1f\n\x17num_ended_output_tokens\x18% \x01(\x04\x12\x11\n\tnum_swaps\x18& \x01(\x04\x12\x16\n\x0enum_recomputes\x18\' \x01(\x04\x1a;\n\x19NumRejectedFragmentsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a\x32\n\x10PulledBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a\x35\n\x13PublishedBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a/\n\rTierIsUpEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x08:\x02\x38\x01\x1a=\n\x1bNumPrefetchedFragmentsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a\x36\n\x14PrefetchedBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a\x33\n\x11TierProblemsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fswitchyard/v1/worker_load.proto\x12\rswitchyard.v1\"\xad\x10\n\nWorkerLoad\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x1a\n\x12num_waiting_for_kv\x18\x03 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x04 \x01(\r\x12\x19\n\x11num_queued_tokens\x18\x05 \x01(\r\x12\x11\n\tnum_steps\x18\x06 \x01(\x04\x12\"\n\x1anum_computed_prompt_tokens\x18\x07 \x01(\x04\x12 \n\x18num_cached_prompt_tokens\x18\x08 \x01(\x04\x12$\n\x1cnum_recomputed_prompt_tokens\x18\t \x01(\x04\x12\x1c\n\x14num_generated_tokens\x18\n \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\x0b \x01(\x04\x12\x1c\n\x14num_published_blocks\x18\x0c \x01(\x04\x12\x1e\n\x16num_transferred_blocks\x18\r \x01(\x04\x12S\n\x16num_rejected_fragments\x18\x0e \x03(\x0b\x32\x33.switchyard.v1.WorkerLoad.NumRejectedFragmentsEntry\x12@\n\x0cpulled_bytes\x18\x0f \x03(\x0b\x32*.switchyard.v1.WorkerLoad.PulledBytesEntry\x12\x46\n\x0fpublished_bytes\x18\x10 \x03(\x0b\x32-.switchyard.v1.WorkerLoad.PublishedBytesEntry\x12;\n\ntier_is_up\x18\x11 \x03(\x0b\x32\'.switchyard.v1.WorkerLoad.TierIsUpEntry\x12\x1c\n\x14num_prefixes_fetched\x18\x12 \x01(\x04\x12\x1f\n\x17num_prefixes_recomputed\x18\x13 \x01(\x04\x12W\n\x18num_prefetched_fragments\x18\x14 \x03(\x0b\x32\x35.switchyard.v1.WorkerLoad.NumPrefetchedFragmentsEntry\x12H\n\x10prefetched_bytes\x18\x15 \x03(\x0b\x32..switchyard.v1.WorkerLoad.PrefetchedBytesEntry\x12(\n num_useless_prefetched_fragments\x18\x16 \x01(\x04\x12\x42\n\rtier_problems\x18\x17 \x03(\x0b\x32+.switchyard.v1.WorkerLoad.TierProblemsEntry\x12\x1f\n\x17num_dropped_write_backs\x18\x18 \x01(\x04\x12\x15\n\rnum_transfers\x18\x19 \x01(\r\x12\x14\n\x0cnum_requests\x18\x1a \x01(\x04\x12\x19\n\x11num_prompt_tokens\x18\x1b \x01(\x04\x12\x1a\n\x12num_ended_requests\x18\x1c \x01(\x04\x12\x1f\n\x17uncached_tokens_squared\x18\x1d \x01(\x01\x12\x14\n\x0cnum_kv_waits\x18\x1e \x01(\x04\x12\x17\n\x0fkv_wait_seconds\x18\x1f \x01(\x01\x12\x19\n\x11num_moved_streams\x18  \x01(\x04\x12\x14\n\x0cstep_seconds\x18! \x01(\x01\x12\x15\n\rstep_requests\x18\" \x01(\x04\x12\x1b\n\x13step_context_tokens\x18# \x01(\x04\x12!\n\x19num_ended_uncached_tokens\x18$ \x01(\x04\x12\x1f\n\x17num_ended_output_tokens\x18% \x01(\x04\x12\x11\n\tnum_swaps\x18& \x01(\x04\x12\x16\n\x0enum_recomputes\x18\' \x01(\x04\x12\x12\n\nnum_drafts\x18, \x01(\x04\x12\x18\n\x10num_draft_tokens\x18- \x01(\x04\x12\x1b\n\x13num_accepted_tokens\x18. \x01(\x04\x12[\n\x1bnum_accepted_tokens_per_pos\x18/ \x03(\x0b\x32\x36.switchyard.v1.WorkerLoad.NumAcceptedTokensPerPosEntry\x12\x18\n\x10\x64rafting_seconds\x18\x30 \x01(\x01\x12\x15\n\rsaved_seconds\x18\x31 \x01(\x01\x1a;\n\x19NumRejectedFragmentsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a\x32\n\x10PulledBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a\x35\n\x13PublishedBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a/\n\rTierIsUpEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x08:\x02\x38\x01\x1a=\n\x1bNumPrefetchedFragmentsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a\x36\n\x14PrefetchedBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a\x33\n\x11TierProblemsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a>\n\x1cNumAcceptedTokensPerPosEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,20 +45,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WORKERLOAD_PREFETCHEDBYTESENTRY']._serialized_options = b'8\001'
   _globals['_WORKERLOAD_TIERPROBLEMSENTRY']._loaded_options = None
   _globals['_WORKERLOAD_TIERPROBLEMSENTRY']._serialized_options = b'8\001'
+  _globals['_WORKERLOAD_NUMACCEPTEDTOKENSPERPOSENTRY']._loaded_options = None
+  _globals['_WORKERLOAD_NUMACCEPTEDTOKENSPERPOSENTRY']._serialized_options = b'8\001'
   _globals['_WORKERLOAD']._serialized_start=51
-  _globals['_WORKERLOAD']._serialized_end=1863
-  _globals['_WORKERLOAD_NUMREJECTEDFRAGMENTSENTRY']._serialized_start=1476
-  _globals['_WORKERLOAD_NUMREJECTEDFRAGMENTSENTRY']._serialized_end=1535
-  _globals['_WORKERLOAD_PULLEDBYTESENTRY']._serialized_start=1537
-  _globals['_WORKERLOAD_PULLEDBYTESENTRY']._serialized_end=1587
-  _globals['_WORKERLOAD_PUBLISHEDBYTESENTRY']._serialized_start=1589
-  _globals['_WORKERLOAD_PUBLISHEDBYTESENTRY']._serialized_end=1642
-  _globals['_WORKERLOAD_TIERISUPENTRY']._serialized_start=1644
-  _globals['_WORKERLOAD_TIERISUPENTRY']._serialized_end=1691
-  _globals['_WORKERLOAD_NUMPREFETCHEDFRAGMENTSENTRY']._serialized_start=1693
-  _globals['_WORKERLOAD_NUMPREFETCHEDFRAGMENTSENTRY']._serialized_end=1754
-  _globals['_WORKERLOAD_PREFETCHEDBYTESENTRY']._serialized_start=1756
-  _globals['_WORKERLOAD_PREFETCHEDBYTESENTRY']._serialized_end=1810
-  _globals['_WORKERLOAD_TIERPROBLEMSENTRY']._serialized_start=1812
-  _globals['_WORKERLOAD_TIERPROBLEMSENTRY']._serialized_end=1863
+  _globals['_WORKERLOAD']._serialized_end=2144
+  _globals['_WORKERLOAD_NUMREJECTEDFRAGMENTSENTRY']._serialized_start=1693
+  _globals['_WORKERLOAD_NUMREJECTEDFRAGMENTSENTRY']._serialized_end=1752
+  _globals['_WORKERLOAD_PULLEDBYTESENTRY']._serialized_start=1754
+  _globals['_WORKERLOAD_PULLEDBYTESENTRY']._serialized_end=1804
+  _globals['_WORKERLOAD_PUBLISHEDBYTESENTRY']._serialized_start=1806
+  _globals['_WORKERLOAD_PUBLISHEDBYTESENTRY']._serialized_end=1859
+  _globals['_WORKERLOAD_TIERISUPENTRY']._serialized_start=1861
+  _globals['_WORKERLOAD_TIERISUPENTRY']._serialized_end=1908
+  _globals['_WORKERLOAD_NUMPREFETCHEDFRAGMENTSENTRY']._serialized_start=1910
+  _globals['_WORKERLOAD_NUMPREFETCHEDFRAGMENTSENTRY']._serialized_end=1971
+  _globals['_WORKERLOAD_PREFETCHEDBYTESENTRY']._serialized_start=1973
+  _globals['_WORKERLOAD_PREFETCHEDBYTESENTRY']._serialized_end=2027
+  _globals['_WORKERLOAD_TIERPROBLEMSENTRY']._serialized_start=2029
+  _globals['_WORKERLOAD_TIERPROBLEMSENTRY']._serialized_end=2080
+  _globals['_WORKERLOAD_NUMACCEPTEDTOKENSPERPOSENTRY']._serialized_start=2082
+  _globals['_WORKERLOAD_NUMACCEPTEDTOKENSPERPOSENTRY']._serialized_end=2144
 # @@protoc_insertion_point(module_scope)

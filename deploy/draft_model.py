@@ -1,0 +1,52 @@
+"""Finds the draft model of speculative decoding, and sees that it fits the served one. Knows nothing of Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from checkpoint.errors import CheckpointError
+from checkpoint.identity import tokenizer_digest
+from deploy.config import DEMO_DRAFT, ClusterConfig
+from deploy.errors import ConfigError
+from deploy.preflight import FoundModel
+from workers.config import resolve_model
+from workers.errors import ModelError
+from workers.model.config import ModelConfig
+from workers.model.registry import load_config
+from workers.model.tensor_layout import check_checkpoint
+
+_KEY = "speculative.model"
+
+
+def check_draft(config: ClusterConfig, model: FoundModel) -> str:
+    """The draft as workers on other hosts find it, as FoundModel.reference; "" without one. Raises ConfigError."""
+    options = config.speculative
+    if options.method != "draft_model":
+        return ""
+    wanted = options.model or ("" if config.model.path else str(DEMO_DRAFT))
+    if not wanted:
+        raise ConfigError(f"{_KEY}: method=draft_model needs a smaller model with the tokenizer of the served one")
+    try:
+        directory = resolve_model(wanted).resolve()
+        draft = load_config(directory, config.model.ignore_keys, config.model.plugins)
+        check_checkpoint(directory, draft)
+        _check_fit(draft, directory, model)
+    except (ModelError, CheckpointError) as error:
+        raise ConfigError(f"{_KEY}: {error}") from None
+    path = Path(wanted).expanduser()
+    return str(path.resolve()) if path.exists() else wanted
+
+
+def _check_fit(draft: ModelConfig, directory: Path, model: FoundModel) -> None:
+    if draft.vocab_size != model.config.vocab_size:
+        raise ModelError(f"{directory}: has {draft.vocab_size} tokens, and the served model {model.config.vocab_size}")
+    is_same = tokenizer_digest(directory) == tokenizer_digest(model.directory)
+    if not is_same and _ids(directory) != _ids(model.directory):
+        raise ModelError(f"{directory}: its tokenizer is not that of the served model")
+
+
+def _ids(directory: Path) -> dict[str, int]:
+    """The tokenizer's texts and their ids: what two files that differ elsewhere must have in common."""
+    return Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab(with_added_tokens=True)

@@ -1,0 +1,33 @@
+"""The seam of speculative decoding: what proposes tokens. Knows nothing of how they are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from workers.engine.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class DraftWanted:
+    """Tokens that may follow those of a request are wanted."""
+
+    request: Request
+    num_tokens: int  # at most; > 0
+
+
+class Drafter(Protocol):
+    """Proposes tokens. A wrong proposal costs time, and changes no stream. One thread uses a drafter."""
+
+    def propose(self, wanted: Sequence[DraftWanted]) -> list[Sequence[int]]:
+        """For each request the tokens that may follow, at most as many as are wanted; none where it knows of none."""
+        ...
+
+    def forget(self, request: Request) -> None:
+        """The request has left the engine. What it has may be used to propose tokens for its tenant's next ones."""
+        ...
+
+    def draft_s(self, lengths: Sequence[int]) -> float:
+        """How long it takes to propose so many tokens for each of some requests; 0 where that is not worth counting."""
+        ...

@@ -1,0 +1,47 @@
+"""Measures how long steps take, by how many sequences and how many tokens of each they have: once, at a worker's start.
+
+Every rank of a worker runs the same steps, since they have collectives in them. Knows nothing of models or devices.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+
+from workers.engine.direct_plan import DirectChunk, direct_plan
+from workers.engine.step import ModelRunner
+from workers.speculation.step_costs import StepCosts, sizes_to_measure
+
+log = logging.getLogger(__name__)
+
+_RUNS = 3
+_CONTEXT_TOKENS = 256  # before each sequence's tokens
+
+
+def measure_step_costs(
+    runner: ModelRunner,
+    max_num_seqs: int,
+    max_num_tokens: int,
+    max_context_tokens: int,
+    block_size: int,
+    num_groups: int,
+) -> StepCosts:
+    """On all ranks at once, before requests come; nothing is written to the cache."""
+    context = max(0, min(_CONTEXT_TOKENS, max_context_tokens - 16)) // block_size * block_size
+    measured_s: dict[tuple[int, int], float] = {}
+    for num_seqs, width in sizes_to_measure(max_num_seqs, max_num_tokens):
+        end = context + width
+        blocks = [[0] * -(-end // block_size) for _ in range(num_groups)]
+        chunk = DirectChunk([0] * width, context, end, blocks, width)
+        plan = direct_plan([chunk] * num_seqs)
+        runner.start(plan)()
+        took_s = []
+        for _ in range(_RUNS):
+            began_s = time.perf_counter()
+            runner.start(plan)()
+            took_s.append(time.perf_counter() - began_s)
+        measured_s[num_seqs, width] = statistics.median(took_s)
+    shown = ", ".join(f"{size}: {1000 * seconds:.2f}" for size, seconds in measured_s.items())
+    log.info("steps of (sequences, tokens of each) in ms: %s", shown)
+    return StepCosts(measured_s)
