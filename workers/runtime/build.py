@@ -14,6 +14,7 @@ from kvstore.names import fingerprint
 from workers.config import EngineConfig
 from workers.engine.engine import Engine
 from workers.engine.scheduler import Scheduler, SchedulerConfig
+from workers.engine.speculation import Speculation
 from workers.engine.step import Executor
 from workers.kv.schemes.named import scheme_of
 from workers.model.config import ModelConfig, described
@@ -22,12 +23,6 @@ from workers.runtime.coordination.executor import GroupExecutor
 from workers.runtime.coordination.progress import StepProgress
 from workers.runtime.fake_runner import FakeModelRunner
 from workers.runtime.runner import TorchModelRunner, pick_dtype, schedules_async
-from workers.speculation.drafters.drafter import Drafter
-from workers.speculation.drafters.forced import ForcedTokens
-from workers.speculation.drafters.ngram import NgramDrafter
-from workers.speculation.drafters.suffix import SuffixDrafter
-from workers.speculation.speculator import Speculator
-from workers.speculation.step_costs import StepCosts
 
 LoadedRunner = TorchModelRunner | FakeModelRunner
 
@@ -60,12 +55,12 @@ def make_engine(
     kv_names: bytes,
     clock: Callable[[], float] = time.monotonic,
     transfer_cost: TransferCost | None = None,
-    step_costs: StepCosts | None = None,
+    speculation: Speculation | None = None,
 ) -> Engine:
     """An engine over a loaded runner; on rank 0 only.
 
-    kv_names: from kv_fingerprint. transfer_cost: of its KV tiers, where there are any. step_costs: measured, for
-    speculative decoding that takes as many drafts as pay; without them it takes all.
+    kv_names: from kv_fingerprint. transfer_cost: of its KV tiers, where there are any. speculation: from
+    workers.runtime.speculation, where there is some.
     """
     context_tokens = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
     groups = runner.cache.layout.groups
@@ -88,24 +83,7 @@ def make_engine(
         frozenset(model.eos_token_ids),
     )
     is_async = schedules_async(config, runner.cache.device)
-    speculator = _speculator(config, runner, step_costs, clock)
-    return Engine(scheduler, executor, model.vocab_size, clock, is_async, runner.grammars, speculator)
-
-
-def _speculator(
-    config: EngineConfig, runner: LoadedRunner, costs: StepCosts | None, clock: Callable[[], float]
-) -> Speculator | None:
-    options = config.speculative
-    if options.method == "none":
-        return None
-    drafter: Drafter | None = None
-    if options.method == "ngram":
-        drafter = NgramDrafter(options.prompt_lookup_min, options.prompt_lookup_max)
-    elif options.method == "suffix":
-        drafter = SuffixDrafter(options)
-    if runner.grammars is not None:
-        drafter = ForcedTokens(runner.grammars, drafter)
-    return None if drafter is None else Speculator(options, drafter, costs, clock)
+    return Engine(scheduler, executor, model.vocab_size, clock, is_async, runner.grammars, speculation)
 
 
 def make_executor(

@@ -34,7 +34,7 @@ from workers.runtime.coordination.executor import follow
 from workers.runtime.coordination.watch import RankWatch, WatchLimits
 from workers.runtime.leader import WorkerFacts, WorkerLeader
 from workers.runtime.runner import pick_device, pick_dtype
-from workers.speculation.measure import measure_step_costs
+from workers.runtime.speculation import load_draft, make_speculator, measure_costs
 from workers.speculation.step_costs import StepCosts
 
 log = logging.getLogger(__name__)
@@ -78,6 +78,7 @@ class Rank:
         self._watch = RankWatch(self._groups, limits, self._fail)
         self._watch.meet(self.spec.listen_host)
         self._served = self._identify()
+        self._draft = load_draft(engine, device) if self.shard.rank == 0 else None
         self._runner = load_runner(engine, self._model, self._groups, device)
         if self._identify() != self._served:
             raise ModelError(f"{engine.model_dir}: changed while it was loaded")
@@ -90,7 +91,7 @@ class Rank:
         self._connector = KVConnector(memories, cache.grids(per_fragment), self._store)
         self._runner.attach(self._connector)
         self._runner.warm_up()
-        self._step_costs = self._measure_steps() if engine.speculative.enable_adaptive_verification else None
+        self._step_costs = self._measure_steps()
         self._transfer_cost: TransferCost | None = None
         if self._tiers:
             self._transfer_cost = self._measure_transfer_cost()
@@ -108,18 +109,10 @@ class Rank:
 
     def _measure_steps(self) -> StepCosts | None:
         engine = self.spec.engine
-        if engine.speculative.method == "none" or engine.runner == "fake":
+        is_adaptive = engine.speculative.method != "none" and engine.speculative.enable_adaptive_verification
+        if not is_adaptive or engine.runner == "fake":
             return None
-        longest = min(engine.max_model_len or 1 << 62, self._model.max_position_embeddings)
-        groups = self._runner.cache.layout.groups
-        return measure_step_costs(
-            self._runner,
-            engine.max_num_seqs,
-            engine.max_num_batched_tokens,
-            longest,
-            engine.block_size,
-            len(groups),
-        )
+        return measure_costs(engine, self._model, self._runner)
 
     def _measure_transfer_cost(self) -> TransferCost:
         if self.spec.kvstore.prefix_fetch == "always":
@@ -151,7 +144,7 @@ class Rank:
             make_executor(self.spec.engine, self._runner, self._groups, self._watch.progress),
             self._kv_names,
             transfer_cost=self._transfer_cost,
-            step_costs=self._step_costs,
+            speculation=make_speculator(self.spec.engine, self._runner, self._draft, self._step_costs),
         )
         facts = WorkerFacts(self._served, self._kv_names, self._model.vocab_size, self._runner.cache.num_blocks[0])
         self._leader = WorkerLeader(self.spec, facts, engine, self._tiers, self._store, self._fail)

@@ -7,6 +7,7 @@ speculation than that its scheduler takes drafts into its plans. Knows nothing o
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 from workers.config import SpeculativeOptions
@@ -19,6 +20,8 @@ from workers.speculation.acceptance import AcceptanceEstimates
 from workers.speculation.drafters.drafter import Drafter, DraftWanted
 from workers.speculation.goodput import draft_lengths
 from workers.speculation.step_costs import StepCosts
+
+log = logging.getLogger(__name__)
 
 _LONGEST_PAUSE = 64  # steps between two probes while no drafts pay
 _PROBE_TOKENS = 1
@@ -42,12 +45,26 @@ class Speculator:
         self._pause = 0  # steps to come without a look at drafts
         self._next_pause = 1
         self._drafting_s = 0.0  # before the last step
+        self._is_broken = False  # the drafter has raised
         self.counters = SpeculationCounters(num_accepted_tokens_per_pos=[0] * options.most_tokens)
 
     # ---------------------------------------------------------------------------------------------------- before a step
     def propose(self, scheduler: Scheduler) -> None:
         """Give the scheduler drafts for the plan that it makes next."""
         self._drafting_s = 0.0
+        if self._is_broken:
+            return
+        try:
+            if scheduler.waiting_for_kv:
+                self._drafter.prepare(scheduler.waiting_for_kv)
+            self._propose_unless_paused(scheduler)
+        except Exception:
+            log.exception("drafts cannot be proposed any more; decoding goes on without them")
+            self._is_broken = True
+            for request in scheduler.running:
+                request.awaits_drafts, request.draft_token_ids = False, []
+
+    def _propose_unless_paused(self, scheduler: Scheduler) -> None:
         if self._pause:
             self._pause -= 1
             return
@@ -144,7 +161,8 @@ class Speculator:
     def forget(self, request: Request) -> None:
         """The request has left the engine."""
         self._estimates.forget(request.request_id)
-        self._drafter.forget(request)
+        if not self._is_broken:
+            self._drafter.forget(request)
 
 
 def _is_ready(request: Request) -> bool:

@@ -24,6 +24,10 @@ class Drafter(Protocol):
         """For each request the tokens that may follow, at most as many as are wanted; none where it knows of none."""
         ...
 
+    def prepare(self, requests: Sequence[Request]) -> None:
+        """These wait for their KV; what proposing tokens for them needs may be worked out meanwhile."""
+        ...
+
     def forget(self, request: Request) -> None:
         """The request has left the engine. What it has may be used to propose tokens for its tenant's next ones."""
         ...

@@ -77,6 +77,11 @@ class ForcedTokens:
         except GrammarError:  # the engine has compiled it; without drafts it says what is wrong now
             return None
 
+    def prepare(self, requests: Sequence[Request]) -> None:
+        """As in Drafter."""
+        if self._rest is not None:
+            self._rest.prepare(requests)
+
     def forget(self, request: Request) -> None:
         """As in Drafter."""
         self._positions.pop(request.request_id, None)

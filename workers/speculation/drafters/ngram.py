@@ -39,6 +39,9 @@ class NgramDrafter:
                 break
         return continued(token_ids, best, num_tokens) if best_length else ()
 
+    def prepare(self, requests: Sequence[Request]) -> None:
+        """As in Drafter: nothing needs to be."""
+
     def forget(self, request: Request) -> None:
         """As in Drafter."""
         self._past.pop(request.request_id, None)

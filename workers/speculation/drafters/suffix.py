@@ -131,6 +131,9 @@ class SuffixDrafter:
             ]
         return drafts, score if drafts else 0.0
 
+    def prepare(self, requests: Sequence[Request]) -> None:
+        """As in Drafter: nothing needs to be."""
+
     def forget(self, request: Request) -> None:
         """As in Drafter."""
         self._past.pop(request.request_id, None)

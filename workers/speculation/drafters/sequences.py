@@ -1,0 +1,123 @@
+"""What a draft model has computed of each request: its rows, its KV blocks, and how far they are right.
+
+The draft's cache holds the tokens of the request, and behind them the drafts that were proposed last. Those that the
+model accepted stay; the others are overwritten. Blocks are named as the engine's are, under a fingerprint of the draft,
+so that a prefix that was computed for one request serves the next. Pure; knows nothing of tensors.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+
+from kvstore.blocks.block_pools import BlockPools, BlockTable
+from kvstore.names import block_names, root_name
+from workers.engine.request import Request
+
+
+class DraftSequence:
+    """Of one request."""
+
+    def __init__(self, root: bytes) -> None:
+        self.row = -1
+        self.block_tables: list[BlockTable] = []
+        self.block_names: list[bytes] = []
+        self.num_computed = 0  # tokens of the request whose KV is in the cache
+        self.num_kv = 0  # the same, but after a full prefix hit one more: its last token is computed again, not written
+        self.num_sent_blocks = 0  # of the table, known to the runner
+        self.num_registered = 0
+        self.is_new = True  # the runner does not know its row
+        self._drafts: list[int] = []  # computed behind them
+        self._root = root
+
+    def parent(self) -> bytes:
+        """Of the next block to be named."""
+        return self.block_names[-1] if self.block_names else self._root
+
+    def take_judgement(self, token_ids: Sequence[int]) -> None:
+        """The request has these tokens now: drafts among them are computed."""
+        right = 0
+        for right, draft in enumerate([*self._drafts, -1]):
+            at = self.num_computed + right
+            if at >= len(token_ids) or token_ids[at] != draft:
+                break
+        self.num_computed += right
+        self.num_kv = max(self.num_kv, self.num_computed)
+        self._drafts = []
+
+    def computed(self, end: int, drafts: Sequence[int]) -> None:
+        """The tokens up to `end` are computed, and behind them these drafts."""
+        self.num_computed = end
+        self.num_kv = max(self.num_kv, end)
+        self._drafts = list(drafts)
+
+
+class DraftSequences:
+    """Of one draft model. max_rows: sequences that have blocks at a time; the one that was used last longest ago gives
+    way to a new one."""
+
+    def __init__(self, pools: BlockPools, fingerprint: bytes, max_rows: int) -> None:
+        self._pools = pools
+        self._groups = range(pools.num_groups)
+        self._fingerprint = fingerprint
+        self._free_rows = list(range(max_rows))
+        self._sequences: OrderedDict[str, DraftSequence] = OrderedDict()  # the one that was used last comes last
+
+    def of(self, request: Request, num_tokens: int, used: Collection[str]) -> DraftSequence | None:
+        """The request's sequence, with blocks for so many tokens; None: others that are used now hold them.
+
+        used: the ids of the requests whose sequences must stay.
+        """
+        name = request.request_id
+        sequence = self._sequences.get(name)
+        if sequence is None:
+            if not self._free_rows and not self._give_up_oldest(used):
+                return None
+            sequence = self._sequences[name] = self._new(request)
+        self._sequences.move_to_end(name)
+        sequence.take_judgement(request.token_ids)
+        num_blocks = -(-num_tokens // self._pools.block_size)
+        while not self._pools.can_extend(sequence.block_tables, num_blocks, self._groups):
+            if not self._give_up_oldest({*used, name}):
+                return None
+        self._pools.extend(sequence.block_tables, num_blocks, self._groups)
+        return sequence
+
+    def _new(self, request: Request) -> DraftSequence:
+        size = self._pools.block_size
+        sequence = DraftSequence(root_name(self._fingerprint, request.tenant_salt))
+        sequence.row = self._free_rows.pop()
+        self._name(sequence, request.token_ids)
+        num_hit = self._pools.num_matched(sequence.block_names)
+        sequence.block_tables = self._pools.take_prefix(sequence.block_names[:num_hit])
+        sequence.num_registered = num_hit
+        sequence.num_kv = num_hit * size
+        sequence.num_computed = min(sequence.num_kv, request.num_tokens - 1)
+        return sequence
+
+    def _name(self, sequence: DraftSequence, token_ids: Sequence[int]) -> None:
+        size, names = self._pools.block_size, sequence.block_names
+        if len(token_ids) >= (len(names) + 1) * size:
+            names += block_names(sequence.parent(), token_ids[len(names) * size :], size, False)
+
+    def note_full_blocks(self, sequence: DraftSequence, token_ids: Sequence[int]) -> None:
+        """Name the blocks that are full of the request's tokens, so that other requests find them."""
+        self._name(sequence, token_ids)
+        full = min(sequence.num_computed // self._pools.block_size, len(sequence.block_names))
+        for index in range(sequence.num_registered, full):
+            self._pools.register(sequence.block_tables, index, sequence.block_names[index])
+            sequence.num_registered = index + 1
+
+    def forget(self, request_id: str) -> None:
+        """The request has left; what was computed of it stays as cache."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is not None:
+            self._pools.release(sequence.block_tables)
+            self._free_rows.append(sequence.row)
+
+    def _give_up_oldest(self, used: Collection[str]) -> bool:
+        oldest = next((name for name in self._sequences if name not in used), None)
+        if oldest is None:
+            return False
+        self.forget(oldest)
+        return True
