@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from workers.config import EngineConfig
 from workers.engine.engine import Engine, StepEvents
 from workers.engine.request import Pooling, Request, RequestRole, TokenOutput
+from workers.engine.speculation import SpeculationCounters
 from workers.engine.step import ModelRunnerOutput, SchedulerOutput, StepPlan, TransferDone
 from workers.model.registry import load_config
 from workers.parallel import ParallelGroups, Shard
@@ -21,8 +22,11 @@ from workers.runtime.batching import PreparedBatch
 from workers.runtime.build import make_engine
 from workers.runtime.coordination.executor import GroupExecutor, follow
 from workers.runtime.runner import TorchModelRunner
+from workers.runtime.speculation import load_draft, make_speculator
 from workers.sampling.params import SamplingParams, TokenLogprobs
 from workers.sampling.row_reports import Reported
+from workers.speculation.drafters.drafter import Drafter
+from workers.speculation.speculator import Speculator
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class JobResult:
     logprobs: list[list[TokenLogprobs | None]] = field(default_factory=list)
     prompt_logprobs: list[list[TokenLogprobs | None]] = field(default_factory=list)  # one per token; None: none came
     embeddings: list[Sequence[float]] = field(default_factory=list)  # of requests that are embeddings
+    speculation: SpeculationCounters | None = None
 
 
 class RecordingRunner(TorchModelRunner):
@@ -111,9 +116,14 @@ def make_request(number: int, prompt: Sequence[int], wanted: SamplingParams | Po
 
 
 def run_job(
-    config: EngineConfig, groups: ParallelGroups, prompts: list[list[int]], sampling: Sampling
+    config: EngineConfig,
+    groups: ParallelGroups,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    drafter: Drafter | None = None,
 ) -> JobResult | None:
-    """One rank's part of a job; the leader returns the result."""
+    """One rank's part of a job; the leader returns the result. drafter: in place of the config's own; every step takes
+    all that it proposes."""
     model = load_config(config.model_dir, config.ignore_keys, config.plugins)
     runner = RecordingRunner(config, model, groups, torch.device("cpu"))
     runner.logits = []
@@ -125,7 +135,8 @@ def run_job(
     executor = RecordingExecutor(
         runner, groups, config.num_threads if config.async_scheduling or config.pp > 1 else None
     )
-    engine = make_engine(config, model, runner, executor, b"names", clock=lambda: 0.0)
+    speculation = speculation_of(config, runner, drafter)
+    engine = make_engine(config, model, runner, executor, b"names", lambda: 0.0, speculation=speculation)
     params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
     requests = [make_request(i, p, s) for i, (p, s) in enumerate(zip(prompts, params, strict=True))]
     of_prompts: dict[str, list[TokenLogprobs | None]] = {r.request_id: [None] * r.num_prompt_tokens for r in requests}
@@ -149,18 +160,26 @@ def run_job(
         engine.scheduler.num_preemptions,
         engine.counters.num_cached_prompt_tokens,
         engine.counters.num_computed_prompt_tokens,
-        [torch.stack(logits[f"r{i}"]) for i in range(len(prompts))] if groups.shard.pp == 1 else [],
+        [torch.stack(logits[f"r{i}"]) for i in range(len(prompts))] if groups.shard.pp == 1 and not speculation else [],
         [[token.logprobs for token in tokens[f"r{i}"]] for i in range(len(prompts))],
         [of_prompts[f"r{i}"] for i in range(len(prompts))],
         [embeddings[f"r{i}"] for i in range(len(prompts))],
+        None if speculation is None else speculation.counters,
     )
+
+
+def speculation_of(config: EngineConfig, runner: TorchModelRunner, drafter: Drafter | None) -> Speculator | None:
+    """What proposes drafts: the drafter, or what the config says."""
+    if drafter is not None:
+        return Speculator(replace(config.speculative, num_speculative_tokens=16), drafter, None, lambda: 0.0)
+    return make_speculator(config, runner, load_draft(config, torch.device("cpu")), None)
 
 
 def _rank_process(rank: int, tp: int, pp: int, url: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     groups = ParallelGroups.connect(Shard.of_rank(rank, tp, pp), torch.device("cpu"), url, "lo")
     while (job := pipe.recv()) is not None:
-        result = run_job(job[0], groups, job[1], job[2])
+        result = run_job(job[0], groups, *job[1:])
         if rank == 0:
             pipe.send(result)
     groups.close()
@@ -195,10 +214,12 @@ class EngineGroup:
             process.kill()
         self._meeting.cleanup()
 
-    def run(self, config: EngineConfig, prompts: list[list[int]], sampling: Sampling) -> JobResult:
-        """One job on all ranks."""
+    def run(
+        self, config: EngineConfig, prompts: list[list[int]], sampling: Sampling, drafter: Drafter | None = None
+    ) -> JobResult:
+        """One job on all ranks; drafter: as in run_job."""
         for pipe in self._pipes:
-            pipe.send((config, prompts, sampling))
+            pipe.send((config, prompts, sampling, drafter))
         if not self._pipes[0].poll(120):
             raise TimeoutError(f"no result from tp={self.tp} pp={self.pp}")
         return self._pipes[0].recv()

@@ -107,7 +107,7 @@ class Speculator:
             lengths = self._lengths(scheduler, wanted, [len(found) for found in drafts], num_running)
             drafts = [found[:k] for found, k in zip(drafts, lengths, strict=True)]
         for one, found in zip(wanted, drafts, strict=True):
-            scheduler.propose(one.request.request_id, list(found))
+            scheduler.propose(one.request.request_id, list(found[: one.num_tokens]))
 
     def _lengths(
         self, scheduler: Scheduler, wanted: Sequence[DraftWanted], limits: Sequence[int], num_running: int
