@@ -121,7 +121,7 @@ class Shape:
     block_size: int = 4
     num_slots: int = 8192
     engine: dict[str, object] = field(default_factory=dict)  # of EngineConfig
-    engine_of: dict[str, dict[str, object]] = field(default_factory=dict)  # the same for one role alone
+    engine_of: dict[str, dict[str, object]] = field(default_factory=dict)  # the same for one role or worker alone
     router: dict[str, object] = field(default_factory=dict)  # of RouterConfig
     sizes: dict[str, int] = field(default_factory=dict)  # of the model
     cluster: str = ""  # its name
@@ -147,6 +147,7 @@ class Shape:
             "fake_token_s": self.token_s,
             **self.engine,
             **self.engine_of.get(role, {}),
+            **self.engine_of.get(name, {}),
         }
         return WorkerSpec(
             worker_id=worker_id,
