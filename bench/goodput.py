@@ -1,5 +1,5 @@
-"""Speculation under a load that rises past the point where drafts pay, in virtual time: the engine, the scheduler and the
-speculator that workers run, over an executor whose steps take as long as the roofline of a named GPU says.
+"""Speculation under a load that rises past the point where drafts pay, in virtual time: the engine that workers run,
+over an executor whose steps take as long as the roofline of a named GPU says.
 
     python -m bench.goodput            # a table: fixed numbers of draft tokens beside the adaptive budget
 

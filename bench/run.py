@@ -9,6 +9,8 @@
     host_step     the leader's Python of a decode step: plan, encode, fill, update
     scheduling    TTFT and times between tokens under each scheduling policy, in virtual time
     quantized     weights in 8 and 4 bits beside the same model in bfloat16, engine alone
+    speculation   tokens a second of each drafter over those of plain decoding, engine alone
+    goodput       speculation under a rising load, in virtual time
     kv_schemes    loss, bytes per token and streams that fit of each kvstore.kv_cache_dtype
     scaling       GPU-hours and attainment of the scaling policies, in simulated time (five minutes)
 
@@ -37,6 +39,7 @@ from switchyard_client import GenerationClient, GenerationRequest, SamplingParam
 
 from bench import direct, kv_schemes, tiers
 from bench.cluster import cluster
+from bench.goodput import measure_goodput
 from bench.host_step import SIZES as HOST_STEP_SIZES
 from bench.host_step import measure as measure_host_step
 from bench.kv_transfer import measure_paged_kv_transfer
@@ -49,6 +52,7 @@ from bench.quantized import measure_quantized
 from bench.rows import Measurement, append_rows
 from bench.scaling import measure_scaling
 from bench.scheduling import measure_scheduling
+from bench.speculation import measure_speculation
 from bench.stalled_tier import measure_stalled_tier
 from kvstore.network.addresses import listen
 from planner.trace import TraceRequest
@@ -212,6 +216,8 @@ SECTIONS = {
     "host_step": bench_host_step,
     "scheduling": measure_scheduling,
     "quantized": measure_quantized,
+    "speculation": measure_speculation,
+    "goodput": measure_goodput,
     "scaling": measure_scaling,
 }
 

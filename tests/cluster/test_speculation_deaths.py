@@ -38,7 +38,9 @@ def check(answer: Answer, number: int, temperature: float) -> None:
 
 
 @all_positions(SPREAD, EVERY)
-@pytest.mark.parametrize("successor", ["same", "other", "none"])
+@pytest.mark.parametrize(
+    "successor", ["other", pytest.param("same", marks=pytest.mark.slow), pytest.param("none", marks=pytest.mark.slow)]
+)
 def test_a_drafting_worker_may_die_at_any_token(
     fake_cluster: MakeCluster, successor: str, positions: tuple[int, ...]
 ) -> None:
