@@ -40,6 +40,7 @@ from workers.runtime.token_chooser import TokenChooser
 from workers.sampling.params import GREEDY, RowReport, SamplingParams
 from workers.sampling.row_reports import Reported
 from workers.sampling.row_reports import read as read_reports
+from workers.speculation.features import StepFeatures, features_of
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU_CACHE_BYTES = 256 << 20  # KV cache of one worker on a CPU when the config does not say
@@ -80,6 +81,7 @@ class _Chosen:
     reported: Reported | None
     token_ids: Callable[[], list[Any]]  # in the batch's order
     numbers: Callable[[], list[Any]]  # of row_reports.numbers_of
+    features: StepFeatures | None = None
 
     def in_plan_order(self) -> tuple[list[int], list[RowReport | None]]:
         """Token ids, and what rows report besides."""
@@ -108,8 +110,10 @@ class TorchModelRunner:
         groups: ParallelGroups,
         device: torch.device,
         weights: Weights | None = None,
+        feature_layers: Sequence[int] = (),
     ) -> None:
-        """weights: those of config.model_dir unless others are given."""
+        """weights: those of config.model_dir unless others are given. feature_layers: before which a drafter wants the
+        hidden states of all tokens, from this rank."""
         self._config = config
         self._device = device
         self._groups = groups
@@ -118,6 +122,8 @@ class TorchModelRunner:
             check_checkpoint(Path(config.model_dir), model)
             weights = Checkpoint(Path(config.model_dir), self._dtype, device)
         self._stage = build_stage(model, weights, groups, config.batch_invariant)
+        self._feature_layers = tuple(feature_layers)
+        self._stage.feature_layers = tuple(sorted(set(feature_layers)))
         self._context_tokens = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
         scheme = scheme_of(config)
         cached = scheme.groups(model.cache_specs)
@@ -304,7 +310,7 @@ class TorchModelRunner:
             if is_alone:
                 with torch.inference_mode(), self._on_device():
                     ended.extend(finish_ended(plan, self._connector))
-            return ModelRunnerOutput(sampled, found, ended)
+            return ModelRunnerOutput(sampled, found, ended, chosen.features)
 
         return wait
 
@@ -317,7 +323,8 @@ class TorchModelRunner:
         """The forward pass and the choice of tokens; where they go is up to the stage."""
         tokens: Tensor | None = None
         numbers: Tensor | None = None
-        prepared, logits, hidden = self._forward(plan)
+        features: list[Tensor] = []
+        prepared, logits, hidden = self._forward(plan, features)
         reported = Reported(prepared.sampling, prepared.pooled, self._stage.hidden_size)
         if logits is not None and len(prepared.order):
             tokens, numbers = self._choose(logits, hidden, prepared, reported)
@@ -329,10 +336,21 @@ class TorchModelRunner:
             if self._stage.is_last:
                 self._relay.send(read, read_numbers, numbers is not None)
             read, read_numbers = self._relay.receive(prepared.rows, reported.shape)
-        return _Chosen(prepared, reported, read, read_numbers)
+        return _Chosen(prepared, reported, read, read_numbers, self._features(plan, prepared, features))
 
-    def _forward(self, plan: StepPlan) -> tuple[PreparedBatch, Tensor | None, Tensor | None]:
-        """The batch; on the last stage its wanted rows' logits, and their hidden states where some are pooled."""
+    def _features(self, plan: StepPlan, prepared: PreparedBatch, found: Sequence[Tensor]) -> StepFeatures | None:
+        """In tensors of their own: the next replay of a graph overwrites what was found."""
+        if not found:
+            return None
+        by_layer = dict(zip(self._stage.feature_layers, found, strict=True))
+        wanted = [by_layer[layer][: prepared.num_tokens] for layer in self._feature_layers]
+        return features_of(plan, torch.cat(wanted, dim=-1))
+
+    def _forward(
+        self, plan: StepPlan, features: list[Tensor]
+    ) -> tuple[PreparedBatch, Tensor | None, Tensor | None]:
+        """The batch; on the last stage its wanted rows' logits, and their hidden states where some are pooled. features
+        gets those that a drafter wants."""
         pools = bool(self._inputs.state.pools[plan.rows].any())
         graphs = self._graphs if self.replays and not pools else None
         padding = None if graphs is None else graphs.padding_for(plan)
@@ -349,9 +367,9 @@ class TorchModelRunner:
             received = self._groups.recv_from_previous_stage(shape, self._dtype)
         graphs = None if padding is None else graphs
         if pools and self._stage.is_last:
-            hidden = self._stage.final_hidden(batch, self._layer_caches, received)
+            hidden = self._stage.final_hidden(batch, self._layer_caches, received, features)
             return prepared, self._stage.logits(hidden), hidden
-        out = self._run_stage(plan, prepared, received, graphs)
+        out = self._run_stage(plan, prepared, received, graphs, features)
         if not self._stage.is_last:
             # A graph's results lie where the next replay writes its own, which does not wait for the next stage.
             self._groups.send_to_next_stage(out if graphs is None else out.clone())
@@ -359,12 +377,17 @@ class TorchModelRunner:
         return prepared, out[: len(prepared.positions)], None
 
     def _run_stage(
-        self, plan: StepPlan, prepared: PreparedBatch, received: Tensor | None, graphs: GraphedStage | None
+        self,
+        plan: StepPlan,
+        prepared: PreparedBatch,
+        received: Tensor | None,
+        graphs: GraphedStage | None,
+        features: list[Tensor],
     ) -> Tensor:
         """As Stage.forward."""
         if graphs is not None:
-            return graphs.run(prepared, received)
-        return self._stage.forward(prepared.batch, self._layer_caches, received)
+            return graphs.run(prepared, received, features)
+        return self._stage.forward(prepared.batch, self._layer_caches, received, features)
 
     def _choose(
         self, logits: Tensor, hidden: Tensor | None, prepared: PreparedBatch, reported: Reported

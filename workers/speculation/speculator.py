@@ -59,10 +59,14 @@ class Speculator:
                 self._drafter.prepare(scheduler.waiting_for_kv)
             self._propose_unless_paused(scheduler)
         except Exception:
-            log.exception("drafts cannot be proposed any more; decoding goes on without them")
-            self._is_broken = True
+            self._break()
             for request in scheduler.running:
                 request.awaits_drafts, request.draft_token_ids = False, []
+
+    def _break(self) -> None:
+        """The drafter has raised."""
+        log.exception("drafts cannot be proposed any more; decoding goes on without them")
+        self._is_broken = True
 
     def _propose_unless_paused(self, scheduler: Scheduler) -> None:
         if self._pause:
@@ -140,6 +144,15 @@ class Speculator:
         return [min(_PROBE_TOKENS, limit) if index == probed else 0 for index, limit in enumerate(limits)]
 
     # ----------------------------------------------------------------------------------------------------- after a step
+    def computed(self, plan: SchedulerOutput, features: object) -> None:
+        """As in Speculation."""
+        if self._is_broken:
+            return
+        try:
+            self._drafter.computed(plan, features)
+        except Exception:
+            self._break()
+
     def step_took(self, plan: SchedulerOutput, judged: Sequence[JudgedDrafts], duration_s: float) -> None:
         """A step is through. duration_s: from its start to its end, without the drafting before it."""
         counters = self.counters

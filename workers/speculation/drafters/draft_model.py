@@ -174,6 +174,9 @@ class DraftModel:
             turn.sequence.computed(turn.end, computed)
             self._sequences.note_full_blocks(turn.sequence, turn.request.token_ids)
 
+    def computed(self, plan: SchedulerOutput, features: object) -> None:
+        """As in Drafter: it asks for none."""
+
     def forget(self, request: Request) -> None:
         """As in Drafter."""
         self._sequences.forget(request.request_id)

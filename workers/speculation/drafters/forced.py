@@ -13,6 +13,7 @@ from grammars.compiler import GrammarCompiler
 from grammars.errors import GrammarError
 from grammars.grammar import Grammar
 from workers.engine.request import Request
+from workers.engine.step import SchedulerOutput
 from workers.speculation.drafters.drafter import Drafter, DraftWanted
 
 if TYPE_CHECKING:
@@ -81,6 +82,11 @@ class ForcedTokens:
         """As in Drafter."""
         if self._rest is not None:
             self._rest.prepare(requests)
+
+    def computed(self, plan: SchedulerOutput, features: object) -> None:
+        """As in Drafter."""
+        if self._rest is not None:
+            self._rest.computed(plan, features)
 
     def forget(self, request: Request) -> None:
         """As in Drafter."""
