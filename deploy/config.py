@@ -247,6 +247,7 @@ class ClusterConfig:
         for name, pool in self.pools.items():
             is_one = pool.tp * pool.pp == 1
             _require(is_one or self.engine.runner != "fake", f"pools.{name}", "engine.runner=fake takes tp=1 and pp=1")
+            self.speculative.check_engine(pool.pp, self.engine.runner)
         budget = self.autoscaling.max_gpus
         least = sum(pool.fewest * pool.tp * pool.pp for pool in self.pools.values())
         enough = f"must be 0 or at least {least}, which the pools need at their smallest, not {budget}"

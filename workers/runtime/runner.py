@@ -346,9 +346,7 @@ class TorchModelRunner:
         wanted = [by_layer[layer][: prepared.num_tokens] for layer in self._feature_layers]
         return features_of(plan, torch.cat(wanted, dim=-1))
 
-    def _forward(
-        self, plan: StepPlan, features: list[Tensor]
-    ) -> tuple[PreparedBatch, Tensor | None, Tensor | None]:
+    def _forward(self, plan: StepPlan, features: list[Tensor]) -> tuple[PreparedBatch, Tensor | None, Tensor | None]:
         """The batch; on the last stage its wanted rows' logits, and their hidden states where some are pooled. features
         gets those that a drafter wants."""
         pools = bool(self._inputs.state.pools[plan.rows].any())
