@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-
 from collections.abc import Callable
 from typing import Protocol
 

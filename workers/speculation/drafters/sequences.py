@@ -1,8 +1,8 @@
 """What a drafter with a KV cache has computed of each request: its rows, its KV blocks, and how far they are right.
 
 The cache has an entry for each token of the request, and behind them for the drafts that were proposed last. Those that
-the model accepted may stay; the others are overwritten. Blocks are named as the engine's are, under a fingerprint of the draft,
-so that a prefix that was computed for one request serves the next. Pure; knows nothing of tensors.
+the model accepted may stay; the others are overwritten. Blocks are named as the engine's are, under a fingerprint of
+the drafter, so that a prefix that was computed for one request serves the next. Pure; knows nothing of tensors.
 """
 
 from __future__ import annotations
