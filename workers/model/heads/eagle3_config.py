@@ -36,7 +36,7 @@ _HARMLESS = ("rotary_emb.inv_freq",)
 _IDS = ("I64", "I32")
 _FLAGS = ("BOOL", "U8", "I64", "I32")
 
-_KEYS: KeyTable = {
+HEAD_KEYS: KeyTable = {
     **COMMON_KEYS,
     "draft_vocab_size": understood("tokens that the head proposes; d2t says which"),
     "target_hidden_size": understood("of the served model, where it is not the head's own"),
@@ -52,7 +52,7 @@ _KEYS: KeyTable = {
     "max_window_layers": harmless("used with sliding windows only"),
     "target_model_type": harmless("a note of the tool that wrote the file"),
 }
-_EAGLE_KEYS: KeyTable = {
+EAGLE_CONFIG_KEYS: KeyTable = {
     _LAYER_IDS: understood("layers whose outputs are taken"),
     "use_aux_hidden_state": refused("a head without them is no EAGLE-3 head", True),
 }
@@ -135,7 +135,7 @@ def _read(directory: Path, target: ModelConfig, ignore_keys: Sequence[str]) -> E
     path = directory / "config.json"
     raw = {key: value for key, value in read_json(path).items() if key not in ignore_keys}
     _check_architecture(raw, path)
-    check_keys(raw, _KEYS, path)
+    check_keys(raw, HEAD_KEYS, path)
     fields = ConfigFields(raw, path, ARCHITECTURES[0], {"max_position_embeddings": 2048}, (), PLAIN_FORMAT)
     if fields.size("num_hidden_layers", 1) != 1:
         raise fields.unsupported(f"num_hidden_layers={raw['num_hidden_layers']}: heads of one layer are supported")
@@ -151,6 +151,8 @@ def _read(directory: Path, target: ModelConfig, ignore_keys: Sequence[str]) -> E
     if hidden != target.hidden_size:
         key = "target_hidden_size" if raw.get("target_hidden_size") else "hidden_size"
         raise ModelError(f"{path}: {key}={hidden}, and the served model's hidden_size is {target.hidden_size}")
+    if (pickle := directory / "pytorch_model.bin").exists() and not list(directory.glob("*.safetensors*")):
+        raise ModelError(f"{pickle}: a pickle, which is never read; convert it to model.safetensors")
     stored = stored_tensors(directory)
     names = HeadNames.of(stored)
     head = Eagle3Config(
@@ -182,7 +184,7 @@ def _feature_layers(fields: ConfigFields, num_layers: int) -> tuple[int, ...]:
     nested = fields.raw.get("eagle_config")
     if not isinstance(nested, dict | None):
         raise fields.wrong("eagle_config", "an object", nested)
-    check_keys(nested or {}, _EAGLE_KEYS, f"{fields.path}: eagle_config")
+    check_keys(nested or {}, EAGLE_CONFIG_KEYS, f"{fields.path}: eagle_config")
     for said, shift in ((fields.raw.get(_LAYER_IDS), 0), ((nested or {}).get(_LAYER_IDS), 1)):
         if said:
             is_list = isinstance(said, list) and all(type(one) is int for one in said)
