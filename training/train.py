@@ -212,8 +212,13 @@ def export(model: Llama, tok: Tokenizer, plan: Plan, history: list[dict[str, flo
 
 def load(plan: Plan) -> Llama:
     """The exported model, in fp32."""
-    model = Llama(plan.shape)
-    weights = load_file(MODELS / plan.name / "model.safetensors")
+    return load_directory(MODELS / plan.name, plan.shape)
+
+
+def load_directory(directory: Path, shape: Shape) -> Llama:
+    """A model that `export` has written, in fp32."""
+    model = Llama(shape)
+    weights = load_file(directory / "model.safetensors")
     model.load_state_dict({name.removeprefix("model."): w.float() for name, w in weights.items()})
     return model
 
