@@ -1,9 +1,9 @@
 """How often a draft says what the demo model says: `python -m training.acceptance [DRAFT DIRECTORY ...]`.
 
 Streams are the demo model's own, behind prompts from the held-out modules. A draft's token counts if it is the demo
-model's at that place, under the noise that the sampler of a worker has there; greedy streams have none. Given a right
-prefix a draft has read what the demo model said, so one pass over each stream tells all. Knows nothing of workers but
-their noise.
+model's at that place, where both choose as a worker does: by the same noise of the stream's seed and the position;
+greedy streams have none. Given a right prefix a draft has read what the demo model said, so one pass over each stream
+tells all. Knows nothing of requests and drafters.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from kernels.philox import gumbel, uniform_words
 from training import corpus, train
 from training.llama import Llama, Shape
 from training.sampling import continued
+from workers.parallel import ParallelGroups, Shard
+from workers.sampling.params import SamplingRows
+from workers.sampling.sampler import sample
 
 _SEED = 20261130
 _MOST_DRAFTED = 4
@@ -51,15 +54,15 @@ class Acceptance:
 
 
 def choices(logits: Tensor, temperature: float, positions: Sequence[int]) -> Tensor:
-    """int64 [streams, positions]: tokens from fp32 [streams, positions, vocab], at these positions of completions."""
-    if not temperature:
-        return logits.argmax(-1)
-    rows = []
-    for index, row in enumerate(logits):
-        column = torch.tensor(positions)[:, None]
-        noise = gumbel(uniform_words(_SEED + index, column, 0, row.shape[-1], row.device))
-        rows.append((row / temperature + noise).argmax(-1))
-    return torch.stack(rows)
+    """int64 [streams, positions]: a worker's choices from fp32 [streams, positions, vocab], each stream with a seed of
+    its own, at these positions of its completion."""
+    num_streams, _, vocab_size = logits.shape
+    sampling = SamplingRows.greedy(num_streams * len(positions))
+    sampling.temperature[:] = temperature
+    sampling.seed[:] = np.repeat(_SEED + np.arange(num_streams, dtype=np.uint64), len(positions))
+    at = np.tile(np.asarray(positions, np.int64), num_streams)
+    groups = ParallelGroups(Shard(), logits.device)
+    return sample(logits.flatten(0, 1), sampling, at, groups, vocab_size).view(num_streams, -1)
 
 
 def streams(target: Llama, prompts: Tensor, num_tokens: int, temperature: float) -> Streams:

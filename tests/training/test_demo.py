@@ -9,7 +9,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from training import corpus, train
+from training import acceptance, corpus, train
+from training.draft import DRAFT
 
 MODELS = train.MODELS
 TESTS_OF_HELD_OUT = {
@@ -17,7 +18,7 @@ TESTS_OF_HELD_OUT = {
     "test_pathlib.py", "test_pydoc.py", "test_smtpd.py", "test_sunau.py", "test_threading_local.py",
     "test_traceback.py", "test_xdrlib.py",
 }  # fmt: skip
-PLANS = {"demo": (train.DEMO, 6e6, 12e6), "demo-draft": (train.DRAFT, 1e6, 2e6)}
+PLANS = {"demo": (train.DEMO, 6e6, 12e6), "demo-draft": (DRAFT.base, 1e6, 1.5e6)}
 
 
 @pytest.fixture(scope="module")
