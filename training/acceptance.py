@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,7 @@ def acceptance(name: str, draft: Llama, said: Streams) -> Acceptance:
         name,
         said.temperature,
         float(right.float().mean()),
-        tuple(after / max(1, before) for before, after in zip(reached, reached[1:], strict=False)),
+        tuple(after / max(1, before) for before, after in pairwise(reached)),
         tuple(1 + sum(each) / len(each) for each in steps),
     )
 

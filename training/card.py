@@ -108,8 +108,8 @@ something real on a laptop; it is no assistant and knows nothing but how the sta
 | tokenizer | byte-level BPE, {VOCAB_SIZE} tokens, trained on the same text |
 | chat | `chat_template.jinja`: what the user says becomes comments, and the code below them is the answer |
 {about_data}
-| held out | {num_megabytes(data.held_out):.2f} MB, every sixteenth module of the library, whole: {modules}. Their tests are not trained \
-on either |
+| held out | {num_megabytes(data.held_out):.2f} MB, every sixteenth module of the library, whole: {modules}. \
+Their tests are not trained on either |
 | training | {training} |
 | **held-out bits per byte** | **{bpb:.3f}** (`xz -9e` on the same files: {xz_bpb:.3f}) |
 

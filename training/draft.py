@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -35,11 +35,12 @@ class DraftPlan:
 
     base: train.Plan  # name, shape, steps and learning rates
     num_shards: int = 6
-    shard: ShardPlan = ShardPlan()
+    shard: ShardPlan = field(default_factory=ShardPlan)
     said_rows: int = 12
     read_rows: int = 1
     overlap_weight: float = 1.0
     overlap_temperature: float = 0.7
+    is_compiled: bool = True
 
     @property
     def tokens_per_step(self) -> int:
@@ -48,7 +49,9 @@ class DraftPlan:
 
 
 DRAFT_SHAPE = Shape(train.VOCAB_SIZE, 192, 896, 1, 4, 2, 64, train.CONTEXT_TOKENS)
-DRAFT = DraftPlan(train.Plan("demo-draft", DRAFT_SHAPE, num_steps=1200, warmup_steps=40))
+DRAFT = DraftPlan(
+    train.Plan("demo-draft", DRAFT_SHAPE, 1000, slope_steps=1200, cooldown_steps=100, warmup_steps=40)
+)
 
 
 def distillation_loss(logits: Tensor, guide: Guided, plan: DraftPlan) -> Tensor:
@@ -122,12 +125,13 @@ def run(
         training.resume(path)
     said, read = Rows([t.said for t in texts], train.SEED), Rows([t.read for t in texts], train.SEED + 10**6)
 
-    @torch.compile(dynamic=False)
     def loss_of(tokens: Tensor, top_ids: Tensor, top_logprobs: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             logits = training.model(tokens[:, :-1].long())
         return distillation_loss(logits.float(), Guided(tokens, top_ids, top_logprobs), plan)
 
+    if plan.is_compiled:
+        loss_of = torch.compile(loss_of, dynamic=False)
     first = training.num_steps_done
     bar = tqdm(range(first, base.num_steps), initial=first, total=base.num_steps, desc=base.name, unit="step")
     for step in bar:
@@ -137,8 +141,7 @@ def run(
             loss = loss_of(part.tokens, part.top_ids, part.top_logprobs) * share
             loss.backward()
             train_loss += loss.item()
-        scale = min((step + 1) / base.warmup_steps, 1 - step / base.num_steps)
-        training.update(scale, (base.matrix_lr, base.embedding_lr))
+        training.update(train.lr_scale(base, step), (base.matrix_lr, base.embedding_lr))
         training.num_steps_done = step + 1
         row = {"step": step + 1, "tokens": (step + 1) * plan.tokens_per_step, "train_loss": train_loss}
         training.history.append(row)

@@ -143,6 +143,12 @@ class Layer(nn.Module):
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
+    def extend(self, x: Tensor, tables: tuple[Tensor, Tensor], layer: int, cache: KeysValues) -> Tensor:
+        """As Attention.extend."""
+        x = x + self.self_attn.extend(self.input_layernorm(x), tables, layer, cache)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
 
 class Llama(nn.Module):
     """Token ids [batch, length] -> logits [batch, length, vocab_size]; the head is the embedding."""
@@ -174,8 +180,8 @@ class Llama(nn.Module):
         tables = tables[0][cache.num_tokens :], tables[1][cache.num_tokens :]
         x = self.embed_tokens(token_ids)
         for index, layer in enumerate(self.layers):
-            x = x + layer.self_attn.extend(layer.input_layernorm(x), tables, index, cache)
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            assert isinstance(layer, Layer)
+            x = layer.extend(x, tables, index, cache)
         cache.num_tokens = end
         return F.linear(self.norm(x[:, -1]), self.embed_tokens.weight)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from training import acceptance, corpus, train
+from training import corpus, train
 from training.draft import DRAFT
 
 MODELS = train.MODELS

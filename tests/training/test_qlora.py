@@ -78,7 +78,7 @@ def test_the_base_as_it_is_computes_what_transformers_does(base: Path) -> None:
 
 
 def test_matrices_are_rounded_as_bitsandbytes_rounds_them() -> None:
-    """What bitsandbytes rounded once stays as it is: codes, and scales within what double quantization may move them."""
+    """What bitsandbytes rounded once stays as it is, within what double quantization may move its scales."""
     for name, matrix in oracle("bnb-nf4-double").items():
         if name.startswith("dequantized."):
             again = quantized(name, matrix.float()).dense(torch.float32)
@@ -169,10 +169,10 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(
 
 def test_a_checkpoint_of_another_run_is_refused(base: Path, tmp_path: Path) -> None:
     _trained(base, _plan(2), tmp_path / "state.pt")
-    with pytest.raises(ValueError, match="--checkpoint: .* was begun with another plan"):
+    with pytest.raises(ValueError, match=r"--checkpoint: .* was begun with another plan"):
         _trained(base, _plan(3), tmp_path / "state.pt")
     (tmp_path / "state.pt").write_bytes(b"no checkpoint")
-    with pytest.raises(ValueError, match="--checkpoint: .* not a checkpoint of this command"):
+    with pytest.raises(ValueError, match=r"--checkpoint: .* not a checkpoint of this command"):
         _trained(base, _plan(2), tmp_path / "state.pt")
 
 
@@ -214,7 +214,11 @@ def test_the_command_writes_an_adapter_of_the_packaged_model(
     ],
 )
 def test_bad_input_is_named_in_one_line(
-    arguments: list[str], complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    complaint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "text").write_text("a = 1")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
@@ -234,7 +238,9 @@ def test_bad_input_is_named_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_adapter_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_adapter_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", ["qlora", "demo", "text", "--out", str(tmp_path)])
     with pytest.raises(SystemExit):
         command.main()

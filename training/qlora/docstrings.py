@@ -107,8 +107,8 @@ def _arguments(function: Function) -> list[ast.arg]:
 def _args(function: Function) -> list[str]:
     given = function.args
     positional = [*given.posonlyargs, *given.args]
-    pairs = [*zip(reversed(positional), reversed(given.defaults), strict=False)]
-    pairs += [pair for pair in zip(given.kwonlyargs, given.kw_defaults, strict=True) if pair[1] is not None]  # type: ignore[misc]
+    pairs = list(zip(reversed(positional), reversed(given.defaults), strict=False))
+    pairs += [(arg, value) for arg, value in zip(given.kwonlyargs, given.kw_defaults, strict=True) if value is not None]
     defaults = {argument.arg: ast.unparse(value) for argument, value in pairs}
     stars = {each.arg: star for each, star in ((given.vararg, "*"), (given.kwarg, "**")) if each is not None}
     found = []

@@ -83,7 +83,9 @@ class Attention(nn.Module):
         self.v_proj, self.o_proj = make(f"{prefix}v_proj", keys, hidden), make(f"{prefix}o_proj", hidden, queries)
 
     def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
-        q, k, v = (each(x).unflatten(-1, (-1, self._config.head_dim)) for each in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            each(x).unflatten(-1, (-1, self._config.head_dim)) for each in (self.q_proj, self.k_proj, self.v_proj)
+        )
         if self._norms:
             q, k = self._norms[0](q), self._norms[1](k)
         q, k, v = (each.transpose(1, 2) for each in (q, k, v))
@@ -100,7 +102,10 @@ class Mlp(nn.Module):
     def __init__(self, config: MlpConfig, hidden: int, prefix: str, make: Linears) -> None:
         super().__init__()
         inner = config.intermediate_size
-        self.gate_proj, self.up_proj = make(f"{prefix}gate_proj", inner, hidden), make(f"{prefix}up_proj", inner, hidden)
+        self.gate_proj, self.up_proj = (
+            make(f"{prefix}gate_proj", inner, hidden),
+            make(f"{prefix}up_proj", inner, hidden),
+        )
         self.down_proj = make(f"{prefix}down_proj", hidden, inner)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,7 +130,9 @@ class Layer(nn.Module):
 class AdaptedModel(nn.Module):
     """Token ids [batch, length] -> logits [batch, length, vocab]. Parameters are the adapter's alone, fp32."""
 
-    def __init__(self, config: ModelConfig, weights: Checkpoint, options: LoraOptions | None, is_quantized: bool, seed: int = 0) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: Checkpoint, options: LoraOptions | None, is_quantized: bool, seed: int = 0
+    ) -> None:
         """options: None for the base alone. is_quantized: the layers' matrices in NF4, else as they are."""
         super().__init__()
         self.config = config
@@ -184,7 +191,11 @@ class AdaptedModel(nn.Module):
         return AdaptedLinear(weight, self._pairs.get(name))
 
     def _layer(self, index: int) -> Layer:
-        (attention, mlp), hidden, prefix = layer_of(self.config, index), self.config.hidden_size, f"model.layers.{index}."
+        (attention, mlp), hidden, prefix = (
+            layer_of(self.config, index),
+            self.config.hidden_size,
+            f"model.layers.{index}.",
+        )
         names = ("input_layernorm", "post_attention_layernorm")
         before, behind = (self._norm_of(f"{prefix}{name}.weight", hidden) for name in names)
         heads = ("q_norm", "k_norm") if attention.has_qk_norm else ()
@@ -200,12 +211,19 @@ def layer_of(config: ModelConfig, index: int) -> tuple[AttentionConfig, MlpConfi
     """Sizes of a layer. Raises ModelError for what is not trained."""
     decoder = config.decoder
     if not isinstance(decoder, PreNormDecoder):
-        raise ModelError(f"architecture {config.architecture}: adapters are trained for Llama's and Qwen 3's layers only")
+        raise ModelError(
+            f"architecture {config.architecture}: adapters are trained for Llama's and Qwen 3's layers only"
+        )
     attention, mlp = decoder.layers[index].attention, decoder.layers[index].mlp
     if not isinstance(mlp, MlpConfig):
         raise ModelError(f"architecture {config.architecture}: adapters of experts are not trained")
     usual = AttentionConfig(
-        attention.num_attention_heads, attention.num_key_value_heads, attention.head_dim, attention.rope, attention.has_qk_norm, scale=attention.scale
+        attention.num_attention_heads,
+        attention.num_key_value_heads,
+        attention.head_dim,
+        attention.rope,
+        attention.has_qk_norm,
+        scale=attention.scale,
     )
     if attention != usual:
         raise ModelError(f"architecture {config.architecture}: its attention is another than Llama's and Qwen 3's")
