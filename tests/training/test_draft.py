@@ -20,7 +20,7 @@ VOCAB = 64
 TEACHER, STUDENT = Shape(VOCAB, 64, 128, 2, 4, 2, 16, 256), Shape(VOCAB, 32, 64, 1, 2, 1, 16, 256)
 SHARD = ShardPlan(said_rows=8, said_tokens=64, read_rows=4, read_tokens=128, sampled_together=4)
 PLAN = DraftPlan(
-    train.Plan("tiny", STUDENT, 24, micro_batch_tokens=128, warmup_steps=2),
+    train.Plan("tiny", STUDENT, 24, 8192, 128, slope_steps=30, cooldown_steps=4, warmup_steps=2),
     2,
     SHARD,
     said_rows=4,
