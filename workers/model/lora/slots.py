@@ -35,7 +35,7 @@ class LowRank:
     """A rank's share of what is added to one matrix: up (down x)."""
 
     down: Tensor  # [rank, the share's inputs]
-    up: Tensor  # [the share's outputs, rank], times the scale
+    up: Tensor  # [rank, the share's outputs], times the scale
 
 
 class Adapted(Protocol):
@@ -121,7 +121,7 @@ class LoraSlots:
             has, wants = [module.outputs, module.inputs], [place.num_outputs, place.num_inputs]
             raise AdapterError(f"{where}: is for a matrix {has}; this model's is {wants}", is_unfit=True)
         down = _read(module.a, buffer)[:, place.columns].to(self.dtype)
-        up = (_read(module.b, buffer)[place.rows].float() * module.scale).to(self.dtype)
+        up = (_read(module.b, buffer)[place.rows].float() * module.scale).to(self.dtype).T
         for tensor, share in ((module.a, down), (module.b, up)):
             if not bool(share.isfinite().all()):
                 kind = str(self.dtype).removeprefix("torch.")
