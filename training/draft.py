@@ -49,9 +49,7 @@ class DraftPlan:
 
 
 DRAFT_SHAPE = Shape(train.VOCAB_SIZE, 192, 896, 1, 4, 2, 64, train.CONTEXT_TOKENS)
-DRAFT = DraftPlan(
-    train.Plan("demo-draft", DRAFT_SHAPE, 1000, slope_steps=1200, cooldown_steps=100, warmup_steps=40)
-)
+DRAFT = DraftPlan(train.Plan("demo-draft", DRAFT_SHAPE, 1000, slope_steps=1200, cooldown_steps=100, warmup_steps=40))
 
 
 def distillation_loss(logits: Tensor, guide: Guided, plan: DraftPlan) -> Tensor:
