@@ -25,6 +25,7 @@ from tqdm import tqdm
 from training import corpus, train
 from training.llama import Llama, Shape
 from training.sampling import continued
+from training.step_cost import forward_ms
 from workers.parallel import ParallelGroups, Shard
 from workers.sampling.params import SamplingRows
 from workers.sampling.sampler import sample
@@ -124,13 +125,37 @@ def shape_of(directory: Path) -> Shape:
     return Shape(*(config[name] for name in Shape.__slots__))
 
 
-def describe(found: Acceptance) -> str:
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """In plain steps of the target, at batch 1; see training.step_cost."""
+
+    draft: str
+    draft_step: float
+    verify: tuple[float, ...]  # of 1, 2, ... drafted tokens and the one before them
+
+    @classmethod
+    def measured(cls, draft: Path, target: Path) -> Costs:
+        """On this machine."""
+        plain = forward_ms(target, 1)
+        verify = tuple(forward_ms(target, count + 1) / plain for count in range(1, _MOST_DRAFTED + 1))
+        return cls(draft.name, forward_ms(draft, 1) / plain, verify)
+
+    def speed_up(self, found: Acceptance) -> tuple[float, ...]:
+        """Over plain decoding, with 1, 2, ... tokens drafted a step; of forward passes alone."""
+        return tuple(
+            tokens / (verify + count * self.draft_step)
+            for count, (tokens, verify) in enumerate(zip(found.tokens_per_step, self.verify, strict=True), start=1)
+        )
+
+
+def describe(found: Acceptance, costs: Costs) -> str:
     """As one line."""
+    speed_ups = " ".join(f"{value:.2f}" for value in costs.speed_up(found))
     positions = " ".join(f"{share:.2f}" for share in found.per_position)
     tokens = " ".join(f"{count:.2f}" for count in found.tokens_per_step)
     return (
         f"{found.draft:14} T {found.temperature:3.1f}: {found.share:.3f} of all positions; in chains {positions};"
-        f" tokens a step with 1 to {_MOST_DRAFTED} drafted {tokens}"
+        f" with 1 to {_MOST_DRAFTED} drafted {tokens} tokens a step, speed-up {speed_ups}"
     )
 
 
@@ -152,11 +177,16 @@ def main() -> None:
     tok = Tokenizer.from_file(str(train.MODELS / "demo" / "tokenizer.json"))
     prompts = prompts_of(tok, corpus.read().held_out, args.streams, args.tokens)
     drafts = [(path.name, train.load_directory(path, shape_of(path))) for path in args.drafts]
+    costs = {path.name: Costs.measured(path, train.MODELS / "demo") for path in args.drafts}
+    out = sys.stderr if args.json else sys.stdout
+    for each in costs.values():
+        verify = " ".join(f"{value:.2f}" for value in each.verify)
+        print(f"{each.draft}: a step costs {each.draft_step:.2f} of the target's; its own over 2 to 5 tokens: {verify}", file=out)
     for temperature in tqdm(TEMPERATURES, desc="temperatures", file=sys.stderr, leave=False):
         said = streams(target, prompts, args.tokens, temperature)
         for name, draft in drafts:
             found = acceptance(name, draft, said)
-            print(json.dumps(asdict(found)) if args.json else describe(found), flush=True)
+            print(json.dumps(asdict(found)) if args.json else describe(found, costs[name]), flush=True)
 
 
 if __name__ == "__main__":
