@@ -190,6 +190,7 @@ def export(model: Llama, tok: Tokenizer, plan: Plan, history: list[dict[str, flo
     directory = MODELS / plan.name
     tokenizer.save(tok, directory, CONTEXT_TOKENS)
     save_file(model.checkpoint(), directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "model.safetensors").chmod(0o644)  # safetensors lets the owner read only
     (directory / "config.json").write_text(json.dumps(plan.shape.config_json(), indent=2) + "\n")
     (directory / "generation_config.json").write_text(
         json.dumps({"bos_token_id": 0, "eos_token_id": 0}, indent=2) + "\n"
