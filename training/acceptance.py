@@ -181,7 +181,10 @@ def main() -> None:
     out = sys.stderr if args.json else sys.stdout
     for each in costs.values():
         verify = " ".join(f"{value:.2f}" for value in each.verify)
-        print(f"{each.draft}: a step costs {each.draft_step:.2f} of the target's; its own over 2 to 5 tokens: {verify}", file=out)
+        print(
+            f"{each.draft}: a step costs {each.draft_step:.2f} of the target's; its own over 2 to 5 tokens: {verify}",
+            file=out,
+        )
     for temperature in tqdm(TEMPERATURES, desc="temperatures", file=sys.stderr, leave=False):
         said = streams(target, prompts, args.tokens, temperature)
         for name, draft in drafts:

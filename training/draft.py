@@ -1,4 +1,4 @@
-"""Distils the demo model's draft: `python -m training.draft`, some 50 minutes of one core.
+"""Distils the demo model's draft: `python -m training.draft`, RUN_MINUTES of one core.
 
 First the demo model says and reads text (build/draft-shards), then the draft learns its distributions. Deterministic
 for a fixed torch version, thread count and CPU; the same command goes on where an earlier one stopped.
@@ -49,7 +49,7 @@ class DraftPlan:
 
 
 DRAFT_SHAPE = Shape(train.VOCAB_SIZE, 192, 896, 1, 4, 2, 64, train.CONTEXT_TOKENS)
-DRAFT = DraftPlan(train.Plan("demo-draft", DRAFT_SHAPE, 1000, slope_steps=1200, cooldown_steps=100, warmup_steps=40))
+DRAFT = DraftPlan(train.Plan("demo-draft", DRAFT_SHAPE, 1200, slope_steps=1200, cooldown_steps=1, warmup_steps=40))
 
 
 def distillation_loss(logits: Tensor, guide: Guided, plan: DraftPlan) -> Tensor:

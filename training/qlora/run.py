@@ -31,6 +31,7 @@ class Plan:
     batch_rows: int
     lr: float
     seed: int
+    is_bf16: bool = False  # products of a step; sums and the adapter itself are fp32
 
     def lr_at(self, step: int) -> float:
         """Of one step."""
@@ -60,7 +61,7 @@ def perplexity(model: AdaptedModel, rows: Tensor) -> float:
 
 
 def _loss(model: AdaptedModel, rows: Tensor) -> Tensor:
-    return F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+    return F.cross_entropy(model(rows[:, :-1]).float().flatten(0, 1), rows[:, 1:].flatten())
 
 
 class Training:
@@ -114,7 +115,8 @@ class Training:
         batch = batch_of(self._rows.train, self._plan, step)
         total = 0.0
         for part in batch.split(_ROWS_AT_ONCE):
-            loss = _loss(self._model, part) * (len(part) / len(batch))
+            with torch.autocast("cpu", torch.bfloat16, enabled=self._plan.is_bf16):
+                loss = _loss(self._model, part) * (len(part) / len(batch))
             loss.backward()
             total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), _LARGEST_NORM)
