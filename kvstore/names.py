@@ -28,9 +28,15 @@ def fingerprint(fields: Mapping[str, object]) -> bytes:
     return _digest(b"kv-fingerprint", canonical.encode())
 
 
-def root_name(fingerprint: bytes, tenant_salt: bytes) -> bytes:
-    """Parent of the first block of every prompt of one tenant under one fingerprint."""
-    return _digest(b"kv-root", struct.pack("<I", len(fingerprint)) + fingerprint + tenant_salt)
+def root_name(fingerprint: bytes, tenant_salt: bytes, adapter_digest: bytes = b"") -> bytes:
+    """Parent of the first block of every prompt of one tenant under one fingerprint.
+
+    adapter_digest: of the bytes of the adapter that the prompt is computed with; empty: with none.
+    """
+    fixed = struct.pack("<I", len(fingerprint)) + fingerprint
+    if not adapter_digest:
+        return _digest(b"kv-root", fixed + tenant_salt)
+    return _digest(b"kv-root-adapter", fixed + struct.pack("<I", len(adapter_digest)) + adapter_digest + tenant_salt)
 
 
 def block_name(parent: bytes, token_ids: Sequence[int]) -> bytes:

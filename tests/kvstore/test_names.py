@@ -39,6 +39,13 @@ def test_salt_and_fingerprint_do_not_run_into_each_other() -> None:
     assert root_name(b"ab", b"c") != root_name(b"a", b"bc")
 
 
+def test_adapters_share_no_blocks_with_each_other_or_the_base():
+    salts, adapters = (b"", b"a", b"bc"), (b"", b"b", b"ba", b"c")
+    roots = [root_name(fingerprint(FIELDS), salt, adapter) for salt in salts for adapter in adapters]
+    assert len(set(roots)) == len(roots)
+    assert root_name(b"f", b"salt", b"") == root_name(b"f", b"salt")
+
+
 @pytest.mark.parametrize("num_tokens", [0, 1, 15, 16, 17, 32, 37])
 def test_block_names_chain(num_tokens: int) -> None:
     token_ids = list(range(1000, 1000 + num_tokens))
