@@ -73,3 +73,11 @@ def test_fragment_keys_are_distinct() -> None:
     keys = {fragment_key(ROOT, layer, count, head) for layer in range(4) for count in (1, 2) for head in range(3)}
     assert len(keys) == 24
     assert {len(key) for key in keys} == {FRAGMENT_KEY_BYTES}
+
+
+def test_adapters_share_nothing_with_each_other_or_with_the_model() -> None:
+    base, one, other = (root_name(fingerprint(FIELDS), b"salt", digest) for digest in (b"", b"\1" * 32, b"\2" * 32))
+    assert base == root_name(fingerprint(FIELDS), b"salt")
+    assert len({block_name(root, [1, 2, 3]) for root in (base, one, other)}) == 3
+    assert root_name(fingerprint(FIELDS), b"salt" + b"\1" * 32) != one
+    assert root_name(fingerprint(FIELDS), b"", b"\1" * 32).hex() == "95958e0b6ed9bf57d51b46476c92c988"
