@@ -26,7 +26,8 @@ def render() -> str:
             _section("Workers' engines (routers and Ray)", worker.ENGINE),
             _section("Workers' engines (Ray)", (worker.TIME_TO_FIRST,)),
             _section(
-                "Workers and their tiers (routers)", (worker.UP, worker.KNOWN_BLOCKS, *worker.STORE, worker.TIER_OK)
+                "Workers and their tiers (routers)",
+                (worker.UP, worker.KNOWN_BLOCKS, worker.RESIDENT_ADAPTERS, *worker.STORE, worker.TIER_OK),
             ),
             _section("What is asked of workers (routers and Ray)", worker.DEMAND),
             _section("KV nodes (Ray)", node.ARENA),

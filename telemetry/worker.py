@@ -134,9 +134,11 @@ STORE = (
 TIER_OK = _state("tier_ok", "", "1 while a tier does all that it should; /readyz says why not.", "", "tier")
 UP = _state("up", "", "1 for each worker that takes requests.")
 KNOWN_BLOCKS = _state("known_blocks", "blocks", "KV blocks that the worker said it holds; absent while guessed.")
+RESIDENT_ADAPTERS = _state("resident_adapters", "adapters", "Adapters that it holds, by where.", "", "memory")
+"""memory: device, or host for those that are in host memory alone. Absent where a worker takes no adapters."""
 
 RAY_METRICS = (*ENGINE, *DEMAND, TIME_TO_FIRST)
 """On Ray's metrics port."""
 
-ROUTER_METRICS = (*ENGINE, *DEMAND, *STORE, TIER_OK, UP, KNOWN_BLOCKS)
+ROUTER_METRICS = (*ENGINE, *DEMAND, *STORE, TIER_OK, UP, KNOWN_BLOCKS, RESIDENT_ADAPTERS)
 """On each router's /metrics, from the worker's last load report."""
