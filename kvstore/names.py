@@ -30,13 +30,14 @@ def fingerprint(fields: Mapping[str, object]) -> bytes:
 
 
 def root_name(fingerprint: bytes, tenant_salt: bytes, adapter_digest: bytes = b"") -> bytes:
-    """Parent of the first block of every prompt of one tenant under one fingerprint, and with one adapter.
+    """Parent of the first block of every prompt of one tenant under one fingerprint.
 
-    adapter_digest: of the adapter's bytes, not of its name: blocks of an adapter that was replaced are never found.
-    Empty means none.
+    adapter_digest: of the bytes of the adapter that the prompt is computed with; empty: with none.
     """
-    root = _digest(b"kv-root", struct.pack("<I", len(fingerprint)) + fingerprint + tenant_salt)
-    return _digest(b"kv-adapter", root + adapter_digest) if adapter_digest else root
+    fixed = struct.pack("<I", len(fingerprint)) + fingerprint
+    if not adapter_digest:
+        return _digest(b"kv-root", fixed + tenant_salt)
+    return _digest(b"kv-root-adapter", fixed + struct.pack("<I", len(adapter_digest)) + adapter_digest + tenant_salt)
 
 
 def block_name(parent: bytes, token_ids: Sequence[int]) -> bytes:
