@@ -71,6 +71,17 @@ def cli() -> None:
 @click.option("--set", "assignments", multiple=True, metavar="A.B=C", help="Set any key of the configuration.")
 @click.option("--grpc-port", type=int, metavar="P", help="Default: 50051.")
 @click.option("--http-port", type=int, metavar="P", help="Default: 8000.")
+@click.option("--enable-lora", is_flag=True, default=None, help="Take requests with LoRA adapters.")
+@click.option(
+    "--lora-modules",
+    multiple=True,
+    metavar="NAME=PATH",
+    help="An adapter to serve under a name; again for each further one. Needs --enable-lora.",
+)
+@click.option("--lora-root", metavar="DIR", help="Where adapters may be loaded from while the cluster runs.")
+@click.option("--max-loras", type=int, metavar="N", help="Adapters on a worker's device at a time.")
+@click.option("--max-lora-rank", type=int, metavar="N", help="Largest rank of an adapter.")
+@click.option("--max-cpu-loras", type=int, metavar="N", help="Adapters in a worker's host memory.")
 @click.option("--once", metavar="PROMPT", help="Answer this prompt, print the answer and its timings, exit.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def serve(config_path: str | None, assignments: tuple[str, ...], once: str | None, as_json: bool, **flags: Any) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from kvstore.control.adapter_registry import AdapterRecord, RegistryUnavailable
 from kvstore.redis_client import REDIS_ERRORS, address_of, connect
 
-PREFIX = b"switchyard:adapters1:"
+PREFIX = "switchyard:adapters1:"
 
 # KEYS: records; ARGV: name, old record or '', new record or ''.
 _REPLACE = """
@@ -29,7 +29,7 @@ class RedisAdapterRegistry:
 
     def __init__(self, url: str, cluster: str = "") -> None:
         self._redis = connect(url)
-        self._key = PREFIX + cluster.encode()
+        self._key = PREFIX + cluster
         self._replace = self._redis.register_script(_REPLACE)
 
     def records(self) -> list[AdapterRecord]:

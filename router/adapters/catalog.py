@@ -84,7 +84,7 @@ class AdapterCatalog:
 
     async def find(self, name: str) -> AdapterRef:
         """The adapter of that name. Waits while it is being loaded. Raises UnknownModel, AdapterAway."""
-        give_up_s = time.monotonic() + self._config.load_wait_s
+        give_up_s = time.monotonic() + self._config.load_timeout_s
         while True:
             record = self._records.get(name)
             if record is None or not self._is_served(record):

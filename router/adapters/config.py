@@ -21,14 +21,14 @@ class AdaptersConfig:
     root: Annotated[str, _ABSOLUTE] = ""
     """Directory below which /v1/load_lora_adapter and LoadAdapter find adapters; it has the same path on all hosts.
     Whoever reaches a router may load what is there. Empty means that none are loaded while the cluster runs."""
-    max_loras: Annotated[int, Bounds(at_least=1, at_most=4096)] = 8
-    """Adapters on a worker's device at a time: most different ones in one step."""
+    max_loras: Annotated[int, Bounds(at_least=1, at_most=4096)] = 16
+    """Adapters on a worker's device at a time: most different ones in one step. Their memory is taken at the start."""
     max_lora_rank: Annotated[int, Bounds(at_least=1, at_most=512)] = 16
-    """Largest rank of an adapter; larger ones are refused."""
-    max_cpu_loras: Annotated[int, Bounds(at_least=0, at_most=1_000_000)] = 0
-    """Adapters in a worker's host memory, those on the device included; 0 means as max_loras."""
-    load_wait_s: Annotated[float, Bounds(at_least=0)] = 30.0
-    """How long a request waits for an adapter that is being loaded."""
+    """Largest rank of an adapter; larger ones are refused. On cuda each takes memory and time as if it had this one."""
+    max_cpu_loras: Annotated[int, Bounds(at_least=0, at_most=65536)] = 0
+    """Adapters in a worker's host memory, those on the device included; 0 means four times max_loras."""
+    load_timeout_s: Annotated[float, Bounds(more_than=0)] = 60.0
+    """How long a request waits for its adapter: until a router has checked it, and until a worker has read it."""
     load_ms: Annotated[float, Bounds(at_least=0)] = 100.0
     """What the cost model takes for reading an adapter that a worker does not hold."""
     copy_ms: Annotated[float, Bounds(at_least=0)] = 5.0

@@ -26,7 +26,9 @@ class AdapterTarget:
     numbers: tuple[tuple[int, int], ...]
     """First and last of each, both included."""
     outputs: int
+    """Rows of the matrix."""
     inputs: int
+    """Its columns."""
 
 
 def targets_of(sizes: Mapping[str, tuple[int, int]]) -> tuple[AdapterTarget, ...]:

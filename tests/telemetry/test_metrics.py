@@ -27,6 +27,7 @@ UNITS = {
     "slots",
     "streams",
     "frames",
+    "adapters",
 }
 
 
