@@ -145,7 +145,8 @@ class GenerationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UnloadAdapter(self, request, context):
-        """Serves it no longer: requests that run go on, new ones get NOT_FOUND.
+        """Serves it no longer: requests that run go on, new ones get NOT_FOUND; those at other routers within
+        router.directory_poll_s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
