@@ -122,6 +122,7 @@ def schema() -> int:
     help="A router's gRPC address; of several, the next one goes on with a stream whose router dies.",
 )
 @click.option("--prompt", required=True, metavar="TEXT", help="What to continue.")
+@click.option("--model", default="", metavar="NAME", help="An adapter of the model. Default: the model itself.")
 @click.option(
     "--max-tokens",
     type=click.IntRange(1, 2**63 - 1),
@@ -139,19 +140,21 @@ def schema() -> int:
 def generate(
     targets: tuple[str, ...],
     prompt: str,
+    model: str,
     max_tokens: int | None,
     temperature: float | None,
     seed: int | None,
     as_json: bool,
 ) -> int:
     """Stream one completion from a running cluster."""
-    from switchyard_client import SamplingParams
+    from switchyard_client import GenerationRequest, SamplingParams
 
     from deploy.completion import summary
 
     sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
     write = functools.partial(deliver, stream=sys.stdout)
-    completion = _complete(targets, prompt, sampling, None if as_json else write)
+    request = GenerationRequest(prompt, sampling, model)
+    completion = _complete(targets, request, None if as_json else write)
     if as_json:
         write(json.dumps(_plain(completion)) + "\n")
     else:
@@ -253,8 +256,8 @@ def _check_current_folder() -> None:
 # ---- what is shown
 
 
-def _complete(targets: Sequence[str], prompt: str, sampling: Any, write: Callable[[str], None] | None) -> Any:
-    from switchyard_client import GenerationError, GenerationRequest
+def _complete(targets: Sequence[str], request: Any, write: Callable[[str], None] | None) -> Any:
+    from switchyard_client import GenerationError
 
     from deploy.completion import complete
 
@@ -263,7 +266,7 @@ def _complete(targets: Sequence[str], prompt: str, sampling: Any, write: Callabl
             write(text)
 
     try:
-        return complete(targets, GenerationRequest(prompt, sampling), on_text)
+        return complete(targets, request, on_text)
     except GenerationError as error:
         kind = ConfigError if error.status in _CALLERS_FAULT else StartError
         raise kind(one_line(error)) from None
@@ -273,7 +276,7 @@ def _sample(
     targets: Sequence[str], once: str | None, about: dict[str, Any], as_json: bool, write: Callable[[str], None]
 ) -> str:
     """One completion: the answer of `--once`, or a sign of life. Shows it as it comes; returns what is left to say."""
-    from switchyard_client import SamplingParams
+    from switchyard_client import GenerationRequest, SamplingParams
 
     from deploy.completion import summary
 
@@ -281,7 +284,7 @@ def _sample(
     if not as_json:
         write(f"\n{prompt}")
     sampling = SamplingParams(temperature=0.0, max_tokens=_SAMPLE_TOKENS)
-    completion = _complete(targets, prompt, sampling, None if as_json else write)
+    completion = _complete(targets, GenerationRequest(prompt, sampling), None if as_json else write)
     if as_json:
         return json.dumps({**_plain(completion), **_plain(about)}) + "\n"
     lines = [*summary(completion), f"ready after           {about['startup_s']:.1f} s"]
