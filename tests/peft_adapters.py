@@ -10,6 +10,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from checkpoint.adapters.directory import read_adapter
+from workers.engine.adapters.ref import AdapterRef
+
 ALL_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -37,3 +40,8 @@ def load_adapted(base: Path, adapter: Path, is_merged: bool = False) -> Any:
     """As peft serves it."""
     model = PeftModel.from_pretrained(load_base(base), adapter)
     return model.merge_and_unload() if is_merged else model.eval()
+
+
+def ref_of(directory: Path, name: str = "") -> AdapterRef:
+    """As a router names it to a worker."""
+    return AdapterRef(name or directory.name, read_adapter(directory).digest, str(directory))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from costs.transfer import TransferCost
 from kvstore.blocks.block_pools import BlockPools
+from workers.engine.adapters.book import AdapterBook
 from workers.engine.kv.stores import Stores
 from workers.engine.queues import RequestQueues
 from workers.engine.request import Request, RequestRole, RequestStatus
@@ -20,13 +21,20 @@ class Preemption:
     """Of one engine."""
 
     def __init__(
-        self, pool: BlockPools, rows: BatchRows, queues: RequestQueues, stores: Stores, cost: TransferCost
+        self,
+        pool: BlockPools,
+        rows: BatchRows,
+        queues: RequestQueues,
+        stores: Stores,
+        cost: TransferCost,
+        adapters: AdapterBook,
     ) -> None:
         self._pool = pool
         self._rows = rows
         self._queues = queues
         self._stores = stores
         self._cost = cost
+        self._adapters = adapters
         self.num_leaving_blocks = 0  # of each group: free when the steps that copy them are through
         self.num_swaps = 0
         self.num_recomputes = 0
@@ -76,6 +84,7 @@ class Preemption:
         if request.block_tables:
             self._pool.release(request.block_tables)
         self._rows.give_back(request)
+        self._adapters.release(request)
         request.block_tables = []
         request.num_computed_tokens = request.num_kv_tokens = 0
         request.num_registered_blocks = request.num_ready_blocks = 0

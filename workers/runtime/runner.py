@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from grammars.compiler import GrammarCompiler
+from kernels.lora import LoraRows
 from kvstore.store import FragmentStore
 from workers.config import EngineConfig
 from workers.engine.direct_plan import DirectChunk, direct_plan
@@ -26,14 +27,16 @@ from workers.kv.paged_cache import CacheLayout, PagedCache
 from workers.kv.schemes.named import scheme_of
 from workers.model.config import ModelConfig
 from workers.model.loader import Checkpoint, Weights
+from workers.model.lora.slots import LoadedAdapter, LoraSizes, LoraSlots
 from workers.model.stage import build_stage
 from workers.model.tensor_layout import check_checkpoint
-from workers.parallel import ParallelGroups
+from workers.parallel import ParallelGroups, stage_layers
 from workers.runtime.batching import NO_PADDING, InputBuffers, PreparedBatch
 from workers.runtime.coordination.relay import TokenRelay
 from workers.runtime.graphs import GraphedStage
 from workers.runtime.host_copy import read_later
 from workers.runtime.pool_needs import PoolNeeds
+from workers.runtime.rank_adapters import RankAdapters
 from workers.runtime.step_threads import StepThreads
 from workers.runtime.step_transfers import STORE_GRACE_S, awaited, ended_of, finish_ended, poll_in_step
 from workers.runtime.token_chooser import TokenChooser
@@ -117,7 +120,14 @@ class TorchModelRunner:
         if weights is None:
             check_checkpoint(Path(config.model_dir), model)
             weights = Checkpoint(Path(config.model_dir), self._dtype, device)
-        self._stage = build_stage(model, weights, groups, config.batch_invariant)
+        self._lora: LoraSlots | None = None
+        self.adapters: RankAdapters[LoadedAdapter] | None = None
+        if config.enable_lora:
+            layers = stage_layers(model.num_hidden_layers, config.pp, groups.shard.stage)
+            sizes = LoraSizes(config.max_loras, config.max_lora_rank)
+            self._lora = LoraSlots(sizes, self._dtype, device, layers, model.num_hidden_layers)
+            self.adapters = RankAdapters(self._lora.load, self._lora.put)
+        self._stage = build_stage(model, weights, groups, config.batch_invariant, self._lora)
         self._context_tokens = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
         scheme = scheme_of(config)
         cached = scheme.groups(model.cache_specs)
@@ -185,23 +195,31 @@ class TorchModelRunner:
     def close(self) -> None:
         """End what runs beside the steps."""
         self._chooser.close()
+        if self.adapters is not None:
+            self.adapters.close()
 
     def ended_transfers(self) -> Sequence[int]:
         """As in ModelRunner."""
-        return self._connector.ended()
+        return [*self._connector.ended(), *(() if self.adapters is None else self.adapters.ended())]
 
     def poll(self, transfer_ids: Sequence[int]) -> Sequence[TransferDone]:
         """As in ModelRunner."""
-        counts = self._groups.min_over_ranks([self._connector.poll(transfer_id) for transfer_id in transfer_ids])
+        counts = self._groups.min_over_ranks([self._poll_one(transfer_id) for transfer_id in transfer_ids])
         ended = ended_of(transfer_ids, counts)
         for done in ended:
             self._connector.claim(done)
-        return ended
+        return ended if self.adapters is None else self.adapters.claim(ended)
+
+    def _poll_one(self, transfer_id: int) -> int:
+        count = None if self.adapters is None else self.adapters.poll(transfer_id)
+        return self._connector.poll(transfer_id) if count is None else count
 
     def recover(self) -> None:
         """As in ModelRunner."""
         if self._relay is not None:
             self._relay.reset()
+        if self.adapters is not None:
+            self.adapters.forget()
         self._connector.forget()
 
     def warm_up(self) -> None:
@@ -284,6 +302,8 @@ class TorchModelRunner:
         self._chooser.take_rows(plan.new_rows)
         for done in ended:
             self._connector.finish(done)
+        if self.adapters is not None:
+            self.adapters.carry_out(plan.adapter_orders, plan.is_full)
         for load in plan.loads:
             self._connector.start_load(load)
         for store in plan.stores:
@@ -304,6 +324,8 @@ class TorchModelRunner:
             if is_alone:
                 with torch.inference_mode(), self._on_device():
                     ended.extend(finish_ended(plan, self._connector))
+                    if self.adapters is not None:
+                        ended.extend(self.adapters.finish_ended())
             return ModelRunnerOutput(sampled, found, ended)
 
         return wait
@@ -333,12 +355,16 @@ class TorchModelRunner:
 
     def _forward(self, plan: StepPlan) -> tuple[PreparedBatch, Tensor | None, Tensor | None]:
         """The batch; on the last stage its wanted rows' logits, and their hidden states where some are pooled."""
-        pools = bool(self._inputs.state.pools[plan.rows].any())
-        graphs = self._graphs if self.replays and not pools else None
+        state = self._inputs.state
+        pools, is_adapted = bool(state.pools[plan.rows].any()), bool((state.adapter_slots[plan.rows] >= 0).any())
+        graphs = self._graphs if self.replays and not (pools or is_adapted) else None
         padding = None if graphs is None else graphs.padding_for(plan)
         config = self._config
         prepared = self._inputs.fill(plan, config.block_size, config.batch_invariant, padding or NO_PADDING)
         self._chooser.begin(plan, prepared)
+        if self._lora is not None:
+            slots = prepared.adapter_slots
+            self._lora.rows = None if slots is None else LoraRows.of(slots, self._device, config.batch_invariant)
         batch, received = prepared.batch, None
         if prepared.pending is not None:
             where, rows = prepared.pending
