@@ -1,4 +1,4 @@
-"""Adapters in a cluster of processes that die: a stream keeps the bytes that it began with, and no block is mixed up."""
+"""Adapters in clusters of processes that die: a stream keeps the bytes that it began with, and no block is mixed up."""
 
 from __future__ import annotations
 
