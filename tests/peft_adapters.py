@@ -16,8 +16,8 @@ from workers.engine.adapters.ref import AdapterRef
 ALL_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def make_adapter(base: Path, directory: Path, seed: int = 0, **options: Any) -> Path:
-    """A random adapter of the model at `base`; options: of LoraConfig."""
+def make_adapter(base: Path, directory: Path, seed: int = 0, std: float = 0.3, **options: Any) -> Path:
+    """A random adapter of the model at `base`. std: of its numbers. options: of LoraConfig."""
     torch.manual_seed(seed)
     given = {"r": 4, "lora_alpha": 8, "target_modules": ALL_MODULES, "task_type": "CAUSAL_LM"} | options
     with warnings.catch_warnings():
@@ -26,7 +26,7 @@ def make_adapter(base: Path, directory: Path, seed: int = 0, **options: Any) -> 
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_" in name:
-                    parameter.normal_(std=0.3)
+                    parameter.normal_(std=std)
         model.save_pretrained(directory)
     return directory
 

@@ -40,10 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(base: Path, group: EngineGroup, **options: Any) -> EngineConfig:
-    return EngineConfig(
-        str(base), "float32", "cpu", tp=group.tp, pp=group.pp, block_size=4, num_blocks=64, max_num_batched_tokens=16,
-        enable_lora=True, **options,
-    )  # fmt: skip
+    given = {"dtype": "float32", "block_size": 4, "num_blocks": 64, "max_num_batched_tokens": 16, **options}
+    return EngineConfig(str(base), device="cpu", tp=group.tp, pp=group.pp, enable_lora=True, **given)
 
 
 def last_logits(model: Any, prompt: list[int], completion: list[int]) -> torch.Tensor:
