@@ -125,6 +125,7 @@ class Router:
             asyncio.create_task(self._tell_health(), name="health"),
             asyncio.create_task(self._journal.run(), name="journal"),
             asyncio.create_task(self._adapters.run(self._spec.config.directory_poll_s), name="adapters"),
+            asyncio.create_task(self._pin(), name="pins"),
         ]
         return Addresses(grpc_address, http_address)
 
@@ -133,12 +134,12 @@ class Router:
         self._generation.admission.is_stopping = True
         self._changed.set()
         self._http.stop()
-        membership, http, health, journal, adapters = self._tasks
+        membership, http, health, journal, *others = self._tasks
         drain_s = self._spec.config.drain_s
         parting = asyncio.get_running_loop().call_later(drain_s, self._generation.end_streams)
         await asyncio.gather(self._grpc.stop(drain_s + _FLUSH_S), http)
         parting.cancel()
-        for task in (health, membership, journal, adapters):
+        for task in (health, membership, journal, *others):
             await end_task(task)
         await self._journal.stop()
         self._generation.close()
@@ -152,6 +153,12 @@ class Router:
             self._spec.router_id, _epochs(), self._served, config.worker_silence_s, config.max_message_bytes
         )
         return Membership(directory, self._dispatcher.fleet, self._dispatcher, options, config.directory_poll_s)
+
+    async def _pin(self) -> None:
+        """Workers forget what a router pinned when its connection ends, and homes change with the workers."""
+        while self._adapters.is_enabled:
+            self._dispatcher.pin(self._adapters.pinned)
+            await asyncio.sleep(self._spec.config.directory_poll_s)
 
     async def _tell_health(self) -> None:
         while True:

@@ -131,13 +131,13 @@ class GenerationClient:
             for model in answer.models
         )
 
-    def load_adapter(self, name: str, path: str, load_inplace: bool = False) -> ServedAdapter:
+    def load_adapter(self, name: str, path: str, load_inplace: bool = False, pin: bool = False) -> ServedAdapter:
         """Serve the LoRA adapter of a directory under a name, which requests then give as `model`.
 
         path: as the cluster sees it, below the directory that it loads adapters from. load_inplace: instead of the one
-        that has the name. Raises GenerationError.
+        that has the name. pin: it stays on devices while nobody uses it. Raises GenerationError.
         """
-        message = generation_pb2.LoadAdapterRequest(name=name, path=path, load_inplace=load_inplace)
+        message = generation_pb2.LoadAdapterRequest(name=name, path=path, load_inplace=load_inplace, pin=pin)
         try:
             answer = self._stub().LoadAdapter(message, metadata=self._metadata)
         except grpc.RpcError as error:

@@ -78,7 +78,7 @@ def embed_message(prompt: str | Sequence[int], pooling: str, is_raw: bool, model
 
 def served_adapter(message: generation_pb2.AdapterInfo) -> ServedAdapter:
     """What is said of an adapter."""
-    return ServedAdapter(message.name, message.digest, message.path, message.parent)
+    return ServedAdapter(message.name, message.digest, message.path, message.parent, message.is_pinned)
 
 
 def _grammar(grammar: Grammar) -> generation_pb2.Grammar:

@@ -163,3 +163,4 @@ class ServedAdapter:
     digest: str  # of its bytes, in hex
     path: str  # its directory
     parent: str  # the model that it is an adapter of
+    is_pinned: bool = False  # whether it stays on devices while nobody uses it

@@ -29,6 +29,8 @@ class AdapterRecord:
     """Name of the model that it was made for."""
     loading_until_s: float = 0.0
     """Seconds since 1970 until which a router may be reading it; 0 once it is read."""
+    is_pinned: bool = False
+    """Whether its homes keep it on their devices while nobody uses it."""
 
     def packed(self) -> str:
         """As text; equal for equal records only."""
@@ -44,6 +46,7 @@ class AdapterRecord:
             digest=fields["digest"],
             parent=fields["parent"],
             loading_until_s=fields["loading_until_s"],
+            is_pinned=fields["is_pinned"],
         )
 
 

@@ -82,6 +82,11 @@ class AdapterCatalog:
         """Those that requests may name now, by name."""
         return [record for _, record in sorted(self._records.items()) if self._is_served(record)]
 
+    @property
+    def pinned(self) -> list[AdapterRef]:
+        """Those that stay on devices while nobody uses them, by name."""
+        return [_ref(record) for record in self.served if record.is_pinned]
+
     async def find(self, name: str) -> AdapterRef:
         """The adapter of that name. Waits while it is being loaded. Raises UnknownModel, AdapterAway."""
         give_up_s = time.monotonic() + self._config.load_timeout_s
@@ -90,7 +95,7 @@ class AdapterCatalog:
             if record is None or not self._is_served(record):
                 record = await self._look_up(name)
             if record is not None and self._is_served(record):
-                return AdapterRef(record.name, bytes.fromhex(record.digest), record.path)
+                return _ref(record)
             if name not in self._to_register and (record is None or not self._is_loading(record)):
                 raise self._unknown(name)
             if time.monotonic() >= give_up_s:
@@ -109,26 +114,34 @@ class AdapterCatalog:
     # -- changes
 
     async def load(
-        self, name: str, path: str, in_place: bool = False, params: tuple[str, str] = ("name", "path")
+        self,
+        name: str,
+        path: str,
+        in_place: bool = False,
+        is_pinned: bool = False,
+        params: tuple[str, str] = ("name", "path"),
     ) -> AdapterRecord:
         """Serve the adapter of a directory below the root. params: what name and path are called where they came in.
 
-        in_place: instead of the one that has the name. Raises InvalidRequest of several kinds, or AdapterAway.
+        in_place: instead of the one that has the name. is_pinned: its homes keep it on their devices. Raises
+        InvalidRequest of several kinds, or AdapterAway.
         """
         try:
-            record = await self._load(name, path, in_place, params)
+            record = await self._load(AdapterRecord(name, path, "", self._base, is_pinned=is_pinned), in_place, params)
         except RouterError as error:
             self._observer.adapter_loaded(error.code)
             raise
         self._observer.adapter_loaded("loaded")
         return record
 
-    async def _load(self, name: str, path: str, in_place: bool, params: tuple[str, str]) -> AdapterRecord:
+    async def _load(self, asked: AdapterRecord, in_place: bool, params: tuple[str, str]) -> AdapterRecord:
+        name, path = asked.name, asked.path
         self._check_root()
         self._check_name(name, params[0])
         directory = await self._in_thread(below, self._config.root, path, params[1])
         if name in self._config.modules and Path(self._config.modules[name]).resolve() != directory:
             raise AdapterExists(f"{params[0]}: {name!r} is one of adapters.modules, with another path", param=params[0])
+        asked = dataclasses.replace(asked, path=str(directory))
         there = await self._ask(self._registry.find, name)
         if there is not None and self._is_loading(there):
             raise AdapterExists(f"{params[0]}: {name!r} is being loaded", param=params[0])
@@ -136,8 +149,8 @@ class AdapterCatalog:
             if not in_place:
                 raise AdapterExists(f"{params[0]}: {name!r} is loaded (load_inplace replaces it)", param=params[0])
             # It is served on until the new one is read.
-            return await self._announce(there, AdapterRecord(name, str(directory), "", self._base), params)
-        claim = AdapterRecord(name, str(directory), "", self._base, self._clock() + _CLAIM_S)
+            return await self._announce(there, asked, params)
+        claim = dataclasses.replace(asked, loading_until_s=self._clock() + _CLAIM_S)
         await self._replace(there, claim, params[0])
         try:
             return await self._announce(claim, claim, params)
@@ -182,7 +195,8 @@ class AdapterCatalog:
 
     async def _register_configured(self) -> None:
         for name, path in list(self._to_register.items()):
-            key, unread = f"adapters.modules.{name}", AdapterRecord(name, str(Path(path).resolve()), "", self._base)
+            key, is_pinned = f"adapters.modules.{name}", name in self._config.pinned
+            unread = AdapterRecord(name, str(Path(path).resolve()), "", self._base, is_pinned=is_pinned)
             there = await self._ask(self._registry.find, name)  # before it is read: the registry may be away
             try:
                 self._check_name(name, key)
@@ -269,3 +283,7 @@ class AdapterCatalog:
         if is_up and not self.is_up:
             log.info("the registry of adapters is back")
         self.is_up = is_up
+
+
+def _ref(record: AdapterRecord) -> AdapterRef:
+    return AdapterRef(record.name, bytes.fromhex(record.digest), record.path)

@@ -18,6 +18,9 @@ class AdaptersConfig:
     """Whether workers take requests with adapters: vLLM's enable_lora. Costs memory for the slots."""
     modules: dict[str, str] = field(default_factory=dict)
     """Adapters to serve from the start: directories by name. The directories have the same path on all hosts."""
+    pinned: tuple[str, ...] = ()
+    """Names of those modules that stay on the devices of the workers that their requests go to, also while there are
+    none."""
     root: Annotated[str, _ABSOLUTE] = ""
     """Directory below which /v1/load_lora_adapter and LoadAdapter find adapters; it has the same path on all hosts.
     Whoever reaches a router may load what is there. Empty means that none are loaded while the cluster runs."""
@@ -39,6 +42,8 @@ class AdaptersConfig:
         for key in ("modules", "root"):
             if getattr(self, key) and not self.enabled:
                 raise ValueError(f"{key}: needs enabled=true")
+        if unknown := [name for name in self.pinned if name not in self.modules]:
+            raise ValueError(f"pinned: {unknown[0]!r} is not in modules")
         if 0 < self.max_cpu_loras < self.max_loras:
             raise ValueError(
                 f"max_cpu_loras: must be 0 or at least max_loras={self.max_loras}, not {self.max_cpu_loras}"

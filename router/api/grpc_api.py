@@ -184,7 +184,7 @@ class _Servicer(generation_pb2_grpc.GenerationServiceServicer):
     async def LoadAdapter(
         self, request: generation_pb2.LoadAdapterRequest, context: grpc.aio.ServicerContext
     ) -> generation_pb2.LoadAdapterResponse:
-        record = await self._generation.adapters.load(request.name, request.path, request.load_inplace)
+        record = await self._generation.adapters.load(request.name, request.path, request.load_inplace, request.pin)
         return generation_pb2.LoadAdapterResponse(adapter=adapter_info(record))
 
     async def UnloadAdapter(

@@ -27,6 +27,7 @@ class _LoadRequest(BaseModel):
     lora_name: str
     lora_path: str
     load_inplace: bool = False
+    pin: bool = False  # stays on the devices of the workers that its requests go to
     base_model_name: str | None = None  # of older clients: the model it is loaded for
     is_3d_lora_weight: bool | None = None  # of the adapter's layout, which its files show
 
@@ -74,7 +75,7 @@ class ModelsApi:
         if body.base_model_name not in (None, "", base):
             message = f"base_model_name: {body.base_model_name!r} is not served here; {base!r} is"
             raise InvalidRequest(message, param="base_model_name")
-        await self._generation.adapters.load(body.lora_name, body.lora_path, body.load_inplace, _PARAMS)
+        await self._generation.adapters.load(body.lora_name, body.lora_path, body.load_inplace, body.pin, _PARAMS)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     async def unload(self, request: Request) -> Response:

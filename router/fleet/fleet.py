@@ -24,7 +24,7 @@ from router.placement.policy import (
     WorkerView,
     num_blocks_needed,
 )
-from router.placement.residency import AdapterCosts, HeldAdapters, Homes, adapter_ms, place
+from router.placement.residency import AdapterCosts, HeldAdapters, Homes, adapter_ms, at_home, place
 
 _SMOOTHING = 0.1  # weight of the newest observation of a pool's speed
 _MIN_OBSERVED_TOKENS = 32  # shorter prefills measure overhead, not speed
@@ -192,9 +192,10 @@ class Fleet:
                 found.append(_with_adapter(view, worker, adapter, self._adapter_costs) if adapter else view)
         return found
 
-    def num_homes(self, adapter: bytes) -> int:
-        """On how many workers of a kind the requests of an adapter go, as of its last request."""
-        return self._homes.get(adapter, Homes()).count
+    def homes(self, adapter: bytes) -> list[str]:
+        """The workers that the requests of an adapter go to, as of its last request."""
+        able = [view for view in self.views({}, adapter) if view.takes_adapters]
+        return [view.worker_id for view in at_home(adapter, able, self._homes.get(adapter, Homes()).count)]
 
     # -- reservations
 

@@ -92,19 +92,31 @@ def submit_message(order: PartOrder) -> worker.ConnectRequest:
         tenant=order.tenant,
         priority=order.priority,
         pooling=generation.POOLING_UNSPECIFIED if order.pooling is None else _POOLINGS[order.pooling],
-        adapter=adapter_message(order.adapter),
+        adapter=None if order.adapter is None else adapter_message(order.adapter),
     )
     return worker.ConnectRequest(submit=submit)
 
 
-def adapter_message(ref: AdapterRef | None) -> adapter.Adapter | None:
+def adapter_message(ref: AdapterRef) -> adapter.Adapter:
     """As workers and the journal have it."""
-    return None if ref is None else adapter.Adapter(name=ref.name, digest=ref.digest, path=ref.path)
+    return adapter.Adapter(name=ref.name, digest=ref.digest, path=ref.path)
+
+
+def pin_message(refs: Sequence[AdapterRef]) -> worker.ConnectRequest:
+    """A PinAdapters."""
+    pins = adapter.PinAdapters(adapters=map(adapter_message, refs))
+    return worker.ConnectRequest(pin_adapters=pins)
 
 
 def adapter_info(record: AdapterRecord) -> generation.AdapterInfo:
     """As clients see it."""
-    return generation.AdapterInfo(name=record.name, digest=record.digest, path=record.path, parent=record.parent)
+    return generation.AdapterInfo(
+        name=record.name,
+        digest=record.digest,
+        path=record.path,
+        parent=record.parent,
+        is_pinned=record.is_pinned,
+    )
 
 
 def generation_request(
@@ -173,7 +185,7 @@ def journal_header(request: GenerationRequest, served: ServedModel, deadline_uni
         deadline_unix_s=deadline_unix_s or 0.0,
         tenant_salt=request.tenant_salt,
         served=served.message(),
-        adapter=adapter_message(request.adapter),
+        adapter=None if request.adapter is None else adapter_message(request.adapter),
     )
     header: bytes = record.SerializeToString()
     return header

@@ -52,6 +52,16 @@ class Dispatcher:
         """What placement must know of a request's adapter."""
         return None if ref is None else AdapterNeed(ref.digest, self.is_loadable(ref))
 
+    def pin(self, refs: Sequence[AdapterRef]) -> None:
+        """Have the homes of these adapters keep them on their devices, and no others."""
+        pinned: dict[str, list[AdapterRef]] = {worker_id: [] for worker_id in self.connections}
+        for ref in refs:
+            for worker_id in self.fleet.homes(ref.digest):
+                if worker_id in pinned:
+                    pinned[worker_id].append(ref)
+        for worker_id, mine in pinned.items():
+            self.connections[worker_id].pin(mine)
+
     # -- WorkerListener
 
     def on_up(self, connection: WorkerConnection, info: WorkerInfo) -> None:

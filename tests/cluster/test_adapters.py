@@ -128,3 +128,19 @@ def test_bytes_that_changed_under_a_name_are_not_served_by_it(fake_cluster: Make
         cluster.ask(client, prompt(0), 4, model="sql")
     client.load_adapter("sql", "sql", load_inplace=True)
     assert cluster.ask(client, prompt(0), NUM_TOKENS, model="sql").ids == right(0, adapter_digest(root / "sql"))
+
+
+def test_a_pinned_adapter_is_loaded_before_somebody_asks_for_it(fake_cluster: MakeCluster, root: Path) -> None:
+    cluster = fake_cluster(adapters_root=str(root))
+    digest = adapter_digest(root / "sql")
+    client = cluster.client()
+    assert client.load_adapter("sql", "sql", pin=True).is_pinned
+
+    def holders() -> list[str]:
+        return sorted(
+            name.partition("-")[0] for name in cluster.workers if digest in cluster.load(name).device_adapters
+        )
+
+    wait_until(lambda: holders() == ["decode", "prefill"], "one home of each role holds it")
+    assert cluster.ask(client, prompt(0), NUM_TOKENS, model="sql").ids == right(0, digest)
+    assert holders() == ["decode", "prefill"]

@@ -58,6 +58,7 @@ def test_off_by_default_and_the_same_in_all_pools(tiny_model: Path) -> None:
         ([ON, "adapters.root=adapters"], "adapters.root: must be an absolute path"),
         ([ON, "adapters.max_loras=0"], "adapters.max_loras: must be at least 1"),
         ([ON, "adapters.max_cpu_loras=3"], "adapters.max_cpu_loras: must be 0 or at least max_loras=16"),
+        ([ON, "adapters.pinned=[a]"], "adapters.pinned: 'a' is not in modules"),
         ([ON, "adapters.max_lora=3"], "adapters.max_lora: unknown key"),
         ([ON, "pools.decode.max_loras=3"], "pools.decode.max_loras: adapters.* has it for all pools"),
         (["pools.decode.enable_lora=true"], "pools.decode.enable_lora: adapters.* has it for all pools"),
@@ -72,7 +73,7 @@ def test_bad_keys_are_named(overrides: list[str], message: str) -> None:
 def test_flags_are_vllms() -> None:
     flags = ServeFlags(enable_lora=True, lora_modules=("a=/x", "b=/y=z"), lora_root="/r", max_loras=2, max_lora_rank=8)
     made = load_with_flags(None, flags, []).adapters
-    assert made == AdaptersConfig(True, {"a": "/x", "b": "/y=z"}, "/r", max_loras=2, max_lora_rank=8)
+    assert made == AdaptersConfig(True, {"a": "/x", "b": "/y=z"}, root="/r", max_loras=2, max_lora_rank=8)
     for wrong in ("a", "a=", "=x"):
         with pytest.raises(ConfigError, match=r"^--lora-modules .*NAME=PATH"):
             load_with_flags(None, ServeFlags(enable_lora=True, lora_modules=(wrong,)), [])

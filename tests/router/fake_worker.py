@@ -86,6 +86,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.submits: list[worker_pb2.Submit] = []
         self.cancels: list[str] = []
         self.credits = 0
+        self.pins: list[list[bytes]] = []  # digests, as routers sent them
         self.num_sent = 0
         self.num_connections = 0
         self.held: dict[bytes, None] | None = None  # blocks by name; None: it cannot tell, as workers once could not
@@ -206,6 +207,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
                 widened = connection.parts[request.credit.stream_id]
                 widened.num_allowed += request.credit.num_tokens
                 widened.has_credit.set()
+        elif kind == "pin_adapters":
+            self.pins.append([adapter.digest for adapter in request.pin_adapters.adapters])
         elif kind == "ping":
             connection.outbox.put_nowait(worker_pb2.ConnectResponse(pong=worker_pb2.Pong(nonce=request.ping.nonce)))
 

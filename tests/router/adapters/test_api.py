@@ -21,7 +21,7 @@ from router.adapters.config import AdaptersConfig
 from router.placement.residency import by_rendezvous
 from router.service.text import TextCodec
 from tests.router.adapters.lora_files import TARGETS, write_adapter
-from tests.router.conftest import MODEL, Adapters, Cluster, pair, running_cluster, until
+from tests.router.conftest import MODEL, QUICK, Adapters, Cluster, pair, running_cluster, until
 from tests.router.fake_worker import BLOCK_SIZE, FakeWorker, expected_tokens
 from tests.router.test_grpc_api import PROMPT, collect, request
 
@@ -328,3 +328,29 @@ async def test_blocks_are_found_again_with_the_same_adapter_only(model_dir: Path
         views = {one.worker_id: one for one in fleet.views({next(iter(fleet.layouts)): base})}
         assert views[home.worker_id].num_cached_tokens == 0
         assert started.model == "a"
+
+
+async def test_the_homes_of_a_pinned_adapter_are_told_to_keep_it(model_dir: Path, root: Path) -> None:
+    workers = [worker(number) for number in range(3)]
+    modules = {"law": str(root / "law")}
+    async with served(model_dir, known(root, modules=modules, pinned=("law",)), *workers) as (_, client):
+        law, sql = (adapter_digest(root / name) for name in ("law", "sql"))
+        by_id = {one.worker_id: one for one in workers}
+
+        def kept(digest: bytes) -> list[str]:
+            return [one.worker_id for one in workers if one.pins and digest in one.pins[-1]]
+
+        await until(
+            lambda: kept(law) == by_rendezvous(law, by_id)[:1], "the home of an adapter of the configuration keeps it"
+        )
+        assert (await load(client, "sql-lora", "sql", pin=True)).status_code == 200
+        home, heir = by_rendezvous(sql, by_id)[:2]
+        await until(lambda: kept(sql) == [home], "the home of one that was loaded keeps it")
+        await by_id[home].kill()
+        await until(lambda: heir in kept(sql), "the next one keeps it when the home is gone")
+        assert (await client.post(UNLOAD, json={"lora_name": "sql-lora"})).status_code == 200
+        await until(lambda: sql not in by_id[heir].pins[-1], "it is let go")
+        assert (await load(client, "sql-lora", "sql")).status_code == 200
+        num_pins = len(by_id[heir].pins)
+        await asyncio.sleep(5 * QUICK.directory_poll_s)
+        assert len(by_id[heir].pins) == num_pins  # nothing is sent that has not changed

@@ -311,14 +311,16 @@ class ModelInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., context_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., parent: _Optional[str] = ..., root: _Optional[str] = ...) -> None: ...
 
 class LoadAdapterRequest(_message.Message):
-    __slots__ = ("name", "path", "load_inplace")
+    __slots__ = ("name", "path", "load_inplace", "pin")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     LOAD_INPLACE_FIELD_NUMBER: _ClassVar[int]
+    PIN_FIELD_NUMBER: _ClassVar[int]
     name: str
     path: str
     load_inplace: bool
-    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., load_inplace: bool = ...) -> None: ...
+    pin: bool
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., load_inplace: bool = ..., pin: bool = ...) -> None: ...
 
 class LoadAdapterResponse(_message.Message):
     __slots__ = ("adapter",)
@@ -347,13 +349,15 @@ class ListAdaptersResponse(_message.Message):
     def __init__(self, adapters: _Optional[_Iterable[_Union[AdapterInfo, _Mapping]]] = ...) -> None: ...
 
 class AdapterInfo(_message.Message):
-    __slots__ = ("name", "digest", "path", "parent")
+    __slots__ = ("name", "digest", "path", "parent", "is_pinned")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
+    IS_PINNED_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     path: str
     parent: str
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., path: _Optional[str] = ..., parent: _Optional[str] = ...) -> None: ...
+    is_pinned: bool
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., path: _Optional[str] = ..., parent: _Optional[str] = ..., is_pinned: bool = ...) -> None: ...
