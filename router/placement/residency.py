@@ -5,8 +5,9 @@ An adapter has k homes: the first k workers in an order that is a hash of the ad
 only the adapters that it is a home of, and hundreds of adapters spread over all workers. Among the homes the policy
 decides, by milliseconds as for any request; reading an adapter and copying it to the device are milliseconds, too.
 
-k grows by one when another worker would be cheaper although it had to read the adapter first; k shrinks by one for each
-time of COOL_S in which that did not happen. So an adapter in demand is on as many workers as pay, and one that few ask
+k grows by one when another worker would be cheaper although it had to read the adapter first, and although others must
+be read again that go out of its memory for it (EVICTION_READS). k shrinks by one for each time of COOL_S in which that
+did not happen. So an adapter in demand is on as many workers as pay, and one that few ask
 for is in one place and not in everybody's memory.
 
 Pure: views and times in, a placement out. Knows nothing of how workers keep adapters.
@@ -30,6 +31,9 @@ from router.placement.policy import (
 )
 
 COOL_S = 60.0
+# Reads that a read at a new home causes later: of the adapter that it takes the place of, and of itself, once its place
+# is taken. Without them adapters chase each other through all workers (`python -m bench.adapter_placement`).
+EVICTION_READS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +108,8 @@ def place(
     if isinstance(anywhere, Reject):
         return policy(request, able), homes
     found = policy(request, at_home(need.digest, wanted, homes.count))
-    if isinstance(found, Placement) and found.cost.total_ms <= anywhere.cost.total_ms:
+    price_ms = anywhere.cost.total_ms + EVICTION_READS * anywhere.cost.adapter_ms
+    if isinstance(found, Placement) and found.cost.total_ms <= price_ms:
         return found, homes
     if homes.count < _most_homes(wanted):
         homes = Homes(homes.count + 1, now_s)
