@@ -12,6 +12,7 @@ cost and no homes; `blind` does not look at adapters.
 from __future__ import annotations
 
 import argparse
+import functools
 import heapq
 import itertools
 import random
@@ -103,61 +104,71 @@ class Outcome:
 def simulate(way: str, num_adapters: int, rate: float, num_requests: int, seed: int) -> Outcome:
     """Poisson arrivals at a rate per second; adapter i is asked for in proportion to 1 / (i + 1)."""
     draw = random.Random(seed)
-    workers = {f"worker-{i}": _Worker() for i in range(NUM_WORKERS)}
-    routers = [WAYS[way]() for _ in range(NUM_ROUTERS)]
-    for fleet, worker_id in itertools.product(routers, workers):
-        fleet.add(WorkerInfo(worker_id, "mixed", Role.MIXED, KvLayout(b"", 16), 4096, 4096))
     digests = [draw.randbytes(32) for _ in range(num_adapters)]
     weights = [1 / (i + 1) for i in range(num_adapters)]
-    events: list[tuple[float, int, Callable[[float], None]]] = []
-    order = itertools.count()
-    ttft_ms: list[float] = []
-    duration_ms: list[float] = []
+    run = _Run(way, num_requests)
+    time_s = 0.0
+    for number in range(num_requests):
+        time_s += draw.expovariate(rate)
+        (digest,) = draw.choices(digests, weights)
+        run.at(time_s, functools.partial(run.arrive, number, digest))
+    run.at(0.0, run.report)
+    run.to_the_end()
+    workers = run.workers.values()
+    return Outcome(
+        sum(worker.num_hits for worker in workers) / num_requests,
+        sum(worker.num_loads for worker in workers) / num_requests,
+        run.ttft_ms,
+        run.duration_ms,
+        max(worker.num_requests for worker in workers) / num_requests,
+    )
 
-    def at(time_s: float, action: Callable[[float], None]) -> None:
-        heapq.heappush(events, (time_s, next(order), action))
 
-    def report(now_s: float) -> None:
-        for fleet, (worker_id, worker) in itertools.product(routers, workers.items()):
+class _Run:
+    """Events in virtual time: requests come and end, and workers report."""
+
+    def __init__(self, way: str, num_requests: int) -> None:
+        self.workers = {f"worker-{i}": _Worker() for i in range(NUM_WORKERS)}
+        self.ttft_ms: list[float] = []
+        self.duration_ms: list[float] = []
+        self._num_requests = num_requests
+        self._routers = [WAYS[way]() for _ in range(NUM_ROUTERS)]
+        self._events: list[tuple[float, int, Callable[[float], None]]] = []
+        self._order = itertools.count()
+        for fleet, worker_id in itertools.product(self._routers, self.workers):
+            fleet.add(WorkerInfo(worker_id, "mixed", Role.MIXED, KvLayout(b"", 16), 4096, 4096))
+
+    def at(self, time_s: float, action: Callable[[float], None]) -> None:
+        heapq.heappush(self._events, (time_s, next(self._order), action))
+
+    def to_the_end(self) -> None:
+        while self._events:
+            now_s, _, action = heapq.heappop(self._events)
+            action(now_s)
+
+    def report(self, now_s: float) -> None:
+        for fleet, (worker_id, worker) in itertools.product(self._routers, self.workers.items()):
             fleet.report(worker_id, LoadReport(worker.num_streams, 4096, 0, worker.report()))
-        if len(ttft_ms) < num_requests:
-            at(now_s + REPORT_S, report)
+        if len(self.ttft_ms) < self._num_requests:
+            self.at(now_s + REPORT_S, self.report)
 
-    def arrive(now_s: float, number: int, digest: bytes) -> None:
-        fleet = routers[number % NUM_ROUTERS]
+    def arrive(self, number: int, digest: bytes, now_s: float) -> None:
+        fleet = self._routers[number % NUM_ROUTERS]
         request = RouteRequest(str(number), PROMPT_TOKENS, OUTPUT_TOKENS, adapter=AdapterNeed(digest, True))
         found = fleet.pick(request, {}, now_s)
         assert isinstance(found, Placement), found
-        worker = workers[found.decode_id]
+        worker = self.workers[found.decode_id]
         slower = 1 + STEP_SHARE * worker.num_streams
         first_s = worker.begin(digest) + PROMPT_TOKENS * RATES.prefill_ms_per_token * slower / 1e3
         last_s = first_s + OUTPUT_TOKENS * RATES.decode_ms_per_step * slower / 1e3
-        ttft_ms.append(first_s * 1e3)
-        duration_ms.append(last_s * 1e3)
+        self.ttft_ms.append(first_s * 1e3)
+        self.duration_ms.append(last_s * 1e3)
 
         def end(_: float) -> None:
             worker.end(digest)
             fleet.release(str(number))
 
-        at(now_s + last_s, end)
-
-    report(0.0)
-    time_s = 0.0
-    for number in range(num_requests):
-        time_s += draw.expovariate(rate)
-        (digest,) = draw.choices(digests, weights)
-        at(time_s, lambda now_s, number=number, digest=digest: arrive(now_s, number, digest))  # type: ignore[misc]
-    while events:
-        now_s, _, action = heapq.heappop(events)
-        action(now_s)
-    done = workers.values()
-    return Outcome(
-        sum(worker.num_hits for worker in done) / num_requests,
-        sum(worker.num_loads for worker in done) / num_requests,
-        ttft_ms,
-        duration_ms,
-        max(worker.num_requests for worker in done) / num_requests,
-    )
+        self.at(now_s + last_s, end)
 
 
 def main() -> None:
@@ -169,26 +180,29 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
-    rows = []
     print(f"{options.adapters} adapters, {NUM_WORKERS} workers of {NUM_SLOTS} slots (host memory: {NUM_HOST})")
     print("rate/s  way       on device  reads/request  TTFT mean, p99 ms  duration ms  busiest worker")
+    rows = []
     for rate, way in itertools.product(options.rates, WAYS):
         runs = [simulate(way, options.adapters, rate, options.requests, seed) for seed in range(options.seeds)]
-        hit, loads, most = (
-            statistics.mean(getattr(run, name) for run in runs)
-            for name in ("hit_share", "loads_per_request", "max_share")
-        )
-        all_ms = sorted(ms for run in runs for ms in run.ttft_ms)
-        p99 = all_ms[int(len(all_ms) * 0.99)]
-        ttft_ms, duration_ms = statistics.mean(all_ms), statistics.mean(ms for run in runs for ms in run.duration_ms)
-        shown = f"{rate:6g}  {way:8s}  {hit:9.3f}  {loads:13.3f}"
-        print(f"{shown}  {ttft_ms:8.1f} {p99:8.1f}  {duration_ms:11.1f}  {most:14.3f}")
+        print(_line(rate, way, runs))
         setting = {"way": way, "rate": rate, "adapters": options.adapters, "requests": options.requests}
         means = [statistics.mean(run.ttft_ms) / 1e3 for run in runs]
         rows.append(Measurement("adapter_placement.ttft", "s", means, setting))
         rows.append(Measurement("adapter_placement.on_device", "", [run.hit_share for run in runs], setting))
     if options.record:
         append_rows("cpu.jsonl", rows, "python -m bench.adapter_placement")
+
+
+def _line(rate: float, way: str, runs: Sequence[Outcome]) -> str:
+    hit, reads, most = (
+        statistics.mean(getattr(run, name) for run in runs) for name in ("hit_share", "loads_per_request", "max_share")
+    )
+    all_ms = sorted(ms for run in runs for ms in run.ttft_ms)
+    ttft_ms, p99 = statistics.mean(all_ms), all_ms[int(len(all_ms) * 0.99)]
+    duration_ms = statistics.mean(ms for run in runs for ms in run.duration_ms)
+    ends = f"{ttft_ms:8.1f} {p99:8.1f}  {duration_ms:11.1f}  {most:14.3f}"
+    return f"{rate:6g}  {way:8s}  {hit:9.3f}  {reads:13.3f}  {ends}"
 
 
 if __name__ == "__main__":

@@ -88,16 +88,19 @@ async def test_an_adapter_is_a_model_to_the_openai_client(model_dir: Path, root:
             model="sql-lora", messages=[{"role": "user", "content": "hi"}], max_tokens=4
         )
         assert chat.model == "sql-lora"
+        both = await stock.completions.create(model="sql-lora", prompt=TEXT, max_tokens=12, temperature=0, n=2)
+        assert [choice.text for choice in both.choices] == [said(model_dir, digest)] * 2
+        response = await stock.responses.create(model="sql-lora", input="hi", max_output_tokens=4)
+        assert response.model == "sql-lora"
+        tokens = (await client.post("/tokenize", json={"model": "sql-lora", "prompt": TEXT})).json()
+        assert tokens == (await client.post("/tokenize", json={"model": MODEL, "prompt": TEXT})).json()
         cards = {card.id: card.to_dict() for card in (await stock.models.list()).data}
         assert (cards[MODEL]["parent"], cards["sql-lora"]["parent"]) == (None, MODEL)
         assert cards["sql-lora"]["root"] == str(root / "sql")
         assert (await stock.models.retrieve("sql-lora")).to_dict() == cards["sql-lora"]
         for one in workers:
-            assert [(s.adapter.name, s.adapter.digest, s.adapter.path) for s in one.submits] == [
-                ("", b"", ""),
-                ("sql-lora", digest, str(root / "sql")),
-                ("sql-lora", digest, str(root / "sql")),
-            ]
+            sent = [(submit.adapter.name, submit.adapter.digest, submit.adapter.path) for submit in one.submits]
+            assert sent == [("", b"", ""), *[("sql-lora", digest, str(root / "sql"))] * 5]
         answer = await client.post(UNLOAD, json={"lora_name": "sql-lora"})
         assert (answer.status_code, answer.text) == (200, "Success: LoRA adapter 'sql-lora' removed successfully.")
         with pytest.raises(openai.NotFoundError):
@@ -105,7 +108,7 @@ async def test_an_adapter_is_a_model_to_the_openai_client(model_dir: Path, root:
         again = await stock.completions.create(model=MODEL, prompt=TEXT, max_tokens=12, temperature=0)
         assert again.choices[0].text == said(model_dir)
         metrics = (await client.get("/metrics")).text
-        assert 'switchyard_adapter_requests_total{adapter="sql-lora"} 2.0' in metrics
+        assert 'switchyard_adapter_requests_total{adapter="sql-lora"} 5.0' in metrics
         assert 'switchyard_adapter_loads_total{outcome="loaded"} 1.0' in metrics
         assert "switchyard_adapters 0.0" in metrics
 
