@@ -9,6 +9,7 @@
     host_step     the leader's Python of a decode step: plan, encode, fill, update
     scheduling    TTFT and times between tokens under each scheduling policy, in virtual time
     quantized     weights in 8 and 4 bits beside the same model in bfloat16, engine alone
+    adapters      a hundred LoRA adapters on one worker: hit rate, and what a token costs more, engine alone
     kv_schemes    loss, bytes per token and streams that fit of each kvstore.kv_cache_dtype
     scaling       GPU-hours and attainment of the scaling policies, in simulated time (five minutes)
 
@@ -36,6 +37,7 @@ from urllib.parse import urlsplit
 from switchyard_client import GenerationClient, GenerationRequest, SamplingParams, Tokens
 
 from bench import direct, kv_schemes, tiers
+from bench.adapters import measure_adapters
 from bench.cluster import cluster
 from bench.host_step import SIZES as HOST_STEP_SIZES
 from bench.host_step import measure as measure_host_step
@@ -212,6 +214,7 @@ SECTIONS = {
     "host_step": bench_host_step,
     "scheduling": measure_scheduling,
     "quantized": measure_quantized,
+    "adapters": measure_adapters,
     "scaling": measure_scaling,
 }
 

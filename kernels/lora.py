@@ -2,14 +2,15 @@
 
     out   [tokens, n], changed in place
     x     [tokens, k], rows contiguous
-    down  [slots, pieces * rank, k]; up [slots, n, rank], times its scale; ranks are padded with zeros
+    down  [slots, pieces * rank, k]; up [slots, rank, n], times its scale; ranks are padded with zeros
     rows  which rows have a slot, sorted by it: LoraRows
     sizes columns of out that belong to each piece: matrices that are multiplied in one product have a down each
 
 A tile is up to TILE_ROWS rows of one slot. The first launch multiplies by `down`, in shares of k that follow k alone;
 the second adds the shares in their order, rounds once and multiplies by `up`. So a row's bits depend on its own numbers
-and its own adapter, whatever rows are beside it. On the CPU the adapters of the step are one loop. Knows nothing of
-models or of where adapters come from.
+and its own adapter, whatever rows are beside it. On the CPU the adapters of the step are one loop, or for a few rows of
+several adapters one product with all of them, of which each row keeps its own. Knows nothing of models or of where
+adapters come from.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from kernels.op import Case, Op
 
 TILE_ROWS = 16
 _SHARE, _MOST_SHARES = 1024, 8  # of k
+_AT_ONCE, _IN_A_LOOP = 1024, 2  # rows times slots that a CPU multiplies at once; adapters that it takes one by one
 _BLOCK_K, _BLOCK_N, _BLOCK_RANK, _MOST_WIDTH = 64, 64, 64, 64
 
 
@@ -42,6 +44,8 @@ class LoraRows:
     tile_rows: Tensor  # int32 [tiles, TILE_ROWS], on the device; -1: no row
     tile_slots: Tensor  # int32 [tiles]
     segments: tuple[tuple[int, Tensor | slice], ...]  # of each slot its rows: int64 on the device, or a range of them
+    is_other: Tensor | None = None  # bool [rows, slots, 1] on the host: the row is not of that slot, counted from the
+    # first that is used. None: segments are taken one by one.
     fixed_order: bool = False  # on the CPU, too, a row's bits do not depend on how many rows its slot has
 
     @staticmethod
@@ -65,7 +69,11 @@ class LoraRows:
         )
         tile_slots = np.repeat(found.astype(np.int32), num_tiles)
         on_device = [torch.from_numpy(each).to(device, non_blocking=True) for each in (tiles, tile_slots)]
-        return LoraRows(on_device[0], on_device[1], segments, fixed_order)
+        reach = np.arange(found[0], found[-1] + 1)
+        is_other = None
+        if len(found) > _IN_A_LOOP and len(slots) * len(reach) <= _AT_ONCE and not fixed_order:
+            is_other = torch.from_numpy(slots[:, None, None] != reach[:, None])
+        return LoraRows(on_device[0], on_device[1], segments, is_other, fixed_order)
 
 
 def _range_of(rows: npt.NDArray[np.int64], device: torch.device | str) -> Tensor | slice:
@@ -136,7 +144,7 @@ def _up_kernel(
     column = first + tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.load(rows_ptr + tile * BLOCK_M + lane).to(tl.int64)
     slot = tl.load(slots_ptr + tile).to(tl.int64)
-    up_rows = up_ptr + (slot * n + tl.minimum(column, end - 1))[None, :] * rank
+    up_columns = up_ptr + slot * rank * n + tl.minimum(column, end - 1)[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, rank, BLOCK_R):
         at = start + depth
@@ -145,7 +153,7 @@ def _up_kernel(
         for _ in tl.static_range(SHARES):
             narrow += tl.load(sums, mask=(at < rank)[None, :], other=0.0)
             sums += share_stride
-        up = tl.load(up_rows + at[:, None], mask=(at < rank)[:, None], other=0.0)
+        up = tl.load(up_columns + at[:, None] * n, mask=(at < rank)[:, None], other=0.0)
         acc = tl.dot(narrow.to(up_ptr.dtype.element_ty), up, acc, input_precision="ieee")
     ptrs = out_ptr + tl.maximum(row, 0)[:, None] * stride_out + column[None, :]
     mask = (row >= 0)[:, None] & (column < end)[None, :]
@@ -154,7 +162,7 @@ def _up_kernel(
 
 
 def launch(out: Tensor, x: Tensor, down: Tensor, up: Tensor, rows: LoraRows, sizes: Sequence[int]) -> Tensor:
-    (_, width, k), (_, n, rank) = down.shape, up.shape
+    (_, width, k), (_, rank, n) = down.shape, up.shape
     num_tiles = rows.tile_slots.shape[0]
     shares = max(1, min(_MOST_SHARES, cdiv(k, _SHARE)))
     share = cdiv(cdiv(k, shares), _BLOCK_K) * _BLOCK_K
@@ -177,36 +185,54 @@ def launch(out: Tensor, x: Tensor, down: Tensor, up: Tensor, rows: LoraRows, siz
 
 
 def reference(out: Tensor, x: Tensor, down: Tensor, up: Tensor, rows: LoraRows, sizes: Sequence[int]) -> Tensor:
-    rank = up.shape[2]
+    rank = up.shape[1]
     for tile, slot in zip(rows.tile_rows.tolist(), rows.tile_slots.tolist(), strict=True):
         for row in (row for row in tile if row >= 0):
             narrow = down[slot].double() @ x[row].double()
-            each = zip(narrow.split(rank), up[slot].double().split(list(sizes)), strict=True)
-            out[row] = (out[row].double() + torch.cat([piece @ part for part, piece in each])).to(out.dtype)
+            each = zip(narrow.split(rank), up[slot].double().split(list(sizes), dim=1), strict=True)
+            out[row] = (out[row].double() + torch.cat([one @ part for one, part in each])).to(out.dtype)
     return out
 
 
 def cpu(out: Tensor, x: Tensor, down: Tensor, up: Tensor, rows: LoraRows, sizes: Sequence[int]) -> Tensor:
-    rank = up.shape[2]
+    if rows.is_other is not None:
+        return _all_at_once(out, x, down, up, rows, sizes)
+    rank, product = up.shape[1], _in_fixed_order if rows.fixed_order else torch.mm
     for slot, index in rows.segments:
-        matrix, parts = x[index], up[slot].split(list(sizes))
-        if rows.fixed_order:
-            narrow = fixed_order_linear(matrix, down[slot], None).split(rank, dim=1)
-            each = [fixed_order_linear(a, b, None) for a, b in zip(narrow, parts, strict=True)]
-        else:
-            narrow = F.linear(matrix, down[slot]).split(rank, dim=1)
-            each = [F.linear(a, b) for a, b in zip(narrow, parts, strict=True)]
-        added = each[0] if len(each) == 1 else torch.cat(each, dim=1)
-        if isinstance(index, slice):
-            out[index] += added
-        else:
-            out.index_add_(0, index, added)
+        narrow, of_slot = product(x[index], down[slot].T), up[slot]
+        target, first = out[index], 0
+        for piece, size in enumerate(sizes):
+            part = narrow[:, piece * rank : (piece + 1) * rank]
+            target[:, first : first + size] += product(part, of_slot[:, first : first + size])
+            first += size
+        if not isinstance(index, slice):
+            out[index] = target
+    return out
+
+
+def _in_fixed_order(x: Tensor, matrix: Tensor) -> Tensor:
+    return fixed_order_linear(x, matrix.T, None)
+
+
+def _all_at_once(
+    out: Tensor, x: Tensor, down: Tensor, up: Tensor, rows: LoraRows, sizes: Sequence[int]
+) -> Tensor:  # fmt: skip
+    """All rows by the matrices of all slots in reach; of each row all is set to 0 but what is its own."""
+    assert rows.is_other is not None
+    first_slot, rank, count = rows.segments[0][0], up.shape[1], rows.is_other.shape[1]
+    narrow = F.linear(x, down[first_slot : first_slot + count].flatten(0, 1)).unflatten(1, (count, -1))
+    narrow.masked_fill_(rows.is_other, 0.0)  # not a product with 0: another's numbers may be too large for the type
+    ups, first = up[first_slot : first_slot + count].flatten(0, 1), 0
+    for piece, size in enumerate(sizes):
+        part = narrow[:, :, piece * rank : (piece + 1) * rank].flatten(1)
+        out[:, first : first + size].addmm_(part, ups[:, first : first + size])
+        first += size
     return out
 
 
 def _cost(out: Tensor, x: Tensor, down: Tensor, up: Tensor, rows: LoraRows, sizes: Sequence[int]) -> OpCost:
     num_rows = sum(index.stop - index.start if isinstance(index, slice) else len(index) for _, index in rows.segments)
-    width, rank = down.shape[1], up.shape[2]
+    width, rank = down.shape[1], up.shape[1]
     return costs.add_lora(num_rows, len(rows.segments), (out.shape[1], x.shape[1]), width, rank, x.element_size())
 
 
@@ -217,7 +243,7 @@ def _case(
     def build(device: str) -> tuple[Tensor, Tensor, Tensor, Tensor, LoraRows, Sequence[int]]:
         draw, n = Draw(device, dtype), sum(sizes)
         down = draw.normal(num_slots, len(sizes) * rank, k).mul_(k**-0.5)
-        up = draw.normal(num_slots, n, rank).mul_(rank**-0.5)
+        up = draw.normal(num_slots, rank, n).mul_(rank**-0.5)
         rows = LoraRows.of(np.asarray(slots, np.int32), device)
         assert rows is not None
         return draw.normal(len(slots), n), draw.normal(len(slots), k), down, up, rows, sizes
@@ -235,6 +261,8 @@ SMALL = (
     _case((1, 1, 1), (70,), 130, 16, BF16),
     _case((3, 0, -1, 0, 3) * 9, (33, 31), 48, 5, FP16),
     _case((0, 1, 2, 3), (20,), 1100, 70, BF16),
+    _case((3, 1, -1, 0, 3, 3), (40, 24, 24), 96, 8, FP32),
+    _case((2, 0) * 40 + (1,) * 30, (24, 24), 48, 4, FP32),
 )
 _MIXED = tuple(i % 16 for i in range(64))
 FULL = (

@@ -171,12 +171,12 @@ def torch_add_outliers(out, x, flags, weight, weight_scales, threshold):
 
 
 def torch_lora(out, x, down, up, rows, sizes):
-    out, rank = out.double(), up.shape[2]
+    out, rank = out.double(), up.shape[1]
     for slot, index in rows.segments:
         narrow = x[index].double() @ down[slot].double().T
         firsts = [sum(sizes[:piece]) for piece in range(len(sizes))]
         for piece, (first, size) in enumerate(zip(firsts, sizes, strict=True)):
-            part = narrow[:, piece * rank : (piece + 1) * rank] @ up[slot, first : first + size].double().T
+            part = narrow[:, piece * rank : (piece + 1) * rank] @ up[slot, :, first : first + size].double()
             out[index, first : first + size] += part
     return out
 

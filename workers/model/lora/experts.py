@@ -77,4 +77,4 @@ class LoraExperts:
 
 
 def _added(y: Tensor, x: Tensor, part: LowRank | None) -> Tensor:
-    return y if part is None else y + F.linear(F.linear(x, part.down), part.up)
+    return y if part is None else y + F.linear(x, part.down) @ part.up

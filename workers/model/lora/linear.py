@@ -32,7 +32,7 @@ class LoraLinear:
         assert self._sizes == base.output_sizes
         count, rank, width = slots.sizes.num_slots, slots.sizes.max_rank, columns.stop - columns.start
         self._down = torch.zeros(count, len(pieces) * rank, width, dtype=slots.dtype, device=slots.device)
-        self._up = torch.zeros(count, sum(self._sizes), rank, dtype=slots.dtype, device=slots.device)
+        self._up = torch.zeros(count, rank, sum(self._sizes), dtype=slots.dtype, device=slots.device)
 
     @property
     def input_scheme(self) -> Scheme | None:
@@ -62,11 +62,11 @@ class LoraLinear:
         down, up, rank = self._down[slot], self._up[slot], self._slots.sizes.max_rank
         down.zero_()
         up.zero_()
-        for index, up_rows in enumerate(up.split(self._sizes)):
+        for index, columns in enumerate(up.split(self._sizes, dim=1)):
             if (part := parts.get(index)) is not None:
                 used = len(part.down)
                 down[index * rank : index * rank + used].copy_(part.down, non_blocking=True)
-                up_rows[:, :used].copy_(part.up, non_blocking=True)
+                columns[:used].copy_(part.up, non_blocking=True)
 
 
 def _plain(x: Tensor | Quantised, dtype: torch.dtype) -> Tensor:

@@ -11,12 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from checkpoint.adapters.directory import Adapter, LoraModule, LoraTensor
 from kernels.lora import LoraRows
+from workers.config import EngineConfig
 from workers.errors import AdapterError
+from workers.parallel import Shard, stage_layers
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -35,7 +39,7 @@ class LowRank:
     """A rank's share of what is added to one matrix: up (down x)."""
 
     down: Tensor  # [rank, the share's inputs]
-    up: Tensor  # [the share's outputs, rank], times the scale
+    up: Tensor  # [rank, the share's outputs], times the scale
 
 
 class Adapted(Protocol):
@@ -75,6 +79,16 @@ class LoraSlots:
         self._products: list[Adapted] = []
         self._places: dict[str, list[Place]] = {}
         self._refused: dict[str, str] = {}
+
+    @classmethod
+    def for_stage(
+        cls, config: EngineConfig, num_layers: int, shard: Shard, dtype: torch.dtype, device: torch.device
+    ) -> LoraSlots | None:
+        """Of a rank, if its engine takes adapters. num_layers: of the whole model."""
+        if not config.enable_lora:
+            return None
+        sizes = LoraSizes(config.max_loras, config.max_lora_rank)
+        return cls(sizes, dtype, device, stage_layers(num_layers, shard.pp, shard.stage), num_layers)
 
     # ---------------------------------------------------------------------------------------------------------- start
     def add(self, product: Adapted) -> int:
@@ -121,7 +135,7 @@ class LoraSlots:
             has, wants = [module.outputs, module.inputs], [place.num_outputs, place.num_inputs]
             raise AdapterError(f"{where}: is for a matrix {has}; this model's is {wants}", is_unfit=True)
         down = _read(module.a, buffer)[:, place.columns].to(self.dtype)
-        up = (_read(module.b, buffer)[place.rows].float() * module.scale).to(self.dtype)
+        up = (_read(module.b, buffer)[place.rows].float() * module.scale).to(self.dtype).T
         for tensor, share in ((module.a, down), (module.b, up)):
             if not bool(share.isfinite().all()):
                 kind = str(self.dtype).removeprefix("torch.")
@@ -132,6 +146,10 @@ class LoraSlots:
         return LowRank(down.contiguous(), up.contiguous())
 
     # -------------------------------------------------------------------------------------------------------- in a step
+    def begin(self, slots: npt.NDArray[np.int32] | None, fixed_order: bool) -> None:
+        """The step that follows has these slots, one of each row of the batch; None: no row has one."""
+        self.rows = None if slots is None else LoraRows.of(slots, self.device, fixed_order)
+
     def put(self, slot: int, loaded: LoadedAdapter) -> None:
         """Replace what is in a slot, in the order of the steps."""
         for index, product in enumerate(self._products):
