@@ -8,6 +8,7 @@ read an adapter when a request with it comes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import time
@@ -155,7 +156,8 @@ class AdapterCatalog:
         try:
             return await self._announce(claim, claim, params)
         except BaseException:
-            self._threads.submit(self._give_up, claim)
+            with contextlib.suppress(RuntimeError):  # the router stops: the claim ends by itself
+                self._threads.submit(self._give_up, claim)
             raise
 
     async def unload(self, name: str, param: str = "name") -> None:
