@@ -44,8 +44,8 @@ class LoraRows:
     tile_rows: Tensor  # int32 [tiles, TILE_ROWS], on the device; -1: no row
     tile_slots: Tensor  # int32 [tiles]
     segments: tuple[tuple[int, Tensor | slice], ...]  # of each slot its rows: int64 on the device, or a range of them
-    order: Tensor  # int64, on the host: the rows, sorted by slot
-    slots: Tensor  # int64, on the host: their slots
+    is_other: Tensor | None = None  # bool [rows, slots, 1] on the host: the row is not of that slot, counted from the
+    # first that is used. None: segments are taken one by one.
     fixed_order: bool = False  # on the CPU, too, a row's bits do not depend on how many rows its slot has
 
     @staticmethod
@@ -69,8 +69,11 @@ class LoraRows:
         )
         tile_slots = np.repeat(found.astype(np.int32), num_tiles)
         on_device = [torch.from_numpy(each).to(device, non_blocking=True) for each in (tiles, tile_slots)]
-        ordered = [torch.from_numpy(each) for each in (order, slots[order].astype(np.int64))]
-        return LoraRows(on_device[0], on_device[1], segments, ordered[0], ordered[1], fixed_order)
+        reach = np.arange(found[0], found[-1] + 1)
+        is_other = None
+        if len(found) > _IN_A_LOOP and len(slots) * len(reach) <= _AT_ONCE and not fixed_order:
+            is_other = torch.from_numpy(slots[:, None, None] != reach[:, None])
+        return LoraRows(on_device[0], on_device[1], segments, is_other, fixed_order)
 
 
 def _range_of(rows: npt.NDArray[np.int64], device: torch.device | str) -> Tensor | slice:
@@ -192,20 +195,18 @@ def reference(out: Tensor, x: Tensor, down: Tensor, up: Tensor, rows: LoraRows, 
 
 
 def cpu(out: Tensor, x: Tensor, down: Tensor, up: Tensor, rows: LoraRows, sizes: Sequence[int]) -> Tensor:
-    num_slots = int(rows.slots[-1] - rows.slots[0]) + 1
-    is_small = len(rows.order) * num_slots <= _AT_ONCE
-    if is_small and len(rows.segments) > _IN_A_LOOP and not rows.fixed_order:
+    if rows.is_other is not None:
         return _all_at_once(out, x, down, up, rows, sizes)
-    rank, product = up.shape[1], _in_fixed_order if rows.fixed_order else torch.matmul
+    rank, product = up.shape[1], _in_fixed_order if rows.fixed_order else torch.mm
     for slot, index in rows.segments:
-        narrow = product(x[index], down[slot].T).split(rank, dim=1)
-        parts = up[slot].split(list(sizes), dim=1)
-        each = [product(one, part) for one, part in zip(narrow, parts, strict=True)]
-        added = each[0] if len(each) == 1 else torch.cat(each, dim=1)
-        if isinstance(index, slice):
-            out[index] += added
-        else:
-            out.index_add_(0, index, added)
+        narrow, of_slot = product(x[index], down[slot].T), up[slot]
+        target, first = out[index], 0
+        for piece, size in enumerate(sizes):
+            part = narrow[:, piece * rank : (piece + 1) * rank]
+            target[:, first : first + size] += product(part, of_slot[:, first : first + size])
+            first += size
+        if not isinstance(index, slice):
+            out[index] = target
     return out
 
 
@@ -216,18 +217,17 @@ def _in_fixed_order(x: Tensor, matrix: Tensor) -> Tensor:
 def _all_at_once(
     out: Tensor, x: Tensor, down: Tensor, up: Tensor, rows: LoraRows, sizes: Sequence[int]
 ) -> Tensor:  # fmt: skip
-    """A row's own part is picked out, not multiplied by 1 and the others by 0: those may be too large for the type."""
-    first, last = int(rows.slots[0]), int(rows.slots[-1])
-    (_, width, _), (_, rank, n) = down.shape, up.shape
-    count, num_slots, own = len(rows.order), last - first + 1, rows.slots - first
-    places = torch.arange(count), own
-    narrow = F.linear(x[rows.order], down[first : last + 1].flatten(0, 1)).view(count, num_slots, width)
-    alone = torch.zeros_like(narrow)
-    alone[places] = narrow[places]
-    by_piece, ups = alone.unflatten(2, (-1, rank)), up[first : last + 1].reshape(num_slots * rank, n)
-    parts = ups.split(list(sizes), dim=1)
-    each = [by_piece[:, :, piece].reshape(count, -1) @ part for piece, part in enumerate(parts)]
-    return out.index_add_(0, rows.order, each[0] if len(each) == 1 else torch.cat(each, dim=1))
+    """All rows by the matrices of all slots in reach; of each row all is set to 0 but what is its own."""
+    assert rows.is_other is not None
+    first_slot, rank, count = rows.segments[0][0], up.shape[1], rows.is_other.shape[1]
+    narrow = F.linear(x, down[first_slot : first_slot + count].flatten(0, 1)).unflatten(1, (count, -1))
+    narrow.masked_fill_(rows.is_other, 0.0)  # not a product with 0: another's numbers may be too large for the type
+    ups, first = up[first_slot : first_slot + count].flatten(0, 1), 0
+    for piece, size in enumerate(sizes):
+        part = narrow[:, :, piece * rank : (piece + 1) * rank].flatten(1)
+        out[:, first : first + size].addmm_(part, ups[:, first : first + size])
+        first += size
+    return out
 
 
 def _cost(out: Tensor, x: Tensor, down: Tensor, up: Tensor, rows: LoraRows, sizes: Sequence[int]) -> OpCost:

@@ -1,7 +1,8 @@
 """Names of KV blocks and keys of their fragments.
 
 A block's name is a chained hash of all that its bytes depend on: the fingerprint of model and cache layout, the
-tenant's salt, the parent block and the block's own tokens. Equal names mean equal contents, wherever computed.
+tenant's salt, the adapter's digest, the parent block and the block's own tokens. Equal names mean equal contents,
+wherever computed.
 Pure; does not know where blocks are kept, nor how a device lays them out.
 """
 

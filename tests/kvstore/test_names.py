@@ -13,6 +13,8 @@ def test_names_do_not_change_between_versions() -> None:
     assert fingerprint(FIELDS).hex() == "d94036074ee1a0b61ad41519cc6bc6e8"
     assert ROOT.hex() == "2501ab91b8a91235470fcb1ae0b96a70"
     assert block_name(ROOT, [1, 2, 3]).hex() == "6f4a7bda2702b963bf59d8f552a5f531"
+    with_adapter = root_name(fingerprint(FIELDS), b"", b"\1" * 32)
+    assert with_adapter.hex() == "cf7182b2637512779e5ed5f219a101b5"
     assert fragment_key(bytes(range(16)), 1, 2, 3).hex() == "000102030405060708090a0b0c0d0e0f010002000300"
 
 

@@ -54,6 +54,17 @@ class Preemption:
             self.num_recomputes += 1
         self._requeue(request)
 
+    def preempt_stalled(self, plan: SchedulerOutput) -> bool:
+        """Take the blocks of a client that does not read, for one that waits; False when there is no such client.
+
+        Only while nothing else runs: running requests free their blocks, and most clients are slow for a moment only.
+        """
+        queues = self._queues
+        if plan.requests or queues.num_active or not queues.running or self.num_leaving_blocks:
+            return False  # also while blocks of another are being copied: they are free after this step
+        self.preempt(plan, queues.running[-1])
+        return True
+
     def recompute(self, request: Request) -> None:
         """The request waits again, with nothing of what it had; nor is it known what the tiers have of it."""
         self.num_recomputes += 1

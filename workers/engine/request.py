@@ -78,6 +78,7 @@ class Request:
     status: RequestStatus = RequestStatus.WAITING
     row: int = -1  # of the ranks' state; -1: none
     adapter_slot: int = -1  # of the device, held from admission on; -1: none
+    had_adapter: bool = False  # it had its adapter's slot once
     error: str = ""  # one line: why its adapter failed
     block_tables: list[BlockTable] = field(default_factory=list)  # per cache group; empty: holds no blocks
     block_names: list[bytes] = field(default_factory=list)  # of the full blocks of token_ids known so far

@@ -204,9 +204,9 @@ class Scheduler:
             if most <= 0 and request.role is not RequestRole.DECODE:
                 break
             if request.adapter is not None and not self.adapters.acquire(request):
-                self._preempt_stalled(plan)  # one that keeps a slot from it
+                self.preemption.preempt_stalled(plan)  # one that keeps a slot from it
                 continue  # requests with other adapters need not wait
-            while not (is_admitted := self._admit(request, most)) and self._preempt_stalled(plan):
+            while not (is_admitted := self._admit(request, most)) and self.preemption.preempt_stalled(plan):
                 pass
             if not is_admitted:
                 self.adapters.release(request)
@@ -215,16 +215,6 @@ class Scheduler:
             if request.status is RequestStatus.RUNNING and most > 0:
                 left = self._num_left(request)
                 budget.spend(self._plan_chunk(plan, request, left, most, budget.num_tokens), is_chunk=left > 1)
-
-    def _preempt_stalled(self, plan: SchedulerOutput) -> bool:
-        """Take the blocks of a client that does not read, for one that waits; False when there is no such client.
-
-        Only while nothing else runs: running requests free their blocks, and most clients are slow for a moment only.
-        """
-        if plan.requests or self.queues.num_active or not self.running or self.preemption.num_leaving_blocks:
-            return False  # also while blocks of another are being copied: they are free after this step
-        self.preemption.preempt(plan, self.running[-1])
-        return True
 
     def _schedule_running(self, plan: SchedulerOutput, budget: StepBudget) -> None:
         """Chunks of requests that run already, in the policy's order.

@@ -22,7 +22,7 @@ from workers.errors import AdapterError, StepFailed
 
 log = logging.getLogger(__name__)
 
-READ_THREADS = 2
+READ_THREADS = 8  # most of their time they wait for a disk; one that hangs must not hold up the others
 T = TypeVar("T")
 
 

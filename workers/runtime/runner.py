@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from grammars.compiler import GrammarCompiler
-from kernels.lora import LoraRows
 from kvstore.store import FragmentStore
 from workers.config import EngineConfig
 from workers.engine.direct_plan import DirectChunk, direct_plan
@@ -27,10 +26,10 @@ from workers.kv.paged_cache import CacheLayout, PagedCache
 from workers.kv.schemes.named import scheme_of
 from workers.model.config import ModelConfig
 from workers.model.loader import Checkpoint, Weights
-from workers.model.lora.slots import LoadedAdapter, LoraSizes, LoraSlots
+from workers.model.lora.slots import LoraSlots
 from workers.model.stage import build_stage
 from workers.model.tensor_layout import check_checkpoint
-from workers.parallel import ParallelGroups, stage_layers
+from workers.parallel import ParallelGroups
 from workers.runtime.batching import NO_PADDING, InputBuffers, PreparedBatch
 from workers.runtime.coordination.relay import TokenRelay
 from workers.runtime.graphs import GraphedStage
@@ -120,13 +119,8 @@ class TorchModelRunner:
         if weights is None:
             check_checkpoint(Path(config.model_dir), model)
             weights = Checkpoint(Path(config.model_dir), self._dtype, device)
-        self._lora: LoraSlots | None = None
-        self.adapters: RankAdapters[LoadedAdapter] | None = None
-        if config.enable_lora:
-            layers = stage_layers(model.num_hidden_layers, config.pp, groups.shard.stage)
-            sizes = LoraSizes(config.max_loras, config.max_lora_rank)
-            self._lora = LoraSlots(sizes, self._dtype, device, layers, model.num_hidden_layers)
-            self.adapters = RankAdapters(self._lora.load, self._lora.put)
+        self._lora = lora = LoraSlots.for_stage(config, model.num_hidden_layers, groups.shard, self._dtype, device)
+        self.adapters = None if lora is None else RankAdapters(lora.load, lora.put)
         self._stage = build_stage(model, weights, groups, config.batch_invariant, self._lora)
         self._context_tokens = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
         scheme = scheme_of(config)
@@ -264,6 +258,8 @@ class TorchModelRunner:
             self.execute(self._direct(DirectChunk([0] * num_tokens, 0, num_tokens, blocks)))
         sampled = self._sampled_token(1, SamplingParams(temperature=1.0, top_p=0.9))
         self.execute(self._direct(*[sampled] * min(config.max_num_seqs, config.max_num_batched_tokens)))
+        if self._lora is not None:  # an empty slot: compiles what adds adapters
+            self.execute(self._direct(replace(sampled, adapter_slot=0)))
 
     def _zeros(self, num_blocks: int) -> list[list[int]]:
         return [[0] * num_blocks for _ in self._layout.groups]
@@ -363,8 +359,7 @@ class TorchModelRunner:
         prepared = self._inputs.fill(plan, config.block_size, config.batch_invariant, padding or NO_PADDING)
         self._chooser.begin(plan, prepared)
         if self._lora is not None:
-            slots = prepared.adapter_slots
-            self._lora.rows = None if slots is None else LoraRows.of(slots, self._device, config.batch_invariant)
+            self._lora.begin(prepared.adapter_slots, config.batch_invariant)
         batch, received = prepared.batch, None
         if prepared.pending is not None:
             where, rows = prepared.pending

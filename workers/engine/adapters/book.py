@@ -72,7 +72,8 @@ class AdapterBook:
             self.num_waiting += 1
             return False
         self._touch(loaded)
-        self.num_hits += was_there and not request.was_admitted
+        self.num_hits += was_there and not request.had_adapter
+        request.had_adapter = True
         loaded.num_users += 1
         request.adapter_slot = loaded.slot
         return True

@@ -11,12 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from checkpoint.adapters.directory import Adapter, LoraModule, LoraTensor
 from kernels.lora import LoraRows
+from workers.config import EngineConfig
 from workers.errors import AdapterError
+from workers.parallel import Shard, stage_layers
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -76,6 +80,16 @@ class LoraSlots:
         self._places: dict[str, list[Place]] = {}
         self._refused: dict[str, str] = {}
 
+    @classmethod
+    def for_stage(
+        cls, config: EngineConfig, num_layers: int, shard: Shard, dtype: torch.dtype, device: torch.device
+    ) -> LoraSlots | None:
+        """Of a rank, if its engine takes adapters. num_layers: of the whole model."""
+        if not config.enable_lora:
+            return None
+        sizes = LoraSizes(config.max_loras, config.max_lora_rank)
+        return cls(sizes, dtype, device, stage_layers(num_layers, shard.pp, shard.stage), num_layers)
+
     # ---------------------------------------------------------------------------------------------------------- start
     def add(self, product: Adapted) -> int:
         """A product takes adapters; its index."""
@@ -132,6 +146,10 @@ class LoraSlots:
         return LowRank(down.contiguous(), up.contiguous())
 
     # -------------------------------------------------------------------------------------------------------- in a step
+    def begin(self, slots: npt.NDArray[np.int32] | None, fixed_order: bool) -> None:
+        """The step that follows has these slots, one of each row of the batch; None: no row has one."""
+        self.rows = None if slots is None else LoraRows.of(slots, self.device, fixed_order)
+
     def put(self, slot: int, loaded: LoadedAdapter) -> None:
         """Replace what is in a slot, in the order of the steps."""
         for index, product in enumerate(self._products):
