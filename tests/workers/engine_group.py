@@ -188,7 +188,7 @@ def run_job(
 def speculation_of(config: EngineConfig, runner: TorchModelRunner, drafter: Drafter | None) -> Speculator | None:
     """What proposes drafts: the drafter, or what the config says."""
     if drafter is not None:
-        return Speculator(replace(config.speculative, num_speculative_tokens=16), drafter, None, lambda: 0.0)
+        return Speculator(replace(config.speculative, num_speculative_tokens=16), [drafter], None, lambda: 0.0)
     return make_speculator(config, runner, load_draft(config, torch.device("cpu")), None)
 
 

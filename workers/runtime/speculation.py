@@ -24,7 +24,7 @@ from workers.runtime.build import LoadedRunner, kv_fingerprint
 from workers.runtime.runner import TorchModelRunner, pick_dtype
 from workers.speculation.drafters.draft_model import DraftLimits, DraftModel
 from workers.speculation.drafters.drafter import Drafter
-from workers.speculation.drafters.forced import ForcedTokens
+from workers.speculation.drafters.forced import ForcedTokens, WithinGrammar
 from workers.speculation.drafters.ngram import NgramDrafter
 from workers.speculation.drafters.sequences import DraftSequences
 from workers.speculation.drafters.suffix import SuffixDrafter
@@ -119,11 +119,16 @@ def make_speculator(
     options = config.speculative
     if options.method == "none":
         return None
-    drafter: Drafter | None = draft
+    drafters: list[Drafter] = []
     if options.method == "ngram":
-        drafter = NgramDrafter(options.prompt_lookup_min, options.prompt_lookup_max)
+        drafters.append(NgramDrafter(options.prompt_lookup_min, options.prompt_lookup_max))
     elif options.method == "suffix":
-        drafter = SuffixDrafter(options)
+        drafters.append(SuffixDrafter(options))
+    elif draft is not None:
+        if options.draft_model_lookup_min:
+            drafters.append(SuffixDrafter(options, options.draft_model_lookup_min))
+        drafters.append(draft)
     if runner.grammars is not None:
-        drafter = ForcedTokens(runner.grammars, drafter)
-    return None if drafter is None else Speculator(options, drafter, costs, clock)
+        forced = ForcedTokens(runner.grammars)
+        drafters = [forced, *(WithinGrammar(drafter, forced) for drafter in drafters)]
+    return Speculator(options, drafters, costs, clock) if drafters else None

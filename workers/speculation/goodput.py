@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 _FADE = 0.95  # of what a step counts, with each one more
 _BIAS = (1.0, 4.0)  # least and most
+_RELAXED = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,10 @@ class GainBias:
         """A step with drafts is through."""
         self._expected = _FADE * self._expected + expected
         self._brought = _FADE * self._brought + brought
+
+    def relax(self) -> None:
+        """No drafts pay, so that nothing is learnt: believe in them a little more, or they would never be tried again."""
+        self._expected = self._brought + _RELAXED * (self._expected - self._brought)
 
     @property
     def ratio(self) -> float:
