@@ -54,6 +54,7 @@ class RunResult:
     """Of one run."""
 
     ms_per_token: float  # wall time over tokens of all streams
+    cpu_ms_per_token: float  # processor time of the process, its threads included: other work does not count in it
     num_hits: int
     num_copies: int
     num_reads: int
@@ -113,7 +114,7 @@ class AdapterEngines:
         config, runner = self._runners[takes_adapters]
         engine = make_engine(config, self._model, runner, make_executor(config, runner, self._groups), b"bench")
         coming = iter(self._requests(load, seed))
-        began_s = time.perf_counter()
+        began_s, began_cpu_s = time.perf_counter(), time.process_time()
         for _ in range(load.num_streams):
             self._submit_next(engine, coming)
         num_ended = 0
@@ -125,11 +126,12 @@ class AdapterEngines:
             for _ in events.ended:
                 num_ended += 1
                 self._submit_next(engine, coming)
-        took_s = time.perf_counter() - began_s
+        took_s, took_cpu_s = time.perf_counter() - began_s, time.process_time() - began_cpu_s
         book, num_tokens = engine.scheduler.adapters, engine.counters.num_generated_tokens
         assert num_tokens == load.num_requests * OUTPUT_TOKENS
         engine.close()
-        return RunResult(1000 * took_s / num_tokens, book.num_hits, book.num_copies, book.num_reads)
+        ms = 1000 * took_s / num_tokens, 1000 * took_cpu_s / num_tokens
+        return RunResult(*ms, book.num_hits, book.num_copies, book.num_reads)
 
     def _requests(self, load: Load, seed: int) -> Sequence[Request]:
         prompts = np.random.default_rng(seed).integers(self._model.vocab_size, size=(load.num_requests, PROMPT_TOKENS))
@@ -180,15 +182,12 @@ def measure_adapters(
 
 def _rows(runs: dict[str, list[RunResult]], setting: dict[str, object]) -> list[Measurement]:
     setting = {**setting, "adapters": NUM_ADAPTERS, "rank": RANK, "slots": NUM_SLOTS, "zipf": ZIPF, "model": "demo"}
-    base = [run.ms_per_token for run in runs["none taken"]]
-    beside = {"none taken": statistics.median(base)}
     rows = []
-    for kind, results in runs.items():
-        took = [run.ms_per_token for run in results]
-        what = {**setting, "load": kind}
-        rows.append(Measurement("adapters.token", "ms", took, what, beside))
-        added = [mine - other for mine, other in zip(took, base, strict=True)]
-        rows.append(Measurement("adapters.token.added", "ms", added, what, beside))
+    for name, field in (("adapters.token", "ms_per_token"), ("adapters.token.processor", "cpu_ms_per_token")):
+        base = statistics.median(getattr(run, field) for run in runs["none taken"])
+        for kind, results in runs.items():
+            took = [getattr(run, field) for run in results]
+            rows.append(Measurement(name, "ms", took, {**setting, "load": kind}, {"none taken": base}))
     for name in ("num_hits", "num_copies", "num_reads"):
         shares = [getattr(run, name) / int(str(setting["requests"])) for run in runs["zipf"]]
         rows.append(Measurement(f"adapters.{name[4:]}", "per request", shares, {**setting, "load": "zipf"}))

@@ -204,7 +204,8 @@ class Scheduler:
             if most <= 0 and request.role is not RequestRole.DECODE:
                 break
             if request.adapter is not None and not self.adapters.acquire(request):
-                self.preemption.preempt_stalled(plan)  # one that keeps a slot from it
+                if self.adapters.lacks_slot(request.adapter):
+                    self.preemption.preempt_stalled(plan)
                 continue  # requests with other adapters need not wait
             while not (is_admitted := self._admit(request, most)) and self.preemption.preempt_stalled(plan):
                 pass

@@ -177,6 +177,39 @@ def test_pinned_adapters_are_loaded_before_anybody_asks_and_stay():
     assert set(runner.slots.values()) == {b"", ref(2).digest, ref(3).digest, ref(4).digest}
 
 
+def test_what_is_pinned_is_not_waited_for():
+    """A request without a slot claims one that falls idle, and requests of the pinned adapter go on."""
+    engine, runner = make(AdapterLimits(2, 3), max_num_seqs=3)
+    engine.pin_adapters("router", [ref(0)])
+    submit(engine, "busy0", 1, 6)
+    until(engine, lambda: running(engine) == {"busy0"} and ref(0).digest in runner.slots.values())
+    submit(engine, "other", 2, 4)
+    until(engine, lambda: ref(2).digest in runner.host)
+    submit(engine, "pinned", 0, 40)
+    until(engine, lambda: "pinned" in running(engine))
+    assert "other" not in running(engine)
+    for i in range(1, 20):
+        submit(engine, f"busy{i}", 1, 6)
+        engine.step()
+        engine.step()
+        if "other" in running(engine):
+            break
+    assert i < 10
+
+
+def test_a_read_that_is_waited_for_takes_no_blocks_from_clients_that_do_not_read():
+    engine, runner = make(AdapterLimits(2, 2), max_num_seqs=4)
+    stalled = request("stalled", 3, 30, ignore_eos=True)
+    stalled.adapter, stalled.window_tokens = ref(0), 2
+    engine.submit(stalled)
+    until(engine, lambda: stalled.is_stalled)
+    runner.hanging = {ref(1).path}
+    submit(engine, "other", 1, 3)
+    for _ in range(5):
+        engine.step()
+    assert stalled.num_preemptions == 0
+
+
 def test_a_pinned_adapter_that_fails_is_not_tried_over_and_over():
     engine, runner = make(AdapterLimits(2, 2))
     runner.broken = {ref(0).path}

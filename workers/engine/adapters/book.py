@@ -78,6 +78,11 @@ class AdapterBook:
         request.adapter_slot = loaded.slot
         return True
 
+    def lacks_slot(self, ref: AdapterRef) -> bool:
+        """Whether it is others' use of the device that keeps an adapter from it, and not the reading of its files."""
+        loaded = self._loaded.get(ref.digest)
+        return loaded is None or not loaded.read_id
+
     def release(self, request: Request) -> None:
         """The request holds its slot no longer, if it did."""
         if request.adapter_slot < 0:
@@ -100,9 +105,14 @@ class AdapterBook:
             return loaded.slot not in self._claimed
         if self._find_slot(loaded):
             return True
-        users = [(each.num_users, slot) for slot, each in enumerate(self._slots) if each and slot not in self._claimed]
-        if users:  # pinned ones too, where nothing else is there: they come back
-            self._claimed.add(min(users)[1])
+        pinned = {ref.digest for ref in self._pinned()}
+        free_later = [
+            (each.num_users, slot)
+            for slot, each in enumerate(self._slots)
+            if each is not None and slot not in self._claimed and each.ref.digest not in pinned
+        ]
+        if free_later:
+            self._claimed.add(min(free_later)[1])
         return False
 
     def _find_slot(self, loaded: _Loaded) -> bool:
