@@ -149,7 +149,7 @@ def measure(num_tokens: int | None) -> list[WindowOutcome]:
         for batch, width in sizes_to_measure(MAX_NUM_SEQS, MAX_TOKENS)
     }
     clock = lambda: gpu.now_s  # noqa: E731
-    speculation = None if num_tokens == 0 else Speculator(options, VirtualDraft(gpu), StepCosts(measured), clock)
+    speculation = None if num_tokens == 0 else Speculator(options, [VirtualDraft(gpu)], StepCosts(measured), clock)
     pools = BlockPools([BlockPool(100_000, 16, enable_prefix_caching=False)])
     config = SchedulerConfig(MAX_NUM_SEQS, MAX_TOKENS, 4096)
     engine = Engine(

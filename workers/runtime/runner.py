@@ -8,9 +8,8 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,20 +25,22 @@ from workers.kv.paged_cache import CacheLayout, PagedCache
 from workers.kv.schemes.named import scheme_of
 from workers.model.config import ModelConfig
 from workers.model.loader import Checkpoint, Weights
+from workers.model.lora.slots import LoraSlots
 from workers.model.stage import build_stage
 from workers.model.tensor_layout import check_checkpoint
 from workers.parallel import ParallelGroups
 from workers.runtime.batching import NO_PADDING, InputBuffers, PreparedBatch
+from workers.runtime.chosen import NOTHING_CHOSEN, Chosen
 from workers.runtime.coordination.relay import TokenRelay
 from workers.runtime.graphs import GraphedStage
 from workers.runtime.host_copy import read_later
 from workers.runtime.pool_needs import PoolNeeds
+from workers.runtime.rank_adapters import RankAdapters
 from workers.runtime.step_threads import StepThreads
 from workers.runtime.step_transfers import STORE_GRACE_S, awaited, ended_of, finish_ended, poll_in_step
 from workers.runtime.token_chooser import TokenChooser
-from workers.sampling.params import GREEDY, RowReport, SamplingParams
+from workers.sampling.params import GREEDY, SamplingParams
 from workers.sampling.row_reports import Reported
-from workers.sampling.row_reports import read as read_reports
 from workers.speculation.features import StepFeatures, features_of
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -73,33 +74,6 @@ def schedules_async(config: EngineConfig, device: torch.device) -> bool:
     return device.type == "cuda" and config.pp == 1
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Chosen:
-    """What a step chose, or will have chosen: these wait for it, and give nothing where it is not known."""
-
-    prepared: PreparedBatch | None
-    reported: Reported | None
-    token_ids: Callable[[], list[Any]]  # in the batch's order
-    numbers: Callable[[], list[Any]]  # of row_reports.numbers_of
-    features: StepFeatures | None = None
-
-    def in_plan_order(self) -> tuple[list[int], list[RowReport | None]]:
-        """Token ids, and what rows report besides."""
-        token_ids = self.token_ids()
-        if self.prepared is None or self.reported is None or not token_ids:
-            return [], []
-        order: list[int] = self.prepared.order.tolist()
-        sampled = [0] * len(token_ids)
-        for index, token_id in zip(order, token_ids, strict=True):
-            sampled[index] = token_id
-        if self.reported.is_empty:
-            return sampled, []
-        return sampled, _in_order(read_reports(self.numbers(), self.reported), order)
-
-
-_NOTHING = _Chosen(None, None, list, list)
-
-
 class TorchModelRunner:
     """One rank's weights and KV cache."""
 
@@ -121,7 +95,9 @@ class TorchModelRunner:
         if weights is None:
             check_checkpoint(Path(config.model_dir), model)
             weights = Checkpoint(Path(config.model_dir), self._dtype, device)
-        self._stage = build_stage(model, weights, groups, config.batch_invariant)
+        self._lora = lora = LoraSlots.for_stage(config, model.num_hidden_layers, groups.shard, self._dtype, device)
+        self.adapters = None if lora is None else RankAdapters(lora.load, lora.put)
+        self._stage = build_stage(model, weights, groups, config.batch_invariant, self._lora)
         self._feature_layers = tuple(feature_layers)
         self._stage.feature_layers = tuple(sorted(set(feature_layers)))
         self._context_tokens = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
@@ -191,23 +167,31 @@ class TorchModelRunner:
     def close(self) -> None:
         """End what runs beside the steps."""
         self._chooser.close()
+        if self.adapters is not None:
+            self.adapters.close()
 
     def ended_transfers(self) -> Sequence[int]:
         """As in ModelRunner."""
-        return self._connector.ended()
+        return [*self._connector.ended(), *(() if self.adapters is None else self.adapters.ended())]
 
     def poll(self, transfer_ids: Sequence[int]) -> Sequence[TransferDone]:
         """As in ModelRunner."""
-        counts = self._groups.min_over_ranks([self._connector.poll(transfer_id) for transfer_id in transfer_ids])
+        counts = self._groups.min_over_ranks([self._poll_one(transfer_id) for transfer_id in transfer_ids])
         ended = ended_of(transfer_ids, counts)
         for done in ended:
             self._connector.claim(done)
-        return ended
+        return ended if self.adapters is None else self.adapters.claim(ended)
+
+    def _poll_one(self, transfer_id: int) -> int:
+        count = None if self.adapters is None else self.adapters.poll(transfer_id)
+        return self._connector.poll(transfer_id) if count is None else count
 
     def recover(self) -> None:
         """As in ModelRunner."""
         if self._relay is not None:
             self._relay.reset()
+        if self.adapters is not None:
+            self.adapters.forget()
         self._connector.forget()
 
     def warm_up(self) -> None:
@@ -252,6 +236,8 @@ class TorchModelRunner:
             self.execute(self._direct(DirectChunk([0] * num_tokens, 0, num_tokens, blocks)))
         sampled = self._sampled_token(1, SamplingParams(temperature=1.0, top_p=0.9))
         self.execute(self._direct(*[sampled] * min(config.max_num_seqs, config.max_num_batched_tokens)))
+        if self._lora is not None:  # an empty slot: compiles what adds adapters
+            self.execute(self._direct(replace(sampled, adapter_slot=0)))
 
     def _zeros(self, num_blocks: int) -> list[list[int]]:
         return [[0] * num_blocks for _ in self._layout.groups]
@@ -290,12 +276,14 @@ class TorchModelRunner:
         self._chooser.take_rows(plan.new_rows)
         for done in ended:
             self._connector.finish(done)
+        if self.adapters is not None:
+            self.adapters.carry_out(plan.adapter_orders, plan.is_full)
         for load in plan.loads:
             self._connector.start_load(load)
         for store in plan.stores:
             if not store.is_copied:
                 self._connector.prepare(store)
-        chosen = _NOTHING
+        chosen = NOTHING_CHOSEN
         if plan.num_requests:  # its tokens are read before the gathers, which follow on the same stream
             chosen = self._compute(plan if self._relay is None else self._relay.complete(plan))
         for store in plan.stores:
@@ -310,6 +298,8 @@ class TorchModelRunner:
             if is_alone:
                 with torch.inference_mode(), self._on_device():
                     ended.extend(finish_ended(plan, self._connector))
+                    if self.adapters is not None:
+                        ended.extend(self.adapters.finish_ended())
             return ModelRunnerOutput(sampled, found, ended, chosen.features)
 
         return wait
@@ -319,7 +309,7 @@ class TorchModelRunner:
         """Whether all ranks carry out the same step at the same time, and the leader's engine waits for it."""
         return self._device.type == "cpu" and self._config.pp == 1 and not self._keeps_tokens
 
-    def _compute(self, plan: StepPlan) -> _Chosen:
+    def _compute(self, plan: StepPlan) -> Chosen:
         """The forward pass and the choice of tokens; where they go is up to the stage."""
         tokens: Tensor | None = None
         numbers: Tensor | None = None
@@ -336,7 +326,7 @@ class TorchModelRunner:
             if self._stage.is_last:
                 self._relay.send(read, read_numbers, numbers is not None)
             read, read_numbers = self._relay.receive(prepared.rows, reported.shape)
-        return _Chosen(prepared, reported, read, read_numbers, self._features(plan, prepared, features))
+        return Chosen(prepared, reported, read, read_numbers, self._features(plan, prepared, features))
 
     def _features(self, plan: StepPlan, prepared: PreparedBatch, found: Sequence[Tensor]) -> StepFeatures | None:
         """In tensors of their own: the next replay of a graph overwrites what was found."""
@@ -349,12 +339,15 @@ class TorchModelRunner:
     def _forward(self, plan: StepPlan, features: list[Tensor]) -> tuple[PreparedBatch, Tensor | None, Tensor | None]:
         """The batch; on the last stage its wanted rows' logits, and their hidden states where some are pooled. features
         gets those that a drafter wants."""
-        pools = bool(self._inputs.state.pools[plan.rows].any())
-        graphs = self._graphs if self.replays and not pools else None
+        state = self._inputs.state
+        pools, is_adapted = bool(state.pools[plan.rows].any()), bool((state.adapter_slots[plan.rows] >= 0).any())
+        graphs = self._graphs if self.replays and not (pools or is_adapted) else None
         padding = None if graphs is None else graphs.padding_for(plan)
         config = self._config
         prepared = self._inputs.fill(plan, config.block_size, config.batch_invariant, padding or NO_PADDING)
         self._chooser.begin(plan, prepared)
+        if self._lora is not None:
+            self._lora.begin(prepared.adapter_slots, config.batch_invariant)
         batch, received = prepared.batch, None
         if prepared.pending is not None:
             where, rows = prepared.pending
@@ -391,9 +384,3 @@ class TorchModelRunner:
         self, logits: Tensor, hidden: Tensor | None, prepared: PreparedBatch, reported: Reported
     ) -> tuple[Tensor, Tensor | None]:
         return self._chooser.choose(logits, hidden, prepared, reported)
-
-
-def _in_order(found: Sequence[RowReport | None], order: Sequence[int]) -> list[RowReport | None]:
-    """From the batch's order to the plan's."""
-    by_index = dict(zip(order, found, strict=True))
-    return [by_index[index] for index in range(len(order))]

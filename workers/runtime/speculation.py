@@ -1,7 +1,8 @@
 """Puts a worker's speculative decoding together: its drafter, with a draft model or a head where there is one, and step
 costs.
 
-Both run on rank 0 alone: they are small, and their steps would mostly wait for messages between ranks.
+Both run on rank 0 alone: they are small, and their steps would mostly wait for messages between ranks. They have no
+adapters, and propose for requests that have one as for others.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from workers.speculation.drafters.draft_model import DraftModel
 from workers.speculation.drafters.draft_plan import DraftLimits
 from workers.speculation.drafters.drafter import Drafter
 from workers.speculation.drafters.feature_head import BEFORE_FIRST, FeatureHead
-from workers.speculation.drafters.forced import ForcedTokens
+from workers.speculation.drafters.forced import ForcedTokens, WithinGrammar
 from workers.speculation.drafters.ngram import NgramDrafter
 from workers.speculation.drafters.sequences import DraftSequences
 from workers.speculation.drafters.suffix import SuffixDrafter
@@ -112,6 +113,7 @@ def _draft_config(config: EngineConfig, model: ModelConfig, device: torch.device
         async_scheduling=True,
         kv_encoding="none",
         kv_cache_dtype="auto",
+        enable_lora=False,
         speculative=SpeculativeOptions(),
         max_model_len=0,
     )
@@ -159,11 +161,16 @@ def make_speculator(
     options = config.speculative
     if options.method == "none":
         return None
-    drafter: Drafter | None = draft
+    drafters: list[Drafter] = []
     if options.method == "ngram":
-        drafter = NgramDrafter(options.prompt_lookup_min, options.prompt_lookup_max)
+        drafters.append(NgramDrafter(options.prompt_lookup_min, options.prompt_lookup_max))
     elif options.method == "suffix":
-        drafter = SuffixDrafter(options)
+        drafters.append(SuffixDrafter(options))
+    elif draft is not None:
+        if options.draft_model_lookup_min:
+            drafters.append(SuffixDrafter(options, options.draft_model_lookup_min))
+        drafters.append(draft)
     if runner.grammars is not None:
-        drafter = ForcedTokens(runner.grammars, drafter)
-    return None if drafter is None else Speculator(options, drafter, costs, clock)
+        forced = ForcedTokens(runner.grammars)
+        drafters = [forced, *(WithinGrammar(drafter, forced) for drafter in drafters)]
+    return Speculator(options, drafters, costs, clock) if drafters else None

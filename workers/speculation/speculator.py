@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from workers.config import SpeculativeOptions
 from workers.engine.outcome import JudgedDrafts
@@ -18,45 +19,66 @@ from workers.engine.speculation import SpeculationCounters
 from workers.engine.step import SchedulerOutput
 from workers.speculation.acceptance import AcceptanceEstimates
 from workers.speculation.drafters.drafter import Drafter, DraftWanted
-from workers.speculation.goodput import draft_lengths
+from workers.speculation.goodput import GainBias, draft_budget
 from workers.speculation.step_costs import StepCosts
 
 log = logging.getLogger(__name__)
 
-_LONGEST_PAUSE = 64  # steps between two probes while no drafts pay
+_LONGEST_PAUSE = 32  # steps between two probes while no drafts pay
 _PROBE_TOKENS = 1
+MIN_GAIN = 1.03  # times as many tokens a second as without drafts: less is within the error of the estimates
+
+
+@dataclass(slots=True)
+class _Draft:
+    """Of one request, before a step."""
+
+    wanted: DraftWanted
+    token_ids: Sequence[int] = ()
+    drafted_by: int = 0  # index of the drafter
+    length: int = 0  # of what is proposed, or may be
+
+    @property
+    def request_id(self) -> str:
+        """Of the request."""
+        return self.wanted.request.request_id
 
 
 class Speculator:
-    """Of one engine. costs: measured times of steps; without them every proposed draft is taken."""
+    """Of one engine. drafters: a request's drafts are those of the first one that proposes some; one whose proposals
+    cost time comes last. costs: measured times of steps; without them every proposed draft is taken."""
 
     def __init__(
         self,
         options: SpeculativeOptions,
-        drafter: Drafter,
+        drafters: Sequence[Drafter],
         costs: StepCosts | None,
         clock: Callable[[], float],
     ) -> None:
         self._options = options
-        self._drafter = drafter
+        self._drafters = drafters
         self._costs = costs if options.enable_adaptive_verification else None
         self._clock = clock
-        self._estimates = AcceptanceEstimates(options.most_tokens)
+        self._estimates = [AcceptanceEstimates(options.most_tokens) for _ in drafters]
+        self._drafted_by: dict[str, int] = {}  # of requests whose drafts are being judged
         self._pause = 0  # steps to come without a look at drafts
         self._next_pause = 1
         self._drafting_s = 0.0  # before the last step
-        self._is_broken = False  # the drafter has raised
+        self._expected_gain = 0.0  # of the next step; 0: nothing is expected of it
+        self._bias = GainBias()
+        self._is_broken = False  # a drafter has raised
         self.counters = SpeculationCounters(num_accepted_tokens_per_pos=[0] * options.most_tokens)
 
     # ---------------------------------------------------------------------------------------------------- before a step
     def propose(self, scheduler: Scheduler) -> None:
         """Give the scheduler drafts for the plan that it makes next."""
-        self._drafting_s = 0.0
+        self._drafting_s = self._expected_gain = 0.0
         if self._is_broken:
             return
         try:
             if scheduler.waiting_for_kv:
-                self._drafter.prepare(scheduler.waiting_for_kv)
+                for drafter in self._drafters:
+                    drafter.prepare(scheduler.waiting_for_kv)
             self._propose_unless_paused(scheduler)
         except Exception:
             self._break()
@@ -64,7 +86,7 @@ class Speculator:
                 request.awaits_drafts, request.draft_token_ids = False, []
 
     def _break(self) -> None:
-        """The drafter has raised."""
+        """A drafter has raised."""
         log.exception("drafts cannot be proposed any more; decoding goes on without them")
         self._is_broken = True
 
@@ -99,49 +121,67 @@ class Speculator:
     def _propose(self, scheduler: Scheduler, wanted: Sequence[DraftWanted], num_running: int) -> None:
         if not wanted:
             return
-        drafts: list[Sequence[int]] = []
-        if self._costs is None:
-            drafts = self._drafter.propose(wanted)
-        elif self._drafter.draft_s([1]) > 0:  # proposals cost time: only those are asked for that pay
-            lengths = self._lengths(scheduler, wanted, [one.num_tokens for one in wanted], num_running)
-            wanted = [DraftWanted(one.request, k) for one, k in zip(wanted, lengths, strict=True) if k]
-            drafts = self._drafter.propose(wanted) if wanted else []
-        else:
-            drafts = self._drafter.propose(wanted)
-            lengths = self._lengths(scheduler, wanted, [len(found) for found in drafts], num_running)
-            drafts = [found[:k] for found, k in zip(drafts, lengths, strict=True)]
-        for one, found in zip(wanted, drafts, strict=True):
-            scheduler.propose(one.request.request_id, list(found[: one.num_tokens]))
+        drafts = [_Draft(one) for one in wanted]
+        is_adaptive = self._costs is not None
+        for index, drafter in enumerate(self._drafters):
+            if not (is_adaptive and drafter.draft_s([1]) > 0):
+                self._ask(index, [draft for draft in drafts if not draft.token_ids])
+        if is_adaptive:
+            self._choose_lengths(scheduler, drafts, num_running)
+        for draft in drafts:
+            if draft.token_ids:
+                self._drafted_by[draft.request_id] = draft.drafted_by
+                scheduler.propose(draft.request_id, list(draft.token_ids))
 
-    def _lengths(
-        self, scheduler: Scheduler, wanted: Sequence[DraftWanted], limits: Sequence[int], num_running: int
-    ) -> list[int]:
-        """How many draft tokens of each request the step takes."""
-        costs = self._costs
+    def _ask(self, index: int, drafts: Sequence[_Draft]) -> None:
+        """Let one of the drafters propose tokens."""
+        if drafts:
+            found = self._drafters[index].propose([draft.wanted for draft in drafts])
+            for draft, token_ids in zip(drafts, found, strict=True):
+                draft.token_ids, draft.drafted_by = token_ids[: draft.wanted.num_tokens], index
+
+    def _choose_lengths(self, scheduler: Scheduler, drafts: Sequence[_Draft], num_running: int) -> None:
+        """Cut drafts to what pays. A drafter whose proposals cost time is asked for as many as pay, where the others
+        had none."""
+        costs, last = self._costs, len(self._drafters) - 1
         assert costs is not None, "without costs every draft is taken"
-        survival = [
-            self._estimates.survival(one.request.request_id, limit) for one, limit in zip(wanted, limits, strict=True)
-        ]
+        costly = self._drafters[last]
+        is_costly = costly.draft_s([1]) > 0
+        is_open = [is_costly and not draft.token_ids for draft in drafts]
+        for draft, is_unasked in zip(drafts, is_open, strict=True):
+            draft.length = draft.wanted.num_tokens if is_unasked else len(draft.token_ids)
+            draft.drafted_by = last if is_unasked else draft.drafted_by
 
         def step_s(lengths: Sequence[int], num_drafts: int) -> float:
-            return costs.step_s(num_running, num_drafts) + (self._drafter.draft_s(lengths) if num_drafts else 0.0)
+            drafted = [length for length, is_unasked in zip(lengths, is_open, strict=True) if is_unasked and length]
+            return costs.step_s(num_running, num_drafts) + (costly.draft_s(drafted) if drafted else 0.0)
 
-        lengths = draft_lengths(survival, num_running, _spare_tokens(scheduler, num_running), step_s)
+        survival = [self._estimates[draft.drafted_by].survival(draft.request_id, draft.length) for draft in drafts]
+        min_gain, spare = MIN_GAIN * self._bias.ratio, _spare_tokens(scheduler, num_running)
+        budget = draft_budget(survival, num_running, spare, step_s, min_gain)
+        lengths = budget.lengths
         if any(lengths):
-            self._next_pause = 1
-        elif any(limits):
-            lengths = self._probe(wanted, limits)
-        return lengths
+            self._next_pause, self._expected_gain = 1, budget.gain
+        elif any(draft.length for draft in drafts):
+            lengths = self._probe(drafts)
+        asked = []
+        for draft, length, is_unasked in zip(drafts, lengths, is_open, strict=True):
+            draft.token_ids = draft.token_ids[:length]
+            if is_unasked and length:
+                draft.wanted = DraftWanted(draft.wanted.request, length)
+                asked.append(draft)
+        self._ask(last, asked)
 
-    def _probe(self, wanted: Sequence[DraftWanted], limits: Sequence[int]) -> list[int]:
+    def _probe(self, drafts: Sequence[_Draft]) -> Sequence[int]:
         """No drafts pay: let one request have one, so that a change is noticed, and look again after a pause."""
+        self._bias.relax()
         self._pause = self._next_pause
         self._next_pause = min(2 * self._next_pause, _LONGEST_PAUSE)
-        for one in wanted:
-            one.request.awaits_drafts = False
-        able = [index for index, limit in enumerate(limits) if limit]
+        for draft in drafts:
+            draft.wanted.request.awaits_drafts = False
+        able = [index for index, draft in enumerate(drafts) if draft.length]
         probed = able[self.counters.num_drafts % len(able)]
-        return [min(_PROBE_TOKENS, limit) if index == probed else 0 for index, limit in enumerate(limits)]
+        return [min(_PROBE_TOKENS, draft.length) * (index == probed) for index, draft in enumerate(drafts)]
 
     # ----------------------------------------------------------------------------------------------------- after a step
     def computed(self, plan: SchedulerOutput, features: object) -> None:
@@ -149,7 +189,8 @@ class Speculator:
         if self._is_broken:
             return
         try:
-            self._drafter.computed(plan, features)
+            for drafter in self._drafters:
+                drafter.computed(plan, features)
         except Exception:
             self._break()
 
@@ -162,20 +203,26 @@ class Speculator:
             counters.num_accepted_tokens += one.num_right
             for position in range(one.num_right):
                 counters.num_accepted_tokens_per_pos[position] += 1
-            self._estimates.note(one.request.request_id, one.num_drafts, one.num_right)
+            drafted_by = self._drafted_by.pop(one.request.request_id, 0)
+            self._estimates[drafted_by].note(one.request.request_id, one.num_drafts, one.num_right)
         if self._costs is not None and plan.requests and plan.num_tokens == plan.num_logits:
             num_seqs, num_drafts = len(plan.requests), sum(plan.num_tokens) - len(plan.requests)
             plain_s = self._costs.step_s(num_seqs, 0)
             self._costs.observe(num_seqs, num_drafts, duration_s)
             if judged:
-                gained = 1 + sum(one.num_right for one in judged) / num_seqs
-                counters.saved_seconds += gained * plain_s - duration_s - self._drafting_s
+                num_tokens = 1 + sum(one.num_right for one in judged) / num_seqs  # of each sequence, on average
+                took_s = duration_s + self._drafting_s
+                counters.saved_seconds += num_tokens * plain_s - took_s
+                if self._expected_gain:
+                    self._bias.note(self._expected_gain, num_tokens * plain_s / took_s)
 
     def forget(self, request: Request) -> None:
         """The request has left the engine."""
-        self._estimates.forget(request.request_id)
-        if not self._is_broken:
-            self._drafter.forget(request)
+        self._drafted_by.pop(request.request_id, None)
+        for drafter, estimates in zip(self._drafters, self._estimates, strict=True):
+            estimates.forget(request.request_id)
+            if not self._is_broken:
+                drafter.forget(request)
 
 
 def _is_ready(request: Request) -> bool:

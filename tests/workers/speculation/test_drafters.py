@@ -14,7 +14,7 @@ from workers.config import SpeculativeOptions
 from workers.engine.request import Request
 from workers.sampling.params import SamplingParams
 from workers.speculation.drafters.drafter import Drafter, DraftWanted
-from workers.speculation.drafters.forced import ForcedTokens
+from workers.speculation.drafters.forced import ForcedTokens, WithinGrammar
 from workers.speculation.drafters.ngram import NgramDrafter
 from workers.speculation.drafters.suffix import SuffixDrafter
 
@@ -79,6 +79,12 @@ def test_what_most_went_on_with_is_proposed_and_as_long_as_the_match() -> None:
     assert proposed(suffix(suffix_decoding_min_token_prob=0.9), request([1, 2, 4, 1, 2, 5, 1, 2])) == []
 
 
+def test_fewer_tokens_than_the_least_do_not_count() -> None:
+    drafter = SuffixDrafter(SpeculativeOptions(method="suffix"), least=4)
+    assert proposed(drafter, request([1, 2, 3, 9, 1, 2, 3])) == []
+    assert proposed(drafter, request([8, 1, 2, 3, 9, 8, 1, 2, 3], request_id="q"))[:1] == [9]
+
+
 def test_memory_is_bounded_in_requests_and_tokens() -> None:
     for bounds in ({"suffix_decoding_max_cached_requests": 2}, {"suffix_decoding_max_cached_tokens": 8}):
         drafter = suffix(suffix_decoding_max_spec_factor=4.0, **bounds)
@@ -107,20 +113,20 @@ def ids(text: str) -> list[int]:
 
 def test_what_the_grammar_leaves_no_choice_about_is_proposed(compiler: GrammarCompiler) -> None:
     form = Grammar(GrammarKind.REGEX, '\\{"name": "[a-z]+", "ok": true\\}')
-    drafter = ForcedTokens(compiler, NgramDrafter(1, 4))
+    drafter = ForcedTokens(compiler)
     one = request(ids("say"), sampling=SamplingParams(grammar=form))
     assert proposed(drafter, one, 40) == ids('{"name": "')
     assert proposed(drafter, one, 4) == ids('{"na')
     one.token_ids += ids('{"name": "bc')
-    assert proposed(drafter, one, 40) == []  # any letter may follow, and nothing came after c before
+    assert proposed(drafter, one, 40) == []  # any letter may follow
     one.token_ids += ids('ab"')
     assert proposed(drafter, one, 40) == ids(', "ok": true}')
     drafter.forget(one)
-    assert proposed(drafter, request([1, 2, 1]), 2) == [2, 1]  # others have no grammar
+    assert proposed(drafter, request([1, 2, 1]), 2) == []  # it has no grammar
 
 
 def test_drafts_that_the_grammar_does_not_allow_are_cut(compiler: GrammarCompiler) -> None:
-    drafter = ForcedTokens(compiler, NgramDrafter(1, 4))
+    drafter = WithinGrammar(NgramDrafter(1, 4), ForcedTokens(compiler))
     form = Grammar(GrammarKind.REGEX, "[ab]+c?")
     one = request(ids("abxabx"), sampling=SamplingParams(grammar=form))
     one.token_ids += ids("a")

@@ -50,7 +50,7 @@ class Listening(Scripted):
 def heard_by(config: EngineConfig, wanted: Sequence[SamplingParams | Pooling], plain: list[list[int]]) -> Listening:
     completions = {f"r{i}": completion for i, completion in enumerate(plain)}
     drafter = Listening("often_right", completions, 97)
-    run_job(config, ParallelGroups.connect(Shard(), torch.device("cpu"), "", ""), PROMPTS, wanted, drafter)
+    run_job(config, ParallelGroups.connect(Shard(), torch.device("cpu"), "", ""), PROMPTS, wanted, drafter=drafter)
     return drafter
 
 

@@ -1,7 +1,7 @@
-"""Tokens that a request's grammar leaves no choice about, before those that another drafter proposes.
+"""Tokens that a request's grammar leaves no choice about.
 
 A form of JSON has long runs of them. They are drafts like others: the model judges them, so that text becomes the
-tokens that it would become without. What another drafter proposes is cut where the grammar does not go on.
+tokens that it would become without. What other drafters propose is cut where the grammar does not go on.
 """
 
 from __future__ import annotations
@@ -29,22 +29,20 @@ class _Position:
 
 
 class ForcedTokens:
-    """compiler: of the model's tokenizer. rest: what proposes tokens where nothing is forced; None: nothing does."""
+    """compiler: of the model's tokenizer."""
 
-    def __init__(self, compiler: GrammarCompiler, rest: Drafter | None) -> None:
+    def __init__(self, compiler: GrammarCompiler) -> None:
         self._compiler = compiler
-        self._rest = rest
         self._positions: dict[str, _Position] = {}
 
     def propose(self, wanted: Sequence[DraftWanted]) -> list[Sequence[int]]:
         """As in Drafter."""
-        drafts = [self._forced(one.request)[: one.num_tokens] for one in wanted]
-        open_ones = [index for index, found in enumerate(drafts) if not found]
-        if self._rest is None or not open_ones:
-            return drafts
-        for index, found in zip(open_ones, self._rest.propose([wanted[i] for i in open_ones]), strict=True):
-            drafts[index] = self._allowed(wanted[index].request, found)
-        return drafts
+        return [self._forced(one.request)[: one.num_tokens] for one in wanted]
+
+    def allowed(self, request: Request, drafts: Sequence[int]) -> Sequence[int]:
+        """Drafts of another drafter, up to the first that the request's grammar does not allow."""
+        matcher = self._matcher(request)
+        return drafts if matcher is None else drafts[: matcher.validate_tokens(list(drafts))]
 
     def _forced(self, request: Request) -> Sequence[int]:
         matcher = self._matcher(request)
@@ -52,10 +50,6 @@ class ForcedTokens:
             return ()
         token_ids: Sequence[int] = matcher.compute_ff_tokens()
         return token_ids
-
-    def _allowed(self, request: Request, drafts: Sequence[int]) -> Sequence[int]:
-        matcher = self._matcher(request)
-        return drafts if matcher is None else drafts[: matcher.validate_tokens(list(drafts))]
 
     def _matcher(self, request: Request) -> llguidance.LLMatcher | None:
         """The request's matcher, after the tokens known so far; None: it has no grammar, or its end is reached."""
@@ -79,21 +73,44 @@ class ForcedTokens:
             return None
 
     def prepare(self, requests: Sequence[Request]) -> None:
-        """As in Drafter."""
-        if self._rest is not None:
-            self._rest.prepare(requests)
+        """As in Drafter: nothing needs to be."""
 
     def computed(self, plan: SchedulerOutput, features: object) -> None:
-        """As in Drafter."""
-        if self._rest is not None:
-            self._rest.computed(plan, features)
+        """As in Drafter: it asks for none."""
 
     def forget(self, request: Request) -> None:
         """As in Drafter."""
         self._positions.pop(request.request_id, None)
-        if self._rest is not None:
-            self._rest.forget(request)
 
     def draft_s(self, lengths: Sequence[int]) -> float:
         """As in Drafter."""
-        return 0.0 if self._rest is None else self._rest.draft_s(lengths)
+        return 0.0
+
+
+class WithinGrammar:
+    """Another drafter, whose drafts are cut where a request's grammar does not go on."""
+
+    def __init__(self, drafter: Drafter, forced: ForcedTokens) -> None:
+        self._drafter = drafter
+        self._forced = forced
+
+    def propose(self, wanted: Sequence[DraftWanted]) -> list[Sequence[int]]:
+        """As in Drafter."""
+        found = self._drafter.propose(wanted)
+        return [self._forced.allowed(one.request, drafts) for one, drafts in zip(wanted, found, strict=True)]
+
+    def prepare(self, requests: Sequence[Request]) -> None:
+        """As in Drafter."""
+        self._drafter.prepare(requests)
+
+    def computed(self, plan: SchedulerOutput, features: object) -> None:
+        """As in Drafter."""
+        self._drafter.computed(plan, features)
+
+    def forget(self, request: Request) -> None:
+        """As in Drafter."""
+        self._drafter.forget(request)
+
+    def draft_s(self, lengths: Sequence[int]) -> float:
+        """As in Drafter."""
+        return self._drafter.draft_s(lengths)

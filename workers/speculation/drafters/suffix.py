@@ -74,9 +74,10 @@ def _key(tenant: bytes, token_ids: Sequence[int], end: int) -> tuple[bytes, int,
 
 
 class SuffixDrafter:
-    """Of one worker."""
+    """Of one worker. least: how many of the last tokens must have come before."""
 
-    def __init__(self, options: SpeculativeOptions) -> None:
+    def __init__(self, options: SpeculativeOptions, least: int = _WIDTH) -> None:
+        self._least = least
         self._depth = options.suffix_decoding_max_tree_depth
         self._factor = options.suffix_decoding_max_spec_factor
         self._least_share = options.suffix_decoding_min_token_prob
@@ -101,9 +102,9 @@ class SuffixDrafter:
             for end in past.places(token_ids)
         ]
         places += self._remembered.places(_tenant(request), token_ids, self._depth)
-        if not places:
+        longest = max((place.length for place in places), default=0)
+        if longest < self._least:
             return ()
-        longest = max(place.length for place in places)
         best: Sequence[int] = ()
         best_score = 0.0
         for least in {longest, max(_WIDTH, longest // 2)}:  # few long matches, or more that are shorter
@@ -151,4 +152,4 @@ class SuffixDrafter:
 
 def _tenant(request: Request) -> bytes:
     """Whose requests may share drafts: those that may share blocks."""
-    return request.tenant_salt
+    return request.tenant_salt + (b"" if request.adapter is None else request.adapter.digest)
