@@ -139,8 +139,8 @@ class SpeculativeOptions:
     suffix_decoding_min_token_prob: Annotated[float, _SHARE] = 0.1
     """suffix: a draft ends before a token that followed in a smaller share of the places."""
     draft_model_lookup_min: Annotated[int, Bounds(at_least=0, at_most=64)] = 4
-    """draft_model: where so many last tokens have come before, in the request or in an earlier one of its tenant, what
-    followed them there is proposed, as with suffix, and the draft model is not asked; 0: it always is."""
+    """draft_model, eagle3: where so many last tokens have come before, in the request or in an earlier one of its
+    tenant, what followed them there is proposed, as with suffix, and the draft model is not asked; 0: it always is."""
     draft_temperature_scale: Annotated[float, Bounds(at_least=0, at_most=4)] = 1.0
     """draft_model, eagle3: times the request's temperature, in choosing drafts; 0: greedily."""
     draft_tensor_parallel_size: Annotated[int, Bounds(at_least=0, at_most=1)] = 0
