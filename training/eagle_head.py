@@ -84,8 +84,9 @@ class HeadLayer(nn.Module):
         super().__init__()
         self.self_attn = HeadAttention(shape)
         self.mlp = MLP(shape)
-        for name in ("hidden_norm", "input_layernorm", "post_attention_layernorm"):
-            setattr(self, name, nn.RMSNorm(shape.hidden_size, eps=RMS_NORM_EPS))
+        self.hidden_norm = nn.RMSNorm(shape.hidden_size, eps=RMS_NORM_EPS)
+        self.input_layernorm = nn.RMSNorm(shape.hidden_size, eps=RMS_NORM_EPS)
+        self.post_attention_layernorm = nn.RMSNorm(shape.hidden_size, eps=RMS_NORM_EPS)
 
     def forward(
         self, embedded: Tensor, x: Tensor, tables: tuple[Tensor, Tensor], passes: list[tuple[Tensor, Tensor]]
