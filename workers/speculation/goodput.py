@@ -37,7 +37,7 @@ class GainBias:
         self._brought = _FADE * self._brought + brought
 
     def relax(self) -> None:
-        """No drafts pay, so that nothing is learnt: believe in them a little more, or they would never be tried again."""
+        """No drafts pay, and nothing is learnt: believe in them a little more, or they would never be tried again."""
         self._expected = self._brought + _RELAXED * (self._expected - self._brought)
 
     @property
