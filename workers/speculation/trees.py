@@ -121,10 +121,10 @@ class TreeShape:
         return len(self.parents) - 1
 
     @property
-    def num_branch_tokens(self) -> int:
-        """Tokens that are computed if each leaf is a sequence of its own, the root's among them."""
-        depths, inner = _depths(self.parents), set(self.parents)
-        return sum(depth + 1 for node, depth in enumerate(depths) if node not in inner)
+    def branch_lengths(self) -> tuple[int, ...]:
+        """Of each leaf the tokens of its path, the root's among them: the tree as sequences."""
+        inner = set(self.parents)
+        return tuple(depth + 1 for node, depth in enumerate(_depths(self.parents)) if node not in inner)
 
     @property
     def widths(self) -> tuple[int, ...]:
