@@ -11,6 +11,7 @@
     quantized     weights in 8 and 4 bits beside the same model in bfloat16, engine alone
     speculation   tokens a second of each drafter over those of plain decoding, engine alone
     goodput       speculation under a rising load, in virtual time
+    adapters      a hundred LoRA adapters on one worker: hit rate, and what a token costs more, engine alone
     kv_schemes    loss, bytes per token and streams that fit of each kvstore.kv_cache_dtype
     scaling       GPU-hours and attainment of the scaling policies, in simulated time (five minutes)
 
@@ -38,6 +39,7 @@ from urllib.parse import urlsplit
 from switchyard_client import GenerationClient, GenerationRequest, SamplingParams, Tokens
 
 from bench import direct, kv_schemes, tiers
+from bench.adapters import measure_adapters
 from bench.cluster import cluster
 from bench.goodput import measure_goodput
 from bench.host_step import SIZES as HOST_STEP_SIZES
@@ -218,6 +220,7 @@ SECTIONS = {
     "quantized": measure_quantized,
     "speculation": measure_speculation,
     "goodput": measure_goodput,
+    "adapters": measure_adapters,
     "scaling": measure_scaling,
 }
 

@@ -23,8 +23,7 @@ import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from bench.rows import Measurement, append_rows
-from deploy.config import DEMO_DRAFT, DEMO_MODEL
+from bench.rows import ROOT, Measurement, append_rows
 from training import corpus
 from workers.config import EngineConfig, SpeculativeOptions, resolve_model
 from workers.engine.engine import Engine
@@ -37,6 +36,7 @@ from workers.runtime.runner import TorchModelRunner
 from workers.runtime.speculation import load_draft, make_speculator, measure_costs
 from workers.sampling.params import SamplingParams
 
+DEMO_MODEL, DEMO_DRAFT = ROOT / "models" / "demo", ROOT / "models" / "demo-draft"
 PLAIN = "none"
 METHODS = {"demo": ("ngram", "suffix", "draft_model"), "smollm2": ("ngram", "suffix")}
 BATCHES = (1, 8, 32)

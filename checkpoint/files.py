@@ -28,6 +28,17 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
+def parse_json(content: bytes, path: Path) -> dict[str, Any]:
+    """The object that the content of a file is. Raises CheckpointError."""
+    try:
+        parsed = json.loads(content.decode("utf-8"), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:  # the latter of what is nested thousands of times
+        raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(parsed, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return parsed
+
+
 def read_json(path: Path, is_required: bool = False, ignored: Collection[str] = ()) -> dict[str, Any]:
     """The object in the file; {} when the file is missing and not required. Raises CheckpointError.
 
@@ -35,13 +46,11 @@ def read_json(path: Path, is_required: bool = False, ignored: Collection[str] = 
     """
     try:
         refuse_pointer(path)
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+        content = path.read_bytes()
     except FileNotFoundError:
         if is_required:
             raise CheckpointError(f"{path}: missing") from None
         return {}
-    except (OSError, ValueError, RecursionError) as error:  # the latter of what is nested thousands of times
+    except OSError as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return {key: value for key, value in content.items() if key not in ignored}
+    return {key: value for key, value in parse_json(content, path).items() if key not in ignored}

@@ -56,6 +56,18 @@ def add_low_rank(num_tokens: int, n: int, k: int, rank: int, dtype_bytes: int) -
     return OpCost((rank * (k + n) + num_tokens * (k + 2 * n)) * dtype_bytes, 2 * num_tokens * rank * (k + n))
 
 
+def add_lora(
+    num_rows: int, num_adapters: int, n_and_k: tuple[int, int], width: int, rank: int, dtype_bytes: int
+) -> OpCost:
+    """Of rows with an adapter: x is read, the result read and written; the matrices of each adapter are read once.
+
+    width: rows of a `down`, one rank for each of the matrices that are multiplied together.
+    """
+    n, k = n_and_k
+    moved = num_rows * (k + 2 * n) + num_adapters * (width * k + n * rank)
+    return OpCost(moved * dtype_bytes, 2 * num_rows * (width * k + n * rank))
+
+
 def group_by_expert(num_tokens: int, top_k: int, num_experts: int, block: int) -> OpCost:
     """Ids are read, a row number per slot and an expert per block are written. Per id: compare, rank, store."""
     num_rows = num_tokens * top_k

@@ -77,6 +77,17 @@ def cli() -> None:
     help="Speculative decoding: the keys of the branch `speculative`, such as "
     '\'{"method": "suffix", "num_speculative_tokens": 8}\'.',
 )
+@click.option("--enable-lora", is_flag=True, default=None, help="Take requests with LoRA adapters.")
+@click.option(
+    "--lora-modules",
+    multiple=True,
+    metavar="NAME=PATH",
+    help="An adapter to serve under a name; again for each further one. Needs --enable-lora.",
+)
+@click.option("--lora-root", metavar="DIR", help="Where adapters may be loaded from while the cluster runs.")
+@click.option("--max-loras", type=int, metavar="N", help="Adapters on a worker's device at a time.")
+@click.option("--max-lora-rank", type=int, metavar="N", help="Largest rank of an adapter.")
+@click.option("--max-cpu-loras", type=int, metavar="N", help="Adapters in a worker's host memory.")
 @click.option("--once", metavar="PROMPT", help="Answer this prompt, print the answer and its timings, exit.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def serve(config_path: str | None, assignments: tuple[str, ...], once: str | None, as_json: bool, **flags: Any) -> int:
@@ -117,6 +128,7 @@ def schema() -> int:
     help="A router's gRPC address; of several, the next one goes on with a stream whose router dies.",
 )
 @click.option("--prompt", required=True, metavar="TEXT", help="What to continue.")
+@click.option("--model", default="", metavar="NAME", help="An adapter of the model. Default: the model itself.")
 @click.option(
     "--max-tokens",
     type=click.IntRange(1, 2**63 - 1),
@@ -134,19 +146,21 @@ def schema() -> int:
 def generate(
     targets: tuple[str, ...],
     prompt: str,
+    model: str,
     max_tokens: int | None,
     temperature: float | None,
     seed: int | None,
     as_json: bool,
 ) -> int:
     """Stream one completion from a running cluster."""
-    from switchyard_client import SamplingParams
+    from switchyard_client import GenerationRequest, SamplingParams
 
     from deploy.completion import summary
 
     sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
     write = functools.partial(deliver, stream=sys.stdout)
-    completion = _complete(targets, prompt, sampling, None if as_json else write)
+    request = GenerationRequest(prompt, sampling, model)
+    completion = _complete(targets, request, None if as_json else write)
     if as_json:
         write(json.dumps(_plain(completion)) + "\n")
     else:
@@ -248,8 +262,8 @@ def _check_current_folder() -> None:
 # ---- what is shown
 
 
-def _complete(targets: Sequence[str], prompt: str, sampling: Any, write: Callable[[str], None] | None) -> Any:
-    from switchyard_client import GenerationError, GenerationRequest
+def _complete(targets: Sequence[str], request: Any, write: Callable[[str], None] | None) -> Any:
+    from switchyard_client import GenerationError
 
     from deploy.completion import complete
 
@@ -258,7 +272,7 @@ def _complete(targets: Sequence[str], prompt: str, sampling: Any, write: Callabl
             write(text)
 
     try:
-        return complete(targets, GenerationRequest(prompt, sampling), on_text)
+        return complete(targets, request, on_text)
     except GenerationError as error:
         kind = ConfigError if error.status in _CALLERS_FAULT else StartError
         raise kind(one_line(error)) from None
@@ -268,7 +282,7 @@ def _sample(
     targets: Sequence[str], once: str | None, about: dict[str, Any], as_json: bool, write: Callable[[str], None]
 ) -> str:
     """One completion: the answer of `--once`, or a sign of life. Shows it as it comes; returns what is left to say."""
-    from switchyard_client import SamplingParams
+    from switchyard_client import GenerationRequest, SamplingParams
 
     from deploy.completion import summary
 
@@ -276,7 +290,7 @@ def _sample(
     if not as_json:
         write(f"\n{prompt}")
     sampling = SamplingParams(temperature=0.0, max_tokens=_SAMPLE_TOKENS)
-    completion = _complete(targets, prompt, sampling, None if as_json else write)
+    completion = _complete(targets, GenerationRequest(prompt, sampling), None if as_json else write)
     if as_json:
         return json.dumps({**_plain(completion), **_plain(about)}) + "\n"
     lines = [*summary(completion), f"ready after           {about['startup_s']:.1f} s"]

@@ -27,12 +27,14 @@ from deploy.plan import (
     cluster_name,
     layers_per_fragment,
     make_plan,
+    model_name,
     num_cpus_needed,
     takes_cpu_dtype,
 )
 from deploy.ports import wanted_ports
 from deploy.preflight import (
     FoundModel,
+    check_adapters,
     check_control,
     check_folder,
     check_host_memory,
@@ -96,6 +98,7 @@ class Cluster:
         self._keep_logs = False
         self._tier_secret = ""
         self._weights = ""
+        self._adapters = config.adapters
         self._started = Descendants()
         self._is_hurried = False
         self._held: list[int] = []
@@ -112,6 +115,7 @@ class Cluster:
         """See whether it can be started, without starting anything. Raises ConfigError or StartError."""
         model = check_model(self._config)
         layers_per_fragment(self._config, model.config.cache_specs)
+        self._adapters = check_adapters(self._config, model, model_name(self._config, model.reference))
         check_folder("ray.temp_dir", self._config.ray.temp_dir)
         if not self._config.ray.address:
             check_node_ip(self._config.ray.node_ip)
@@ -277,8 +281,9 @@ class Cluster:
 
     def _start_routers(self, plan: ClusterPlan, model: FoundModel) -> Routers:
         control = plan.pools[0].spec.control
-        # In memory, the streams of one machine are written down in a file that outlives its routers.
-        journal = f"file://{self.run_dir}/streams.journal" if control.startswith("memory://") else control
+        # In memory, what the routers of one machine share is written down in files that outlive them.
+        in_files = control.startswith("memory://")
+        journal = f"file://{self.run_dir}/streams.journal" if in_files else control
         template = RouterSpec(
             "",
             str(model.directory),
@@ -290,6 +295,9 @@ class Cluster:
             ignore_keys=self._config.model.ignore_keys,
             model_limits=model.limits,
             generation_config=self._config.model.generation_config,
+            adapters=self._adapters,
+            adapter_targets=model.adapter_targets if self._adapters.enabled else (),
+            adapter_registry=f"file://{self.run_dir}/adapters.registry" if in_files else control,
         )
         specs = router_specs(template, self._config.endpoints, self._config.router, self.id)
         routers = Routers(specs, self.run_dir)

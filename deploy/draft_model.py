@@ -32,19 +32,19 @@ def check_draft(config: ClusterConfig, model: FoundModel) -> str:
         directory = resolve_model(wanted).resolve()
         draft = load_config(directory, config.model.ignore_keys, config.model.plugins)
         check_checkpoint(directory, draft)
-        _check_fit(draft, directory, model)
+        _check_fit(wanted, draft, directory, model)
     except (ModelError, CheckpointError) as error:
         raise ConfigError(f"{_KEY}: {error}") from None
     path = Path(wanted).expanduser()
     return str(path.resolve()) if path.exists() else wanted
 
 
-def _check_fit(draft: ModelConfig, directory: Path, model: FoundModel) -> None:
+def _check_fit(wanted: str, draft: ModelConfig, directory: Path, model: FoundModel) -> None:
     if draft.vocab_size != model.config.vocab_size:
-        raise ModelError(f"{directory}: has {draft.vocab_size} tokens, and the served model {model.config.vocab_size}")
+        raise ModelError(f"{wanted}: has {draft.vocab_size} tokens, and the served model {model.config.vocab_size}")
     is_same = tokenizer_digest(directory) == tokenizer_digest(model.directory)
     if not is_same and _ids(directory) != _ids(model.directory):
-        raise ModelError(f"{directory}: its tokenizer is not that of the served model")
+        raise ModelError(f"{wanted}: its tokenizer is not that of the served model")
 
 
 def _ids(directory: Path) -> dict[str, int]:

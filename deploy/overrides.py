@@ -27,6 +27,13 @@ class ServeFlags:
     grpc_port: int | None = None
     http_port: int | None = None
     speculative_config: str | None = None
+    enable_lora: bool | None = None
+    lora_modules: Sequence[str] = ()
+    """NAME=PATH each."""
+    lora_root: str | None = None
+    max_loras: int | None = None
+    max_lora_rank: int | None = None
+    max_cpu_loras: int | None = None
 
 
 def load_with_flags(path: str | None, flags: ServeFlags, assignments: Sequence[str]) -> ClusterConfig:
@@ -38,6 +45,12 @@ def load_with_flags(path: str | None, flags: ServeFlags, assignments: Sequence[s
         ("endpoints.routers", flags.routers),
         ("endpoints.grpc_port", flags.grpc_port),
         ("endpoints.http_port", flags.http_port),
+        ("adapters.enabled", flags.enable_lora),
+        ("adapters.modules", _modules(flags.lora_modules)),
+        ("adapters.root", flags.lora_root),
+        ("adapters.max_loras", flags.max_loras),
+        ("adapters.max_lora_rank", flags.max_lora_rank),
+        ("adapters.max_cpu_loras", flags.max_cpu_loras),
     ):
         if value is not None:
             branch, name = key.split(".")
@@ -57,6 +70,19 @@ def _json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError("--speculative-config: must be a JSON object with the keys of the branch `speculative`")
     return value
+
+
+def _modules(assignments: Sequence[str]) -> dict[str, str] | None:
+    """Directories by name, of NAME=PATH each. Raises ConfigError."""
+    modules: dict[str, str] = {}
+    for assignment in assignments:
+        name, _, path = assignment.partition("=")
+        if not name or not path:
+            raise ConfigError(f"--lora-modules {assignment}: must look like NAME=PATH")
+        if name in modules:
+            raise ConfigError(f"--lora-modules {assignment}: {name} is named twice")
+        modules[name] = path
+    return modules or None
 
 
 def _apply_pools(raw: dict[str, Any], flags: ServeFlags) -> None:

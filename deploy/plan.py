@@ -10,12 +10,14 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from deploy.config import ClusterConfig, PoolConfig
 from deploy.errors import ConfigError
 from kvstore.config import KV_MIXED_PRECISIONS, MIXED_PRECISION_BLOCK_TOKENS, KVStoreConfig
 from kvstore.tiers.disk.disk import least_disk_bytes
 from kvstore.tiers.host.arena import num_slots_for
+from router.adapters.config import AdaptersConfig
 from workers.config import EngineConfig, WorkerSpec, kv_row_bytes
 from workers.errors import ModelError
 from workers.kv.schemes.named import KVCacheOptions
@@ -193,8 +195,19 @@ def _engine(
         ignore_keys=config.model.ignore_keys,
         plugins=config.model.plugins,
         **dataclasses.asdict(config.engine),
-        **pool.options(),
+        **{**pool.options(), **_adapter_options(config.adapters)},
     )
+
+
+def _adapter_options(adapters: AdaptersConfig) -> dict[str, Any]:
+    """Fields of EngineConfig that are the same in all pools."""
+    return {
+        "enable_lora": adapters.enabled,
+        "max_loras": adapters.max_loras,
+        "max_lora_rank": adapters.max_lora_rank,
+        "max_cpu_loras": adapters.max_cpu_loras,
+        "lora_load_timeout_s": adapters.load_timeout_s,
+    }
 
 
 def _pool_plan(spec: WorkerSpec, pool: PoolConfig) -> PoolPlan:

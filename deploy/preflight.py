@@ -5,6 +5,7 @@ Knows nothing of Ray. What only shows itself later (a worker that cannot load) i
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import secrets
@@ -24,7 +25,10 @@ from kvstore.config import KVStoreConfig, is_redis
 from kvstore.network.addresses import bare_host, join_host_port, listen, split_host_port
 from kvstore.redis_client import read_password
 from kvstore.trial import TierMisconfigured, memory_risk, try_control, try_disk, try_tier
-from router.errors import ModelFilesError
+from router.adapters.config import AdaptersConfig
+from router.adapters.files import read_fitting
+from router.adapters.targets import AdapterTarget, targets_of
+from router.errors import AdapterRefused, ModelFilesError
 from router.model_files import ModelFiles, ModelLimits
 from router.service.chat import ChatTemplate
 from router.service.text import TextCodec
@@ -33,7 +37,7 @@ from workers.errors import ModelError
 from workers.model.config import ModelConfig
 from workers.model.identity import weights_identity
 from workers.model.registry import load_config
-from workers.model.tensor_layout import check_checkpoint, check_split
+from workers.model.tensor_layout import check_checkpoint, check_split, tensor_layout
 
 _REACH_TIMEOUT_S = 2.0
 _LEAST_SECRET_CHARACTERS = 16
@@ -52,6 +56,12 @@ class FoundModel:
     def limits(self) -> ModelLimits:
         """The parts of its config that routers need."""
         return ModelLimits(self.config.max_position_embeddings, self.config.vocab_size)
+
+    @property
+    def adapter_targets(self) -> tuple[AdapterTarget, ...]:
+        """The linear modules that adapters may change."""
+        matrices = tensor_layout(self.config).matrices
+        return targets_of({name: (size, one.inputs) for one in matrices for name, size in one.tensors()})
 
 
 def find_model(config: ClusterConfig) -> FoundModel:
@@ -84,6 +94,28 @@ def check_model(config: ClusterConfig) -> FoundModel:
         except ModelError as error:
             raise ConfigError(f"pools.{name}: {error}") from None
     return model
+
+
+def check_adapters(config: ClusterConfig, model: FoundModel, name: str) -> AdaptersConfig:
+    """See that the adapters to serve from the start can be served, and that the folder for later ones is there. name:
+    what clients call the model. The branch with absolute paths. Raises ConfigError."""
+    adapters = config.adapters
+    if adapters.root and not os.path.isdir(adapters.root):
+        raise ConfigError(f"adapters.root: {adapters.root}: no such folder")
+    modules = {}
+    targets = model.adapter_targets if adapters.modules else ()
+    for module, path in adapters.modules.items():
+        key, directory = f"adapters.modules.{module}", Path(path).expanduser().resolve()
+        if not module or module == name:
+            raise ConfigError(
+                f"adapters.modules: {module!r} cannot be the name of an adapter: it is the model's, or none"
+            )
+        try:
+            read_fitting(directory, targets, adapters.max_lora_rank, key)
+        except AdapterRefused as error:
+            raise ConfigError(error.message) from None
+        modules[module] = str(directory)
+    return dataclasses.replace(adapters, modules=modules)
 
 
 def read_weights(config: ClusterConfig, model: FoundModel) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from deploy.config import ClusterConfig
 from deploy.errors import ConfigError
 from deploy.plan import model_name
-from deploy.preflight import check_password_files, find_model, tier_secret
+from deploy.preflight import check_adapters, check_password_files, find_model, tier_secret
 from deploy.processes.leftovers import FOLDER_PREFIX
 from kvstore.config import is_redis
 from kvstore.format.authenticity import cluster_secret
@@ -61,10 +61,12 @@ def router_spec(config: ClusterConfig, host_name: str) -> RouterSpec:
     check_standalone(config)
     model = find_model(config)
     endpoints, control = config.endpoints, config.kvstore.control_url
+    name = model_name(config, model.reference)
+    adapters = check_adapters(config, model, name)
     return RouterSpec(
         router_id=f"router-{host_name}-{endpoints.grpc_port}",
         model_dir=str(model.directory),
-        model_name=model_name(config, model.reference),
+        model_name=name,
         control=control,
         journal=control,
         grpc_host=endpoints.grpc_host,
@@ -76,4 +78,7 @@ def router_spec(config: ClusterConfig, host_name: str) -> RouterSpec:
         cluster=config.name,
         ignore_keys=config.model.ignore_keys,
         model_limits=model.limits,
+        adapters=adapters,
+        adapter_targets=model.adapter_targets if adapters.enabled else (),
+        adapter_registry=control,
     )

@@ -46,6 +46,7 @@ definition that both are tested against. Importing touches no GPU.
     split_outliers(x, threshold) -> (x in int8 without its large inputs, scales, which stretches had any)
     add_outliers(out, x, flags, weight, weight_scales, threshold) -> out plus the large inputs' product, in place
     add_low_rank(out, x, down, up) -> out + x @ down.T @ up.T, in place
+    add_lora(out, x, down, up, rows, sizes) -> the same, each row with the matrices of its slot (kernels.lora.LoraRows)
     fp8_gemm, int8_gemm(x, weight, x_scales, weight_scales) -> x @ weight.T, scaled per row and per column, bf16
     fp8_block_gemm(x, weight, x_scales, weight_scales) -> the same with a scale per 128 of k and per 128x128, bf16
     group_by_expert(expert_ids, num_experts, block) -> (row of each slot, expert of each block)
@@ -94,12 +95,14 @@ from kernels.kv.kv_copy import gather_kv_blocks, scatter_kv_blocks
 from kernels.kv.pack_kv import pack_full_blocks
 from kernels.kv.rope_kv import rope_and_write_kv
 from kernels.kv.rope_kv_quantised import rope_and_write_kv_fp8, rope_and_write_kv_int8
+from kernels.lora import add_lora
 from kernels.norm import add_rms_norm, add_rms_norm_quantised, rms_norm, rms_norm_quantised
 from kernels.penalties import apply_penalties
 from kernels.sampling import sample
 from kernels.vocab_argmax import vocab_argmax
 
 __all__ = [
+    "add_lora",
     "add_low_rank",
     "add_outliers",
     "add_rms_norm",

@@ -9,9 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kvstore.config import KVStoreConfig, is_redis, is_redis_cluster
+from kvstore.control.adapter_registry import AdapterRegistry, MemoryAdapterRegistry
 from kvstore.control.directory import Directory
+from kvstore.control.file_adapter_registry import FileAdapterRegistry
 from kvstore.control.file_journal import FileJournal
 from kvstore.control.journal import StreamJournal
+from kvstore.control.redis_adapter_registry import RedisAdapterRegistry
 from kvstore.control.redis_directory import RedisDirectory
 from kvstore.control.redis_journal import RedisJournal
 from kvstore.control.remote_directory import RemoteDirectory
@@ -55,6 +58,24 @@ def open_journal(url: str, cluster: str) -> StreamJournal:
     if is_redis(url):
         return RedisJournal(url, cluster)
     raise ValueError(f"journal: must be file:///PATH or a redis:// URL, not {url!r}")
+
+
+def open_adapter_registry(url: str, cluster: str) -> AdapterRegistry:
+    """file:///PATH is a file that the routers of one machine share, redis://... one in a Redis, apart for each cluster;
+    memory:// is this process's own.
+
+    Raises RegistryUnavailable when the file cannot be opened.
+    """
+    if url == _MEMORY:
+        return MemoryAdapterRegistry()
+    if url.startswith(_FILE):
+        path = Path(url.removeprefix(_FILE))
+        if not path.is_absolute():
+            raise ValueError(f"adapters: file:// needs an absolute path, not {str(path)!r}")
+        return FileAdapterRegistry(path)
+    if is_redis(url):
+        return RedisAdapterRegistry(url, cluster)
+    raise ValueError(f"adapters: must be memory://, file:///PATH or a redis:// URL, not {url!r}")
 
 
 def open_tiers(

@@ -1,7 +1,8 @@
 """Names of KV blocks and keys of their fragments.
 
 A block's name is a chained hash of all that its bytes depend on: the fingerprint of model and cache layout, the
-tenant's salt, the parent block and the block's own tokens. Equal names mean equal contents, wherever computed.
+tenant's salt, the adapter's digest, the parent block and the block's own tokens. Equal names mean equal contents,
+wherever computed.
 Pure; does not know where blocks are kept, nor how a device lays them out.
 """
 
@@ -28,9 +29,15 @@ def fingerprint(fields: Mapping[str, object]) -> bytes:
     return _digest(b"kv-fingerprint", canonical.encode())
 
 
-def root_name(fingerprint: bytes, tenant_salt: bytes) -> bytes:
-    """Parent of the first block of every prompt of one tenant under one fingerprint."""
-    return _digest(b"kv-root", struct.pack("<I", len(fingerprint)) + fingerprint + tenant_salt)
+def root_name(fingerprint: bytes, tenant_salt: bytes, adapter_digest: bytes = b"") -> bytes:
+    """Parent of the first block of every prompt of one tenant under one fingerprint.
+
+    adapter_digest: of the bytes of the adapter that the prompt is computed with; empty: with none.
+    """
+    fixed = struct.pack("<I", len(fingerprint)) + fingerprint
+    if not adapter_digest:
+        return _digest(b"kv-root", fixed + tenant_salt)
+    return _digest(b"kv-root-adapter", fixed + struct.pack("<I", len(adapter_digest)) + adapter_digest + tenant_salt)
 
 
 def block_name(parent: bytes, token_ids: Sequence[int]) -> bytes:

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 
 from checkpoint.identity import ServedModel
 from kvstore.config import is_redis
-from kvstore.connect import open_directory, open_journal
+from kvstore.connect import open_adapter_registry, open_directory, open_journal
+from kvstore.control.adapter_registry import AdapterRegistry, MemoryAdapterRegistry, RegistryUnavailable
 from kvstore.control.directory import Directory
 from kvstore.control.journal import JournalUnavailable, StreamJournal
 from kvstore.control.redis_decision_log import RedisDecisionLog
+from router.adapters.catalog import AdapterCatalog
 from router.api.grpc_api import GrpcApi
 from router.api.http_api import HttpApi, HttpParts
 from router.api.status_api import StatusServicer
@@ -31,6 +33,7 @@ from router.fleet.worker_connection import ConnectionOptions, end_task
 from router.metrics import Metrics
 from router.model_files import ModelFiles
 from router.placement.policy import POLICIES, Rates
+from router.placement.residency import AdapterCosts
 from router.service.dispatch import Dispatcher
 from router.service.generation import Generation
 from router.service.journal import JournalWriter
@@ -50,7 +53,9 @@ class Addresses:
 class Router:
     """start(), then stop(). Everything runs in the event loop of start()."""
 
-    def __init__(self, spec: RouterSpec, journal: StreamJournal | None = None) -> None:
+    def __init__(
+        self, spec: RouterSpec, journal: StreamJournal | None = None, registry: AdapterRegistry | None = None
+    ) -> None:
         config = spec.config
         self._spec = spec
         files = ModelFiles.load(
@@ -58,12 +63,18 @@ class Router:
         )
         self._metrics = Metrics()
         rates = Rates(config.prefill_ms_per_token, config.decode_ms_per_step, config.transfer_ms_per_block)
-        fleet = Fleet(POLICIES[config.policy], rates)
+        fleet = Fleet(POLICIES[config.policy], rates, AdapterCosts(spec.adapters.load_ms, spec.adapters.copy_ms))
         self._dispatcher = Dispatcher(fleet, config, time.monotonic, self._metrics)
         self._journal = JournalWriter(journal)
         served = ServedModel(spec.cluster, spec.model_name, spec.weights, files.tokenizer)
         self._served = ServedIdentity(served, config.replacement_wait_s, time.monotonic)
-        self._generation = Generation(files, self._served, config, self._dispatcher, self._journal, self._metrics)
+        self._adapters = AdapterCatalog(
+            files.name, registry or MemoryAdapterRegistry(), spec.adapters, spec.adapter_targets, self._metrics
+        )
+        self._dispatcher.is_loadable = self._adapters.is_loadable
+        self._generation = Generation(
+            files, self._served, config, self._dispatcher, self._journal, self._metrics, self._adapters
+        )
         self._dispatcher.weights = lambda: self._served.now.weights
         self._membership: Membership | None = None
         self._metrics.watch(
@@ -71,6 +82,7 @@ class Router:
             lambda: self._generation.admission.num_inflight,
             lambda: self._directory_is_up,
             lambda: self._journal.is_up,
+            self._adapters,
         )
         self._decisions = RedisDecisionLog(spec.control, spec.cluster) if is_redis(spec.control) else None
         admission = self._generation.admission
@@ -112,6 +124,8 @@ class Router:
             asyncio.create_task(self._http.serve(self._spec.config.drain_s + _FLUSH_S), name="http"),
             asyncio.create_task(self._tell_health(), name="health"),
             asyncio.create_task(self._journal.run(), name="journal"),
+            asyncio.create_task(self._adapters.run(self._spec.config.directory_poll_s), name="adapters"),
+            asyncio.create_task(self._pin(), name="pins"),
         ]
         return Addresses(grpc_address, http_address)
 
@@ -120,15 +134,16 @@ class Router:
         self._generation.admission.is_stopping = True
         self._changed.set()
         self._http.stop()
-        membership, http, health, journal = self._tasks
+        membership, http, health, journal, *others = self._tasks
         drain_s = self._spec.config.drain_s
         parting = asyncio.get_running_loop().call_later(drain_s, self._generation.end_streams)
         await asyncio.gather(self._grpc.stop(drain_s + _FLUSH_S), http)
         parting.cancel()
-        for task in (health, membership, journal):
+        for task in (health, membership, journal, *others):
             await end_task(task)
         await self._journal.stop()
         self._generation.close()
+        await asyncio.get_running_loop().run_in_executor(None, self._adapters.close)
         if self._decisions is not None:
             self._decisions.close()
 
@@ -138,6 +153,12 @@ class Router:
             self._spec.router_id, _epochs(), self._served, config.worker_silence_s, config.max_message_bytes
         )
         return Membership(directory, self._dispatcher.fleet, self._dispatcher, options, config.directory_poll_s)
+
+    async def _pin(self) -> None:
+        """Workers forget what a router pinned when its connection ends, and homes change with the workers."""
+        while self._adapters.is_enabled:
+            self._dispatcher.pin(self._adapters.pinned)
+            await asyncio.sleep(self._spec.config.directory_poll_s)
 
     async def _tell_health(self) -> None:
         while True:
@@ -160,7 +181,7 @@ async def run(spec: RouterSpec, announce: Callable[[str], None]) -> None:
             except ValueError as error:
                 raise ConfigError(str(error)) from None
 
-        router = Router(spec, _open_journal(spec.journal, spec.cluster))
+        router = Router(spec, _open_journal(spec.journal, spec.cluster), _open_registry(spec))
         addresses = await router.start(directory)
         announce(json.dumps({"grpc_address": addresses.grpc_address, "http_address": addresses.http_address}))
         await stop.wait()
@@ -172,6 +193,13 @@ def _open_journal(url: str, cluster: str) -> StreamJournal | None:
         return open_journal(url, cluster) if url else None
     except (ValueError, JournalUnavailable) as error:
         raise ConfigError(f"journal: {error}" if isinstance(error, JournalUnavailable) else str(error)) from None
+
+
+def _open_registry(spec: RouterSpec) -> AdapterRegistry | None:
+    try:
+        return open_adapter_registry(spec.adapter_registry, spec.cluster) if spec.adapters.enabled else None
+    except (ValueError, RegistryUnavailable) as error:
+        raise ConfigError(f"adapter_registry: {error}") from None
 
 
 def _epochs() -> Callable[[], int]:

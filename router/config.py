@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from router.adapters.config import AdaptersConfig
+from router.adapters.targets import AdapterTarget
 from router.model_files import GENERATION_CONFIG, ModelLimits
 from router.placement.policy import POLICIES
 from settings.limits import Bounds, Matches, OneOf, check_limits
@@ -92,6 +94,12 @@ class RouterSpec:
     """As model.ignore_keys."""
     model_limits: ModelLimits = field(default_factory=ModelLimits)
     """What the model's family reads of config.json."""
+    adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
+    """The `adapters` branch of the configuration."""
+    adapter_targets: tuple[AdapterTarget, ...] = ()
+    """The model's linear modules."""
+    adapter_registry: str = "memory://"
+    """URL for kvstore.connect.open_adapter_registry."""
 
     def __post_init__(self) -> None:
         check_limits(self)

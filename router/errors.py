@@ -8,6 +8,10 @@ RouterError
  |   +- UnsupportedEncoding a body that is compressed in a way the router does not know
  |   +- UnknownRoute        no such path, or not by this method
  |   +- UnknownStream       no such stream to resume
+ |   +- AdaptersOff         this cluster loads no adapters while it runs
+ |   +- AdapterRefused      the directory holds no adapter that this model can be served with
+ |   +- PathForbidden       the directory is not below the one that adapters are loaded from
+ |   +- AdapterExists       the name of the adapter is taken
  +- Overloaded              admission is full; `retry_after_s` says when to come back
  +- StepFailed              computing it raised on one worker, then on another
  +- Unavailable             no worker can serve this now
@@ -15,6 +19,8 @@ RouterError
  |   +- WorkersLost         placed anew as often as allowed, and lost each time
  |   +- Stopping            this router is going down
  |   +- JournalAway         no router may take a stream over now
+ |   +- AdapterAway         which adapters are served cannot be known now, or the one is being loaded
+ |   +- AdapterFailed       workers could not load it
  +- DeadlineExceeded        the time of the request is over
  +- Cancelled               the client went away
  +- Superseded              another router carries the stream now
@@ -81,6 +87,30 @@ class UnknownStream(InvalidRequest):
     code = "stream_not_found"
 
 
+class AdaptersOff(InvalidRequest):
+    """Loading adapters at run time is switched off."""
+
+    code = "adapters_off"
+
+
+class AdapterRefused(InvalidRequest):
+    """The files are missing, damaged, or of an adapter that this model or this cluster cannot serve."""
+
+    code = "adapter_refused"
+
+
+class PathForbidden(InvalidRequest):
+    """The path leads out of the directory that adapters are loaded from."""
+
+    code = "path_forbidden"
+
+
+class AdapterExists(InvalidRequest):
+    """Something else has the adapter's name, or is getting it."""
+
+    code = "adapter_exists"
+
+
 class Overloaded(RouterError):
     """Too much is in flight; `retry_after_s` is set."""
 
@@ -126,6 +156,18 @@ class JournalAway(Unavailable):
     """The stream journal does not answer, so no stream may be taken over."""
 
     code = "journal_away"
+
+
+class AdapterAway(Unavailable):
+    """The adapter is being loaded for longer than a request waits, or the registry of adapters does not answer."""
+
+    code = "adapter_away"
+
+
+class AdapterFailed(Unavailable):
+    """One worker and then another could not load the adapter of a request."""
+
+    code = "adapter_failed"
 
 
 class DeadlineExceeded(RouterError):

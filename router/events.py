@@ -15,12 +15,21 @@ from router.sampling import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """What is added to the model's weights for a request."""
+
+    name: str  # as clients name it
+    digest: bytes  # of its bytes: what computes the stream from its first token to its last
+    path: str  # its directory, the same on all hosts
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One prompt and how to continue it, not yet checked."""
 
     prompt: str | tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    model: str = ""  # empty means the only model served
+    model: str = ""  # or an adapter of it; empty means the model
     add_special_tokens: bool = True  # a chat template writes its own
     deadline_s: float | None = None  # seconds from now
     tenant_salt: bytes = b""  # from the caller's credential: whose KV blocks it shares
@@ -28,6 +37,7 @@ class GenerationRequest:
     priority: int = 0  # the smaller, the sooner, where workers serve by priority
     prompt_uses_clock: bool = False  # a chat template wrote the time into it: sent again, it may differ
     answer: AnswerFormat | None = None  # how to read a chat's answer; not written down: who resumes sends it again
+    adapter: AdapterRef | None = None  # that `model` names, once it was looked up
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from switchyard.v1.worker_pb2 import WorkerLoad
 
+from router.adapters.catalog import AdapterCatalog
 from router.placement.policy import Placement
 from router.placement.streams import KVTransfer
 from router.service.dispatch import Dispatcher
@@ -45,6 +46,9 @@ class Metrics:
         self._kv_transfer = self._histogram(declared.KV_TRANSFER)
         self._relay = self._histogram(declared.KV_TRANSFER_RELAY)
         self._duration = self._histogram(declared.DURATION)
+        self._adapter_requests = self._counter(declared.ADAPTER_REQUESTS)
+        self._adapter_loads = self._counter(declared.ADAPTER_LOADS)
+        self._adapter_labels: set[str] = set()
 
     def text(self) -> bytes:
         """All of it in Prometheus' text format."""
@@ -56,11 +60,14 @@ class Metrics:
         num_inflight: Callable[[], int],
         is_directory_up: Callable[[], bool],
         is_journal_up: Callable[[], bool],
+        adapters: AdapterCatalog,
     ) -> None:
         """Show what these say at the time of each scrape."""
         self._gauge(declared.INFLIGHT_REQUESTS, num_inflight)
         self._gauge(declared.DIRECTORY_UP, is_directory_up)
         self._gauge(declared.JOURNAL_UP, is_journal_up)
+        self._gauge(declared.ADAPTERS, lambda: len(adapters.served))
+        self._gauge(declared.ADAPTER_REGISTRY_UP, lambda: adapters.is_up)
         self.registry.register(_WorkerMetrics(dispatcher))
 
     # -- RequestObserver
@@ -68,6 +75,8 @@ class Metrics:
     def ended(self, account: Account) -> None:
         self._requests.labels(account.outcome).inc()
         self._prompt_tokens.inc(account.num_prompt_tokens)
+        if account.is_adapter:
+            self._adapter_requests.labels(self._adapter_label(account.model)).inc()
         stats = account.stats
         if account.outcome in ("stop", "length"):
             self._duration.observe(stats.duration_s)
@@ -83,6 +92,18 @@ class Metrics:
 
     def resumed(self) -> None:
         self._resumed.inc()
+
+    def _adapter_label(self, name: str) -> str:
+        """A name that any caller may choose must not make series without end."""
+        if name not in self._adapter_labels and len(self._adapter_labels) >= declared.MAX_ADAPTER_LABELS:
+            return declared.OTHER_ADAPTERS
+        self._adapter_labels.add(name)
+        return name
+
+    # -- LoadObserver
+
+    def adapter_loaded(self, outcome: str) -> None:
+        self._adapter_loads.labels(outcome).inc()
 
     # -- DispatchObserver
 
@@ -138,10 +159,11 @@ class _WorkerMetrics(Collector):
             worker.KNOWN_BLOCKS, [(row, num_reported) for row, num_reported in known if num_reported is not None]
         )
         rows = [(row, loads[row[0]]) for row in labels if row[0] in loads]
-        for metric in (*worker.ENGINE, *worker.STORE):
+        for metric in (*worker.ENGINE, *worker.STORE, *worker.ADAPTERS):
             yield _family(
                 metric, [((*row, *more), value) for row, load in rows for more, value in samples(metric, load)]
             )
+        yield _family(worker.RESIDENT_ADAPTERS, [sample for row in rows for sample in _residents(row)])
         yield _family(worker.TIER_OK, [sample for row in rows for sample in _tiers_ok(row)])
 
 
@@ -151,6 +173,13 @@ def _family(metric: Declared, values: Iterable[tuple[tuple[str, ...], float]]) -
     for labels, value in values:
         family.add_metric(labels, value)
     return family
+
+
+def _residents(row: Row) -> list[tuple[tuple[str, ...], float]]:
+    labels, load = row
+    if not load.num_adapter_slots:
+        return []
+    return [((*labels, "device"), len(load.device_adapters)), ((*labels, "host"), len(load.host_adapters))]
 
 
 def _tiers_ok(row: Row) -> list[tuple[tuple[str, ...], float]]:

@@ -74,6 +74,23 @@ KV_TRANSFER_RELAY = seconds(
 )
 BLOCK_SNAPSHOTS = counter("switchyard_block_snapshots_total", "", "Lists of all the blocks that a worker holds.")
 BLOCK_GAPS = counter("switchyard_block_gaps_total", "", "Times that changes of a worker's blocks were missed.")
+MAX_ADAPTER_LABELS = 100
+"""Adapters that requests are counted apart for: the first ones that were asked for. The others are counted together."""
+OTHER_ADAPTERS = "other"
+ADAPTER_REQUESTS = counter(
+    "switchyard_adapter_requests_total",
+    "requests",
+    f"Requests with an adapter that ended, by adapter; those of more than {MAX_ADAPTER_LABELS} as {OTHER_ADAPTERS}.",
+    ("adapter",),
+)
+ADAPTER_LOADS = counter(
+    "switchyard_adapter_loads_total",
+    "",
+    "Calls to load an adapter, by outcome: loaded, or the code of the error.",
+    ("outcome",),
+)
+ADAPTERS = gauge("switchyard_adapters", "adapters", "Adapters that requests can name.")
+ADAPTER_REGISTRY_UP = gauge("switchyard_adapter_registry_up", "", "1 while it is known which adapters are served.")
 DIRECTORY_UP = gauge("switchyard_directory_up", "", "1 while the directory answers.")
 JOURNAL_UP = gauge("switchyard_journal_up", "", "1 while streams can be resumed.")
 
@@ -95,6 +112,10 @@ METRICS = (
     KV_TRANSFER_RELAY,
     BLOCK_SNAPSHOTS,
     BLOCK_GAPS,
+    ADAPTER_REQUESTS,
+    ADAPTER_LOADS,
+    ADAPTERS,
+    ADAPTER_REGISTRY_UP,
     DIRECTORY_UP,
     JOURNAL_UP,
 )

@@ -26,9 +26,11 @@ def render() -> str:
             _section("Workers' engines (routers and Ray)", worker.ENGINE),
             _section("Workers' engines (Ray)", (worker.TIME_TO_FIRST,)),
             _section(
-                "Workers and their tiers (routers)", (worker.UP, worker.KNOWN_BLOCKS, *worker.STORE, worker.TIER_OK)
+                "Workers and their tiers (routers)",
+                (worker.UP, worker.KNOWN_BLOCKS, *worker.STORE, worker.TIER_OK),
             ),
             _section("Speculative decoding (routers)", worker.SPECULATION),
+            _section("Workers and their adapters (routers)", (worker.RESIDENT_ADAPTERS, *worker.ADAPTERS)),
             _section("What is asked of workers (routers and Ray)", worker.DEMAND),
             _section("KV nodes (Ray)", node.ARENA),
             _section("Disk tiers of KV nodes (Ray)", node.DISK),

@@ -154,12 +154,26 @@ STORE = (
 )
 """On each router's /metrics; of rank 0 alone."""
 
+ADAPTERS = (
+    _state("adapter_slots", "slots", "Adapters that fit the device; 0 where it takes none.", "num_adapter_slots"),
+    _count(
+        "adapter_hits", "", "Requests whose adapter was on the device when they were first run.", "num_adapter_hits"
+    ),
+    _count("adapter_copies", "", "Adapters copied to the device.", "num_adapter_copies"),
+    _count("adapter_reads", "", "Adapters read from files.", "num_adapter_reads"),
+    _count("adapter_failures", "", "Adapters that could not be read, or do not fit the model.", "num_failed_adapters"),
+    _state("waiting_for_adapter_requests", "requests", "Requests waiting for an adapter.", "num_waiting_for_adapter"),
+)
+"""On each router's /metrics."""
+
 TIER_OK = _state("tier_ok", "", "1 while a tier does all that it should; /readyz says why not.", "", "tier")
 UP = _state("up", "", "1 for each worker that takes requests.")
 KNOWN_BLOCKS = _state("known_blocks", "blocks", "KV blocks that the worker said it holds; absent while guessed.")
+RESIDENT_ADAPTERS = _state("resident_adapters", "adapters", "Adapters that it holds, by where.", "", "memory")
+"""memory: device, or host for those that are in host memory alone. Absent where a worker takes no adapters."""
 
 RAY_METRICS = (*ENGINE, *DEMAND, TIME_TO_FIRST)
 """On Ray's metrics port."""
 
-ROUTER_METRICS = (*ENGINE, *SPECULATION, *DEMAND, *STORE, TIER_OK, UP, KNOWN_BLOCKS)
+ROUTER_METRICS = (*ENGINE, *SPECULATION, *DEMAND, *STORE, *ADAPTERS, TIER_OK, UP, KNOWN_BLOCKS, RESIDENT_ADAPTERS)
 """On each router's /metrics, from the worker's last load report."""

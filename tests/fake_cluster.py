@@ -32,9 +32,11 @@ from switchyard_client import (
     Tokens,
 )
 
+from deploy.preflight import FoundModel
 from kvstore.config import KVStoreConfig
 from kvstore.connect import open_directory
 from kvstore.control.directory import DirectoryUnavailable
+from router.adapters.config import AdaptersConfig
 from router.config import RouterConfig, RouterSpec
 from tests.forked import SECRET, ForkedNode, Prefork, Server
 from tests.processes import DEADLINE_S, REPOSITORY, free_port, wait_until
@@ -123,6 +125,7 @@ class Shape:
     engine: dict[str, object] = field(default_factory=dict)  # of EngineConfig
     engine_of: dict[str, dict[str, object]] = field(default_factory=dict)  # the same for one role or worker alone
     router: dict[str, object] = field(default_factory=dict)  # of RouterConfig
+    adapters_root: str = ""  # where adapters are loaded from; empty: none are served
     sizes: dict[str, int] = field(default_factory=dict)  # of the model
     cluster: str = ""  # its name
     model_name: str = MODEL_NAME
@@ -145,6 +148,7 @@ class Shape:
             "runner": "fake",
             "fake_step_s": self.step_s,
             "fake_token_s": self.token_s,
+            "enable_lora": bool(self.adapters_root),
             **self.engine,
             **self.engine_of.get(role, {}),
             **self.engine_of.get(name, {}),
@@ -272,6 +276,11 @@ class FakeCluster:
             config=dataclasses.replace(QUICK, **self.shape.router),
             cluster=self.shape.cluster,
             weights=self.weights,
+            adapters=AdaptersConfig(enabled=bool(self.shape.adapters_root), root=self.shape.adapters_root),
+            adapter_targets=FoundModel(
+                str(self.model_dir), self.model_dir, load_config(self.model_dir)
+            ).adapter_targets,
+            adapter_registry=self.shape.control or f"file://{self.folder}/adapters.registry",
         )
 
     def _start(self, server: Server, spec: dict[str, object], waits: bool) -> None:
@@ -359,13 +368,14 @@ class FakeCluster:
         on_tokens: Callable[[Answer], None] = lambda answer: None,
         temperature: float = 0.0,
         seed: int = 1,
+        model: str = "",
         **options: Any,
     ) -> Answer:
-        """One stream to its end. options: more of SamplingParams."""
+        """One stream to its end. model: name of an adapter. options: more of SamplingParams."""
         answer = Answer(prompt)
         values = {"temperature": temperature, "max_tokens": num_tokens, "ignore_eos": True, "seed": seed, **options}
         sampling = SamplingParams(**values)
-        for event in client.generate(GenerationRequest(tuple(prompt), sampling)):
+        for event in client.generate(GenerationRequest(tuple(prompt), sampling, model)):
             if isinstance(event, Started):
                 answer.times_s.append(time.monotonic())
             elif isinstance(event, PromptTokens):
@@ -415,6 +425,8 @@ class FakeCluster:
         self.close()
 
 
-def expected(prompt: Sequence[int], num_tokens: int, temperature: float = 0.0, seed: int = 1) -> list[int]:
-    """What every fake cluster makes of a prompt."""
-    return fake_completion(prompt, num_tokens, VOCAB_SIZE, temperature, seed)
+def expected(
+    prompt: Sequence[int], num_tokens: int, temperature: float = 0.0, seed: int = 1, adapter: bytes = b""
+) -> list[int]:
+    """What every fake cluster makes of a prompt. adapter: digest."""
+    return fake_completion(prompt, num_tokens, VOCAB_SIZE, temperature, seed, adapter)

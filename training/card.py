@@ -10,7 +10,9 @@ import torch
 from tokenizers import Tokenizer
 
 from training import corpus
-from training.train import CONTEXT_TOKENS, DEMO, DRAFT, MODELS, SEED, VOCAB_SIZE, Plan, bits_per_byte, load
+from training.draft import DRAFT
+from training.guided import TEMPERATURES
+from training.train import CONTEXT_TOKENS, DEMO, MODELS, SEED, VOCAB_SIZE, Plan, bits_per_byte, load
 
 
 def xz_bits_per_byte(documents: list[str]) -> float:
@@ -39,7 +41,7 @@ def draw_loss_curve(plan: Plan, history: list[dict[str, float]]) -> None:
         markersize=3,
         label="held out, a sample",
     )
-    axis.set(xlabel="tokens seen (millions)", ylabel="nats per token", title=f"{plan.name}")
+    axis.set(xlabel="tokens seen (millions)", ylabel="training loss", title=f"{plan.name}")
     twin.set_ylabel("bits per byte")
     figure.legend(loc="upper right", bbox_to_anchor=(0.88, 0.88))
     figure.tight_layout()
@@ -51,16 +53,43 @@ def num_megabytes(documents: list[str]) -> float:
     return sum(len(text.encode()) for text in documents) / 1e6
 
 
+def _of_demo(data: corpus.Corpus) -> tuple[str, str, str]:
+    """How it was made, rows of the table about its data, and its training."""
+    sources, tests = (num_megabytes(part) for part in (data.sources, data.tests))
+    return (
+        "trained on the text alone",
+        f"| context | {CONTEXT_TOKENS} tokens (the last {DEMO.cooldown_steps} steps train on all of it) |\n"
+        f"| data | the CPython {platform.python_version()} standard library without generated tables: {sources:.1f} MB "
+        f"of sources and {tests:.1f} MB of tests, half of each batch from either |",
+        f"{DEMO.num_steps} steps of {DEMO.batch_tokens} tokens, Muon and Adam, seed {SEED}: `python -m training.train`",
+    )
+
+
+def _of_draft() -> tuple[str, str, str]:
+    """The same for the draft."""
+    shard, temperatures = DRAFT.shard, ", ".join(str(each) for each in sorted(set(TEMPERATURES)))
+    said, read = (
+        DRAFT.num_shards * rows * tokens / 1e6
+        for rows, tokens in ((shard.said_rows, shard.said_tokens), (shard.read_rows, shard.read_tokens))
+    )
+    return (
+        "distilled from `demo`: the draft for speculative decoding",
+        f"| context | {CONTEXT_TOKENS} tokens |\n"
+        f"| data | {said:.1f} M tokens that `demo` said behind prompts from its training modules, at temperatures "
+        f"{temperatures}, and {read:.1f} M tokens of those modules, each with `demo`'s distribution |\n"
+        f"| loss | 0.9 of the KL divergence from `demo`, 0.1 of the text, and what the two have not in common at "
+        f"temperature {DRAFT.overlap_temperature} |",
+        f"{DRAFT.base.num_steps} steps of {DRAFT.tokens_per_step} tokens, Muon and Adam, seed {SEED}: "
+        "`python -m training.draft`; how often it says what `demo` says: `python -m training.acceptance`",
+    )
+
+
 def card(plan: Plan, num_parameters: int, bpb: float, xz_bpb: float, data: corpus.Corpus) -> str:
     """The text of one card."""
     shape = plan.shape
-    sources, tests, held_out = (num_megabytes(part) for part in (data.sources, data.tests, data.held_out))
-    how = (
-        "trained on the text alone"
-        if plan is DEMO
-        else "distilled from `demo` (0.9 of its distribution, 0.1 of the text): the draft for speculative decoding"
-    )
+    how, about_data, training = _of_demo(data) if plan is DEMO else _of_draft()
     modules = ", ".join(f"`{name}`" for name in corpus.HELD_OUT_MODULES)
+    layers = "1 layer" if shape.num_hidden_layers == 1 else f"{shape.num_hidden_layers} layers"
     return f"""---
 license: psf-2.0
 language: [code]
@@ -74,17 +103,14 @@ something real on a laptop; it is no assistant and knows nothing but how the sta
 
 | | |
 | --- | --- |
-| shape | {shape.num_hidden_layers} layers, hidden {shape.hidden_size}, {shape.num_attention_heads} heads on \
+| shape | {layers}, hidden {shape.hidden_size}, {shape.num_attention_heads} heads on \
 {shape.num_key_value_heads} KV heads of {shape.head_dim}, MLP {shape.intermediate_size}, tied head, bf16 |
 | tokenizer | byte-level BPE, {VOCAB_SIZE} tokens, trained on the same text |
 | chat | `chat_template.jinja`: what the user says becomes comments, and the code below them is the answer |
-| context | {CONTEXT_TOKENS} tokens (the last {plan.cooldown_steps} steps train on all of it) |
-| data | the CPython {platform.python_version()} standard library without generated tables: {sources:.1f} MB of \
-sources and {tests:.1f} MB of tests, half of each batch from either |
-| held out | {held_out:.2f} MB, every sixteenth module of the library, whole: {modules}. Their tests are not trained \
-on either |
-| training | {plan.num_steps} steps of {plan.batch_tokens} tokens, Muon and Adam, seed {SEED}: \
-`python -m training.train {"demo" if plan is DEMO else "draft"}` |
+{about_data}
+| held out | {num_megabytes(data.held_out):.2f} MB, every sixteenth module of the library, whole: {modules}. \
+Their tests are not trained on either |
+| training | {training} |
 | **held-out bits per byte** | **{bpb:.3f}** (`xz -9e` on the same files: {xz_bpb:.3f}) |
 
 ![loss](loss_curve.png)
@@ -100,7 +126,7 @@ def main() -> None:
     tok = Tokenizer.from_file(str(MODELS / "demo" / "tokenizer.json"))
     data = corpus.read()
     xz_bpb = xz_bits_per_byte(data.held_out)
-    for plan in (DEMO, DRAFT):
+    for plan in (DEMO, DRAFT.base):
         if not (MODELS / plan.name / "model.safetensors").exists():
             continue
         model = load(plan)

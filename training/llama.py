@@ -56,6 +56,22 @@ def rope_tables(shape: Shape, num_positions: int) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
+class KeysValues:
+    """What a batch of sequences of equal length has computed: fp32 or bf16, one pair of tensors a layer."""
+
+    def __init__(self, shape: Shape, num_sequences: int, max_tokens: int, dtype: torch.dtype) -> None:
+        size = (shape.num_hidden_layers, 2, num_sequences, shape.num_key_value_heads, max_tokens, shape.head_dim)
+        self.num_tokens = 0
+        self._layers = torch.zeros(size, dtype=dtype)
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values of a layer, with new ones [sequences, heads, tokens, head_dim] behind the others."""
+        both = self._layers[layer, :, :, :, : self.num_tokens + keys.shape[2]]
+        both[0, :, :, self.num_tokens :] = keys
+        both[1, :, :, self.num_tokens :] = values
+        return both[0], both[1]
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-right, left), dim=-1) * sin
@@ -72,15 +88,33 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(shape.hidden_size, key, bias=False)
         self.o_proj = nn.Linear(query, shape.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values: [batch, heads, length, head_dim]."""
         batch, length, _ = x.shape
         q, k, v = (
             p(x).view(batch, length, -1, self.head_dim).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        return _rotate(q, cos, sin), _rotate(k, cos, sin), v
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = self._project(x, cos, sin)
         k, v = (t.repeat_interleave(self.group, dim=1) for t in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         projected: Tensor = self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+        return projected
+
+    def extend(self, x: Tensor, tables: tuple[Tensor, Tensor], layer: int, cache: KeysValues) -> Tensor:
+        """A whole prompt [batch, length, hidden] where nothing is cached yet, or one token behind what is."""
+        batch, length, _ = x.shape
+        q, k, v = self._project(x, *tables)
+        k, v = cache.append(layer, k, v)
+        q = q.to(k.dtype)
+        if length == 1:  # the heads of a group as so many queries: keys and values are not repeated
+            out = F.scaled_dot_product_attention(q.view(batch, -1, self.group, self.head_dim), k, v)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+        projected: Tensor = self.o_proj(out.reshape(batch, length, -1))
         return projected
 
 
@@ -109,6 +143,12 @@ class Layer(nn.Module):
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
+    def extend(self, x: Tensor, tables: tuple[Tensor, Tensor], layer: int, cache: KeysValues) -> Tensor:
+        """As Attention.extend."""
+        x = x + self.self_attn.extend(self.input_layernorm(x), tables, layer, cache)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
 
 class Llama(nn.Module):
     """Token ids [batch, length] -> logits [batch, length, vocab_size]; the head is the embedding."""
@@ -131,6 +171,19 @@ class Llama(nn.Module):
         for layer in self.layers:
             x = layer(x, cos, sin)
         return F.linear(self.norm(x), self.embed_tokens.weight)
+
+    @torch.no_grad()
+    def next_logits(self, token_ids: Tensor, cache: KeysValues) -> Tensor:
+        """[batch, vocab_size] after whole prompts [batch, length], or after one more token each."""
+        end = cache.num_tokens + token_ids.shape[1]
+        tables = rope_tables(self.shape, end)
+        tables = tables[0][cache.num_tokens :], tables[1][cache.num_tokens :]
+        x = self.embed_tokens(token_ids)
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, Layer)
+            x = layer.extend(x, tables, index, cache)
+        cache.num_tokens = end
+        return F.linear(self.norm(x[:, -1]), self.embed_tokens.weight)
 
     def checkpoint(self) -> dict[str, Tensor]:
         """Parameters under their Hugging Face names, bf16."""

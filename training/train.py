@@ -1,4 +1,4 @@
-"""Trains the demo model and its draft: `python -m training.train demo`, then `python -m training.train draft`.
+"""Trains the demo model: `python -m training.train`.
 
 Deterministic for a fixed seed, torch version and thread count; stops and resumes at any checkpoint (--checkpoint).
 Knows nothing of serving.
@@ -49,7 +49,6 @@ class Plan:
 
 
 DEMO = Plan("demo", Shape(VOCAB_SIZE, 320, 768, 6, 4, 2, 64, CONTEXT_TOKENS), num_steps=800)
-DRAFT = Plan("demo-draft", Shape(VOCAB_SIZE, 128, 384, 4, 2, 2, 64, CONTEXT_TOKENS), num_steps=300, slope_steps=340)
 
 
 def encode(tok: Tokenizer, documents: list[str]) -> Tensor:
@@ -106,13 +105,6 @@ def bits_per_byte(model: Llama, tok: Tokenizer, documents: list[str], limit_wind
     return nats / torch.log(torch.tensor(2.0)).item() / num_bytes
 
 
-def distillation_loss(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
-    """Mostly the teacher's distribution (what a draft must guess), a little of the text itself."""
-    log_p = F.log_softmax(student, dim=-1)
-    soft = -(F.softmax(teacher, dim=-1) * log_p).sum(-1).mean()
-    return 0.9 * soft + 0.1 * F.nll_loss(log_p.flatten(0, 1), targets.flatten())
-
-
 @dataclass(slots=True)
 class Training:
     """A run in progress: everything that a checkpoint holds."""
@@ -160,7 +152,7 @@ class Training:
             optimizer.zero_grad()
 
 
-def run(plan: Plan, tok: Tokenizer, data: corpus.Corpus, teacher: Llama | None, checkpoint: Path) -> Training:
+def run(plan: Plan, tok: Tokenizer, data: corpus.Corpus, checkpoint: Path) -> Training:
     """Train to the plan's end, from the checkpoint if there is one."""
     training = Training.start(plan)
     if checkpoint.exists():
@@ -169,12 +161,7 @@ def run(plan: Plan, tok: Tokenizer, data: corpus.Corpus, teacher: Llama | None, 
 
     @torch.compile(dynamic=False)
     def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
-        logits = training.model(inputs)
-        if teacher is None:
-            return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        with torch.no_grad():
-            guide = teacher(inputs)
-        return distillation_loss(logits, guide, targets)
+        return F.cross_entropy(training.model(inputs).flatten(0, 1), targets.flatten())
 
     first = training.num_steps_done
     bar = tqdm(range(first, plan.num_steps), initial=first, total=plan.num_steps, desc=plan.name, unit="step")
@@ -203,6 +190,7 @@ def export(model: Llama, tok: Tokenizer, plan: Plan, history: list[dict[str, flo
     directory = MODELS / plan.name
     tokenizer.save(tok, directory, CONTEXT_TOKENS)
     save_file(model.checkpoint(), directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "model.safetensors").chmod(0o644)  # safetensors lets the owner read only
     (directory / "config.json").write_text(json.dumps(plan.shape.config_json(), indent=2) + "\n")
     (directory / "generation_config.json").write_text(
         json.dumps({"bos_token_id": 0, "eos_token_id": 0}, indent=2) + "\n"
@@ -212,28 +200,31 @@ def export(model: Llama, tok: Tokenizer, plan: Plan, history: list[dict[str, flo
 
 def load(plan: Plan) -> Llama:
     """The exported model, in fp32."""
-    model = Llama(plan.shape)
-    weights = load_file(MODELS / plan.name / "model.safetensors")
+    return load_directory(MODELS / plan.name, plan.shape)
+
+
+def load_directory(directory: Path, shape: Shape) -> Llama:
+    """A model that `export` has written, in fp32."""
+    model = Llama(shape)
+    weights = load_file(directory / "model.safetensors")
     model.load_state_dict({name.removeprefix("model."): w.float() for name, w in weights.items()})
     return model
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("which", choices=("demo", "draft"))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--checkpoint", type=Path, default=None, help="default: build/train-NAME.pt")
+    parser.add_argument("--checkpoint", type=Path, default=None, help="default: build/train-demo.pt")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    plan = DEMO if args.which == "demo" else DRAFT
-    checkpoint = args.checkpoint or MODELS.parent / "build" / f"train-{plan.name}.pt"
+    checkpoint = args.checkpoint or MODELS.parent / "build" / f"train-{DEMO.name}.pt"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     data = corpus.read()
-    if plan is DEMO and not (MODELS / "demo" / "tokenizer.json").exists():
+    if not (MODELS / "demo" / "tokenizer.json").exists():
         tokenizer.save(tokenizer.train(data.trained(), VOCAB_SIZE), MODELS / "demo", CONTEXT_TOKENS)
     tok = Tokenizer.from_file(str(MODELS / "demo" / "tokenizer.json"))
-    training = run(plan, tok, data, None if plan is DEMO else load(DEMO), checkpoint)
-    export(training.model, tok, plan, training.history)
+    training = run(DEMO, tok, data, checkpoint)
+    export(training.model, tok, DEMO, training.history)
 
 
 if __name__ == "__main__":

@@ -208,11 +208,28 @@ class EngineOptions:
     largest step takes, and on cuda than all steps that are in flight."""
     scheduler: SchedulingOptions = dataclasses.field(default_factory=SchedulingOptions)
     """Which requests a step serves."""
+    enable_lora: bool = False
+    """Whether requests may name a LoRA adapter. Without it nothing of the model is prepared for adapters."""
+    max_loras: Annotated[int, Bounds(at_least=1, at_most=4096)] = 16
+    """Adapters on the device at a time: those of one step are among them. Their memory is taken at the start."""
+    max_lora_rank: Annotated[int, Bounds(at_least=1, at_most=512)] = 16
+    """Largest rank of an adapter; on cuda each takes memory and time as if it had this one."""
+    max_cpu_loras: Annotated[int, Bounds(at_least=0, at_most=65536)] = 0
+    """Adapters in host memory, those on the device included; 0 means four times max_loras."""
+    lora_load_timeout_s: Annotated[float, Bounds(more_than=0)] = 60.0
+    """How long a request waits for its adapter to be read from its files."""
 
     def __post_init__(self) -> None:
         check_limits(self)
         is_both = self.tp > 1 and self.pp > 1
         _require(not (self.async_scheduling and is_both), "async_scheduling", "needs tp=1 or pp=1")
+        fits = not self.max_cpu_loras or self.max_cpu_loras >= self.max_loras
+        _require(fits, "max_cpu_loras", f"{self.max_cpu_loras} is less than max_loras={self.max_loras}")
+
+    @property
+    def num_cpu_loras(self) -> int:
+        """Adapters in host memory; see max_cpu_loras."""
+        return self.max_cpu_loras or 4 * self.max_loras
 
     def options(self) -> dict[str, Any]:
         """These fields alone, by name."""

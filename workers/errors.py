@@ -3,6 +3,7 @@
 EngineError
  +- ModelError          the model directory or its split cannot be served; one line that names the file or the field
  +- InvalidRequest      the request can never be served by this worker; placing it elsewhere would not help
+ +- AdapterError        an adapter cannot be served; one line that names its path
  +- StepFailed          steps raise, or a step raised on another rank; the message names the rank
  +- RankLost            a rank died or hangs, and the worker with it; the message names the rank
 """
@@ -20,6 +21,15 @@ class ModelError(EngineError):
 
 class InvalidRequest(EngineError):
     """The request cannot be served; the message names the field."""
+
+
+class AdapterError(EngineError):
+    """An adapter cannot be served; the message names the path, and the module or field."""
+
+    def __init__(self, message: str, is_unfit: bool = False) -> None:
+        """is_unfit: no worker of this model can serve it."""
+        super().__init__(message)
+        self.is_unfit = is_unfit
 
 
 class StepFailed(EngineError):

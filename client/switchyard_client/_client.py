@@ -15,10 +15,10 @@ import grpc
 
 from switchyard_client._channels import channel_options, dial, dial_async
 from switchyard_client._errors import error_of
-from switchyard_client._messages import embed_message, event_of, many_message
+from switchyard_client._messages import embed_message, event_of, many_message, served_adapter
 from switchyard_client._resuming import ResumingStream
 from switchyard_client._stubs import generation_pb2, generation_pb2_grpc
-from switchyard_client._types import Embedding, Event, GenerationRequest, ServedModel
+from switchyard_client._types import Embedding, Event, GenerationRequest, ServedAdapter, ServedModel
 
 Target = str | Sequence[str]
 
@@ -126,7 +126,38 @@ class GenerationClient:
             answer = self._stub().ListModels(generation_pb2.ListModelsRequest(), metadata=self._metadata)
         except grpc.RpcError as error:
             raise error_of(error) from None
-        return tuple(ServedModel(model.name, model.context_tokens, model.vocab_size) for model in answer.models)
+        return tuple(
+            ServedModel(model.name, model.context_tokens, model.vocab_size, model.parent, model.root)
+            for model in answer.models
+        )
+
+    def load_adapter(self, name: str, path: str, load_inplace: bool = False, pin: bool = False) -> ServedAdapter:
+        """Serve the LoRA adapter of a directory under a name, which requests then give as `model`.
+
+        path: as the cluster sees it, below the directory that it loads adapters from. load_inplace: instead of the one
+        that has the name. pin: it stays on devices while nobody uses it. Raises GenerationError.
+        """
+        message = generation_pb2.LoadAdapterRequest(name=name, path=path, load_inplace=load_inplace, pin=pin)
+        try:
+            answer = self._stub().LoadAdapter(message, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise error_of(error) from None
+        return served_adapter(answer.adapter)
+
+    def unload_adapter(self, name: str) -> None:
+        """Serve an adapter no longer; streams that run go on. Raises GenerationError."""
+        try:
+            self._stub().UnloadAdapter(generation_pb2.UnloadAdapterRequest(name=name), metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise error_of(error) from None
+
+    def adapters(self) -> Sequence[ServedAdapter]:
+        """The adapters that are served, by name. Raises GenerationError."""
+        try:
+            answer = self._stub().ListAdapters(generation_pb2.ListAdaptersRequest(), metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise error_of(error) from None
+        return tuple(map(served_adapter, answer.adapters))
 
     def close(self) -> None:
         """Close the channels of the synchronous calls."""

@@ -16,6 +16,7 @@ from switchyard_client._types import (
     PromptTokens,
     RequestStats,
     SamplingParams,
+    ServedAdapter,
     Started,
     TokenLogprobs,
     Tokens,
@@ -73,6 +74,11 @@ def embed_message(prompt: str | Sequence[int], pooling: str, is_raw: bool, model
     except ValueError as error:
         raise GenerationError("INVALID_ARGUMENT", str(error), None) from None
     return message
+
+
+def served_adapter(message: generation_pb2.AdapterInfo) -> ServedAdapter:
+    """What is said of an adapter."""
+    return ServedAdapter(message.name, message.digest, message.path, message.parent, message.is_pinned)
 
 
 def _grammar(grammar: Grammar) -> generation_pb2.Grammar:

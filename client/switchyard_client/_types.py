@@ -57,7 +57,7 @@ class GenerationRequest:
 
     prompt: str | Sequence[int]  # text, or token ids
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    model: str = ""  # empty means the only model served
+    model: str = ""  # name of the model or of an adapter; empty means the model
     deadline_s: float | None = None  # seconds from the call, resumptions included; None means none
     cache_salt: bytes = b""  # KV blocks are shared only with requests that have the same one
     priority: int = 0  # in [-1000, 1000]; smaller ones are served earlier, where workers serve by priority
@@ -149,8 +149,21 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model that the cluster serves."""
+    """A model that the cluster serves, or an adapter of it."""
 
     name: str
     context_tokens: int  # most tokens of prompt and completion together
     vocab_size: int  # token ids are below it
+    parent: str = ""  # of an adapter: the model that it is an adapter of
+    root: str = ""  # of an adapter: its directory
+
+
+@dataclass(frozen=True, slots=True)
+class ServedAdapter:
+    """A LoRA adapter that the cluster serves."""
+
+    name: str  # to use as `model` of a request
+    digest: str  # of its bytes, in hex
+    path: str  # its directory
+    parent: str  # the model that it is an adapter of
+    is_pinned: bool = False  # whether it stays on devices while nobody uses it

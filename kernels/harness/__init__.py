@@ -33,6 +33,7 @@ from kernels.kv.kv_copy import gather_kv_blocks, scatter_kv_blocks
 from kernels.kv.pack_kv import pack_full_blocks
 from kernels.kv.rope_kv import rope_and_write_kv
 from kernels.kv.rope_kv_quantised import rope_and_write_kv_fp8, rope_and_write_kv_int8
+from kernels.lora import add_lora
 from kernels.norm import add_rms_norm, add_rms_norm_quantised, rms_norm, rms_norm_quantised
 from kernels.op import Op
 from kernels.penalties import apply_penalties
@@ -59,6 +60,7 @@ OPS: tuple[Op[..., Any], ...] = (
     split_outliers,
     add_outliers,
     add_low_rank,
+    add_lora,
     fp8_gemm,
     int8_gemm,
     fp8_block_gemm,

@@ -26,7 +26,14 @@ from router.api.status_api import StatusServicer
 from router.api.tenancy import tenant_salt
 from router.errors import PortInUse, RouterError, is_counted
 from router.events import Event, Started, Tokens
-from router.fleet.messages import embed_request, embed_response, event_message, generation_request, resume_request
+from router.fleet.messages import (
+    adapter_info,
+    embed_request,
+    embed_response,
+    event_message,
+    generation_request,
+    resume_request,
+)
 from router.metrics import Metrics
 from router.sampling import invalid
 from router.service.generation import Generation
@@ -40,6 +47,9 @@ STATUS_OF: dict[type[RouterError], grpc.StatusCode] = {
     errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     errors.UnknownModel: grpc.StatusCode.NOT_FOUND,
     errors.UnknownStream: grpc.StatusCode.NOT_FOUND,
+    errors.AdaptersOff: grpc.StatusCode.UNIMPLEMENTED,
+    errors.PathForbidden: grpc.StatusCode.PERMISSION_DENIED,
+    errors.AdapterExists: grpc.StatusCode.ALREADY_EXISTS,
     errors.PromptTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
@@ -123,6 +133,8 @@ class _Servicer(generation_pb2_grpc.GenerationServiceServicer):
         deadline_s, salt = context.time_remaining(), _tenant_salt(context)
         orders = [generation_request(one, deadline_s, salt) for one in request.requests]
         groups = [spread(order, n, best_of) for order in orders]
+        for order in orders:
+            await self._generation.preparation.check_model(order.model)
         self._generation.check([group[0] for group in groups])
         streams = [stream for group in groups for stream in streams_over_one_prompt(group, self._generation.stream)]
         stream_ids: dict[int, str] = {}
@@ -155,10 +167,36 @@ class _Servicer(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.ListModelsRequest, context: grpc.aio.ServicerContext
     ) -> generation_pb2.ListModelsResponse:
         files = self._generation.files
-        model = generation_pb2.ModelInfo(
-            name=files.name, context_tokens=self._generation.preparation.context_tokens, vocab_size=files.vocab_size
-        )
-        return generation_pb2.ListModelsResponse(models=[model])
+        context_tokens = self._generation.preparation.context_tokens
+        model = generation_pb2.ModelInfo(name=files.name, context_tokens=context_tokens, vocab_size=files.vocab_size)
+        adapters = [
+            generation_pb2.ModelInfo(
+                name=record.name,
+                context_tokens=context_tokens,
+                vocab_size=files.vocab_size,
+                parent=record.parent,
+                root=record.path,
+            )
+            for record in self._generation.adapters.served
+        ]
+        return generation_pb2.ListModelsResponse(models=[model, *adapters])
+
+    async def LoadAdapter(
+        self, request: generation_pb2.LoadAdapterRequest, context: grpc.aio.ServicerContext
+    ) -> generation_pb2.LoadAdapterResponse:
+        record = await self._generation.adapters.load(request.name, request.path, request.load_inplace, request.pin)
+        return generation_pb2.LoadAdapterResponse(adapter=adapter_info(record))
+
+    async def UnloadAdapter(
+        self, request: generation_pb2.UnloadAdapterRequest, context: grpc.aio.ServicerContext
+    ) -> generation_pb2.UnloadAdapterResponse:
+        await self._generation.adapters.unload(request.name)
+        return generation_pb2.UnloadAdapterResponse()
+
+    async def ListAdapters(
+        self, request: generation_pb2.ListAdaptersRequest, context: grpc.aio.ServicerContext
+    ) -> generation_pb2.ListAdaptersResponse:
+        return generation_pb2.ListAdaptersResponse(adapters=map(adapter_info, self._generation.adapters.served))
 
 
 def _tenant_salt(context: grpc.aio.ServicerContext) -> bytes:

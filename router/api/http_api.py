@@ -1,4 +1,4 @@
-"""The HTTP API: OpenAI's completions, chat and responses, tokens, metrics, health. Maps errors to statuses, once, here.
+"""The HTTP API: OpenAI's completions, chat and responses, models, metrics, health. Maps errors to statuses, once, here.
 
 Knows HTTP; knows nothing of how a request is served.
 """
@@ -31,6 +31,7 @@ from router.api.chat.messages import checked_messages
 from router.api.chat.tools import chat_tools
 from router.api.choices import check_counts, spread, streams_over_one_prompt
 from router.api.http_body import read_json
+from router.api.models_api import ModelsApi
 from router.api.openai.answer import LAST_EVENT_ID, AnswerStyle, OpenAiAnswer, error_body, parse_event_id
 from router.api.openai.embeddings import EmbeddingsApi
 from router.api.openai.schema import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, Prompt, parse
@@ -54,6 +55,9 @@ STATUS_OF: dict[type[RouterError], int] = {
     errors.InvalidRequest: 400,
     errors.UnknownModel: 404,
     errors.UnknownStream: 404,
+    errors.AdaptersOff: 404,
+    errors.PathForbidden: 403,
+    errors.AdapterExists: 409,
     errors.PromptTooLarge: 413,
     errors.UnsupportedEncoding: 415,
     errors.Overloaded: 429,
@@ -159,8 +163,7 @@ def make_app(parts: HttpParts) -> ASGIApp:
             *EmbeddingsApi(parts.generation, parts.max_body_bytes).routes(),
             *ResponsesApi(parts.generation, parts.max_body_bytes).routes(),
             *TokenizeApi(parts.generation, parts.max_body_bytes).routes(),
-            Route("/v1/models", endpoints.models),
-            Route("/v1/models/{name:path}", endpoints.model),
+            *ModelsApi(parts.generation, parts.max_body_bytes).routes(),
             Route("/metrics", endpoints.metrics),
             Route("/health", endpoints.healthz),
             Route("/healthz", endpoints.healthz),
@@ -215,7 +218,7 @@ class _Endpoints:
 
     async def completions(self, request: Request) -> Response:
         body = parse(CompletionRequest, await read_json(request, self._parts.max_body_bytes))
-        self._generation.preparation.check_model(body.model)
+        await self._check_model(body.model, request)
         prompts = body.prompts()
         style = self._style(body, is_chat=False)
         check_counts(len(prompts), style.num_choices, style.num_candidates, style.is_stream)
@@ -227,6 +230,11 @@ class _Endpoints:
             self._generation.check(orders)
             style = dataclasses.replace(style, echoes=[self._generation.text_of(prompt) for prompt in prompts])
         return OpenAiAnswer(self._streams(orders, style, body.renamed_fields()), style)
+
+    async def _check_model(self, name: str, request: Request) -> None:
+        """Of a request that is new: a stream goes on though its adapter was unloaded meanwhile."""
+        if not request.headers.get(LAST_EVENT_ID):
+            await self._generation.preparation.check_model(name)
 
     def _order(
         self, prompt: Prompt, sampling: SamplingParams, body: ChatRequest | CompletionRequest, call: Request
@@ -259,7 +267,7 @@ class _Endpoints:
 
     async def chat_completions(self, request: Request) -> Response:
         body = parse(ChatRequest, await read_json(request, self._parts.max_body_bytes))
-        self._generation.preparation.check_model(body.model)
+        await self._check_model(body.model, request)
         tools = chat_tools(body)
         shape = MessageShape(body.include_reasoning is not False, tools.is_deprecated)
         style = dataclasses.replace(self._style(body, is_chat=True), message=shape)
@@ -302,13 +310,6 @@ class _Endpoints:
             has_prompt_logprobs=body.prompt_logprobs is not None,
         )
 
-    async def models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._model_card()]})
-
-    async def model(self, request: Request) -> Response:
-        self._generation.preparation.check_model(request.path_params["name"])
-        return JSONResponse(self._model_card())
-
     async def metrics(self, request: Request) -> Response:
         return Response(self._parts.metrics.text(), media_type="text/plain; version=0.0.4")
 
@@ -318,16 +319,6 @@ class _Endpoints:
     async def readyz(self, request: Request) -> Response:
         state = self._parts.readiness()
         return JSONResponse(dataclasses.asdict(state), status_code=200 if state.is_ready else 503)
-
-    def _model_card(self) -> dict[str, object]:
-        files = self._generation.files
-        return {
-            "id": files.name,
-            "object": "model",
-            "created": 0,
-            "owned_by": "switchyard",
-            "max_model_len": self._generation.preparation.context_tokens,
-        }
 
 
 def _resumption(request: Request, style: AnswerStyle) -> ResumeRequest | None:

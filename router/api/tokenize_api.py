@@ -58,7 +58,7 @@ class TokenizeApi:
     async def tokenize(self, request: Request) -> Response:
         """The ids of a prompt, or of the prompt that the chat template makes of messages."""
         body = validated(_TokenizeRequest, await read_json(request, self._max_body_bytes))
-        self._generation.preparation.check_model(body.model)
+        await self._generation.preparation.check_model(body.model)
         text, is_chat, param = self._text(body)
         adds = not is_chat if body.add_special_tokens is None else body.add_special_tokens
         ids = await self._generation.tokenize(body.model, text, adds, param)
@@ -84,5 +84,5 @@ class TokenizeApi:
     async def detokenize(self, request: Request) -> Response:
         """The text of ids, special tokens as they are spelled."""
         body = validated(_DetokenizeRequest, await read_json(request, self._max_body_bytes))
-        self._generation.preparation.check_model(body.model)
+        await self._generation.preparation.check_model(body.model)
         return JSONResponse({"prompt": await self._generation.preparation.detokenize(body.tokens)})

@@ -7,8 +7,9 @@ Pure: the clock is the caller's. Knows nothing of connections or of the streams 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from kvstore.names import block_names, root_name
 from router.placement.affinity import BlockEvent, HeldBlocks, SeenBlocks
@@ -23,6 +24,7 @@ from router.placement.policy import (
     WorkerView,
     num_blocks_needed,
 )
+from router.placement.residency import AdapterCosts, HeldAdapters, Homes, adapter_ms, at_home, place
 
 _SMOOTHING = 0.1  # weight of the newest observation of a pool's speed
 _MIN_OBSERVED_TOKENS = 32  # shorter prefills measure overhead, not speed
@@ -60,6 +62,7 @@ class LoadReport:
     num_streams: int
     num_free_blocks: int
     num_queued_tokens: int
+    adapters: HeldAdapters = field(default_factory=HeldAdapters)
 
 
 @dataclass(slots=True)
@@ -79,6 +82,7 @@ class _Worker:
     now: _Reserved
     at_report: _Reserved
     is_retired: bool = False  # takes nothing new; its streams run on
+    adapters: Counter[bytes] = field(default_factory=Counter)  # digests of this router's live reservations there
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +102,16 @@ class _Reservation:
     placed_s: float
     num_tokens_ahead: int  # to be computed before the first token, its own included
     names: BlockNames  # of the prompt
+    adapter: bytes  # its digest; empty: none
 
 
 class Fleet:
     """Workers, reservations and memory of one router."""
 
-    def __init__(self, policy: RoutingPolicy, first_rates: Rates) -> None:
+    def __init__(self, policy: RoutingPolicy, first_rates: Rates, adapter_costs: AdapterCosts) -> None:
         self._policy = policy
+        self._adapter_costs = adapter_costs
+        self._homes: dict[bytes, Homes] = {}  # by digest; an adapter with one home is not in it
         # Per pool, for its workers are alike: a worker that had one slow request would otherwise look slow for good,
         # since it gets no work that could show the contrary. One that is slow for good shows in its queue.
         self._first_rates = first_rates
@@ -175,21 +182,29 @@ class Fleet:
         """The layouts that block names are wanted for."""
         return frozenset(info.kv for info in self.workers)
 
-    def views(self, names: BlockNames) -> list[WorkerView]:
-        """The workers as a policy sees them, for a prompt with these block names."""
-        return [
-            _view(worker, names, self._rates_of(worker), self._num_stored_blocks(worker.info.kv, names))
-            for worker in self._workers.values()
-            if not worker.is_retired
-        ]
+    def views(self, names: BlockNames, adapter: bytes = b"") -> list[WorkerView]:
+        """The workers as a policy sees them, for a prompt with these block names and an adapter of this digest."""
+        found = []
+        for worker in self._workers.values():
+            if not worker.is_retired:
+                stored = self._num_stored_blocks(worker.info.kv, names)
+                view = _view(worker, names, self._rates_of(worker), stored)
+                found.append(_with_adapter(view, worker, adapter, self._adapter_costs) if adapter else view)
+        return found
+
+    def homes(self, adapter: bytes) -> list[str]:
+        """The workers that the requests of an adapter go to, as of its last request."""
+        able = [view for view in self.views({}, adapter) if view.takes_adapters]
+        return [view.worker_id for view in at_home(adapter, able, self._homes.get(adapter, Homes()).count)]
 
     # -- reservations
 
     def pick(self, request: RouteRequest, names: BlockNames, now_s: float) -> Placement | Reject:
         """Choose a placement and reserve it, in one step. Ends with release(request.request_id)."""
         assert request.request_id not in self._reservations, "picked twice without a release"
-        views = {view.worker_id: view for view in self.views(names)}
-        placement = self._policy(request, list(views.values()))
+        digest = b"" if request.adapter is None else request.adapter.digest
+        views = {view.worker_id: view for view in self.views(names, digest)}
+        placement = self._choose(request, list(views.values()), now_s)
         if isinstance(placement, Reject):
             return placement
         first = views[placement.prefill_id or placement.decode_id]
@@ -199,10 +214,23 @@ class Fleet:
             worker.now.num_streams += 1
             worker.now.num_tokens += share.num_tokens
             worker.now.num_blocks += share.num_blocks
+            if digest:
+                worker.adapters[digest] += 1
             shares[worker_id] = replace(share, sent=worker.held.send(names.get(worker.info.kv, ())))
         num_ahead = first.num_queued_tokens + placement.num_uncached_tokens
-        self._reservations[request.request_id] = _Reservation(placement, shares, now_s, num_ahead, names)
+        self._reservations[request.request_id] = _Reservation(placement, shares, now_s, num_ahead, names, digest)
         return placement
+
+    def _choose(self, request: RouteRequest, views: Sequence[WorkerView], now_s: float) -> Placement | Reject:
+        if request.adapter is None:
+            return self._policy(request, views)
+        digest = request.adapter.digest
+        found, homes = place(request, views, self._policy, self._homes.get(digest, Homes()), now_s)
+        if homes.count > 1:
+            self._homes[digest] = homes
+        else:
+            self._homes.pop(digest, None)
+        return found
 
     def first_token(self, request_id: str, now_s: float) -> None:
         """The prompt is computed: the prefill worker is through with it, and showed how fast its pool is."""
@@ -283,6 +311,9 @@ class Fleet:
         reserved.num_streams -= 1
         reserved.num_tokens -= share.num_tokens
         reserved.num_blocks -= share.num_blocks
+        if reservation.adapter:
+            worker.adapters[reservation.adapter] -= 1
+            worker.adapters += Counter()  # drops what is 0
 
     def check(self) -> None:
         """Derive the sums anew from the reservations and compare: for tests and for idle moments."""
@@ -292,22 +323,30 @@ class Fleet:
                 len(shares), sum(share.num_tokens for share in shares), sum(share.num_blocks for share in shares)
             )
             assert worker.now == derived, f"{worker_id}: books say {worker.now}, reservations say {derived}"
+            mine = [r.adapter for r in self._reservations.values() if worker_id in r.shares and r.adapter]
+            assert worker.adapters == Counter(mine), f"{worker_id}: adapters {worker.adapters}, reservations {mine}"
 
 
-def name_blocks(layouts: frozenset[KvLayout], token_ids: Sequence[int], tenant_salt: bytes) -> BlockNames:
-    """Names of a prompt's full blocks under each layout. Worth a thread when the prompt is long."""
-    return {
-        layout: block_names(root_name(layout.fingerprint, tenant_salt), token_ids, layout.block_size, with_tail=False)
-        for layout in layouts
-    }
+def name_blocks(
+    layouts: frozenset[KvLayout], token_ids: Sequence[int], tenant_salt: bytes, adapter: bytes = b""
+) -> BlockNames:
+    """Names of a prompt's full blocks under each layout. Worth a thread when the prompt is long.
+
+    adapter: digest of the adapter that computes them.
+    """
+    names: dict[KvLayout, Sequence[bytes]] = {}
+    for layout in layouts:
+        root = root_name(layout.fingerprint, tenant_salt, adapter)
+        names[layout] = block_names(root, token_ids, layout.block_size, with_tail=False)
+    return names
 
 
-def extend_names(names: BlockNames, token_ids: Sequence[int], tenant_salt: bytes) -> BlockNames:
+def extend_names(names: BlockNames, token_ids: Sequence[int], tenant_salt: bytes, adapter: bytes = b"") -> BlockNames:
     """The names of a longer prompt, given those of its beginning: only the new blocks are hashed."""
     longer: dict[KvLayout, Sequence[bytes]] = {}
     for layout, known in names.items():
         if not known:
-            longer |= name_blocks(frozenset((layout,)), token_ids, tenant_salt)
+            longer |= name_blocks(frozenset((layout,)), token_ids, tenant_salt, adapter)
             continue
         rest = token_ids[len(known) * layout.block_size :]
         longer[layout] = [*known, *block_names(known[-1], rest, layout.block_size, with_tail=False)]
@@ -332,6 +371,16 @@ def _view(worker: _Worker, names: BlockNames, rates: Rates, num_stored_blocks: i
         num_cached_tokens=worker.held.match_prefix(names.get(info.kv, ())) * info.kv.block_size,
         num_stored_tokens=num_stored_blocks * info.kv.block_size,
         rates=rates,
+    )
+
+
+def _with_adapter(view: WorkerView, worker: _Worker, digest: bytes, costs: AdapterCosts) -> WorkerView:
+    held, is_coming = worker.report.adapters, worker.adapters[digest] > 0
+    return replace(
+        view,
+        takes_adapters=held.num_slots > 0,
+        holds_adapter=digest in held.on_device or digest in held.on_host,
+        adapter_ms=adapter_ms(digest, held, is_coming, costs),
     )
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from switchyard.v1 import adapter_pb2 as adapter
 from switchyard.v1 import generation_pb2 as generation
 from switchyard.v1 import journal_pb2 as journal
 from switchyard.v1 import worker_pb2 as worker
 
 from checkpoint.identity import ServedModel
+from kvstore.control.adapter_registry import AdapterRecord
 from kvstore.control.roles import ROLE_NAMES
 from router.events import (
+    AdapterRef,
     Embedding,
     Event,
     FinishReason,
@@ -27,6 +31,7 @@ from router.events import (
 from router.fleet.fleet import KvLayout, LoadReport, WorkerInfo
 from router.placement.affinity import BlockChanges, BlockEvent, SnapshotPart
 from router.placement.policy import Role
+from router.placement.residency import HeldAdapters
 from router.placement.streams import Outcome, Part, PartReport, PartTimes
 from router.sampling import NO_COMPLETION, SamplingParams, sampling_message, sampling_params
 
@@ -45,6 +50,7 @@ _OUTCOMES = {
     worker.REQUEST_OUTCOME_PREFILLED: Outcome.PREFILLED,
     worker.REQUEST_OUTCOME_FAILED: Outcome.FAILED,
     worker.REQUEST_OUTCOME_STEP_FAILED: Outcome.STEP_FAILED,
+    worker.REQUEST_OUTCOME_ADAPTER_FAILED: Outcome.ADAPTER_FAILED,
 }
 _REASONS = {
     FinishReason.STOP: generation.FINISH_REASON_STOP,
@@ -68,6 +74,7 @@ class PartOrder:
     tenant: bytes
     priority: int
     pooling: Pooling | None = None  # for EMBED
+    adapter: AdapterRef | None = None
 
 
 def submit_message(order: PartOrder) -> worker.ConnectRequest:
@@ -85,8 +92,31 @@ def submit_message(order: PartOrder) -> worker.ConnectRequest:
         tenant=order.tenant,
         priority=order.priority,
         pooling=generation.POOLING_UNSPECIFIED if order.pooling is None else _POOLINGS[order.pooling],
+        adapter=None if order.adapter is None else adapter_message(order.adapter),
     )
     return worker.ConnectRequest(submit=submit)
+
+
+def adapter_message(ref: AdapterRef) -> adapter.Adapter:
+    """As workers and the journal have it."""
+    return adapter.Adapter(name=ref.name, digest=ref.digest, path=ref.path)
+
+
+def pin_message(refs: Sequence[AdapterRef]) -> worker.ConnectRequest:
+    """A PinAdapters."""
+    pins = adapter.PinAdapters(adapters=map(adapter_message, refs))
+    return worker.ConnectRequest(pin_adapters=pins)
+
+
+def adapter_info(record: AdapterRecord) -> generation.AdapterInfo:
+    """As clients see it."""
+    return generation.AdapterInfo(
+        name=record.name,
+        digest=record.digest,
+        path=record.path,
+        parent=record.parent,
+        is_pinned=record.is_pinned,
+    )
 
 
 def generation_request(
@@ -155,6 +185,7 @@ def journal_header(request: GenerationRequest, served: ServedModel, deadline_uni
         deadline_unix_s=deadline_unix_s or 0.0,
         tenant_salt=request.tenant_salt,
         served=served.message(),
+        adapter=None if request.adapter is None else adapter_message(request.adapter),
     )
     header: bytes = record.SerializeToString()
     return header
@@ -164,6 +195,9 @@ def journal_record(header: bytes) -> tuple[GenerationRequest, ServedModel, float
     """The request of a header, what was served where it began, and its deadline in seconds since 1970."""
     record = journal.StreamRecord.FromString(header)
     request = generation_request(record.request, None, record.tenant_salt)
+    if record.HasField("adapter"):
+        kept = record.adapter
+        request = dataclasses.replace(request, adapter=AdapterRef(kept.name, kept.digest, kept.path))
     return request, ServedModel.of(record.served), record.deadline_unix_s or None
 
 
@@ -188,6 +222,7 @@ def load_report(load: worker.WorkerLoad) -> LoadReport:
         num_streams=load.num_running + load.num_waiting + load.num_waiting_for_kv,
         num_free_blocks=load.num_free_blocks,
         num_queued_tokens=load.num_queued_tokens,
+        adapters=HeldAdapters(load.num_adapter_slots, frozenset(load.device_adapters), frozenset(load.host_adapters)),
     )
 
 

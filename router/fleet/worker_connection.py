@@ -20,11 +20,11 @@ from switchyard.v1 import worker_pb2, worker_pb2_grpc
 from checkpoint.identity import ServedModel
 from kvstore.control.directory import LeasedWorker
 from kvstore.network.channels import dial_async
-from router.events import TokenLogprobs
+from router.events import AdapterRef, TokenLogprobs
 from router.fleet.block_events import BlockListener, watch_blocks
 from router.fleet.fleet import WorkerInfo
 from router.fleet.identity import ServedIdentity
-from router.fleet.messages import PartOrder, part_report, submit_message, token_logprobs, worker_info
+from router.fleet.messages import PartOrder, part_report, pin_message, submit_message, token_logprobs, worker_info
 from router.placement.streams import PartReport
 
 log = logging.getLogger(__name__)
@@ -104,6 +104,7 @@ class WorkerConnection:
         self._outbox: deque[worker_pb2.ConnectRequest] = deque()
         self._has_mail = asyncio.Event()
         self._last_message_s = 0.0
+        self._pinned: tuple[AdapterRef, ...] = ()
 
     # -- orders, all without waiting: the outbox is bounded by what admission lets in
 
@@ -125,6 +126,12 @@ class WorkerConnection:
     def credit(self, stream_id: str, num_tokens: int) -> None:
         """Widen a stream's window."""
         self._send(worker_pb2.ConnectRequest(credit=worker_pb2.Credit(stream_id=stream_id, num_tokens=num_tokens)))
+
+    def pin(self, refs: Sequence[AdapterRef]) -> None:
+        """These adapters stay on the worker's device while nobody uses them; sent when they are others than before."""
+        if self.is_up and tuple(refs) != self._pinned:
+            self._pinned = tuple(refs)
+            self._send(pin_message(refs))
 
     @property
     def num_streams(self) -> int:
@@ -220,6 +227,7 @@ class WorkerConnection:
 
     def _up(self, info: WorkerInfo) -> None:
         self._outbox.clear()
+        self._pinned = ()
         self._last_message_s = time.monotonic()
         self.refusal = ""
         self.is_up = True

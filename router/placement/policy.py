@@ -42,6 +42,14 @@ class Rates:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterNeed:
+    """The adapter of a request."""
+
+    digest: bytes
+    is_loadable: bool  # a worker that does not hold it can read it; else its files are others now
+
+
+@dataclass(frozen=True, slots=True)
 class RouteRequest:
     """What the policy needs to know of a request."""
 
@@ -49,6 +57,7 @@ class RouteRequest:
     num_prompt_tokens: int  # to be in the KV cache before the next token: the prompt, and what was emitted before
     num_output_tokens: int  # most tokens still to come
     avoid: frozenset[str] = frozenset()  # workers that just failed it: taken only when there is no other
+    adapter: AdapterNeed | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +75,9 @@ class WorkerView:
     num_cached_tokens: int  # of this request's prompt, probably held by this worker
     num_stored_tokens: int  # of this request's prompt, probably in the KV tiers
     rates: Rates
+    takes_adapters: bool = False
+    holds_adapter: bool = False  # this request's, on its device or in its host's memory
+    adapter_ms: float = 0.0  # until this request's adapter is on its device
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +90,7 @@ class CostTerms:
     transfer_ms: float = 0.0  # KV blocks to be pulled, by either worker
     decode_ms: float = 0.0  # the expected output, for this stream and for those beside it
     memory_ms: float = 0.0  # until enough KV blocks are free
+    adapter_ms: float = 0.0  # until the adapter is on the device
 
     @property
     def total_ms(self) -> float:
@@ -87,7 +100,7 @@ class CostTerms:
     @property
     def ttft_ms(self) -> float:
         """The part that the client waits for before its first token: a prediction that can be checked."""
-        return self.queue_ms + self.prefill_ms + self.transfer_ms + self.memory_ms
+        return self.queue_ms + self.prefill_ms + self.transfer_ms + self.memory_ms + self.adapter_ms
 
     def __add__(self, other: CostTerms) -> CostTerms:
         return CostTerms(
@@ -97,6 +110,7 @@ class CostTerms:
             self.transfer_ms + other.transfer_ms,
             self.decode_ms + other.decode_ms,
             self.memory_ms + other.memory_ms,
+            self.adapter_ms + other.adapter_ms,
         )
 
 
@@ -219,6 +233,7 @@ def _prefill_cost(request: RouteRequest, view: WorkerView) -> CostTerms:
         prefill_ms=_uncached(request, view) * view.rates.prefill_ms_per_token,
         transfer_ms=num_fetched_blocks * view.rates.transfer_ms_per_block,
         memory_ms=_memory_ms(view, num_blocks_needed(request.num_prompt_tokens, view.block_size)),
+        adapter_ms=view.adapter_ms,
     )
 
 
@@ -233,6 +248,7 @@ def _decode_cost(request: RouteRequest, view: WorkerView) -> CostTerms:
         * view.rates.transfer_ms_per_block,
         decode_ms=num_output_tokens * view.rates.decode_ms_per_step * slowdown,
         memory_ms=_memory_ms(view, num_blocks),
+        adapter_ms=view.adapter_ms,
     )
 
 
@@ -246,6 +262,7 @@ def _whole_cost(request: RouteRequest, view: WorkerView) -> CostTerms:
         stall_ms=prefill.prefill_ms * view.num_streams,
         decode_ms=decode.decode_ms,
         memory_ms=decode.memory_ms,
+        adapter_ms=view.adapter_ms,
     )
 
 

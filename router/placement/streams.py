@@ -20,7 +20,7 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from router.errors import InvalidRequest, RouterError, StepFailed
+from router.errors import AdapterFailed, AdapterRefused, InvalidRequest, RouterError, StepFailed
 from router.events import FinishReason
 from router.placement.policy import Placement
 
@@ -34,8 +34,9 @@ class Part(enum.Enum):
     EMBED = "embed"
 
 
-# Each failed step took its other requests with it: one that raises everywhere must not go from worker to worker.
-MAX_FAILED_STEPS = 2
+# Each failed step took its other requests with it: one that raises everywhere must not go from worker to worker. An
+# adapter that two workers cannot load is not on the others' disks either.
+MAX_SAME_FAILURES = 2
 
 
 class Phase(enum.Enum):
@@ -56,6 +57,7 @@ class Outcome(enum.Enum):
     CANCELLED = "cancelled"
     FAILED = "failed"
     STEP_FAILED = "step_failed"
+    ADAPTER_FAILED = "adapter_failed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,7 @@ class Stream:
         self.ending: FinishReason | RouterError | None = None
         self.failed_on: set[str] = set()  # workers that were lost or failed it: avoided when it is placed anew
         self.last_failure = ""
-        self._steps_failed_on: list[str] = []
+        self._same_failures: dict[Outcome, list[str]] = {Outcome.STEP_FAILED: [], Outcome.ADAPTER_FAILED: []}
         self.num_dropped = 0  # frames of an old epoch, or doubled
         self.num_cached_prompt_tokens = 0
         self.num_computed_prompt_tokens = 0
@@ -220,12 +222,9 @@ class Stream:
         if report.outcome is Outcome.STOP or report.outcome is Outcome.LENGTH:
             self._decode_id = None
             return self._end(FinishReason(report.outcome.value))
-        if report.outcome is Outcome.FAILED and report.is_invalid_request:
+        if (error := self._hopeless(worker_id, report)) is not None:
             self._decode_id = None
-            return self._end(_refusal(report))
-        if self._fails_everywhere(worker_id, report):
-            self._decode_id = None
-            return self._end(self._step_failed(report))
+            return self._end(error)
         return self._on_decode_gone(worker_id, report.error or f"ended with {report.outcome.value}")
 
     def on_lost(self, worker_id: str) -> Sequence[Action]:
@@ -260,21 +259,19 @@ class Stream:
             return self._end(FinishReason.LENGTH)
         if report.outcome is Outcome.STOP or report.outcome is Outcome.LENGTH:
             return self._end(FinishReason(report.outcome.value))
-        if report.outcome is Outcome.FAILED and report.is_invalid_request:
-            return self._end(_refusal(report))
-        if self._fails_everywhere(worker_id, report):
-            return self._end(self._step_failed(report))
+        if (error := self._hopeless(worker_id, report)) is not None:
+            return self._end(error)
         return self._decode_alone(worker_id, report.outcome is Outcome.PREFILLED)
 
-    def _fails_everywhere(self, worker_id: str, report: PartReport) -> bool:
-        """Steps with this stream failed as often as may be; notes the one that the report is of."""
-        if report.outcome is not Outcome.STEP_FAILED or len(self.emitted) == self.max_tokens:
-            return False
-        self._steps_failed_on.append(worker_id)
-        return len(self._steps_failed_on) >= MAX_FAILED_STEPS
-
-    def _step_failed(self, report: PartReport) -> StepFailed:
-        return StepFailed(f"a step with the request failed on {' and on '.join(self._steps_failed_on)}: {report.error}")
+    def _hopeless(self, worker_id: str, report: PartReport) -> RouterError | None:
+        """Why no other worker is asked after this report; notes failures that may come once."""
+        if (refusal := refusal_of(report)) is not None:
+            return refusal
+        workers = self._same_failures.get(report.outcome)
+        if workers is None or len(self.emitted) == self.max_tokens:
+            return None
+        workers.append(worker_id)
+        return same_failure(report, workers) if len(workers) >= MAX_SAME_FAILURES else None
 
     def _on_prefill_gone(self, worker_id: str) -> Sequence[Action]:
         self._prefill_id = None
@@ -346,6 +343,21 @@ class Stream:
             self.num_cached_prompt_tokens = min(report.num_cached_prompt_tokens, self.num_prompt_tokens)
 
 
-def _refusal(report: PartReport) -> InvalidRequest:
+def refusal_of(report: PartReport) -> InvalidRequest | None:
+    """The error of a request that no worker can serve; None where another one may."""
+    if not report.is_invalid_request:
+        return None
+    if report.outcome is Outcome.ADAPTER_FAILED:
+        return AdapterRefused(report.error or "a worker refused the adapter", param="model")
+    if report.outcome is not Outcome.FAILED:
+        return None
     field = report.error.partition(":")[0]
     return InvalidRequest(report.error or "a worker refused the request", param=field if field in _FIELDS else None)
+
+
+def same_failure(report: PartReport, worker_ids: Sequence[str]) -> RouterError:
+    """The error of a request with which the same went wrong on some workers."""
+    where = " and on ".join(worker_ids)
+    if report.outcome is Outcome.ADAPTER_FAILED:
+        return AdapterFailed(f"the adapter could not be loaded on {where}: {report.error}")
+    return StepFailed(f"a step with the request failed on {where}: {report.error}")

@@ -65,3 +65,9 @@ def check_repeated_prompt(token_ids: Sequence[int], begun: str | Sequence[int]) 
     """Raise InvalidRequest when a stream is resumed with another prompt than it was begun with."""
     if list(token_ids) != list(begun):
         raise invalid("prompt", "is not the one that the stream was begun with")
+
+
+def check_repeated_model(name: str, begun: str) -> None:
+    """Raise InvalidRequest when a stream is resumed with another model or adapter than it was begun with."""
+    if name != begun:
+        raise invalid("model", f"{name!r} is not the one that the stream was begun with, {begun!r}")

@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from switchyard.v1 import worker_pb2
 
 from router.config import RouterConfig
+from router.events import AdapterRef
 from router.fleet.fleet import Fleet, WorkerInfo
 from router.fleet.messages import load_report
 from router.fleet.worker_connection import CLOSED, WorkerConnection
 from router.placement.affinity import BlockEvent, SnapshotPart
+from router.placement.policy import AdapterNeed
 from router.service.dispatch_observer import DispatchObserver
 from router.service.live_stream import LiveStream
 from router.service.token_request import TokenRequest
@@ -37,6 +39,7 @@ class Dispatcher:
         self.waiting: set[LiveStream] = set()  # for any change of the fleet
         self.on_fleet_change: Callable[[], None] = lambda: None
         self.weights: Callable[[], str] = lambda: ""  # that the workers serve now
+        self.is_loadable: Callable[[AdapterRef], bool] = lambda ref: True  # by a worker that does not hold it
 
     def open(self, request: TokenRequest, emitted: Sequence[int] = (), num_given: int = 0) -> LiveStream:
         """A stream, not yet placed. Ends with its close().
@@ -44,6 +47,20 @@ class Dispatcher:
         emitted: its tokens so far, when it is resumed; the first num_given of them the reader has.
         """
         return LiveStream(self, request, emitted, num_given)
+
+    def adapter_need(self, ref: AdapterRef | None) -> AdapterNeed | None:
+        """What placement must know of a request's adapter."""
+        return None if ref is None else AdapterNeed(ref.digest, self.is_loadable(ref))
+
+    def pin(self, refs: Sequence[AdapterRef]) -> None:
+        """Have the homes of these adapters keep them on their devices, and no others."""
+        pinned: dict[str, list[AdapterRef]] = {worker_id: [] for worker_id in self.connections}
+        for ref in refs:
+            for worker_id in self.fleet.homes(ref.digest):
+                if worker_id in pinned:
+                    pinned[worker_id].append(ref)
+        for worker_id, mine in pinned.items():
+            self.connections[worker_id].pin(mine)
 
     # -- WorkerListener
 
@@ -56,8 +73,12 @@ class Dispatcher:
         self.on_fleet_change()
 
     def on_load(self, worker_id: str, load: worker_pb2.WorkerLoad) -> None:
+        is_first = worker_id not in self.loads
         self.loads[worker_id] = load
         self.fleet.report(worker_id, load_report(load))
+        if is_first and load.num_adapter_slots:  # not in its hello: who has an adapter may go there from now on
+            for stream in self.waiting:
+                stream.wake()
 
     def on_retired(self, worker_id: str) -> None:
         self.fleet.retire(worker_id, True)

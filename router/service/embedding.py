@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from router.errors import DeadlineExceeded, InvalidRequest, NoWorker, RouterError, StepFailed, WorkersLost
+from router.errors import DeadlineExceeded, InvalidRequest, NoWorker, RouterError, WorkersLost
 from router.events import Embedding, Pooling, TokenLogprobs
 from router.fleet.messages import PartOrder
 from router.placement.policy import Placement, Reject, RejectReason, RouteRequest
-from router.placement.streams import MAX_FAILED_STEPS, Outcome, Part, PartReport
+from router.placement.streams import MAX_SAME_FAILURES, Outcome, Part, PartReport, refusal_of, same_failure
 from router.service.dispatch import Dispatcher
 from router.service.token_request import TokenRequest
 
@@ -59,7 +59,7 @@ async def embed(dispatcher: Dispatcher, request: TokenRequest, pooling: Pooling)
 
 async def _embed(dispatcher: Dispatcher, request: TokenRequest, pooling: Pooling) -> Embedding:
     failed: set[str] = set()
-    steps_failed_on: list[str] = []
+    same_failures: dict[Outcome, list[str]] = {Outcome.STEP_FAILED: [], Outcome.ADAPTER_FAILED: []}
     why = ""
     for epoch in range(1, dispatcher.config.max_replacements + 2):
         worker_id = await _place(dispatcher, request, frozenset(failed), is_new=epoch == 1)
@@ -70,12 +70,12 @@ async def _embed(dispatcher: Dispatcher, request: TokenRequest, pooling: Pooling
         if report is not None and report.embedding:
             cached = report.num_cached_prompt_tokens
             return Embedding(report.embedding, len(request.token_ids), cached, worker_id)
-        if report is not None and report.outcome is Outcome.FAILED and report.is_invalid_request:
-            raise InvalidRequest(report.error or "a worker refused the request")
-        if report is not None and report.outcome is Outcome.STEP_FAILED:
-            steps_failed_on.append(worker_id)
-            if len(steps_failed_on) >= MAX_FAILED_STEPS:
-                raise StepFailed(f"a step with it failed on {' and on '.join(steps_failed_on)}: {report.error}")
+        if report is not None and (refusal := refusal_of(report)) is not None:
+            raise refusal
+        if report is not None and report.outcome in same_failures:
+            same_failures[report.outcome].append(worker_id)
+            if len(same_failures[report.outcome]) >= MAX_SAME_FAILURES:
+                raise same_failure(report, same_failures[report.outcome])
         why = f"{worker_id}: {'connection lost' if report is None else report.error or report.outcome.value}"
         failed.add(worker_id)
         await asyncio.sleep(_RETRY_S)
@@ -84,7 +84,7 @@ async def _embed(dispatcher: Dispatcher, request: TokenRequest, pooling: Pooling
 
 async def _place(dispatcher: Dispatcher, request: TokenRequest, avoid: frozenset[str], is_new: bool) -> str:
     """The worker that computes it; reserved."""
-    route = RouteRequest(request.stream_id, len(request.token_ids), 1, avoid)
+    route = RouteRequest(request.stream_id, len(request.token_ids), 1, avoid, dispatcher.adapter_need(request.adapter))
     wait_s = dispatcher.config.new_request_wait_s if is_new else dispatcher.config.replacement_wait_s
     give_up_s = dispatcher.clock() + wait_s
     while True:
@@ -123,6 +123,7 @@ async def _ask(
         tenant=request.tenant,
         priority=request.priority,
         pooling=pooling,
+        adapter=request.adapter,
     )
     connection.submit(order, part)
     try:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvstore.control.journal import JournalEntry
+from router.adapters.catalog import AdapterCatalog
 from router.config import RouterConfig
 from router.errors import (
     NoWorker,
@@ -48,6 +49,7 @@ from router.sampling import (
 from router.service.admission import Admission
 from router.service.chat import ChatModel
 from router.service.checks import (
+    check_repeated_model,
     check_repeated_prompt,
     check_resumption,
 )
@@ -75,6 +77,14 @@ class Account:
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
     stats: RequestStats = dataclasses.field(default_factory=RequestStats)
+    model: str = ""  # name of the model or adapter that it was answered with; empty until that is known
+    is_adapter: bool = False
+
+    def begin(self, order: TokenRequest, base: str) -> None:
+        """The request was prepared. base: name of the model without an adapter."""
+        self.num_prompt_tokens = len(order.token_ids)
+        self.is_adapter = order.adapter is not None
+        self.model = base if order.adapter is None else order.adapter.name
 
 
 class RequestObserver(Protocol):
@@ -98,15 +108,18 @@ class Generation:
         dispatcher: Dispatcher,
         journal: JournalWriter,
         observer: RequestObserver,
+        adapters: AdapterCatalog,
     ) -> None:
         self._served = served
+        self.adapters = adapters
         self._journal = journal
         self.admission = Admission(config.max_inflight_requests, config.max_prompt_bytes)
         self.files, self.codec = files, TextCodec(files.tokenizer_json)
         self.chat = ChatModel(files, self.codec)
         end_ids = end_token_ids(files, self.codec, self.chat.template)
+        timeout_s = config.request_timeout_s
         self.preparation = Preparation(
-            PreparationContext(files, self.codec, end_ids, dispatcher.fleet, dispatcher.clock, config.request_timeout_s)
+            PreparationContext(files, self.codec, end_ids, dispatcher.fleet, dispatcher.clock, timeout_s, adapters)
         )
         self._config = config
         self._dispatcher = dispatcher
@@ -126,9 +139,9 @@ class Generation:
         self, model: str, text: str, add_special_tokens: bool = True, param: str = "text"
     ) -> Sequence[int]:
         """Ids of a text, as a prompt would be encoded. param: the field that it came in."""
-        self.preparation.check_model(model)
+        await self.preparation.check_model(model)
         with self._admitted(check_text(param, text), param):
-            return (await self.preparation.encode(text, add_special_tokens, frozenset(), b""))[0]
+            return (await self.preparation.encode(text, add_special_tokens))[0]
 
     async def stream(self, request: GenerationRequest, commits_first: bool = False) -> AsyncGenerator[Event, None]:
         """Started, then Tokens, then Finished; or a RouterError. A caller that stops reading early must close it.
@@ -136,12 +149,13 @@ class Generation:
         commits_first: no token comes before the journal has it, for clients that cannot say what they have.
         """
         with self._accounted() as account, self._admitted(self.preparation.check(request)):
+            request = await self.preparation.with_adapter(request)
             await self._know_weights()
             order = await self.preparation.order(request, self._served.now.weights)
-            account.num_prompt_tokens = len(order.token_ids)
+            account.begin(order, self.files.name)
             deadline_unix_s = None if order.deadline_s is None else order.deadline_s - order.arrived_s + time.time()
             settled = dataclasses.replace(
-                request, prompt=tuple(order.token_ids), sampling=order.sampling, model=self.files.name
+                request, prompt=tuple(order.token_ids), sampling=order.sampling, model=account.model
             )
             header = journal_header(settled, self._served.now, deadline_unix_s)
             log = self._journal.open(order.stream_id, header)
@@ -176,7 +190,7 @@ class Generation:
                 stream_id=f"{request.stream_id}.{entry.epoch}",
                 deadline_s=None if deadline_unix_s is None else order.arrived_s + deadline_unix_s - time.time(),
             )
-            account.num_prompt_tokens = len(order.token_ids)
+            account.begin(order, self.files.name)
             text = self._text_out(order, request.repeated or first, log.stream_id)
             async with contextlib.aclosing(self._carry(order, log, text, request, account, commits_first)) as events:
                 async for event in events:
@@ -204,7 +218,7 @@ class Generation:
             if not is_complete:
                 await live.start()
             await log.committed()
-            yield Started(log.stream_id, self.files.name, account.num_prompt_tokens, sampling.seed)
+            yield Started(log.stream_id, account.model, account.num_prompt_tokens, sampling.seed)
             while not text.is_stopped:
                 ids = log.token_ids[account.num_output_tokens :] if is_complete else await live.next()
                 if not ids:
@@ -247,9 +261,10 @@ class Generation:
     async def embed(self, request: GenerationRequest, pooling: Pooling) -> Embedding:
         """The embedding of a prompt, as the model gives it. Raises RouterError."""
         with self._accounted() as account, self._admitted(self.preparation.check(request)):
+            request = await self.preparation.with_adapter(request)
             await self._know_weights()
             order = await self.preparation.order(request, self._served.now.weights)
-            account.num_prompt_tokens = len(order.token_ids)
+            account.begin(order, self.files.name)
             embedding = await embed(self._dispatcher, order, pooling)
             account.outcome = FinishReason.STOP.value
             return embedding
@@ -299,13 +314,17 @@ class Generation:
             # Its tokens are another model's: what followed them would be an answer that neither gives.
             message = f"stream_id: {request.stream_id!r} was begun where something else is served: {difference}"
             raise UnknownStream(message, param="stream_id")
+        if begun.adapter is not None and not self.adapters.is_enabled:
+            message = f"stream_id: {request.stream_id!r} was begun with an adapter, and none are served here"
+            raise UnknownStream(message, param="stream_id")
         check_resumption(request, entry.token_ids, self.files.vocab_size)
         return entry
 
     async def _check_repeated(self, request: GenerationRequest, begun: GenerationRequest) -> None:
         """Raise InvalidRequest when a client resumes one stream with the request of another."""
+        check_repeated_model(request.model or self.files.name, begun.model)
         if not request.prompt_uses_clock:
-            token_ids, _ = await self.preparation.encode(request.prompt, request.add_special_tokens, frozenset(), b"")
+            token_ids, _ = await self.preparation.encode(request.prompt, request.add_special_tokens)
             check_repeated_prompt(token_ids, begun.prompt)
         check_repeated_sampling(request.sampling, begun.sampling)
 

@@ -231,6 +231,7 @@ class LiveStream:
             num_prompt_tokens=state.num_prompt_tokens + len(state.emitted),
             num_output_tokens=state.max_tokens - len(state.emitted),
             avoid=frozenset(state.failed_on),
+            adapter=self._dispatcher.adapter_need(self._request.adapter),
         )
         return self._dispatcher.fleet.pick(request, self._names(), self._dispatcher.clock())
 
@@ -238,7 +239,8 @@ class LiveStream:
         if not self._state.emitted:
             return self._request.names
         request = self._request
-        return extend_names(request.names, [*request.token_ids, *self._state.emitted], request.tenant_salt)
+        token_ids = [*request.token_ids, *self._state.emitted]
+        return extend_names(request.names, token_ids, request.tenant_salt, request.adapter_digest)
 
     def _on_placed(self, placement: Placement) -> None:
         self._placement = placement
@@ -292,6 +294,7 @@ class LiveStream:
             tenant_salt=request.tenant_salt,
             tenant=request.tenant,
             priority=request.priority,
+            adapter=request.adapter,
         )
 
     def _sampling(self) -> SamplingParams:

@@ -6,13 +6,14 @@ Knows the model's files, its tokenizer and the layouts of the workers' blocks; k
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from router.errors import UnknownModel
-from router.events import GenerationRequest
+from router.adapters.catalog import AdapterCatalog
+from router.events import AdapterRef, GenerationRequest
 from router.fleet.fleet import BlockNames, Fleet, KvLayout, name_blocks
 from router.model_files import ModelFiles
 from router.sampling import check_choice_is_left, check_sampling, check_text, check_token_ids
@@ -36,6 +37,7 @@ class PreparationContext:
     fleet: Fleet
     clock: Callable[[], float]  # the dispatcher's
     request_timeout_s: float  # 0 means none
+    adapters: AdapterCatalog
 
 
 class Preparation:
@@ -53,14 +55,18 @@ class Preparation:
         limit = self._context.fleet.context_tokens
         return self.files.context_tokens if limit is None else min(limit, self.files.context_tokens)
 
-    def check_model(self, name: str) -> None:
-        """Raise UnknownModel unless that name (or an empty one) means the model served here."""
-        if name not in ("", self.files.name):
-            raise UnknownModel(f"model: {name!r} is not served here; {self.files.name!r} is", param="model")
+    async def check_model(self, name: str) -> AdapterRef | None:
+        """The adapter of that name; None for the name of the model, or an empty one. Waits for an adapter that is being
+        loaded. Raises UnknownModel, AdapterAway."""
+        return None if name in ("", self.files.name) else await self._context.adapters.find(name)
+
+    async def with_adapter(self, request: GenerationRequest) -> GenerationRequest:
+        """The request with the adapter that it names. Raises as check_model."""
+        adapter = await self.check_model(request.model)
+        return request if adapter is None else dataclasses.replace(request, adapter=adapter)
 
     def check(self, request: GenerationRequest) -> int:
-        """All that can be said before encoding; the prompt's size in bytes."""
-        self.check_model(request.model)
+        """All that can be said before encoding; the prompt's size in bytes. The model's name is checked apart."""
         check_sampling(request.sampling, self.files.vocab_size)
         check_salt(request.cache_salt)
         check_priority(request.priority)
@@ -80,7 +86,8 @@ class Preparation:
             num_tokens = max(1, self.codec.min_tokens(len(request.prompt.encode())))
             check_prompt(num_tokens, context_tokens, is_bound=True)
         salt = block_salt(request.tenant_salt, request.cache_salt)
-        token_ids, names = await self.encode(request.prompt, request.add_special_tokens, layouts, salt)
+        digest = b"" if request.adapter is None else request.adapter.digest
+        token_ids, names = await self.encode(request.prompt, request.add_special_tokens, layouts, salt, digest)
         check_prompt(len(token_ids), context_tokens)
         check_token_ids("prompt", token_ids, self.files.vocab_size)
         check_prompt_logprobs(request.sampling.prompt_logprobs, len(token_ids))
@@ -100,6 +107,7 @@ class Preparation:
             tenant=request.tenant_salt,
             priority=request.priority,
             weights=weights,
+            adapter=request.adapter,
         )
 
     def _deadline_s(self, request: GenerationRequest, now_s: float) -> float | None:
@@ -108,13 +116,18 @@ class Preparation:
         return now_s + min(set_limits) if set_limits else None
 
     async def encode(
-        self, prompt: str | tuple[int, ...], add_special_tokens: bool, layouts: frozenset[KvLayout], tenant_salt: bytes
+        self,
+        prompt: str | tuple[int, ...],
+        add_special_tokens: bool,
+        layouts: frozenset[KvLayout] = frozenset(),
+        tenant_salt: bytes = b"",
+        adapter: bytes = b"",
     ) -> tuple[Sequence[int], BlockNames]:
         """Ids and block names of a prompt; those of a long one in a thread, so that other streams get their tokens."""
 
         def encode() -> tuple[Sequence[int], BlockNames]:
             ids = self.codec.encode(prompt, add_special_tokens) if isinstance(prompt, str) else prompt
-            return ids, name_blocks(layouts, ids, tenant_salt)
+            return ids, name_blocks(layouts, ids, tenant_salt, adapter)
 
         if len(prompt) < _INLINE_BYTES // 4:
             return encode()

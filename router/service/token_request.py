@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from router.events import AdapterRef
 from router.fleet.fleet import BlockNames
 from router.sampling import SamplingParams
 
@@ -37,6 +38,13 @@ class TokenRequest:
     """The smaller, the sooner."""
     weights: str
     """Digest of the weights that compute the stream, from its first token to its last."""
+    adapter: AdapterRef | None = None
+    """What is added to them."""
+
+    @property
+    def adapter_digest(self) -> bytes:
+        """Of the names of its blocks; empty: no adapter."""
+        return b"" if self.adapter is None else self.adapter.digest
 
     def worker_deadline_s(self, now_s: float) -> float:
         """Seconds from now after which a worker drops it; 0 means never.

@@ -28,6 +28,11 @@ def test_outliers_read_the_weights_of_their_inputs_only():
     assert gemm.add_outliers(3, 8, 64, 48) == OpCost(moved, 2 * 3 * 8 * 64)
 
 
+def test_adapters_are_read_once_each_and_results_twice():
+    moved = 3 * (512 + 2 * 8) + 2 * (32 * 512 + 8 * 16)
+    assert gemm.add_lora(3, 2, (8, 512), 32, 16, 2) == OpCost(2 * moved, 2 * 3 * (32 * 512 + 8 * 16))
+
+
 def test_a_low_rank_pair_reads_and_writes_the_result():
     moved = (16 * (512 + 8) + 3 * 512 + 2 * 3 * 8) * 2
     assert gemm.add_low_rank(3, 8, 512, 16, 2) == OpCost(moved, 2 * 3 * 16 * (512 + 8))

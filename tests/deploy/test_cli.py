@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from switchyard_client import SamplingParams
+from switchyard_client import GenerationRequest
 
 from deploy import cli
 from deploy.config import ROOT
@@ -142,6 +142,7 @@ def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["serve", "--help"]) == 0
     text = capsys.readouterr().out
     flags = (
+        "--enable-lora --lora-modules --lora-root --max-loras --max-lora-rank --max-cpu-loras "
         "--config --model --prefill --decode --mixed --routers --tp --pp --set --grpc-port --http-port --once --json"
     )
     assert [flag for flag in flags.split() if flag not in text] == []
@@ -153,13 +154,26 @@ def test_generate_leaves_the_temperature_to_the_model(
 ) -> None:
     asked = []
 
-    def complete(targets: object, prompt: str, sampling: SamplingParams, out: object) -> object:
-        asked.append(sampling)
+    def complete(targets: object, request: GenerationRequest, out: object) -> object:
+        asked.append(request)
         raise StartError("seen")
 
     monkeypatch.setattr(cli, "_complete", complete)
     assert cli.run(["generate", "--prompt", "x", *options]) != 0
-    assert [one.temperature for one in asked] == [temperature]
+    assert [one.sampling.temperature for one in asked] == [temperature]
+    assert [one.model for one in asked] == [""]
+
+
+def test_generate_may_name_an_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def complete(targets: object, request: GenerationRequest, out: object) -> object:
+        asked.append(request)
+        raise StartError("seen")
+
+    monkeypatch.setattr(cli, "_complete", complete)
+    assert cli.run(["generate", "--prompt", "x", "--model", "sql-lora"]) == 1
+    assert [one.model for one in asked] == ["sql-lora"]
 
 
 SHOW = """

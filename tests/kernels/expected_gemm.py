@@ -170,7 +170,19 @@ def torch_add_outliers(out, x, flags, weight, weight_scales, threshold):
     return out + F.linear(large, weight.double() * weight_scales[:, None])
 
 
+def torch_lora(out, x, down, up, rows, sizes):
+    out, rank = out.double(), up.shape[1]
+    for slot, index in rows.segments:
+        narrow = x[index].double() @ down[slot].double().T
+        firsts = [sum(sizes[:piece]) for piece in range(len(sizes))]
+        for piece, (first, size) in enumerate(zip(firsts, sizes, strict=True)):
+            part = narrow[:, piece * rank : (piece + 1) * rank] @ up[slot, :, first : first + size].double()
+            out[index, first : first + size] += part
+    return out
+
+
 TORCH_GEMM = {
+    "add_lora": torch_lora,
     "fixed_order_linear": torch_linear,
     "w4a16_gemm": torch_w4a16,
     "w8a16_gemm": torch_w8a16,

@@ -13,6 +13,8 @@ def test_names_do_not_change_between_versions() -> None:
     assert fingerprint(FIELDS).hex() == "d94036074ee1a0b61ad41519cc6bc6e8"
     assert ROOT.hex() == "2501ab91b8a91235470fcb1ae0b96a70"
     assert block_name(ROOT, [1, 2, 3]).hex() == "6f4a7bda2702b963bf59d8f552a5f531"
+    with_adapter = root_name(fingerprint(FIELDS), b"", b"\1" * 32)
+    assert with_adapter.hex() == "cf7182b2637512779e5ed5f219a101b5"
     assert fragment_key(bytes(range(16)), 1, 2, 3).hex() == "000102030405060708090a0b0c0d0e0f010002000300"
 
 
@@ -37,6 +39,13 @@ def test_tenants_share_nothing() -> None:
 
 def test_salt_and_fingerprint_do_not_run_into_each_other() -> None:
     assert root_name(b"ab", b"c") != root_name(b"a", b"bc")
+
+
+def test_adapters_share_no_blocks_with_each_other_or_the_base():
+    salts, adapters = (b"", b"a", b"bc"), (b"", b"b", b"ba", b"c")
+    roots = [root_name(fingerprint(FIELDS), salt, adapter) for salt in salts for adapter in adapters]
+    assert len(set(roots)) == len(roots)
+    assert root_name(b"f", b"salt", b"") == root_name(b"f", b"salt")
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 15, 16, 17, 32, 37])

@@ -8,15 +8,18 @@ import shutil
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import grpc
 import pytest
 from switchyard.v1 import generation_pb2_grpc
 
+from kvstore.control.adapter_registry import AdapterRegistry
 from kvstore.control.directory import MemoryDirectory, WorkerRecord
 from kvstore.control.journal import StreamJournal
+from router.adapters.config import AdaptersConfig
+from router.adapters.targets import AdapterTarget
 from router.app import Router
 from router.config import RouterConfig, RouterSpec
 from tests.router.fake_worker import CONTEXT_TOKENS, VOCAB_SIZE, FakeWorker
@@ -45,6 +48,15 @@ async def until(condition: Callable[[], bool], what: str) -> None:
 WEIGHTS = "digest-of-weights"
 
 
+@dataclass(frozen=True)
+class Adapters:
+    """What a router knows of adapters; nothing by default."""
+
+    config: AdaptersConfig = field(default_factory=AdaptersConfig)
+    targets: tuple[AdapterTarget, ...] = ()
+    registry: AdapterRegistry | None = None
+
+
 class Cluster:
     """One router and its workers."""
 
@@ -56,6 +68,7 @@ class Cluster:
         clock: Callable[[], float],
         generation_config: str,
         weights: str,
+        adapters: Adapters,
     ) -> None:
         self.directory = MemoryDirectory(clock)
         self.workers: list[FakeWorker] = []
@@ -69,8 +82,10 @@ class Cluster:
             generation_config=generation_config,
             config=config,
             weights=weights,
+            adapters=adapters.config,
+            adapter_targets=adapters.targets,
         )
-        self.router = Router(self.spec, journal)
+        self.router = Router(self.spec, journal, adapters.registry)
         self.grpc_address = ""
         self.http_url = ""
 
@@ -126,9 +141,10 @@ async def running_cluster(
     clock: Callable[[], float] = time.monotonic,
     generation_config: str = "auto",
     weights: str = WEIGHTS,
+    adapters: Adapters = Adapters(),
 ) -> AsyncIterator[Cluster]:
     """A started router with these workers; afterwards its books must balance. clock: of the directory."""
-    cluster = Cluster(model_dir, config, journal, clock, generation_config, weights)
+    cluster = Cluster(model_dir, config, journal, clock, generation_config, weights, adapters)
     addresses = await cluster.router.start(lambda: cluster.directory)
     cluster.grpc_address = addresses.grpc_address
     cluster.http_url = f"http://{addresses.http_address}"

@@ -30,17 +30,17 @@ ROLES = {
 }
 
 
-def next_token(history: Sequence[int]) -> int:
-    """The one token that follows this history; never 0, the end of text."""
-    digest = hashlib.blake2b(array("I", history).tobytes(), digest_size=8).digest()
+def next_token(history: Sequence[int], adapter: bytes = b"") -> int:
+    """The one token that follows this history with an adapter of this digest; never 0, the end of text."""
+    digest = hashlib.blake2b(array("I", history).tobytes(), digest_size=8, key=adapter).digest()
     return 1 + int.from_bytes(digest) % (VOCAB_SIZE - 1)
 
 
-def expected_tokens(prompt: Sequence[int], num_tokens: int) -> list[int]:
-    """What every worker makes of a prompt."""
+def expected_tokens(prompt: Sequence[int], num_tokens: int, adapter: bytes = b"") -> list[int]:
+    """What every worker makes of a prompt; adapter: digest."""
     history = list(prompt)
     for _ in range(num_tokens):
-        history.append(next_token(history))
+        history.append(next_token(history, adapter))
     return history[len(prompt) :]
 
 
@@ -86,6 +86,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.submits: list[worker_pb2.Submit] = []
         self.cancels: list[str] = []
         self.credits = 0
+        self.pins: list[list[bytes]] = []  # digests, as routers sent them
         self.num_sent = 0
         self.num_connections = 0
         self.held: dict[bytes, None] | None = None  # blocks by name; None: it cannot tell, as workers once could not
@@ -96,6 +97,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self._feed = BlockFeed(worker_id, self._follow_blocks)
         self._server: grpc.aio.Server | None = None
         self._live: set[_Part] = set()
+        self._connections: list[_Connection] = []
         self._death: asyncio.Task[None] | None = None
 
     @property
@@ -114,6 +116,14 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         if self._server is not None:
             server, self._server = self._server, None
             await server.stop(None)
+
+    def holds_adapters(self, *on_device: bytes, on_host: Sequence[bytes] = (), num_slots: int = 4) -> None:
+        """As it tells its routers from now on."""
+        self.load = worker_pb2.WorkerLoad(
+            num_free_blocks=1000, num_adapter_slots=num_slots, device_adapters=on_device, host_adapters=on_host
+        )
+        for connection in self._connections:
+            connection.outbox.put_nowait(worker_pb2.ConnectResponse(load=self.load))
 
     # -- blocks
 
@@ -154,6 +164,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         assert first.WhichOneof("message") == "hello"
         self.num_connections += 1
         connection = _Connection()
+        self._connections.append(connection)
         connection.outbox.put_nowait(worker_pb2.ConnectResponse(hello=self._hello(first.hello.served)))
         connection.outbox.put_nowait(worker_pb2.ConnectResponse(load=self.load))
         listening = asyncio.create_task(self._listen(request_iterator, connection))
@@ -164,6 +175,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
                     await context.write(message)
         finally:
             listening.cancel()
+            self._connections.remove(connection)
             for part in connection.parts.values():
                 if part.task is not None:
                     part.task.cancel()
@@ -195,6 +207,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
                 widened = connection.parts[request.credit.stream_id]
                 widened.num_allowed += request.credit.num_tokens
                 widened.has_credit.set()
+        elif kind == "pin_adapters":
+            self.pins.append([adapter.digest for adapter in request.pin_adapters.adapters])
         elif kind == "ping":
             connection.outbox.put_nowait(worker_pb2.ConnectResponse(pong=worker_pb2.Pong(nonce=request.ping.nonce)))
 
@@ -264,7 +278,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             part.has_credit.clear()
             await part.has_credit.wait()
         part.num_allowed -= 1
-        history.append(next_token(history) if self.answer is None else self.answer[position])
+        digest = part.submit.adapter.digest
+        history.append(next_token(history, digest) if self.answer is None else self.answer[position])
         bent = position + (self.bend.pop(0) if self.bend else 0)
         batch = worker_pb2.TokenBatch(
             stream_ids=[part.submit.stream_id],

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from router.fleet.fleet import Fleet, KvLayout, LoadReport, WorkerInfo, extend_names, name_blocks
 from router.placement.affinity import BlockChanges, SeenBlocks, SnapshotPart
 from router.placement.policy import Placement, Rates, Reject, Role, RouteRequest, WorkerView, cheapest
+from router.placement.residency import AdapterCosts
 
 LAYOUT = KvLayout(b"layout", 16)
 RATES = Rates(prefill_ms_per_token=0.5, decode_ms_per_step=10.0, transfer_ms_per_block=0.1)
+COSTS = AdapterCosts(load_ms=100.0, copy_ms=5.0)
 
 
 def info(worker_id: str, role: Role = Role.MIXED) -> WorkerInfo:
@@ -20,7 +22,7 @@ def info(worker_id: str, role: Role = Role.MIXED) -> WorkerInfo:
 
 
 def fleet_of(*infos: WorkerInfo) -> Fleet:
-    fleet = Fleet(cheapest, RATES)
+    fleet = Fleet(cheapest, RATES, COSTS)
     for one in infos:
         fleet.add(one)
     return fleet
@@ -116,7 +118,7 @@ def test_a_prompt_goes_where_its_prefix_was_seen() -> None:
 
 
 def test_equal_prompts_stay_together_before_the_worker_has_said_a_word_of_them() -> None:
-    fleet = Fleet(cheapest, replace(RATES, transfer_ms_per_block=1000.0))  # nothing is gained by pulling
+    fleet = Fleet(cheapest, replace(RATES, transfer_ms_per_block=1000.0), COSTS)  # nothing is gained by pulling
     for i in range(8):
         fleet.add(info(f"w{i}"))
         assert fleet.apply_block_event(f"w{i}", SnapshotPart(1, 0, True, []))

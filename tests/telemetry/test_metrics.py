@@ -27,6 +27,7 @@ UNITS = {
     "slots",
     "streams",
     "frames",
+    "adapters",
 }
 
 
@@ -59,9 +60,11 @@ def test_both_ends_measure_the_first_token_alike() -> None:
 
 def test_each_field_of_a_report_is_a_metric() -> None:
     load = set(worker_pb2.WorkerLoad.DESCRIPTOR.fields_by_name)
-    reported = (*worker.ENGINE, *worker.SPECULATION, *worker.DEMAND, *worker.STORE)
-    assert {metric.field for metric in reported} | {"tier_problems"} == load
-    assert {metric.field for metric in (*worker.ENGINE, *worker.SPECULATION)} == set(LoadSnapshot.__dataclass_fields__)
+    adapters, digests = {metric.field for metric in worker.ADAPTERS}, {"device_adapters", "host_adapters"}
+    engine = {metric.field for metric in (*worker.ENGINE, *worker.SPECULATION)}
+    others = {metric.field for metric in (*worker.DEMAND, *worker.STORE)}
+    assert engine | others | adapters | digests | {"tier_problems"} == load
+    assert engine | adapters | digests == set(LoadSnapshot.__dataclass_fields__)
     stats = set(kvnode_pb2.GetStatsResponse.DESCRIPTOR.fields_by_name)
     assert {metric.field for metric in node.ARENA} | {"disk"} == stats
     assert {metric.field for metric in node.DISK} == set(kvnode_pb2.DiskStats.DESCRIPTOR.fields_by_name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 
 from workers.config import EngineConfig
+from workers.engine.adapters.ref import AdapterRef
 from workers.engine.engine import Engine, StepEvents
-from workers.engine.request import Pooling, Request, RequestRole, TokenOutput
+from workers.engine.request import Pooling, Request, RequestEnd, RequestRole, TokenOutput
 from workers.engine.speculation import SpeculationCounters
 from workers.engine.step import ModelRunnerOutput, SchedulerOutput, StepPlan, TransferDone
 from workers.model.registry import load_config
@@ -42,6 +44,8 @@ class JobResult:
     prompt_logprobs: list[list[TokenLogprobs | None]] = field(default_factory=list)  # one per token; None: none came
     embeddings: list[Sequence[float]] = field(default_factory=list)  # of requests that are embeddings
     speculation: SpeculationCounters | None = None
+    ends: list[RequestEnd] = field(default_factory=list)
+    adapter_counts: tuple[int, int, int] = (0, 0, 0)  # hits, copies, reads
 
 
 class RecordingRunner(TorchModelRunner):
@@ -93,22 +97,27 @@ def outputs_to_end(
             break
         if events is not None:
             on_events(events)
+        else:
+            time.sleep(0.001)  # an adapter is being read
         for token in events.tokens if events is not None else ():
             assert token.position == len(tokens[token.request_id]), "positions follow each other without gaps"
             tokens[token.request_id].append(token)
     assert not engine.scheduler.has_work()
     engine.scheduler.pool.check()
     assert engine.scheduler.pool.num_referenced == 0
+    engine.scheduler.adapters.check()
     return tokens
 
 
 Sampling = SamplingParams | Sequence[SamplingParams | Pooling]  # of all requests, or of each; a pooling: an embedding
 
 
-def make_request(number: int, prompt: Sequence[int], wanted: SamplingParams | Pooling) -> Request:
+def make_request(
+    number: int, prompt: Sequence[int], wanted: SamplingParams | Pooling, adapter: AdapterRef | None = None
+) -> Request:
     name, arrival_s = f"r{number}", float(number)
     if isinstance(wanted, SamplingParams):
-        return Request(name, list(prompt), len(prompt), wanted, arrival_time_s=arrival_s)
+        return Request(name, list(prompt), len(prompt), wanted, arrival_time_s=arrival_s, adapter=adapter)
     sampling = SamplingParams(max_tokens=1)
     return Request(
         name, list(prompt), len(prompt), sampling, RequestRole.EMBED, arrival_time_s=arrival_s, pooling=wanted
@@ -120,6 +129,7 @@ def run_job(
     groups: ParallelGroups,
     prompts: list[list[int]],
     sampling: Sampling,
+    adapters: Sequence[AdapterRef | None] = (),
     drafter: Drafter | None = None,
 ) -> JobResult | None:
     """One rank's part of a job; the leader returns the result. drafter: in place of the config's own; every step takes
@@ -138,12 +148,15 @@ def run_job(
     speculation = speculation_of(config, runner, drafter)
     engine = make_engine(config, model, runner, executor, b"names", lambda: 0.0, speculation=speculation)
     params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
-    requests = [make_request(i, p, s) for i, (p, s) in enumerate(zip(prompts, params, strict=True))]
+    wanted = zip(prompts, params, adapters or [None] * len(prompts), strict=True)
+    requests = [make_request(i, p, s, a) for i, (p, s, a) in enumerate(wanted)]
     of_prompts: dict[str, list[TokenLogprobs | None]] = {r.request_id: [None] * r.num_prompt_tokens for r in requests}
 
     embeddings: dict[str, Sequence[float]] = {}
+    ends: dict[str, RequestEnd] = {}
 
     def note(events: StepEvents) -> None:
+        ends.update({end.request_id: end for end in events.ended})
         embeddings.update({end.request_id: end.embedding for end in events.ended})
         for found in events.prompt_logprobs:
             end = found.first_position + len(found.logprobs)
@@ -151,20 +164,24 @@ def run_job(
 
     tokens = outputs_to_end(engine, requests, note)
     engine.close()
+    runner.close()
     logits: dict[str, list[Tensor]] = {r.request_id: [] for r in requests}
-    for wanted, rows in zip(executor.wanted, runner.logits, strict=True):
-        for request_id, row in zip(wanted, rows, strict=False):  # none where another stage has them
+    for wanted_ids, rows in zip(executor.wanted, runner.logits, strict=True):
+        for request_id, row in zip(wanted_ids, rows, strict=False):  # none where another stage has them
             logits[request_id].append(row)
+    has_logits = groups.shard.pp == 1 and speculation is None  # of drafts there are more rows than tokens
     return JobResult(
         [[token.token_id for token in tokens[f"r{i}"]] for i in range(len(prompts))],
         engine.scheduler.num_preemptions,
         engine.counters.num_cached_prompt_tokens,
         engine.counters.num_computed_prompt_tokens,
-        [torch.stack(logits[f"r{i}"]) for i in range(len(prompts))] if groups.shard.pp == 1 and not speculation else [],
+        [torch.stack(logits[f"r{i}"]) for i in range(len(prompts)) if logits[f"r{i}"]] if has_logits else [],
         [[token.logprobs for token in tokens[f"r{i}"]] for i in range(len(prompts))],
         [of_prompts[f"r{i}"] for i in range(len(prompts))],
         [embeddings[f"r{i}"] for i in range(len(prompts))],
         None if speculation is None else speculation.counters,
+        [ends[f"r{i}"] for i in range(len(prompts))],
+        (engine.scheduler.adapters.num_hits, engine.scheduler.adapters.num_copies, engine.scheduler.adapters.num_reads),
     )
 
 
@@ -215,11 +232,16 @@ class EngineGroup:
         self._meeting.cleanup()
 
     def run(
-        self, config: EngineConfig, prompts: list[list[int]], sampling: Sampling, drafter: Drafter | None = None
+        self,
+        config: EngineConfig,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        adapters: Sequence[AdapterRef | None] = (),
+        drafter: Drafter | None = None,
     ) -> JobResult:
-        """One job on all ranks; drafter: as in run_job."""
+        """One job on all ranks. adapters: of each request; none: of no request. drafter: as in run_job."""
         for pipe in self._pipes:
-            pipe.send((config, prompts, sampling, drafter))
+            pipe.send((config, prompts, sampling, adapters, drafter))
         if not self._pipes[0].poll(120):
             raise TimeoutError(f"no result from tp={self.tp} pp={self.pp}")
         return self._pipes[0].recv()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tests.workers.test_failed_steps import run_on
 from workers.config import EngineConfig
+from workers.engine.adapters.ref import AdapterRef
 from workers.engine.request import Request
 from workers.engine.step import StepPlan
 from workers.model.registry import load_config
@@ -31,6 +32,7 @@ class Fault:
 
     rank: int
     sequences: tuple[int, ...]
+    steps: tuple[int, ...] = ()  # or at these of the steps that compute
     is_late: bool = False  # when the forward pass is through, and not before the last layer's sum over the ranks
 
 
@@ -64,6 +66,7 @@ class FailingRunner(TorchModelRunner):
     """Raises as its fault says."""
 
     fault: Fault | None = None
+    num_computed = 0  # steps
 
     def fail_at(self, fault: Fault) -> None:
         self.fault = fault
@@ -72,7 +75,8 @@ class FailingRunner(TorchModelRunner):
     def _run_stage(self, plan: StepPlan, *args: Any) -> Tensor:
         if self.fault is None:
             return super()._run_stage(plan, *args)
-        is_due = plan.sequence in self.fault.sequences
+        self.num_computed += 1
+        is_due = plan.sequence in self.fault.sequences or self.num_computed in self.fault.steps
         self._layer.is_due = is_due and not self.fault.is_late
         out = super()._run_stage(plan, *args)
         if is_due:
@@ -80,18 +84,27 @@ class FailingRunner(TorchModelRunner):
         return out
 
 
-def requests(names: Sequence[str]) -> list[Request]:
+def requests(names: Sequence[str], adapters: Sequence[AdapterRef | None] = (None,)) -> list[Request]:
+    """adapters: of the requests, in turns."""
     made = []
     for i, name in enumerate(names):
         prompt = [(7 * i + j) % 97 for j in range(5 + 3 * i)]
         sampling = SamplingParams(
             0.7 * (i % 2), seed=i, max_tokens=10, ignore_eos=True, frequency_penalty=0.1 * (i % 3)
         )
-        made.append(Request(name, prompt, len(prompt), sampling, arrival_time_s=float(i)))
+        adapter = adapters[i % len(adapters)]
+        made.append(Request(name, prompt, len(prompt), sampling, arrival_time_s=float(i), adapter=adapter))
     return made
 
 
-def _rank(rank: int, config: EngineConfig, url: str, fault: Fault | None, pipe: Connection) -> None:
+def _rank(
+    rank: int,
+    config: EngineConfig,
+    url: str,
+    fault: Fault | None,
+    adapters: Sequence[AdapterRef | None],
+    pipe: Connection,
+) -> None:
     torch.set_num_threads(1)
     groups = ParallelGroups.connect(Shard.of_rank(rank, config.tp, config.pp), torch.device("cpu"), url, "lo")
     model = load_config(config.model_dir)
@@ -106,7 +119,7 @@ def _rank(rank: int, config: EngineConfig, url: str, fault: Fault | None, pipe: 
     outcome = Outcome()
     try:
         for names in ("abcdef", "gh"):  # the second are submitted to an engine at rest
-            tokens, ends = run_on(engine, requests(names))
+            tokens, ends = run_on(engine, requests(names, adapters))
             outcome.completions |= tokens
             outcome.reasons |= {name: end.reason.value for name, end in ends.items()}
             outcome.errors |= {name: end.error for name, end in ends.items()}
@@ -117,12 +130,12 @@ def _rank(rank: int, config: EngineConfig, url: str, fault: Fault | None, pipe: 
     os._exit(0)
 
 
-def run_with(config: EngineConfig, fault: Fault | None) -> Outcome:
-    """Requests a to f at once, then g and h."""
+def run_with(config: EngineConfig, fault: Fault | None, adapters: Sequence[AdapterRef | None] = (None,)) -> Outcome:
+    """Requests a to f at once, then g and h. adapters: theirs, in turns."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     with tempfile.TemporaryDirectory() as folder:
-        args = (config, f"file://{folder}/meeting", fault, theirs)
+        args = (config, f"file://{folder}/meeting", fault, adapters, theirs)
         world = config.tp * config.pp
         processes = [context.Process(target=_rank, args=(rank, *args), daemon=True) for rank in range(world)]
         for process in processes:

@@ -75,7 +75,7 @@ def test_a_grammar_reaches_the_ranks_whole(source):
 def test_an_empty_plan_is_its_header():
     words = encode_plan(SchedulerOutput(), 1)
     assert words.dtype == np.int32
-    assert len(words) == 11
+    assert len(words) == 12
     assert decode_plan(words).num_requests == 0
 
 

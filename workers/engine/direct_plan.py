@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from workers.engine.plan_wire import decode_plan, encode_plan
 from workers.engine.step import BlockTransfer, ModelRunner, RowState, SchedulerOutput, StepPlan
@@ -24,6 +24,7 @@ class DirectChunk:
     num_logits: int = 0
     sampling: SamplingParams = GREEDY
     num_prompt_tokens: int = 0
+    adapter_slot: int = -1
 
 
 def direct_plan(
@@ -42,7 +43,8 @@ def direct_plan(
         plan.num_prompt_logits.append(0)
         plan.num_known.append(len(chunk.token_ids))
         plan.token_ids += chunk.token_ids
-        plan.new_rows.append(RowState(row, chunk.num_prompt_tokens, chunk.sampling, chunk.block_tables))
+        state = RowState(row, chunk.num_prompt_tokens, chunk.sampling, chunk.block_tables)
+        plan.new_rows.append(replace(state, adapter_slot=chunk.adapter_slot))
     return decode_plan(encode_plan(plan, 0, True))
 
 

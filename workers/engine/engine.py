@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NoReturn
@@ -17,6 +17,8 @@ from typing import NoReturn
 from grammars.compiler import GrammarCompiler
 from grammars.errors import GrammarError
 from grammars.grammar import Grammar
+from workers.engine.adapters.book import waiting_for
+from workers.engine.adapters.ref import DIGEST_BYTES, AdapterRef
 from workers.engine.outcome import UpdateResult
 from workers.engine.request import FinishReason, PromptLogprobs, Request, RequestEnd, TokenOutputs
 from workers.engine.scheduler import Scheduler
@@ -67,10 +69,13 @@ class Engine:
         clock: Clock,
         async_scheduling: bool = False,
         grammars: GrammarCompiler | None = None,
+        adapter_timeout_s: float = 60.0,
         speculation: Speculation | None = None,
     ) -> None:
-        """grammars: of the model's tokenizer; without it a request that has a grammar is refused. speculation: proposes
-        draft tokens, where there is speculative decoding."""
+        """grammars: of the model's tokenizer; without it a request that has a grammar is refused. adapter_timeout_s:
+        how long a request waits for its adapter to be read. speculation: proposes draft tokens, where there is
+        speculative decoding."""
+        self._adapter_timeout_s = adapter_timeout_s
         self.scheduler = scheduler
         self.counters = EngineCounters()
         self._step_began_s = self._step_ended_s = 0.0
@@ -97,8 +102,18 @@ class Engine:
             raise InvalidRequest(f"sampling.max_tokens: {request.sampling.max_tokens} are generated already")
         if request.sampling.grammar is not None:
             self._check_grammar(request.sampling.grammar)
+        if request.adapter is not None:
+            self._check_adapter(request.adapter)
         self.scheduler.name_blocks(request)
         request.is_checked = True
+
+    def _check_adapter(self, ref: AdapterRef) -> None:
+        if not self.scheduler.adapters.limits.num_slots:
+            raise InvalidRequest("adapter: this worker takes none (enable_lora is off)")
+        if len(ref.digest) != DIGEST_BYTES:
+            raise InvalidRequest(f"adapter.digest: has {len(ref.digest)} bytes, not {DIGEST_BYTES}")
+        if not ref.path or "\0" in ref.path:
+            raise InvalidRequest("adapter.path: no path")
 
     def _check_grammar(self, grammar: Grammar) -> None:
         if self._grammars is None:
@@ -131,6 +146,11 @@ class Engine:
         request = self.scheduler.requests.get(request_id)
         return None if request is None else self._end(request, FinishReason.CANCELLED)
 
+    def pin_adapters(self, owner: str, refs: Sequence[AdapterRef]) -> None:
+        """As AdapterBook.pin; what this engine cannot take is left out."""
+        taken = [ref for ref in refs if len(ref.digest) == DIGEST_BYTES and ref.path]
+        self.scheduler.adapters.pin(owner, taken if self.scheduler.adapters.limits.num_slots else ())
+
     def credit(self, request_id: str, num_tokens: int) -> None:
         """Widen a request's window."""
         request = self.scheduler.requests.get(request_id)
@@ -142,6 +162,11 @@ class Engine:
         now = self._clock()
         for request in [r for r in self.scheduler.requests.values() if r.deadline_s <= now]:
             yield self._end(request, FinishReason.CANCELLED)
+        timeout_s = self._adapter_timeout_s
+        for ref in list(self.scheduler.adapters.overdue(now, timeout_s)):
+            error = f"{ref.path}: the adapter was not read within {timeout_s:g} s"
+            for request in waiting_for(ref, self.scheduler.waiting, error):
+                yield self._end(request, FinishReason.ADAPTER_FAILED)
 
     def step(self) -> StepEvents | None:
         """One step; None when there is nothing to do before a command comes or a transfer ends.
@@ -275,7 +300,7 @@ class Engine:
             request.continued_time_s,
             request.first_step_time_s,
             request.first_token_time_s,
-            error or (_no_choice(request) if reason is FinishReason.NO_CHOICE else ""),
+            error or request.error or (_no_choice(request) if reason is FinishReason.NO_CHOICE else ""),
             request.embedding if reason is FinishReason.EMBEDDED else (),
         )
 

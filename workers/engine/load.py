@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,14 @@ class LoadSnapshot:
     step_seconds: float = 0.0
     step_requests: int = 0
     step_context_tokens: int = 0
+    num_adapter_slots: int = 0
+    device_adapters: Sequence[bytes] = ()
+    host_adapters: Sequence[bytes] = ()
+    num_adapter_hits: int = 0
+    num_adapter_copies: int = 0
+    num_adapter_reads: int = 0
+    num_failed_adapters: int = 0
+    num_waiting_for_adapter: int = 0
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
@@ -46,6 +54,7 @@ class LoadSnapshot:
 def snapshot(engine: Engine) -> LoadSnapshot:
     """Between two steps."""
     scheduler, counters = engine.scheduler, engine.counters
+    adapters = scheduler.adapters
     return LoadSnapshot(
         num_running=len(scheduler.running),
         num_waiting=len(scheduler.waiting),
@@ -69,6 +78,14 @@ def snapshot(engine: Engine) -> LoadSnapshot:
         step_seconds=counters.step_seconds,
         step_requests=counters.step_requests,
         step_context_tokens=counters.step_context_tokens,
+        num_adapter_slots=adapters.limits.num_slots,
+        device_adapters=adapters.on_device(),
+        host_adapters=adapters.in_host_memory(),
+        num_adapter_hits=adapters.num_hits,
+        num_adapter_copies=adapters.num_copies,
+        num_adapter_reads=adapters.num_reads,
+        num_failed_adapters=adapters.num_failed,
+        num_waiting_for_adapter=adapters.num_waiting,
         **_speculation(engine),
     )
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from kvstore.control.directory import Directory, DirectoryUnavailable
+from workers.engine.adapters.ref import AdapterRef
 from workers.engine.engine import Clock, Engine, StepEvents
 from workers.engine.load import LoadSnapshot, snapshot
 from workers.engine.prefetch import QueuePrefetch
@@ -81,7 +82,15 @@ class FollowBlocks:
     is_on: bool
 
 
-Command = Submit | Cancel | Continue | Credit | KVAvailable | TransfersEnded | FollowBlocks
+@dataclass(frozen=True, slots=True)
+class PinAdapters:
+    """These stay loaded while nobody uses them, in place of those that the owner pinned before."""
+
+    owner: str
+    refs: Sequence[AdapterRef]
+
+
+Command = Submit | Cancel | Continue | Credit | KVAvailable | TransfersEnded | FollowBlocks | PinAdapters
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +254,8 @@ class EngineLoop:
                 self._engine.scheduler.kv_available(request_id, num_blocks)
             case TransfersEnded():
                 pass  # the step that follows asks which
+            case PinAdapters(owner, refs):
+                self._engine.pin_adapters(owner, refs)
             case FollowBlocks(is_on):
                 held = self._engine.scheduler.pool.record_changes(is_on)
                 if is_on:

@@ -14,11 +14,12 @@ import numpy as np
 from switchyard.v1 import generation_pb2
 
 from grammars.grammar import Grammar
+from workers.engine.adapters.ref import DIGEST_BYTES, AdapterAction, AdapterOrder
 from workers.engine.step import BlockTransfer, Ints, RowState, SchedulerOutput, StepPlan
 from workers.sampling.params import SamplingParams
 
 NAME_WORDS = 4  # a block name is 16 bytes
-_HEADER_WORDS = 11
+_HEADER_WORDS = 12
 _SAMPLING_FIELDS = (
     "temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "top_k", "min_tokens", "seed",
@@ -32,6 +33,7 @@ def encode_plan(plan: SchedulerOutput, sequence: int, is_full: bool = False, pol
     words = [
         sequence, int(is_full), len(plan.rows), len(plan.token_ids), len(plan.new_rows), len(plan.new_blocks) // 4,
         len(plan.loads), len(plan.stores), int(plan.ends_prompts), len(polls), len(plan.prompt_targets),
+        len(plan.adapter_orders),
         *plan.rows, *plan.start_positions, *plan.num_tokens, *plan.write_from, *plan.num_logits,
         *plan.num_prompt_logits, *plan.num_known, *plan.token_ids, *plan.prompt_targets, *plan.new_blocks, *polls,
     ]  # fmt: skip
@@ -39,6 +41,8 @@ def encode_plan(plan: SchedulerOutput, sequence: int, is_full: bool = False, pol
         words += _encode_row(state)
     for transfer in (*plan.loads, *plan.stores):
         words += _encode_transfer(transfer)
+    for order in plan.adapter_orders:
+        words += _encode_order(order)
     return np.frombuffer(array("i", words), np.int32)
 
 
@@ -46,7 +50,7 @@ def decode_plan(words: Ints) -> StepPlan:
     """The inverse; the columns are views of the words."""
     reader = _Reader(words)
     (sequence, is_full, num_requests, num_known, num_rows, num_blocks, num_loads, num_stores, ends_prompts, num_polls,
-     num_targets) = reader.take(_HEADER_WORDS)  # fmt: skip
+     num_targets, num_orders) = reader.take(_HEADER_WORDS)  # fmt: skip
     rows, start_positions, num_tokens, write_from, num_logits, num_prompt_logits, num_known_of = (
         reader.array(num_requests) for _ in range(7)
     )
@@ -68,6 +72,7 @@ def decode_plan(words: Ints) -> StepPlan:
         new_rows=[_decode_row(reader) for _ in range(num_rows)],
         loads=[_decode_transfer(reader) for _ in range(num_loads)],
         stores=[_decode_transfer(reader) for _ in range(num_stores)],
+        adapter_orders=[_decode_order(reader) for _ in range(num_orders)],
     )
 
 
@@ -98,6 +103,7 @@ def _encode_row(state: RowState) -> Iterator[int]:
     s = state.sampling
     yield from (state.row, state.num_prompt_tokens, len(state.block_tables), int(s.has_rules), int(state.pools))
     yield from (int(s.has_logprobs), s.num_top_logprobs, int(s.prompt_logprobs is not None), s.num_top_prompt_logprobs)
+    yield state.adapter_slot
     values = _SAMPLING.pack(*(getattr(s, name) for name in _SAMPLING_FIELDS))
     yield from struct.unpack(f"<{_SAMPLING_WORDS}i", values)
     for block_ids in state.block_tables:
@@ -129,7 +135,7 @@ def _counted(values: Sequence[int]) -> Iterator[int]:
 
 def _decode_row(reader: _Reader) -> RowState:
     row, num_prompt_tokens, num_groups, has_rules, pools = reader.take(5)
-    has_logprobs, num_top, of_prompt, num_top_of_prompt = reader.take(4)
+    has_logprobs, num_top, of_prompt, num_top_of_prompt, slot = reader.take(5)
     values = _SAMPLING.unpack(reader.array(_SAMPLING_WORDS).tobytes())
     sampling = SamplingParams(
         logprobs=num_top if has_logprobs else None,
@@ -138,7 +144,7 @@ def _decode_row(reader: _Reader) -> RowState:
     )
     block_tables = [reader.counted() for _ in range(num_groups)]
     if not has_rules:
-        return RowState(row, num_prompt_tokens, sampling, block_tables, pools=bool(pools))
+        return RowState(row, num_prompt_tokens, sampling, block_tables, pools=bool(pools), adapter_slot=slot)
     history, stop_ids, allowed, banned, biased = (reader.counted() for _ in range(5))
     bias = reader.array(len(biased)).view(np.float32).tolist()
     sampling = replace(
@@ -149,7 +155,19 @@ def _decode_row(reader: _Reader) -> RowState:
         banned_sequences=[reader.counted() for _ in range(*reader.take(1))],
         grammar=Grammar.of(generation_pb2.Grammar.FromString(reader.bytes())),
     )
-    return RowState(row, num_prompt_tokens, sampling, block_tables, history, stop_ids, bool(pools))
+    return RowState(row, num_prompt_tokens, sampling, block_tables, history, stop_ids, bool(pools), slot)
+
+
+def _encode_order(order: AdapterOrder) -> Iterator[int]:
+    yield from (order.action, order.number)
+    yield from np.frombuffer(order.digest, np.int32).tolist()
+    yield from _encode_bytes(order.path.encode())
+
+
+def _decode_order(reader: _Reader) -> AdapterOrder:
+    action, number = reader.take(2)
+    digest = reader.array(DIGEST_BYTES // 4).tobytes()
+    return AdapterOrder(AdapterAction(action), digest, number, reader.bytes().decode())
 
 
 def _encode_transfer(transfer: BlockTransfer) -> Iterator[int]:

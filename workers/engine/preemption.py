@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from costs.transfer import TransferCost
 from kvstore.blocks.block_pools import BlockPools
+from workers.engine.adapters.book import AdapterBook
 from workers.engine.kv.stores import Stores
 from workers.engine.queues import RequestQueues
 from workers.engine.request import Request, RequestRole, RequestStatus
@@ -20,13 +21,20 @@ class Preemption:
     """Of one engine."""
 
     def __init__(
-        self, pool: BlockPools, rows: BatchRows, queues: RequestQueues, stores: Stores, cost: TransferCost
+        self,
+        pool: BlockPools,
+        rows: BatchRows,
+        queues: RequestQueues,
+        stores: Stores,
+        cost: TransferCost,
+        adapters: AdapterBook,
     ) -> None:
         self._pool = pool
         self._rows = rows
         self._queues = queues
         self._stores = stores
         self._cost = cost
+        self._adapters = adapters
         self.num_leaving_blocks = 0  # of each group: free when the steps that copy them are through
         self.num_swaps = 0
         self.num_recomputes = 0
@@ -45,6 +53,17 @@ class Preemption:
         else:
             self.num_recomputes += 1
         self._requeue(request)
+
+    def preempt_stalled(self, plan: SchedulerOutput) -> bool:
+        """Take the blocks of a client that does not read, for one that waits; False when there is no such client.
+
+        Only while nothing else runs: running requests free their blocks, and most clients are slow for a moment only.
+        """
+        queues = self._queues
+        if plan.requests or queues.num_active or not queues.running or self.num_leaving_blocks:
+            return False  # also while blocks of another are being copied: they are free after this step
+        self.preempt(plan, queues.running[-1])
+        return True
 
     def recompute(self, request: Request) -> None:
         """The request waits again, with nothing of what it had; nor is it known what the tiers have of it."""
@@ -76,6 +95,7 @@ class Preemption:
         if request.block_tables:
             self._pool.release(request.block_tables)
         self._rows.give_back(request)
+        self._adapters.release(request)
         request.block_tables = []
         request.num_computed_tokens = request.num_kv_tokens = 0
         request.num_registered_blocks = request.num_ready_blocks = 0

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.blocks.block_pools import BlockTable
+from workers.engine.adapters.ref import AdapterRef
 from workers.sampling.params import SamplingParams, TokenLogprobs
 
 
@@ -51,6 +52,8 @@ class FinishReason(Enum):
     STEP_FAILED = "step_failed"  # a step that it was part of raised
     EMBEDDED = "embedded"
     NO_CHOICE = "no_choice"  # its bans, bad words or grammar left no token
+    ADAPTER_FAILED = "adapter_failed"  # its adapter is not what it should be here; elsewhere it may be
+    ADAPTER_UNFIT = "adapter_unfit"  # its adapter can be served by no worker of this model
 
 
 @dataclass(eq=False, slots=True)
@@ -66,6 +69,7 @@ class Request:
     tenant: bytes = b""  # whose share of the engine it uses
     priority: int = 0  # the smaller, the sooner
     pooling: Pooling | None = None  # of an embedding
+    adapter: AdapterRef | None = None  # what is added to the model's weights
     epoch: int = 0
     arrival_time_s: float = 0.0
     deadline_s: float = float("inf")  # on the engine's clock
@@ -73,6 +77,9 @@ class Request:
 
     status: RequestStatus = RequestStatus.WAITING
     row: int = -1  # of the ranks' state; -1: none
+    adapter_slot: int = -1  # of the device, held from admission on; -1: none
+    had_adapter: bool = False  # it had its adapter's slot once
+    error: str = ""  # one line: why its adapter failed
     block_tables: list[BlockTable] = field(default_factory=list)  # per cache group; empty: holds no blocks
     block_names: list[bytes] = field(default_factory=list)  # of the full blocks of token_ids known so far
     draft_token_ids: list[int] = field(default_factory=list)  # proposed to follow; scheduled, and kept if chosen

@@ -18,6 +18,8 @@ from itertools import islice
 from costs.transfer import ALWAYS_FETCH, TransferCost
 from kvstore.blocks.block_pools import BlockPools
 from workers.config import SchedulingOptions
+from workers.engine.adapters.book import AdapterBook
+from workers.engine.adapters.ref import NO_ADAPTERS, AdapterLimits
 from workers.engine.chunks import chunk_tokens
 from workers.engine.kv.block_naming import RequestNames
 from workers.engine.kv.pulls import Pulls
@@ -46,6 +48,7 @@ class SchedulerConfig:
     transfer_cost: TransferCost = ALWAYS_FETCH
     scheduling: SchedulingOptions = field(default_factory=SchedulingOptions)
     num_stages: int = 1  # of the pipeline: plans that are in flight at a time
+    adapters: AdapterLimits = NO_ADAPTERS
 
 
 class Scheduler:
@@ -59,6 +62,7 @@ class Scheduler:
         self.rows = BatchRows(config.max_num_seqs)
         self._spread = PlanSpread(config.num_stages, config.max_num_seqs)
         self.transfers = Transfers(pool)
+        self.adapters = AdapterBook(config.adapters, self.transfers)
         self._names = RequestNames(kv_fingerprint, pool.block_size)
         self._eos = eos_token_ids
         self.policy = make_policy(config.scheduling)
@@ -70,7 +74,7 @@ class Scheduler:
         self.stores = Stores(pool, self.transfers, self._names, config.writes_back)
         self._outcomes = StepOutcomes(queues, pool, self._names, self.transfers, self._pulls, self.max_context_tokens)
         self.budgets = StepBudgets(config.scheduling, config.max_num_batched_tokens, config.num_stages)
-        self.preemption = Preemption(pool, self.rows, queues, self.stores, config.transfer_cost)
+        self.preemption = Preemption(pool, self.rows, queues, self.stores, config.transfer_cost, self.adapters)
         self.num_prefixes_fetched = 0  # of the prefixes that only the tiers had: cheaper to pull
         self.num_prefixes_recomputed = 0  # cheaper to compute again
 
@@ -94,6 +98,8 @@ class Scheduler:
         if request.role in (RequestRole.PREFILL, RequestRole.EMBED):
             request.max_num_tokens = request.num_given_tokens + 1
         self._names.extend(request)
+        if request.adapter is not None:
+            self.adapters.want(request.adapter)
         self.waiting.add(request)
 
     def kv_available(self, request_id: str, num_blocks: int) -> None:
@@ -167,6 +173,7 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput:
         """Decide the next step."""
         plan = SchedulerOutput()
+        self.adapters.begin()
         for request in self._pulls.ready(self.waiting_for_kv):
             self._start_with_what_came(request)
         self._spread.begin(self.running, len(self.waiting))
@@ -179,6 +186,7 @@ class Scheduler:
             self.preemption.preempt(plan, self.queues.victim())  # they hold what the others wait for
         if plan.requests:
             self._spread.end()
+        plan.adapter_orders += self.adapters.take_orders()
         return plan
 
     def _admit_waiting(self, plan: SchedulerOutput, budget: StepBudget) -> None:
@@ -195,24 +203,18 @@ class Scheduler:
             most = budget.num_chunk_tokens  # it gets blocks for them, and takes none of what is planned already
             if most <= 0 and request.role is not RequestRole.DECODE:
                 break
-            while not (is_admitted := self._admit(request, most)) and self._preempt_stalled(plan):
+            if request.adapter is not None and not self.adapters.acquire(request):
+                self.preemption.preempt_stalled(plan)  # one that keeps a slot from it
+                continue  # requests with other adapters need not wait
+            while not (is_admitted := self._admit(request, most)) and self.preemption.preempt_stalled(plan):
                 pass
             if not is_admitted:
+                self.adapters.release(request)
                 break
             num_active += 1
             if request.status is RequestStatus.RUNNING and most > 0:
                 left = self._num_left(request)
                 budget.spend(self._plan_chunk(plan, request, left, most, budget.num_tokens), is_chunk=left > 1)
-
-    def _preempt_stalled(self, plan: SchedulerOutput) -> bool:
-        """Take the blocks of a client that does not read, for one that waits; False when there is no such client.
-
-        Only while nothing else runs: running requests free their blocks, and most clients are slow for a moment only.
-        """
-        if plan.requests or self.queues.num_active or not self.running or self.preemption.num_leaving_blocks:
-            return False  # also while blocks of another are being copied: they are free after this step
-        self.preemption.preempt(plan, self.running[-1])
-        return True
 
     def _schedule_running(self, plan: SchedulerOutput, budget: StepBudget) -> None:
         """Chunks of requests that run already, in the policy's order.
@@ -384,7 +386,9 @@ class Scheduler:
 
     def update(self, plan: SchedulerOutput, output: ModelRunnerOutput) -> UpdateResult:
         """Take a step's outcome into the books."""
-        result = self._outcomes.update(plan, output)
+        others, failed = self.adapters.end_reads(output, self.waiting)
+        result = self._outcomes.update(plan, others)
+        result.finished += failed
         self.preemption.step_is_through(plan)
         self.policy.served(result.tokens.requests)
         return result
@@ -397,4 +401,5 @@ class Scheduler:
             for request in plan.running_requests():
                 self.preemption.recompute(request)
         self.rows.resend()
+        self.adapters.start_anew()
         return self._outcomes.abandon([failed, *later])

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from costs.step_time import StepWork
+from workers.engine.adapters.ref import AdapterOrder
 from workers.engine.request import Request, RequestStatus
 from workers.sampling.params import RowReport, SamplingParams
 
@@ -39,7 +40,9 @@ class TransferDone:
     """The end of a transfer on every rank."""
 
     transfer_id: int
-    num_blocks: int  # whole and verified, or stored, on every rank; counted from the first
+    num_blocks: int  # whole and verified, or stored, on every rank; counted from the first. Of an adapter: 1, or 0
+    error: str = ""  # why an adapter was not read, as far as the leader's own rank knows
+    is_unfit: bool = False  # no worker of this model can serve that adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +56,21 @@ class RowState:
     history: Sequence[int] = ()  # the tokens known so far, where sampling.needs_history
     stop_ids: Sequence[int] = ()  # end the request, where min_tokens holds them off or a grammar lets them in
     pools: bool = False  # hidden states are wanted of it, and no tokens
+    adapter_slot: int = -1  # of what is added to the model's weights for it; -1: nothing
 
     @staticmethod
     def of(request: Request) -> RowState:
         """The state of a request of which no token is being chosen."""
         sampling, block_ids = request.sampling, [table.block_ids for table in request.block_tables]
-        pools = request.pooling is not None
+        pools, slot = request.pooling is not None, request.adapter_slot
         if not sampling.has_rules or pools:
-            return RowState(request.row, request.num_prompt_tokens, sampling, block_ids, pools=pools)
+            return RowState(request.row, request.num_prompt_tokens, sampling, block_ids, pools=pools, adapter_slot=slot)
         history = tuple(request.token_ids) if sampling.needs_history else ()
         needs_stop_ids = sampling.min_tokens or sampling.grammar is not None
         stop_ids = tuple(request.stop_ids) if needs_stop_ids else ()
-        return RowState(request.row, request.num_prompt_tokens, sampling, block_ids, history, stop_ids)
+        return RowState(
+            request.row, request.num_prompt_tokens, sampling, block_ids, history, stop_ids, adapter_slot=slot
+        )
 
 
 class Chunk(NamedTuple):
@@ -106,6 +112,7 @@ class SchedulerOutput:
     ends_prompts: bool = False  # tokens are sent when stores of this step have ended
     num_leaving_blocks: int = 0  # of preempted requests, in each group: held until this step has copied them
     has_preempted: bool = False  # requests lost their blocks, and may come back in the next plan
+    adapter_orders: list[AdapterOrder] = field(default_factory=list)
 
     @property
     def total_num_scheduled_tokens(self) -> int:
@@ -115,7 +122,7 @@ class SchedulerOutput:
     @property
     def is_empty(self) -> bool:
         """Nothing to carry out."""
-        return not (self.requests or self.loads or self.stores)
+        return not (self.requests or self.loads or self.stores or self.adapter_orders)
 
     def work(self) -> StepWork:
         """What its duration depends on. A chunk whose tokens are all followed by a choice is a decode."""
@@ -191,6 +198,7 @@ class StepPlan:
     stores: Sequence[BlockTransfer]
     ends_prompts: bool
     polls: Sequence[int]  # transfers whose end the leader asks for; where there is one rank it knows
+    adapter_orders: Sequence[AdapterOrder] = ()
 
     @property
     def num_requests(self) -> int:

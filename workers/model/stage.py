@@ -22,6 +22,7 @@ from workers.model.layers.layer_cache import LayerCache
 from workers.model.layers.norm import RmsNorm
 from workers.model.layers.source import LayerSource
 from workers.model.loader import Weights
+from workers.model.lora.slots import LoraSlots
 from workers.model.tensor_layout import EMBEDDING, FINAL_NORM, HEAD
 from workers.parallel import ParallelGroups, stage_layers
 
@@ -135,9 +136,15 @@ class DecoderStage:
         return hidden, residual
 
 
-def build_stage(model: ModelConfig, weights: Weights, groups: ParallelGroups, batch_invariant: bool = False) -> Stage:
-    """This rank's stage, its weights read. Raises ModelError."""
-    source = LayerSource(model, weights, Arithmetic(groups, batch_invariant))
+def build_stage(
+    model: ModelConfig,
+    weights: Weights,
+    groups: ParallelGroups,
+    batch_invariant: bool = False,
+    lora: LoraSlots | None = None,
+) -> Stage:
+    """This rank's stage, its weights read. lora: with it, products take adapters. Raises ModelError."""
+    source = LayerSource(model, weights, Arithmetic(groups, batch_invariant), lora)
     stage = DecoderStage(source, weights.dtype)
     kinds = source.num_linears_by_kind
     log.info("products: %s", "; ".join(f"{count} of {kind}" for kind, count in kinds.most_common()))

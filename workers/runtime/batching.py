@@ -44,6 +44,7 @@ class PreparedBatch:
     prompt_targets: Longs | None  # the prompt's next token where a row tells of it, else -1; None: no row does
     last: tuple[Tensor, Tensor] | None  # of the wanted rows those that choose a request's next token, and their rows
     pending: tuple[Tensor, Tensor] | None  # token_ids that the step before chooses: where, and of which row
+    adapter_slots: Ints | None  # of each row of the batch; -1: none. None: no row has one
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +201,12 @@ class InputBuffers:
             targets,
             (field["last_at"], field["last_rows"]) if shape.num_last else None,
             (field["pending_at"], field["pending_rows"]) if shape.num_pending else None,
+            self._adapter_slots(columns),
         )
+
+    def _adapter_slots(self, columns: PlanColumns) -> Ints | None:
+        slots = self.state.adapter_slots[columns.rows]
+        return np.repeat(slots, columns.num_tokens) if (slots >= 0).any() else None
 
     def _next_host(self, shape: _Shape) -> dict[str, npt.NDArray[np.integer]]:
         """The host's arrays of a step's inputs."""

@@ -12,6 +12,7 @@ from kvstore.blocks.block_pool import BlockPool
 from kvstore.blocks.block_pools import BlockPools
 from kvstore.names import fingerprint
 from workers.config import EngineConfig
+from workers.engine.adapters.ref import AdapterLimits
 from workers.engine.engine import Engine
 from workers.engine.scheduler import Scheduler, SchedulerConfig
 from workers.engine.speculation import Speculation
@@ -77,13 +78,15 @@ def make_engine(
             transfer_cost=transfer_cost or ALWAYS_FETCH,
             num_stages=config.pp,
             scheduling=config.scheduler,
+            adapters=AdapterLimits(config.max_loras, config.num_cpu_loras) if config.enable_lora else AdapterLimits(),
         ),
         block_pools,
         kv_names,
         frozenset(model.eos_token_ids),
     )
     is_async = schedules_async(config, runner.cache.device)
-    return Engine(scheduler, executor, model.vocab_size, clock, is_async, runner.grammars, speculation)
+    timeout_s = config.lora_load_timeout_s
+    return Engine(scheduler, executor, model.vocab_size, clock, is_async, runner.grammars, timeout_s, speculation)
 
 
 def make_executor(

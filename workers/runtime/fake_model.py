@@ -61,6 +61,11 @@ def choose(summed: int, temperature: float, seed: int, position: int, vocab_size
     return mix(summed ^ draw) % vocab_size
 
 
+def adapter_word(digest: bytes) -> int:
+    """What an adapter adds to all hashes, in place of what it adds to weights; 0 for none."""
+    return mix(int.from_bytes(digest[:4], "little")) | 1 if digest else 0
+
+
 def fake_logprobs(token_id: int, num_top: int, vocab_size: int) -> TokenLogprobs:
     """Numbers that belong to the chosen token, in place of its logprobs."""
     top_ids = [(token_id + i) % vocab_size for i in range(num_top)]
@@ -68,17 +73,22 @@ def fake_logprobs(token_id: int, num_top: int, vocab_size: int) -> TokenLogprobs
 
 
 def fake_completion(
-    prompt_ids: Sequence[int], num_tokens: int, vocab_size: int, temperature: float = 0.0, seed: int = 0
+    prompt_ids: Sequence[int],
+    num_tokens: int,
+    vocab_size: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    adapter_digest: bytes = b"",
 ) -> list[int]:
     """The right tokens after a prompt, whatever engine, batch or cache they come from; end-of-text is not looked at."""
-    summed = 0
+    summed, word = 0, adapter_word(adapter_digest)
     completion: list[int] = []
     for position, token_id in enumerate(prompt_ids):
-        summed += position_weight(position) * token_hash(summed, position, token_id)
+        summed += position_weight(position) * token_hash(summed + word, position, token_id)
     for i in range(num_tokens):
         completion.append(choose(summed & _MASK, temperature, seed, i, vocab_size))
         position = len(prompt_ids) + i
-        summed += position_weight(position) * token_hash(summed, position, completion[-1])
+        summed += position_weight(position) * token_hash(summed + word, position, completion[-1])
     return completion
 
 

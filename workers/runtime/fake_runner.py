@@ -25,12 +25,14 @@ from workers.model.config import ModelConfig
 from workers.parallel import Shard
 from workers.runtime.fake_model import (
     SlotCode,
+    adapter_word,
     choose,
     fake_logprobs,
     position_weight,
     position_weights,
     token_hash,
 )
+from workers.runtime.rank_adapters import RankAdapters
 from workers.runtime.rank_state import RankState
 from workers.runtime.step_transfers import finish_ended
 from workers.sampling.params import PooledHidden, RowReport
@@ -64,6 +66,10 @@ class FakeModelRunner:
         context_tokens = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
         self._state = RankState(config.max_num_seqs, -(-context_tokens // config.block_size))
         self._last_tokens = np.zeros(config.max_num_seqs, np.int64)  # of each row of the state
+        slot_words = self._adapter_words = {-1: 0}  # by slot; -1: no adapter
+        self.adapters: RankAdapters[int] | None = None
+        if config.enable_lora:
+            self.adapters = RankAdapters(lambda adapter, _: adapter_word(adapter.digest), slot_words.__setitem__)
         self.attach(KVConnector(self.cache.memories(0, "none"), self.cache.grids(0), FragmentStore(())))
 
     def attach(self, connector: KVConnector) -> None:
@@ -74,11 +80,13 @@ class FakeModelRunner:
         """As TorchModelRunner.on_progress; a fake step is over before anybody asks."""
 
     def close(self) -> None:
-        """Nothing runs beside its steps."""
+        """End what runs beside its steps."""
+        if self.adapters is not None:
+            self.adapters.close()
 
     def ended_transfers(self) -> Sequence[int]:
         """As in ModelRunner."""
-        return self._connector.ended()
+        return [*self._connector.ended(), *(() if self.adapters is None else self.adapters.ended())]
 
     def poll(self, transfer_ids: Sequence[int]) -> Sequence[TransferDone]:
         """As in ModelRunner: with one rank a step finds out itself."""
@@ -86,6 +94,8 @@ class FakeModelRunner:
 
     def recover(self) -> None:
         """As in ModelRunner."""
+        if self.adapters is not None:
+            self.adapters.forget()
         self._connector.forget()
 
     def warm_up(self) -> None:
@@ -101,6 +111,8 @@ class FakeModelRunner:
     def execute(self, plan: StepPlan) -> ModelRunnerOutput:
         """Hashes instead of a forward pass; transfers go on beside it."""
         self._state.apply(plan)
+        if self.adapters is not None:
+            self.adapters.carry_out(plan.adapter_orders, plan.is_full)
         for load in plan.loads:
             self._connector.start_load(load)
         for store in plan.stores:
@@ -116,6 +128,8 @@ class FakeModelRunner:
         for store in plan.stores:
             self._connector.start_store(store)
         ended = finish_ended(plan, self._connector)
+        if self.adapters is not None:
+            ended += self.adapters.finish_ended()
         return ModelRunnerOutput(sampled, self._reports(plan, sampled), ended)
 
     def _reports(self, plan: StepPlan, sampled: Sequence[int]) -> list[RowReport | None]:
@@ -140,9 +154,10 @@ class FakeModelRunner:
         if len(token_ids) < count:  # planned before the last step was through
             token_ids.append(int(self._last_tokens[row]))
         before = summed = self._sum(block_table, 0, start)
+        word = self._adapter_words[int(self._state.adapter_slots[row])]
         hashes: list[int] = []
         for position, token_id in enumerate(token_ids, start):
-            hashes.append(token_hash(summed, position, token_id))
+            hashes.append(token_hash(summed + word, position, token_id))
             summed += position_weight(position) * hashes[-1]
         first = max(start, int(plan.write_from[index]))
         if first < end:

@@ -31,6 +31,7 @@ from workers.engine.engine import Engine
 from workers.engine.loop import EngineLoop, LoopEvents, TransfersEnded
 from workers.engine.prefetch import QueuePrefetch
 from workers.kv.connector import KVConnector
+from workers.runtime.rank_adapters import RankAdapters
 from workers.server.registration import Registration
 from workers.server.servicer import MAX_MESSAGE_BYTES, WorkerServicer
 
@@ -73,12 +74,17 @@ class WorkerLeader:
         self._loop: EngineLoop | None = None
         self._asyncio: asyncio.AbstractEventLoop | None = None
 
-    def serve(self, connector: KVConnector, all_keys: Callable[[bytes], Sequence[bytes]]) -> str:
+    def serve(
+        self,
+        connector: KVConnector,
+        all_keys: Callable[[bytes], Sequence[bytes]],
+        adapters: RankAdapters[Any] | None = None,
+    ) -> str:
         """Start the engine and its server, register, and return HOST:PORT.
 
-        connector: of this rank. all_keys: keys of a block's fragments on all ranks of the worker.
+        connector, adapters: of this rank. all_keys: keys of a block's fragments on all ranks of the worker.
         """
-        self._connector = connector
+        self._connector, self._adapters = connector, adapters
         started: Future[str] = Future()
         queue_prefetch = self._prefetch_for_queue(all_keys)
         Thread(target=self._serve_asyncio, args=(queue_prefetch, started), name="grpc", daemon=True).start()
@@ -107,6 +113,8 @@ class WorkerLeader:
             queue_prefetch,
         )
         self._connector.on_ended = lambda: loop.post(TransfersEnded())
+        if self._adapters is not None:
+            self._adapters.on_ended = self._connector.on_ended
         server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),

@@ -148,7 +148,7 @@ class Rank:
         )
         facts = WorkerFacts(self._served, self._kv_names, self._model.vocab_size, self._runner.cache.num_blocks[0])
         self._leader = WorkerLeader(self.spec, facts, engine, self._tiers, self._store, self._fail)
-        return self._leader.serve(self._connector, self._all_keys)
+        return self._leader.serve(self._connector, self._all_keys, self._runner.adapters)
 
     def _follow(self) -> None:
         try:

@@ -26,6 +26,7 @@ class RankState:
         self.num_prompt_tokens = np.zeros(max_num_seqs, np.int32)
         self.sampling = SamplingRows.greedy(max_num_seqs)
         self.pools = np.zeros(max_num_seqs, np.bool_)  # rows whose hidden states are wanted
+        self.adapter_slots = np.full(max_num_seqs, -1, np.int32)  # -1: no adapter
         self._sequence = 0
         self._is_behind = True
 
@@ -48,3 +49,4 @@ class RankState:
         self.num_prompt_tokens[row] = state.num_prompt_tokens
         self.sampling.put(row, state.sampling)
         self.pools[row] = state.pools
+        self.adapter_slots[row] = state.adapter_slot

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from workers.kv.paged_cache import CacheLayout, PagedCache
 from workers.kv.schemes.named import scheme_of
 from workers.model.config import ModelConfig
 from workers.model.loader import Checkpoint, Weights
+from workers.model.lora.slots import LoraSlots
 from workers.model.stage import build_stage
 from workers.model.tensor_layout import check_checkpoint
 from workers.parallel import ParallelGroups
@@ -34,6 +35,7 @@ from workers.runtime.coordination.relay import TokenRelay
 from workers.runtime.graphs import GraphedStage
 from workers.runtime.host_copy import read_later
 from workers.runtime.pool_needs import PoolNeeds
+from workers.runtime.rank_adapters import RankAdapters
 from workers.runtime.step_threads import StepThreads
 from workers.runtime.step_transfers import STORE_GRACE_S, awaited, ended_of, finish_ended, poll_in_step
 from workers.runtime.token_chooser import TokenChooser
@@ -117,7 +119,9 @@ class TorchModelRunner:
         if weights is None:
             check_checkpoint(Path(config.model_dir), model)
             weights = Checkpoint(Path(config.model_dir), self._dtype, device)
-        self._stage = build_stage(model, weights, groups, config.batch_invariant)
+        self._lora = lora = LoraSlots.for_stage(config, model.num_hidden_layers, groups.shard, self._dtype, device)
+        self.adapters = None if lora is None else RankAdapters(lora.load, lora.put)
+        self._stage = build_stage(model, weights, groups, config.batch_invariant, self._lora)
         self._context_tokens = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
         scheme = scheme_of(config)
         cached = scheme.groups(model.cache_specs)
@@ -185,23 +189,31 @@ class TorchModelRunner:
     def close(self) -> None:
         """End what runs beside the steps."""
         self._chooser.close()
+        if self.adapters is not None:
+            self.adapters.close()
 
     def ended_transfers(self) -> Sequence[int]:
         """As in ModelRunner."""
-        return self._connector.ended()
+        return [*self._connector.ended(), *(() if self.adapters is None else self.adapters.ended())]
 
     def poll(self, transfer_ids: Sequence[int]) -> Sequence[TransferDone]:
         """As in ModelRunner."""
-        counts = self._groups.min_over_ranks([self._connector.poll(transfer_id) for transfer_id in transfer_ids])
+        counts = self._groups.min_over_ranks([self._poll_one(transfer_id) for transfer_id in transfer_ids])
         ended = ended_of(transfer_ids, counts)
         for done in ended:
             self._connector.claim(done)
-        return ended
+        return ended if self.adapters is None else self.adapters.claim(ended)
+
+    def _poll_one(self, transfer_id: int) -> int:
+        count = None if self.adapters is None else self.adapters.poll(transfer_id)
+        return self._connector.poll(transfer_id) if count is None else count
 
     def recover(self) -> None:
         """As in ModelRunner."""
         if self._relay is not None:
             self._relay.reset()
+        if self.adapters is not None:
+            self.adapters.forget()
         self._connector.forget()
 
     def warm_up(self) -> None:
@@ -246,6 +258,8 @@ class TorchModelRunner:
             self.execute(self._direct(DirectChunk([0] * num_tokens, 0, num_tokens, blocks)))
         sampled = self._sampled_token(1, SamplingParams(temperature=1.0, top_p=0.9))
         self.execute(self._direct(*[sampled] * min(config.max_num_seqs, config.max_num_batched_tokens)))
+        if self._lora is not None:  # an empty slot: compiles what adds adapters
+            self.execute(self._direct(replace(sampled, adapter_slot=0)))
 
     def _zeros(self, num_blocks: int) -> list[list[int]]:
         return [[0] * num_blocks for _ in self._layout.groups]
@@ -284,6 +298,8 @@ class TorchModelRunner:
         self._chooser.take_rows(plan.new_rows)
         for done in ended:
             self._connector.finish(done)
+        if self.adapters is not None:
+            self.adapters.carry_out(plan.adapter_orders, plan.is_full)
         for load in plan.loads:
             self._connector.start_load(load)
         for store in plan.stores:
@@ -304,6 +320,8 @@ class TorchModelRunner:
             if is_alone:
                 with torch.inference_mode(), self._on_device():
                     ended.extend(finish_ended(plan, self._connector))
+                    if self.adapters is not None:
+                        ended.extend(self.adapters.finish_ended())
             return ModelRunnerOutput(sampled, found, ended)
 
         return wait
@@ -333,12 +351,15 @@ class TorchModelRunner:
 
     def _forward(self, plan: StepPlan) -> tuple[PreparedBatch, Tensor | None, Tensor | None]:
         """The batch; on the last stage its wanted rows' logits, and their hidden states where some are pooled."""
-        pools = bool(self._inputs.state.pools[plan.rows].any())
-        graphs = self._graphs if self.replays and not pools else None
+        state = self._inputs.state
+        pools, is_adapted = bool(state.pools[plan.rows].any()), bool((state.adapter_slots[plan.rows] >= 0).any())
+        graphs = self._graphs if self.replays and not (pools or is_adapted) else None
         padding = None if graphs is None else graphs.padding_for(plan)
         config = self._config
         prepared = self._inputs.fill(plan, config.block_size, config.batch_invariant, padding or NO_PADDING)
         self._chooser.begin(plan, prepared)
+        if self._lora is not None:
+            self._lora.begin(prepared.adapter_slots, config.batch_invariant)
         batch, received = prepared.batch, None
         if prepared.pending is not None:
             where, rows = prepared.pending

@@ -1,6 +1,7 @@
 """Puts a worker's speculative decoding together: its drafter, with the draft model where there is one, and step costs.
 
-The draft model runs on rank 0 alone: it is small, and its steps would mostly wait for messages between ranks.
+The draft model runs on rank 0 alone: it is small, and its steps would mostly wait for messages between ranks. It has no
+adapters, and proposes for requests that have one as for others.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def _draft_config(config: EngineConfig, model: ModelConfig, device: torch.device
         async_scheduling=True,
         kv_encoding="none",
         kv_cache_dtype="auto",
+        enable_lora=False,
         speculative=SpeculativeOptions(),
         max_model_len=0,
     )

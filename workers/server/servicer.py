@@ -13,12 +13,13 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 import grpc
-from switchyard.v1 import generation_pb2
+from switchyard.v1 import adapter_pb2, generation_pb2
 from switchyard.v1 import worker_pb2 as pb
 
 from checkpoint.identity import ServedModel
+from workers.engine.adapters.ref import AdapterRef
 from workers.engine.engine import Clock
-from workers.engine.loop import Cancel, Continue, Credit, EngineLoop, FollowBlocks, LoopEvents, Submit
+from workers.engine.loop import Cancel, Continue, Credit, EngineLoop, FollowBlocks, LoopEvents, PinAdapters, Submit
 from workers.engine.request import FinishReason, Pooling, PromptLogprobs, Request, RequestEnd, RequestRole
 from workers.errors import InvalidRequest
 from workers.sampling.params import SamplingParams, TokenLogprobs
@@ -50,6 +51,8 @@ _OUTCOMES = {
     FinishReason.STEP_FAILED: pb.REQUEST_OUTCOME_STEP_FAILED,
     FinishReason.EMBEDDED: pb.REQUEST_OUTCOME_PREFILLED,
     FinishReason.NO_CHOICE: pb.REQUEST_OUTCOME_FAILED,
+    FinishReason.ADAPTER_FAILED: pb.REQUEST_OUTCOME_ADAPTER_FAILED,
+    FinishReason.ADAPTER_UNFIT: pb.REQUEST_OUTCOME_ADAPTER_FAILED,
 }
 _ERRORS = {
     FinishReason.FAILED: "the model's logits are no finite numbers (an overflow, or a damaged weight or device)",
@@ -60,6 +63,10 @@ _LONG_PROMPT_TOKENS = 2048
 
 def _pooling(submit: pb.Submit) -> Pooling:
     return Pooling.MEAN if submit.pooling == generation_pb2.POOLING_MEAN else Pooling.LAST
+
+
+def _adapter(message: adapter_pb2.Adapter) -> AdapterRef:
+    return AdapterRef(message.name, message.digest, message.path)
 
 
 def logprobs_message(found: TokenLogprobs) -> generation_pb2.TokenLogprobs:
@@ -128,7 +135,7 @@ class WorkerServicer(RegistrationServicer):
             self._abandon(connection)
             connection.outbox.close()
 
-    def _post(self, command: Submit | Cancel | Continue | Credit | FollowBlocks) -> None:
+    def _post(self, command: Submit | Cancel | Continue | Credit | FollowBlocks | PinAdapters) -> None:
         assert self._engine is not None
         self._engine.post(command)
 
@@ -212,6 +219,9 @@ class WorkerServicer(RegistrationServicer):
                 self._with_request(connection, message.credit.stream_id, lambda r: Credit(r, num_tokens))
             case "retired_seen":
                 connection.is_quiet = True
+            case "pin_adapters":
+                refs = [_adapter(one) for one in message.pin_adapters.adapters]
+                self._post(PinAdapters(connection.router_id, refs))
             case "ping":
                 connection.outbox.put(pb.ConnectResponse(pong=pb.Pong(nonce=message.ping.nonce)))
 
@@ -245,6 +255,7 @@ class WorkerServicer(RegistrationServicer):
             SamplingParams.of(submit.sampling),
             role=role,
             pooling=_pooling(submit) if role is RequestRole.EMBED else None,
+            adapter=_adapter(submit.adapter) if submit.HasField("adapter") else None,
             tenant_salt=submit.tenant_salt,
             tenant=submit.tenant,
             priority=submit.priority,
@@ -279,6 +290,7 @@ class WorkerServicer(RegistrationServicer):
         """Cancel what is left of a connection that is gone."""
         if self._connections.get(connection.router_id) is connection:
             del self._connections[connection.router_id]
+            self._post(PinAdapters(connection.router_id, ()))
         for request_id in connection.request_ids.values():
             self._owners.pop(request_id, None)
             self._post(Cancel(request_id))
@@ -352,7 +364,7 @@ class WorkerServicer(RegistrationServicer):
             epoch=end.epoch,
             outcome=_OUTCOMES[end.reason],
             error=_ERRORS.get(end.reason, end.error),
-            is_invalid_request=end.reason is FinishReason.NO_CHOICE,
+            is_invalid_request=end.reason in (FinishReason.NO_CHOICE, FinishReason.ADAPTER_UNFIT),
             num_cached_prompt_tokens=end.num_cached_prompt_tokens,
             num_computed_prompt_tokens=end.num_computed_prompt_tokens,
             num_transferred_blocks=end.num_transferred_blocks,

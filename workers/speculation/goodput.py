@@ -9,14 +9,46 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-MIN_GAIN = 1.02  # times as many tokens a second as without drafts: less is within the error of the estimates
+_FADE = 0.95  # of what a step counts, with each one more
+_BIAS = (1.0, 4.0)  # least and most
 
 
-def draft_lengths(
-    survival: Sequence[Sequence[float]], num_seqs: int, max_drafts: int, step_s: Callable[[Sequence[int], int], float]
-) -> list[int]:
-    """How many draft tokens of each request the step takes; zeros when none pay.
+@dataclass(frozen=True, slots=True)
+class DraftBudget:
+    """What a step takes."""
+
+    lengths: Sequence[int]  # draft tokens of each request
+    gain: float  # times as many tokens a second as without drafts, as expected
+
+
+class GainBias:
+    """How much more was expected of drafts than they brought, lately: what the estimates leave out, such as the time of
+    the host, and that the best of many estimates is a lucky one."""
+
+    def __init__(self) -> None:
+        self._expected = self._brought = 1.0
+
+    def note(self, expected: float, brought: float) -> None:
+        """A step with drafts is through."""
+        self._expected = _FADE * self._expected + expected
+        self._brought = _FADE * self._brought + brought
+
+    @property
+    def ratio(self) -> float:
+        """Expected over brought; at least 1: what goes better than expected needs no correction."""
+        return min(max(self._expected / self._brought, _BIAS[0]), _BIAS[1])
+
+
+def draft_budget(
+    survival: Sequence[Sequence[float]],
+    num_seqs: int,
+    max_drafts: int,
+    step_s: Callable[[Sequence[int], int], float],
+    min_gain: float,
+) -> DraftBudget:
+    """How many draft tokens of each request the step takes; zeros when less than min_gain is expected of them.
 
     survival: of each request the likelihoods of its draft tokens, falling. num_seqs: sequences in the step, also those
     without drafts. max_drafts: in all. step_s: the time of a step, by the lengths and by their sum.
@@ -38,6 +70,6 @@ def draft_lengths(
         if num_drafts % stride and ranked:
             continue
         rate = expected / step_s(lengths, num_drafts)
-        if rate > best_rate and rate > MIN_GAIN * plain:
+        if rate > best_rate and rate > min_gain * plain:
             best_rate, best = rate, list(lengths)
-    return best
+    return DraftBudget(best, best_rate / plain)

@@ -18,13 +18,14 @@ from workers.engine.speculation import SpeculationCounters
 from workers.engine.step import SchedulerOutput
 from workers.speculation.acceptance import AcceptanceEstimates
 from workers.speculation.drafters.drafter import Drafter, DraftWanted
-from workers.speculation.goodput import draft_lengths
+from workers.speculation.goodput import DraftBudget, GainBias, draft_budget
 from workers.speculation.step_costs import StepCosts
 
 log = logging.getLogger(__name__)
 
 _LONGEST_PAUSE = 64  # steps between two probes while no drafts pay
 _PROBE_TOKENS = 1
+MIN_GAIN = 1.03  # times as many tokens a second as without drafts: less is within the error of the estimates
 
 
 class Speculator:
@@ -45,13 +46,15 @@ class Speculator:
         self._pause = 0  # steps to come without a look at drafts
         self._next_pause = 1
         self._drafting_s = 0.0  # before the last step
+        self._expected_gain = 0.0  # of the next step; 0: nothing is expected of it
+        self._bias = GainBias()
         self._is_broken = False  # the drafter has raised
         self.counters = SpeculationCounters(num_accepted_tokens_per_pos=[0] * options.most_tokens)
 
     # ---------------------------------------------------------------------------------------------------- before a step
     def propose(self, scheduler: Scheduler) -> None:
         """Give the scheduler drafts for the plan that it makes next."""
-        self._drafting_s = 0.0
+        self._drafting_s = self._expected_gain = 0.0
         if self._is_broken:
             return
         try:
@@ -122,12 +125,13 @@ class Speculator:
         def step_s(lengths: Sequence[int], num_drafts: int) -> float:
             return costs.step_s(num_running, num_drafts) + (self._drafter.draft_s(lengths) if num_drafts else 0.0)
 
-        lengths = draft_lengths(survival, num_running, _spare_tokens(scheduler, num_running), step_s)
-        if any(lengths):
-            self._next_pause = 1
+        min_gain = MIN_GAIN * self._bias.ratio
+        budget = draft_budget(survival, num_running, _spare_tokens(scheduler, num_running), step_s, min_gain)
+        if any(budget.lengths):
+            self._next_pause, self._expected_gain = 1, budget.gain
         elif any(limits):
-            lengths = self._probe(wanted, limits)
-        return lengths
+            budget = DraftBudget(self._probe(wanted, limits), 0.0)
+        return list(budget.lengths)
 
     def _probe(self, wanted: Sequence[DraftWanted], limits: Sequence[int]) -> list[int]:
         """No drafts pay: let one request have one, so that a change is noticed, and look again after a pause."""
@@ -155,8 +159,11 @@ class Speculator:
             plain_s = self._costs.step_s(num_seqs, 0)
             self._costs.observe(num_seqs, num_drafts, duration_s)
             if judged:
-                gained = 1 + sum(one.num_right for one in judged) / num_seqs
-                counters.saved_seconds += gained * plain_s - duration_s - self._drafting_s
+                num_tokens = 1 + sum(one.num_right for one in judged) / num_seqs  # of each sequence, on average
+                took_s = duration_s + self._drafting_s
+                counters.saved_seconds += num_tokens * plain_s - took_s
+                if self._expected_gain:
+                    self._bias.note(self._expected_gain, num_tokens * plain_s / took_s)
 
     def forget(self, request: Request) -> None:
         """The request has left the engine."""

@@ -27,7 +27,7 @@ if _version_not_supported:
 
 class GenerationServiceStub(object):
     """Text generation for clients of the cluster. Errors are gRPC statuses; the message names the offending field:
-    INVALID_ARGUMENT (bad field), NOT_FOUND (unknown model), RESOURCE_EXHAUSTED (queue full or prompt too large),
+    INVALID_ARGUMENT (bad field), NOT_FOUND (unknown model or adapter), RESOURCE_EXHAUSTED (queue full or prompt too large),
     UNAVAILABLE (no worker can serve), DEADLINE_EXCEEDED, CANCELLED, ABORTED (the stream was resumed elsewhere).
     """
 
@@ -67,11 +67,26 @@ class GenerationServiceStub(object):
                 request_serializer=switchyard_dot_v1_dot_generation__pb2.ListModelsRequest.SerializeToString,
                 response_deserializer=switchyard_dot_v1_dot_generation__pb2.ListModelsResponse.FromString,
                 _registered_method=True)
+        self.LoadAdapter = channel.unary_unary(
+                '/switchyard.v1.GenerationService/LoadAdapter',
+                request_serializer=switchyard_dot_v1_dot_generation__pb2.LoadAdapterRequest.SerializeToString,
+                response_deserializer=switchyard_dot_v1_dot_generation__pb2.LoadAdapterResponse.FromString,
+                _registered_method=True)
+        self.UnloadAdapter = channel.unary_unary(
+                '/switchyard.v1.GenerationService/UnloadAdapter',
+                request_serializer=switchyard_dot_v1_dot_generation__pb2.UnloadAdapterRequest.SerializeToString,
+                response_deserializer=switchyard_dot_v1_dot_generation__pb2.UnloadAdapterResponse.FromString,
+                _registered_method=True)
+        self.ListAdapters = channel.unary_unary(
+                '/switchyard.v1.GenerationService/ListAdapters',
+                request_serializer=switchyard_dot_v1_dot_generation__pb2.ListAdaptersRequest.SerializeToString,
+                response_deserializer=switchyard_dot_v1_dot_generation__pb2.ListAdaptersResponse.FromString,
+                _registered_method=True)
 
 
 class GenerationServiceServicer(object):
     """Text generation for clients of the cluster. Errors are gRPC statuses; the message names the offending field:
-    INVALID_ARGUMENT (bad field), NOT_FOUND (unknown model), RESOURCE_EXHAUSTED (queue full or prompt too large),
+    INVALID_ARGUMENT (bad field), NOT_FOUND (unknown model or adapter), RESOURCE_EXHAUSTED (queue full or prompt too large),
     UNAVAILABLE (no worker can serve), DEADLINE_EXCEEDED, CANCELLED, ABORTED (the stream was resumed elsewhere).
     """
 
@@ -114,7 +129,31 @@ class GenerationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """The models that this cluster serves.
+        """The models that this cluster serves: the one of its weights, and its adapters.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadAdapter(self, request, context):
+        """Serves a LoRA adapter, in PEFT's layout, as a model of its own. UNIMPLEMENTED unless the cluster has a directory to
+        load adapters from (adapters.root); PERMISSION_DENIED for a path that leads out of it; INVALID_ARGUMENT for files that are
+        no adapter of this model; ALREADY_EXISTS when the name is taken.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadAdapter(self, request, context):
+        """Serves it no longer: requests that run go on, new ones get NOT_FOUND; those at other routers within
+        router.directory_poll_s.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAdapters(self, request, context):
+        """The adapters that this cluster serves.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -153,6 +192,21 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     request_deserializer=switchyard_dot_v1_dot_generation__pb2.ListModelsRequest.FromString,
                     response_serializer=switchyard_dot_v1_dot_generation__pb2.ListModelsResponse.SerializeToString,
             ),
+            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadAdapter,
+                    request_deserializer=switchyard_dot_v1_dot_generation__pb2.LoadAdapterRequest.FromString,
+                    response_serializer=switchyard_dot_v1_dot_generation__pb2.LoadAdapterResponse.SerializeToString,
+            ),
+            'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadAdapter,
+                    request_deserializer=switchyard_dot_v1_dot_generation__pb2.UnloadAdapterRequest.FromString,
+                    response_serializer=switchyard_dot_v1_dot_generation__pb2.UnloadAdapterResponse.SerializeToString,
+            ),
+            'ListAdapters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAdapters,
+                    request_deserializer=switchyard_dot_v1_dot_generation__pb2.ListAdaptersRequest.FromString,
+                    response_serializer=switchyard_dot_v1_dot_generation__pb2.ListAdaptersResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'switchyard.v1.GenerationService', rpc_method_handlers)
@@ -163,7 +217,7 @@ def add_GenerationServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class GenerationService(object):
     """Text generation for clients of the cluster. Errors are gRPC statuses; the message names the offending field:
-    INVALID_ARGUMENT (bad field), NOT_FOUND (unknown model), RESOURCE_EXHAUSTED (queue full or prompt too large),
+    INVALID_ARGUMENT (bad field), NOT_FOUND (unknown model or adapter), RESOURCE_EXHAUSTED (queue full or prompt too large),
     UNAVAILABLE (no worker can serve), DEADLINE_EXCEEDED, CANCELLED, ABORTED (the stream was resumed elsewhere).
     """
 
@@ -319,6 +373,87 @@ class GenerationService(object):
             '/switchyard.v1.GenerationService/ListModels',
             switchyard_dot_v1_dot_generation__pb2.ListModelsRequest.SerializeToString,
             switchyard_dot_v1_dot_generation__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/switchyard.v1.GenerationService/LoadAdapter',
+            switchyard_dot_v1_dot_generation__pb2.LoadAdapterRequest.SerializeToString,
+            switchyard_dot_v1_dot_generation__pb2.LoadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/switchyard.v1.GenerationService/UnloadAdapter',
+            switchyard_dot_v1_dot_generation__pb2.UnloadAdapterRequest.SerializeToString,
+            switchyard_dot_v1_dot_generation__pb2.UnloadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/switchyard.v1.GenerationService/ListAdapters',
+            switchyard_dot_v1_dot_generation__pb2.ListAdaptersRequest.SerializeToString,
+            switchyard_dot_v1_dot_generation__pb2.ListAdaptersResponse.FromString,
             options,
             channel_credentials,
             insecure,

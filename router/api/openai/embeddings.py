@@ -58,7 +58,7 @@ class EmbeddingsApi:
     async def embeddings(self, request: Request) -> Response:
         """One vector for each input, in their order."""
         body = validated(EmbeddingRequest, await read_json(request, self._max_body_bytes))
-        self._generation.preparation.check_model(body.model)
+        await self._generation.preparation.check_model(body.model)
         if body.dimensions is not None:
             raise invalid("dimensions", "vectors have the size of the model's hidden states, and are not cut")
         check_deadline(body.deadline_s)

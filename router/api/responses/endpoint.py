@@ -50,7 +50,7 @@ class ResponsesApi:
     async def create(self, request: Request) -> Response:
         """A response, which is kept nowhere."""
         body = parse_responses(await read_json(request, self._max_body_bytes))
-        self._generation.preparation.check_model(body.model)
+        await self._generation.preparation.check_model(body.model)
         order = self._order(body, tenant_salt(request.headers.get("authorization", "")))
         stream = self._generation.stream(order, commits_first=bool(body.stream))
         names = {**_RENAMED, "grammar": "text.format" if body.has_form else "tools"}

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers.speculation.acceptance import AcceptanceEstimates
-from workers.speculation.goodput import MIN_GAIN, draft_lengths
+from workers.speculation.goodput import GainBias, draft_budget
 from workers.speculation.step_costs import WIDTHS, StepCosts, sizes_to_measure
 
+MIN_GAIN = 1.02
 SHARES = st.lists(st.floats(0.01, 0.99), max_size=4)
 
 
@@ -41,7 +42,7 @@ def test_the_best_lengths_of_all_are_found(shares, others, most, base_s, per_seq
         expected = num_seqs + sum(sum(one[:k]) for one, k in zip(survival, lengths, strict=True))
         return expected / step_s(lengths, sum(lengths))
 
-    found = draft_lengths(survival, num_seqs, most, step_s)
+    found = draft_budget(survival, num_seqs, most, step_s, MIN_GAIN).lengths
     choices = itertools.product(*(range(len(one) + 1) for one in survival))
     best = max((lengths for lengths in choices if sum(lengths) <= most), key=rate)
     plain = rate([0] * len(survival))
@@ -55,8 +56,8 @@ def test_the_best_lengths_of_all_are_found(shares, others, most, base_s, per_seq
 def test_drafts_end_where_they_cost_more_than_they_bring() -> None:
     survival = [falling([0.7] * 8)] * 16
 
-    def steps_of(per_draft_s: float) -> list[int]:
-        return draft_lengths(survival, 16, 500, lambda lengths, n: 1 + per_draft_s * n)
+    def steps_of(per_draft_s: float) -> Sequence[int]:
+        return draft_budget(survival, 16, 500, lambda lengths, n: 1 + per_draft_s * n, MIN_GAIN).lengths
 
     cheap, dear, ruinous = steps_of(0.001), steps_of(0.03), steps_of(1.0)
     assert sum(cheap) > sum(dear) > sum(ruinous) == 0
@@ -71,7 +72,7 @@ def test_a_request_that_agrees_gets_longer_drafts_than_one_that_does_not() -> No
     assert survival[0][3] > 0.7
     assert survival[1][0] < 0.2
     assert survival[1][0] < survival[2][0] < survival[0][0]
-    lengths = draft_lengths(survival, 3, 12, lambda lengths, n: 1 + 0.1 * n)
+    lengths = draft_budget(survival, 3, 12, lambda lengths, n: 1 + 0.1 * n, MIN_GAIN).lengths
     assert lengths[0] == 4
     assert lengths[1] == 0
 
@@ -120,3 +121,14 @@ def test_one_measured_size_is_enough() -> None:
     costs = StepCosts({(4, 1): 0.01})
     assert costs.step_s(4, 0) == pytest.approx(0.01)
     assert costs.step_s(4, 8) == pytest.approx(0.03)
+
+
+def test_drafts_that_bring_less_than_expected_must_promise_more() -> None:
+    bias = GainBias()
+    assert bias.ratio == 1.0
+    for _ in range(100):
+        bias.note(1.5, 1.0)
+    assert bias.ratio == pytest.approx(1.5, rel=0.01)
+    for _ in range(200):
+        bias.note(1.1, 1.4)
+    assert bias.ratio == 1.0

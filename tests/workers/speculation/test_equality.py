@@ -54,7 +54,7 @@ def prompts() -> list[list[int]]:
 def run(group: EngineGroup, config: EngineConfig, drafter: Scripted | None = None) -> JobResult:
     wanted = [replace(options(n), logprobs=2 if n % 3 == 0 else None) for n in NUMBERS]
     wanted[4] = replace(wanted[4], prompt_logprobs=1)
-    return group.run(config, prompts(), wanted, drafter)
+    return group.run(config, prompts(), wanted, drafter=drafter)
 
 
 @pytest.fixture(scope="module")

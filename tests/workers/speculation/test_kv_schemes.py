@@ -36,7 +36,9 @@ def test_drafts_change_no_token(checkpoint: Path, kv_cache_dtype: str) -> None:
     )  # fmt: skip
 
     def run(changed: EngineConfig, drafter: Scripted | None) -> JobResult:
-        result = run_job(changed, ALONE, [prompt(n) * 2 for n in NUMBERS], [options(n) for n in NUMBERS], drafter)
+        result = run_job(
+            changed, ALONE, [prompt(n) * 2 for n in NUMBERS], [options(n) for n in NUMBERS], drafter=drafter
+        )
         assert result is not None
         return result
 

@@ -37,4 +37,7 @@ class RequestNames:
         return names
 
     def _parent(self, request: Request, names: list[bytes]) -> bytes:
-        return names[-1] if names else root_name(self._fingerprint, request.tenant_salt)
+        if names:
+            return names[-1]
+        adapter_digest = b"" if request.adapter is None else request.adapter.digest
+        return root_name(self._fingerprint, request.tenant_salt, adapter_digest)

@@ -50,12 +50,27 @@ class Transfers:
         self._pools = pools
         self._of_part: dict[int, Transfer] = {}
         self._last_id = 0
+        self._reads: set[int] = set()  # of adapters, which have no blocks
         self.num_transfers = 0
         self.num_loading_blocks = 0
         self.num_written_back_blocks = 0  # being written back
 
     def __bool__(self) -> bool:
-        return bool(self._of_part)
+        return bool(self._of_part or self._reads)
+
+    def begin_read(self) -> int:
+        """Something else than blocks is read beside the steps; its id."""
+        self._last_id = self._last_id % _MAX_ID + 1
+        self._reads.add(self._last_id)
+        return self._last_id
+
+    def end_read(self, transfer_id: int) -> None:
+        """It is over on all ranks."""
+        self._reads.remove(transfer_id)
+
+    def forget_reads(self) -> None:
+        """The ranks have given them up."""
+        self._reads.clear()
 
     def part_ids(self) -> list[int]:
         """Of all transfers."""

@@ -17,6 +17,9 @@ from workers.model.config import ModelConfig
 from workers.model.layers.linear import SummedLinear
 from workers.model.layers.rope import rope_table
 from workers.model.loader import Weights
+from workers.model.lora.experts import adapted_experts
+from workers.model.lora.linear import LoraLinear
+from workers.model.lora.slots import LoraSlots
 from workers.model.parts import RopeConfig
 from workers.model.weight_format import ExpertMatrices, Experts, Linear, Matrices, Part, Split
 
@@ -24,10 +27,14 @@ from workers.model.weight_format import ExpertMatrices, Experts, Linear, Matrice
 class LayerSource:
     """One rank's checkpoint, as its layers ask for it."""
 
-    def __init__(self, model: ModelConfig, weights: Weights, arithmetic: Arithmetic) -> None:
+    def __init__(
+        self, model: ModelConfig, weights: Weights, arithmetic: Arithmetic, lora: LoraSlots | None = None
+    ) -> None:
+        """lora: with it, products take adapters."""
         self.model = model
         self.arithmetic = arithmetic
         self._weights = weights
+        self._lora = lora
         self._tables: dict[Hashable, Tensor] = {}
         self.num_linears_by_kind: Counter[str] = Counter()
 
@@ -54,6 +61,8 @@ class LayerSource:
         own_bias = None if is_summed else bias
         linear = self.model.weight_format.linear(matrices, self._weights, self.arithmetic, own_bias)
         self.num_linears_by_kind[linear.kind] += 1
+        if self._lora is not None:
+            linear = LoraLinear(linear, self._lora, matrices, self.arithmetic.shard)
         return SummedLinear(linear, self.arithmetic, bias) if is_summed else linear
 
     def vocab_rows(self, name: str, rows: slice) -> Tensor:
@@ -67,7 +76,8 @@ class LayerSource:
 
     def experts(self, experts: ExpertMatrices) -> Experts:
         """The rank's share of all experts."""
-        return self.model.weight_format.experts(experts, self._weights, self.arithmetic)
+        found = self.model.weight_format.experts(experts, self._weights, self.arithmetic)
+        return found if self._lora is None else adapted_experts(found, self._lora, experts, self.arithmetic.shard)
 
     def rope_table(self, rope: RopeConfig, head_dim: int) -> Tensor:
         """As in workers.model.layers.rope; layers that turn alike share one."""

@@ -82,7 +82,7 @@ class _CpuInt8Linear:
         x = self.inputs_change(x) if self.inputs_change else x
         static = self.input_scale
         if static is not None:
-            codes = x.float().mul_(1.0 / static.scale).add_(128 + static.zero).round_().clamp_(0, 255).to(torch.uint8)
+            codes = _copied(x).mul_(1.0 / static.scale).add_(128 + static.zero).round_().clamp_(0, 255).to(torch.uint8)
             return self._product(codes, static.scale, 128 + static.zero, self.bias, self.dtype)
         if self.outliers is None:
             return self._dynamic(x)
@@ -92,7 +92,7 @@ class _CpuInt8Linear:
 
     def _dynamic(self, x: Tensor) -> Tensor:
         if len(x) == 1:
-            wide = x.float()
+            wide = _copied(x)
             low, high = torch.aminmax(wide)
             scale = max(-low.item(), high.item(), _SMALLEST) / 127.0
             return self._product(_unsigned(wide.mul_(1.0 / scale), 128), scale, 128, self.bias, self.dtype)
@@ -108,9 +108,14 @@ class _CpuInt8Linear:
         return y
 
 
+def _copied(x: Tensor) -> Tensor:
+    """In fp32, to be changed: the rows themselves are read again, by what is added to the product."""
+    return x.to(torch.float32, copy=True)
+
+
 def _round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """[rows, inputs] -> uint8, each number plus 128, and fp32 scales [rows, 1]."""
-    wide = x.float()
+    wide = _copied(x)
     scales = wide.abs().amax(-1, keepdim=True).clamp_(min=_SMALLEST).mul_(1.0 / 127.0)
     return _unsigned(wide.div_(scales), 128), scales
 

@@ -147,4 +147,4 @@ class SuffixDrafter:
 
 def _tenant(request: Request) -> bytes:
     """Whose requests may share drafts: those that may share blocks."""
-    return request.tenant_salt
+    return request.tenant_salt + (b"" if request.adapter is None else request.adapter.digest)

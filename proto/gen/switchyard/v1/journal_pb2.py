@@ -22,17 +22,18 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from switchyard.v1 import adapter_pb2 as switchyard_dot_v1_dot_adapter__pb2
 from switchyard.v1 import generation_pb2 as switchyard_dot_v1_dot_generation__pb2
 from switchyard.v1 import identity_pb2 as switchyard_dot_v1_dot_identity__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bswitchyard/v1/journal.proto\x12\rswitchyard.v1\x1a\x1eswitchyard/v1/generation.proto\x1a\x1cswitchyard/v1/identity.proto\"\x99\x01\n\x0cStreamRecord\x12/\n\x07request\x18\x01 \x01(\x0b\x32\x1e.switchyard.v1.GenerateRequest\x12\x17\n\x0f\x64\x65\x61\x64line_unix_s\x18\x02 \x01(\x01\x12\x13\n\x0btenant_salt\x18\x03 \x01(\x0c\x12*\n\x06served\x18\x04 \x01(\x0b\x32\x1a.switchyard.v1.ServedModelb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bswitchyard/v1/journal.proto\x12\rswitchyard.v1\x1a\x1bswitchyard/v1/adapter.proto\x1a\x1eswitchyard/v1/generation.proto\x1a\x1cswitchyard/v1/identity.proto\"\xc2\x01\n\x0cStreamRecord\x12/\n\x07request\x18\x01 \x01(\x0b\x32\x1e.switchyard.v1.GenerateRequest\x12\x17\n\x0f\x64\x65\x61\x64line_unix_s\x18\x02 \x01(\x01\x12\x13\n\x0btenant_salt\x18\x03 \x01(\x0c\x12*\n\x06served\x18\x04 \x01(\x0b\x32\x1a.switchyard.v1.ServedModel\x12\'\n\x07\x61\x64\x61pter\x18\x05 \x01(\x0b\x32\x16.switchyard.v1.Adapterb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'switchyard.v1.journal_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STREAMRECORD']._serialized_start=109
-  _globals['_STREAMRECORD']._serialized_end=262
+  _globals['_STREAMRECORD']._serialized_start=138
+  _globals['_STREAMRECORD']._serialized_end=332
 # @@protoc_insertion_point(module_scope)

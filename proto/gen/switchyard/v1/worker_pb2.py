@@ -22,13 +22,14 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from switchyard.v1 import adapter_pb2 as switchyard_dot_v1_dot_adapter__pb2
 from switchyard.v1 import generation_pb2 as switchyard_dot_v1_dot_generation__pb2
 from switchyard.v1 import identity_pb2 as switchyard_dot_v1_dot_identity__pb2
 from switchyard.v1 import worker_load_pb2 as switchyard_dot_v1_dot_worker__load__pb2
 
 from switchyard.v1.worker_load_pb2 import *
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aswitchyard/v1/worker.proto\x12\rswitchyard.v1\x1a\x1eswitchyard/v1/generation.proto\x1a\x1cswitchyard/v1/identity.proto\x1a\x1fswitchyard/v1/worker_load.proto\"\xc9\x02\n\x0e\x43onnectRequest\x12+\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.switchyard.v1.RouterHelloH\x00\x12\'\n\x06submit\x18\x02 \x01(\x0b\x32\x15.switchyard.v1.SubmitH\x00\x12\'\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x15.switchyard.v1.CancelH\x00\x12+\n\x08\x63ontinue\x18\x04 \x01(\x0b\x32\x17.switchyard.v1.ContinueH\x00\x12\'\n\x06\x63redit\x18\x05 \x01(\x0b\x32\x15.switchyard.v1.CreditH\x00\x12#\n\x04ping\x18\x06 \x01(\x0b\x32\x13.switchyard.v1.PingH\x00\x12\x32\n\x0cretired_seen\x18\x07 \x01(\x0b\x32\x1a.switchyard.v1.RetiredSeenH\x00\x42\t\n\x07message\"[\n\x0bRouterHello\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12*\n\x06served\x18\x03 \x01(\x0b\x32\x1a.switchyard.v1.ServedModel\"\xc2\x02\n\x06Submit\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12(\n\x04role\x18\x03 \x01(\x0e\x32\x1a.switchyard.v1.RequestRole\x12\x15\n\ttoken_ids\x18\x04 \x03(\rB\x02\x10\x01\x12\x19\n\x11num_prompt_tokens\x18\x05 \x01(\r\x12/\n\x08sampling\x18\x06 \x01(\x0b\x32\x1d.switchyard.v1.SamplingParams\x12\x15\n\rwindow_tokens\x18\x07 \x01(\r\x12\x12\n\ndeadline_s\x18\x08 \x01(\x01\x12\x13\n\x0btenant_salt\x18\t \x01(\x0c\x12\x10\n\x08priority\x18\n \x01(\x05\x12\x0e\n\x06tenant\x18\x0b \x01(\x0c\x12\'\n\x07pooling\x18\x0c \x01(\x0e\x32\x16.switchyard.v1.Pooling\"\x1b\n\x06\x43\x61ncel\x12\x11\n\tstream_id\x18\x01 \x01(\t\"4\n\x08\x43ontinue\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12\x15\n\ttoken_ids\x18\x02 \x03(\rB\x02\x10\x01\"/\n\x06\x43redit\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\"\x15\n\x04Ping\x12\r\n\x05nonce\x18\x01 \x01(\x04\"\r\n\x0bRetiredSeen\"\xe3\x02\n\x0f\x43onnectResponse\x12+\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.switchyard.v1.WorkerHelloH\x00\x12+\n\x06tokens\x18\x02 \x01(\x0b\x32\x19.switchyard.v1.TokenBatchH\x00\x12\x32\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1e.switchyard.v1.RequestFinishedH\x00\x12)\n\x04load\x18\x04 \x01(\x0b\x32\x19.switchyard.v1.WorkerLoadH\x00\x12#\n\x04pong\x18\x05 \x01(\x0b\x32\x13.switchyard.v1.PongH\x00\x12)\n\x07retired\x18\x06 \x01(\x0b\x32\x16.switchyard.v1.RetiredH\x00\x12<\n\x0fprompt_logprobs\x18\x07 \x01(\x0b\x32!.switchyard.v1.PartPromptLogprobsH\x00\x42\t\n\x07message\"~\n\x12PartPromptLogprobs\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x16\n\x0e\x66irst_position\x18\x03 \x01(\r\x12.\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1c.switchyard.v1.TokenLogprobs\"\t\n\x07Retired\"\xb1\x02\n\x0bWorkerHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\'\n\x04role\x18\x02 \x01(\x0e\x32\x19.switchyard.v1.WorkerRole\x12\'\n\x05model\x18\x03 \x01(\x0b\x32\x18.switchyard.v1.ModelInfo\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x12\n\nblock_size\x18\x05 \x01(\r\x12\x16\n\x0ekv_fingerprint\x18\x06 \x01(\x0c\x12\x1c\n\x14tensor_parallel_size\x18\x07 \x01(\r\x12\x1e\n\x16pipeline_parallel_size\x18\x08 \x01(\r\x12\x13\n\x0blease_epoch\x18\t \x01(\x04\x12*\n\x06served\x18\n \x01(\x0b\x32\x1a.switchyard.v1.ServedModel\"\xc3\x01\n\nTokenBatch\x12\x12\n\nstream_ids\x18\x01 \x03(\t\x12\x0e\n\x06\x65pochs\x18\x02 \x03(\r\x12\x18\n\x0cstream_index\x18\x03 \x03(\rB\x02\x10\x01\x12\x15\n\tpositions\x18\x04 \x03(\rB\x02\x10\x01\x12\x15\n\ttoken_ids\x18\x05 \x03(\rB\x02\x10\x01\x12\x19\n\rlogprob_index\x18\x06 \x03(\rB\x02\x10\x01\x12.\n\x08logprobs\x18\x07 \x03(\x0b\x32\x1c.switchyard.v1.TokenLogprobs\"\x85\x03\n\x0fRequestFinished\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12.\n\x07outcome\x18\x03 \x01(\x0e\x32\x1d.switchyard.v1.RequestOutcome\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12\x1a\n\x12is_invalid_request\x18\x05 \x01(\x08\x12 \n\x18num_cached_prompt_tokens\x18\x06 \x01(\r\x12\"\n\x1anum_computed_prompt_tokens\x18\x07 \x01(\r\x12\x1e\n\x16num_transferred_blocks\x18\x08 \x01(\r\x12\x1c\n\x14num_published_blocks\x18\t \x01(\r\x12\'\n\x05times\x18\n \x01(\x0b\x32\x18.switchyard.v1.PartTimes\x12\x11\n\tembedding\x18\x0b \x03(\x02\x12\x18\n\x10num_draft_tokens\x18\x0c \x01(\r\x12\x1b\n\x13num_accepted_tokens\x18\r \x01(\r\"M\n\tPartTimes\x12\x13\n\x0b\x63ontinued_s\x18\x01 \x01(\x01\x12\x14\n\x0c\x66irst_step_s\x18\x02 \x01(\x01\x12\x15\n\rfirst_token_s\x18\x03 \x01(\x01\"\x15\n\x04Pong\x12\r\n\x05nonce\x18\x01 \x01(\x04\"\xb0\x01\n\x0cWorkerStatus\x12)\n\x05phase\x18\x01 \x01(\x0e\x32\x1a.switchyard.v1.WorkerPhase\x12\x0c\n\x04pool\x18\x02 \x01(\t\x12\'\n\x04role\x18\x03 \x01(\x0e\x32\x19.switchyard.v1.WorkerRole\x12\x13\n\x0blease_epoch\x18\x04 \x01(\x04\x12\x14\n\x0cnum_requests\x18\x05 \x01(\r\x12\x13\n\x0b\x61ge_seconds\x18\x06 \x01(\x01\"!\n\x0c\x44rainRequest\x12\x11\n\ttimeout_s\x18\x01 \x01(\x01\"J\n\x11SwitchRoleRequest\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\'\n\x04role\x18\x02 \x01(\x0e\x32\x19.switchyard.v1.WorkerRole\"\x11\n\x0f\x41nnounceRequest\"\x14\n\x12WatchBlocksRequest\"\x86\x01\n\x13WatchBlocksResponse\x12\x34\n\x08snapshot\x18\x01 \x01(\x0b\x32 .switchyard.v1.BlockSnapshotPartH\x00\x12.\n\x07\x63hanges\x18\x02 \x01(\x0b\x32\x1b.switchyard.v1.BlockChangesH\x00\x42\t\n\x07message\"f\n\x11\x42lockSnapshotPart\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x0c\n\x04part\x18\x03 \x01(\r\x12\x0f\n\x07is_last\x18\x04 \x01(\x08\x12\r\n\x05names\x18\x05 \x03(\x0c\"P\n\x0c\x42lockChanges\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x0e\n\x06stored\x18\x03 \x03(\x0c\x12\x0f\n\x07removed\x18\x04 \x03(\x0c\"\x10\n\x0eGetLoadRequest\"\x93\x01\n\x0fGetLoadResponse\x12*\n\x06worker\x18\x01 \x01(\x0b\x32\x1a.switchyard.v1.WorkerHello\x12\'\n\x04load\x18\x02 \x01(\x0b\x32\x19.switchyard.v1.WorkerLoad\x12+\n\x06status\x18\x03 \x01(\x0b\x32\x1b.switchyard.v1.WorkerStatus*\x8e\x01\n\x0bRequestRole\x12\x1c\n\x18REQUEST_ROLE_UNSPECIFIED\x10\x00\x12\x16\n\x12REQUEST_ROLE_MIXED\x10\x01\x12\x18\n\x14REQUEST_ROLE_PREFILL\x10\x02\x12\x17\n\x13REQUEST_ROLE_DECODE\x10\x03\x12\x16\n\x12REQUEST_ROLE_EMBED\x10\x04*q\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x15\n\x11WORKER_ROLE_MIXED\x10\x01\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x02\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x03*\xe2\x01\n\x0eRequestOutcome\x12\x1f\n\x1bREQUEST_OUTCOME_UNSPECIFIED\x10\x00\x12\x18\n\x14REQUEST_OUTCOME_STOP\x10\x01\x12\x1a\n\x16REQUEST_OUTCOME_LENGTH\x10\x02\x12\x1d\n\x19REQUEST_OUTCOME_CANCELLED\x10\x03\x12\x1d\n\x19REQUEST_OUTCOME_PREFILLED\x10\x04\x12\x1a\n\x16REQUEST_OUTCOME_FAILED\x10\x05\x12\x1f\n\x1bREQUEST_OUTCOME_STEP_FAILED\x10\x06*\x93\x01\n\x0bWorkerPhase\x12\x1c\n\x18WORKER_PHASE_UNSPECIFIED\x10\x00\x12\x16\n\x12WORKER_PHASE_READY\x10\x01\x12\x19\n\x15WORKER_PHASE_DRAINING\x10\x02\x12\x18\n\x14WORKER_PHASE_DRAINED\x10\x03\x12\x19\n\x15WORKER_PHASE_SWITCHED\x10\x04\x32\xd8\x03\n\rWorkerService\x12L\n\x07\x43onnect\x12\x1d.switchyard.v1.ConnectRequest\x1a\x1e.switchyard.v1.ConnectResponse(\x01\x30\x01\x12V\n\x0bWatchBlocks\x12!.switchyard.v1.WatchBlocksRequest\x1a\".switchyard.v1.WatchBlocksResponse0\x01\x12H\n\x07GetLoad\x12\x1d.switchyard.v1.GetLoadRequest\x1a\x1e.switchyard.v1.GetLoadResponse\x12\x41\n\x05\x44rain\x12\x1b.switchyard.v1.DrainRequest\x1a\x1b.switchyard.v1.WorkerStatus\x12K\n\nSwitchRole\x12 .switchyard.v1.SwitchRoleRequest\x1a\x1b.switchyard.v1.WorkerStatus\x12G\n\x08\x41nnounce\x12\x1e.switchyard.v1.AnnounceRequest\x1a\x1b.switchyard.v1.WorkerStatusP\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aswitchyard/v1/worker.proto\x12\rswitchyard.v1\x1a\x1bswitchyard/v1/adapter.proto\x1a\x1eswitchyard/v1/generation.proto\x1a\x1cswitchyard/v1/identity.proto\x1a\x1fswitchyard/v1/worker_load.proto\"\xfd\x02\n\x0e\x43onnectRequest\x12+\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.switchyard.v1.RouterHelloH\x00\x12\'\n\x06submit\x18\x02 \x01(\x0b\x32\x15.switchyard.v1.SubmitH\x00\x12\'\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x15.switchyard.v1.CancelH\x00\x12+\n\x08\x63ontinue\x18\x04 \x01(\x0b\x32\x17.switchyard.v1.ContinueH\x00\x12\'\n\x06\x63redit\x18\x05 \x01(\x0b\x32\x15.switchyard.v1.CreditH\x00\x12#\n\x04ping\x18\x06 \x01(\x0b\x32\x13.switchyard.v1.PingH\x00\x12\x32\n\x0cretired_seen\x18\x07 \x01(\x0b\x32\x1a.switchyard.v1.RetiredSeenH\x00\x12\x32\n\x0cpin_adapters\x18\x08 \x01(\x0b\x32\x1a.switchyard.v1.PinAdaptersH\x00\x42\t\n\x07message\"[\n\x0bRouterHello\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12*\n\x06served\x18\x03 \x01(\x0b\x32\x1a.switchyard.v1.ServedModel\"\xeb\x02\n\x06Submit\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12(\n\x04role\x18\x03 \x01(\x0e\x32\x1a.switchyard.v1.RequestRole\x12\x15\n\ttoken_ids\x18\x04 \x03(\rB\x02\x10\x01\x12\x19\n\x11num_prompt_tokens\x18\x05 \x01(\r\x12/\n\x08sampling\x18\x06 \x01(\x0b\x32\x1d.switchyard.v1.SamplingParams\x12\x15\n\rwindow_tokens\x18\x07 \x01(\r\x12\x12\n\ndeadline_s\x18\x08 \x01(\x01\x12\x13\n\x0btenant_salt\x18\t \x01(\x0c\x12\x10\n\x08priority\x18\n \x01(\x05\x12\x0e\n\x06tenant\x18\x0b \x01(\x0c\x12\'\n\x07pooling\x18\x0c \x01(\x0e\x32\x16.switchyard.v1.Pooling\x12\'\n\x07\x61\x64\x61pter\x18\r \x01(\x0b\x32\x16.switchyard.v1.Adapter\"\x1b\n\x06\x43\x61ncel\x12\x11\n\tstream_id\x18\x01 \x01(\t\"4\n\x08\x43ontinue\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12\x15\n\ttoken_ids\x18\x02 \x03(\rB\x02\x10\x01\"/\n\x06\x43redit\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\"\x15\n\x04Ping\x12\r\n\x05nonce\x18\x01 \x01(\x04\"\r\n\x0bRetiredSeen\"\xe3\x02\n\x0f\x43onnectResponse\x12+\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.switchyard.v1.WorkerHelloH\x00\x12+\n\x06tokens\x18\x02 \x01(\x0b\x32\x19.switchyard.v1.TokenBatchH\x00\x12\x32\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1e.switchyard.v1.RequestFinishedH\x00\x12)\n\x04load\x18\x04 \x01(\x0b\x32\x19.switchyard.v1.WorkerLoadH\x00\x12#\n\x04pong\x18\x05 \x01(\x0b\x32\x13.switchyard.v1.PongH\x00\x12)\n\x07retired\x18\x06 \x01(\x0b\x32\x16.switchyard.v1.RetiredH\x00\x12<\n\x0fprompt_logprobs\x18\x07 \x01(\x0b\x32!.switchyard.v1.PartPromptLogprobsH\x00\x42\t\n\x07message\"~\n\x12PartPromptLogprobs\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x16\n\x0e\x66irst_position\x18\x03 \x01(\r\x12.\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1c.switchyard.v1.TokenLogprobs\"\t\n\x07Retired\"\xb1\x02\n\x0bWorkerHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\'\n\x04role\x18\x02 \x01(\x0e\x32\x19.switchyard.v1.WorkerRole\x12\'\n\x05model\x18\x03 \x01(\x0b\x32\x18.switchyard.v1.ModelInfo\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x12\n\nblock_size\x18\x05 \x01(\r\x12\x16\n\x0ekv_fingerprint\x18\x06 \x01(\x0c\x12\x1c\n\x14tensor_parallel_size\x18\x07 \x01(\r\x12\x1e\n\x16pipeline_parallel_size\x18\x08 \x01(\r\x12\x13\n\x0blease_epoch\x18\t \x01(\x04\x12*\n\x06served\x18\n \x01(\x0b\x32\x1a.switchyard.v1.ServedModel\"\xc3\x01\n\nTokenBatch\x12\x12\n\nstream_ids\x18\x01 \x03(\t\x12\x0e\n\x06\x65pochs\x18\x02 \x03(\r\x12\x18\n\x0cstream_index\x18\x03 \x03(\rB\x02\x10\x01\x12\x15\n\tpositions\x18\x04 \x03(\rB\x02\x10\x01\x12\x15\n\ttoken_ids\x18\x05 \x03(\rB\x02\x10\x01\x12\x19\n\rlogprob_index\x18\x06 \x03(\rB\x02\x10\x01\x12.\n\x08logprobs\x18\x07 \x03(\x0b\x32\x1c.switchyard.v1.TokenLogprobs\"\x85\x03\n\x0fRequestFinished\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12.\n\x07outcome\x18\x03 \x01(\x0e\x32\x1d.switchyard.v1.RequestOutcome\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12\x1a\n\x12is_invalid_request\x18\x05 \x01(\x08\x12 \n\x18num_cached_prompt_tokens\x18\x06 \x01(\r\x12\"\n\x1anum_computed_prompt_tokens\x18\x07 \x01(\r\x12\x1e\n\x16num_transferred_blocks\x18\x08 \x01(\r\x12\x1c\n\x14num_published_blocks\x18\t \x01(\r\x12\'\n\x05times\x18\n \x01(\x0b\x32\x18.switchyard.v1.PartTimes\x12\x11\n\tembedding\x18\x0b \x03(\x02\x12\x18\n\x10num_draft_tokens\x18\x0c \x01(\r\x12\x1b\n\x13num_accepted_tokens\x18\r \x01(\r\"M\n\tPartTimes\x12\x13\n\x0b\x63ontinued_s\x18\x01 \x01(\x01\x12\x14\n\x0c\x66irst_step_s\x18\x02 \x01(\x01\x12\x15\n\rfirst_token_s\x18\x03 \x01(\x01\"\x15\n\x04Pong\x12\r\n\x05nonce\x18\x01 \x01(\x04\"\xb0\x01\n\x0cWorkerStatus\x12)\n\x05phase\x18\x01 \x01(\x0e\x32\x1a.switchyard.v1.WorkerPhase\x12\x0c\n\x04pool\x18\x02 \x01(\t\x12\'\n\x04role\x18\x03 \x01(\x0e\x32\x19.switchyard.v1.WorkerRole\x12\x13\n\x0blease_epoch\x18\x04 \x01(\x04\x12\x14\n\x0cnum_requests\x18\x05 \x01(\r\x12\x13\n\x0b\x61ge_seconds\x18\x06 \x01(\x01\"!\n\x0c\x44rainRequest\x12\x11\n\ttimeout_s\x18\x01 \x01(\x01\"J\n\x11SwitchRoleRequest\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\'\n\x04role\x18\x02 \x01(\x0e\x32\x19.switchyard.v1.WorkerRole\"\x11\n\x0f\x41nnounceRequest\"\x14\n\x12WatchBlocksRequest\"\x86\x01\n\x13WatchBlocksResponse\x12\x34\n\x08snapshot\x18\x01 \x01(\x0b\x32 .switchyard.v1.BlockSnapshotPartH\x00\x12.\n\x07\x63hanges\x18\x02 \x01(\x0b\x32\x1b.switchyard.v1.BlockChangesH\x00\x42\t\n\x07message\"f\n\x11\x42lockSnapshotPart\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x0c\n\x04part\x18\x03 \x01(\r\x12\x0f\n\x07is_last\x18\x04 \x01(\x08\x12\r\n\x05names\x18\x05 \x03(\x0c\"P\n\x0c\x42lockChanges\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x0e\n\x06stored\x18\x03 \x03(\x0c\x12\x0f\n\x07removed\x18\x04 \x03(\x0c\"\x10\n\x0eGetLoadRequest\"\x93\x01\n\x0fGetLoadResponse\x12*\n\x06worker\x18\x01 \x01(\x0b\x32\x1a.switchyard.v1.WorkerHello\x12\'\n\x04load\x18\x02 \x01(\x0b\x32\x19.switchyard.v1.WorkerLoad\x12+\n\x06status\x18\x03 \x01(\x0b\x32\x1b.switchyard.v1.WorkerStatus*\x8e\x01\n\x0bRequestRole\x12\x1c\n\x18REQUEST_ROLE_UNSPECIFIED\x10\x00\x12\x16\n\x12REQUEST_ROLE_MIXED\x10\x01\x12\x18\n\x14REQUEST_ROLE_PREFILL\x10\x02\x12\x17\n\x13REQUEST_ROLE_DECODE\x10\x03\x12\x16\n\x12REQUEST_ROLE_EMBED\x10\x04*q\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x15\n\x11WORKER_ROLE_MIXED\x10\x01\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x02\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x03*\x86\x02\n\x0eRequestOutcome\x12\x1f\n\x1bREQUEST_OUTCOME_UNSPECIFIED\x10\x00\x12\x18\n\x14REQUEST_OUTCOME_STOP\x10\x01\x12\x1a\n\x16REQUEST_OUTCOME_LENGTH\x10\x02\x12\x1d\n\x19REQUEST_OUTCOME_CANCELLED\x10\x03\x12\x1d\n\x19REQUEST_OUTCOME_PREFILLED\x10\x04\x12\x1a\n\x16REQUEST_OUTCOME_FAILED\x10\x05\x12\x1f\n\x1bREQUEST_OUTCOME_STEP_FAILED\x10\x06\x12\"\n\x1eREQUEST_OUTCOME_ADAPTER_FAILED\x10\x07*\x93\x01\n\x0bWorkerPhase\x12\x1c\n\x18WORKER_PHASE_UNSPECIFIED\x10\x00\x12\x16\n\x12WORKER_PHASE_READY\x10\x01\x12\x19\n\x15WORKER_PHASE_DRAINING\x10\x02\x12\x18\n\x14WORKER_PHASE_DRAINED\x10\x03\x12\x19\n\x15WORKER_PHASE_SWITCHED\x10\x04\x32\xd8\x03\n\rWorkerService\x12L\n\x07\x43onnect\x12\x1d.switchyard.v1.ConnectRequest\x1a\x1e.switchyard.v1.ConnectResponse(\x01\x30\x01\x12V\n\x0bWatchBlocks\x12!.switchyard.v1.WatchBlocksRequest\x1a\".switchyard.v1.WatchBlocksResponse0\x01\x12H\n\x07GetLoad\x12\x1d.switchyard.v1.GetLoadRequest\x1a\x1e.switchyard.v1.GetLoadResponse\x12\x41\n\x05\x44rain\x12\x1b.switchyard.v1.DrainRequest\x1a\x1b.switchyard.v1.WorkerStatus\x12K\n\nSwitchRole\x12 .switchyard.v1.SwitchRoleRequest\x1a\x1b.switchyard.v1.WorkerStatus\x12G\n\x08\x41nnounce\x12\x1e.switchyard.v1.AnnounceRequest\x1a\x1b.switchyard.v1.WorkerStatusP\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -47,66 +48,66 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENBATCH'].fields_by_name['token_ids']._serialized_options = b'\020\001'
   _globals['_TOKENBATCH'].fields_by_name['logprob_index']._loaded_options = None
   _globals['_TOKENBATCH'].fields_by_name['logprob_index']._serialized_options = b'\020\001'
-  _globals['_REQUESTROLE']._serialized_start=3380
-  _globals['_REQUESTROLE']._serialized_end=3522
-  _globals['_WORKERROLE']._serialized_start=3524
-  _globals['_WORKERROLE']._serialized_end=3637
-  _globals['_REQUESTOUTCOME']._serialized_start=3640
-  _globals['_REQUESTOUTCOME']._serialized_end=3866
-  _globals['_WORKERPHASE']._serialized_start=3869
-  _globals['_WORKERPHASE']._serialized_end=4016
-  _globals['_CONNECTREQUEST']._serialized_start=141
-  _globals['_CONNECTREQUEST']._serialized_end=470
-  _globals['_ROUTERHELLO']._serialized_start=472
-  _globals['_ROUTERHELLO']._serialized_end=563
-  _globals['_SUBMIT']._serialized_start=566
-  _globals['_SUBMIT']._serialized_end=888
-  _globals['_CANCEL']._serialized_start=890
-  _globals['_CANCEL']._serialized_end=917
-  _globals['_CONTINUE']._serialized_start=919
-  _globals['_CONTINUE']._serialized_end=971
-  _globals['_CREDIT']._serialized_start=973
-  _globals['_CREDIT']._serialized_end=1020
-  _globals['_PING']._serialized_start=1022
-  _globals['_PING']._serialized_end=1043
-  _globals['_RETIREDSEEN']._serialized_start=1045
-  _globals['_RETIREDSEEN']._serialized_end=1058
-  _globals['_CONNECTRESPONSE']._serialized_start=1061
-  _globals['_CONNECTRESPONSE']._serialized_end=1416
-  _globals['_PARTPROMPTLOGPROBS']._serialized_start=1418
-  _globals['_PARTPROMPTLOGPROBS']._serialized_end=1544
-  _globals['_RETIRED']._serialized_start=1546
-  _globals['_RETIRED']._serialized_end=1555
-  _globals['_WORKERHELLO']._serialized_start=1558
-  _globals['_WORKERHELLO']._serialized_end=1863
-  _globals['_TOKENBATCH']._serialized_start=1866
-  _globals['_TOKENBATCH']._serialized_end=2061
-  _globals['_REQUESTFINISHED']._serialized_start=2064
-  _globals['_REQUESTFINISHED']._serialized_end=2453
-  _globals['_PARTTIMES']._serialized_start=2455
-  _globals['_PARTTIMES']._serialized_end=2532
-  _globals['_PONG']._serialized_start=2534
-  _globals['_PONG']._serialized_end=2555
-  _globals['_WORKERSTATUS']._serialized_start=2558
-  _globals['_WORKERSTATUS']._serialized_end=2734
-  _globals['_DRAINREQUEST']._serialized_start=2736
-  _globals['_DRAINREQUEST']._serialized_end=2769
-  _globals['_SWITCHROLEREQUEST']._serialized_start=2771
-  _globals['_SWITCHROLEREQUEST']._serialized_end=2845
-  _globals['_ANNOUNCEREQUEST']._serialized_start=2847
-  _globals['_ANNOUNCEREQUEST']._serialized_end=2864
-  _globals['_WATCHBLOCKSREQUEST']._serialized_start=2866
-  _globals['_WATCHBLOCKSREQUEST']._serialized_end=2886
-  _globals['_WATCHBLOCKSRESPONSE']._serialized_start=2889
-  _globals['_WATCHBLOCKSRESPONSE']._serialized_end=3023
-  _globals['_BLOCKSNAPSHOTPART']._serialized_start=3025
-  _globals['_BLOCKSNAPSHOTPART']._serialized_end=3127
-  _globals['_BLOCKCHANGES']._serialized_start=3129
-  _globals['_BLOCKCHANGES']._serialized_end=3209
-  _globals['_GETLOADREQUEST']._serialized_start=3211
-  _globals['_GETLOADREQUEST']._serialized_end=3227
-  _globals['_GETLOADRESPONSE']._serialized_start=3230
-  _globals['_GETLOADRESPONSE']._serialized_end=3377
-  _globals['_WORKERSERVICE']._serialized_start=4019
-  _globals['_WORKERSERVICE']._serialized_end=4491
+  _globals['_REQUESTROLE']._serialized_start=3502
+  _globals['_REQUESTROLE']._serialized_end=3644
+  _globals['_WORKERROLE']._serialized_start=3646
+  _globals['_WORKERROLE']._serialized_end=3759
+  _globals['_REQUESTOUTCOME']._serialized_start=3762
+  _globals['_REQUESTOUTCOME']._serialized_end=4024
+  _globals['_WORKERPHASE']._serialized_start=4027
+  _globals['_WORKERPHASE']._serialized_end=4174
+  _globals['_CONNECTREQUEST']._serialized_start=170
+  _globals['_CONNECTREQUEST']._serialized_end=551
+  _globals['_ROUTERHELLO']._serialized_start=553
+  _globals['_ROUTERHELLO']._serialized_end=644
+  _globals['_SUBMIT']._serialized_start=647
+  _globals['_SUBMIT']._serialized_end=1010
+  _globals['_CANCEL']._serialized_start=1012
+  _globals['_CANCEL']._serialized_end=1039
+  _globals['_CONTINUE']._serialized_start=1041
+  _globals['_CONTINUE']._serialized_end=1093
+  _globals['_CREDIT']._serialized_start=1095
+  _globals['_CREDIT']._serialized_end=1142
+  _globals['_PING']._serialized_start=1144
+  _globals['_PING']._serialized_end=1165
+  _globals['_RETIREDSEEN']._serialized_start=1167
+  _globals['_RETIREDSEEN']._serialized_end=1180
+  _globals['_CONNECTRESPONSE']._serialized_start=1183
+  _globals['_CONNECTRESPONSE']._serialized_end=1538
+  _globals['_PARTPROMPTLOGPROBS']._serialized_start=1540
+  _globals['_PARTPROMPTLOGPROBS']._serialized_end=1666
+  _globals['_RETIRED']._serialized_start=1668
+  _globals['_RETIRED']._serialized_end=1677
+  _globals['_WORKERHELLO']._serialized_start=1680
+  _globals['_WORKERHELLO']._serialized_end=1985
+  _globals['_TOKENBATCH']._serialized_start=1988
+  _globals['_TOKENBATCH']._serialized_end=2183
+  _globals['_REQUESTFINISHED']._serialized_start=2186
+  _globals['_REQUESTFINISHED']._serialized_end=2575
+  _globals['_PARTTIMES']._serialized_start=2577
+  _globals['_PARTTIMES']._serialized_end=2654
+  _globals['_PONG']._serialized_start=2656
+  _globals['_PONG']._serialized_end=2677
+  _globals['_WORKERSTATUS']._serialized_start=2680
+  _globals['_WORKERSTATUS']._serialized_end=2856
+  _globals['_DRAINREQUEST']._serialized_start=2858
+  _globals['_DRAINREQUEST']._serialized_end=2891
+  _globals['_SWITCHROLEREQUEST']._serialized_start=2893
+  _globals['_SWITCHROLEREQUEST']._serialized_end=2967
+  _globals['_ANNOUNCEREQUEST']._serialized_start=2969
+  _globals['_ANNOUNCEREQUEST']._serialized_end=2986
+  _globals['_WATCHBLOCKSREQUEST']._serialized_start=2988
+  _globals['_WATCHBLOCKSREQUEST']._serialized_end=3008
+  _globals['_WATCHBLOCKSRESPONSE']._serialized_start=3011
+  _globals['_WATCHBLOCKSRESPONSE']._serialized_end=3145
+  _globals['_BLOCKSNAPSHOTPART']._serialized_start=3147
+  _globals['_BLOCKSNAPSHOTPART']._serialized_end=3249
+  _globals['_BLOCKCHANGES']._serialized_start=3251
+  _globals['_BLOCKCHANGES']._serialized_end=3331
+  _globals['_GETLOADREQUEST']._serialized_start=3333
+  _globals['_GETLOADREQUEST']._serialized_end=3349
+  _globals['_GETLOADRESPONSE']._serialized_start=3352
+  _globals['_GETLOADRESPONSE']._serialized_end=3499
+  _globals['_WORKERSERVICE']._serialized_start=4177
+  _globals['_WORKERSERVICE']._serialized_end=4649
 # @@protoc_insertion_point(module_scope)

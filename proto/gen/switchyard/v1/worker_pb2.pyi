@@ -1,3 +1,4 @@
+from switchyard.v1 import adapter_pb2 as _adapter_pb2
 from switchyard.v1 import generation_pb2 as _generation_pb2
 from switchyard.v1 import identity_pb2 as _identity_pb2
 from switchyard.v1 import worker_load_pb2 as _worker_load_pb2
@@ -35,6 +36,7 @@ class RequestOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REQUEST_OUTCOME_PREFILLED: _ClassVar[RequestOutcome]
     REQUEST_OUTCOME_FAILED: _ClassVar[RequestOutcome]
     REQUEST_OUTCOME_STEP_FAILED: _ClassVar[RequestOutcome]
+    REQUEST_OUTCOME_ADAPTER_FAILED: _ClassVar[RequestOutcome]
 
 class WorkerPhase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -59,6 +61,7 @@ REQUEST_OUTCOME_CANCELLED: RequestOutcome
 REQUEST_OUTCOME_PREFILLED: RequestOutcome
 REQUEST_OUTCOME_FAILED: RequestOutcome
 REQUEST_OUTCOME_STEP_FAILED: RequestOutcome
+REQUEST_OUTCOME_ADAPTER_FAILED: RequestOutcome
 WORKER_PHASE_UNSPECIFIED: WorkerPhase
 WORKER_PHASE_READY: WorkerPhase
 WORKER_PHASE_DRAINING: WorkerPhase
@@ -66,7 +69,7 @@ WORKER_PHASE_DRAINED: WorkerPhase
 WORKER_PHASE_SWITCHED: WorkerPhase
 
 class ConnectRequest(_message.Message):
-    __slots__ = ("hello", "submit", "cancel", "credit", "ping", "retired_seen")
+    __slots__ = ("hello", "submit", "cancel", "credit", "ping", "retired_seen", "pin_adapters")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
@@ -74,13 +77,15 @@ class ConnectRequest(_message.Message):
     CREDIT_FIELD_NUMBER: _ClassVar[int]
     PING_FIELD_NUMBER: _ClassVar[int]
     RETIRED_SEEN_FIELD_NUMBER: _ClassVar[int]
+    PIN_ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     hello: RouterHello
     submit: Submit
     cancel: Cancel
     credit: Credit
     ping: Ping
     retired_seen: RetiredSeen
-    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., retired_seen: _Optional[_Union[RetiredSeen, _Mapping]] = ..., **kwargs) -> None: ...
+    pin_adapters: _adapter_pb2.PinAdapters
+    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., retired_seen: _Optional[_Union[RetiredSeen, _Mapping]] = ..., pin_adapters: _Optional[_Union[_adapter_pb2.PinAdapters, _Mapping]] = ..., **kwargs) -> None: ...
 
 class RouterHello(_message.Message):
     __slots__ = ("router_id", "epoch", "served")
@@ -93,7 +98,7 @@ class RouterHello(_message.Message):
     def __init__(self, router_id: _Optional[str] = ..., epoch: _Optional[int] = ..., served: _Optional[_Union[_identity_pb2.ServedModel, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("stream_id", "epoch", "role", "token_ids", "num_prompt_tokens", "sampling", "window_tokens", "deadline_s", "tenant_salt", "priority", "tenant", "pooling")
+    __slots__ = ("stream_id", "epoch", "role", "token_ids", "num_prompt_tokens", "sampling", "window_tokens", "deadline_s", "tenant_salt", "priority", "tenant", "pooling", "adapter")
     STREAM_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -106,6 +111,7 @@ class Submit(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     POOLING_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
     stream_id: str
     epoch: int
     role: RequestRole
@@ -118,7 +124,8 @@ class Submit(_message.Message):
     priority: int
     tenant: bytes
     pooling: _generation_pb2.Pooling
-    def __init__(self, stream_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[RequestRole, str]] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., window_tokens: _Optional[int] = ..., deadline_s: _Optional[float] = ..., tenant_salt: _Optional[bytes] = ..., priority: _Optional[int] = ..., tenant: _Optional[bytes] = ..., pooling: _Optional[_Union[_generation_pb2.Pooling, str]] = ...) -> None: ...
+    adapter: _adapter_pb2.Adapter
+    def __init__(self, stream_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[RequestRole, str]] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., window_tokens: _Optional[int] = ..., deadline_s: _Optional[float] = ..., tenant_salt: _Optional[bytes] = ..., priority: _Optional[int] = ..., tenant: _Optional[bytes] = ..., pooling: _Optional[_Union[_generation_pb2.Pooling, str]] = ..., adapter: _Optional[_Union[_adapter_pb2.Adapter, _Mapping]] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("stream_id",)

@@ -1,0 +1,80 @@
+"""A mixture of experts to which the adapters of a step's rows are added, expert by expert.
+
+What an adapter adds before the gate changes everything behind it. So rows whose adapter has matrices of experts are
+computed by themselves, from the dense weights; all others take the usual way. Knows nothing of routers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from workers.model.lora.slots import LoraSlots, LowRank, Place
+from workers.model.products.dense import DenseExperts
+from workers.model.weight_format import ExpertMatrices, Experts, Split
+from workers.parallel import Shard
+
+_PER_EXPERT = 3  # gate, up, down
+_PACKED = "the experts' weights are multiplied in a packed form, which takes no adapters"
+
+
+def adapted_experts(base: Experts, slots: LoraSlots, experts: ExpertMatrices, shard: Shard) -> Experts:
+    """The experts with adapters where their weights allow it; else the same ones, and such adapters are refused."""
+    if isinstance(base, DenseExperts):
+        return LoraExperts(base, slots, experts, shard)
+    for name in (*experts.gates, *experts.ups, *experts.downs):
+        slots.refuse(name, _PACKED)
+    return base
+
+
+class LoraExperts:
+    """As Experts."""
+
+    def __init__(self, base: DenseExperts, slots: LoraSlots, experts: ExpertMatrices, shard: Shard) -> None:
+        self._base, self._slots = base, slots
+        self._parts: dict[int, Mapping[int, LowRank]] = {}  # by slot; of those that have some
+        product = slots.add(self)
+        for number, matrices in enumerate(experts.as_matrices()):  # of each expert: gate and up, then down
+            first = number // 2 * _PER_EXPERT + (2 if matrices.split is Split.INPUTS else 0)
+            for index, piece in enumerate(matrices.pieces(shard), first):
+                rows, columns = piece.part if len(piece.part) > 1 else (piece.part[0], slice(0, matrices.inputs))
+                slots.add_place(piece.name, Place(product, index, piece.num_rows, matrices.inputs, rows, columns))
+
+    def put(self, slot: int, parts: Mapping[int, LowRank]) -> None:
+        """As in Adapted."""
+        self._parts.pop(slot, None)
+        if parts:
+            device = self._slots.device
+            self._parts[slot] = {
+                index: LowRank(part.down.to(device, non_blocking=True), part.up.to(device, non_blocking=True))
+                for index, part in parts.items()
+            }
+
+    def __call__(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        """As in Experts."""
+        y = self._base(x, expert_ids, weights)
+        rows = self._slots.rows
+        if rows is not None:
+            for slot, index in rows.segments:
+                if (parts := self._parts.get(slot)) is not None:
+                    y[index] = self._adapted(x[index], expert_ids[index], weights[index], parts)
+        return y
+
+    def _adapted(self, x: Tensor, expert_ids: Tensor, weights: Tensor, parts: Mapping[int, LowRank]) -> Tensor:
+        total = torch.zeros(len(x), x.shape[1], dtype=torch.float32, device=x.device)
+        for expert in expert_ids.unique().tolist():
+            token, k = (expert_ids == expert).nonzero().unbind(1)
+            rows, first = x[token], expert * _PER_EXPERT
+            gate, up = F.linear(rows, self._base.gate_up[expert]).chunk(2, dim=-1)
+            gate, up = _added(gate, rows, parts.get(first)), _added(up, rows, parts.get(first + 1))
+            hidden = F.silu(gate) * up
+            out = _added(F.linear(hidden, self._base.down[expert]), hidden, parts.get(first + 2))
+            total.index_add_(0, token, out.float() * weights[token, k, None])
+        return total.to(x.dtype)
+
+
+def _added(y: Tensor, x: Tensor, part: LowRank | None) -> Tensor:
+    return y if part is None else y + F.linear(x, part.down) @ part.up
