@@ -19,9 +19,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +29,11 @@ import torch
 from torch import Tensor
 
 from bench.rows import Measurement, append_rows
-from bench.speculation import Bench, Prompts
+from bench.speculation import DEMO_DRAFT, DEMO_MODEL, Bench, Prompts
 from compress.calibration.walk import ModelWalk
-from deploy.config import DEMO_DRAFT, DEMO_MODEL
 from workers.config import EngineConfig, SpeculativeOptions
 from workers.engine.direct_plan import DirectChunk, direct_plan
+from workers.engine.step import StepPlan
 from workers.model.loader import Checkpoint
 from workers.model.registry import load_config
 from workers.parallel import ParallelGroups, Shard
@@ -46,7 +45,7 @@ from workers.speculation.trees import TreeShape, chain_shape, likeliest_shape, s
 TEMPERATURES = (0.0, 0.7, 1.0)
 NUM_RANKS = 8  # candidates that are looked at
 _CPU = torch.device("cpu")
-_CONTEXT_TOKENS, _BLOCK_SIZE, _RUNS = 192, 16, 9
+_CONTEXT_TOKENS, _BLOCK_SIZE, _RUNS = 192, 16, 31
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,23 +117,30 @@ class Clock:
         loaded = load_config(model)
         self._runner = TorchModelRunner(config, loaded, ParallelGroups(Shard(), _CPU), _CPU)
         self._num_groups = len(self._runner.cache.layout.groups)
-        self.step_s = cache(self._step_s)
+        self._measured_s: dict[tuple[int, ...], float] = {}
 
-    def _step_s(self, widths: tuple[int, ...]) -> float:
-        """A step of sequences with so many tokens each, all of which are judged."""
+    def measure(self, steps: Sequence[tuple[int, ...]]) -> None:
+        """Steps of sequences with so many tokens each, all of which are judged; in turns, so that they compare."""
+        took_s: dict[tuple[int, ...], list[float]] = {widths: [] for widths in steps}
+        plans = {widths: self._plan(widths) for widths in took_s}
+        for _ in range(_RUNS):
+            for widths, plan in plans.items():
+                began_s = time.process_time()
+                self._runner.execute(plan)
+                took_s[widths].append(time.process_time() - began_s)
+        self._measured_s = {widths: statistics.median(found) for widths, found in took_s.items()}
+
+    def _plan(self, widths: Sequence[int]) -> StepPlan:
         chunks = []
         for width in widths:
             end = _CONTEXT_TOKENS + width
             blocks = [[0] * -(-end // _BLOCK_SIZE) for _ in range(self._num_groups)]
             chunks.append(DirectChunk([0] * width, _CONTEXT_TOKENS, end, blocks, width))
-        plan = direct_plan(chunks)
-        self._runner.execute(plan)
-        took_s = []
-        for _ in range(_RUNS):
-            began_s = time.process_time()
-            self._runner.execute(plan)
-            took_s.append(time.process_time() - began_s)
-        return statistics.median(took_s)
+        return direct_plan(chunks)
+
+    def step_s(self, widths: tuple[int, ...]) -> float:
+        """Of a step that was measured."""
+        return self._measured_s[widths]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +150,12 @@ class Clocks:
     draft: Clock
     fast: Clock
     invariant: Clock
+
+    def measure(self, shapes: Collection[TreeShape]) -> None:
+        """All steps that these shapes need, and plain ones."""
+        self.draft.measure([(1,) * width for width in sorted({1, *(w for shape in shapes for w in shape.widths)})])
+        self.fast.measure([(1 + num_drafts,) for num_drafts in sorted({0, *(shape.num_drafts for shape in shapes)})])
+        self.invariant.measure(sorted({(1,), *(shape.branch_lengths for shape in shapes)}))
 
     def __str__(self) -> str:
         named = {"draft": self.draft, "fast": self.fast, "invariant": self.invariant}
@@ -173,8 +185,11 @@ def compare(
     shown = ", ".join(f"{float((ranks == rank).double().mean()):.3f}" for rank in range(NUM_RANKS))
     print(f"\nT={temperature}: of {ranks.numel()} tokens, {float((own == 0).double().mean()):.4f} are what the target")
     print(f"chooses by its own logits again; the share of each rank of the draft's candidates is {shown}")
+    shapes = shapes_of(shares)
+    clocks.measure(shapes.values())
+    print(f"a step of one token takes: {clocks}")
     rows = []
-    for name, shape in shapes_of(shares).items():
+    for name, shape in shapes.items():
         found = [replayed(shape, stream) for stream in judged]
         rows.append(Row(name, shape, found, *clocks.speedup(shape, statistics.mean(found))))
     return rows
@@ -229,7 +244,6 @@ def main() -> None:
     bench = Bench("demo", False, replace(SpeculativeOptions(), enable_adaptive_verification=False))
     prompts = Prompts("demo", bench.directory).take(given.streams)
     clocks = Clocks(Clock(given.draft), Clock(str(DEMO_MODEL)), Clock(str(DEMO_MODEL), is_invariant=True))
-    print(f"a step of one token: {clocks}")
     found = []
     for temperature in TEMPERATURES:
         rows = compare(bench, given.draft, prompts, temperature, clocks)
