@@ -45,6 +45,7 @@ class InputChange:
 
 
 NO_CHANGE = InputChange()
+_VALUES_AT_ONCE = 1 << 22  # that are dequantized in fp32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,18 +92,27 @@ class GroupedWeight:
         return self.codes.shape[1] // self.scales.shape[1]
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """[outputs, inputs], for unchanged rows; computed in fp32."""
-        grouped = self.codes.unflatten(1, (self.scales.shape[1], -1))
+        """[outputs, inputs], for unchanged rows; computed in fp32, some rows at a time."""
+        values = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
+        step = max(1, _VALUES_AT_ONCE // max(1, self.codes.shape[1]))
+        for begin in range(0, len(self.codes), step):
+            rows = slice(begin, begin + step)
+            values[rows] = self._values(rows)
+        return self.inputs_change.undone(values)
+
+    def _values(self, rows: slice) -> Tensor:
+        """fp32, of some rows."""
+        grouped = self.codes[rows].unflatten(1, (self.scales.shape[1], -1))
         if self.table is not None:
             values = self.table[grouped.int()]
         elif self.zeros is not None:
-            values = grouped.float() - self.zeros.float().unsqueeze(-1)
+            values = grouped.float() - self.zeros[rows].float().unsqueeze(-1)
         else:
             values = grouped.float() - 2.0 ** (self.bits - 1)
-        values *= self.scales.unsqueeze(-1)
+        values *= self.scales[rows].unsqueeze(-1)
         if self.offsets is not None:
-            values += self.offsets.unsqueeze(-1)
-        return self.inputs_change.undone(values.flatten(1).to(dtype))
+            values += self.offsets[rows].unsqueeze(-1)
+        return values.flatten(1)
 
 
 @dataclass(frozen=True, slots=True)
