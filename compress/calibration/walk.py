@@ -39,7 +39,7 @@ class ModelWalk:
 
     def __init__(self, model: ModelConfig, weights: Weights, device: torch.device) -> None:
         if model.weight_format != PLAIN_FORMAT:
-            raise ModelError("quantization_config: the model is compressed already; start from its plain weights")
+            raise ModelError("quantization_config: the model is compressed already; --method dequantize makes a plain one")
         self.model = model
         self.weights = weights
         self.device = device

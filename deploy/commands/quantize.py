@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from compress.recipe import Recipe
     from compress.selection.mixed import MixedRecipe
 
+DEQUANTIZE = "dequantize"
+
 
 @click.command()
 @click.argument("model_dir", metavar="MODEL")
@@ -70,6 +72,8 @@ def quantize(model_dir: str, out: str | None, is_plan: bool, as_json: bool, **op
             return _print_plan(model_dir, as_json, options)
         if out is None:
             raise ConfigError("--out: where the compressed model goes must be given")
+        if options["method"] == DEQUANTIZE:
+            return _dequantize(model_dir, Path(out), options)
         return _compress(model_dir, Path(out), as_json, options)
     except DiskError as error:
         raise StartError(one_line(error)) from None
@@ -104,6 +108,25 @@ def _print_plan(model_dir: str, as_json: bool, options: dict[str, object]) -> in
         lines.append(f"{row.scheme:<12}{sizes}{row.tokens_per_s:>12.0f}" + ("" if row.fits else "  does not fit"))
     lines.append("at most: memory and arithmetic at their peaks, nothing else")
     deliver("\n".join(lines) + "\n", sys.stdout)
+    return 0
+
+
+def _dequantize(model_dir: str, out: Path, options: dict[str, object]) -> int:
+    import torch
+
+    from compress.dequantized import dequantize_model
+    from workers.config import resolve_model
+    from workers.errors import ModelError
+
+    if out.exists():
+        raise ConfigError(f"{out}: is there already")
+    dtype = torch.bfloat16 if options["dtype"] == "bfloat16" else torch.float32
+    try:
+        directory = resolve_model(model_dir)
+    except ModelError as error:
+        raise ConfigError(str(error)) from None
+    num_bytes = dequantize_model(directory, out, dtype, lambda done: None)
+    deliver(f"{out}: {num_bytes / 1e6:.1f} MB in {options['dtype']}\n", sys.stdout)
     return 0
 
 

@@ -91,11 +91,15 @@ class SchemeWorkers:
         self.num_streams += len(prompts)
         return [mixed(client, f"r{first + i}", token_ids, max_tokens) for i, token_ids in enumerate(prompts)]
 
-    def grids(self) -> list[FragmentGrid]:
-        """Of each cache group: a layer in each fragment."""
+    def grids(self, has_sinks: bool = True) -> list[FragmentGrid]:
+        """Of each cache group, or of those that keep more than the first tokens: a layer in each fragment."""
         engine = self.spec("mixed").engine
         groups = scheme_of(engine).groups(load_config(self.checkpoint).cache_specs)
-        return [FragmentGrid(group.layers, 1, 0, KV_HEADS, group.level) for group in groups]
+        return [
+            FragmentGrid(group.layers, 1, 0, KV_HEADS, group.level)
+            for group in groups
+            if has_sinks or not group.first_tokens
+        ]
 
     def _worker(self, name: str, spec: WorkerSpec) -> WorkerClient:
         if name not in self.running:

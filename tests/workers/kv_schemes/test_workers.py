@@ -193,6 +193,15 @@ def test_late_blocks_are_not_waited_for(workers: SchemeWorkers) -> None:
     assert workers.decode.tokens["late"] == right
 
 
+def is_published(workers: SchemeWorkers, client: WorkerClient, token_ids: list[int]) -> bool:
+    """Whether the node has the last block of these in all forms but the first tokens'."""
+    arena = ArenaStorage(workers.node.arena, workers.node.slot_bytes, workers.node.num_slots)
+    arena.find()
+    fingerprint = client.hello.kv_fingerprint
+    blocks = [fragment_keys(fingerprint, token_ids, BLOCK_SIZE, grid)[-1] for grid in workers.grids(has_sinks=False)]
+    return all(arena.read(key) is not None for block in blocks for key in block)
+
+
 def test_a_stream_goes_on_elsewhere_when_its_worker_is_killed(workers: SchemeWorkers) -> None:
     """As a router places it again: with what was sent as the prompt, on a worker that finds the blocks in the tier."""
     token_ids = prompt(40, seed=90)
@@ -203,6 +212,7 @@ def test_a_stream_goes_on_elsewhere_when_its_worker_is_killed(workers: SchemeWor
     with WorkerClient(address) as dying:
         dying.submit("s", token_ids, worker_pb2.REQUEST_ROLE_MIXED, max_tokens=60, window_tokens=30)
         wait_until(lambda: len(dying.tokens["s"]) >= 30)
+        wait_until(lambda: is_published(workers, other, [*token_ids, *dying.tokens["s"]][: 3 * BLOCK_SIZE]))
         process.send_signal(signal.SIGKILL)
         process.wait(30)
         sent = dying.tokens["s"]

@@ -2,8 +2,8 @@
 
 A model directory that was made from such a file (checkpoint.gguf.directory) lists in its quantization_config which type
 each matrix has; those that are not listed are numbers as they are. Types whose codes have scales by group, and minima
-or a table of sixteen numbers, keep them, and are multiplied as they are where a device can. Those whose codes are points
-of a grid (IQ1 to IQ3) become numbers once, when they are read.
+or a table of sixteen numbers, keep them, and are multiplied as they are where a device can. Where codes are points of a
+grid (IQ1 to IQ3) they become numbers once, when they are read.
 """
 
 from __future__ import annotations
