@@ -30,7 +30,7 @@ _CPU = torch.device("cpu")
 
 
 def dequantize_model(directory: Path, out: Path, dtype: torch.dtype, on_layer: Callable[[int], None]) -> int:
-    """Write `out`, in floating-point numbers of dtype; a run that was cut off goes on. Returns the bytes of its weights.
+    """Write `out`, in floating-point numbers of dtype; a run that was cut off goes on. Returns the weights' bytes.
 
     on_layer: called with the number of layers that are done. Raises CompressError.
     """

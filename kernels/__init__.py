@@ -20,7 +20,8 @@ definition that both are tested against. Importing touches no GPU.
                                block_size]: a cached number times its scale is meant
         batch_invariant=False  a token's bits then depend on its own sequence only (kernels/attention/ says how far)
     rope_and_write_kv(q, k, v, cos_sin, positions, kv_cache, slot_mapping) -> rotated q
-    pack_full_blocks(kv_cache, slot_mapping, that of the packed cache, its parts, bits) -> the parts, written in place
+    pack_full_blocks(kv_cache, slot_mapping, that of the packed cache, its parts, bits, channels=None) -> the parts,
+        written in place; channels: kernels.kv.packed_blocks.ChannelScales
     copy_full_blocks(kv_cache, slot_mapping, that of the other cache, the other cache) -> it, written in place
     mixed_precision_attention(q, levels, query_start_loc, seq_lens, max_query_len, scale, ...) -> shaped as q
         levels: kernels.attention.precision_levels.LevelBlocks, each a form of the cache and the distances it stands for

@@ -41,6 +41,7 @@ DEQUANTIZE = "dequantize"
 @click.option("--search-range", is_flag=True, help="Try smaller ranges than each group's extremes.")
 @click.option("--sparsity", default="2:4", show_default=True, metavar="N:M_OR_SHARE", help="What pruning leaves.")
 @click.option("--kv-scales", is_flag=True, help="Also store scales for an fp8 KV cache.")
+@click.option("--kv-channels", is_flag=True, help="Also learn channels' scales and shifts for a wkv4 KV cache.")
 @click.option("--keep", "kept", multiple=True, metavar="REGEX", help="Matrices that stay as they are.")
 @click.option("--budget", default="", metavar="BYTES", help="Of all weights: each product gets one of --schemes.")
 @click.option(
@@ -138,7 +139,12 @@ def _compress(model_dir: str, out: Path, as_json: bool, options: dict[str, objec
         key: options[key] for key in ("method", "scheme", "group_size", "act_order", "sparsity", "kept", "file_format")
     }
     recipe = recipe_for(
-        Request(**asked, searches_range=bool(options["search_range"]), has_kv_scales=bool(options["kv_scales"]))  # type: ignore[arg-type]
+        Request(  # type: ignore[arg-type]
+            **asked,
+            searches_range=bool(options["search_range"]),
+            has_kv_scales=bool(options["kv_scales"]),
+            has_kv_channels=bool(options["kv_channels"]),
+        )
     )
     if out.exists():
         raise ConfigError(f"{out}: is there already")
