@@ -24,7 +24,7 @@ from tests.fault_injector import ArenaStorage
 from tests.processes import KVNode
 from tests.workers.kv_schemes.scheme_workers import BLOCK_SIZE, SchemeWorkers, mixed, scheme_spec, start
 from tests.workers.test_disaggregation import ALWAYS, prompt, worker
-from tests.workers.tiny_llama import make_checkpoint
+from tests.workers.tiny_llama import make_checkpoint, with_kv_channels
 from tests.workers.worker_client import WorkerClient, disaggregate, wait_until
 
 FAST = ("int8", "kivi8_4")
@@ -33,7 +33,7 @@ NUM_TOKENS = 30
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint("gqa", tmp_path_factory.mktemp("tiny"))
+    return with_kv_channels(make_checkpoint("gqa", tmp_path_factory.mktemp("tiny")))
 
 
 @pytest.fixture(
