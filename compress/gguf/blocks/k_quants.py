@@ -62,7 +62,7 @@ def q6_k(x: Tensor, weights: Tensor | None) -> Tensor:
     d = as_half(peak / -128)
     small = (scale * inverse(d).unsqueeze(1)).round().clamp(-128, 127)
     meant = (d.unsqueeze(1) * small).view(-1, 1)
-    codes = ((groups * inverse(meant)).round().clamp(-32, 31) + 32).to(torch.uint8).view(-1, _BLOCK)
+    codes = (groups * inverse(meant)).round_().clamp_(-32, 31).add_(32).to(torch.uint8).view(-1, _BLOCK)
     low = joined((codes & 15).unflatten(1, (2, 2, 64)), 4).flatten(1)
     high = joined((codes >> 4).unflatten(1, (2, 4, 32)), 2).flatten(1)
     return torch.cat((low, high, small.to(torch.int8).view(torch.uint8), half_bytes(d)), dim=1)

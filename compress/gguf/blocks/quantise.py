@@ -10,7 +10,7 @@ from torch import Tensor
 from checkpoint.gguf.block_types import QUANTISED
 from compress.gguf.blocks import k_quants, points, simple
 
-_VALUES_AT_ONCE = 1 << 17
+_VALUES_AT_ONCE = 1 << 18
 _POINT_VALUES_AT_ONCE = 1 << 16  # 256 products of each are held
 
 _KINDS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {

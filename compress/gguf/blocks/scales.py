@@ -119,18 +119,19 @@ def _sums(above: Tensor, w: Tensor | None, reach: Tensor, most: int) -> _Sums:
     total = torch.full_like(reach, len(above)) if w is None else w.sum(0)
     c, cc, xc = (torch.empty(len(_STEPS), len(reach), device=above.device) for _ in range(3))
     codes, each = torch.empty_like(above), torch.empty_like(above)
+    xx = torch.mul(weighted, above, out=each).sum(0)
     for i, step in enumerate(_STEPS):
         torch.mul(above, (most + step) / reach.clamp(min=_TINY), out=codes).round_().clamp_(max=most)
         torch.sum(torch.mul(weighted, codes, out=each), 0, out=xc[i])
         wc = codes if w is None else torch.mul(codes, w, out=each)
         torch.sum(wc, 0, out=c[i])
         torch.sum(torch.mul(wc, codes, out=each), 0, out=cc[i])
-    return _Sums(total, weighted.sum(0), (weighted * above).sum(0), c, cc, xc)
+    return _Sums(total, weighted.sum(0), xx, c, cc, xc)
 
 
 def affine_codes(x: Tensor, scale: Tensor, offset: Tensor, most: int) -> Tensor:
     """fp32: the nearest codes; 0 where the scale is 0."""
-    return ((x - offset) * inverse(scale)).round().clamp(0, most)
+    return (x - offset).mul_(inverse(scale)).round_().clamp_(0, most)
 
 
 def inverse(scale: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ def _rounded(x: Tensor, weights: Tensor | None, half_range: int) -> tuple[Tensor
         return scaled.round_().clamp_(-half_range, half_range - 1)
 
     scale = as_half(best_scales(x, weights, whole_reaches(-half_range), to_codes))
-    codes = to_codes(x * inverse(scale).unsqueeze(1)) + half_range
+    codes = to_codes(x * inverse(scale).unsqueeze(1)).add_(half_range)
     return scale, codes.to(torch.uint8)
 
 
