@@ -103,7 +103,8 @@ def channel_scales(tensors: Mapping[str, Tensor], prefix: str) -> Tensor | None:
     names = kv_channel_names(prefix)
     if names[0] not in tensors:
         return None
-    return torch.stack([tensors[name].float() for name in names], 1).unflatten(1, (2, 2))
+    found: Tensor = torch.stack([tensors[name].float() for name in names], 1).unflatten(1, (2, 2))
+    return found
 
 
 def packed_cache(tensors: Mapping[str, Tensor], prefix: str) -> CacheTap | None:

@@ -135,11 +135,11 @@ def _compress(model_dir: str, out: Path, as_json: bool, options: dict[str, objec
     from compress.job import open_model
     from compress.request import OWN_SAMPLES, Request, TokenRequest, blocks_for, recipe_for
 
-    asked = {
+    asked: dict[str, Any] = {
         key: options[key] for key in ("method", "scheme", "group_size", "act_order", "sparsity", "kept", "file_format")
     }
     recipe = recipe_for(
-        Request(  # type: ignore[arg-type]
+        Request(
             **asked,
             searches_range=bool(options["search_range"]),
             has_kv_scales=bool(options["kv_scales"]),

@@ -86,5 +86,5 @@ def kv_channel_scales(source: LayerSource, prefix: str, num_kv_heads: int, head_
             raise ModelError(f"no tensor {name}, though others of {prefix}*_channel_* are there")
         if name.endswith("scale") and not bool((tensor > 0).all()):
             raise ModelError(f"{name}: a scale must be positive")
-    channels: Tensor = torch.stack(there, 1).unflatten(1, (2, 2))
-    return channels.contiguous()
+    channels: Tensor = torch.stack(there, 1).unflatten(1, (2, 2)).contiguous()
+    return channels

@@ -25,8 +25,8 @@ class Levels:
     def values(self) -> Tensor:
         """fp32 [n, block_size]."""
         numbers = self.table[self.codes.int()].unflatten(1, (self.scales.shape[1], -1))
-        values: Tensor = self.scales.unsqueeze(-1) * numbers
-        return values.flatten(1)
+        values: Tensor = (self.scales.unsqueeze(-1) * numbers).flatten(1)
+        return values
 
 
 def _levels(table: tuple[int, ...], codes: Tensor, scales: Tensor) -> Levels:
