@@ -4,7 +4,8 @@
 A token's channels share a scale by groups, so the channel with the widest range sets the steps of all in its group.
 Keys are shifted and scaled by channel before they are packed, which makes channels alike. What is learned makes the
 error least that the next product sees: a key's channel weighs by the mean square of the queries that meet it. WKVQuant
-learns by outputs a few blocks later; here each layer is learned by itself, as in all of compress.
+learns by outputs a few blocks later; here each layer is learned by itself, as in all of compress. The first tokens of a
+sequence are not learned by: their keys are unlike all others, and a server keeps them exact (kvstore.kv_sink_tokens).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from workers.model.cache_spec import CacheSpec
 from workers.model.parts import kv_channel_names
 
 BITS = PackedBits(4, 4, has_token_keys=True, has_channel_scales=True)
+_SINK_TOKENS = 16  # at the beginning of each block of tokens
 _TOKENS = 4096  # that are learned by, at most
 _STEPS = 200
 _LEARNING_RATE = 0.03
@@ -30,15 +32,19 @@ _SMALLEST = 1e-4
 class ChannelRecorder:
     """Keys, values and queries while calibration blocks run. The taps are for ModelWalk.through."""
 
-    def __init__(self, spec: CacheSpec) -> None:
+    def __init__(self, spec: CacheSpec, block_tokens: int) -> None:
         assert not spec.is_latent
+        self._block_tokens = block_tokens
         self._heads = spec.num_kv_heads
         self._samples: list[Tensor] = []
         self._squares = torch.zeros(spec.num_kv_heads, spec.head_dim)
 
     def tap(self, cache: Tensor) -> None:
         """[blocks, heads, K|V, slots, head_dim]."""
-        self._samples.append(cache.permute(0, 3, 1, 2, 4).flatten(0, 1).float().cpu())
+        tokens = cache.permute(0, 3, 1, 2, 4)  # [blocks, slots, heads, K|V, head_dim]
+        by_sequence = tokens.unflatten(0, (-1, -(-self._block_tokens // tokens.shape[1]))).flatten(1, 2)
+        first = min(_SINK_TOKENS, self._block_tokens // 2)
+        self._samples.append(by_sequence[:, first : self._block_tokens].flatten(0, 1).float().cpu())
 
     def tap_queries(self, q: Tensor) -> None:
         """[tokens, query heads, head_dim]."""
@@ -48,7 +54,6 @@ class ChannelRecorder:
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """By name: fp32 [kv_heads, head_dim] each."""
         tokens = torch.cat(self._samples)
-        tokens = tokens[tokens.abs().sum((1, 2, 3)) > 0]  # slots that no token was in
         tokens = tokens[:: -(-len(tokens) // _TOKENS)]  # [tokens, heads, K|V, head_dim]
         weights = self._squares / self._squares.mean().clamp(min=_SMALLEST)
         learned = [learn(tokens[:, :, 0], weights), learn(tokens[:, :, 1], torch.ones_like(weights))]

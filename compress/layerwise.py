@@ -91,7 +91,7 @@ class LayerwiseRun:
         recipe, walk = self._recipe, self._walk
         spec = walk.model.cache_specs[index]
         cache = CacheRecorder(spec) if recipe.has_kv_scales else None
-        channels = ChannelRecorder(spec) if recipe.has_kv_channels else None
+        channels = ChannelRecorder(spec, x.shape[1]) if recipe.has_kv_channels else None
         if recipe.needs_calibration:
             recorder = LayerRecorder(recipe.needs_hessian, walk.device)
 

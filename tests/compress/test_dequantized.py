@@ -18,7 +18,6 @@ from tests.workers.engine_group import EngineGroup
 from tests.workers.test_batch_invariance import GREEDY
 from workers.config import EngineConfig, resolve_model
 
-
 DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"  # has the tokenizer that a GGUF needs
 
 

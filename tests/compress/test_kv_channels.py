@@ -64,12 +64,15 @@ def test_equal_channels_stay_as_they_are_or_become_better() -> None:
     assert error(x, *learn(x, ones)) <= error(x, ones, zeros)
 
 
-def test_slots_without_a_token_are_not_learned_by() -> None:
-    cache, found = torch.zeros(1, HEADS, 2, 64, HEAD_DIM), []
-    cache[0, :, :, :36] = uneven(36).movedim(0, 1).unsqueeze(1)
-    for slots in (36, 64):
-        recorder = ChannelRecorder(CacheSpec(HEADS, HEAD_DIM))
-        recorder.tap(cache[:, :, :, :slots])
+def test_first_tokens_and_empty_slots_are_not_learned_by() -> None:
+    """Two sequences of 100 tokens, in two blocks of 64 slots each."""
+    x, found = uneven(200), []
+    for first, empty in ((0.0, 0.0), (1e4, -1e4)):
+        cache = torch.full((2, 128, HEADS, 2, HEAD_DIM), empty)
+        cache[:, :100] = x.view(2, 100, HEADS, 1, HEAD_DIM)
+        cache[:, :16] += first
+        recorder = ChannelRecorder(CacheSpec(HEADS, HEAD_DIM), 100)
+        recorder.tap(cache.unflatten(1, (2, 64)).flatten(0, 1).permute(0, 2, 3, 1, 4))
         recorder.tap_queries(torch.ones(10, 4, HEAD_DIM))
         found.append(recorder.tensors("p."))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
