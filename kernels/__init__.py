@@ -24,7 +24,8 @@ definition that both are tested against. Importing touches no GPU.
         bit j of a node's word is set for its ancestors and itself; options as above but the last
     compact_kv(all layers' caches, source_slots, target_slots, start_loc) -> the caches, cached tokens moved in place
     rope_and_write_kv(q, k, v, cos_sin, positions, kv_cache, slot_mapping) -> rotated q
-    pack_full_blocks(kv_cache, slot_mapping, that of the packed cache, its parts, bits) -> the parts, written in place
+    pack_full_blocks(kv_cache, slot_mapping, that of the packed cache, its parts, bits, channels=None) -> the parts,
+        written in place; channels: kernels.kv.packed_blocks.ChannelScales
     copy_full_blocks(kv_cache, slot_mapping, that of the other cache, the other cache) -> it, written in place
     mixed_precision_attention(q, levels, query_start_loc, seq_lens, max_query_len, scale, ...) -> shaped as q
         levels: kernels.attention.precision_levels.LevelBlocks, each a form of the cache and the distances it stands for
