@@ -109,6 +109,9 @@ class VirtualDraft:
     def prepare(self, requests: Sequence[Request]) -> None:
         """As in Drafter."""
 
+    def computed(self, plan: SchedulerOutput, features: object) -> None:
+        """As in Drafter."""
+
     def forget(self, request: Request) -> None:
         """As in Drafter."""
 

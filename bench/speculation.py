@@ -33,12 +33,13 @@ from workers.model.registry import load_config
 from workers.parallel import ParallelGroups, Shard
 from workers.runtime.build import make_engine, make_executor
 from workers.runtime.runner import TorchModelRunner
-from workers.runtime.speculation import load_draft, make_speculator, measure_costs
+from workers.runtime.speculation import feature_layers, load_draft, make_speculator, measure_costs
 from workers.sampling.params import SamplingParams
 
-DEMO_MODEL, DEMO_DRAFT = ROOT / "models" / "demo", ROOT / "models" / "demo-draft"
+DEMO_MODEL = ROOT / "models" / "demo"
+DRAFTS = {"draft_model": ROOT / "models" / "demo-draft", "eagle3": ROOT / "models" / "demo-eagle3"}
 PLAIN = "none"
-METHODS = {"demo": ("ngram", "suffix", "draft_model"), "smollm2": ("ngram", "suffix")}
+METHODS = {"demo": ("ngram", "suffix", "draft_model", "eagle3"), "smollm2": ("ngram", "suffix")}
 BATCHES = (1, 8, 32)
 TEMPERATURES = (0.0, 0.7)
 ROUNDS = 5
@@ -95,7 +96,8 @@ class Prompts:
 
 
 class Bench:
-    """One model in one mode. Engines share its weights and its cache, one after the other."""
+    """One model in one mode. Engines share its weights and its cache, one after the other; but for a head's, which has
+    its own."""
 
     def __init__(self, model: str, is_invariant: bool, options: SpeculativeOptions) -> None:
         self.directory = DEMO_MODEL if model == "demo" else resolve_model(model).resolve()
@@ -112,16 +114,20 @@ class Bench:
 
     def engine(self, method: str) -> Callable[[], Engine]:
         """Makes engines with this drafter; what costs time is loaded and measured once."""
-        draft_dir = str(DEMO_DRAFT) if method == "draft_model" else ""
+        draft_dir = str(DRAFTS.get(method, ""))
         config = replace(self._config, speculative=replace(self._options, method=method, model=draft_dir))
         draft = load_draft(config, _CPU)
+        runner = self._runner
+        if layers := feature_layers(config, self._groups.shard):
+            runner = TorchModelRunner(config, self._model, self._groups, _CPU, feature_layers=layers)
+            runner.warm_up()
         is_adaptive = method != PLAIN and self._options.enable_adaptive_verification
-        costs = measure_costs(config, self._model, self._runner) if is_adaptive else None
+        costs = measure_costs(config, self._model, runner) if is_adaptive else None
 
         def make() -> Engine:
-            executor = make_executor(config, self._runner, self._groups)
-            speculator = make_speculator(config, self._runner, draft, costs)
-            return make_engine(config, self._model, self._runner, executor, b"bench", speculation=speculator)
+            executor = make_executor(config, runner, self._groups)
+            speculator = make_speculator(config, runner, draft, costs)
+            return make_engine(config, self._model, runner, executor, b"bench", speculation=speculator)
 
         return make
 
@@ -150,12 +156,14 @@ class Bench:
         return Run(num_tokens / took_s, num_tokens / num_steps / len(prompts), shares, list(found.values()))
 
 
-def measure(cases: Sequence[Case], options: SpeculativeOptions, rounds: int = ROUNDS) -> list[Measurement]:
-    """For each case, tokens a second of each method over those of plain decoding."""
+def measure(
+    cases: Sequence[Case], options: SpeculativeOptions, rounds: int = ROUNDS, methods: Sequence[str] = ()
+) -> list[Measurement]:
+    """For each case, tokens a second of each method over those of plain decoding. methods: empty means all."""
     measurements = []
     for (model, is_invariant), group in itertools.groupby(cases, lambda case: (case.model, case.is_invariant)):
         bench = Bench(model, is_invariant, options)
-        makes = {method: bench.engine(method) for method in (PLAIN, *METHODS[model])}
+        makes = {method: bench.engine(method) for method in (PLAIN, *(methods or METHODS[model]))}
         prompts = Prompts(model, bench.directory)
         for case in tqdm(list(group), desc=f"{model}, {'batch-invariant' if is_invariant else 'fast'}", unit="case"):
             measurements += _compare(bench, makes, prompts, case, options, rounds)
@@ -227,6 +235,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--tokens", type=int, default=0, help="num_speculative_tokens")
+    parser.add_argument("--methods", nargs="+", choices=METHODS["demo"], default=(), help="default: all of the model")
     parser.add_argument("--fixed", action="store_true")
     parser.add_argument("--dry", action="store_true", help="append no rows")
     given = parser.parse_args()
@@ -234,7 +243,7 @@ def main() -> None:
     options = SpeculativeOptions(
         enable_adaptive_verification=not given.fixed, num_speculative_tokens=given.tokens, method=PLAIN
     )
-    measurements = measure(cases_of(given.model, given.batches), options, given.rounds)
+    measurements = measure(cases_of(given.model, given.batches), options, given.rounds, given.methods)
     for one in measurements:
         s: dict[str, Any] = one.setting
         print(

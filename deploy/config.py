@@ -255,6 +255,7 @@ class ClusterConfig:
         for name, pool in self.pools.items():
             is_one = pool.tp * pool.pp == 1
             _require(is_one or self.engine.runner != "fake", f"pools.{name}", "engine.runner=fake takes tp=1 and pp=1")
+            self.speculative.check_engine(pool.pp, self.engine.runner)
             if (key := pool.own_lora_key()) is not None:
                 raise ValueError(f"pools.{name}.{key}: adapters.* has it for all pools")
         budget = self.autoscaling.max_gpus

@@ -1,4 +1,5 @@
-"""Finds the draft model of speculative decoding, and sees that it fits the served one. Knows nothing of Ray."""
+"""Finds the draft model or the head of speculative decoding, and sees that it fits the served model. Knows nothing of
+Ray."""
 
 from __future__ import annotations
 
@@ -14,27 +15,41 @@ from deploy.preflight import FoundModel
 from workers.config import resolve_model
 from workers.errors import ModelError
 from workers.model.config import ModelConfig
+from workers.model.heads.eagle3_config import read_eagle3
 from workers.model.registry import load_config
 from workers.model.tensor_layout import check_checkpoint
 
 _KEY = "speculative.model"
+_NEEDS = {
+    "draft_model": "a smaller model with the tokenizer of the served one",
+    "eagle3": "the directory of a head that was trained for the served model",
+}
 
 
 def check_draft(config: ClusterConfig, model: FoundModel) -> str:
     """The draft as workers on other hosts find it, as FoundModel.reference; "" without one. Raises ConfigError."""
     options = config.speculative
-    if options.method != "draft_model":
+    if options.method not in _NEEDS:
         return ""
-    wanted = options.model or ("" if config.model.path else str(DEMO_DRAFT))
+    wanted = options.model
+    if not wanted and options.method == "draft_model" and not config.model.path:
+        wanted = str(DEMO_DRAFT)
     if not wanted:
-        raise ConfigError(f"{_KEY}: method=draft_model needs a smaller model with the tokenizer of the served one")
+        raise ConfigError(f"{_KEY}: method={options.method} needs {_NEEDS[options.method]}")
     try:
         directory = resolve_model(wanted).resolve()
+        if options.method == "eagle3":
+            read_eagle3(directory, model.config, config.model.ignore_keys)
+            return _reference(wanted)
         draft = load_config(directory, config.model.ignore_keys, config.model.plugins)
         check_checkpoint(directory, draft)
         _check_fit(wanted, draft, directory, model)
     except (ModelError, CheckpointError) as error:
         raise ConfigError(f"{_KEY}: {error}") from None
+    return _reference(wanted)
+
+
+def _reference(wanted: str) -> str:
     path = Path(wanted).expanduser()
     return str(path.resolve()) if path.exists() else wanted
 

@@ -19,9 +19,9 @@ ROLES = ("prefill", "decode", "mixed")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 RUNNERS = ("torch", "fake")
 POLICIES = ("fcfs", "priority", "deadline", "fair_share")
-SPECULATIVE_METHODS = ("none", "ngram", "suffix", "grammar", "draft_model")
+SPECULATIVE_METHODS = ("none", "ngram", "suffix", "grammar", "draft_model", "eagle3")
 _MOST_DRAFT_TOKENS = 64
-_DEFAULT_DRAFT_TOKENS = {"ngram": 8, "suffix": 16, "grammar": 16, "draft_model": 4}
+_DEFAULT_DRAFT_TOKENS = {"ngram": 8, "suffix": 16, "grammar": 16, "draft_model": 4, "eagle3": 4}
 _SHARE = Bounds(at_least=0, at_most=1)
 KV_SCALE_BYTES = 4  # fp32, one for each row that is kept in 8 bits
 
@@ -109,12 +109,15 @@ class SpeculativeOptions:
     method: Annotated[str, OneOf(SPECULATIVE_METHODS)] = "none"
     """none, or where drafts come from. ngram: what followed the same tokens earlier in the request. suffix: the same,
     also in earlier requests of the same tenant on this worker. draft_model: a smaller model with the same tokenizer.
-    grammar: tokens that a request's grammar leaves no choice about; the other methods propose them, too."""
+    eagle3: an EAGLE-3 head over the model's hidden states, which needs pp=1; it proposes the better the more of a
+    request was computed on this worker. grammar: tokens that a request's grammar leaves no choice about; the other
+    methods propose them, too."""
     model: str = ""
     """draft_model: the draft's directory, GGUF file, packaged model or Hub id. Empty with the demo model means its own
-    draft."""
+    draft. eagle3: the head's directory or Hub id."""
     num_speculative_tokens: Annotated[int, Bounds(at_least=0, at_most=_MOST_DRAFT_TOKENS)] = 0
-    """Most draft tokens of a request in a step; 0 means 4 for draft_model, 8 for ngram, 16 for suffix and grammar."""
+    """Most draft tokens of a request in a step; 0 means 4 for draft_model and eagle3, 8 for ngram, 16 for suffix and
+    grammar."""
     enable_adaptive_verification: bool = True
     """Whether each step takes only as many drafts as are expected to save time, by what was accepted of each request
     and by measured step times; none at all when none pay. Else every step takes all that are proposed."""
@@ -136,25 +139,34 @@ class SpeculativeOptions:
     suffix_decoding_min_token_prob: Annotated[float, _SHARE] = 0.1
     """suffix: a draft ends before a token that followed in a smaller share of the places."""
     draft_model_lookup_min: Annotated[int, Bounds(at_least=0, at_most=64)] = 4
-    """draft_model: where so many last tokens have come before, in the request or in an earlier one of its tenant, what
-    followed them there is proposed, as with suffix, and the draft model is not asked; 0: it always is."""
+    """draft_model, eagle3: where so many last tokens have come before, in the request or in an earlier one of its
+    tenant, what followed them there is proposed, as with suffix, and the draft model is not asked; 0: it always is."""
     draft_temperature_scale: Annotated[float, Bounds(at_least=0, at_most=4)] = 1.0
-    """draft_model: times the request's temperature, in choosing drafts; 0: greedily."""
+    """draft_model, eagle3: times the request's temperature, in choosing drafts; 0: greedily."""
     draft_tensor_parallel_size: Annotated[int, Bounds(at_least=0, at_most=1)] = 0
-    """draft_model: ranks that compute the draft. It runs on rank 0 alone: 0 and 1 mean the same."""
+    """draft_model, eagle3: ranks that compute the draft. It runs on rank 0 alone: 0 and 1 mean the same."""
     draft_num_blocks: Annotated[int, Bounds(at_least=0, less_than=2**31)] = 0
-    """draft_model: KV blocks of the draft; 0 means as many as the model has."""
+    """draft_model, eagle3: KV blocks of the draft; 0 means as many as its sequences may need, within a share of the
+    memory."""
 
     def __post_init__(self) -> None:
+        if self.method == "mtp":
+            raise ValueError("method: mtp drafts by heads of DeepSeek-V3 checkpoints, a family that is not served yet")
         check_limits(self)
         if self.prompt_lookup_min > self.prompt_lookup_max:
             raise ValueError(
                 f"prompt_lookup_min: must not be above prompt_lookup_max={self.prompt_lookup_max}, "
                 f"not {self.prompt_lookup_min}"
             )
-        if self.model and self.method != "draft_model":
+        if self.model and self.method not in ("draft_model", "eagle3"):
             raise ValueError(f"model: method={self.method} has no draft model")
         _check_sizes(self.num_speculative_tokens_per_batch_size)
+
+    def check_engine(self, pp: int, runner: str) -> None:
+        """Raise ValueError unless an engine of so many pipeline stages can speculate so."""
+        if self.method == "eagle3":
+            _require(pp == 1, "speculative.method", f"eagle3 needs pp=1, not {pp}")
+            _require(runner == "torch", "speculative.method", f"eagle3 needs the model's hidden states: not {runner}")
 
     @property
     def most_tokens(self) -> int:
@@ -287,6 +299,7 @@ class EngineConfig(EngineOptions):
         check_kv_forms(self.kv_encoding, self.kv_cache_dtype)
         is_fake = self.runner == "fake"
         _require(self.kv_cache_dtype == "auto" or not is_fake, "kv_cache_dtype", "must be auto with runner=fake")
+        self.speculative.check_engine(self.pp, self.runner)
 
 
 @dataclass(frozen=True, slots=True)

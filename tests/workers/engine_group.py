@@ -24,7 +24,7 @@ from workers.runtime.batching import PreparedBatch
 from workers.runtime.build import make_engine
 from workers.runtime.coordination.executor import GroupExecutor, follow
 from workers.runtime.runner import TorchModelRunner
-from workers.runtime.speculation import load_draft, make_speculator
+from workers.runtime.speculation import feature_layers, load_draft, make_speculator
 from workers.sampling.params import SamplingParams, TokenLogprobs
 from workers.sampling.row_reports import Reported
 from workers.speculation.drafters.drafter import Drafter
@@ -135,7 +135,8 @@ def run_job(
     """One rank's part of a job; the leader returns the result. drafter: in place of the config's own; every step takes
     all that it proposes."""
     model = load_config(config.model_dir, config.ignore_keys, config.plugins)
-    runner = RecordingRunner(config, model, groups, torch.device("cpu"))
+    layers = feature_layers(config, groups.shard)
+    runner = RecordingRunner(config, model, groups, torch.device("cpu"), feature_layers=layers)
     runner.logits = []
     runner.warm_up()
     runner.logits.clear()

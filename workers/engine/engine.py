@@ -220,6 +220,8 @@ class Engine:
         except Exception as error:
             return self._give_up(plan, error)
         update = self.scheduler.update(plan, output)
+        if output.features is not None and self.speculation is not None:
+            self.speculation.computed(plan, output.features)
         if not plan.is_empty:
             self._num_failed_steps = 0
             now = self._clock()

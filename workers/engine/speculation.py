@@ -36,6 +36,11 @@ class Speculation(Protocol):
         """Before a plan is made: give the scheduler draft tokens for it."""
         ...
 
+    def computed(self, plan: SchedulerOutput, features: object) -> None:
+        """A step is through, and its outcome is in the books: hidden states of its tokens, where the drafter wants
+        them. Comes before step_took."""
+        ...
+
     def step_took(self, plan: SchedulerOutput, judged: Sequence[JudgedDrafts], duration_s: float) -> None:
         """A step is through. duration_s: from its start to its end, without the drafting before it."""
         ...

@@ -213,6 +213,7 @@ class ModelRunnerOutput:
     sampled_token_ids: Sequence[int] = ()  # one per wanted row of logits, in the plan's order
     reports: Sequence[RowReport | None] = ()  # likewise; none at all where no request of the plan asks for some
     transfers: Sequence[TransferDone] = ()  # of those that were polled: the ones that ended on every rank
+    features: object | None = None  # hidden states of the plan's tokens; only the drafter that wants them looks inside
 
 
 class ModelRunner(Protocol):

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import sys
 
-from checkpoint.config_keys import ROPE_KEYS
+from checkpoint.config_keys import COMMON_KEYS, ROPE_KEYS
 from checkpoint.generation_keys import GENERATION_KEYS
 from checkpoint.gguf import metadata_keys
 from checkpoint.keys import Key, KeyTable
 from checkpoint.tokenizer_keys import TOKENIZER_CONFIG_KEYS, TOKENIZER_KEYS
+from workers.model.heads.eagle3_config import EAGLE_CONFIG_KEYS, HEAD_KEYS
 from workers.model.registry import load_registry
 
 _HEAD = """# What becomes of each key of a checkpoint
 
 Made by `python -m workers.model.key_tables` from the declarations in `checkpoint/` and
-`workers/model/families/`; a test keeps it fresh.
+`workers/model/`; a test keeps it fresh.
 
 - **understood**: the value is used, or refused where it is out of range.
 - **harmless**: the value changes no answer, for the reason given.
@@ -39,6 +40,9 @@ def render() -> str:
     for architecture, table in tables.items():
         own = {name: key for name, key in table.items() if name not in common}
         parts.append(_section(f"config.json, {architecture} only", own))
+    own = {name: key for name, key in HEAD_KEYS.items() if COMMON_KEYS.get(name) != key}
+    parts.append(_section("config.json of an EAGLE-3 head, beside those of all architectures", own))
+    parts.append(_section("eagle_config of an EAGLE-3 head", EAGLE_CONFIG_KEYS))
     parts += [_section(f"rope_scaling and rope_parameters, rope_type {kind}", t) for kind, t in ROPE_KEYS.items()]
     parts += [
         _section("generation_config.json", GENERATION_KEYS),

@@ -40,6 +40,7 @@ class Stage(Protocol):
     device: torch.device
     batch_invariant: bool
     on_layer: Callable[[], None]  # called when a layer is computed, or launched
+    feature_layers: tuple[int, ...]  # hidden states before these layers are wanted; all layers' number: after the last
 
     @property
     def layers(self) -> Sequence[Layer]:
@@ -51,17 +52,34 @@ class Stage(Protocol):
     def leave(self, hidden: Tensor, residual: Tensor, batch: Batch) -> Tensor:
         """What forward returns."""
 
-    def final_hidden(self, batch: Batch, kv_caches: Sequence[LayerCache], received: Tensor | None) -> Tensor:
-        """Run the last stage up to its head: the wanted rows' normed hidden states [rows, hidden_size]."""
+    def features(self, index: int, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, ...]:
+        """What comes before a layer, [tokens, hidden_size], whole on every rank, where it is wanted; else nothing."""
+
+    def final_hidden(
+        self,
+        batch: Batch,
+        kv_caches: Sequence[LayerCache],
+        received: Tensor | None,
+        features: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Run the last stage up to its head: the wanted rows' normed hidden states [rows, hidden_size]. features: as in
+        forward."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden_size] of final_hidden -> [rows, vocab / tp]."""
 
-    def forward(self, batch: Batch, kv_caches: Sequence[LayerCache], received: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        batch: Batch,
+        kv_caches: Sequence[LayerCache],
+        received: Tensor | None,
+        features: list[Tensor] | None = None,
+    ) -> Tensor:
         """Run the stage. kv_caches: each layer's.
 
-        received: [2, tokens, hidden_size] from the stage before; None on the first. Returns the same for the stage
-        behind, or the wanted rows' logits [rows, vocab / tp] on the last.
+        received: [2, tokens, hidden_size] from the stage before; None on the first. features: gets what is wanted
+        before layers, in the layers' order. Returns the same as received for the stage behind, or the wanted rows'
+        logits [rows, vocab / tp] on the last.
         """
 
 
@@ -76,6 +94,7 @@ class DecoderStage:
         self.hidden_size, self.dtype, self.device = model.hidden_size, dtype, arithmetic.groups.device
         self.batch_invariant = arithmetic.batch_invariant
         self.on_layer: Callable[[], None] = lambda: None
+        self.feature_layers: tuple[int, ...] = ()
         self._embedding_scale = model.embedding_scale
         self._logit_scale, self._logit_soft_cap = model.logit_scale, model.logit_soft_cap
         self._embedding = self._head = None
@@ -115,24 +134,46 @@ class DecoderStage:
             logits = logits * self._logit_scale
         return torch.tanh(logits / self._logit_soft_cap) * self._logit_soft_cap if self._logit_soft_cap else logits
 
-    def final_hidden(self, batch: Batch, kv_caches: Sequence[LayerCache], received: Tensor | None) -> Tensor:
+    def features(self, index: int, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, ...]:
         """As in Stage."""
-        return self._final_rows(*self._run_layers(batch, kv_caches, received), batch)
+        if index not in self.feature_layers:
+            return ()
+        return (hidden if residual is None else hidden + residual,)
 
-    def forward(self, batch: Batch, kv_caches: Sequence[LayerCache], received: Tensor | None) -> Tensor:
+    def final_hidden(
+        self,
+        batch: Batch,
+        kv_caches: Sequence[LayerCache],
+        received: Tensor | None,
+        features: list[Tensor] | None = None,
+    ) -> Tensor:
         """As in Stage."""
-        return self.leave(*self._run_layers(batch, kv_caches, received), batch)
+        return self._final_rows(*self._run_layers(batch, kv_caches, received, features), batch)
+
+    def forward(
+        self,
+        batch: Batch,
+        kv_caches: Sequence[LayerCache],
+        received: Tensor | None,
+        features: list[Tensor] | None = None,
+    ) -> Tensor:
+        """As in Stage."""
+        return self.leave(*self._run_layers(batch, kv_caches, received, features), batch)
 
     def _run_layers(
-        self, batch: Batch, kv_caches: Sequence[LayerCache], received: Tensor | None
+        self, batch: Batch, kv_caches: Sequence[LayerCache], received: Tensor | None, features: list[Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         """hidden and the residual stream after the last layer."""
         hidden, residual = self.enter(batch, received)
-        for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
+        for index, layer, kv_cache in zip(self.layer_range, self.layers, kv_caches, strict=True):
+            if features is not None:
+                features += self.features(index, hidden, residual)
             q, residual = layer.before_attention(hidden, residual, batch, kv_cache)
             hidden, residual = layer.after_attention(layer.attention(q, batch, kv_cache), residual)
             self.on_layer()
         assert residual is not None  # every stage has a layer
+        if features is not None:
+            features += self.features(self.layer_range.stop, hidden, residual)
         return hidden, residual
 
 

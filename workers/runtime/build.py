@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -98,8 +98,15 @@ def make_executor(
     return GroupExecutor(runner, groups, config.num_threads if has_own_thread else None, progress)
 
 
-def load_runner(config: EngineConfig, model: ModelConfig, groups: ParallelGroups, device: torch.device) -> LoadedRunner:
-    """The runner that the config asks for, its weights loaded. Raises ModelError."""
+def load_runner(
+    config: EngineConfig,
+    model: ModelConfig,
+    groups: ParallelGroups,
+    device: torch.device,
+    feature_layers: Sequence[int] = (),
+) -> LoadedRunner:
+    """The runner that the config asks for, its weights loaded. feature_layers: of workers.runtime.speculation. Raises
+    ModelError."""
     if config.runner == "fake":
         return FakeModelRunner(config, model, pick_dtype(config, device))
-    return TorchModelRunner(config, model, groups, device)
+    return TorchModelRunner(config, model, groups, device, feature_layers=feature_layers)

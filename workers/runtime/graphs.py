@@ -129,20 +129,26 @@ class GraphedStage:
         return direct_plan([DirectChunk([0] * num_tokens, 0, num_tokens, tables, int(num_tokens == 1))])
 
     def _whole(self, batch: Batch, size: int) -> Call:
-        return lambda: (self._stage.forward(batch, self._kv_caches, self._received_rows(size)),)
+        def call() -> tuple[Tensor, ...]:
+            features: list[Tensor] = []
+            return self._stage.forward(batch, self._kv_caches, self._received_rows(size), features), *features
+
+        return call
 
     def _record_pieces(self, record: Callable[[Call], Captured], batch: Batch, size: int) -> Iterator[Captured]:
-        """From one attention to the next; each piece reads what the one before it left."""
+        """From one attention to the next; each piece reads what the one before it left. Features come last of each."""
         stage, attended = self._stage, self._attended[:size]
 
         def first() -> tuple[Tensor, ...]:
             hidden, residual = stage.enter(batch, self._received_rows(size))
-            return stage.layers[0].before_attention(hidden, residual, batch, self._kv_caches[0])
+            features = stage.features(stage.layer_range.start, hidden, residual)
+            return *stage.layers[0].before_attention(hidden, residual, batch, self._kv_caches[0]), *features
 
         def between(index: int, residual: Tensor) -> Call:
             def call() -> tuple[Tensor, ...]:
                 hidden, after = stage.layers[index - 1].after_attention(attended, residual)
-                return stage.layers[index].before_attention(hidden, after, batch, self._kv_caches[index])
+                features = stage.features(stage.layer_range[index], hidden, after)
+                return *stage.layers[index].before_attention(hidden, after, batch, self._kv_caches[index]), *features
 
             return call
 
@@ -152,7 +158,12 @@ class GraphedStage:
             piece = record(between(index, piece.outputs[1]))
             yield piece
         residual = piece.outputs[1]
-        yield record(lambda: stage.layers[-1].after_attention(attended, residual))
+
+        def last() -> tuple[Tensor, ...]:
+            hidden, after = stage.layers[-1].after_attention(attended, residual)
+            return hidden, after, *stage.features(stage.layer_range.stop, hidden, after)
+
+        yield record(last)
 
     # ------------------------------------------------------------------------------------------------------- one step
     def padding_for(self, plan: StepPlan) -> Padding | None:
@@ -164,8 +175,8 @@ class GraphedStage:
         size = _next_size(self._token_capture_sizes, num_tokens)
         return None if size is None else Padding(num_tokens=size)
 
-    def run(self, prepared: PreparedBatch, received: Tensor | None) -> Tensor:
-        """As Stage.forward, on a batch that was filled up as padding_for said."""
+    def run(self, prepared: PreparedBatch, received: Tensor | None, features: list[Tensor]) -> Tensor:
+        """As Stage.forward, on a batch that was filled up as padding_for said. The next run overwrites the features."""
         batch = prepared.batch
         size = len(batch.token_ids)
         rows = self._received_rows(size)
@@ -174,6 +185,7 @@ class GraphedStage:
         if len(batch.seq_lens) == size:
             decode = self._decodes[size]
             decode.replay()
+            features += decode.outputs[1:]
             return decode.outputs[0]
         *pieces, last = self._pieces[size]
         n = prepared.num_tokens
@@ -181,8 +193,10 @@ class GraphedStage:
             piece.replay()
             self._attended[:n].copy_(layer.attention(piece.outputs[0][:n], batch, kv_cache))
             self._stage.on_layer()
+            features += piece.outputs[2:]
         last.replay()
-        hidden, residual = last.outputs
+        hidden, residual, *after = last.outputs
+        features += after
         return self._stage.leave(hidden, residual, batch)
 
     def _decode_padding(self, size: int) -> Padding:

@@ -34,7 +34,7 @@ from workers.runtime.coordination.executor import follow
 from workers.runtime.coordination.watch import RankWatch, WatchLimits
 from workers.runtime.leader import WorkerFacts, WorkerLeader
 from workers.runtime.runner import pick_device, pick_dtype
-from workers.runtime.speculation import load_draft, make_speculator, measure_costs
+from workers.runtime.speculation import feature_layers, load_draft, make_speculator, measure_costs
 from workers.speculation.step_costs import StepCosts
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,8 @@ class Rank:
         self._watch.meet(self.spec.listen_host)
         self._served = self._identify()
         self._draft = load_draft(engine, device) if self.shard.rank == 0 else None
-        self._runner = load_runner(engine, self._model, self._groups, device)
+        layers = feature_layers(engine, self.shard)
+        self._runner = load_runner(engine, self._model, self._groups, device, layers)
         if self._identify() != self._served:
             raise ModelError(f"{engine.model_dir}: changed while it was loaded")
         dtype = pick_dtype(engine, self._runner.cache.device)

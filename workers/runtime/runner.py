@@ -8,9 +8,8 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +30,7 @@ from workers.model.stage import build_stage
 from workers.model.tensor_layout import check_checkpoint
 from workers.parallel import ParallelGroups
 from workers.runtime.batching import NO_PADDING, InputBuffers, PreparedBatch
+from workers.runtime.chosen import NOTHING_CHOSEN, Chosen
 from workers.runtime.coordination.relay import TokenRelay
 from workers.runtime.graphs import GraphedStage
 from workers.runtime.host_copy import read_later
@@ -39,9 +39,9 @@ from workers.runtime.rank_adapters import RankAdapters
 from workers.runtime.step_threads import StepThreads
 from workers.runtime.step_transfers import STORE_GRACE_S, awaited, ended_of, finish_ended, poll_in_step
 from workers.runtime.token_chooser import TokenChooser
-from workers.sampling.params import GREEDY, RowReport, SamplingParams
+from workers.sampling.params import GREEDY, SamplingParams
 from workers.sampling.row_reports import Reported
-from workers.sampling.row_reports import read as read_reports
+from workers.speculation.features import StepFeatures, features_of
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU_CACHE_BYTES = 256 << 20  # KV cache of one worker on a CPU when the config does not say
@@ -74,32 +74,6 @@ def schedules_async(config: EngineConfig, device: torch.device) -> bool:
     return device.type == "cuda" and config.pp == 1
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Chosen:
-    """What a step chose, or will have chosen: these wait for it, and give nothing where it is not known."""
-
-    prepared: PreparedBatch | None
-    reported: Reported | None
-    token_ids: Callable[[], list[Any]]  # in the batch's order
-    numbers: Callable[[], list[Any]]  # of row_reports.numbers_of
-
-    def in_plan_order(self) -> tuple[list[int], list[RowReport | None]]:
-        """Token ids, and what rows report besides."""
-        token_ids = self.token_ids()
-        if self.prepared is None or self.reported is None or not token_ids:
-            return [], []
-        order: list[int] = self.prepared.order.tolist()
-        sampled = [0] * len(token_ids)
-        for index, token_id in zip(order, token_ids, strict=True):
-            sampled[index] = token_id
-        if self.reported.is_empty:
-            return sampled, []
-        return sampled, _in_order(read_reports(self.numbers(), self.reported), order)
-
-
-_NOTHING = _Chosen(None, None, list, list)
-
-
 class TorchModelRunner:
     """One rank's weights and KV cache."""
 
@@ -110,8 +84,10 @@ class TorchModelRunner:
         groups: ParallelGroups,
         device: torch.device,
         weights: Weights | None = None,
+        feature_layers: Sequence[int] = (),
     ) -> None:
-        """weights: those of config.model_dir unless others are given."""
+        """weights: those of config.model_dir unless others are given. feature_layers: before which a drafter wants the
+        hidden states of all tokens, from this rank."""
         self._config = config
         self._device = device
         self._groups = groups
@@ -122,6 +98,8 @@ class TorchModelRunner:
         self._lora = lora = LoraSlots.for_stage(config, model.num_hidden_layers, groups.shard, self._dtype, device)
         self.adapters = None if lora is None else RankAdapters(lora.load, lora.put)
         self._stage = build_stage(model, weights, groups, config.batch_invariant, self._lora)
+        self._feature_layers = tuple(feature_layers)
+        self._stage.feature_layers = tuple(sorted(set(feature_layers)))
         self._context_tokens = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
         scheme = scheme_of(config)
         cached = scheme.groups(model.cache_specs)
@@ -305,7 +283,7 @@ class TorchModelRunner:
         for store in plan.stores:
             if not store.is_copied:
                 self._connector.prepare(store)
-        chosen = _NOTHING
+        chosen = NOTHING_CHOSEN
         if plan.num_requests:  # its tokens are read before the gathers, which follow on the same stream
             chosen = self._compute(plan if self._relay is None else self._relay.complete(plan))
         for store in plan.stores:
@@ -322,7 +300,7 @@ class TorchModelRunner:
                     ended.extend(finish_ended(plan, self._connector))
                     if self.adapters is not None:
                         ended.extend(self.adapters.finish_ended())
-            return ModelRunnerOutput(sampled, found, ended)
+            return ModelRunnerOutput(sampled, found, ended, chosen.features)
 
         return wait
 
@@ -331,11 +309,12 @@ class TorchModelRunner:
         """Whether all ranks carry out the same step at the same time, and the leader's engine waits for it."""
         return self._device.type == "cpu" and self._config.pp == 1 and not self._keeps_tokens
 
-    def _compute(self, plan: StepPlan) -> _Chosen:
+    def _compute(self, plan: StepPlan) -> Chosen:
         """The forward pass and the choice of tokens; where they go is up to the stage."""
         tokens: Tensor | None = None
         numbers: Tensor | None = None
-        prepared, logits, hidden = self._forward(plan)
+        features: list[Tensor] = []
+        prepared, logits, hidden = self._forward(plan, features)
         reported = Reported(prepared.sampling, prepared.pooled, self._stage.hidden_size)
         if logits is not None and len(prepared.order):
             tokens, numbers = self._choose(logits, hidden, prepared, reported)
@@ -347,10 +326,19 @@ class TorchModelRunner:
             if self._stage.is_last:
                 self._relay.send(read, read_numbers, numbers is not None)
             read, read_numbers = self._relay.receive(prepared.rows, reported.shape)
-        return _Chosen(prepared, reported, read, read_numbers)
+        return Chosen(prepared, reported, read, read_numbers, self._features(plan, prepared, features))
 
-    def _forward(self, plan: StepPlan) -> tuple[PreparedBatch, Tensor | None, Tensor | None]:
-        """The batch; on the last stage its wanted rows' logits, and their hidden states where some are pooled."""
+    def _features(self, plan: StepPlan, prepared: PreparedBatch, found: Sequence[Tensor]) -> StepFeatures | None:
+        """In tensors of their own: the next replay of a graph overwrites what was found."""
+        if not found:
+            return None
+        by_layer = dict(zip(self._stage.feature_layers, found, strict=True))
+        wanted = [by_layer[layer][: prepared.num_tokens] for layer in self._feature_layers]
+        return features_of(plan, torch.cat(wanted, dim=-1))
+
+    def _forward(self, plan: StepPlan, features: list[Tensor]) -> tuple[PreparedBatch, Tensor | None, Tensor | None]:
+        """The batch; on the last stage its wanted rows' logits, and their hidden states where some are pooled. features
+        gets those that a drafter wants."""
         state = self._inputs.state
         pools, is_adapted = bool(state.pools[plan.rows].any()), bool((state.adapter_slots[plan.rows] >= 0).any())
         graphs = self._graphs if self.replays and not (pools or is_adapted) else None
@@ -370,9 +358,9 @@ class TorchModelRunner:
             received = self._groups.recv_from_previous_stage(shape, self._dtype)
         graphs = None if padding is None else graphs
         if pools and self._stage.is_last:
-            hidden = self._stage.final_hidden(batch, self._layer_caches, received)
+            hidden = self._stage.final_hidden(batch, self._layer_caches, received, features)
             return prepared, self._stage.logits(hidden), hidden
-        out = self._run_stage(plan, prepared, received, graphs)
+        out = self._run_stage(plan, prepared, received, graphs, features)
         if not self._stage.is_last:
             # A graph's results lie where the next replay writes its own, which does not wait for the next stage.
             self._groups.send_to_next_stage(out if graphs is None else out.clone())
@@ -380,20 +368,19 @@ class TorchModelRunner:
         return prepared, out[: len(prepared.positions)], None
 
     def _run_stage(
-        self, plan: StepPlan, prepared: PreparedBatch, received: Tensor | None, graphs: GraphedStage | None
+        self,
+        plan: StepPlan,
+        prepared: PreparedBatch,
+        received: Tensor | None,
+        graphs: GraphedStage | None,
+        features: list[Tensor],
     ) -> Tensor:
         """As Stage.forward."""
         if graphs is not None:
-            return graphs.run(prepared, received)
-        return self._stage.forward(prepared.batch, self._layer_caches, received)
+            return graphs.run(prepared, received, features)
+        return self._stage.forward(prepared.batch, self._layer_caches, received, features)
 
     def _choose(
         self, logits: Tensor, hidden: Tensor | None, prepared: PreparedBatch, reported: Reported
     ) -> tuple[Tensor, Tensor | None]:
         return self._chooser.choose(logits, hidden, prepared, reported)
-
-
-def _in_order(found: Sequence[RowReport | None], order: Sequence[int]) -> list[RowReport | None]:
-    """From the batch's order to the plan's."""
-    by_index = dict(zip(order, found, strict=True))
-    return [by_index[index] for index in range(len(order))]

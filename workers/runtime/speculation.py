@@ -1,7 +1,8 @@
-"""Puts a worker's speculative decoding together: its drafter, with the draft model where there is one, and step costs.
+"""Puts a worker's speculative decoding together: its drafter, with a draft model or a head where there is one, and step
+costs.
 
-The draft model runs on rank 0 alone: it is small, and its steps would mostly wait for messages between ranks. It has no
-adapters, and proposes for requests that have one as for others.
+Both run on rank 0 alone: they are small, and their steps would mostly wait for messages between ranks. They have no
+adapters, and propose for requests that have one as for others.
 """
 
 from __future__ import annotations
@@ -17,13 +18,19 @@ from kvstore.blocks.block_pool import BlockPool
 from kvstore.blocks.block_pools import BlockPools
 from workers.config import EngineConfig, SpeculativeOptions
 from workers.model.config import ModelConfig
+from workers.model.heads.eagle3 import Eagle3Head, read_embedding
+from workers.model.heads.eagle3_config import Eagle3Config, read_eagle3
 from workers.model.identity import weights_identity
+from workers.model.loader import Checkpoint
 from workers.model.registry import load_config
 from workers.parallel import ParallelGroups, Shard
 from workers.runtime.build import LoadedRunner, kv_fingerprint
+from workers.runtime.head_runner import Eagle3Runner
 from workers.runtime.runner import TorchModelRunner, pick_dtype
-from workers.speculation.drafters.draft_model import DraftLimits, DraftModel
+from workers.speculation.drafters.draft_model import DraftModel
+from workers.speculation.drafters.draft_plan import DraftLimits
 from workers.speculation.drafters.drafter import Drafter
+from workers.speculation.drafters.feature_head import BEFORE_FIRST, FeatureHead
 from workers.speculation.drafters.forced import ForcedTokens, WithinGrammar
 from workers.speculation.drafters.ngram import NgramDrafter
 from workers.speculation.drafters.sequences import DraftSequences
@@ -36,12 +43,14 @@ _MOST_CACHE_BYTES = 64 << 20  # of the draft, on a CPU
 _MOST_CACHE_SHARE = 0.1  # of the memory that is free, on CUDA
 
 
-def load_draft(config: EngineConfig, device: torch.device) -> DraftModel | None:
-    """The draft model, warmed up, and its steps measured; None: the method has none. Raises ModelError.
+def load_draft(config: EngineConfig, device: torch.device) -> Drafter | None:
+    """The draft model or the head, warmed up, and its steps measured; None: the method has none. Raises ModelError.
 
     Before the model: on CUDA that takes the memory that is left.
     """
     options = config.speculative
+    if options.method == "eagle3":
+        return _load_eagle3(config, device)
     if options.method != "draft_model":
         return None
     model = load_config(options.model, config.ignore_keys, config.plugins)
@@ -57,6 +66,39 @@ def load_draft(config: EngineConfig, device: torch.device) -> DraftModel | None:
     )
     limits = DraftLimits(draft.max_num_seqs, draft.max_num_batched_tokens, model.max_position_embeddings)
     return DraftModel(runner, sequences, limits, costs, options.draft_temperature_scale)
+
+
+def feature_layers(config: EngineConfig, shard: Shard) -> tuple[int, ...]:
+    """Of the model: before them the drafter wants the hidden states, from rank 0. Raises ModelError."""
+    if config.speculative.method != "eagle3" or shard.rank != 0:
+        return ()
+    return _read_eagle3(config).feature_layers
+
+
+def _read_eagle3(config: EngineConfig) -> Eagle3Config:
+    model = load_config(config.model_dir, config.ignore_keys, config.plugins)
+    return read_eagle3(Path(config.speculative.model), model, config.ignore_keys)
+
+
+def _load_eagle3(config: EngineConfig, device: torch.device) -> FeatureHead:
+    options, head = config.speculative, _read_eagle3(config)
+    target = load_config(config.model_dir, config.ignore_keys, config.plugins)
+    draft = replace(_draft_config(config, head.model, device), model_dir=config.model_dir)  # whose tokenizer it has
+    dtype, groups = pick_dtype(config, device), ParallelGroups(Shard(), device)
+    weights, of_target = (Checkpoint(Path(path), dtype, device) for path in (options.model, config.model_dir))
+    embedding = read_embedding(head, weights, target, of_target, groups)
+    runner = Eagle3Runner(draft, head.model, Eagle3Head(head, weights, groups, embedding))
+    runner.warm_up()
+    limits = DraftLimits(draft.max_num_seqs, draft.max_num_batched_tokens, target.max_position_embeddings)
+    costs = None
+    if options.enable_adaptive_verification:
+        costs = measure_step_costs(
+            runner, limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_context_tokens, draft.block_size, 1
+        )
+    pools = BlockPools([BlockPool(draft.num_blocks, draft.block_size, draft.enable_prefix_caching)])
+    # Its blocks never leave this process: no other head's need to be told from them.
+    sequences = DraftSequences(pools, b"eagle3", draft.max_num_seqs, BEFORE_FIRST)
+    return FeatureHead(runner, sequences, limits, costs, options.draft_temperature_scale)
 
 
 def _draft_config(config: EngineConfig, model: ModelConfig, device: torch.device) -> EngineConfig:
@@ -108,7 +150,7 @@ def measure_costs(config: EngineConfig, model: ModelConfig, runner: LoadedRunner
 def make_speculator(
     config: EngineConfig,
     runner: LoadedRunner,
-    draft: DraftModel | None,
+    draft: Drafter | None,
     costs: StepCosts | None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Speculator | None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import logging
 import statistics
 import time
+from collections.abc import Callable
+from typing import Protocol
 
 from workers.engine.direct_plan import DirectChunk, direct_plan
-from workers.engine.step import ModelRunner
+from workers.engine.step import StepPlan
 from workers.speculation.step_costs import StepCosts, sizes_to_measure
 
 log = logging.getLogger(__name__)
@@ -19,8 +21,15 @@ _RUNS = 3
 _CONTEXT_TOKENS = 256  # before each sequence's tokens
 
 
+class TakesSteps(Protocol):
+    """What is measured."""
+
+    def start(self, plan: StepPlan) -> Callable[[], object]:
+        """As ModelRunner.start."""
+
+
 def measure_step_costs(
-    runner: ModelRunner,
+    runner: TakesSteps,
     max_num_seqs: int,
     max_num_tokens: int,
     max_context_tokens: int,

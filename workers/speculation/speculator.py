@@ -81,10 +81,14 @@ class Speculator:
                     drafter.prepare(scheduler.waiting_for_kv)
             self._propose_unless_paused(scheduler)
         except Exception:
-            log.exception("drafts cannot be proposed any more; decoding goes on without them")
-            self._is_broken = True
+            self._break()
             for request in scheduler.running:
                 request.awaits_drafts, request.draft_token_ids = False, []
+
+    def _break(self) -> None:
+        """A drafter has raised."""
+        log.exception("drafts cannot be proposed any more; decoding goes on without them")
+        self._is_broken = True
 
     def _propose_unless_paused(self, scheduler: Scheduler) -> None:
         if self._pause:
@@ -180,6 +184,16 @@ class Speculator:
         return [min(_PROBE_TOKENS, draft.length) * (index == probed) for index, draft in enumerate(drafts)]
 
     # ----------------------------------------------------------------------------------------------------- after a step
+    def computed(self, plan: SchedulerOutput, features: object) -> None:
+        """As in Speculation."""
+        if self._is_broken:
+            return
+        try:
+            for drafter in self._drafters:
+                drafter.computed(plan, features)
+        except Exception:
+            self._break()
+
     def step_took(self, plan: SchedulerOutput, judged: Sequence[JudgedDrafts], duration_s: float) -> None:
         """A step is through. duration_s: from its start to its end, without the drafting before it."""
         counters = self.counters

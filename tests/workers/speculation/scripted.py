@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from workers.engine.request import Request
+from workers.engine.step import SchedulerOutput
 from workers.speculation.drafters.drafter import DraftWanted
 
 RULES = ("perfect", "wrong", "random", "too_long", "often_right", "sometimes")
@@ -47,6 +48,9 @@ class Scripted:
         return self.chance.randrange(self.vocab_size)
 
     def prepare(self, requests: Sequence[Request]) -> None:
+        """As in Drafter."""
+
+    def computed(self, plan: SchedulerOutput, features: object) -> None:
         """As in Drafter."""
 
     def forget(self, request: Request) -> None:

@@ -11,6 +11,7 @@ import pytest
 from tests.workers.engine_group import EngineGroup, JobResult
 from tests.workers.request_kinds import KINDS, options, prompt
 from tests.workers.speculation.scripted import RULES, Scripted
+from tests.workers.speculation.tiny_eagle import make_head
 from tests.workers.tiny_llama import make_checkpoint, write_tokenizer
 from workers.config import EngineConfig, SpeculativeOptions
 
@@ -30,6 +31,11 @@ def draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = make_checkpoint("tied", tmp_path_factory.mktemp("draft"))
     write_tokenizer(path / "tokenizer.json")
     return path
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_head(tmp_path_factory.mktemp("head"))
 
 
 @pytest.fixture(scope="module", params=[(1, 1), (2, 1), (1, 2), (2, 2)], ids=lambda p: f"tp{p[0]}-pp{p[1]}")
@@ -91,6 +97,26 @@ def test_real_drafters(group: EngineGroup, checkpoint: Path, draft: Path, plain:
     assert found.logprobs == plain.logprobs
     assert found.speculation is not None
     assert found.speculation.num_accepted_tokens > 0
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_blocks": 34}, {"async_scheduling": True}, {"cuda_graphs": True}], ids=str
+)
+def test_drafts_of_a_head(
+    group: EngineGroup, checkpoint: Path, head: Path, plain: JobResult, changes: dict[str, object]
+) -> None:
+    """It is one of random weights: what it is right about is right by the noise that it shares with the model."""
+    if group.pp > 1:
+        pytest.skip("a head needs pp=1")
+    speculative = SpeculativeOptions(method="eagle3", model=str(head), draft_temperature_scale=2.0)
+    found = run(group, config_for(checkpoint, group, speculative=speculative, **changes))
+    assert found.completions == plain.completions
+    assert found.logprobs == plain.logprobs
+    assert found.prompt_logprobs == plain.prompt_logprobs
+    assert found.speculation is not None
+    assert found.speculation.num_draft_tokens > 500
+    assert found.speculation.num_accepted_tokens > 0
+    assert (found.num_preemptions > 0) == ("num_blocks" in changes)
 
 
 def test_preempted_requests(group: EngineGroup, checkpoint: Path, plain: JobResult) -> None:

@@ -1,6 +1,7 @@
 """Drafts on real workers: after a hand-off, and after a prefix hit, as many are accepted as on one worker.
 
-The draft is the model itself, so that every one of its tokens is right where it has read the whole context.
+The draft is the model itself, so that every one of its tokens is right where it has read the whole context. A head has
+not seen what was computed elsewhere; its tokens are the right ones all the same.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from switchyard.v1 import generation_pb2, worker_pb2
 
+from tests.workers.speculation.tiny_eagle import make_head
 from tests.workers.test_disaggregation import prompt, spec_for, worker
 from tests.workers.tiny_llama import generate_with_transformers, make_checkpoint
 from tests.workers.worker_client import WorkerClient, disaggregate
@@ -26,9 +28,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint("gqa", tmp_path_factory.mktemp("tiny"))
 
 
-def drafting(spec: WorkerSpec) -> WorkerSpec:
+def drafting(spec: WorkerSpec, method: str = "draft_model", model: str = "") -> WorkerSpec:
     options = SpeculativeOptions(
-        method="draft_model", model=spec.engine.model_dir, enable_adaptive_verification=False, num_speculative_tokens=4
+        method=method,
+        model=model or spec.engine.model_dir,
+        enable_adaptive_verification=False,
+        num_speculative_tokens=4,
     )
     return replace(spec, engine=replace(spec.engine, speculative=options))
 
@@ -85,3 +90,29 @@ def test_a_worker_reports_what_became_of_drafts(workers: dict[str, WorkerClient]
     assert sum(load.num_accepted_tokens_per_pos.values()) == load.num_accepted_tokens
     assert load.num_accepted_tokens_per_pos["0"] >= load.num_accepted_tokens_per_pos["3"]
     assert load.drafting_seconds > 0
+
+
+@pytest.fixture(scope="module")
+def with_head(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, shared_kv_node) -> Iterator[WorkerClient]:
+    head = str(make_head(tmp_path_factory.mktemp("head")))
+    with worker(drafting(spec_for(checkpoint, "mixed", shared_kv_node), "eagle3", head)) as mixed:
+        yield mixed
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_head_after_a_prefix_hit_and_a_hand_off(
+    workers: dict[str, WorkerClient], with_head: WorkerClient, checkpoint: Path, length: int
+) -> None:
+    token_ids = prompt(length, seed=6)
+    expected = generate_with_transformers(checkpoint, token_ids, NUM_TOKENS)
+    for turn in range(2):
+        ended = alone(with_head, f"head-{length}-{turn}", token_ids)
+        assert with_head.tokens[f"head-{length}-{turn}"] == expected
+        assert ended.num_draft_tokens >= NUM_TOKENS
+        assert (ended.num_cached_prompt_tokens > 0) == (turn > 0 and length >= 16)
+    handed = prompt(length, seed=7)
+    expected = generate_with_transformers(checkpoint, handed, NUM_TOKENS)
+    tokens, _, decoded = disaggregate(workers["prefill"], with_head, handed, NUM_TOKENS)
+    assert tokens == expected
+    assert decoded.num_computed_prompt_tokens == 0
+    assert decoded.num_draft_tokens >= NUM_TOKENS

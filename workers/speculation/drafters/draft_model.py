@@ -1,34 +1,30 @@
 """A smaller model with the same tokenizer proposes tokens.
 
-It chooses with the noise that the model's own choice at that position will be made with (Daliri et al., "Coupling
-without Communication and Drafter-Invariant Speculative Decoding", arXiv 2408.07978), so that both agree as often as
-their distributions allow. Its steps follow each other without waiting for tokens: each takes the last one's choice
-where it lies. Penalties, grammars and bad words are left to the model, which judges.
+Its steps follow each other without waiting for tokens: each takes the last one's choice where it lies. Penalties,
+grammars and bad words are left to the model, which judges.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from workers.engine.plan_wire import decode_plan, encode_plan
 from workers.engine.request import Request
-from workers.engine.step import ModelRunner, ModelRunnerOutput, RowState, SchedulerOutput
-from workers.sampling.params import SamplingParams
+from workers.engine.step import ModelRunner, SchedulerOutput
+from workers.speculation.drafters.draft_plan import (
+    DraftLimits,
+    PlanNumbers,
+    Wait,
+    append,
+    chain_s,
+    draft_sampling,
+    drafts_of,
+    take_row,
+    until_failed,
+)
 from workers.speculation.drafters.drafter import DraftWanted
 from workers.speculation.drafters.sequences import DraftSequence, DraftSequences
 from workers.speculation.step_costs import StepCosts
-
-_MAX_SEQUENCE = (1 << 31) - 1
-
-
-@dataclass(frozen=True, slots=True)
-class DraftLimits:
-    """Of the draft model."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_context_tokens: int
 
 
 @dataclass(slots=True)
@@ -57,7 +53,7 @@ class DraftModel:
         self._limits = limits
         self._costs = costs
         self._temperature_scale = temperature_scale
-        self._number = 0  # of the last plan
+        self._plans = PlanNumbers()
 
     # ---------------------------------------------------------------------------------------------------------- drafts
     def propose(self, wanted: Sequence[DraftWanted]) -> list[Sequence[int]]:
@@ -67,14 +63,9 @@ class DraftModel:
         drafting = [turn for turn in turns if turn.num_tokens]
         for step in range(1, max((turn.num_tokens for turn in drafting), default=0)):
             waits.append(self._next_step([turn for turn in drafting if turn.num_tokens > step], step))
-        drafts: dict[str, list[int]] = {turn.request.request_id: [] for turn in drafting}
-        for step, wait in enumerate(waits):
-            chosen = iter(wait().sampled_token_ids)
-            for turn in drafting:
-                if turn.num_tokens > step:
-                    drafts[turn.request.request_id].append(next(chosen))
+        drafts = drafts_of(waits, [(turn.request.request_id, turn.num_tokens) for turn in drafting])
         self._note(turns, drafts)
-        return [_until_failed(drafts.get(one.request.request_id, [])) for one in wanted]
+        return [until_failed(drafts.get(one.request.request_id, [])) for one in wanted]
 
     def prepare(self, requests: Sequence[Request]) -> None:
         """Compute what the draft lacks of these requests, as much as one step takes, while they wait for their KV."""
@@ -96,7 +87,7 @@ class DraftModel:
                 turns.append(_Turn(request, sequence, count))
         return sorted(turns, key=lambda turn: turn.request.num_tokens - turn.sequence.num_computed)
 
-    def _first_step(self, turns: list[_Turn]) -> Callable[[], ModelRunnerOutput]:
+    def _first_step(self, turns: list[_Turn]) -> Wait:
         """What the draft lacks of each request, and its first proposal where it has all. Turns for which there is no
         space in the step are taken out."""
         plan, left = SchedulerOutput(), self._limits.max_num_batched_tokens
@@ -110,63 +101,22 @@ class DraftModel:
             left -= turn.end - start
             if turn.end < request.num_tokens:
                 turn.num_tokens = 0
-            self._take_row(plan, turn)
-            self._append(plan, sequence, start, request.token_ids[start : turn.end], int(turn.num_tokens > 0))
+            sampling = draft_sampling(request.sampling, self._temperature_scale)
+            take_row(plan, sequence, request.num_prompt_tokens, sampling)
+            append(plan, sequence, start, request.token_ids[start : turn.end], int(turn.num_tokens > 0))
             planned.append(turn)
         turns[:] = planned
         return self._start(plan)
 
-    def _next_step(self, turns: Sequence[_Turn], step: int) -> Callable[[], ModelRunnerOutput]:
+    def _next_step(self, turns: Sequence[_Turn], step: int) -> Wait:
         """One more token of each, after the one that the last step chooses."""
         plan = SchedulerOutput()
         for turn in turns:
-            self._append(plan, turn.sequence, turn.request.num_tokens + step - 1, None, 1)
+            append(plan, turn.sequence, turn.request.num_tokens + step - 1, None, 1)
         return self._start(plan)
 
-    def _take_row(self, plan: SchedulerOutput, turn: _Turn) -> None:
-        sequence, request = turn.sequence, turn.request
-        tables = sequence.block_tables
-        if sequence.is_new:
-            sequence.is_new = False
-            block_ids = [table.block_ids for table in tables]
-            plan.new_rows.append(
-                RowState(sequence.row, request.num_prompt_tokens, self._sampling(request.sampling), block_ids)
-            )
-        else:
-            for group, table in enumerate(tables):
-                for index in range(sequence.num_sent_blocks, len(table.block_ids)):
-                    plan.new_blocks += (group, sequence.row, index, table.block_ids[index])
-        sequence.num_sent_blocks = len(tables[0].block_ids)
-
-    def _sampling(self, asked: SamplingParams) -> SamplingParams:
-        """How the draft chooses for a request: with its seed, its filters, and what changes logits at all positions."""
-        neutral = {
-            name: getattr(_NEUTRAL, name)
-            for name in (
-                "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens", "banned_sequences",
-                "prompt_logprobs", "logprobs", "grammar",
-            )
-        }  # fmt: skip
-        return replace(asked, temperature=asked.temperature * self._temperature_scale, **neutral)
-
-    @staticmethod
-    def _append(
-        plan: SchedulerOutput, sequence: DraftSequence, start: int, token_ids: Sequence[int] | None, num_logits: int
-    ) -> None:
-        """token_ids: None means one token that the last step chooses."""
-        count = 1 if token_ids is None else len(token_ids)
-        plan.rows.append(sequence.row)
-        plan.start_positions.append(start)
-        plan.num_tokens.append(count)
-        plan.write_from.append(sequence.num_kv if token_ids is not None else start)
-        plan.num_logits.append(num_logits)
-        plan.num_prompt_logits.append(0)
-        plan.num_known.append(0 if token_ids is None else count)
-        plan.token_ids += token_ids or ()
-
-    def _start(self, plan: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
-        self._number = self._number % _MAX_SEQUENCE + 1
-        return self._runner.start(decode_plan(encode_plan(plan, self._number, self._number == 1)))
+    def _start(self, plan: SchedulerOutput) -> Wait:
+        return self._runner.start(self._plans.sent(plan))
 
     def _note(self, turns: Sequence[_Turn], drafts: dict[str, list[int]]) -> None:
         for turn in turns:
@@ -174,22 +124,13 @@ class DraftModel:
             turn.sequence.computed(turn.end, computed)
             self._sequences.note_full_blocks(turn.sequence, turn.request.token_ids)
 
+    def computed(self, plan: SchedulerOutput, features: object) -> None:
+        """As in Drafter: it asks for none."""
+
     def forget(self, request: Request) -> None:
         """As in Drafter."""
         self._sequences.forget(request.request_id)
 
     def draft_s(self, lengths: Sequence[int]) -> float:
         """As in Drafter."""
-        if self._costs is None:
-            return 0.0
-        counts = [sum(length > step for length in lengths) for step in range(max(lengths, default=0))]
-        return sum(self._costs.step_s(count, count if step == 0 else 0) for step, count in enumerate(counts))
-
-
-_NEUTRAL = SamplingParams()
-
-
-def _until_failed(drafts: Sequence[int]) -> Sequence[int]:
-    """Without what follows a position at which the draft's logits were no numbers."""
-    failed = next((index for index, token_id in enumerate(drafts) if token_id < 0), len(drafts))
-    return drafts[:failed]
+        return chain_s(self._costs, lengths)

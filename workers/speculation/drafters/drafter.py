@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from workers.engine.request import Request
+from workers.engine.step import SchedulerOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,11 @@ class Drafter(Protocol):
 
     def prepare(self, requests: Sequence[Request]) -> None:
         """These wait for their KV; what proposing tokens for them needs may be worked out meanwhile."""
+        ...
+
+    def computed(self, plan: SchedulerOutput, features: object) -> None:
+        """Hidden states of a step's tokens, once its requests have the tokens that it chose. Only where the drafter
+        asked the model for some; others are never called."""
         ...
 
     def forget(self, request: Request) -> None:

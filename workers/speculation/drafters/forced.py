@@ -13,6 +13,7 @@ from grammars.compiler import GrammarCompiler
 from grammars.errors import GrammarError
 from grammars.grammar import Grammar
 from workers.engine.request import Request
+from workers.engine.step import SchedulerOutput
 from workers.speculation.drafters.drafter import Drafter, DraftWanted
 
 if TYPE_CHECKING:
@@ -74,6 +75,9 @@ class ForcedTokens:
     def prepare(self, requests: Sequence[Request]) -> None:
         """As in Drafter: nothing needs to be."""
 
+    def computed(self, plan: SchedulerOutput, features: object) -> None:
+        """As in Drafter: it asks for none."""
+
     def forget(self, request: Request) -> None:
         """As in Drafter."""
         self._positions.pop(request.request_id, None)
@@ -98,6 +102,10 @@ class WithinGrammar:
     def prepare(self, requests: Sequence[Request]) -> None:
         """As in Drafter."""
         self._drafter.prepare(requests)
+
+    def computed(self, plan: SchedulerOutput, features: object) -> None:
+        """As in Drafter."""
+        self._drafter.computed(plan, features)
 
     def forget(self, request: Request) -> None:
         """As in Drafter."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from workers.engine.request import Request
+from workers.engine.step import SchedulerOutput
 from workers.speculation.drafters.drafter import DraftWanted
 from workers.speculation.drafters.past_tokens import PastTokens, match_length
 
@@ -41,6 +42,9 @@ class NgramDrafter:
 
     def prepare(self, requests: Sequence[Request]) -> None:
         """As in Drafter: nothing needs to be."""
+
+    def computed(self, plan: SchedulerOutput, features: object) -> None:
+        """As in Drafter: it asks for none."""
 
     def forget(self, request: Request) -> None:
         """As in Drafter."""

@@ -1,8 +1,8 @@
-"""What a draft model has computed of each request: its rows, its KV blocks, and how far they are right.
+"""What a drafter with a KV cache has computed of each request: its rows, its KV blocks, and how far they are right.
 
-The draft's cache holds the tokens of the request, and behind them the drafts that were proposed last. Those that the
-model accepted stay; the others are overwritten. Blocks are named as the engine's are, under a fingerprint of the draft,
-so that a prefix that was computed for one request serves the next. Pure; knows nothing of tensors.
+The cache has an entry for each token of the request, and behind them for the drafts that were proposed last. Those that
+the model accepted may stay; the others are overwritten. Blocks are named as the engine's are, under a fingerprint of
+the drafter, so that a prefix that was computed for one request serves the next. Pure; knows nothing of tensors.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class DraftSequence:
         self.num_sent_blocks = 0  # of the table, known to the runner
         self.num_registered = 0
         self.is_new = True  # the runner does not know its row
+        self.num_left_out = 0  # tokens without an entry, among those before the next one
         self._drafts: list[int] = []  # computed behind them
         self._root = root
 
@@ -53,18 +54,19 @@ class DraftSequence:
 
 
 class DraftSequences:
-    """Of one draft model. max_rows: sequences that have blocks at a time; the one that was used last longest ago gives
-    way to a new one."""
+    """Of one drafter. max_rows: sequences that have blocks at a time; the one that was used last longest ago gives way
+    to a new one. num_before: tokens of a request before the first that has an entry."""
 
-    def __init__(self, pools: BlockPools, fingerprint: bytes, max_rows: int) -> None:
+    def __init__(self, pools: BlockPools, fingerprint: bytes, max_rows: int, num_before: int = 0) -> None:
         self._pools = pools
         self._groups = range(pools.num_groups)
         self._fingerprint = fingerprint
         self._free_rows = list(range(max_rows))
+        self._num_before = num_before
         self._sequences: OrderedDict[str, DraftSequence] = OrderedDict()  # the one that was used last comes last
 
-    def of(self, request: Request, num_tokens: int, used: Collection[str]) -> DraftSequence | None:
-        """The request's sequence, with blocks for so many tokens; None: others that are used now hold them.
+    def of(self, request: Request, num_entries: int, used: Collection[str]) -> DraftSequence | None:
+        """The request's sequence, with blocks for so many entries; None: others that are used now hold them.
 
         used: the ids of the requests whose sequences must stay.
         """
@@ -76,7 +78,7 @@ class DraftSequences:
             sequence = self._sequences[name] = self._new(request)
         self._sequences.move_to_end(name)
         sequence.take_judgement(request.token_ids)
-        num_blocks = -(-num_tokens // self._pools.block_size)
+        num_blocks = -(-num_entries // self._pools.block_size)
         while not self._pools.can_extend(sequence.block_tables, num_blocks, self._groups):
             if not self._give_up_oldest({*used, name}):
                 return None
@@ -85,23 +87,28 @@ class DraftSequences:
 
     def _new(self, request: Request) -> DraftSequence:
         size = self._pools.block_size
-        sequence = DraftSequence(root_name(self._fingerprint, request.tenant_salt))
+        before = b"".join(token_id.to_bytes(4, "little") for token_id in request.token_ids[: self._num_before])
+        sequence = DraftSequence(root_name(self._fingerprint + before, request.tenant_salt))
         sequence.row = self._free_rows.pop()
         self._name(sequence, request.token_ids)
         num_hit = self._pools.num_matched(sequence.block_names)
         sequence.block_tables = self._pools.take_prefix(sequence.block_names[:num_hit])
         sequence.num_registered = num_hit
         sequence.num_kv = num_hit * size
-        sequence.num_computed = min(sequence.num_kv, request.num_tokens - 1)
+        sequence.num_computed = min(sequence.num_kv, request.num_tokens - self._num_before - 1)
         return sequence
 
     def _name(self, sequence: DraftSequence, token_ids: Sequence[int]) -> None:
         size, names = self._pools.block_size, sequence.block_names
-        if len(token_ids) >= (len(names) + 1) * size:
-            names += block_names(sequence.parent(), token_ids[len(names) * size :], size, False)
+        if len(token_ids) - self._num_before >= (len(names) + 1) * size:
+            unnamed = token_ids[len(names) * size + self._num_before :]
+            names += block_names(sequence.parent(), unnamed, size, False)
 
     def note_full_blocks(self, sequence: DraftSequence, token_ids: Sequence[int]) -> None:
-        """Name the blocks that are full of the request's tokens, so that other requests find them."""
+        """Name the blocks that are full of the request's tokens, so that other requests find them. A name says which
+        tokens come before: so none where some are left out."""
+        if sequence.num_left_out:
+            return
         self._name(sequence, token_ids)
         full = min(sequence.num_computed // self._pools.block_size, len(sequence.block_names))
         for index in range(sequence.num_registered, full):

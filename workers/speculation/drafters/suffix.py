@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from workers.config import SpeculativeOptions
 from workers.engine.request import Request
+from workers.engine.step import SchedulerOutput
 from workers.speculation.drafters.drafter import DraftWanted
 from workers.speculation.drafters.past_tokens import MAX_PLACES, PastTokens, match_length
 
@@ -134,6 +135,9 @@ class SuffixDrafter:
 
     def prepare(self, requests: Sequence[Request]) -> None:
         """As in Drafter: nothing needs to be."""
+
+    def computed(self, plan: SchedulerOutput, features: object) -> None:
+        """As in Drafter: it asks for none."""
 
     def forget(self, request: Request) -> None:
         """As in Drafter."""
