@@ -28,8 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.rows import Measurement, append_rows
-from bench.speculation import DEMO_DRAFT, DEMO_MODEL, Bench, Prompts
+from bench.rows import ROOT, Measurement, append_rows
+from bench.speculation import DEMO_MODEL, Bench, Prompts
 from compress.calibration.walk import ModelWalk
 from workers.config import EngineConfig, SpeculativeOptions
 from workers.engine.direct_plan import DirectChunk, direct_plan
@@ -237,7 +237,7 @@ def main() -> None:
     """Measure, print, append."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=32, help="at each temperature; at most 32")
-    parser.add_argument("--draft", default=str(DEMO_DRAFT), help="directory of the draft model")
+    parser.add_argument("--draft", default=str(ROOT / "models" / "demo-draft"), help="directory of the draft model")
     parser.add_argument("--dry", action="store_true", help="append no rows")
     given = parser.parse_args()
     torch.set_num_threads(1)
