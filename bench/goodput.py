@@ -112,6 +112,9 @@ class VirtualDraft:
     def computed(self, plan: SchedulerOutput, features: object) -> None:
         """As in Drafter."""
 
+    def ahead(self, requests: Sequence[Request], num_tokens: int) -> None:
+        """As in Drafter: here steps do not overlap."""
+
     def forget(self, request: Request) -> None:
         """As in Drafter."""
 

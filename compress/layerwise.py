@@ -19,6 +19,7 @@ from compress.calibration.tapped import Replaced, Tap, TappedFormat
 from compress.calibration.walk import ModelWalk
 from compress.errors import CompressError
 from compress.gguf.blocks.quantise import quantise
+from compress.kv_channels import ChannelRecorder, packed_cache
 from compress.kv_scales import CacheRecorder, rounded_cache
 from compress.layer import CompressedLayer, LayerWeights, compress_layer, meant_weights, read_layer
 from compress.loss import Loss, compare
@@ -88,14 +89,24 @@ class LayerwiseRun:
 
     def _compress(self, layer: LayerWeights, index: int, x: Tensor) -> CompressedLayer:
         recipe, walk = self._recipe, self._walk
-        cache = CacheRecorder(walk.model.cache_specs[index]) if recipe.has_kv_scales else None
+        spec = walk.model.cache_specs[index]
+        cache = CacheRecorder(spec) if recipe.has_kv_scales else None
+        channels = ChannelRecorder(spec, x.shape[1]) if recipe.has_kv_channels else None
         if recipe.needs_calibration:
             recorder = LayerRecorder(recipe.needs_hessian, walk.device)
-            walk.through(walk.layer(index, TappedFormat(recorder.tap)), index, x, None if cache is None else cache.tap)
+
+            def tap(kv: Tensor) -> None:
+                for each in (cache, channels):
+                    if each is not None:
+                        each.tap(kv)
+
+            query_tap = None if channels is None else channels.tap_queries
+            walk.through(walk.layer(index, TappedFormat(recorder.tap)), index, x, tap, query_tap)
             layer.statistics = {matrices.names: recorder.of(matrices) for matrices in layer.matrices}
         made = compress_layer(walk.model, layer, recipe, index)
-        if cache is not None:
-            made.tensors.update(cache.tensors(f"model.layers.{index}.self_attn."))
+        for each in (cache, channels):
+            if each is not None:
+                made.tensors.update(each.tensors(f"model.layers.{index}.self_attn."))
         return made
 
     def _send_on(self, index: int, layer: LayerWeights, tensors: dict[str, Tensor], streams: _Streams) -> None:
@@ -104,7 +115,8 @@ class LayerwiseRun:
         compressed = walk.layer(
             index, TappedFormat(input_rounding(self._recipe, tensors)), Replaced(walk.weights, given)
         )
-        cache_tap = rounded_cache(tensors, f"model.layers.{index}.self_attn.")
+        prefix = f"model.layers.{index}.self_attn."
+        cache_tap = rounded_cache(tensors, prefix) or packed_cache(tensors, prefix)
         if self._recipe.needs_calibration and not is_last:
             streams.calibration = walk.through(compressed, index, streams.calibration, cache_tap)
         if len(streams.plain):
@@ -151,7 +163,7 @@ def check_layer(walk: ModelWalk, recipe: Recipe, index: int) -> None:
     walk.model.decoder.add_tensors(layout, walk.model.hidden_size, index)
     for matrices in layout.matrices:
         recipe.check(matrices)
-    if recipe.has_kv_scales and walk.model.cache_specs[index].is_latent:
+    if (recipe.has_kv_scales or recipe.has_kv_channels) and walk.model.cache_specs[index].is_latent:
         raise CompressError(f"layer {index}: scales of a latent cache are not known")
 
 

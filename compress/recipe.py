@@ -35,6 +35,7 @@ class Recipe:
     pruning: Pruning | None = None
     kept: tuple[str, ...] = ()  # patterns of names of matrices that stay as they are
     has_kv_scales: bool = False  # static scales for an e4m3 KV cache
+    has_kv_channels: bool = False  # learned scales and shifts for a packed one
     file_format: str = "compressed-tensors"
     schemes: tuple[tuple[str, Scheme], ...] = ()
     """Of single matrices, by name, in place of `scheme`: what mixed precision chose, or a GGUF's mixture. A product's
@@ -53,7 +54,7 @@ class Recipe:
         """Whether any input is looked at."""
         sees_inputs = any(scheme.needs_calibration for scheme in self._all_schemes)
         is_wanda = self.pruning is not None and self.pruning.method == "wanda"
-        sees_inputs = sees_inputs or self.has_kv_scales or self.has_importances
+        sees_inputs = sees_inputs or self.has_kv_scales or self.has_kv_channels or self.has_importances
         return self.needs_hessian or self.smoothing != "none" or is_wanda or sees_inputs
 
     @property

@@ -32,6 +32,7 @@ _DEFAULT_SCHEMES = {
     "sparsegpt": "plain",
     "low-rank": "low-rank:80",
     "kv": "plain",
+    "wkv": "plain",
     "imatrix": "Q4_K_M",
 }
 _ROUNDED_BY_GPTQ = ("gptq", "sparsegpt", "llm-int8")
@@ -51,6 +52,7 @@ class Request:
     sparsity: str = "2:4"
     kept: tuple[str, ...] = ()
     has_kv_scales: bool = False
+    has_kv_channels: bool = False
     file_format: str = ""  # "": the one that has the scheme
 
 
@@ -95,7 +97,9 @@ def recipe_for(request: Request) -> Recipe:
     size = request.group_size
     scheme = scheme_labelled(name) if ":" in name else scheme_named(name, size, request.searches_range)
     prunes = method in ("magnitude", "wanda", "sparsegpt")
-    if scheme == PLAIN and not prunes and not request.has_kv_scales and method != "kv":
+    has_kv_scales = request.has_kv_scales or method == "kv"
+    has_kv_channels = request.has_kv_channels or method == "wkv"
+    if scheme == PLAIN and not (prunes or has_kv_scales or has_kv_channels):
         raise CompressError(f"--method {method} with --scheme plain changes nothing")
     return Recipe(
         scheme=scheme,
@@ -104,7 +108,8 @@ def recipe_for(request: Request) -> Recipe:
         smoothing=method if method in ("awq", "smoothquant") else "none",  # type: ignore[arg-type]
         pruning=Pruning(method, Pattern.parse(request.sparsity)) if prunes else None,  # type: ignore[arg-type]
         kept=request.kept,
-        has_kv_scales=request.has_kv_scales or method == "kv",
+        has_kv_scales=has_kv_scales,
+        has_kv_channels=has_kv_channels,
         file_format=format_for(scheme, request.file_format),
     )
 
@@ -117,8 +122,8 @@ def _gguf_recipe(request: Request) -> Recipe:
         raise CompressError(f"--format {request.file_format} stores no {request.scheme}: only gguf does")
     if request.method not in ("", "rtn", "imatrix"):
         raise CompressError(f"--method {request.method!r}: a GGUF is made by rtn or imatrix")
-    if request.has_kv_scales:
-        raise CompressError("--kv-scales: a GGUF has none")
+    if request.has_kv_scales or request.has_kv_channels:
+        raise CompressError(f"--kv-{'scales' if request.has_kv_scales else 'channels'}: a GGUF has none")
     if request.method == "rtn" and request.scheme == "IQ2_XXS":
         raise CompressError("--method rtn: IQ2_XXS needs importances; choose imatrix")
     return Recipe(

@@ -70,6 +70,9 @@ _MAKERS: dict[str, Callable[[int, bool], Scheme]] = {
     "w8a16": lambda group, search: Scheme("w8a16", IntGrid(8, group, True, search)),
     "w4a8": lambda group, search: Scheme("w4a8", IntGrid(4, group, True, search), _TOKEN_INT8),
     "w8a8": lambda group, search: Scheme("w8a8", IntGrid(8, 0, True, search), _TOKEN_INT8),
+    "w8a8-static": lambda group, search: Scheme(
+        "w8a8-static", IntGrid(8, 0, True, search), ActivationRounding("int8", "tensor")
+    ),
     "fp8": lambda group, search: Scheme("fp8", Fp8Grid("row"), ActivationRounding("fp8", "token")),
     "fp8-static": lambda group, search: Scheme("fp8-static", Fp8Grid("matrix"), ActivationRounding("fp8", "tensor")),
     "fp8-block": lambda group, search: Scheme("fp8-block", Fp8Grid("block"), ActivationRounding("fp8", "group")),

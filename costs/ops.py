@@ -68,6 +68,30 @@ def prefill_attention(
     return OpCost(query_bytes + num_read * num_kv_heads * kv_token_bytes, 4 * pairs * num_q_heads * head_dim)
 
 
+def tree_attention(
+    query_lens: Sequence[int],
+    seq_lens: Sequence[int],
+    depths: Sequence[int],
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype_bytes: int,
+    window: int = 0,
+    kv_token_bytes: int | None = None,
+) -> OpCost:
+    """The last query_lens[i] tokens of sequence i are a tree; each asks its ancestors, itself and all before the tree.
+
+    depths: of each node of all trees, the number of its ancestors. What is read is what as many tokens in a row read.
+    """
+    read = prefill_attention(
+        query_lens, seq_lens, num_q_heads, num_kv_heads, head_dim, dtype_bytes, window, kv_token_bytes
+    ).memory_bytes
+    positions = [end - n for n, end in zip(query_lens, seq_lens, strict=True) for _ in range(n)]
+    seen = [before + depth + 1 for before, depth in zip(positions, depths, strict=True)]
+    pairs = sum(min(n, window or n) for n in seen)
+    return OpCost(read, 4 * pairs * num_q_heads * head_dim)
+
+
 def _seen_by_first(num_tokens: int, window: int) -> int:
     """Keys that a sequence's first tokens see between them."""
     ramp = min(num_tokens, window)

@@ -14,6 +14,12 @@ class PackedBits:
     keys: int
     values: int
     has_token_keys: bool = False  # keys share scales per token over groups of channels, as values do
+    has_channel_scales: bool = False  # numbers are shifted and scaled by channel before they are packed
+
+    @property
+    def label(self) -> str:
+        """Short, of cases: k4v4tc."""
+        return f"k{self.keys}v{self.values}" + "t" * self.has_token_keys + "c" * self.has_channel_scales
 
 
 def channel_group(head_dim: int) -> int:

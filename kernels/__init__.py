@@ -19,8 +19,13 @@ definition that both are tested against. Importing touches no GPU.
         kv_scales=None         fp32; of a float8_e4m3fn cache [kv_heads, 2], of an int8 one [blocks, kv_heads, 2,
                                block_size]: a cached number times its scale is meant
         batch_invariant=False  a token's bits then depend on its own sequence only (kernels/attention/ says how far)
+    tree_attention(q, kv_cache, block_table, query_start_loc, seq_lens, ancestors, max_query_len, scale, ...)
+        -> shaped as q; each sequence's query tokens are the nodes of a tree, at most 64; ancestors: [num_tokens] int64,
+        bit j of a node's word is set for its ancestors and itself; options as above but the last
+    compact_kv(all layers' caches, source_slots, target_slots, start_loc) -> the caches, cached tokens moved in place
     rope_and_write_kv(q, k, v, cos_sin, positions, kv_cache, slot_mapping) -> rotated q
-    pack_full_blocks(kv_cache, slot_mapping, that of the packed cache, its parts, bits) -> the parts, written in place
+    pack_full_blocks(kv_cache, slot_mapping, that of the packed cache, its parts, bits, channels=None) -> the parts,
+        written in place; channels: kernels.kv.packed_blocks.ChannelScales
     copy_full_blocks(kv_cache, slot_mapping, that of the other cache, the other cache) -> it, written in place
     mixed_precision_attention(q, levels, query_start_loc, seq_lens, max_query_len, scale, ...) -> shaped as q
         levels: kernels.attention.precision_levels.LevelBlocks, each a form of the cache and the distances it stands for
@@ -68,6 +73,7 @@ from kernels.attention.mixed_precision import mixed_precision_attention
 from kernels.attention.mla import mla_decode_attention
 from kernels.attention.mla_prefill import mla_prefill_attention
 from kernels.attention.prefill import prefill_attention
+from kernels.attention.tree import tree_attention
 from kernels.embedding import vocab_embedding
 from kernels.experts.grouping import group_by_expert
 from kernels.experts.moe import moe_experts
@@ -84,6 +90,7 @@ from kernels.gemm.w4a8 import w4a8_gemm
 from kernels.gemm.w4a16 import w4a16_gemm
 from kernels.gemm.w8a8 import fp8_gemm, int8_gemm
 from kernels.gemm.w8a16 import w8a16_gemm
+from kernels.kv.compact import compact_kv
 from kernels.kv.copy_blocks import copy_full_blocks
 from kernels.kv.kv_copy import gather_kv_blocks, scatter_kv_blocks
 from kernels.kv.pack_kv import pack_full_blocks
@@ -102,6 +109,7 @@ __all__ = [
     "add_rms_norm",
     "add_rms_norm_quantised",
     "apply_penalties",
+    "compact_kv",
     "copy_full_blocks",
     "decode_attention",
     "fixed_order_linear",
@@ -129,6 +137,7 @@ __all__ = [
     "split_outliers",
     "swiglu",
     "swiglu_quantised",
+    "tree_attention",
     "vocab_argmax",
     "vocab_embedding",
     "w2a8_gemm",

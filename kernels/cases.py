@@ -129,6 +129,13 @@ class Draw:
                 kv_cache[row[first_block], :, :, :num_slots] = poison(kv_cache.dtype)
         return kv_cache, self.integers(table), self.integers(shape.seq_lens)
 
+    def channel_scales(self, kv_heads: int, head_dim: int) -> torch.Tensor:
+        """As kernels.kv.packed_blocks has them."""
+        scales = self.normal(kv_heads, 2, 2, head_dim, dtype=torch.float32)
+        if self._generator is not None:
+            scales[:, :, 0].abs_().add_(0.5)
+        return scales
+
     def kv_scales(self, kv_cache: torch.Tensor) -> torch.Tensor:
         """fp8: [kv_heads, 2], of a head. int8: [blocks, kv_heads, 2, block_size], of a slot; NaN where it is unused."""
         if kv_cache.dtype != torch.int8:

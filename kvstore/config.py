@@ -17,7 +17,7 @@ from settings.limits import Bounds, Matches, OneOf, check_limits
 DISK_WRITES = ("back", "through")
 PREFIX_FETCH = ("cheapest", "always", "never")
 KV_ENCODINGS = ("none", "int8", "fp8")  # of keys and values on their way, with loss
-KV_MIXED_PRECISIONS = ("kivi8_4", "kivi4", "kivi4_2", "kivi2", "kivi2_v1", "token4", "token2")
+KV_MIXED_PRECISIONS = ("kivi8_4", "kivi4", "kivi4_2", "kivi2", "kivi2_v1", "wkv4", "token4", "token2")
 KV_CACHE_DTYPES = ("auto", "int8", "fp8", *KV_MIXED_PRECISIONS)  # of keys and values in the paged cache
 # Scales are shared by a block's tokens: in smaller blocks they cost more than the codes.
 MIXED_PRECISION_BLOCK_TOKENS = 32
@@ -76,11 +76,13 @@ class KVStoreConfig:
     row. A fourth of the bytes of float32, half of bfloat16's; some tokens change (`python -m bench.kv_loss`)."""
     kv_cache_dtype: Annotated[str, OneOf(KV_CACHE_DTYPES)] = "auto"
     """How the paged cache itself keeps keys and values, and so all tiers; what it saves is streams that fit. auto: in
-    the model's dtype. int8: with a scale of each token and head. fp8 (e4m3): divided by a fixed scale of each head, the
-    checkpoint's k_scale and v_scale or else 1. kivi4, kivi2 (arXiv:2402.02750): blocks are packed in 4 or 2 bits when
-    they are full, keys per channel and values per token; the newest and the first tokens stay exact. kivi2_v1: values
-    in 1 bit. kivi8_4, kivi4_2: 8 (4) bits up to 128 tokens back, then 4 (2). token4, token2: keys per token too, which
-    loses more. Other than auto, kv_encoding must be none."""
+    the model's dtype. int8: with a scale of each token and head. fp8 (e4m3): divided by a fixed scale of each head,
+    the checkpoint's k_scale and v_scale or else 1. kivi4, kivi2 (arXiv:2402.02750): blocks are packed in 4 or 2 bits
+    when they are full, keys per channel and values per token; the newest and the first tokens stay exact. kivi2_v1:
+    values in 1 bit. kivi8_4, kivi4_2: 8 (4) bits up to 128 tokens back, then 4 (2). token4, token2: keys per token
+    too, which loses more. wkv4 (arXiv:2402.12065): as token4, behind a scale and a shift of each channel, which
+    `switchyard quantize --method wkv` learns; where the checkpoint has none it is token4. Other than auto,
+    kv_encoding must be none."""
     kv_window_tokens: Annotated[int, Bounds(at_least=0, at_most=2**20)] = 32
     """kivi and token schemes: tokens behind each token, itself included, whose keys and values it sees exactly; no
     fewer than a block has."""

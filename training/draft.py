@@ -1,4 +1,4 @@
-"""Distils the demo model's draft: `python -m training.draft`, RUN_MINUTES of one core.
+"""Distils the demo model's draft: `python -m training.draft`, 20 minutes of one core.
 
 First the demo model says and reads text (build/draft-shards), then the draft learns its distributions. Deterministic
 for a fixed torch version, thread count and CPU; the same command goes on where an earlier one stopped.

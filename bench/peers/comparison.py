@@ -15,10 +15,10 @@ from pathlib import Path
 from statistics import median
 
 from bench.peers import ours
-from bench.peers.models import MODELS, PeerModel, directory_of, full_model
+from bench.peers.models import MODELS, PeerModel, directory_of, full_model, write_gguf
 from bench.peers.ours import OurCluster, OurOptions, our_cluster
 from bench.peers.peer_side import PeerOptions
-from bench.peers.processes import PEERS, PeerFailed, PeerSpec, RunningPeer, peer
+from bench.peers.processes import LLAMA_CPP, PEERS, PeerFailed, PeerSpec, RunningPeer, peer
 from bench.peers.step_profile import StepProfile, profile_alone
 from bench.peers.table import ratio_to_best
 from bench.peers.workload import QUANTITIES, Call, Completion, calls_of, figures_of, step_call, warm_up
@@ -144,6 +144,8 @@ def _peer_options(comparison: Comparison, model: PeerModel, name: str, directory
     work.mkdir(parents=True, exist_ok=True)
     if model.precision:
         directory = directory_of(full_model(model), comparison.folder)
+    if name == LLAMA_CPP:
+        write_gguf(model, comparison.folder, work)
     threads = comparison.ours.num_threads
     return PeerOptions(str(directory), str(work), _PEER_DTYPE, threads, _MAX_NUM_SEQS, model.precision)
 

@@ -66,6 +66,19 @@ def directory_of(model: PeerModel, folder: Path) -> Path:
     return directory
 
 
+_MIXTURES = {"int8": "Q8_0", "int4": "Q4_K_M"}
+
+
+def write_gguf(model: PeerModel, folder: Path, work_dir: Path) -> None:
+    """The model's weights in a GGUF of its precision, for llama.cpp; made at the first call. In 16 bits there is none:
+    nothing here writes such a file."""
+    if model.precision:
+        mixture = _MIXTURES[model.precision]
+        file = work_dir / f"{model.name}-{mixture}.gguf"
+        if not file.exists():
+            _quantize(directory_of(full_model(model), folder), file, ("--scheme", mixture))
+
+
 def full_model(model: PeerModel) -> PeerModel:
     """The same in 16 bits, which peers quantize by themselves."""
     return MODELS[model.name.partition("-")[0]]

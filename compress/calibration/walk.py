@@ -39,7 +39,9 @@ class ModelWalk:
 
     def __init__(self, model: ModelConfig, weights: Weights, device: torch.device) -> None:
         if model.weight_format != PLAIN_FORMAT:
-            raise ModelError("quantization_config: the model is compressed already; start from its plain weights")
+            raise ModelError(
+                "quantization_config: the model is compressed already; --method dequantize makes a plain one"
+            )
         self.model = model
         self.weights = weights
         self.device = device
@@ -72,8 +74,16 @@ class ModelWalk:
         """A layer of the checkpoint."""
         return self.layer(index, self.model.weight_format)
 
-    def through(self, layer: Layer, index: int, x: Tensor, cache_tap: CacheTap | None = None) -> Tensor:
-        """Hidden states [blocks, tokens, hidden_size] before a layer -> those behind it."""
+    def through(
+        self,
+        layer: Layer,
+        index: int,
+        x: Tensor,
+        cache_tap: CacheTap | None = None,
+        query_tap: CacheTap | None = None,
+    ) -> Tensor:
+        """Hidden states [blocks, tokens, hidden_size] before a layer -> those behind it. query_tap: sees queries
+        [tokens, heads, head_dim]."""
         outputs, spec = [], self.model.cache_specs[index]
         for part in _parts(x):
             batch = self._batch(torch.zeros(part.shape[:2], dtype=torch.int64))
@@ -82,6 +92,8 @@ class ModelWalk:
             q, residual = layer.before_attention(part.flatten(0, 1), None, batch, cache)
             if cache_tap is not None:
                 cache_tap(keys_and_values)
+            if query_tap is not None:
+                query_tap(q)
             hidden, residual = layer.after_attention(layer.attention(q, batch, cache), residual)
             outputs.append((hidden + residual).view_as(part))
         return torch.cat(outputs)

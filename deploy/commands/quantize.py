@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from compress.recipe import Recipe
     from compress.selection.mixed import MixedRecipe
 
+DEQUANTIZE = "dequantize"
+
 
 @click.command()
 @click.argument("model_dir", metavar="MODEL")
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 @click.option("--search-range", is_flag=True, help="Try smaller ranges than each group's extremes.")
 @click.option("--sparsity", default="2:4", show_default=True, metavar="N:M_OR_SHARE", help="What pruning leaves.")
 @click.option("--kv-scales", is_flag=True, help="Also store scales for an fp8 KV cache.")
+@click.option("--kv-channels", is_flag=True, help="Also learn channels' scales and shifts for a wkv4 KV cache.")
 @click.option("--keep", "kept", multiple=True, metavar="REGEX", help="Matrices that stay as they are.")
 @click.option("--budget", default="", metavar="BYTES", help="Of all weights: each product gets one of --schemes.")
 @click.option(
@@ -70,6 +73,8 @@ def quantize(model_dir: str, out: str | None, is_plan: bool, as_json: bool, **op
             return _print_plan(model_dir, as_json, options)
         if out is None:
             raise ConfigError("--out: where the compressed model goes must be given")
+        if options["method"] == DEQUANTIZE:
+            return _dequantize(model_dir, Path(out), options)
         return _compress(model_dir, Path(out), as_json, options)
     except DiskError as error:
         raise StartError(one_line(error)) from None
@@ -107,15 +112,39 @@ def _print_plan(model_dir: str, as_json: bool, options: dict[str, object]) -> in
     return 0
 
 
+def _dequantize(model_dir: str, out: Path, options: dict[str, object]) -> int:
+    import torch
+
+    from compress.dequantized import dequantize_model
+    from workers.config import resolve_model
+    from workers.errors import ModelError
+
+    if out.exists():
+        raise ConfigError(f"{out}: is there already")
+    dtype = torch.bfloat16 if options["dtype"] == "bfloat16" else torch.float32
+    try:
+        directory = resolve_model(model_dir)
+    except ModelError as error:
+        raise ConfigError(str(error)) from None
+    num_bytes = dequantize_model(directory, out, dtype, lambda done: None)
+    deliver(f"{out}: {num_bytes / 1e6:.1f} MB in {options['dtype']}\n", sys.stdout)
+    return 0
+
+
 def _compress(model_dir: str, out: Path, as_json: bool, options: dict[str, object]) -> int:
     from compress.job import open_model
     from compress.request import OWN_SAMPLES, Request, TokenRequest, blocks_for, recipe_for
 
-    asked = {
+    asked: dict[str, Any] = {
         key: options[key] for key in ("method", "scheme", "group_size", "act_order", "sparsity", "kept", "file_format")
     }
     recipe = recipe_for(
-        Request(**asked, searches_range=bool(options["search_range"]), has_kv_scales=bool(options["kv_scales"]))  # type: ignore[arg-type]
+        Request(
+            **asked,
+            searches_range=bool(options["search_range"]),
+            has_kv_scales=bool(options["kv_scales"]),
+            has_kv_channels=bool(options["kv_channels"]),
+        )
     )
     if out.exists():
         raise ConfigError(f"{out}: is there already")

@@ -32,6 +32,7 @@ _NO_END = 1 << 30  # a distance or a position behind all others
 def _numbers(
     codes_ptr: Value,  # of a block and head
     scales_ptr: Value,  # its scales; the minima lie behind them. None: the codes are the numbers
+    channels_ptr: Value,  # of a head and half, scales and then shifts; or None
     slots: Value,
     dims: Value,  # shaped to broadcast with slots
     mask: Value,
@@ -51,6 +52,9 @@ def _numbers(
         scale = tl.load(scales_ptr + at, mask=mask, other=0.0).to(tl.float32)
         low = tl.load(scales_ptr + NUM_SCALES + at, mask=mask, other=0.0).to(tl.float32)
         numbers = code.to(tl.float32) * scale + low
+        if channels_ptr is not None:
+            spread = tl.load(channels_ptr + dims, mask=dims < HEAD_DIM, other=0.0)
+            numbers = numbers * spread + tl.load(channels_ptr + HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)
     return numbers
 
 
@@ -66,6 +70,7 @@ def _level_kernel(
     key_scales_ptr: Value,  # or None: keys_ptr has numbers
     values_ptr: Value,
     value_scales_ptr: Value,
+    channels_ptr: Value,  # fp32 [kv_heads, 2, scale | shift, HEAD_DIM], or None
     score_scale: Value,
     cap: Value,
     window: Value,
@@ -121,6 +126,8 @@ def _level_kernel(
     last_position = length - num_queries + tl.minimum(first_in_tile + BLOCK_Q, num_queries) - 1
     first = tl.maximum(tl.maximum(first_position + 1 - tl.minimum(farthest, window), first_seen), 0)
     end = tl.minimum(last_position + 1 - nearest, end_seen)
+    key_channels = channels_ptr + kv_head * (4 * HEAD_DIM) if channels_ptr is not None else None
+    value_channels = key_channels + 2 * HEAD_DIM if channels_ptr is not None else None
     for start in range(first // BLOCK_N * BLOCK_N, end, BLOCK_N):
         keys, slots = start + lane, start % BLOCK_SIZE + lane
         in_reach = (keys >= first) & (keys < end)
@@ -128,12 +135,12 @@ def _level_kernel(
         block = block * num_kv_heads + kv_head
         key_scales = key_scales_ptr + block * stride_key_scales if key_scales_ptr is not None else None
         k = _numbers(
-            keys_ptr + block * stride_keys, key_scales, slots[None, :], dims[:, None],
+            keys_ptr + block * stride_keys, key_scales, key_channels, slots[None, :], dims[:, None],
             in_reach[None, :] & (dims < HEAD_DIM)[:, None], HEAD_DIM, BLOCK_SIZE, KEY_BITS, KEY_CHANNELS,
         )  # fmt: skip
         value_scales = value_scales_ptr + block * stride_value_scales if value_scales_ptr is not None else None
         v = _numbers(
-            values_ptr + block * stride_values, value_scales, slots[:, None], dims[None, :],
+            values_ptr + block * stride_values, value_scales, value_channels, slots[:, None], dims[None, :],
             in_reach[:, None] & (dims < HEAD_DIM)[None, :], HEAD_DIM, BLOCK_SIZE, VALUE_BITS, VALUE_CHANNELS,
         )  # fmt: skip
         scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * score_scale
@@ -196,8 +203,9 @@ def launch(
             strides = (keys.stride(1), key_scales.stride(1), values.stride(1), value_scales.stride(1))
         _level_kernel[grid](
             outs[i], sums[i], q, query_start_loc, seq_lens, level.block_table, keys, key_scales, values, value_scales,
-            *score_factors(scale, soft_cap), window or _NO_END, reach.nearest, reach.farthest or _NO_END,
-            reach.first_key, reach.end_key or _NO_END, q.stride(0), level.block_table.stride(0), *strides,
+            level.channels, *score_factors(scale, soft_cap), window or _NO_END, reach.nearest,
+            reach.farthest or _NO_END, reach.first_key, reach.end_key or _NO_END, q.stride(0),
+            level.block_table.stride(0), *strides,
             GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=level.block_size,
             KEY_BITS=8 if bits is None else bits.keys, VALUE_BITS=8 if bits is None else bits.values,
             KEY_CHANNELS=channels if bits is not None and bits.has_token_keys else 0, VALUE_CHANNELS=channels,
@@ -310,22 +318,25 @@ class _Forms:
     sink_tokens: int = 0
 
     def name(self) -> str:
-        forms = [f"k{bits.keys}v{bits.values}" + "t" * bits.has_token_keys for bits, _ in self.packed]
+        forms = [bits.label for bits, _ in self.packed]
         return f" {' '.join(forms)} exact{self.window_tokens} first{self.sink_tokens}"
 
-    def levels(self, kv_cache: torch.Tensor, block_table: torch.Tensor, seq_lens: list[int]) -> tuple[LevelBlocks, ...]:
+    def levels(
+        self, draw: Draw, kv_cache: torch.Tensor, block_table: torch.Tensor, seq_lens: list[int]
+    ) -> tuple[LevelBlocks, ...]:
         """Packed from the cache. What is in no full block is no number, so that nobody reads it packed."""
         full = torch.nan_to_num(kv_cache)
         windows = [window for _, window in self.packed] + [self.window_tokens]
         found = []
         for (bits, window), nearest in zip(self.packed, windows[1:], strict=True):
-            parts = pack_blocks(full, bits)
+            channels = draw.channel_scales(full.shape[1], full.shape[4]) if bits.has_channel_scales else None
+            parts = pack_blocks(full, bits, channels)
             if not kv_cache.is_meta:
                 size = kv_cache.shape[3]
                 is_open = kv_cache[:, 0, 0].isnan().any(-1).any(-1)
                 assert int(is_open.sum()) == 1 + sum(length % size > 0 for length in seq_lens)
                 parts[1][is_open], parts[3][is_open] = float("nan"), float("nan")
-            found.append(LevelBlocks(parts, bits, Reach(nearest, window, self.sink_tokens), block_table))
+            found.append(LevelBlocks(parts, bits, Reach(nearest, window, self.sink_tokens), block_table, channels))
         found.append(LevelBlocks((kv_cache,), None, Reach(0, self.window_tokens), block_table))
         if self.sink_tokens:
             reach = Reach(self.window_tokens, end_key=self.sink_tokens)
@@ -343,7 +354,7 @@ def _case(
         q = draw.normal(sum(query_lens), shape.num_q_heads, shape.head_dim)
         kv_cache, block_table, seq_lens = draw.paged_cache(shape)
         starts = [sum(query_lens[:i]) for i in range(len(query_lens) + 1)]
-        levels = forms.levels(kv_cache, block_table, list(shape.seq_lens))
+        levels = forms.levels(draw, kv_cache, block_table, list(shape.seq_lens))
         logits = draw.normal(shape.num_q_heads, dtype=torch.float32) if sinks else None
         return (
             q, levels, draw.integers(starts), seq_lens, max(query_lens), shape.head_dim**-0.5, window, logits, soft_cap,
@@ -356,6 +367,7 @@ def _case(
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 _KIVI2 = _Forms(((PackedBits(2, 2), 0),), 32, 16)
+_WKV4 = PackedBits(4, 4, has_token_keys=True, has_channel_scales=True)
 _TIERS = _Forms(((PackedBits(4, 4), 0), (PackedBits(8, 8), 64)), 32, 16)
 SMALL = (
     _case(PagedShape((1, 16, 77), 4, 2, 64, 16), FP32, _Forms(((PackedBits(2, 2), 0),), 16, 4)),
@@ -366,12 +378,15 @@ SMALL = (
     _case(PagedShape((200,), 4, 2, 64, 16, query_lens=(90,)), FP32, _TIERS),
     _case(PagedShape((90, 64), 4, 4, 32, 32, query_lens=(90, 9)), FP32,
           _Forms(((PackedBits(4, 4, has_token_keys=True), 0),), 32, 16)),
+    _case(PagedShape((110, 40), 4, 2, 64, 16, query_lens=(20, 1)), FP32, _Forms(((_WKV4, 0),), 16, 4)),
+    _case(PagedShape((70,), 6, 3, 80, 16), BF16, _Forms(((_WKV4, 0),), 16)),
     _case(PagedShape((140,), 4, 2, 64, 16, query_lens=(60,)), FP32, _KIVI2, window=50, sinks=True, soft_cap=5.0),
     _case(PagedShape((150, 3), 4, 2, 64, 16, query_lens=(70, 3)), FP32, _KIVI2, batch_invariant=True),
 )  # fmt: skip
 FULL = (
     _case(PagedShape((8192,) * 64, 32, 8, 128, 64), BF16, _Forms(((PackedBits(2, 2), 0),), 64, 16)),
     _case(PagedShape((8192,) * 64, 32, 8, 128, 32), BF16, _Forms(((PackedBits(4, 4), 0),), 32, 16)),
+    _case(PagedShape((8192,) * 64, 32, 8, 128, 32), BF16, _Forms(((_WKV4, 0),), 32, 16)),
     _case(PagedShape((16384,), 32, 8, 128, 64, query_lens=(2048,)), BF16, _Forms(((PackedBits(2, 2), 0),), 64, 16)),
     _case(PagedShape((4096,) * 8, 28, 4, 128, 64), FP16, _Forms(((PackedBits(4, 4), 0), (PackedBits(8, 8), 128)), 64)),
     _case(PagedShape((2048,) * 8, 9, 3, 64, 32), FP32, _KIVI2, batch_invariant=True),

@@ -100,13 +100,16 @@ def gather_sequence(
     ]
 
 
-def define(q: torch.Tensor, kv: torch.Tensor, softmax: Softmax) -> torch.Tensor:
-    """q [n, q_heads, head_dim] are a sequence's last tokens, kv [kv_heads, 2, length, head_dim] what they see of it."""
+def define(q: torch.Tensor, kv: torch.Tensor, softmax: Softmax, seen: torch.Tensor | None = None) -> torch.Tensor:
+    """q [n, q_heads, head_dim] are a sequence's last tokens, kv [kv_heads, 2, length, head_dim] what they see of it.
+
+    seen: bool [n, length], where that is not all before a token and itself, cut to the window.
+    """
     out = torch.empty_like(q)
     num_kv_heads, _, length, _ = kv.shape
     group = q.shape[1] // num_kv_heads
     keys = torch.arange(length, device=q.device)
-    unseen = ~softmax.is_seen(keys[length - len(q) :], keys)
+    unseen = ~(softmax.is_seen(keys[length - len(q) :], keys) if seen is None else seen)
     for h, (k, v) in enumerate(kv):
         heads = slice(h * group, (h + 1) * group)
         scores = softmax.scores(torch.einsum("qhd,kd->hqk", q[:, heads].double(), k.double()))

@@ -15,7 +15,7 @@ import torch
 from costs.packed_kv import PackedBits
 from kernels.attention.paged import KEY_TILE, QUERY_TILE, Softmax, TileSums, softmax_attention
 from kernels.jit import cdiv
-from kernels.kv.packed_blocks import Packed, unpack_blocks
+from kernels.kv.packed_blocks import ChannelScales, Packed, unpack_blocks
 
 _QUERY_ROWS = 64
 
@@ -67,6 +67,7 @@ class LevelBlocks:
     bits: PackedBits | None  # None: exact
     reach: Reach
     block_table: torch.Tensor  # int32 [batch, max_blocks]; entries out of reach are not read
+    channels: ChannelScales | None = None  # of packed numbers
 
     @property
     def packed(self) -> Packed:
@@ -85,7 +86,9 @@ class LevelBlocks:
         first_block = first // size
         block_ids = self.block_table[sequence, first_block : cdiv(stop, size)].long()
         picked = tuple(part[block_ids] for part in self.parts)
-        kv = picked[0] if self.bits is None else unpack_blocks(_as_packed(picked), self.bits, dtype)
+        kv = picked[0]
+        if self.bits is not None:
+            kv = unpack_blocks(_as_packed(picked), self.bits, dtype, self.channels)
         by_token = kv.permute(1, 2, 0, 3, 4).flatten(2, 3)
         return SeenKeys(by_token[:, :, first - first_block * size : stop - first_block * size], first, self.reach)
 

@@ -137,7 +137,7 @@ def _prefill_kernel(
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=tile_mask)
 
 
-def _tile(block_d: int, element_size: int) -> tuple[int, int]:
+def tile_shape(block_d: int, element_size: int) -> tuple[int, int]:
     """(rows, keys) of a tile for which sm_90a needs no spill. fp32 has no tensor cores: its dots live in registers."""
     if element_size == 4:
         return (64 if block_d <= 32 else 32 if block_d <= 64 else 16), 32
@@ -162,7 +162,7 @@ def launch(
     _, num_kv_heads, _, block_size, _ = kv_cache.shape
     group = num_q_heads // num_kv_heads
     block_d = max(16, next_power_of_2(head_dim))
-    most_rows, block_n = _tile(block_d, q.element_size())
+    most_rows, block_n = tile_shape(block_d, q.element_size())
     rows = most_rows if batch_invariant else min(most_rows, next_power_of_2(max_query_len * group))
     block_m = max(16, next_power_of_2(group), rows)
     block_q = block_m // group

@@ -46,6 +46,8 @@ def attend(
     MASKED: constexpr,  # False: every row sees every key of this tile
     WINDOWED: constexpr,  # False: `window` holds every position
     CAPPED: constexpr,
+    words: Value = None,  # [ROWS] int64: of the keys from first_node on a row sees those of set bits; None: causal
+    first_node: Value = 0,
 ) -> Value:
     """Attend to keys start .. start + BLOCK_N - 1 and return the new (acc, peak, total)."""
     lane = tl.arange(0, BLOCK_N)
@@ -85,10 +87,15 @@ def attend(
         is_seen = keys[None, :] <= last_key[:, None]
         if WINDOWED:
             is_seen = is_seen & (keys[None, :] > last_key[:, None] - window)
+        if words is not None:
+            node = keys - first_node
+            bits = (words[:, None] >> tl.minimum(tl.maximum(node, 0), 63)[None, :]) & 1
+            is_seen = (is_seen & (node < 0)[None, :]) | ((bits != 0) & ((node >= 0) & in_reach)[None, :])
         scores = tl.where(is_seen, scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1))
-    # Of a tile that lies wholly outside its window a row may have seen nothing yet.
-    base = tl.where(new_peak > float("-inf"), new_peak, 0.0) if MASKED and WINDOWED else new_peak
+    # Of a tile that lies wholly outside its window, or of a run's first nodes, a row may have seen nothing yet.
+    may_be_blind = MASKED and (WINDOWED or words is not None)
+    base = tl.where(new_peak > float("-inf"), new_peak, 0.0) if may_be_blind else new_peak
     weights = tl.exp2(scores - base[:, None])
     decay = tl.exp2(peak - base)
     total = total * decay + tl.sum(weights, 1)

@@ -10,6 +10,7 @@ from kernels.attention.mixed_precision import mixed_precision_attention
 from kernels.attention.mla import mla_decode_attention
 from kernels.attention.mla_prefill import mla_prefill_attention
 from kernels.attention.prefill import prefill_attention
+from kernels.attention.tree import tree_attention
 from kernels.embedding import vocab_embedding
 from kernels.experts.grouping import group_by_expert
 from kernels.experts.moe import moe_experts
@@ -26,6 +27,7 @@ from kernels.gemm.w4a8 import w4a8_gemm
 from kernels.gemm.w4a16 import w4a16_gemm
 from kernels.gemm.w8a8 import fp8_gemm, int8_gemm
 from kernels.gemm.w8a16 import w8a16_gemm
+from kernels.kv.compact import compact_kv
 from kernels.kv.copy_blocks import copy_full_blocks
 from kernels.kv.kv_copy import gather_kv_blocks, scatter_kv_blocks
 from kernels.kv.pack_kv import pack_full_blocks
@@ -78,4 +80,6 @@ OPS: tuple[Op[..., Any], ...] = (
     moe_experts,
     moe_experts_fp8,
     moe_experts_weight_only,
+    tree_attention,
+    compact_kv,
 )

@@ -14,7 +14,7 @@ from costs.packed_kv import PackedBits, channel_group
 from kernels.cases import DTYPE_NAMES, Draw
 from kernels.jit import Value, cdiv, constexpr, jit, next_power_of_2, tl
 from kernels.kv.copy_blocks import full_block_slots
-from kernels.kv.packed_blocks import Packed, pack_blocks
+from kernels.kv.packed_blocks import ChannelScales, Packed, pack_blocks
 from kernels.op import Case, Op
 
 
@@ -25,6 +25,7 @@ def _pack_kernel(
     scales_ptr: Value,
     slots_ptr: Value,
     target_slots_ptr: Value,
+    channels_ptr: Value,  # fp32 [kv_heads, 2, scale | shift, HEAD_DIM], or None
     HALF: constexpr,  # 0: keys, 1: values
     HEAD_DIM: constexpr,
     BLOCK_SIZE: constexpr,
@@ -53,6 +54,11 @@ def _pack_kernel(
         column = group * WIDTH + dims
         x = tl.load(kv_ptr + slots[:, None] * HEAD_DIM + column[None, :], mask=in_group[None, :], other=0.0)
         x = x.to(tl.float32)
+        if channels_ptr is not None:
+            of_channels = channels_ptr + (kv_head * 2 + HALF) * (2 * HEAD_DIM) + column
+            spread = tl.load(of_channels, mask=in_group, other=1.0)
+            shift = tl.load(of_channels + HEAD_DIM, mask=in_group, other=0.0)
+            x = tl.div_rn(x - shift[None, :], tl.broadcast_to(spread[None, :], (BLOCK_SIZE, BLOCK_D)))
         if CHANNELS:
             low = tl.min(tl.where(in_group[None, :], x, float("inf")), 1)
             high = tl.max(tl.where(in_group[None, :], x, float("-inf")), 1)
@@ -80,18 +86,23 @@ def _pack_kernel(
 
 
 def launch(
-    kv_cache: torch.Tensor, slots: torch.Tensor, target_slots: torch.Tensor, packed: Packed, bits: PackedBits
+    kv_cache: torch.Tensor,
+    slots: torch.Tensor,
+    target_slots: torch.Tensor,
+    packed: Packed,
+    bits: PackedBits,
+    channels: ChannelScales | None = None,
 ) -> Packed:
     if min(bits.keys, bits.values) < 2:
         raise ValueError("one bit is packed on CPUs only")
     _, num_kv_heads, _, block_size, head_dim = kv_cache.shape
-    channels = channel_group(head_dim)
-    by_half = (packed[0], packed[1], bits.keys, channels if bits.has_token_keys else 0), (
-        packed[2], packed[3], bits.values, channels,
+    group = channel_group(head_dim)
+    by_half = (packed[0], packed[1], bits.keys, group if bits.has_token_keys else 0), (
+        packed[2], packed[3], bits.values, group,
     )  # fmt: skip
     for half, (codes, scales, num_bits, shared) in enumerate(by_half):
         _pack_kernel[(slots.shape[0], num_kv_heads)](
-            kv_cache, codes, scales, slots, target_slots,
+            kv_cache, codes, scales, slots, target_slots, channels,
             HALF=half, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, BITS=num_bits, CHANNELS=shared,
             BLOCK_D=next_power_of_2(shared or head_dim), num_warps=4,
         )  # fmt: skip
@@ -99,31 +110,46 @@ def launch(
 
 
 def reference(
-    kv_cache: torch.Tensor, slots: torch.Tensor, target_slots: torch.Tensor, packed: Packed, bits: PackedBits
+    kv_cache: torch.Tensor,
+    slots: torch.Tensor,
+    target_slots: torch.Tensor,
+    packed: Packed,
+    bits: PackedBits,
+    channels: ChannelScales | None = None,
 ) -> Packed:
     block_size = kv_cache.shape[3]
     for slot, target in zip(slots.tolist(), target_slots.tolist(), strict=True):
         if slot >= 0 and target >= 0 and slot % block_size == block_size - 1:
             block = kv_cache[slot // block_size : slot // block_size + 1]
-            for part, rows in zip(packed, pack_blocks(block, bits), strict=True):
+            for part, rows in zip(packed, pack_blocks(block, bits, channels), strict=True):
                 part[target // block_size] = rows[0]
     return packed
 
 
 def cpu(
-    kv_cache: torch.Tensor, slots: torch.Tensor, target_slots: torch.Tensor, packed: Packed, bits: PackedBits
+    kv_cache: torch.Tensor,
+    slots: torch.Tensor,
+    target_slots: torch.Tensor,
+    packed: Packed,
+    bits: PackedBits,
+    channels: ChannelScales | None = None,
 ) -> Packed:
     block_size = kv_cache.shape[3]
     ends = (slots >= 0) & (target_slots >= 0) & (slots % block_size == block_size - 1)
     if bool(ends.any()):
         blocks, targets = slots[ends] // block_size, target_slots[ends] // block_size
-        for part, rows in zip(packed, pack_blocks(kv_cache[blocks], bits), strict=True):
+        for part, rows in zip(packed, pack_blocks(kv_cache[blocks], bits, channels), strict=True):
             part[targets] = rows
     return packed
 
 
 def _cost(
-    kv_cache: torch.Tensor, slots: torch.Tensor, target_slots: torch.Tensor, packed: Packed, bits: PackedBits
+    kv_cache: torch.Tensor,
+    slots: torch.Tensor,
+    target_slots: torch.Tensor,
+    packed: Packed,
+    bits: PackedBits,
+    channels: ChannelScales | None = None,
 ) -> costs.OpCost:
     """Of the blocks that are full on average; reading and writing."""
     num_blocks = cdiv(slots.shape[0], kv_cache.shape[3])
@@ -131,7 +157,7 @@ def _cost(
     return costs.OpCost(num_blocks * num_bytes, 0)
 
 
-_Arguments = tuple[torch.Tensor, torch.Tensor, torch.Tensor, Packed, PackedBits]
+_Arguments = tuple[torch.Tensor, torch.Tensor, torch.Tensor, Packed, PackedBits, ChannelScales | None]
 
 
 def _case(heads: int, head_dim: int, block_size: int, num_tokens: int, dtype: torch.dtype, bits: PackedBits) -> Case:
@@ -141,10 +167,10 @@ def _case(heads: int, head_dim: int, block_size: int, num_tokens: int, dtype: to
         kv_cache = draw.normal(num_blocks, heads, 2, block_size, head_dim)
         slots, target_slots = full_block_slots(draw, num_tokens, num_blocks, block_size)
         packed = pack_blocks(draw.normal(num_blocks + 1, heads, 2, block_size, head_dim), bits)
-        return kv_cache, slots, target_slots, packed, bits
+        channels = draw.channel_scales(heads, head_dim) if bits.has_channel_scales else None
+        return kv_cache, slots, target_slots, packed, bits, channels
 
-    form = f"k{bits.keys}v{bits.values}" + "t" * bits.has_token_keys
-    name = f"{DTYPE_NAMES[dtype]} {form} heads{heads} dim{head_dim} block{block_size} tokens{num_tokens}"
+    name = f"{DTYPE_NAMES[dtype]} {bits.label} heads{heads} dim{head_dim} block{block_size} tokens{num_tokens}"
     return Case(name, dtype, build)
 
 
@@ -156,12 +182,15 @@ SMALL = (
     _case(2, 80, 16, 40, FP32, PackedBits(4, 2)),
     _case(2, 32, 16, 40, BF16, PackedBits(4, 4, has_token_keys=True)),
     _case(1, 24, 16, 60, FP32, PackedBits(2, 2, has_token_keys=True)),
+    _case(2, 64, 16, 50, FP32, PackedBits(4, 4, has_token_keys=True, has_channel_scales=True)),
+    _case(1, 80, 16, 40, BF16, PackedBits(4, 4, has_token_keys=True, has_channel_scales=True)),
 )
 FULL = (
     _case(8, 128, 64, 8192, BF16, PackedBits(2, 2)),
     _case(8, 128, 32, 64, BF16, PackedBits(4, 4)),
     _case(3, 64, 32, 256, FP32, PackedBits(8, 8)),
     _case(8, 128, 64, 256, FP16, PackedBits(4, 4, has_token_keys=True)),
+    _case(8, 128, 64, 256, BF16, PackedBits(4, 4, has_token_keys=True, has_channel_scales=True)),
 )
 
 LIMIT = (

@@ -3,6 +3,8 @@
 Keys share a scale and a minimum per channel over the block's tokens, values per token over groups of channels; or both
 do so per token, which costs keys more, since the same few channels are large in all tokens. A number
 is code * scale + minimum, both fp16; codes are rounded to nearest with the fp16 values, so that nothing is lost twice.
+With channel scales (WKVQuant, arXiv:2402.12065) a number less its channel's shift, over its channel's scale, is what is
+packed; both are the model's and not the block's.
 One bit tells above from below the group's mean, at the mean distance from it. A byte holds neighbouring channels, the
 lowest bits first. Knows nothing of caches or attention.
 """
@@ -22,14 +24,24 @@ Packed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 block_size, head_dim / group]."""
 
 
-def pack_blocks(kv: torch.Tensor, bits: PackedBits) -> Packed:
+ChannelScales = torch.Tensor
+"""fp32 [kv_heads, keys | values, scale | shift, head_dim]."""
+
+
+def pack_blocks(kv: torch.Tensor, bits: PackedBits, channels: ChannelScales | None = None) -> Packed:
     """kv: [n, kv_heads, 2, block_size, head_dim] of full blocks."""
-    keys, values = kv.float().unbind(2)
+    wide = kv.float()
+    if channels is not None:
+        scale, shift = channels.unsqueeze(3).unbind(2)
+        wide = (wide - shift) / scale
+    keys, values = wide.unbind(2)
     pack_keys = _pack_by_token if bits.has_token_keys else _pack_by_channel
     return (*pack_keys(keys, bits.keys), *_pack_by_token(values, bits.values))
 
 
-def unpack_blocks(packed: Packed, bits: PackedBits, dtype: torch.dtype) -> torch.Tensor:
+def unpack_blocks(
+    packed: Packed, bits: PackedBits, dtype: torch.dtype, channels: ChannelScales | None = None
+) -> torch.Tensor:
     """[n, kv_heads, 2, block_size, head_dim]."""
     key_codes, key_scales, value_codes, value_scales = packed
     if bits.has_token_keys:
@@ -37,7 +49,11 @@ def unpack_blocks(packed: Packed, bits: PackedBits, dtype: torch.dtype) -> torch
     else:
         scale, minimum = key_scales.float().unbind(2)
         keys = _from_bytes(key_codes.squeeze(2), bits.keys) * scale + minimum
-    return torch.stack((keys, _unpack_by_token(value_codes, value_scales, bits.values)), 2).to(dtype)
+    kv = torch.stack((keys, _unpack_by_token(value_codes, value_scales, bits.values)), 2)
+    if channels is not None:
+        scale, shift = channels.unsqueeze(3).unbind(2)
+        kv = kv * scale + shift
+    return kv.to(dtype)
 
 
 def _pack_by_channel(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:

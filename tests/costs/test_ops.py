@@ -43,6 +43,16 @@ def test_a_quantised_cache_is_read_in_its_own_bytes():
     assert plain.flops == narrow.flops
 
 
+def test_a_node_of_a_tree_asks_its_ancestors_only():
+    # a root with two children, after 7 tokens: 8, 9 and 9 keys; all 10 are read
+    cost = ops.tree_attention([3], [10], [0, 1, 1], 4, 2, 8, 2)
+    assert cost.flops == 4 * (8 + 9 + 9) * 4 * 8
+    assert cost.memory_bytes == ops.prefill_attention([3], [10], 4, 2, 8, 2).memory_bytes
+    assert ops.tree_attention([3], [10], [0, 1, 2], 4, 2, 8, 2) == ops.prefill_attention([3], [10], 4, 2, 8, 2)
+    chain = ops.tree_attention([3], [10], [0, 1, 2], 4, 2, 8, 2, window=4)
+    assert chain == ops.prefill_attention([3], [10], 4, 2, 8, 2, window=4)
+
+
 def test_prefill_of_a_sequence_that_asks_nothing_is_free():
     assert ops.prefill_attention([0, 2], [100, 2], 4, 2, 8, 2) == ops.prefill_attention([2], [2], 4, 2, 8, 2)
 

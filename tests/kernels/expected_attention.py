@@ -31,15 +31,51 @@ def torch_prefill(
         for row in range(begin, end if length else begin):
             position = length - (end - row)
             seen = cached[max(0, position - window + 1) if window else 0 : position + 1]
-            k, v = torch.stack(seen).repeat_interleave(group, dim=1).unbind(2)
-            scores = (q[row].double() * k).sum(-1) * scale
-            if soft_cap:
-                scores = soft_cap * torch.tanh(scores / soft_cap)
-            peak = scores.amax(0)
-            total = torch.exp(scores - peak).sum(0)
-            if sinks is not None:
-                total += torch.exp(sinks.double() - peak)
-            out[row] = (torch.exp(scores - peak)[..., None] * v).sum(0) / total[:, None]
+            out[row] = attend_one(q[row], seen, group, scale, sinks, soft_cap)
+    return out
+
+
+def attend_one(q, seen, group, scale, sinks, soft_cap):
+    k, v = torch.stack(seen).repeat_interleave(group, dim=1).unbind(2)
+    scores = (q.double() * k).sum(-1) * scale
+    if soft_cap:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    peak = scores.amax(0)
+    total = torch.exp(scores - peak).sum(0)
+    if sinks is not None:
+        total += torch.exp(sinks.double() - peak)
+    return (torch.exp(scores - peak)[..., None] * v).sum(0) / total[:, None]
+
+
+def torch_tree(
+    q, kv_cache, block_table, query_start_loc, seq_lens, ancestors, max_query_len, scale,
+    window=0, sinks=None, soft_cap=0.0, kv_scales=None,
+):  # fmt: skip
+    """Each node as the last token of a sequence of its own: what lies before the run, then its ancestors, then it."""
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    block_size, group = kv_cache.shape[3], q.shape[1] // kv_cache.shape[1]
+    for i, length in enumerate(seq_lens.tolist()):
+        begin, end = query_start_loc[i : i + 2].tolist()
+        first, table = length - (end - begin), block_table[i].tolist()
+        for row in range(begin, end):
+            word = ancestors[row].item()
+            path = [*range(first), *(first + j for j in range(end - begin) if word >> j & 1)]
+            assert path[-1] == first + row - begin
+            slots = path[-window:] if window else path
+            seen = [token_kv(kv_cache, kv_scales, table[t // block_size], t % block_size) for t in slots]
+            out[row] = attend_one(q[row], seen, group, scale, sinks, soft_cap)
+    return out
+
+
+def torch_compact(kv_cache, source_slots, target_slots, start_loc):
+    """One sequence after the other, through a copy of its tokens."""
+    out, block_size = kv_cache.double(), kv_cache.shape[4]
+    for begin, end in zip(start_loc.tolist(), start_loc.tolist()[1:], strict=False):
+        slots = torch.stack((source_slots, target_slots), dim=1)[begin:end].tolist()
+        pairs = [(s, t) for s, t in slots if s >= 0]
+        rows = [out[:, s // block_size, :, :, s % block_size].clone() for s, _ in pairs]
+        for row, (_, t) in zip(rows, pairs, strict=True):
+            out[:, t // block_size, :, :, t % block_size] = row
     return out
 
 
@@ -101,4 +137,6 @@ TORCH = {
     "mla_decode_attention": torch_mla_decode,
     "mla_prefill_attention": torch_mla_prefill,
     "scatter_kv_blocks": torch_scatter,
+    "tree_attention": torch_tree,
+    "compact_kv": torch_compact,
 }

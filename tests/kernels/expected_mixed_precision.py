@@ -26,7 +26,7 @@ def _bytes(codes, bits):
     return out
 
 
-def pack_full_blocks(kv_cache, slots, target_slots, packed, bits):
+def pack_full_blocks(kv_cache, slots, target_slots, packed, bits, channels=None):
     _, num_heads, _, block_size, head_dim = kv_cache.shape
     group = _group(head_dim)
     for slot, target in zip(slots.tolist(), target_slots.tolist(), strict=True):
@@ -35,6 +35,9 @@ def pack_full_blocks(kv_cache, slots, target_slots, packed, bits):
         for head in range(num_heads):
             for half, num_bits in ((0, bits.keys), (1, bits.values)):
                 x = kv_cache[slot // block_size, head, half].float().numpy()
+                if channels is not None:
+                    spread, shift = channels[head, half].numpy()
+                    x = (x - shift) / spread
                 codes_out = packed[2 * half][target // block_size, head, 0]
                 scales_out = packed[2 * half + 1][target // block_size, head]
                 if half == 0 and not bits.has_token_keys:
@@ -62,7 +65,11 @@ def _number(level, half, block, head, slot, dtype):
         scale, low = scales[:, 0].float()
     else:
         scale, low = scales[:, slot].float().repeat_interleave(_group(head_dim), 1)
-    return (torch.tensor(unpacked).float() * scale + low).to(dtype)
+    number = torch.tensor(unpacked).float() * scale + low
+    if level.channels is not None:
+        spread, shift = level.channels[head, half]
+        number = number * spread + shift
+    return number.to(dtype)
 
 
 def mixed_precision_attention(

@@ -4,16 +4,30 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from kernels.gemm.codes4 import E2M1
 from kernels.quantise import quantise
+from workers.model.arithmetic import Arithmetic
+from workers.model.loader import Checkpoint
 from workers.model.products.choose import experts_of, linear_of
 from workers.model.products.dense import DenseExperts
 from workers.model.products.grouped_experts import GroupedExperts
-from workers.model.quant.weights import GroupedWeight, InputChange, Int8Weight
+from workers.model.quant.plain import PLAIN
+from workers.model.quant.storage import Cut
+from workers.model.quant.weights import (
+    DenseWeight,
+    GroupedWeight,
+    InputChange,
+    Int8Weight,
+    LowRankWeight,
+    Sparse24Weight,
+)
 from workers.model.weight_format import Quantised
+from workers.parallel import ParallelGroups, Shard
 
-CUDA = SimpleNamespace(groups=SimpleNamespace(device=torch.device("cuda")), batch_invariant=False)
+CPU = Arithmetic(ParallelGroups(Shard(), torch.device("cpu")))
+CUDA = SimpleNamespace(groups=SimpleNamespace(device=torch.device("cuda")), batch_invariant=False, product=CPU.product)
 OUTPUTS = 24
 
 
@@ -147,3 +161,98 @@ def test_experts_that_are_not_alike_are_dequantized():
     gate_ups = [[grouped(64, 32), grouped(64, 32)], [grouped(64, 32), grouped(64, 16)]]
     downs = [grouped(24, 8, outputs=64) for _ in range(2)]
     assert isinstance(experts_of(gate_ups, downs, torch.bfloat16, CUDA), DenseExperts)
+
+
+def sparse24(inputs, outputs=OUTPUTS, dtype=torch.float32):
+    values = torch.randn(outputs, inputs, generator=generator())
+    fours = values.unflatten(1, (-1, 4))
+    dropped = fours.abs().argsort(-1)[..., :2]
+    fours.scatter_(-1, dropped, 0.0)
+    fours[0, 0] = 0.0  # nothing is kept
+    fours[1, 1] = torch.tensor([0.0, 0.0, 0.0, 2.0])
+    return values.to(dtype)
+
+
+@pytest.mark.parametrize("inputs", [512, 96])
+def test_two_of_four_weights_are_read_where_a_device_can(inputs):
+    values = sparse24(inputs)
+    weight = Sparse24Weight.of(values)
+    assert weight.kept.shape == (OUTPUTS, inputs // 2)
+    assert torch.equal(weight.dense(torch.float32), values)
+    check(weight, inputs, "2:4")
+    on_cpu = linear_of([weight], torch.float32, CPU, None)
+    assert on_cpu.kind == "2:4 dequantized to float32"
+    x = torch.randn(5, inputs, generator=generator())
+    torch.testing.assert_close(on_cpu(x), x @ values.T, rtol=1e-5, atol=1e-4)
+
+
+def test_matrices_with_two_of_four_share_a_product():
+    weights = [Sparse24Weight.of(sparse24(128, size)) for size in (8, 24)]
+    linear = linear_of(weights, torch.bfloat16, CUDA, None)
+    assert (linear.kind, linear.output_sizes) == ("2:4", [8, 24])
+    x = torch.randn(5, 128, generator=generator()).bfloat16()
+    expected = x.float() @ torch.cat([weight.dense(torch.float32) for weight in weights]).T
+    assert (linear(x).float() - expected).norm() <= 0.02 * expected.norm()
+    mixed = [weights[0], DenseWeight(torch.randn(16, 128, generator=generator()))]
+    assert linear_of(mixed, torch.bfloat16, CUDA, None).kind == "2:4 and bfloat16"
+    assert linear_of(mixed, torch.float32, CPU, None).kind == "2:4 dequantized to float32"
+
+
+@pytest.mark.parametrize("at", [(0, 0), (17, 60)], ids=["first", "late"])
+def test_weights_with_a_third_of_four_are_dense(at):
+    values = sparse24(64)
+    four = values[at[0], at[1] : at[1] + 4]
+    four.copy_(torch.tensor([1.0, 0.0, 2.0, 3.0]))
+    assert Sparse24Weight.of(values) is None
+    assert Sparse24Weight.of(values[:, :63]) is None
+
+
+@pytest.mark.parametrize("rank", [3, 16, 300])
+def test_thin_pairs_are_two_products(rank):
+    inputs, outputs = (64, OUTPUTS) if rank < 100 else (900, 700)
+    left, right = (torch.randn(shape, generator=generator()) / 8 for shape in ((outputs, rank), (rank, inputs)))
+    weight, bias = LowRankWeight(left, right), torch.randn(outputs, generator=generator())
+    assert weight.is_thin
+    x = torch.randn(5, inputs, generator=generator())
+    expected = x @ (left @ right).T + bias
+    for device, dtype, tolerance in (
+        (CUDA, torch.bfloat16, 0.02),
+        (CPU, torch.bfloat16, 0.02),
+        (CPU, torch.float32, 1e-5),
+    ):
+        linear = linear_of([weight], dtype, device, bias.to(dtype))
+        assert linear.kind == f"low rank {rank}"
+        assert (linear(x.to(dtype)).float() - expected).norm() <= tolerance * expected.norm()
+
+
+def test_pairs_that_are_not_thin_are_multiplied_out():
+    left, right = torch.randn(OUTPUTS, 20, generator=generator()), torch.randn(20, 64, generator=generator())
+    linear = linear_of([LowRankWeight(left, right)], torch.float32, CPU, None)
+    assert linear.kind == "low rank 20 dequantized to float32"
+    x = torch.randn(5, 64, generator=generator())
+    torch.testing.assert_close(linear(x), x @ (left @ right).T, rtol=1e-5, atol=1e-4)
+
+
+def test_pairs_beside_each_other_keep_their_order():
+    weights = [
+        LowRankWeight(torch.randn(size, 4, generator=generator()), torch.randn(4, 64, generator=generator()))
+        for size in (24, 16)
+    ]
+    linear = linear_of(weights, torch.float32, CPU, None)
+    assert linear.output_sizes == [24, 16]
+    x = torch.randn(5, 64, generator=generator())
+    expected = x @ torch.cat([weight.dense(torch.float32) for weight in weights]).T
+    torch.testing.assert_close(linear(x), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_plain_checkpoint_says_by_its_zeros_that_it_is_pruned(tmp_path):
+    """Read whole and as a rank's share; by the engine's own reader."""
+    values = sparse24(64, dtype=torch.bfloat16)
+    other = torch.randn(8, 64, generator=generator()).bfloat16()
+    save_file({"a.weight": values, "b.weight": other}, tmp_path / "model.safetensors")
+    weights = Checkpoint(tmp_path, torch.bfloat16, torch.device("cpu"))
+    for rows, columns in ((slice(0, 24), slice(0, 64)), (slice(12, 24), slice(32, 64))):
+        read = PLAIN.read(weights, Cut("a", 24, 64, rows, columns))
+        assert isinstance(read, Sparse24Weight)
+        assert torch.equal(read.dense(torch.bfloat16), values[rows, columns])
+    assert isinstance(PLAIN.read(weights, Cut("b", 8, 64, slice(0, 8), slice(0, 64))), DenseWeight)

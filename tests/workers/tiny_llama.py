@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
 
 END_ID = 96  # of the tokenizer
 _BASE: dict[str, object] = {
@@ -55,6 +56,22 @@ def make_checkpoint(shape: str, directory: Path, **save: object) -> Path:
     model = AutoModelForCausalLM.from_config(config)
     path = directory / shape
     model.to(torch.bfloat16).save_pretrained(path, **save)
+    return path
+
+
+def with_kv_channels(path: Path) -> Path:
+    """The same checkpoint, with a scale and a shift of each channel of its cache; those of a calibration would fit."""
+    file = path / "model.safetensors"
+    tensors, generator = load_file(file), torch.Generator().manual_seed(7)
+    config = AutoConfig.from_pretrained(path)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = (config.num_key_value_heads, head_dim)
+    for name in (
+        f"model.layers.{i}.self_attn.{kind}_channel" for i in range(config.num_hidden_layers) for kind in "kv"
+    ):
+        tensors[f"{name}_scale"] = torch.rand(shape, generator=generator) + 0.5
+        tensors[f"{name}_shift"] = torch.randn(shape, generator=generator) * 0.2
+    save_file(tensors, file, {"format": "pt"})
     return path
 
 

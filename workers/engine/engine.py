@@ -213,6 +213,8 @@ class Engine:
 
     def _take(self, plan: SchedulerOutput, result: Callable[[], ModelRunnerOutput]) -> StepEvents | None:
         """What a step that is through means for the requests."""
+        if self.speculation is not None and self._num_ahead:
+            self.speculation.while_computing(plan)
         try:
             output = result()
         except RankLost:

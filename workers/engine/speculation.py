@@ -36,6 +36,10 @@ class Speculation(Protocol):
         """Before a plan is made: give the scheduler draft tokens for it."""
         ...
 
+    def while_computing(self, plan: SchedulerOutput) -> None:
+        """The step is being computed elsewhere, and the engine has nothing to do before it is through."""
+        ...
+
     def computed(self, plan: SchedulerOutput, features: object) -> None:
         """A step is through, and its outcome is in the books: hidden states of its tokens, where the drafter wants
         them. Comes before step_took."""

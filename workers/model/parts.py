@@ -79,6 +79,12 @@ def kv_scale_names(prefix: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return keys, values
 
 
+def kv_channel_names(prefix: str) -> tuple[str, ...]:
+    """Names of what stands for each channel of a cache that packs numbers by it: of keys and of values the scales, then
+    the shifts. Each is [kv_heads, head_dim]; `switchyard quantize` writes them."""
+    return tuple(f"{prefix}{kind}_channel_{part}" for kind in "kv" for part in ("scale", "shift"))
+
+
 @dataclass(frozen=True, slots=True)
 class MlpConfig:
     """down(silu(gate(x)) * up(x))."""

@@ -13,7 +13,7 @@ from checkpoint.errors import CheckpointError
 from checkpoint.tensors import WantedTensor, check_tensors, have_same_bytes, stored_tensors
 from workers.errors import ModelError
 from workers.model.config import ModelConfig
-from workers.model.parts import AttentionConfig, ExpertsConfig, MlpConfig, kv_scale_names
+from workers.model.parts import AttentionConfig, ExpertsConfig, MlpConfig, kv_channel_names, kv_scale_names
 from workers.model.weight_format import Matrices, WeightFormat
 
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens", "lm_head", "model.norm"
@@ -57,6 +57,8 @@ class TensorLayout:
         heads = attention.num_key_value_heads
         for name in itertools.chain(*kv_scale_names(prefix)):  # used where the cache is fp8
             self.wanted[name] = WantedTensor((1,), other_shapes=((), (heads,), (heads, 1, 1)), is_optional=True)
+        for name in kv_channel_names(prefix):
+            self.wanted[name] = WantedTensor((heads, attention.head_dim), is_optional=True)
 
     def mlp(self, prefix: str, mlp: MlpConfig | ExpertsConfig, hidden: int) -> None:
         """As workers.model.layers.mlp or .moe reads it."""

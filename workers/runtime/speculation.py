@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def load_draft(config: EngineConfig, device: torch.device) -> Drafter | None:
         draft.max_num_seqs,
     )
     limits = DraftLimits(draft.max_num_seqs, draft.max_num_batched_tokens, model.max_position_embeddings)
-    return DraftModel(runner, sequences, limits, costs, options.draft_temperature_scale)
+    return DraftModel(runner, sequences, limits, costs, options.draft_temperature_scale, _own_stream(device))
 
 
 def feature_layers(config: EngineConfig, shard: Shard) -> tuple[int, ...]:
@@ -99,6 +100,14 @@ def _load_eagle3(config: EngineConfig, device: torch.device) -> FeatureHead:
     # Its blocks never leave this process: no other head's need to be told from them.
     sequences = DraftSequences(pools, b"eagle3", draft.max_num_seqs, BEFORE_FIRST)
     return FeatureHead(runner, sequences, limits, costs, options.draft_temperature_scale)
+
+
+def _own_stream(device: torch.device) -> Callable[[], AbstractContextManager[object]]:
+    """For the draft's steps: on CUDA they would otherwise wait for the model's, beside which they may run."""
+    if device.type != "cuda":
+        return nullcontext
+    stream = torch.cuda.Stream(device)
+    return lambda: torch.cuda.stream(stream)
 
 
 def _draft_config(config: EngineConfig, model: ModelConfig, device: torch.device) -> EngineConfig:

@@ -113,6 +113,13 @@ def _filtered(scaled: Tensor, candidates: Tensor, sampling: SamplingRows) -> tup
     return is_left, (~is_left[:, -1] & has_all_of_k).numpy()
 
 
+def left_tokens(scaled: Tensor, sampling: SamplingRows) -> Tensor:
+    """bool [rows, ids]: what top_k, top_p and min_p leave of each row. scaled: fp64 logits over the temperature."""
+    candidates, ids = _largest(scaled, scaled.shape[1])
+    is_left, _ = _filtered(scaled, candidates, sampling)
+    return torch.empty_like(is_left).scatter_(1, ids, is_left)
+
+
 def typical_tokens(scaled: Tensor, typical_p: Tensor) -> Tensor:
     """bool [rows, ids]: the smallest set of probability >= typical_p of the tokens whose information, -log p, is
     closest to the expected one (locally typical sampling, arXiv 2202.00666). scaled: [rows, ids]; typical_p: [rows]."""

@@ -52,14 +52,14 @@ def _best(logits: Tensor, sampling: SamplingRows, positions: Positions, first_id
         values, ids = logits.max(dim=-1)
         return values.double(), ids + first_id
     if (sampling.typical_p < 1.0).any():
-        logits = _masked_typical(logits, sampling)
+        logits = masked_typical(logits, sampling)
     if logits.is_cuda:
         return _best_on_cuda(logits, sampling, positions, first_id)
     values, ids = best_on_cpu(logits, sampling, positions, first_id)
     return values, ids + first_id
 
 
-def _masked_typical(logits: Tensor, sampling: SamplingRows) -> Tensor:
+def masked_typical(logits: Tensor, sampling: SamplingRows) -> Tensor:
     """The logits, of which those outside the typical set are -inf in rows that ask for it."""
     rows = np.flatnonzero((sampling.typical_p < 1.0) & (sampling.temperature > 0))
     at = torch.from_numpy(rows).to(logits.device)

@@ -183,6 +183,25 @@ class Speculator:
         probed = able[self.counters.num_drafts % len(able)]
         return [min(_PROBE_TOKENS, draft.length) * (index == probed) for index, draft in enumerate(drafts)]
 
+    def while_computing(self, plan: SchedulerOutput) -> None:
+        """As in Speculation: the last drafter goes on with what is being judged, as far as the step leaves it time."""
+        if self._is_broken or self._costs is None:
+            return
+        last = len(self._drafters) - 1
+        judged = [
+            r for r in plan.running_requests() if r.drafts_in_flight and self._drafted_by.get(r.request_id) == last
+        ]
+        draft_s = self._drafters[last].draft_s([1] * len(judged)) if judged else 0.0
+        if not draft_s:
+            return
+        num_seqs = len(plan.requests)
+        num_tokens = int(self._costs.step_s(num_seqs, sum(plan.num_tokens) - num_seqs) / draft_s)
+        try:
+            if num_tokens > 1:  # the first one stands for the token that follows the last draft
+                self._drafters[last].ahead(judged, min(num_tokens, self._options.most_tokens + 1))
+        except Exception:
+            self._break()
+
     # ----------------------------------------------------------------------------------------------------- after a step
     def computed(self, plan: SchedulerOutput, features: object) -> None:
         """As in Speculation."""

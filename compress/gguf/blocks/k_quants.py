@@ -6,19 +6,19 @@ import torch
 from torch import Tensor
 
 from compress.gguf.blocks.pack import as_half, half_bytes, joined
-from compress.gguf.blocks.scales import affine_codes, best_affine, best_scales, inverse, reaches
+from compress.gguf.blocks.scales import affine_codes, best_affine, best_scales, inverse, whole_reaches
 
 _BLOCK = 256
 _MOST_SCALE = 63  # six bits
 
 
-def q4_k(x: Tensor, weights: Tensor) -> Tensor:
+def q4_k(x: Tensor, weights: Tensor | None) -> Tensor:
     """d, dmin, scales and minima, nibbles of pairs of groups."""
     head, codes = _affine(x, weights, 15)
     return torch.cat((head, _nibbles(codes)), dim=1)
 
 
-def q5_k(x: Tensor, weights: Tensor) -> Tensor:
+def q5_k(x: Tensor, weights: Tensor | None) -> Tensor:
     """d, dmin, scales and minima, fifth bits, nibbles of pairs of groups."""
     head, codes = _affine(x, weights, 31)
     return torch.cat((head, joined((codes >> 4).unflatten(1, (8, 32)), 1), _nibbles(codes & 15)), dim=1)
@@ -28,9 +28,9 @@ def _nibbles(codes: Tensor) -> Tensor:
     return joined(codes.unflatten(1, (4, 2, 32)), 4).flatten(1)
 
 
-def _affine(x: Tensor, weights: Tensor, most: int) -> tuple[Tensor, Tensor]:
+def _affine(x: Tensor, weights: Tensor | None, most: int) -> tuple[Tensor, Tensor]:
     """The first sixteen bytes, and codes [n, 256]."""
-    groups, group_weights = x.view(-1, 32), weights.reshape(-1, 32)
+    groups, group_weights = x.view(-1, 32), None if weights is None else weights.reshape(-1, 32)
     scale, offset = best_affine(groups, group_weights, most, is_below_zero=True)
     d, scales = _small(scale.view(-1, 8))
     dmin, minima = _small(-offset.view(-1, 8))
@@ -53,15 +53,16 @@ def _six_bits(scales: Tensor, minima: Tensor) -> Tensor:
     return torch.cat((first, second, (scale_late & 15) | ((low_late & 15) << 4)), dim=1)
 
 
-def q6_k(x: Tensor, weights: Tensor) -> Tensor:
+def q6_k(x: Tensor, weights: Tensor | None) -> Tensor:
     """Low nibbles, high pairs of bits, int8 scales of sixteen, d."""
     groups = x.view(-1, 16)
-    scale = best_scales(groups, weights.reshape(-1, 16), reaches(32), lambda t: t.round().clamp(-32, 31)).view(-1, 16)
+    group_weights = None if weights is None else weights.reshape(-1, 16)
+    scale = best_scales(groups, group_weights, whole_reaches(-32), lambda t: t.round_().clamp_(-32, 31)).view(-1, 16)
     peak = scale.gather(1, scale.abs().argmax(1, keepdim=True))[:, 0]
     d = as_half(peak / -128)
     small = (scale * inverse(d).unsqueeze(1)).round().clamp(-128, 127)
     meant = (d.unsqueeze(1) * small).view(-1, 1)
-    codes = ((groups * inverse(meant)).round().clamp(-32, 31) + 32).to(torch.uint8).view(-1, _BLOCK)
+    codes = (groups * inverse(meant)).round_().clamp_(-32, 31).add_(32).to(torch.uint8).view(-1, _BLOCK)
     low = joined((codes & 15).unflatten(1, (2, 2, 64)), 4).flatten(1)
     high = joined((codes >> 4).unflatten(1, (2, 4, 32)), 2).flatten(1)
     return torch.cat((low, high, small.to(torch.int8).view(torch.uint8), half_bytes(d)), dim=1)

@@ -55,21 +55,22 @@ class _Products:
         return self.twice_p.gather(-1, at).sum((1, 2)) / 2, self.q.gather(-1, at).sum((1, 2))
 
 
-def iq2_xxs(x: Tensor, weights: Tensor) -> Tensor:
+def iq2_xxs(x: Tensor, weights: Tensor | None) -> Tensor:
     """d; for each group four points' numbers, and a word of signs and scale."""
     d, points, words = _search(x, weights, PointType("iq2_xxs", 0.25))
     of_groups = torch.cat((points.to(torch.uint8).view(-1, 4), word_bytes(words.view(-1, 1))), dim=1)
     return torch.cat((half_bytes(d), of_groups.view(len(x), -1)), dim=1)
 
 
-def iq3_xxs(x: Tensor, weights: Tensor) -> Tensor:
+def iq3_xxs(x: Tensor, weights: Tensor | None) -> Tensor:
     """d, all points' numbers, all words."""
     d, points, words = _search(x, weights, PointType("iq3_xxs", 0.5))
     return torch.cat((half_bytes(d), points.to(torch.uint8).view(len(x), -1), word_bytes(words.view(-1, 8))), dim=1)
 
 
-def _search(x: Tensor, weights: Tensor, kind: PointType) -> tuple[Tensor, Tensor, Tensor]:
+def _search(x: Tensor, weights: Tensor | None, kind: PointType) -> tuple[Tensor, Tensor, Tensor]:
     """d [n], points int64 [8 n, vectors], words int64 [8 n]."""
+    weights = torch.ones_like(x) if weights is None else weights
     magnitudes, turned = _with_even_signs(x.view(-1, 8), weights.reshape(-1, 8))
     grid = grid_points(kind.grid, x.device)
     vectors, its_weights = magnitudes.reshape(-1, grid.shape[1]), weights.reshape(-1, grid.shape[1])

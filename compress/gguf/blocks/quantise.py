@@ -10,9 +10,10 @@ from torch import Tensor
 from checkpoint.gguf.block_types import QUANTISED
 from compress.gguf.blocks import k_quants, points, simple
 
-_VALUES_AT_ONCE = 1 << 16  # of which 256 products each are held by the types with points
+_VALUES_AT_ONCE = 1 << 18
+_POINT_VALUES_AT_ONCE = 1 << 16  # 256 products of each are held
 
-_KINDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+_KINDS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
     "Q4_0": simple.q4_0,
     "Q5_0": simple.q5_0,
     "Q5_1": simple.q5_1,
@@ -24,8 +25,8 @@ _KINDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "IQ2_XXS": points.iq2_xxs,
     "IQ3_XXS": points.iq3_xxs,
 }
-"""By type: fp32 [n, block_size] and what an error weighs at each number, positive, of the same shape -> uint8
-[n, block_bytes]."""
+"""By type: fp32 [n, block_size] and what an error weighs at each number, positive, of the same shape (None: the same
+everywhere) -> uint8 [n, block_bytes]."""
 BLOCK_KINDS = tuple(_KINDS)
 
 
@@ -39,7 +40,8 @@ def quantise(kind: str, rows: Tensor, importances: Tensor | None = None) -> Tens
     blocks = rows.reshape(-1, block.block_size)
     columns = None if importances is None else _spread(importances).view(-1, block.block_size)
     made = torch.empty(len(blocks), block.block_bytes, dtype=torch.uint8, device=rows.device)
-    step = max(1, _VALUES_AT_ONCE // block.block_size)
+    at_once = _POINT_VALUES_AT_ONCE if kind in ("IQ2_XXS", "IQ3_XXS") else _VALUES_AT_ONCE
+    step = max(1, at_once // block.block_size)
     for begin in range(0, len(blocks), step):
         x = blocks[begin : begin + step].contiguous()
         made[begin : begin + step] = _KINDS[kind](x, _weights(x, columns, begin))
@@ -52,9 +54,9 @@ def _spread(importances: Tensor) -> Tensor:
     return torch.ones_like(importances) if mean <= 0 else (importances / mean).clamp(min=1e-4)
 
 
-def _weights(x: Tensor, columns: Tensor | None, begin: int) -> Tensor:
+def _weights(x: Tensor, columns: Tensor | None, begin: int) -> Tensor | None:
     """As ggml has it: columns' importances, and within a block larger numbers weigh a little more."""
     if columns is None:
-        return torch.ones_like(x)
+        return None
     of_blocks = columns[torch.arange(begin, begin + len(x), device=x.device) % len(columns)]
     return of_blocks * (x.square().mean(1, keepdim=True) + x.square()).sqrt().clamp(min=1e-12)

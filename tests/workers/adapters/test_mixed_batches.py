@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.workers.engine_group import EngineGroup, JobResult
+from tests.workers.speculation.scripted import Scripted
 from tests.workers.tiny_llama import prompts
 from workers.config import EngineConfig
 from workers.engine.adapters.ref import AdapterRef
@@ -57,6 +58,19 @@ def test_bits_are_those_of_a_request_alone(
         for i, one in enumerate(expected):
             assert result.completions[i] == one.completions[0], f"{why}: request {i}"
             assert torch.equal(result.logits[i], one.logits[0]), f"{why}: request {i}"
+
+
+@pytest.mark.parametrize("rule", ["perfect", "often_right", "wrong"])
+def test_drafts_change_no_token(split: EngineGroup, base: Path, adapters: list[AdapterRef], rule: str) -> None:
+    config = config_of(base, split, batch_invariant=True)
+    asked, sampled = mixed(adapters), replace(GREEDY, temperature=0.9, max_tokens=12)
+    plain = split.run(config, asked[0], sampled, asked[1])
+    drafter = Scripted(rule, {f"r{i}": completion for i, completion in enumerate(plain.completions)}, 97)
+    for options in ({}, {"max_loras": 2}):
+        found = split.run(replace(config, **options), asked[0], sampled, asked[1], drafter)
+        assert found.completions == plain.completions
+        assert found.speculation is not None
+        assert (found.speculation.num_accepted_tokens > 0) == (rule != "wrong")
 
 
 def test_without_adapters_the_bits_are_those_of_an_engine_that_takes_none(

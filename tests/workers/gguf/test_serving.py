@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -30,7 +31,10 @@ from tests.quant.served import last_logits
 from tests.workers.engine_group import EngineGroup
 from workers.config import EngineConfig
 from workers.errors import ModelError
+from workers.model.arithmetic import Arithmetic
 from workers.model.loader import Checkpoint
+from workers.model.products import linear_of
+from workers.model.products.grouped import kind_of
 from workers.model.quant.storage import Cut
 from workers.model.quant.weights import DenseWeight, GroupedWeight
 from workers.model.registry import load_config
@@ -198,8 +202,48 @@ def test_every_type_is_read_as_gguf_reads_it(kind: str, tmp_path: Path) -> None:
     assert storage.edges == (1, QUANTISED[kind].block_size)
     for rows, columns in ((slice(0, 256), slice(0, 512)), (slice(100, 131), slice(256, 512))):
         read = storage.read(weights, Cut(name, 256, 512, rows, columns))
-        assert isinstance(read, GroupedWeight if kind in ("Q4_0", "Q4_1", "Q4_K") else DenseWeight)
+        is_dense = kind.startswith(("IQ1", "IQ2", "IQ3"))
+        assert isinstance(read, DenseWeight if is_dense else GroupedWeight)
         assert torch.equal(read.dense(torch.float32), wanted[rows, columns])
+
+
+ON_CUDA = SimpleNamespace(groups=SimpleNamespace(device=torch.device("cuda")), batch_invariant=False)
+"""The products that CUDA gets, which the operations' CPU twins compute."""
+
+
+@pytest.mark.parametrize("kind", [kind for kind in _KINDS if not kind.startswith(("IQ1", "IQ2", "IQ3"))])
+@pytest.mark.parametrize("num_rows", [1, 5])
+def test_products_with_packed_types_are_those_with_their_numbers(kind: str, num_rows: int, tmp_path: Path) -> None:
+    """In bfloat16: on CUDA by codes in 4 or 8 bits, on a CPU by what is fastest there."""
+    path = _of_blocks(tmp_path / "x.gguf", [kind])
+    directory = open_gguf(path)
+    tensor = next(each for each in gguf.GGUFReader(path).tensors if each.name == "blk.0.ffn_down.weight")
+    wanted = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+    name = "model.layers.0.mlp.down_proj"
+    storage = load_config(directory).weight_format.rule.storage_of(name)
+    read = storage.read(Checkpoint(directory, torch.bfloat16, CPU), Cut(name, 256, 512, slice(0, 256), slice(0, 512)))
+    x = torch.randn(num_rows, 512, generator=torch.Generator().manual_seed(3)).bfloat16()
+    on_cuda = linear_of([read], torch.bfloat16, ON_CUDA, None)
+    assert on_cuda.kind == kind_of(read)
+    assert "dequantized" not in on_cuda.kind
+    for linear in (on_cuda, linear_of([read], torch.bfloat16, Arithmetic(ParallelGroups(Shard(), CPU), False), None)):
+        expected = x.float() @ wanted.T
+        assert (linear(x).float() - expected).norm() <= 0.01 * expected.norm()
+
+
+def test_types_that_are_dequantized_share_a_product(tmp_path: Path) -> None:
+    """q_proj and k_proj in 6 bits, v_proj in 5: on a CPU one product, as both are multiplied as numbers there."""
+    directory = open_gguf(_of_blocks(tmp_path / "x.gguf", ["Q6_K", "Q6_K", "Q5_K", "Q4_K", "IQ3_S", "Q8_0", "Q8_0"]))
+    model = load_config(directory)
+    weights = Checkpoint(directory, torch.float32, CPU)
+    names = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
+    cuts = [Cut(name, 256, 256, slice(0, 256), slice(0, 256)) for name in names]
+    shares = [model.weight_format.rule.storage_of(cut.name).read(weights, cut) for cut in cuts]
+    linear = linear_of(shares, torch.float32, Arithmetic(ParallelGroups(Shard(), CPU), False), None)
+    assert linear.kind == "W6A16 g16 and W5A16 g32 dequantized to float32"
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(3))
+    expected = x @ torch.cat([share.dense(torch.float32) for share in shares]).T
+    assert (linear(x) - expected).norm() <= 1e-5 * expected.norm()
 
 
 def test_a_cut_within_a_block_is_refused_by_name(tmp_path: Path) -> None:
@@ -227,7 +271,7 @@ def test_what_products_are_made_of_is_logged(tmp_path: Path, caplog: pytest.LogC
     directory = open_gguf(_of_blocks(tmp_path / "x.gguf", ["Q6_K"] * 3 + ["Q4_K"] * 4))
     caplog.set_level("INFO")
     build_stage(load_config(directory), Checkpoint(directory, torch.float32, CPU), ParallelGroups(Shard(), CPU))
-    assert "1 of Q6_K dequantized to float32" in caplog.text
+    assert "W6A16 g16 dequantized to float32" in caplog.text
     assert "W4A16 g32 dequantized to float32" in caplog.text
 
 

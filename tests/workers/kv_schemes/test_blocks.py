@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from kvstore.config import KV_CACHE_DTYPES, KVStoreConfig
 from tests.workers.engine_group import EngineGroup
 from tests.workers.test_batch_invariance import GREEDY
-from tests.workers.tiny_llama import make_checkpoint, prompts
+from tests.workers.tiny_llama import make_checkpoint, prompts, with_kv_channels
 from workers.config import EngineConfig
 from workers.engine.step import BlockTransfer
 from workers.errors import ModelError
@@ -227,6 +228,50 @@ def test_the_checkpoints_scales_are_those_of_an_fp8_cache(tmp_path: Path, shape:
     for plain, finer, wrong, right in zip(unscaled.logits, scaled.logits, cut.logits, exact.logits, strict=True):
         assert (finer[0] - right[0]).norm() < 1.05 * (plain[0] - right[0]).norm()
         assert (wrong[0] - right[0]).norm() > 3 * (plain[0] - right[0]).norm()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k_channel_scale": torch.zeros(2, 8)}, r"k_channel_scale: a scale must be positive$"),
+        ({"v_channel_shift": None}, r"^no tensor model\.layers\.0\.self_attn\.v_channel_shift, though others of"),
+        ({"v_channel_scale": torch.ones(2, 9)}, r"v_channel_scale is \[2, 9\], config.json says \[2, 8\]$"),
+    ],
+)
+def test_channel_scales_that_cannot_be_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = with_kv_channels(make_checkpoint("gqa", tmp_path))
+    tensors = load_file(path / "model.safetensors")
+    tensors |= {f"model.layers.0.self_attn.{name}": tensor for name, tensor in change.items()}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path / "model.safetensors")
+    config = EngineConfig(str(path), "float32", "cpu", num_blocks=64)
+    from workers.parallel import ParallelGroups
+    from workers.runtime.runner import TorchModelRunner
+
+    with pytest.raises(ModelError, match=message):
+        TorchModelRunner(config, load_config(path), ParallelGroups(Shard(), CPU), CPU)
+
+
+def test_channel_scales_change_what_is_packed_and_nothing_else(tmp_path: Path) -> None:
+    """wkv4 with ones and zeros is token4, bit for bit; an exact cache does not look at them."""
+    plain = make_checkpoint("gqa", tmp_path / "plain")
+    scaled, ones = (with_kv_channels(make_checkpoint("gqa", tmp_path / name)) for name in ("scaled", "ones"))
+    tensors = load_file(ones / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "_channel_" in name:
+            tensor.fill_(float(name.endswith("scale")))
+    save_file(tensors, ones / "model.safetensors")
+    sizes = {"block_size": 4, "kv_window_tokens": 4, "kv_sink_tokens": 0}
+    config = EngineConfig("", "float32", "cpu", num_blocks=64, max_num_batched_tokens=7, **sizes)
+    with EngineGroup(1, 1) as alone:
+
+        def logits(path: Path, name: str) -> list[torch.Tensor]:
+            return alone.run(replace(config, model_dir=str(path), kv_cache_dtype=name), prompts(), GREEDY).logits
+
+        token4, same, other = logits(plain, "token4"), logits(ones, "wkv4"), logits(scaled, "wkv4")
+        exact, also_exact = logits(plain, "auto"), logits(scaled, "auto")
+    assert all(torch.equal(a, b) for a, b in zip(token4, same, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(exact, also_exact, strict=True))
+    assert not torch.equal(token4[1], other[1])
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0])

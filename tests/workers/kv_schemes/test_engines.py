@@ -12,13 +12,13 @@ from tests.quant.served import FIXTURES, MODELS, oracle
 from tests.workers.engine_group import EngineGroup
 from tests.workers.test_batch_invariance import GREEDY, SAMPLED, assert_same, many_prompts, pick
 from tests.workers.test_family_plugin import CONFIG, PLUGINS, make_random
-from tests.workers.tiny_llama import make_checkpoint
+from tests.workers.tiny_llama import make_checkpoint, with_kv_channels
 from workers.config import EngineConfig
 
 DEMO = Path(__file__).parents[3] / "models" / "demo"
-LOSSY = ("int8", "fp8", "kivi4", "kivi2", "kivi8_4", "token4")
+LOSSY = ("int8", "fp8", "kivi4", "kivi2", "kivi8_4", "token4", "wkv4")
 LARGEST_CHANGE = {  # relative; the tiny models have large weights
-    "int8": 0.02, "fp8": 0.15, "kivi4": 0.2, "kivi2": 1.0, "kivi8_4": 0.2, "token4": 0.3,
+    "int8": 0.02, "fp8": 0.15, "kivi4": 0.2, "kivi2": 1.0, "kivi8_4": 0.2, "token4": 0.3, "wkv4": 0.3,
 }  # fmt: skip
 EXACT = {"kv_window_tokens": 6, "kv_sink_tokens": 5}  # few, so that most of a short prompt is packed
 
@@ -26,7 +26,7 @@ EXACT = {"kv_window_tokens": 6, "kv_sink_tokens": 5}  # few, so that most of a s
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     directory = tmp_path_factory.mktemp("tiny")
-    return {shape: make_checkpoint(shape, directory) for shape in ("gqa", "head_dim", "qwen3")}
+    return {shape: with_kv_channels(make_checkpoint(shape, directory)) for shape in ("gqa", "head_dim", "qwen3")}
 
 
 @pytest.fixture(scope="module", params=[(1, 1), (2, 1), (1, 2)], ids=lambda p: f"tp{p[0]}pp{p[1]}")

@@ -53,6 +53,9 @@ class Scripted:
     def computed(self, plan: SchedulerOutput, features: object) -> None:
         """As in Drafter."""
 
+    def ahead(self, requests: Sequence[Request], num_tokens: int) -> None:
+        """As in Drafter."""
+
     def forget(self, request: Request) -> None:
         """As in Drafter."""
 

@@ -63,11 +63,34 @@ def test_proposals_are_those_of_a_fresh_cache_whatever_was_accepted(checkpoint: 
             fresh = draft_of(checkpoint) if turn % 8 == index else None
             if fresh is not None:
                 copy = Request("copy", list(one.token_ids), one.num_prompt_tokens, one.sampling)
-                assert proposed(fresh, [copy]) == [drafts]
+                assert proposed(fresh, [copy])[0][: len(drafts)] == drafts
             one.token_ids += drafts[: chance.randrange(4)] + [chance.randrange(97)] * chance.randrange(2)
         if turn % 10 == 9:  # one leaves, another comes
             draft.forget(live[0])
             live[0] = request(f"n{turn}", live[1].token_ids[:17], temperature=0.8)
+
+
+def test_what_is_drafted_ahead_is_what_would_be_drafted_then(checkpoint: Path) -> None:
+    """Right and wrong drafts, with and without the token that was guessed to follow them."""
+    chance, draft = random.Random(7), draft_of(checkpoint)
+    one = request("r", [chance.randrange(97) for _ in range(9)], temperature=0.8, seed=3)
+    num_ready = 0
+    for _ in range(20):
+        (drafts,) = proposed(draft, [one], 2)
+        draft.ahead([one], chance.randrange(1, 5))
+        fresh = draft_of(checkpoint)
+        copy = request("copy", [*one.token_ids, *drafts], temperature=0.8, seed=3)
+        copy.num_prompt_tokens = one.num_prompt_tokens
+        (guess,) = proposed(fresh, [copy], 1)
+        one.token_ids += [*drafts, *guess] if chance.random() < 0.6 else [*drafts[: chance.randrange(3)], 5]
+        sequence = draft._sequences.of(one, one.num_tokens, {"r"})
+        assert sequence is not None
+        num_ready += len(sequence.proposed)
+        copy = Request("after", list(one.token_ids), one.num_prompt_tokens, one.sampling)
+        (expected,) = proposed(fresh, [copy], 4)
+        (found,) = proposed(draft, [one], 4)
+        assert found == expected[: len(found)]
+    assert num_ready > 10
 
 
 def test_prefixes_are_shared_and_prompts_are_read_while_requests_wait(checkpoint: Path) -> None:

@@ -33,9 +33,11 @@ class _Level:
         slots = batch.groups[self.group].slot_mapping
         return torch.where(batch.positions < self.num_tokens, slots, -1) if self.num_tokens else slots
 
-    def blocks(self, batch: Batch, sequences: slice) -> LevelBlocks:
+    def blocks(self, batch: Batch, sequences: slice, channels: Tensor | None) -> LevelBlocks:
         """For attention of some of the batch's sequences."""
-        return LevelBlocks(self.parts, self.bits, self.reach, batch.groups[self.group].block_table[sequences])
+        channels = channels if self.bits is not None and self.bits.has_channel_scales else None
+        table = batch.groups[self.group].block_table[sequences]
+        return LevelBlocks(self.parts, self.bits, self.reach, table, channels)
 
 
 class MixedPrecisionLayer:
@@ -61,17 +63,18 @@ class MixedPrecisionLayer:
         is_last = (slots >= 0) & (slots % self._block_size == self._block_size - 1)
         if kv_cache.is_cuda or bool(is_last.any()):
             for level in self._others:
-                self._write_full_blocks(level, slots, level.target_slots(batch))
+                self._write_full_blocks(level, slots, level.target_slots(batch), terms.channel_scales)
         return rotated
 
-    def _write_full_blocks(self, level: _Level, slots: Tensor, target_slots: Tensor) -> None:
+    def _write_full_blocks(self, level: _Level, slots: Tensor, target_slots: Tensor, channels: Tensor | None) -> None:
         kv_cache = self._exact.parts[0]
         if level.bits is None:
             kernels.copy_full_blocks(kv_cache, slots, target_slots, level.parts[0])
         else:
             key_codes, key_scales, value_codes, value_scales = level.parts
             packed = key_codes, key_scales, value_codes, value_scales
-            kernels.pack_full_blocks(kv_cache, slots, target_slots, packed, level.bits)
+            channels = channels if level.bits.has_channel_scales else None
+            kernels.pack_full_blocks(kv_cache, slots, target_slots, packed, level.bits, channels)
 
     def attend_decodes(self, q: Tensor, batch: Batch, terms: AttentionTerms) -> Tensor:
         """As in LayerCache."""
@@ -89,7 +92,7 @@ class MixedPrecisionLayer:
     ) -> Tensor:
         return kernels.mixed_precision_attention(
             q,
-            [level.blocks(batch, sequences) for level in (*self._others, self._exact)],
+            [level.blocks(batch, sequences, terms.channel_scales) for level in (*self._others, self._exact)],
             starts,
             batch.seq_lens[sequences],
             max_query_len,

@@ -21,6 +21,7 @@ _LEVELS: Mapping[str, tuple[PrecisionLevel, ...]] = {
     "kivi8_4": (PrecisionLevel(PackedForm(PackedBits(4, 4))), PrecisionLevel(PackedForm(PackedBits(8, 8)), 128)),
     "kivi4_2": (PrecisionLevel(PackedForm(PackedBits(2, 2))), PrecisionLevel(PackedForm(PackedBits(4, 4)), 128)),
     "token4": (PrecisionLevel(PackedForm(PackedBits(4, 4, has_token_keys=True))),),
+    "wkv4": (PrecisionLevel(PackedForm(PackedBits(4, 4, has_token_keys=True, has_channel_scales=True))),),
     "token2": (PrecisionLevel(PackedForm(PackedBits(2, 2, has_token_keys=True))),),
 }
 

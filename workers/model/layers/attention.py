@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from workers.errors import ModelError
 from workers.model.batch import Batch
 from workers.model.layers.layer_cache import AttentionTerms, LayerCache
 from workers.model.layers.norm import HeadNorm
 from workers.model.layers.source import LayerSource
-from workers.model.parts import AttentionConfig, kv_scale_names
+from workers.model.parts import AttentionConfig, kv_channel_names, kv_scale_names
 from workers.model.weight_format import Quantised
 
 
@@ -39,6 +40,7 @@ class Attention:
             sinks=sinks,
             soft_cap=config.soft_cap,
             head_scales=kv_head_scales(source, prefix, config.num_key_value_heads),
+            channel_scales=kv_channel_scales(source, prefix, config.num_key_value_heads, config.head_dim),
             batch_invariant=source.arithmetic.batch_invariant,
         )
         self.attended_width = config.num_attention_heads // shard.tp * config.head_dim
@@ -67,3 +69,22 @@ def kv_head_scales(source: LayerSource, prefix: str, num_kv_heads: int) -> Tenso
     found = [source.stored_scale(names) for names in kv_scale_names(prefix)]
     columns = [torch.ones(num_kv_heads) if scale is None else scale.expand(num_kv_heads) for scale in found]
     return torch.stack(columns, 1)[mine].contiguous().to(source.arithmetic.groups.device)
+
+
+def kv_channel_scales(source: LayerSource, prefix: str, num_kv_heads: int, head_dim: int) -> Tensor | None:
+    """fp32 [the rank's KV heads, keys | values, scale | shift, head_dim]; None: the checkpoint has none.
+
+    Raises ModelError where it has some of them, or scales that are not positive.
+    """
+    names, mine = kv_channel_names(prefix), source.arithmetic.shard.slice_of(num_kv_heads)
+    found = [source.optional_numbers(name, (num_kv_heads, head_dim), (mine,)) for name in names]
+    there = [tensor for tensor in found if tensor is not None]
+    if not there:
+        return None
+    for name, tensor in zip(names, found, strict=True):
+        if tensor is None:
+            raise ModelError(f"no tensor {name}, though others of {prefix}*_channel_* are there")
+        if name.endswith("scale") and not bool((tensor > 0).all()):
+            raise ModelError(f"{name}: a scale must be positive")
+    channels: Tensor = torch.stack(there, 1).unflatten(1, (2, 2)).contiguous()
+    return channels

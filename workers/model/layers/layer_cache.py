@@ -19,6 +19,7 @@ class AttentionTerms:
 
     scale: float
     head_scales: Tensor  # fp32 [kv_heads, 2]: where the cache has a fixed scale per head, a cached number times it
+    channel_scales: Tensor | None = None  # fp32 [kv_heads, 2, scale | shift, head_dim]; see kernels.kv.packed_blocks
     window: int = 0
     sinks: Tensor | None = None
     soft_cap: float = 0.0

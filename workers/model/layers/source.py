@@ -53,6 +53,12 @@ class LayerSource:
                 return scale
         return None
 
+    def optional_numbers(self, name: str, shape: tuple[int, ...], part: Part = ()) -> Tensor | None:
+        """fp32, whatever is computed in; None: the checkpoint has no such tensor."""
+        if self._weights.shape_of(name) is None:
+            return None
+        return self._weights.read(name, shape, part, as_stored=True).float()
+
     def linear(self, matrices: Matrices) -> Linear:
         """The product with some matrices, of which the rank has its share. Where the inputs are split, the sum over the
         ranks is made."""

@@ -14,10 +14,21 @@ from workers.model.arithmetic import Arithmetic
 from workers.model.products.dense import DenseExperts, dense_linear
 from workers.model.products.fp8 import fp8_linear
 from workers.model.products.fp8_experts import Fp8Experts
-from workers.model.products.grouped import grouped_linear
+from workers.model.products.grouped import grouped_linear, is_dequantized, kind_of
 from workers.model.products.grouped_experts import GroupedExperts
 from workers.model.products.int8 import int8_linear
-from workers.model.quant.weights import DenseWeight, Fp8Weight, GroupedWeight, Int8Weight, QuantWeight, joined
+from workers.model.products.low_rank import low_rank_linear
+from workers.model.products.sparse24 import has_sparse_product, sparse24_linear
+from workers.model.quant.weights import (
+    DenseWeight,
+    Fp8Weight,
+    GroupedWeight,
+    Int8Weight,
+    LowRankWeight,
+    QuantWeight,
+    Sparse24Weight,
+    joined,
+)
 from workers.model.weight_format import Experts, Linear, Quantised
 
 
@@ -25,6 +36,9 @@ def linear_of(shares: Sequence[QuantWeight], dtype: torch.dtype, arithmetic: Ari
     """The product with a rank's shares of some matrices, for rows of `dtype`. bias: [sum of their outputs]."""
     sizes = [share.num_outputs for share in shares]
     whole = joined(shares)
+    if whole is None:  # several types of a GGUF, say
+        shares = [_as_multiplied(share, dtype, arithmetic) for share in shares]
+        whole = joined(shares)
     if whole is not None:
         return _linear(whole, sizes, dtype, arithmetic, bias)
     biases: Sequence[Tensor | None] = [None] * len(shares) if bias is None else bias.split(sizes)
@@ -32,6 +46,15 @@ def linear_of(shares: Sequence[QuantWeight], dtype: torch.dtype, arithmetic: Ari
         _linear(share, [size], dtype, arithmetic, part) for share, size, part in zip(shares, sizes, biases, strict=True)
     ]
     return SideBySide(each, sizes)
+
+
+def _as_multiplied(weight: QuantWeight, dtype: torch.dtype, arithmetic: Arithmetic) -> QuantWeight:
+    """As dense numbers, where those are what is multiplied."""
+    if isinstance(weight, GroupedWeight) and is_dequantized(weight, dtype, arithmetic):
+        return DenseWeight(weight.dense(dtype), stored_as=kind_of(weight))
+    if isinstance(weight, Sparse24Weight) and not has_sparse_product(dtype, arithmetic):
+        return DenseWeight(weight.dense(dtype), stored_as="2:4")
+    return weight
 
 
 def _linear(
@@ -46,6 +69,10 @@ def _linear(
             return int8_linear(weight, sizes, dtype, arithmetic, bias)
         case Fp8Weight():
             return fp8_linear(weight, sizes, dtype, arithmetic, bias)
+        case Sparse24Weight():
+            return sparse24_linear(weight, sizes, dtype, arithmetic, bias)
+        case LowRankWeight():
+            return low_rank_linear(weight, sizes, dtype, arithmetic, bias)
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ def grouped_linear(
     weight: GroupedWeight, sizes: list[int], dtype: torch.dtype, arithmetic: Arithmetic, bias: Tensor | None
 ) -> Linear:
     """The fastest that the device has."""
-    kind = f"W{weight.bits}A{8 if weight.input_scheme else 16} g{weight.group_size}"
+    kind = kind_of(weight)
     product: Product | None = None
     if not arithmetic.batch_invariant and arithmetic.groups.device.type == "cuda":
         if has_integer_product(weight):
@@ -46,6 +46,22 @@ def grouped_linear(
         kind += f" dequantized to {str(dtype).removeprefix('torch.')}"
         return GroupedLinear(arithmetic.product(weight.dense(dtype), bias), sizes, kind, weight.input_scheme)
     return GroupedLinear(product, sizes, kind, weight.input_scheme, weight.inputs_change)
+
+
+def kind_of(weight: GroupedWeight) -> str:
+    """For the log: W4A16 g64."""
+    return f"W{weight.bits}A{8 if weight.input_scheme else 16} g{weight.group_size}"
+
+
+def is_dequantized(weight: GroupedWeight, dtype: torch.dtype, arithmetic: Arithmetic) -> bool:
+    """Whether grouped_linear takes the weight's numbers alone, with rows as they are."""
+    if weight.input_scheme is not None:
+        return False
+    if arithmetic.batch_invariant:
+        return True
+    if arithmetic.groups.device.type == "cuda":
+        return not _has_cuda_product(weight, dtype)
+    return dtype != torch.bfloat16 or not _has_cpu_product(weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +85,17 @@ class GroupedLinear:
         return self.product(x)
 
 
+def _has_cpu_product(weight: GroupedWeight) -> bool:
+    is_integer = weight.bits == 4 and weight.table is None
+    return is_integer and weight.group_size in _CPU_GROUPS and weight.num_outputs % _CPU_OUTPUTS == 0
+
+
+def _has_cuda_product(weight: GroupedWeight, dtype: torch.dtype) -> bool:
+    return dtype in (torch.bfloat16, torch.float16) and group_of(weight) is not None
+
+
 def _cpu_product(weight: GroupedWeight, arithmetic: Arithmetic, bias: Tensor | None) -> Product | None:
-    if weight.bits != 4 or weight.table is not None:
-        return None
-    if weight.group_size not in _CPU_GROUPS or weight.num_outputs % _CPU_OUTPUTS:
+    if not _has_cpu_product(weight):
         return None
     # (code - 8) * scale + minimum; ours is (code - zero) * scale + offset.
     minima = torch.zeros_like(weight.scales) if weight.offsets is None else weight.offsets
@@ -93,7 +116,7 @@ def _cpu_product(weight: GroupedWeight, arithmetic: Arithmetic, bias: Tensor | N
 
 
 def _cuda_product(weight: GroupedWeight, dtype: torch.dtype, bias: Tensor | None) -> Product | None:
-    if dtype not in (torch.bfloat16, torch.float16) or group_of(weight) is None:
+    if not _has_cuda_product(weight, dtype):
         return None
     w = PackedCodes.of(weight, dtype)
     padding = w.num_added_inputs

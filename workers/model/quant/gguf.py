@@ -1,8 +1,9 @@
 """Matrices in the blocks of a GGUF: rows of bytes, each block with its scales. Types differ from matrix to matrix.
 
 A model directory that was made from such a file (checkpoint.gguf.directory) lists in its quantization_config which type
-each matrix has; those that are not listed are numbers as they are. Types of four bits with a scale and a minimum per 32
-inputs are multiplied as they are, where a device can; the others become numbers once, when they are read.
+each matrix has; those that are not listed are numbers as they are. Types whose codes have scales by group, and minima
+or a table of sixteen numbers, keep them, and are multiplied as they are where a device can. Where codes are points of a
+grid (IQ1 to IQ3) they become numbers once, when they are read.
 """
 
 from __future__ import annotations
@@ -27,7 +28,12 @@ if TYPE_CHECKING:
     from workers.model.loader import Weights
     from workers.model.quant.weights import DenseWeight, GroupedWeight, QuantWeight
 
-_FOUR_BITS = ("Q4_0", "Q4_1", "Q4_K")
+_BITS = {
+    "Q1_0": 1, "Q2_0": 2, "TQ1_0": 2, "TQ2_0": 2, "Q2_K": 2, "Q3_K": 3, "Q4_0": 4, "Q4_1": 4, "Q4_K": 4, "Q5_0": 5,
+    "Q5_1": 5, "Q5_K": 5, "Q6_K": 6, "Q8_0": 8, "Q8_1": 8, "Q8_K": 8,
+}  # fmt: skip
+"""Of the codes of types of gguf_blocks.affine."""
+_TABLES = ("IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4")  # of gguf_blocks.levels
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -57,33 +63,47 @@ class BlocksStorage:
         ((name, wanted),) = self.tensors(cut.name, cut.outputs, cut.inputs).items()
         columns = slice(self._block.row_bytes(cut.columns.start), self._block.row_bytes(cut.columns.stop))
         rows = weights.read(name, wanted.shape, (cut.rows, columns), as_stored=True)
-        weight = _four_bits(self.kind, rows) if self.kind in _FOUR_BITS else _dense(self.kind, rows, weights)
+        weight = _read(self.kind, rows, weights)
         _check_finite(name, weight)
         return weight
 
 
-def _four_bits(kind: str, rows: Tensor) -> GroupedWeight:
+def _read(kind: str, rows: Tensor, weights: Weights) -> DenseWeight | GroupedWeight:
+    from workers.model.quant.gguf_blocks.dequantise import dequantise
+    from workers.model.quant.weights import DenseWeight
+
+    if kind in _BITS:
+        return _affine(kind, rows)
+    if kind in _TABLES:
+        return _levels(kind, rows)
+    return DenseWeight(dequantise(kind, rows, weights.dtype), stored_as=kind)
+
+
+def _affine(kind: str, rows: Tensor) -> GroupedWeight:
     import torch
 
     from workers.model.quant.gguf_blocks.affine import AFFINE
     from workers.model.quant.weights import GroupedWeight
 
-    affine = AFFINE[kind](rows.reshape(-1, QUANTISED[kind].block_bytes))
+    affine, bits = AFFINE[kind](rows.reshape(-1, QUANTISED[kind].block_bytes)), _BITS[kind]
     scales = affine.scales.view(len(rows), -1)
+    is_symmetric = affine.zero == 2 ** (bits - 1)
     return GroupedWeight(
         affine.codes.view(len(rows), -1),
         scales,
-        bits=4,
-        zeros=None if affine.zero == 8 else torch.full_like(scales, affine.zero, dtype=torch.uint8),
+        bits,
+        zeros=None if is_symmetric else torch.full_like(scales, affine.zero, dtype=torch.uint8),
         offsets=None if affine.offsets is None else affine.offsets.reshape(scales.shape),
     )
 
 
-def _dense(kind: str, rows: Tensor, weights: Weights) -> DenseWeight:
-    from workers.model.quant.gguf_blocks.dequantise import dequantise
-    from workers.model.quant.weights import DenseWeight
+def _levels(kind: str, rows: Tensor) -> GroupedWeight:
+    from workers.model.quant.gguf_blocks.levels import LEVELS
+    from workers.model.quant.weights import GroupedWeight
 
-    return DenseWeight(dequantise(kind, rows, weights.dtype), stored_as=kind)
+    levels = LEVELS[kind](rows.reshape(-1, QUANTISED[kind].block_bytes))
+    scales = levels.scales.reshape(len(rows), -1)
+    return GroupedWeight(levels.codes.view(len(rows), -1), scales, bits=4, table=levels.table)
 
 
 def _check_finite(name: str, weight: DenseWeight | GroupedWeight) -> None:

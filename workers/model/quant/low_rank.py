@@ -1,4 +1,4 @@
-"""Matrices as products of two thin ones, as `switchyard quantize` writes them. They are multiplied out once."""
+"""Matrices as products of two thin ones, as `switchyard quantize` writes them."""
 
 from __future__ import annotations
 
@@ -34,12 +34,13 @@ class LowRankStorage:
 
     def read(self, weights: Weights, cut: Cut) -> QuantWeight:
         """As in MatrixStorage."""
-        from workers.model.quant.weights import DenseWeight
+        from workers.model.quant.weights import LowRankWeight
 
-        left = weights.read(f"{cut.name}.weight_left", (cut.outputs, self.rank), (cut.rows,), as_stored=True)
+        left = weights.read(f"{cut.name}.weight_left", (cut.outputs, self.rank), (cut.rows,))
         every = slice(0, self.rank)
-        right = weights.read(f"{cut.name}.weight_right", (self.rank, cut.inputs), (every, cut.columns), as_stored=True)
-        return DenseWeight((left.float() @ right.float()).to(weights.dtype))
+        return LowRankWeight(
+            left, weights.read(f"{cut.name}.weight_right", (self.rank, cut.inputs), (every, cut.columns))
+        )
 
 
 @dataclass(frozen=True, slots=True)

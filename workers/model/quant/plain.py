@@ -1,4 +1,7 @@
-"""Matrices that are stored as they are: one floating-point tensor each."""
+"""Matrices that are stored as they are: one floating-point tensor each.
+
+Where two of every four numbers are zero, that is kept: there is a product for it (2:4).
+"""
 
 from __future__ import annotations
 
@@ -26,9 +29,10 @@ class PlainStorage:
 
     def read(self, weights: Weights, cut: Cut) -> QuantWeight:
         """As in MatrixStorage."""
-        from workers.model.quant.weights import DenseWeight
+        from workers.model.quant.weights import DenseWeight, Sparse24Weight
 
-        return DenseWeight(weights.read(cut.name + ".weight", (cut.outputs, cut.inputs), (cut.rows, cut.columns)))
+        values = weights.read(cut.name + ".weight", (cut.outputs, cut.inputs), (cut.rows, cut.columns))
+        return Sparse24Weight.of(values) or DenseWeight(values)
 
 
 PLAIN = PlainStorage()

@@ -45,6 +45,8 @@ class InputChange:
 
 
 NO_CHANGE = InputChange()
+_VALUES_AT_ONCE = 1 << 22  # that are dequantized in fp32
+_ROWS_FOR_A_GUESS = 4  # of a matrix, which nearly always tell that it has no pattern
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,18 +93,27 @@ class GroupedWeight:
         return self.codes.shape[1] // self.scales.shape[1]
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """[outputs, inputs], for unchanged rows; computed in fp32."""
-        grouped = self.codes.unflatten(1, (self.scales.shape[1], -1))
+        """[outputs, inputs], for unchanged rows; computed in fp32, some rows at a time."""
+        values = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
+        step = max(1, _VALUES_AT_ONCE // max(1, self.codes.shape[1]))
+        for begin in range(0, len(self.codes), step):
+            rows = slice(begin, begin + step)
+            values[rows] = self._values(rows)
+        return self.inputs_change.undone(values)
+
+    def _values(self, rows: slice) -> Tensor:
+        """fp32, of some rows."""
+        grouped = self.codes[rows].unflatten(1, (self.scales.shape[1], -1))
         if self.table is not None:
             values = self.table[grouped.int()]
         elif self.zeros is not None:
-            values = grouped.float() - self.zeros.float().unsqueeze(-1)
+            values = grouped.float() - self.zeros[rows].float().unsqueeze(-1)
         else:
             values = grouped.float() - 2.0 ** (self.bits - 1)
-        values *= self.scales.unsqueeze(-1)
+        values *= self.scales[rows].unsqueeze(-1)
         if self.offsets is not None:
-            values += self.offsets.unsqueeze(-1)
-        return self.inputs_change.undone(values.flatten(1).to(dtype))
+            values += self.offsets[rows].unsqueeze(-1)
+        return values.flatten(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +177,71 @@ class Fp8Weight:
         return self.inputs_change.undone((self.values.float() * scales).to(dtype))
 
 
-QuantWeight = DenseWeight | GroupedWeight | Int8Weight | Fp8Weight
+@dataclass(frozen=True, slots=True, eq=False)
+class Sparse24Weight:
+    """Numbers of which two in every four neighbours along the inputs are kept; the others are zero."""
+
+    kept: Tensor  # [outputs, inputs / 2], floating-point
+    places: Tensor  # uint8 [outputs, inputs / 4]: the first of the two in the low two bits, then the second
+    inputs_change: InputChange = NO_CHANGE
+
+    @classmethod
+    def of(cls, values: Tensor) -> Sparse24Weight | None:
+        """From [outputs, inputs]; None where some four have more than two."""
+        if values.shape[1] % 4 or not values.numel():
+            return None
+        for rows in (values[:_ROWS_FOR_A_GUESS], values):
+            if bool(((rows.unflatten(1, (-1, 4)) != 0).sum(-1, dtype=torch.int8) > 2).any()):
+                return None
+        fours = values.unflatten(1, (-1, 4))
+        # Those that are not zero, in their order; a zero fills up.
+        where = (fours == 0).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :2].sort(dim=-1).values
+        first, second = where.to(torch.uint8).unbind(-1)
+        return cls(fours.gather(-1, where).flatten(1), first | second << 2)
+
+    @property
+    def num_outputs(self) -> int:
+        """Rows."""
+        return len(self.kept)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """[outputs, inputs], for unchanged rows."""
+        where = torch.stack((self.places & 3, self.places >> 2), -1).long()
+        fours = torch.zeros(*self.places.shape, 4, dtype=dtype, device=self.kept.device)
+        fours.scatter_(-1, where, self.kept.to(dtype).unflatten(1, (-1, 2)))
+        return self.inputs_change.undone(fours.flatten(1))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRankWeight:
+    """The product of two thin matrices."""
+
+    left: Tensor  # [outputs, rank], floating-point
+    right: Tensor  # [rank, inputs]
+    inputs_change: InputChange = NO_CHANGE
+
+    @property
+    def num_outputs(self) -> int:
+        """Rows."""
+        return len(self.left)
+
+    @property
+    def rank(self) -> int:
+        """Of the product, at most."""
+        return self.left.shape[1]
+
+    @property
+    def is_thin(self) -> bool:
+        """Whether the two have fewer numbers than their product."""
+        outputs, inputs = len(self.left), self.right.shape[1]
+        return self.rank * (outputs + inputs) < outputs * inputs
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """[outputs, inputs], for unchanged rows; multiplied in fp32."""
+        return self.inputs_change.undone((self.left.float() @ self.right.float()).to(dtype))
+
+
+QuantWeight = DenseWeight | GroupedWeight | Int8Weight | Fp8Weight | Sparse24Weight | LowRankWeight
 
 
 def joined(weights: Sequence[QuantWeight]) -> QuantWeight | None:
@@ -235,6 +310,15 @@ def _joined_fp8(weights: Sequence[Fp8Weight]) -> Fp8Weight | None:
     return replace(first, values=values, scales=scales)
 
 
+def _joined_sparse24(weights: Sequence[Sparse24Weight]) -> Sparse24Weight:
+    kept, places = (torch.cat(parts) for parts in zip(*((w.kept, w.places) for w in weights), strict=True))
+    return replace(weights[0], kept=kept, places=places)
+
+
+def _never_joined(weights: Sequence[LowRankWeight]) -> None:
+    """Each has a thin matrix of its own for the rows."""
+
+
 def _are_equal(one: Tensor | None, other: Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
@@ -246,4 +330,6 @@ _JOINING = {
     GroupedWeight: _joined_grouped,
     Int8Weight: _joined_int8,
     Fp8Weight: _joined_fp8,
+    Sparse24Weight: _joined_sparse24,
+    LowRankWeight: _never_joined,
 }

@@ -6,7 +6,8 @@ grammars and bad words are left to the model, which judges.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from workers.engine.request import Request
@@ -38,7 +39,8 @@ class _Turn:
 
 
 class DraftModel:
-    """runner: of the draft, with async scheduling. costs: of its steps; None: not measured, and then not counted."""
+    """runner: of the draft, with async scheduling. costs: of its steps; None: not measured, and then not counted.
+    on_stream: what its steps are started in, so that they do not wait for those of the model."""
 
     def __init__(
         self,
@@ -47,25 +49,58 @@ class DraftModel:
         limits: DraftLimits,
         costs: StepCosts | None,
         temperature_scale: float = 1.0,
+        on_stream: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self._runner = runner
         self._sequences = sequences
         self._limits = limits
         self._costs = costs
         self._temperature_scale = temperature_scale
+        self._on_stream = on_stream
         self._plans = PlanNumbers()
 
     # ---------------------------------------------------------------------------------------------------------- drafts
     def propose(self, wanted: Sequence[DraftWanted]) -> list[Sequence[int]]:
         """As in Drafter. Of a request whose prompt the draft has not read it proposes nothing yet."""
         turns = self._turns([(one.request, one.num_tokens) for one in wanted])
+        ready = {
+            turn.request.request_id: turn.sequence.proposed[: turn.num_tokens]
+            for turn in turns
+            # Drafted ahead, and all before them was right. A few are not worth a step of the model.
+            if 0 < turn.num_tokens <= 2 * len(turn.sequence.proposed)
+        }
+        turns = [turn for turn in turns if turn.request.request_id not in ready]
         waits = [self._first_step(turns)] if turns else []
         drafting = [turn for turn in turns if turn.num_tokens]
         for step in range(1, max((turn.num_tokens for turn in drafting), default=0)):
             waits.append(self._next_step([turn for turn in drafting if turn.num_tokens > step], step))
         drafts = drafts_of(waits, [(turn.request.request_id, turn.num_tokens) for turn in drafting])
         self._note(turns, drafts)
+        drafts |= ready
         return [until_failed(drafts.get(one.request.request_id, [])) for one in wanted]
+
+    def ahead(self, requests: Sequence[Request], num_tokens: int) -> None:
+        """As in Drafter: the chain goes on behind what is being judged, as if all of it were right."""
+        names = {request.request_id for request in requests}
+        held = [(one, self._sequences.proposing(one, num_tokens, names)) for one in requests]
+        room = self._limits.max_context_tokens - num_tokens
+        turns = [_Turn(one, sequence, num_tokens) for one, sequence in held if sequence and sequence.end <= room]
+        if not turns:
+            return
+        ends = {turn.request.request_id: turn.sequence.end for turn in turns}
+        waits = []
+        for step in range(num_tokens):
+            plan = SchedulerOutput()
+            for turn in turns:
+                sequence, known = turn.sequence, None if step else [turn.sequence.next_id or 0]
+                if not step:
+                    self._take_row(plan, turn)
+                append(plan, sequence, ends[turn.request.request_id] + step, known, 1)
+            waits.append(self._start(plan))
+        chosen = drafts_of(waits, [(turn.request.request_id, num_tokens) for turn in turns])
+        for turn in turns:
+            if choices := until_failed(chosen[turn.request.request_id]):
+                turn.sequence.computed_ahead(choices)
 
     def prepare(self, requests: Sequence[Request]) -> None:
         """Compute what the draft lacks of these requests, as much as one step takes, while they wait for their KV."""
@@ -101,12 +136,15 @@ class DraftModel:
             left -= turn.end - start
             if turn.end < request.num_tokens:
                 turn.num_tokens = 0
-            sampling = draft_sampling(request.sampling, self._temperature_scale)
-            take_row(plan, sequence, request.num_prompt_tokens, sampling)
+            self._take_row(plan, turn)
             append(plan, sequence, start, request.token_ids[start : turn.end], int(turn.num_tokens > 0))
             planned.append(turn)
         turns[:] = planned
         return self._start(plan)
+
+    def _take_row(self, plan: SchedulerOutput, turn: _Turn) -> None:
+        sampling = draft_sampling(turn.request.sampling, self._temperature_scale)
+        take_row(plan, turn.sequence, turn.request.num_prompt_tokens, sampling)
 
     def _next_step(self, turns: Sequence[_Turn], step: int) -> Wait:
         """One more token of each, after the one that the last step chooses."""
@@ -116,12 +154,13 @@ class DraftModel:
         return self._start(plan)
 
     def _start(self, plan: SchedulerOutput) -> Wait:
-        return self._runner.start(self._plans.sent(plan))
+        with self._on_stream():
+            return self._runner.start(self._plans.sent(plan))
 
     def _note(self, turns: Sequence[_Turn], drafts: dict[str, list[int]]) -> None:
         for turn in turns:
-            computed = drafts.get(turn.request.request_id, [])[:-1]  # the last one was only chosen
-            turn.sequence.computed(turn.end, computed)
+            chosen = until_failed(drafts.get(turn.request.request_id, []))
+            turn.sequence.computed(turn.end, chosen[:-1], chosen[-1] if chosen else None)
             self._sequences.note_full_blocks(turn.sequence, turn.request.token_ids)
 
     def computed(self, plan: SchedulerOutput, features: object) -> None:

@@ -29,6 +29,11 @@ class Drafter(Protocol):
         """These wait for their KV; what proposing tokens for them needs may be worked out meanwhile."""
         ...
 
+    def ahead(self, requests: Sequence[Request], num_tokens: int) -> None:
+        """Drafts of these requests are being judged, and a device or a core is free meanwhile: propose so many more
+        tokens of each, as if all those drafts were right. What is right of them may be the next proposal."""
+        ...
+
     def computed(self, plan: SchedulerOutput, features: object) -> None:
         """Hidden states of a step's tokens, once its requests have the tokens that it chose. Only where the drafter
         asked the model for some; others are never called."""

@@ -117,6 +117,9 @@ class FeatureHead:
         self._waiting: dict[str, _Waiting] = {}
 
     # -------------------------------------------------------------------------------------------------- hidden states
+    def ahead(self, requests: Sequence[Request], num_tokens: int) -> None:
+        """As in Drafter: what follows needs hidden states of the step that is not through."""
+
     def computed(self, plan: SchedulerOutput, features: object) -> None:
         """As in Drafter."""
         assert isinstance(features, StepFeatures)

@@ -75,6 +75,9 @@ class ForcedTokens:
     def prepare(self, requests: Sequence[Request]) -> None:
         """As in Drafter: nothing needs to be."""
 
+    def ahead(self, requests: Sequence[Request], num_tokens: int) -> None:
+        """As in Drafter: its proposals take no time."""
+
     def computed(self, plan: SchedulerOutput, features: object) -> None:
         """As in Drafter: it asks for none."""
 
@@ -102,6 +105,10 @@ class WithinGrammar:
     def prepare(self, requests: Sequence[Request]) -> None:
         """As in Drafter."""
         self._drafter.prepare(requests)
+
+    def ahead(self, requests: Sequence[Request], num_tokens: int) -> None:
+        """As in Drafter."""
+        self._drafter.ahead(requests, num_tokens)
 
     def computed(self, plan: SchedulerOutput, features: object) -> None:
         """As in Drafter."""

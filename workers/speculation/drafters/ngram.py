@@ -43,6 +43,9 @@ class NgramDrafter:
     def prepare(self, requests: Sequence[Request]) -> None:
         """As in Drafter: nothing needs to be."""
 
+    def ahead(self, requests: Sequence[Request], num_tokens: int) -> None:
+        """As in Drafter: its proposals take no time."""
+
     def computed(self, plan: SchedulerOutput, features: object) -> None:
         """As in Drafter: it asks for none."""
 

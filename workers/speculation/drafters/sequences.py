@@ -28,29 +28,46 @@ class DraftSequence:
         self.num_registered = 0
         self.is_new = True  # the runner does not know its row
         self.num_left_out = 0  # tokens without an entry, among those before the next one
-        self._drafts: list[int] = []  # computed behind them
+        self.next_id: int | None = None  # chosen behind the drafts, and not computed
+        self._drafts: list[int] = []  # computed behind the tokens
         self._root = root
 
     def parent(self) -> bytes:
         """Of the next block to be named."""
         return self.block_names[-1] if self.block_names else self._root
 
-    def take_judgement(self, token_ids: Sequence[int]) -> None:
-        """The request has these tokens now: drafts among them are computed."""
-        right = 0
-        for right, draft in enumerate([*self._drafts, -1]):
-            at = self.num_computed + right
-            if at >= len(token_ids) or token_ids[at] != draft:
-                break
-        self.num_computed += right
-        self.num_kv = max(self.num_kv, self.num_computed)
-        self._drafts = []
+    @property
+    def proposed(self) -> list[int]:
+        """Tokens that were chosen to follow those of the request, the last judgement taken."""
+        return self._drafts if self.next_id is None else [*self._drafts, self.next_id]
 
-    def computed(self, end: int, drafts: Sequence[int]) -> None:
-        """The tokens up to `end` are computed, and behind them these drafts."""
+    def take_judgement(self, token_ids: Sequence[int]) -> None:
+        """The request has these tokens now. Drafts among them are computed; those behind them are still proposed if all
+        before them were right."""
+        proposed, right = self.proposed, 0
+        while right < len(proposed) and token_ids[self.num_computed + right :][:1] == [proposed[right]]:
+            right += 1
+        are_left = right < len(proposed) and self.num_computed + right == len(token_ids)
+        self.num_computed += min(right, len(self._drafts))
+        self.num_kv = max(self.num_kv, self.num_computed)
+        self._drafts = self._drafts[right:] if are_left else []
+        self.next_id = self.next_id if are_left else None
+
+    def computed(self, end: int, drafts: Sequence[int], next_id: int | None = None) -> None:
+        """The tokens up to `end` are computed, and behind them these drafts; next_id was chosen behind those."""
         self.num_computed = end
         self.num_kv = max(self.num_kv, end)
-        self._drafts = list(drafts)
+        self._drafts, self.next_id = list(drafts), next_id
+
+    def computed_ahead(self, choices: Sequence[int]) -> None:
+        """What was chosen last is computed, and behind it all of these choices but the last."""
+        self._drafts = [*self.proposed, *choices[:-1]]
+        self.next_id = choices[-1]
+
+    @property
+    def end(self) -> int:
+        """The entry of what was chosen last."""
+        return self.num_computed + len(self._drafts)
 
 
 class DraftSequences:
@@ -78,12 +95,22 @@ class DraftSequences:
             sequence = self._sequences[name] = self._new(request)
         self._sequences.move_to_end(name)
         sequence.take_judgement(request.token_ids)
+        return sequence if self._extend(sequence, num_entries, {*used, name}) else None
+
+    def proposing(self, request: Request, num_entries: int, used: Collection[str]) -> DraftSequence | None:
+        """The same of a request whose drafts are being judged, with blocks for so many entries behind them."""
+        sequence = self._sequences.get(request.request_id)
+        if sequence is None or sequence.next_id is None:
+            return None
+        return sequence if self._extend(sequence, sequence.end + num_entries, used) else None
+
+    def _extend(self, sequence: DraftSequence, num_entries: int, used: Collection[str]) -> bool:
         num_blocks = -(-num_entries // self._pools.block_size)
         while not self._pools.can_extend(sequence.block_tables, num_blocks, self._groups):
-            if not self._give_up_oldest({*used, name}):
-                return None
+            if not self._give_up_oldest(used):
+                return False
         self._pools.extend(sequence.block_tables, num_blocks, self._groups)
-        return sequence
+        return True
 
     def _new(self, request: Request) -> DraftSequence:
         size = self._pools.block_size

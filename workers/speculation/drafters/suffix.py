@@ -136,6 +136,9 @@ class SuffixDrafter:
     def prepare(self, requests: Sequence[Request]) -> None:
         """As in Drafter: nothing needs to be."""
 
+    def ahead(self, requests: Sequence[Request], num_tokens: int) -> None:
+        """As in Drafter: its proposals take no time."""
+
     def computed(self, plan: SchedulerOutput, features: object) -> None:
         """As in Drafter: it asks for none."""
 

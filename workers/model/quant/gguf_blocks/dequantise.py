@@ -27,4 +27,4 @@ def dequantise(kind: str, rows: Tensor, dtype: torch.dtype = torch.float32) -> T
 def _values(kind: str, blocks: Tensor) -> Tensor:
     if kind in AFFINE:
         return AFFINE[kind](blocks).values()
-    return (LEVELS.get(kind) or GRIDS[kind])(blocks)
+    return LEVELS[kind](blocks).values() if kind in LEVELS else GRIDS[kind](blocks)
