@@ -198,6 +198,7 @@ def _compare(
                 "method": method,
                 "adaptive": options.enable_adaptive_verification,
                 "num_speculative_tokens": options.num_speculative_tokens,
+                "lookup_min": options.draft_model_lookup_min,
                 "tokens_per_step": round(sum(one.tokens_per_step for one in found) / rounds, 3),
                 "accepted_by_position": [round(share, 3) for share in found[-1].accepted],
                 "equal_tokens": sum(
@@ -236,12 +237,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--tokens", type=int, default=0, help="num_speculative_tokens")
     parser.add_argument("--methods", nargs="+", choices=METHODS["demo"], default=(), help="default: all of the model")
+    parser.add_argument("--lookup", type=int, default=SpeculativeOptions().draft_model_lookup_min, help="0: none")
     parser.add_argument("--fixed", action="store_true")
     parser.add_argument("--dry", action="store_true", help="append no rows")
     given = parser.parse_args()
     torch.set_num_threads(1)
     options = SpeculativeOptions(
-        enable_adaptive_verification=not given.fixed, num_speculative_tokens=given.tokens, method=PLAIN
+        enable_adaptive_verification=not given.fixed,
+        num_speculative_tokens=given.tokens,
+        method=PLAIN,
+        draft_model_lookup_min=given.lookup,
     )
     measurements = measure(cases_of(given.model, given.batches), options, given.rounds, given.methods)
     for one in measurements:

@@ -31,7 +31,8 @@ from workers.config import DTYPES, ROLES, RUNNERS, EngineOptions, SpeculativeOpt
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_MODEL = ROOT / "models" / "demo"
-DEMO_DRAFT = ROOT / "models" / "demo-draft"
+DEMO_DRAFTS = {"draft_model": ROOT / "models" / "demo-draft", "eagle3": ROOT / "models" / "demo-eagle3"}
+"""Of the demo model, by method of speculative decoding."""
 DEVICES = ("auto", "cpu", "cuda")
 _MOST_ROUTERS = 1000
 _MOST_REPLICAS = 10_000

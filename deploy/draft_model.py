@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from checkpoint.errors import CheckpointError
 from checkpoint.identity import tokenizer_digest
-from deploy.config import DEMO_DRAFT, ClusterConfig
+from deploy.config import DEMO_DRAFTS, ClusterConfig
 from deploy.errors import ConfigError
 from deploy.preflight import FoundModel
 from workers.config import resolve_model
@@ -31,9 +31,7 @@ def check_draft(config: ClusterConfig, model: FoundModel) -> str:
     options = config.speculative
     if options.method not in _NEEDS:
         return ""
-    wanted = options.model
-    if not wanted and options.method == "draft_model" and not config.model.path:
-        wanted = str(DEMO_DRAFT)
+    wanted = options.model or ("" if config.model.path else str(DEMO_DRAFTS[options.method]))
     if not wanted:
         raise ConfigError(f"{_KEY}: method={options.method} needs {_NEEDS[options.method]}")
     try:

@@ -185,6 +185,40 @@ def export(training: Run, directory: Path) -> None:
     weights.chmod(0o644)  # safetensors lets the owner read only
     (directory / "config.json").write_text(json.dumps(training.head.shape.config_json(), indent=2) + "\n")
     (directory / "training_history.json").write_text(json.dumps(training.history) + "\n")
+    (directory / "README.md").write_text(card(training))
+
+
+def card(training: Run) -> str:
+    """The model card."""
+    head = training.head
+    shape, layer = head.shape, head.shape.layer
+    parameters = sum(p.numel() for p in head.parameters())
+    layers = ", ".join(str(each) for each in shape.feature_layers)
+    return f"""---
+license: psf-2.0
+language: [code]
+pipeline_tag: text-generation
+---
+
+# {NAME}
+
+An EAGLE-3 head (arXiv 2503.01840) of {parameters / 1e6:.1f} M parameters for `demo`: it proposes tokens from `demo`'s
+own hidden states, for speculative decoding (`method: eagle3`). Alone it is of no use.
+
+| | |
+| --- | --- |
+| shape | one layer, hidden {layer.hidden_size}, {layer.num_attention_heads} heads on {layer.num_key_value_heads} KV \
+head of {layer.head_dim}, MLP {layer.intermediate_size}, bf16; the embedding is `demo`'s |
+| proposes | {shape.draft_vocab_size} of {layer.vocab_size} tokens, those that come most often |
+| hidden states | before layers {layers} of `demo` ({layers.split(", ")[-1]}: after the last) |
+| trained on | {training.history[-1]["tokens"] / 1e6:.1f} M tokens that `demo` said, or read in its training modules; \
+sequences of {_ROW_TOKENS} tokens |
+| training | {len(training.history)} steps, Muon and Adam, seed {train.SEED}: `python -m training.eagle` |
+| how often it says what `demo` says | `python -m bench.speculation --methods eagle3` |
+
+Licence: the weights are derived from the CPython standard library, under the PSF License Agreement; the script that
+makes them is under Switchyard's Apache-2.0.
+"""
 
 
 def main() -> None:

@@ -113,8 +113,8 @@ class SpeculativeOptions:
     request was computed on this worker. grammar: tokens that a request's grammar leaves no choice about; the other
     methods propose them, too."""
     model: str = ""
-    """draft_model: the draft's directory, GGUF file, packaged model or Hub id. Empty with the demo model means its own
-    draft. eagle3: the head's directory or Hub id."""
+    """draft_model: the draft's directory, GGUF file, packaged model or Hub id. eagle3: the head's directory or Hub id.
+    Empty with the demo model means its own draft or head."""
     num_speculative_tokens: Annotated[int, Bounds(at_least=0, at_most=_MOST_DRAFT_TOKENS)] = 0
     """Most draft tokens of a request in a step; 0 means 4 for draft_model and eagle3, 8 for ngram, 16 for suffix and
     grammar."""

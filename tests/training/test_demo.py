@@ -8,8 +8,12 @@ import re
 import pytest
 from tokenizers import Tokenizer
 
-from training import acceptance, corpus, train
+from bench import speculation
+from training import acceptance, corpus, eagle, train
 from training.draft import DRAFT
+from workers.config import SpeculativeOptions
+from workers.model.heads.eagle3_config import read_eagle3
+from workers.model.registry import load_config
 
 MODELS = train.MODELS
 TESTS_OF_HELD_OUT = {
@@ -71,6 +75,21 @@ def test_the_draft_says_what_the_demo_says(documents: corpus.Corpus) -> None:
     for temperature, least in ((0.0, 0.6), (0.7, 0.45), (1.0, 0.38)):
         said = acceptance.streams(target, prompts, 96, temperature)
         assert acceptance.acceptance("draft", draft, said).share > least
+
+
+def test_the_head_says_what_the_demo_says() -> None:
+    """As it is served: `python -m bench.speculation --methods eagle3 --fixed --lookup 0` has more."""
+    options = SpeculativeOptions(enable_adaptive_verification=False, num_speculative_tokens=2, draft_model_lookup_min=0)
+    bench = speculation.Bench("demo", False, options)
+    make, prompts = bench.engine("eagle3"), speculation.Prompts("demo", bench.directory)
+    for temperature, least in ((0.0, 0.6), (0.7, 0.5)):
+        assert bench.run(make(), prompts.take(8), temperature).accepted[0] > least
+
+
+def test_the_head_is_small() -> None:
+    head = read_eagle3(MODELS / eagle.NAME, load_config(MODELS / "demo"))
+    assert head.draft_vocab_size == eagle.EAGLE.shape.draft_vocab_size
+    assert (MODELS / eagle.NAME / "model.safetensors").stat().st_size < 3e6
 
 
 def test_the_draft_has_one_layer_and_costs_little() -> None:
