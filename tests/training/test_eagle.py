@@ -51,7 +51,7 @@ def test_a_pass_is_the_next_link_of_every_chain(teacher: Llama, tmp_path: Path) 
     features, _ = taught(teacher, text[:, :-1], SHAPE.feature_layers)
     with torch.no_grad():
         passes = head(features, text[:, 1:], 3)
-    eagle.export(eagle.Run(head, [], []), tmp_path)
+    eagle.export(eagle.Run(head, [], [{"step": 1, "tokens": 26}]), tmp_path)
     plain = PlainHead.of(tmp_path, teacher.embed_tokens.weight.detach())
     ids = draft_ids(read_eagle3(tmp_path, _config(tmp_path / "teacher")))
     token_ids = text[0, 1:].tolist()
