@@ -20,6 +20,7 @@ from workers.engine.step import SchedulerOutput
 from workers.speculation.acceptance import AcceptanceEstimates
 from workers.speculation.drafters.drafter import Drafter, DraftWanted
 from workers.speculation.goodput import GainBias, draft_budget
+from workers.speculation.quiet import QuietRequests
 from workers.speculation.step_costs import StepCosts
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class Speculator:
         self._clock = clock
         self._estimates = [AcceptanceEstimates(options.most_tokens) for _ in drafters]
         self._drafted_by: dict[str, int] = {}  # of requests whose drafts are being judged
+        self._quiet = QuietRequests()
         self._pause = 0  # steps to come without a look at drafts
         self._next_pause = 1
         self._drafting_s = 0.0  # before the last step
@@ -98,13 +100,13 @@ class Speculator:
         running = [r for r in scheduler.running if not r.is_stalled]
         if not running:
             return
-        limits = [self._limit(request, len(running)) for request in running]
-        is_any = False
-        for request, limit in zip(running, limits, strict=True):
-            request.awaits_drafts = limit > 0
-            is_any |= limit > 0
-        if is_any:
-            wanted = [DraftWanted(r, k) for r, k in zip(running, limits, strict=True) if k > 0 and _is_ready(r)]
+        wanted = []
+        for request in running:
+            limit = self._limit(request, len(running))
+            request.awaits_drafts = limit > 0 and not self._quiet.passes_over(request.request_id)
+            if limit > 0 and _is_ready(request):
+                wanted.append(DraftWanted(request, limit))
+        if wanted:
             self._propose(scheduler, wanted, len(running))
             self._drafting_s = self._clock() - began_s
             self.counters.drafting_seconds += self._drafting_s
@@ -119,8 +121,6 @@ class Speculator:
         return min(most, request.window_tokens - 1, request.max_num_tokens - 1 - request.num_tokens)
 
     def _propose(self, scheduler: Scheduler, wanted: Sequence[DraftWanted], num_running: int) -> None:
-        if not wanted:
-            return
         drafts = [_Draft(one) for one in wanted]
         is_adaptive = self._costs is not None
         for index, drafter in enumerate(self._drafters):
@@ -129,6 +129,7 @@ class Speculator:
         if is_adaptive:
             self._choose_lengths(scheduler, drafts, num_running)
         for draft in drafts:
+            self._quiet.note(draft.request_id, has_drafts=bool(draft.token_ids))
             if draft.token_ids:
                 self._drafted_by[draft.request_id] = draft.drafted_by
                 scheduler.propose(draft.request_id, list(draft.token_ids))
@@ -238,6 +239,7 @@ class Speculator:
     def forget(self, request: Request) -> None:
         """The request has left the engine."""
         self._drafted_by.pop(request.request_id, None)
+        self._quiet.forget(request.request_id)
         for drafter, estimates in zip(self._drafters, self._estimates, strict=True):
             estimates.forget(request.request_id)
             if not self._is_broken:
