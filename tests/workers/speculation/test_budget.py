@@ -144,7 +144,7 @@ def test_requests_without_drafts_are_looked_at_ever_more_rarely() -> None:
         if not quiet.passes_over("r"):
             looks.append(step)
             quiet.note("r", has_drafts=False)
-    gaps = [b - a for a, b in zip(looks, looks[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(looks)]
     assert gaps[:5] == [2, 3, 5, 9, 17]
     assert max(gaps) == 17
     quiet.note("r", has_drafts=True)
