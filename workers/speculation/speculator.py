@@ -81,7 +81,10 @@ class Speculator:
         self._next_pause = 1
         self._bias = GainBias()
         self._is_broken = False  # a drafter has raised
-        self.counters = SpeculationCounters(num_accepted_tokens_per_pos=[0] * options.most_tokens)
+        positions = [0] * options.most_tokens
+        self.counters = SpeculationCounters(
+            num_accepted_tokens_per_pos=list(positions), num_reached_tokens_per_pos=list(positions)
+        )
 
     # ---------------------------------------------------------------------------------------------------- before a step
     def propose(self, scheduler: Scheduler) -> None:
@@ -240,6 +243,8 @@ class Speculator:
         counters.num_accepted_tokens += one.num_right
         for position in range(one.num_right):
             counters.num_accepted_tokens_per_pos[position] += 1
+        for position in range(min(one.num_drafts, one.num_right + 1)):
+            counters.num_reached_tokens_per_pos[position] += 1
         proposed = self._proposed.pop(request_id, _UNKNOWN)
         if self._estimates:
             self._estimates[proposed.drafted_by].note(request_id, one.num_drafts, one.num_right)

@@ -106,8 +106,8 @@ class DraftModel:
                 turn.sequence.computed_ahead(choices)
 
     def prepare(self, requests: Sequence[Request]) -> None:
-        """Compute a little of what the draft lacks of these requests while they wait for their KV; running ones wait for
-        it. It takes space that is free, and no other request's."""
+        """Compute a little of what the draft lacks of these requests while they wait for their KV. Running ones wait
+        meanwhile. It takes space that is free, and no other request's."""
         turns = self._turns([(request, 0) for request in requests], self._sequences.names)
         if turns:
             self._first_step(turns, _PREPARED_TOKENS)()
