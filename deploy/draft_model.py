@@ -68,7 +68,7 @@ def _check_fit(wanted: str, draft: ModelConfig, directory: Path, model: FoundMod
 
 
 def _ids(directory: Path) -> dict[str, int]:
-    """The tokenizer's texts and their ids: what two files that differ elsewhere must have in common. Raises ModelError."""
+    """The tokenizer's texts and their ids: what two files must have in common. Raises ModelError."""
     path = directory / "tokenizer.json"
     try:
         return Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
