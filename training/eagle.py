@@ -41,16 +41,22 @@ class EaglePlan:
     num_steps: int
     rows_per_step: int = 8
     rows_together: int = 4
-    depth: int = 3  # tokens ahead
+    depth: int = 2  # tokens ahead
     overlap_weight: float = 1.0
     overlap_temperature: float = 0.7
-    matrix_lr: float = 0.02
-    head_lr: float = 0.002
-    warmup_steps: int = 20
+    matrix_lr: float = 0.03
+    fusion_lr: float = 0.0015  # its inputs are some twenty times as large as those of other matrices
+    head_lr: float = 0.003
+    warmup_steps: int = 10
+
+    @property
+    def lrs(self) -> tuple[float, float, float]:
+        """Of make_optimizers, in their order."""
+        return self.matrix_lr, self.fusion_lr, self.head_lr
 
 
 _LAYER = Shape(train.VOCAB_SIZE, 320, 256, 1, 2, 1, 64, train.CONTEXT_TOKENS)
-EAGLE = EaglePlan(HeadShape(_LAYER, 2048, (2, 4, 6)), 600)
+EAGLE = EaglePlan(HeadShape(_LAYER, 2048, (2, 4, 6)), 550)
 
 
 def distillation_loss(logits: Tensor, teacher: Tensor, ids: Tensor, plan: EaglePlan) -> Tensor:
@@ -84,12 +90,13 @@ def lr_scale(plan: EaglePlan, step: int) -> float:
 
 
 def make_optimizers(head: Head, plan: EaglePlan) -> list[torch.optim.Optimizer]:
-    """Muon for the layer's matrices, Adam for the output and the norms."""
+    """Muon for the layer's matrices, and for the one before it; Adam for the output and the norms."""
     named = dict(head.named_parameters())
-    is_matrix = {name: p.ndim == 2 and name != "lm_head.weight" for name, p in named.items()}
+    is_matrix = {name: p.ndim == 2 and name.startswith("midlayer.") for name, p in named.items()}
     matrices = [p for name, p in named.items() if is_matrix[name]]
-    others = [p for name, p in named.items() if not is_matrix[name]]
-    return [Muon(matrices, lr=plan.matrix_lr), torch.optim.Adam(others, lr=plan.head_lr, betas=(0.9, 0.98))]
+    others = [p for name, p in named.items() if not is_matrix[name] and name != "fc.weight"]
+    adam = torch.optim.Adam(others, lr=plan.head_lr, betas=(0.9, 0.98))
+    return [Muon(matrices, lr=plan.matrix_lr), Muon([head.fc.weight], lr=plan.fusion_lr), adam]
 
 
 @dataclass(slots=True)
@@ -147,7 +154,7 @@ def one_step(training: Run, plan: EaglePlan, teacher: Llama, texts: Tensor, step
         (loss * share).backward()
         train_loss += loss.item() * share
         right += found * share
-    training.update(lr_scale(plan, step), (plan.matrix_lr, plan.head_lr))
+    training.update(lr_scale(plan, step), plan.lrs)
     tokens = (step + 1) * plan.rows_per_step * texts.shape[1]
     training.history.append({"step": step + 1, "tokens": tokens, "train_loss": train_loss, "right": right})
     return training.history[-1]

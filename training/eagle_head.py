@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from training.llama import MLP, RMS_NORM_EPS, ROPE_THETA, Llama, Shape, rope_tables, rotate
 
+_FIRST_SHARE = 0.02
+
 
 @dataclass(frozen=True, slots=True)
 class HeadShape:
@@ -82,8 +84,9 @@ class HeadLayer(nn.Module):
         super().__init__()
         self.self_attn = HeadAttention(shape)
         self.mlp = MLP(shape)
-        for name in ("hidden_norm", "input_layernorm", "post_attention_layernorm"):
-            setattr(self, name, nn.RMSNorm(shape.hidden_size, eps=RMS_NORM_EPS))
+        self.hidden_norm = nn.RMSNorm(shape.hidden_size, eps=RMS_NORM_EPS)
+        self.input_layernorm = nn.RMSNorm(shape.hidden_size, eps=RMS_NORM_EPS)
+        self.post_attention_layernorm = nn.RMSNorm(shape.hidden_size, eps=RMS_NORM_EPS)
 
     def forward(
         self, embedded: Tensor, x: Tensor, tables: tuple[Tensor, Tensor], passes: list[tuple[Tensor, Tensor]]
@@ -95,7 +98,7 @@ class HeadLayer(nn.Module):
 
 
 class Head(nn.Module):
-    """Begins as what the teacher's last hidden state says."""
+    """Begins with a little of the teacher's last hidden state: the residual stream must not drown the layer."""
 
     def __init__(self, shape: HeadShape, teacher: Llama, draft_ids: Tensor) -> None:
         """draft_ids: int64 [draft_vocab_size], rising: the teacher's id of each token that the head proposes."""
@@ -114,7 +117,7 @@ class Head(nn.Module):
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 nn.init.zeros_(parameter)
         with torch.no_grad():
-            self.fc.weight[:, -hidden:] += torch.eye(hidden)
+            self.fc.weight.zero_()[:, -hidden:] = _FIRST_SHARE * torch.eye(hidden)
             self.norm.weight.copy_(teacher.norm.weight)
             self.lm_head.weight.copy_(self.embedding[draft_ids])
 

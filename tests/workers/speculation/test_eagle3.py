@@ -14,6 +14,7 @@ from torch import Tensor
 from tests.workers.speculation.tiny_eagle import HIDDEN, PlainHead, make_head
 from tests.workers.tiny_llama import make_checkpoint, write_tokenizer
 from workers.config import EngineConfig, SpeculativeOptions
+from workers.engine.adapters.ref import AdapterRef
 from workers.engine.request import Request
 from workers.engine.step import SchedulerOutput
 from workers.model.heads.eagle3 import Eagle3Head
@@ -159,6 +160,11 @@ def test_prefixes_are_shared_with_the_hidden_states_that_made_them(
     other.request.token_ids.append(1)
     other.give(bench.drafter, 16, 18)
     check(bench, other)
+    adapted = Text("adapted", first.request.token_ids[:18])  # what the model computes is other with an adapter
+    adapted.request.adapter = AdapterRef("a", b"a" * 32, "nowhere")
+    adapted.request.token_ids.append(1)
+    adapted.give(bench.drafter, 16, 18)
+    check(bench, adapted)
 
 
 def test_many_requests_in_little_space(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,8 +119,7 @@ class DraftSequences:
 
     def _new(self, request: Request) -> DraftSequence:
         size = self._pools.block_size
-        before = b"".join(token_id.to_bytes(4, "little") for token_id in request.token_ids[: self._num_before])
-        sequence = DraftSequence(root_name(self._fingerprint + before, request.tenant_salt))
+        sequence = DraftSequence(self._root(request))
         sequence.row = self._free_rows.pop()
         self._name(sequence, request.token_ids)
         num_hit = self._pools.num_matched(sequence.block_names)
@@ -129,6 +128,15 @@ class DraftSequences:
         sequence.num_kv = num_hit * size
         sequence.num_computed = min(sequence.num_kv, request.num_tokens - self._num_before - 1)
         return sequence
+
+    def _root(self, request: Request) -> bytes:
+        """Of the names of a request's blocks. Entries that begin behind its first tokens are made of what the model
+        computed of those, with its adapter."""
+        if not self._num_before:
+            return root_name(self._fingerprint, request.tenant_salt)
+        before = b"".join(token_id.to_bytes(4, "little") for token_id in request.token_ids[: self._num_before])
+        adapter_digest = b"" if request.adapter is None else request.adapter.digest
+        return root_name(self._fingerprint + before, request.tenant_salt, adapter_digest)
 
     def _name(self, sequence: DraftSequence, token_ids: Sequence[int]) -> None:
         size, names = self._pools.block_size, sequence.block_names
