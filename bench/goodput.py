@@ -35,7 +35,7 @@ from workers.speculation.step_costs import StepCosts, sizes_to_measure
 SHAPE = DecoderSizes(4096, 14336, 32, 32, 8, 128, 128_256)  # Llama 3.1 8B
 GPU, DTYPE_BYTES = "h200", 2
 REACHED_MEMORY, REACHED_FLOPS, OVERHEAD_S = 0.8, 0.6, 5e-4  # shares of the GPU's limits; of each step
-DRAFT_SHARE = 0.06  # of a step of one token, what each step of the draft model takes
+DRAFT_SHARE = 0.06  # of a step of the model with one token of each sequence, what one of the draft model takes
 MAX_NUM_SEQS, MAX_TOKENS = 512, 4096
 PROMPT_TOKENS, OUTPUT_TOKENS = 400, 200
 WINDOW_S, RATES = 15.0, (4.0, 16.0, 48.0, 96.0, 144.0)  # requests a second, in each window
@@ -89,11 +89,12 @@ class VirtualGpu:
 
 
 class VirtualDraft:
-    """Right at each position with the request's own chance; each of its steps takes a share of the model's."""
+    """Right at each position with the request's own chance; each of its steps takes a share of one of the model for as
+    many sequences."""
 
     def __init__(self, gpu: VirtualGpu) -> None:
         self._gpu = gpu
-        self._step_s = DRAFT_SHARE * step_s([1], [PROMPT_TOKENS], 1)
+        self._step_s = [DRAFT_SHARE * step_s([1] * n, [PROMPT_TOKENS] * n, n) for n in range(MAX_NUM_SEQS + 1)]
 
     def propose(self, wanted: Sequence[DraftWanted]) -> list[Sequence[int]]:
         """As in Drafter."""
@@ -120,7 +121,8 @@ class VirtualDraft:
 
     def draft_s(self, lengths: Sequence[int]) -> float:
         """As in Drafter."""
-        return self._step_s * max(lengths, default=0)
+        counts = [sum(length > step for length in lengths) for step in range(max(lengths, default=0))]
+        return sum(self._step_s[count] for count in counts)
 
 
 def acceptance_of(request_id: str) -> float:

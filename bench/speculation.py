@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import shlex
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -151,8 +153,8 @@ class Bench:
         num_tokens = sum(map(len, found.values())) - num_before
         counters = engine.speculation.counters if engine.speculation is not None else None
         accepted = counters.num_accepted_tokens_per_pos if counters is not None else []
-        reached = [counters.num_drafts if counters is not None else 0, *accepted]
-        shares = [right / judged for right, judged in zip(accepted, reached, strict=False) if judged]
+        reached = counters.num_reached_tokens_per_pos if counters is not None else []
+        shares = [right / judged for right, judged in zip(accepted, reached, strict=True) if judged]
         return Run(num_tokens / took_s, num_tokens / num_steps / len(prompts), shares, list(found.values()))
 
 
@@ -258,7 +260,7 @@ def main() -> None:
             f" equal {s['equal_tokens']:.3f}"
         )
     if not given.dry:
-        append_rows("cpu.jsonl", measurements, "python -m bench.speculation")
+        append_rows("cpu.jsonl", measurements, shlex.join(["python", "-m", "bench.speculation", *sys.argv[1:]]))
 
 
 if __name__ == "__main__":

@@ -115,6 +115,7 @@ class Cluster:
         """See whether it can be started, without starting anything. Raises ConfigError or StartError."""
         model = check_model(self._config)
         layers_per_fragment(self._config, model.config.cache_specs)
+        self._draft_dir = check_draft(self._config, model)
         self._adapters = check_adapters(self._config, model, model_name(self._config, model.reference))
         check_folder("ray.temp_dir", self._config.ray.temp_dir)
         if not self._config.ray.address:
@@ -223,7 +224,7 @@ class Cluster:
             self._tier_secret,
             self._name(model),
             cpu_dtype,
-            check_draft(self._config, model),
+            self._draft_dir,
         )
         short = check_capacity(plan.pools)
         if short and ray.was_started:

@@ -219,7 +219,7 @@ class ClusterConfig:
     kvstore: KVStoreConfig = field(default_factory=KVStoreConfig)
     """KV blocks and their tiers."""
     speculative: SpeculativeOptions = field(default_factory=SpeculativeOptions)
-    """Speculative decoding, in pools that decode."""
+    """Speculative decoding. Workers of every pool load what it needs: one that prefills may become one that decodes."""
     adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
     """LoRA adapters of the model."""
     autoscaling: AutoscalingConfig = field(default_factory=AutoscalingConfig)

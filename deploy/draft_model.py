@@ -29,6 +29,11 @@ _NEEDS = {
 def check_draft(config: ClusterConfig, model: FoundModel) -> str:
     """The draft as workers on other hosts find it, as FoundModel.reference; "" without one. Raises ConfigError."""
     options = config.speculative
+    context_tokens = config.model.max_model_len or model.config.max_position_embeddings
+    if options.most_tokens >= context_tokens:
+        raise ConfigError(
+            f"speculative.num_speculative_tokens: {options.most_tokens} do not fit into a context of {context_tokens}"
+        )
     if options.method not in _NEEDS:
         return ""
     wanted = options.model or ("" if config.model.path else str(DEMO_DRAFTS[options.method]))
@@ -61,5 +66,9 @@ def _check_fit(wanted: str, draft: ModelConfig, directory: Path, model: FoundMod
 
 
 def _ids(directory: Path) -> dict[str, int]:
-    """The tokenizer's texts and their ids: what two files that differ elsewhere must have in common."""
-    return Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab(with_added_tokens=True)
+    """The tokenizer's texts and their ids: what two files must have in common. Raises ModelError."""
+    path = directory / "tokenizer.json"
+    try:
+        return Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+    except Exception as error:  # what the Rust side raises has no other type
+        raise ModelError(f"{path}: {error}") from None

@@ -146,8 +146,8 @@ class SpeculativeOptions:
     draft_tensor_parallel_size: Annotated[int, Bounds(at_least=0, at_most=1)] = 0
     """draft_model, eagle3: ranks that compute the draft. It runs on rank 0 alone: 0 and 1 mean the same."""
     draft_num_blocks: Annotated[int, Bounds(at_least=0, less_than=2**31)] = 0
-    """draft_model, eagle3: KV blocks of the draft; 0 means as many as its sequences may need, within a share of the
-    memory."""
+    """draft_model, eagle3: KV blocks of the draft; 0 means as many as all sequences may need, within 64 MiB on a CPU
+    and a tenth of the free memory on CUDA, but at least one whole context."""
 
     def __post_init__(self) -> None:
         if self.method == "mtp":

@@ -21,6 +21,7 @@ from workers.config import SchedulingOptions
 from workers.engine.adapters.book import AdapterBook
 from workers.engine.adapters.ref import NO_ADAPTERS, AdapterLimits
 from workers.engine.chunks import chunk_tokens
+from workers.engine.drafts import take_drafts
 from workers.engine.kv.block_naming import RequestNames
 from workers.engine.kv.pulls import Pulls
 from workers.engine.kv.stores import Stores
@@ -256,7 +257,7 @@ class Scheduler:
             return 0
         count = left if left == 1 else chunk_tokens(request, start, most, self.pool.block_size)
         end, is_last = start + count, count == left
-        drafts = self._take_drafts(request, end, budget - count) if is_last and request.draft_token_ids else ()
+        drafts = take_drafts(request, end, budget - count, self.pool) if is_last and request.draft_token_ids else ()
         end += len(drafts)
         size = self.pool.block_size
         num_slots = self.pool.num_entries(request.block_tables) * size
@@ -284,23 +285,6 @@ class Scheduler:
         if end // size > request.num_stored_blocks or (is_last and request.role is RequestRole.PREFILL):
             self.stores.plan(plan, request, end, is_last)
         return end - start
-
-    def _take_drafts(self, request: Request, end: int, budget: int) -> Sequence[int]:
-        """As many of the proposed tokens as may be sent and fit behind `end`, while none of its own is being chosen.
-
-        They take blocks that are free and no others': nobody is preempted for tokens that may be wrong.
-        """
-        proposed, request.draft_token_ids = request.draft_token_ids, []
-        if request.num_pending_tokens or request.row < 0 or request.role is RequestRole.PREFILL:
-            return ()  # without a row it was admitted just now, and later requests are planned already
-        num_drafts = min(budget, request.window_tokens - 1, request.max_num_tokens - 1 - request.num_tokens)
-        num_drafts = max(0, min(num_drafts, len(proposed)))
-        num_blocks = -(-(end + num_drafts) // self.pool.block_size)
-        if not self.pool.can_extend(request.block_tables, num_blocks, self._all_groups):
-            num_slots = self.pool.num_entries(request.block_tables) * self.pool.block_size
-            num_drafts = max(0, min(num_drafts, num_slots - end))
-        request.drafts_in_flight = proposed[:num_drafts]
-        return request.drafts_in_flight
 
     def _admit(self, request: Request, budget: int) -> bool:
         """Give a waiting request its first blocks; False when there are too few."""

@@ -23,6 +23,7 @@ class SpeculationCounters:
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
+    num_reached_tokens_per_pos: list[int] = field(default_factory=list)  # that were judged, all before them accepted
     drafting_seconds: float = 0.0
     saved_seconds: float = 0.0  # by what steps without drafts would have taken; negative where drafts cost time
 

@@ -130,7 +130,7 @@ def _draft_config(config: EngineConfig, model: ModelConfig, device: torch.device
 
 
 def _pick_num_blocks(draft: EngineConfig, model: ModelConfig, device: torch.device) -> int:
-    """As many as all sequences may need, within a share of the memory."""
+    """As many as all sequences may need, within a share of the memory; at least one whole context."""
     size = draft.block_size
     slot_elements = sum(spec.num_planes * spec.num_kv_heads * spec.head_dim for spec in model.cache_specs)
     block_bytes = slot_elements * size * pick_dtype(draft, device).itemsize

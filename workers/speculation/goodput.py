@@ -25,8 +25,8 @@ class DraftBudget:
 
 
 class GainBias:
-    """How much more was expected of drafts than they brought, lately: what the estimates leave out, such as the time of
-    the host, and that the best of many estimates is a lucky one."""
+    """How much more was expected of drafts than they brought, lately. Estimates leave out the time of the host, and the
+    maximum of noisy estimates is too high (the winner's curse)."""
 
     def __init__(self) -> None:
         self._expected = self._brought = 1.0

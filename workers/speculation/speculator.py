@@ -8,7 +8,8 @@ speculation than that its scheduler takes drafts into its plans. Knows nothing o
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from workers.config import SpeculativeOptions
@@ -20,6 +21,7 @@ from workers.engine.step import SchedulerOutput
 from workers.speculation.acceptance import AcceptanceEstimates
 from workers.speculation.drafters.drafter import Drafter, DraftWanted
 from workers.speculation.goodput import GainBias, draft_budget
+from workers.speculation.quiet import QuietRequests
 from workers.speculation.step_costs import StepCosts
 
 log = logging.getLogger(__name__)
@@ -37,11 +39,24 @@ class _Draft:
     token_ids: Sequence[int] = ()
     drafted_by: int = 0  # index of the drafter
     length: int = 0  # of what is proposed, or may be
+    expected_gain: float = 0.0  # of the step
 
     @property
     def request_id(self) -> str:
         """Of the request."""
         return self.wanted.request.request_id
+
+
+@dataclass(frozen=True, slots=True)
+class _Proposed:
+    """Drafts that are being judged. Steps may be in flight, so each keeps what was expected of its own."""
+
+    drafted_by: int  # index of the drafter
+    expected_gain: float  # of the step; 0: nothing is expected of it
+    drafting_s: float  # this request's share
+
+
+_UNKNOWN = _Proposed(0, 0.0, 0.0)
 
 
 class Speculator:
@@ -56,58 +71,64 @@ class Speculator:
         clock: Callable[[], float],
     ) -> None:
         self._options = options
-        self._drafters = drafters
+        self._drafters: Sequence[Drafter] = drafters
         self._costs = costs if options.enable_adaptive_verification else None
         self._clock = clock
         self._estimates = [AcceptanceEstimates(options.most_tokens) for _ in drafters]
-        self._drafted_by: dict[str, int] = {}  # of requests whose drafts are being judged
+        self._proposed: dict[str, _Proposed] = {}  # of requests whose drafts are being judged
+        self._quiet = QuietRequests()
         self._pause = 0  # steps to come without a look at drafts
         self._next_pause = 1
-        self._drafting_s = 0.0  # before the last step
-        self._expected_gain = 0.0  # of the next step; 0: nothing is expected of it
         self._bias = GainBias()
         self._is_broken = False  # a drafter has raised
-        self.counters = SpeculationCounters(num_accepted_tokens_per_pos=[0] * options.most_tokens)
+        positions = [0] * options.most_tokens
+        self.counters = SpeculationCounters(
+            num_accepted_tokens_per_pos=list(positions), num_reached_tokens_per_pos=list(positions)
+        )
 
     # ---------------------------------------------------------------------------------------------------- before a step
     def propose(self, scheduler: Scheduler) -> None:
         """Give the scheduler drafts for the plan that it makes next."""
-        self._drafting_s = self._expected_gain = 0.0
         if self._is_broken:
             return
-        try:
-            if scheduler.waiting_for_kv:
-                for drafter in self._drafters:
-                    drafter.prepare(scheduler.waiting_for_kv)
-            self._propose_unless_paused(scheduler)
-        except Exception:
-            self._break()
-            for request in scheduler.running:
-                request.awaits_drafts, request.draft_token_ids = False, []
-
-    def _break(self) -> None:
-        """A drafter has raised."""
-        log.exception("drafts cannot be proposed any more; decoding goes on without them")
-        self._is_broken = True
-
-    def _propose_unless_paused(self, scheduler: Scheduler) -> None:
         if self._pause:
             self._pause -= 1
             return
-        began_s = self._clock()
+        with self._guard():
+            began_s = self._clock()
+            self._propose_to(scheduler, began_s)
+            self.counters.drafting_seconds += self._clock() - began_s
+        if self._is_broken:
+            for request in scheduler.running:
+                request.awaits_drafts, request.draft_token_ids = False, []
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        """A drafter that raises is given up: no stream depends on it."""
+        try:
+            yield
+        except Exception:
+            log.exception("drafts cannot be proposed any more; decoding goes on without them")
+            self._is_broken, self._drafters, self._estimates = True, (), []
+
+    def _propose_to(self, scheduler: Scheduler, began_s: float) -> None:
+        waiting = [r for r in scheduler.waiting_for_kv if self._limit(r, 1) > 0]
+        for drafter in self._drafters if waiting else ():
+            drafter.prepare(waiting)
         running = [r for r in scheduler.running if not r.is_stalled]
         if not running:
             return
-        limits = [self._limit(request, len(running)) for request in running]
-        is_any = False
-        for request, limit in zip(running, limits, strict=True):
-            request.awaits_drafts = limit > 0
-            is_any |= limit > 0
-        if is_any:
-            wanted = [DraftWanted(r, k) for r, k in zip(running, limits, strict=True) if k > 0 and _is_ready(r)]
-            self._propose(scheduler, wanted, len(running))
-            self._drafting_s = self._clock() - began_s
-            self.counters.drafting_seconds += self._drafting_s
+        wanted = []
+        for request in running:
+            limit = self._limit(request, len(running))
+            request.awaits_drafts = limit > 0 and not self._quiet.passes_over(request.request_id)
+            if limit > 0 and _is_ready(request):
+                wanted.append(DraftWanted(request, limit))
+        if wanted:
+            drafts = self._propose(scheduler, wanted, len(running))
+            share_s = (self._clock() - began_s) / max(1, len(drafts))
+            for draft in drafts:
+                self._proposed[draft.request_id] = _Proposed(draft.drafted_by, draft.expected_gain, share_s)
 
     def _limit(self, request: Request, num_running: int) -> int:
         """Most draft tokens of a request, whatever they are."""
@@ -118,9 +139,8 @@ class Speculator:
             most = min(most, request.sampling.num_speculative_tokens)
         return min(most, request.window_tokens - 1, request.max_num_tokens - 1 - request.num_tokens)
 
-    def _propose(self, scheduler: Scheduler, wanted: Sequence[DraftWanted], num_running: int) -> None:
-        if not wanted:
-            return
+    def _propose(self, scheduler: Scheduler, wanted: Sequence[DraftWanted], num_running: int) -> Sequence[_Draft]:
+        """The drafts that the scheduler was given."""
         drafts = [_Draft(one) for one in wanted]
         is_adaptive = self._costs is not None
         for index, drafter in enumerate(self._drafters):
@@ -129,9 +149,10 @@ class Speculator:
         if is_adaptive:
             self._choose_lengths(scheduler, drafts, num_running)
         for draft in drafts:
+            self._quiet.note(draft.request_id, has_drafts=bool(draft.token_ids))
             if draft.token_ids:
-                self._drafted_by[draft.request_id] = draft.drafted_by
                 scheduler.propose(draft.request_id, list(draft.token_ids))
+        return [draft for draft in drafts if draft.token_ids]
 
     def _ask(self, index: int, drafts: Sequence[_Draft]) -> None:
         """Let one of the drafters propose tokens."""
@@ -161,9 +182,11 @@ class Speculator:
         budget = draft_budget(survival, num_running, spare, step_s, min_gain)
         lengths = budget.lengths
         if any(lengths):
-            self._next_pause, self._expected_gain = 1, budget.gain
+            self._next_pause = 1
+            for draft in drafts:
+                draft.expected_gain = budget.gain
         elif any(draft.length for draft in drafts):
-            lengths = self._probe(drafts)
+            lengths = self._probe(scheduler, drafts)
         asked = []
         for draft, length, is_unasked in zip(drafts, lengths, is_open, strict=True):
             draft.token_ids = draft.token_ids[:length]
@@ -172,13 +195,13 @@ class Speculator:
                 asked.append(draft)
         self._ask(last, asked)
 
-    def _probe(self, drafts: Sequence[_Draft]) -> Sequence[int]:
+    def _probe(self, scheduler: Scheduler, drafts: Sequence[_Draft]) -> Sequence[int]:
         """No drafts pay: let one request have one, so that a change is noticed, and look again after a pause."""
         self._bias.relax()
         self._pause = self._next_pause
         self._next_pause = min(2 * self._next_pause, _LONGEST_PAUSE)
-        for draft in drafts:
-            draft.wanted.request.awaits_drafts = False
+        for request in scheduler.running:
+            request.awaits_drafts = False
         able = [index for index, draft in enumerate(drafts) if draft.length]
         probed = able[self.counters.num_drafts % len(able)]
         return [min(_PROBE_TOKENS, draft.length) * (index == probed) for index, draft in enumerate(drafts)]
@@ -188,59 +211,66 @@ class Speculator:
         if self._is_broken or self._costs is None:
             return
         last = len(self._drafters) - 1
-        judged = [
-            r for r in plan.running_requests() if r.drafts_in_flight and self._drafted_by.get(r.request_id) == last
-        ]
+        drafted = (r for r in plan.running_requests() if r.drafts_in_flight)
+        judged = [r for r in drafted if self._proposed.get(r.request_id, _UNKNOWN).drafted_by == last]
         draft_s = self._drafters[last].draft_s([1] * len(judged)) if judged else 0.0
         if not draft_s:
             return
         num_seqs = len(plan.requests)
         num_tokens = int(self._costs.step_s(num_seqs, sum(plan.num_tokens) - num_seqs) / draft_s)
-        try:
-            if num_tokens > 1:  # the first one stands for the token that follows the last draft
+        if num_tokens > 1:  # the first one stands for the token that follows the last draft
+            with self._guard():
                 self._drafters[last].ahead(judged, min(num_tokens, self._options.most_tokens + 1))
-        except Exception:
-            self._break()
 
     # ----------------------------------------------------------------------------------------------------- after a step
     def computed(self, plan: SchedulerOutput, features: object) -> None:
         """As in Speculation."""
-        if self._is_broken:
-            return
-        try:
+        with self._guard():
             for drafter in self._drafters:
                 drafter.computed(plan, features)
-        except Exception:
-            self._break()
 
     def step_took(self, plan: SchedulerOutput, judged: Sequence[JudgedDrafts], duration_s: float) -> None:
         """A step is through. duration_s: from its start to its end, without the drafting before it."""
-        counters = self.counters
-        for one in judged:
-            counters.num_drafts += 1
-            counters.num_draft_tokens += one.num_drafts
-            counters.num_accepted_tokens += one.num_right
-            for position in range(one.num_right):
-                counters.num_accepted_tokens_per_pos[position] += 1
-            drafted_by = self._drafted_by.pop(one.request.request_id, 0)
-            self._estimates[drafted_by].note(one.request.request_id, one.num_drafts, one.num_right)
-        if self._costs is not None and plan.requests and plan.num_tokens == plan.num_logits:
-            num_seqs, num_drafts = len(plan.requests), sum(plan.num_tokens) - len(plan.requests)
-            plain_s = self._costs.step_s(num_seqs, 0)
-            self._costs.observe(num_seqs, num_drafts, duration_s)
-            if judged:
-                num_tokens = 1 + sum(one.num_right for one in judged) / num_seqs  # of each sequence, on average
-                took_s = duration_s + self._drafting_s
-                counters.saved_seconds += num_tokens * plain_s - took_s
-                if self._expected_gain:
-                    self._bias.note(self._expected_gain, num_tokens * plain_s / took_s)
+        with self._guard():
+            proposed = [self._note(one) for one in judged]
+            if self._costs is not None and plan.requests and plan.num_tokens == plan.num_logits:
+                self._note_time(plan, judged, proposed, duration_s)
+
+    def _note(self, one: JudgedDrafts) -> _Proposed:
+        counters, request_id = self.counters, one.request.request_id
+        counters.num_drafts += 1
+        counters.num_draft_tokens += one.num_drafts
+        counters.num_accepted_tokens += one.num_right
+        for position in range(one.num_right):
+            counters.num_accepted_tokens_per_pos[position] += 1
+        for position in range(min(one.num_drafts, one.num_right + 1)):
+            counters.num_reached_tokens_per_pos[position] += 1
+        proposed = self._proposed.pop(request_id, _UNKNOWN)
+        if self._estimates:
+            self._estimates[proposed.drafted_by].note(request_id, one.num_drafts, one.num_right)
+        return proposed
+
+    def _note_time(
+        self, plan: SchedulerOutput, judged: Sequence[JudgedDrafts], proposed: Sequence[_Proposed], duration_s: float
+    ) -> None:
+        assert self._costs is not None, "without costs no step is timed"
+        num_seqs, num_drafts = len(plan.requests), sum(plan.num_tokens) - len(plan.requests)
+        plain_s = self._costs.step_s(num_seqs, 0)
+        self._costs.observe(num_seqs, num_drafts, duration_s)
+        if judged and duration_s > 0:
+            num_tokens = 1 + sum(one.num_right for one in judged) / num_seqs  # of each sequence, on average
+            took_s = duration_s + sum(one.drafting_s for one in proposed)
+            self.counters.saved_seconds += num_tokens * plain_s - took_s
+            if expected_gain := max(one.expected_gain for one in proposed):
+                self._bias.note(expected_gain, num_tokens * plain_s / took_s)
 
     def forget(self, request: Request) -> None:
         """The request has left the engine."""
-        self._drafted_by.pop(request.request_id, None)
-        for drafter, estimates in zip(self._drafters, self._estimates, strict=True):
-            estimates.forget(request.request_id)
-            if not self._is_broken:
+        self._proposed.pop(request.request_id, None)
+        self._quiet.forget(request.request_id)
+        with self._guard():
+            for drafter, estimates in zip(self._drafters, self._estimates, strict=True):
+                estimates.forget(request.request_id)
                 drafter.forget(request)
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from workers.speculation.acceptance import AcceptanceEstimates
 from workers.speculation.goodput import GainBias, draft_budget
+from workers.speculation.quiet import QuietRequests
 from workers.speculation.step_costs import WIDTHS, StepCosts, sizes_to_measure
 
 MIN_GAIN = 1.02
@@ -135,3 +136,16 @@ def test_drafts_that_bring_less_than_expected_must_promise_more() -> None:
     for _ in range(200):
         bias.note(1.1, 1.4)
     assert bias.ratio == 1.0
+
+
+def test_requests_without_drafts_are_looked_at_ever_more_rarely() -> None:
+    quiet, looks = QuietRequests(), []
+    for step in range(80):
+        if not quiet.passes_over("r"):
+            looks.append(step)
+            quiet.note("r", has_drafts=False)
+    gaps = [b - a for a, b in itertools.pairwise(looks)]
+    assert gaps[:5] == [2, 3, 5, 9, 17]
+    assert max(gaps) == 17
+    quiet.note("r", has_drafts=True)
+    assert not quiet.passes_over("r")

@@ -6,7 +6,7 @@ grammars and bad words are left to the model, which judges.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -26,6 +26,8 @@ from workers.speculation.drafters.draft_plan import (
 from workers.speculation.drafters.drafter import DraftWanted
 from workers.speculation.drafters.sequences import DraftSequence, DraftSequences
 from workers.speculation.step_costs import StepCosts
+
+_PREPARED_TOKENS = 128  # of prompts in a step, while their requests wait
 
 
 @dataclass(slots=True)
@@ -62,7 +64,8 @@ class DraftModel:
     # ---------------------------------------------------------------------------------------------------------- drafts
     def propose(self, wanted: Sequence[DraftWanted]) -> list[Sequence[int]]:
         """As in Drafter. Of a request whose prompt the draft has not read it proposes nothing yet."""
-        turns = self._turns([(one.request, one.num_tokens) for one in wanted])
+        names = {one.request.request_id for one in wanted}
+        turns = self._turns([(one.request, one.num_tokens) for one in wanted], names)
         ready = {
             turn.request.request_id: turn.sequence.proposed[: turn.num_tokens]
             for turn in turns
@@ -103,29 +106,32 @@ class DraftModel:
                 turn.sequence.computed_ahead(choices)
 
     def prepare(self, requests: Sequence[Request]) -> None:
-        """Compute what the draft lacks of these requests, as much as one step takes, while they wait for their KV."""
-        turns = self._turns([(request, 0) for request in requests])
+        """Compute a little of what the draft lacks of these requests while they wait for their KV. Running ones wait
+        meanwhile. It takes space that is free, and no other request's."""
+        turns = self._turns([(request, 0) for request in requests], self._sequences.names)
         if turns:
-            self._first_step(turns)()
+            self._first_step(turns, _PREPARED_TOKENS)()
             self._note(turns, {})
 
-    def _turns(self, wanted: Sequence[tuple[Request, int]]) -> list[_Turn]:
-        """Those that have space in the draft's cache, and something to do there; those that lack least come first."""
-        names = {request.request_id for request, _ in wanted}
+    def _turns(self, wanted: Sequence[tuple[Request, int]], used: Collection[str]) -> list[_Turn]:
+        """Those that have space in the draft's cache, and something to do there; those that lack least come first.
+
+        used: the ids of requests that give no space.
+        """
         turns = []
         for request, count in wanted[: self._limits.max_num_seqs]:
             count = min(count, self._limits.max_context_tokens - request.num_tokens)
             if count < 0:
                 continue
-            sequence = self._sequences.of(request, request.num_tokens + max(0, count - 1), names)
+            sequence = self._sequences.of(request, request.num_tokens + max(0, count - 1), used)
             if sequence is not None and (count or sequence.num_computed < request.num_tokens):
                 turns.append(_Turn(request, sequence, count))
         return sorted(turns, key=lambda turn: turn.request.num_tokens - turn.sequence.num_computed)
 
-    def _first_step(self, turns: list[_Turn]) -> Wait:
+    def _first_step(self, turns: list[_Turn], most: int = 1 << 31) -> Wait:
         """What the draft lacks of each request, and its first proposal where it has all. Turns for which there is no
         space in the step are taken out."""
-        plan, left = SchedulerOutput(), self._limits.max_num_batched_tokens
+        plan, left = SchedulerOutput(), min(most, self._limits.max_num_batched_tokens)
         planned = []
         for turn in turns:
             request, sequence = turn.request, turn.sequence

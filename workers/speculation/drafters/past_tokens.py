@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 
-MAX_PLACES = 16  # of the same tokens that are looked at, the latest first
+MAX_PLACES = 16  # of the same tokens that are kept, the latest ones
+_INDEXED_AT_ONCE = 2048  # tokens: of a long prompt more than that would hold up all streams
 
 
 class PastTokens:
@@ -12,7 +14,7 @@ class PastTokens:
 
     def __init__(self, width: int) -> None:
         self._width = width
-        self._ends: dict[tuple[int, ...], list[int]] = {}
+        self._ends: dict[tuple[int, ...], deque[int]] = {}
         self._num_indexed = width - 1
 
     def places(self, token_ids: Sequence[int]) -> Iterator[int]:
@@ -21,12 +23,12 @@ class PastTokens:
         token_ids: those of the last call, and more after them.
         """
         width, ends = self._width, self._ends
-        for end in range(self._num_indexed + 1, len(token_ids)):  # not the last run: it is what is looked for
-            ends.setdefault(tuple(token_ids[end - width : end]), []).append(end)
-        self._num_indexed = max(self._num_indexed, len(token_ids) - 1)
+        last = min(len(token_ids), self._num_indexed + 1 + _INDEXED_AT_ONCE)
+        for end in range(self._num_indexed + 1, last):  # not the last run: it is what is looked for
+            ends.setdefault(tuple(token_ids[end - width : end]), deque(maxlen=MAX_PLACES)).append(end)
+        self._num_indexed = max(self._num_indexed, last - 1)
         if len(token_ids) >= width:
-            found = ends.get(tuple(token_ids[len(token_ids) - width :]), [])
-            yield from found[: -MAX_PLACES - 1 : -1]
+            yield from reversed(ends.get(tuple(token_ids[len(token_ids) - width :]), ()))
 
 
 def match_length(token_ids: Sequence[int], other: Sequence[int], end: int, most: int) -> int:

@@ -82,6 +82,11 @@ class DraftSequences:
         self._num_before = num_before
         self._sequences: OrderedDict[str, DraftSequence] = OrderedDict()  # the one that was used last comes last
 
+    @property
+    def names(self) -> Collection[str]:
+        """Ids of the requests that have one."""
+        return self._sequences.keys()
+
     def of(self, request: Request, num_entries: int, used: Collection[str]) -> DraftSequence | None:
         """The request's sequence, with blocks for so many entries; None: others that are used now hold them.
 

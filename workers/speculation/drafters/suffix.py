@@ -6,7 +6,7 @@ are what most of them went on with. The longer the match, the longer the draft. 
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,7 +35,7 @@ class _Remembered:
         self._max_requests = max_requests
         self._max_tokens = max_tokens
         self._sequences: OrderedDict[int, tuple[bytes, Sequence[int]]] = OrderedDict()
-        self._ends: dict[tuple[bytes, int, int], list[tuple[int, int]]] = {}  # (sequence, end), the latest last
+        self._ends: dict[tuple[bytes, int, int], deque[tuple[int, int]]] = {}  # (sequence, end), the latest last
         self._num_added = 0
         self._num_tokens = 0
 
@@ -46,7 +46,7 @@ class _Remembered:
         self._sequences[self._num_added] = (tenant, token_ids)
         self._num_tokens += len(token_ids)
         for end in range(_WIDTH, len(token_ids)):
-            self._ends.setdefault(_key(tenant, token_ids, end), []).append((self._num_added, end))
+            self._ends.setdefault(_key(tenant, token_ids, end), deque(maxlen=MAX_PLACES)).append((self._num_added, end))
         while len(self._sequences) > self._max_requests or self._num_tokens > self._max_tokens:
             self._give_up_oldest()
 
@@ -54,16 +54,16 @@ class _Remembered:
         number, (tenant, token_ids) = self._sequences.popitem(last=False)
         self._num_tokens -= len(token_ids)
         for key in {_key(tenant, token_ids, end) for end in range(_WIDTH, len(token_ids))}:
-            kept = [place for place in self._ends[key] if place[0] != number]
-            if kept:
-                self._ends[key] = kept
-            else:
+            places = self._ends[key]
+            while places and places[0][0] == number:
+                places.popleft()
+            if not places:
                 del self._ends[key]
 
     def places(self, tenant: bytes, token_ids: Sequence[int], depth: int) -> list[_Place]:
         """The latest places where its last tokens stand."""
         found = []
-        for number, end in self._ends.get(_key(tenant, token_ids, len(token_ids)), ())[: -MAX_PLACES - 1 : -1]:
+        for number, end in reversed(self._ends.get(_key(tenant, token_ids, len(token_ids)), ())):
             other = self._sequences[number][1]
             found.append(_Place(other, end, match_length(token_ids, other, end, depth)))
         return found
