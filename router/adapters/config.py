@@ -17,7 +17,8 @@ class AdaptersConfig:
     enabled: bool = False
     """Whether workers take requests with adapters: vLLM's enable_lora. Costs memory for the slots."""
     modules: dict[str, str] = field(default_factory=dict)
-    """Adapters to serve from the start: directories by name. The directories have the same path on all hosts."""
+    """Adapters to serve from the start: directories by name. The directories have the same path on all hosts. They
+    cannot be unloaded while the cluster runs: a router that restarts would bring them back."""
     pinned: tuple[str, ...] = ()
     """Names of those modules that stay on the devices of the workers that their requests go to, also while there are
     none."""
