@@ -32,7 +32,8 @@ class AdaptersConfig:
     max_cpu_loras: Annotated[int, Bounds(at_least=0, at_most=65536)] = 0
     """Adapters in a worker's host memory, those on the device included; 0 means four times max_loras."""
     load_timeout_s: Annotated[float, Bounds(more_than=0)] = 60.0
-    """How long a request waits for its adapter: until a router has checked it, and until a worker has read it."""
+    """How long a request waits for its adapter: until a router has checked it, and until a worker has read it, from
+    its arrival there. A rank reads at most eight adapters at a time; others wait their turn within that time."""
     load_ms: Annotated[float, Bounds(at_least=0)] = 100.0
     """What the cost model takes for reading an adapter that a worker does not hold."""
     copy_ms: Annotated[float, Bounds(at_least=0)] = 5.0
