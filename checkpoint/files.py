@@ -24,7 +24,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)} is given twice")
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"{twice if twice.isprintable() else ascii(twice)} is given twice")
     return content
 
 

@@ -60,7 +60,8 @@ def check_keys(
             continue
         key = table.get(name)
         if key is None:
-            raise CheckpointError(f"{where}: {name}: unknown key, so what it changes is unknown too{if_unknown}")
+            shown = name if name.isprintable() else ascii(name)
+            raise CheckpointError(f"{where}: {shown}: unknown key, so what it changes is unknown too{if_unknown}")
         if key.treatment == "refused" and not is_neutral(value, key.neutral):
             raise CheckpointError(f"{where}: {name}={_shown(value)} is not supported: {key.why}{way_out}")
 
@@ -71,5 +72,5 @@ def is_neutral(value: object, neutral: tuple[object, ...]) -> bool:
 
 
 def _shown(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace").decode()
     return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."

@@ -12,6 +12,7 @@ RouterError
  |   +- AdapterRefused      the directory holds no adapter that this model can be served with
  |   +- PathForbidden       the directory is not below the one that adapters are loaded from
  |   +- AdapterExists       the name of the adapter is taken
+ |   +- AdapterConfigured   the adapter is one of the configuration, which stays
  +- Overloaded              admission is full; `retry_after_s` says when to come back
  +- StepFailed              computing it raised on one worker, then on another
  +- Unavailable             no worker can serve this now
@@ -109,6 +110,12 @@ class AdapterExists(InvalidRequest):
     """Something else has the adapter's name, or is getting it."""
 
     code = "adapter_exists"
+
+
+class AdapterConfigured(InvalidRequest):
+    """The adapter is one of adapters.modules: it is served as long as the configuration has it."""
+
+    code = "adapter_configured"
 
 
 class Overloaded(RouterError):

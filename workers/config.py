@@ -232,7 +232,8 @@ class EngineOptions:
     max_cpu_loras: Annotated[int, Bounds(at_least=0, at_most=65536)] = 0
     """Adapters in host memory, those on the device included; 0 means four times max_loras."""
     lora_load_timeout_s: Annotated[float, Bounds(more_than=0)] = 60.0
-    """How long a request waits for its adapter to be read from its files."""
+    """How long a request waits, from its arrival, for its adapter to be read from its files. A rank reads at most eight
+    at a time; others wait their turn within that time."""
 
     def __post_init__(self) -> None:
         check_limits(self)

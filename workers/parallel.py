@@ -303,8 +303,15 @@ class ParallelGroups:
         """Everybody's text, in the order of the ranks, cut to some hundred bytes; on all ranks at once."""
         if self.world_size == 1:
             return [text]
+        with self._waits:
+            return self._gather_texts(text, self._joined.tokens)
+
+    def exchange_reasons(self, text: str) -> list[str]:
+        """The same, of the thread that broadcasts, or receives broadcasts."""
+        return [text] if self.world_size == 1 else self._gather_texts(text, self._control)
+
+    def _gather_texts(self, text: str, group: dist.ProcessGroup | None) -> list[str]:
         own = text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
         parts = [torch.empty(_TEXT_BYTES, dtype=torch.uint8) for _ in range(self.world_size)]
-        with self._waits:
-            dist.all_gather(parts, torch.frombuffer(bytearray(own), dtype=torch.uint8), group=self._joined.tokens)
+        dist.all_gather(parts, torch.frombuffer(bytearray(own), dtype=torch.uint8), group=group)
         return [bytes(part.tolist()).rstrip(b"\0").decode(errors="ignore") for part in parts]

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoint.adapters.patterns import problem_of
 from checkpoint.errors import CheckpointError
 from checkpoint.keys import Key, check_keys, harmless, refused, understood
 
 CONFIG_NAME = "adapter_config.json"
+MAX_RANK = 1 << 20  # of any matrix; what a cluster serves is bounded by max_lora_rank
 
+_END_OF_NAME = r"(.*\.)?({})$"  # what PEFT matches the keys of rank_pattern and alpha_pattern within
+_MAX_NUMBER = sys.float_info.max
+_LONGEST_SHOWN = 60  # characters of a value in an error
 _TRAINING = harmless("of training")
 _NEW_BASE = "it begins with other weights of the base, which are not in the adapter"
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "lora_ga")
@@ -104,14 +110,14 @@ def _matches(wanted: tuple[str, ...] | str, module: str) -> bool:
 
 def _pattern_of(patterns: Mapping[str, object], module: str) -> str:
     """The first pattern that the end of the name matches, as in PEFT."""
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), module)
+    return next((key for key in patterns if re.match(_END_OF_NAME.format(key), module)), module)
 
 
 def read_config(raw: Mapping[str, Any], path: Path) -> LoraConfig:
     """raw: the content of the file. Raises CheckpointError, which names the file and the key."""
     kind = raw.get("peft_type")
     if kind != "LORA":
-        raise CheckpointError(f"{path}: peft_type={kind!r} is not supported: only LORA is")
+        raise CheckpointError(f"{path}: peft_type={_shown(kind)} is not supported: only LORA is")
     check_keys(raw, _KEYS, path, if_unknown="")
     return LoraConfig(
         path=path,
@@ -127,20 +133,20 @@ def read_config(raw: Mapping[str, Any], path: Path) -> LoraConfig:
 
 
 def _rank(value: object, where: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"{where}: {value!r} is not a rank (a whole number above 0)")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_RANK:
+        raise CheckpointError(f"{where}: {_shown(value)} is not a rank (a whole number from 1 to {MAX_RANK})")
     return value
 
 
 def _number(value: object, where: str) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise CheckpointError(f"{where}: {value!r} is not a number")
-    return float(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MAX_NUMBER:
+        return float(value)
+    raise CheckpointError(f"{where}: {_shown(value)} is not a number (of at most {_MAX_NUMBER:g})")
 
 
 def _flag(value: object, where: str) -> bool:
     if value is not None and not isinstance(value, bool):
-        raise CheckpointError(f"{where}: {value!r} is neither true nor false")
+        raise CheckpointError(f"{where}: {_shown(value)} is neither true nor false")
     return bool(value)
 
 
@@ -152,21 +158,26 @@ def _modules(value: object, where: str, is_required: bool = False) -> tuple[str,
         return value
     if isinstance(value, list) and all(isinstance(name, str) for name in value) and (value or not is_required):
         return tuple(value)
-    raise CheckpointError(f"{where}: {value!r} is neither a list of names nor a regular expression")
+    raise CheckpointError(f"{where}: {_shown(value)} is neither a list of names nor a regular expression")
 
 
 def _patterns(raw: Mapping[str, Any], name: str, path: Path) -> list[tuple[str, object, str]]:
     """Pattern, value, and what an error about it begins with."""
     patterns = raw.get(name) or {}
     if not isinstance(patterns, dict):
-        raise CheckpointError(f"{path}: {name}: {patterns!r} is not an object")
+        raise CheckpointError(f"{path}: {name}: {_shown(patterns)} is not an object")
     for key in patterns:
-        _check_pattern(key, f"{path}: {name}")
-    return [(key, value, f"{path}: {name}.{key}") for key, value in patterns.items()]
+        _check_pattern(key, f"{path}: {name}", _END_OF_NAME)
+    return [
+        (key, value, f"{path}: {name}.{key if key.isprintable() else ascii(key)}") for key, value in patterns.items()
+    ]
 
 
-def _check_pattern(pattern: str, where: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise CheckpointError(f"{where}: {pattern!r} is not a regular expression ({error})") from None
+def _check_pattern(pattern: str, where: str, around: str = "{}") -> None:
+    if problem := problem_of(pattern, around):
+        raise CheckpointError(f"{where}: {_shown(pattern)} {problem}")
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint.adapters.config import CONFIG_NAME, LoraConfig, read_config
+from checkpoint.adapters.patterns import MAX_NAME_CHARACTERS
 from checkpoint.errors import CheckpointError
 from checkpoint.files import parse_json, refuse_pointer
 
@@ -149,11 +150,13 @@ def _tensors(content: bytes, path: Path) -> dict[str, LoraTensor]:
             raise CheckpointError(f"{path}: {tensor.name} is {tensor.dtype}; it must be {' or '.join(DTYPES)}")
         is_whole = tensor.end - tensor.begin == num_bytes * tensor.shape[0] * tensor.shape[1]
         if not is_whole or tensor.begin < data or tensor.end > len(content):
-            raise CheckpointError(f"{path}: {tensor.name}: its bytes are not there: the file is cut short or damaged")
+            raise CheckpointError(f"{path}: {tensor.name}: data_offsets reach beyond the file, or do not fit its shape")
     return found
 
 
 def _tensor(name: str, entry: Mapping[str, object], data: int) -> LoraTensor:
+    if not name.isprintable():
+        raise ValueError(f"{name!r} is no tensor's name")
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not (isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2):
         raise ValueError(f"{name} has neither shape nor place")
@@ -171,7 +174,11 @@ def _modules(tensors: Mapping[str, LoraTensor], config: LoraConfig, path: Path) 
 
 def _module_of(tensor: str, path: Path) -> str:
     if tensor.startswith(_PREFIX) and tensor.endswith((_A, _B)):
-        return tensor.removeprefix(_PREFIX).removesuffix(_A).removesuffix(_B)
+        name = tensor.removeprefix(_PREFIX).removesuffix(_A).removesuffix(_B)
+        if len(name) > MAX_NAME_CHARACTERS:
+            shown = tensor[:MAX_NAME_CHARACTERS]
+            raise CheckpointError(f"{path}: {shown}...: a module's name has at most {MAX_NAME_CHARACTERS} characters")
+        return name
     kinds = {
         "lora_embedding_": "matrices of an embedding", "lora_magnitude_vector": "a vector of DoRA",
         ".modules_to_save": "a module that is saved whole", ".bias": "a bias", ".base_layer.": "a fused parameter",

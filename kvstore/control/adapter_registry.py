@@ -6,9 +6,14 @@ nothing of what an adapter is, of who may load one, or of clocks.
 """
 
 import json
+import logging
 import threading
 from dataclasses import asdict, dataclass
 from typing import Protocol
+
+log = logging.getLogger(__name__)
+
+_LONGEST_SHOWN = 200  # characters of a damaged record
 
 
 class RegistryUnavailable(Exception):
@@ -38,20 +43,40 @@ class AdapterRecord:
 
     @classmethod
     def unpacked(cls, text: str | bytes) -> "AdapterRecord":
-        """The reverse of packed()."""
-        fields = json.loads(text)
-        return cls(
-            name=fields["name"],
-            path=fields["path"],
-            digest=fields["digest"],
-            parent=fields["parent"],
-            loading_until_s=fields["loading_until_s"],
-            is_pinned=fields["is_pinned"],
-        )
+        """The reverse of packed(). Raises ValueError for text that is none."""
+        try:
+            fields = json.loads(text)
+            found = cls(**{key: fields[key] for key in cls.__slots__})
+            is_whole = all(isinstance(getattr(found, key), str) for key in ("name", "path", "digest", "parent"))
+            bytes.fromhex(found.digest)
+            float(found.loading_until_s)
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise ValueError(f"no record of an adapter: {type(error).__name__}") from None
+        if not (is_whole and found.name and isinstance(found.is_pinned, bool)):
+            raise ValueError("no record of an adapter")
+        return found
+
+
+class RecordReader:
+    """Reads records that may be damaged: each of these is logged once, and counts as none."""
+
+    def __init__(self) -> None:
+        self._damaged: set[str] = set()
+
+    def read(self, text: str | bytes) -> AdapterRecord | None:
+        """None for a damaged record."""
+        try:
+            return AdapterRecord.unpacked(text)
+        except ValueError as error:
+            shown = repr(text[:_LONGEST_SHOWN])
+            if shown not in self._damaged:
+                self._damaged.add(shown)
+                log.error("a record of the adapter registry is passed over: %s: %s", error, shown)
+            return None
 
 
 class AdapterRegistry(Protocol):
-    """Thread-safe. Every call may raise RegistryUnavailable."""
+    """Thread-safe. Every call may raise RegistryUnavailable. A record that is damaged counts as none."""
 
     def records(self) -> list[AdapterRecord]:
         """All of them, by name."""

@@ -8,10 +8,12 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from kvstore.control.adapter_registry import AdapterRecord, RegistryUnavailable
+from kvstore.control.adapter_registry import AdapterRecord, RecordReader, RegistryUnavailable
 
 _SCHEMA = "create table if not exists adapters(name text primary key, record text not null) without rowid"
+_UPDATE = "update adapters set record = :new where name = :name and record = :old"
 _WAIT_FOR_OTHERS_S = 2.0
 
 
@@ -24,6 +26,7 @@ class FileAdapterRegistry:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
+        self._reader = RecordReader()
         with self._available():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, timeout=_WAIT_FOR_OTHERS_S, isolation_level=None, check_same_thread=False)
@@ -34,13 +37,13 @@ class FileAdapterRegistry:
         """As in AdapterRegistry."""
         with self._lock, self._available():
             rows = self._db.execute("select record from adapters order by name").fetchall()
-        return [AdapterRecord.unpacked(row[0]) for row in rows]
+        found = (self._reader.read(row[0]) for row in rows)
+        return [record for record in found if record is not None]
 
     def find(self, name: str) -> AdapterRecord | None:
         """As in AdapterRegistry."""
-        with self._lock, self._available():
-            row = self._db.execute("select record from adapters where name = ?", (name,)).fetchone()
-        return None if row is None else AdapterRecord.unpacked(row[0])
+        text = self._text(name)
+        return None if text is None else self._reader.read(text)
 
     def replace(self, name: str, old: AdapterRecord | None, new: AdapterRecord | None) -> bool:
         """As in AdapterRegistry."""
@@ -51,15 +54,28 @@ class FileAdapterRegistry:
         elif old is None:
             change = "insert into adapters(name, record) values (:name, :new) on conflict(name) do nothing"
         else:
-            change = "update adapters set record = :new where name = :name and record = :old"
+            change = _UPDATE
         arguments = {"name": name, "old": old and old.packed(), "new": new and new.packed()}
-        with self._lock, self._available():
-            return self._db.execute(change, arguments).rowcount > 0
+        if self._change(change, arguments):
+            return True
+        there = self._text(name) if old is None else None
+        if there is None or self._reader.read(there) is not None:
+            return False
+        return self._change(_UPDATE, {**arguments, "old": there})
 
     def close(self) -> None:
         """As in AdapterRegistry."""
         with self._lock:
             self._db.close()
+
+    def _text(self, name: str) -> str | bytes | None:
+        with self._lock, self._available():
+            row = self._db.execute("select record from adapters where name = ?", (name,)).fetchone()
+        return None if row is None else row[0]
+
+    def _change(self, change: str, arguments: dict[str, Any]) -> bool:
+        with self._lock, self._available():
+            return self._db.execute(change, arguments).rowcount > 0
 
     @contextlib.contextmanager
     def _available(self) -> Iterator[None]:

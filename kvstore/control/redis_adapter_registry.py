@@ -5,7 +5,7 @@ Knows nothing of what a record says.
 
 from typing import Any
 
-from kvstore.control.adapter_registry import AdapterRecord, RegistryUnavailable
+from kvstore.control.adapter_registry import AdapterRecord, RecordReader, RegistryUnavailable
 from kvstore.redis_client import REDIS_ERRORS, address_of, connect
 
 PREFIX = "switchyard:adapters1:"
@@ -30,6 +30,7 @@ class RedisAdapterRegistry:
     def __init__(self, url: str, cluster: str = "") -> None:
         self._redis = connect(url)
         self._key = PREFIX + cluster
+        self._reader = RecordReader()
         self._replace = self._redis.register_script(_REPLACE)
 
     def records(self) -> list[AdapterRecord]:
@@ -38,27 +39,38 @@ class RedisAdapterRegistry:
             found: Any = self._redis.hvals(self._key)
         except REDIS_ERRORS as error:
             raise self._unavailable(error) from error
-        return sorted(map(AdapterRecord.unpacked, found), key=lambda record: record.name)
+        records = (self._reader.read(text) for text in found)
+        return sorted((record for record in records if record is not None), key=lambda record: record.name)
 
     def find(self, name: str) -> AdapterRecord | None:
         """As in AdapterRegistry."""
-        try:
-            found: Any = self._redis.hget(self._key, name)
-        except REDIS_ERRORS as error:
-            raise self._unavailable(error) from error
-        return None if found is None else AdapterRecord.unpacked(found)
+        text = self._text(name)
+        return None if text is None else self._reader.read(text)
 
     def replace(self, name: str, old: AdapterRecord | None, new: AdapterRecord | None) -> bool:
         """As in AdapterRegistry."""
-        arguments = [name, *("" if record is None else record.packed() for record in (old, new))]
-        try:
-            return bool(self._replace([self._key], arguments))
-        except REDIS_ERRORS as error:
-            raise self._unavailable(error) from error
+        before, after = ("" if record is None else record.packed() for record in (old, new))
+        if self._change(name, before, after):
+            return True
+        there = self._text(name) if old is None else None
+        return there is not None and self._reader.read(there) is None and self._change(name, there, after)
 
     def close(self) -> None:
         """As in AdapterRegistry."""
         self._redis.close()
+
+    def _text(self, name: str) -> str | bytes | None:
+        try:
+            found: Any = self._redis.hget(self._key, name)
+        except REDIS_ERRORS as error:
+            raise self._unavailable(error) from error
+        return found  # type: ignore[no-any-return]
+
+    def _change(self, name: str, before: str | bytes, after: str) -> bool:
+        try:
+            return bool(self._replace([self._key], [name, before, after]))
+        except REDIS_ERRORS as error:
+            raise self._unavailable(error) from error
 
     def _unavailable(self, error: Exception) -> RegistryUnavailable:
         return RegistryUnavailable(f"adapter registry at {address_of(self._redis)}: {error}")

@@ -23,6 +23,7 @@ from router.adapters.files import below, read_fitting
 from router.adapters.targets import AdapterTarget
 from router.errors import (
     AdapterAway,
+    AdapterConfigured,
     AdapterExists,
     AdaptersOff,
     InvalidRequest,
@@ -67,7 +68,9 @@ class AdapterCatalog:
         self._clock = wall_clock
         self._records: dict[str, AdapterRecord] = {}
         self._to_register = dict(config.modules)
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="adapters")
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="adapters")  # that ask the registry
+        # Apart from those: a mount that hangs must not keep requests from the registry.
+        self._resolver = ThreadPoolExecutor(2, thread_name_prefix="adapter paths")
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read adapters")  # one at a time: it is in memory whole
         self.is_up = True  # until a poll shows otherwise
 
@@ -139,8 +142,9 @@ class AdapterCatalog:
         name, path = asked.name, asked.path
         self._check_root()
         self._check_name(name, params[0])
-        directory = await self._in_thread(below, self._config.root, path, params[1])
-        if name in self._config.modules and Path(self._config.modules[name]).resolve() != directory:
+        directory = await self._resolve(path, params[1], below, self._config.root, path, params[1])
+        configured = self._config.modules.get(name)
+        if configured and await self._resolve(configured, params[1], Path(configured).resolve) != directory:
             raise AdapterExists(f"{params[0]}: {name!r} is one of adapters.modules, with another path", param=params[0])
         asked = dataclasses.replace(asked, path=str(directory))
         there = await self._ask(self._registry.find, name)
@@ -161,8 +165,14 @@ class AdapterCatalog:
             raise
 
     async def unload(self, name: str, param: str = "name") -> None:
-        """Serve it no longer; streams that run go on. Raises InvalidRequest of several kinds, or AdapterAway."""
+        """Serve it no longer; streams that run go on. Raises InvalidRequest of several kinds, or AdapterAway.
+
+        One of the configuration stays: a router that starts would serve it again, on all routers.
+        """
         self._check_root()
+        if name in self._config.modules:
+            message = f"{param}: {name!r} is one of adapters.modules; take it out of the configuration and restart"
+            raise AdapterConfigured(message, param=param)
         there = await self._ask(self._registry.find, name)
         if there is not None and self._is_loading(there):
             raise AdapterExists(f"{param}: {name!r} is being loaded", param=param)
@@ -177,40 +187,59 @@ class AdapterCatalog:
 
     async def run(self, poll_s: float) -> None:
         """Announce the adapters of the configuration, and follow what other routers announce; until cancelled."""
-        while self._config.enabled:
+        if self._config.enabled:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._register_all(poll_s))  # apart: a mount that hangs must not stop the other
+                tasks.create_task(self._follow(poll_s))
+
+    async def _follow(self, poll_s: float) -> None:
+        while True:
             try:
-                await self._register_configured()
                 records = await self._ask(self._registry.records)
                 self._records = {record.name: record for record in records}
                 self._set_up(True)
             except AdapterAway as error:
                 if self.is_up:
-                    log.warning("the known adapters stay: %s", error.message)
+                    log.warning("registry unavailable; serving the adapters known so far: %s", error.message)
                 self._set_up(False)
+            except Exception:  # whatever it is: the next poll may do
+                log.exception("the adapter registry was not read")
+            await asyncio.sleep(poll_s)
+
+    async def _register_all(self, poll_s: float) -> None:
+        while self._to_register:
+            for name, path in list(self._to_register.items()):
+                try:
+                    await self._register(name, path)
+                except AdapterAway:
+                    break  # the registry, which _follow speaks of, or the mount: later
+                except Exception:
+                    log.exception("adapter %s is not served yet", name)
             await asyncio.sleep(poll_s)
 
     def close(self) -> None:
         """Give up threads and registry. After run() was cancelled."""
         self._reader.shutdown(wait=False, cancel_futures=True)
+        self._resolver.shutdown(wait=False, cancel_futures=True)
         self._threads.shutdown(wait=True)
         self._registry.close()
 
-    async def _register_configured(self) -> None:
-        for name, path in list(self._to_register.items()):
-            key, is_pinned = f"adapters.modules.{name}", name in self._config.pinned
-            unread = AdapterRecord(name, str(Path(path).resolve()), "", self._base, is_pinned=is_pinned)
-            there = await self._ask(self._registry.find, name)  # before it is read: the registry may be away
-            try:
-                self._check_name(name, key)
-                wanted = await self._read(unread, key)
-            except InvalidRequest as error:
-                log.error("adapter %s is not served: %s", name, error.message)
-                del self._to_register[name]
-                continue
-            # Another router that starts at the same time puts the same record there.
-            if there == wanted or await self._ask(self._registry.replace, name, there, wanted):
-                self._records[name] = wanted
-                del self._to_register[name]
+    async def _register(self, name: str, path: str) -> None:
+        """Raises AdapterAway."""
+        key, is_pinned = f"adapters.modules.{name}", name in self._config.pinned
+        there = await self._ask(self._registry.find, name)  # before it is read: the registry may be away
+        directory = await self._resolve(path, key, Path(path).resolve)
+        try:
+            self._check_name(name, key)
+            wanted = await self._read(AdapterRecord(name, str(directory), "", self._base, is_pinned=is_pinned), key)
+        except InvalidRequest as error:
+            log.error("adapter %s is not served: %s", name, error.message)
+            del self._to_register[name]
+            return
+        # Another router that starts at the same time puts the same record there.
+        if there == wanted or await self._ask(self._registry.replace, name, there, wanted):
+            self._records[name] = wanted
+            del self._to_register[name]
 
     # -- steps
 
@@ -273,13 +302,25 @@ class AdapterCatalog:
         return UnknownModel(f"model: {name!r} is not served here; {self._base!r} is{others}", param="model")
 
     async def _ask(self, question: Callable[..., _T], *arguments: object) -> _T:
+        away = "which adapters are served is not known now"
         try:
-            return await self._in_thread(question, *arguments)
+            return await self._bounded(self._threads, question, *arguments)
         except RegistryUnavailable as error:
-            raise AdapterAway(f"which adapters are served is not known now ({error})", retry_after_s=1.0) from None
+            raise AdapterAway(f"{away} ({error})", retry_after_s=1.0) from None
+        except TimeoutError:
+            waited = f"no answer of the adapter registry within {self._config.load_timeout_s:g} s"
+            raise AdapterAway(f"{away} ({waited})", retry_after_s=1.0) from None
 
-    async def _in_thread(self, call: Callable[..., _T], *arguments: object) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call, *arguments)
+    async def _resolve(self, path: str, param: str, call: Callable[..., Path], *arguments: object) -> Path:
+        try:
+            return await self._bounded(self._resolver, call, *arguments)
+        except TimeoutError:
+            waited = f"was not resolved within {self._config.load_timeout_s:g} s: its mount may hang"
+            raise AdapterAway(f"{param}: {path[:100]!r} {waited}", param=param, retry_after_s=1.0) from None
+
+    async def _bounded(self, threads: ThreadPoolExecutor, call: Callable[..., _T], *arguments: object) -> _T:
+        async with asyncio.timeout(self._config.load_timeout_s):
+            return await asyncio.get_running_loop().run_in_executor(threads, call, *arguments)
 
     def _set_up(self, is_up: bool) -> None:
         if is_up and not self.is_up:

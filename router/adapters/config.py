@@ -17,7 +17,8 @@ class AdaptersConfig:
     enabled: bool = False
     """Whether workers take requests with adapters: vLLM's enable_lora. Costs memory for the slots."""
     modules: dict[str, str] = field(default_factory=dict)
-    """Adapters to serve from the start: directories by name. The directories have the same path on all hosts."""
+    """Adapters to serve from the start: directories by name. The directories have the same path on all hosts. They
+    cannot be unloaded while the cluster runs: a router that restarts would bring them back."""
     pinned: tuple[str, ...] = ()
     """Names of those modules that stay on the devices of the workers that their requests go to, also while there are
     none."""
@@ -31,7 +32,8 @@ class AdaptersConfig:
     max_cpu_loras: Annotated[int, Bounds(at_least=0, at_most=65536)] = 0
     """Adapters in a worker's host memory, those on the device included; 0 means four times max_loras."""
     load_timeout_s: Annotated[float, Bounds(more_than=0)] = 60.0
-    """How long a request waits for its adapter: until a router has checked it, and until a worker has read it."""
+    """How long a request waits for its adapter: until a router has checked it, and until a worker has read it, from
+    its arrival there. A rank reads at most eight adapters at a time; others wait their turn within that time."""
     load_ms: Annotated[float, Bounds(at_least=0)] = 100.0
     """What the cost model takes for reading an adapter that a worker does not hold."""
     copy_ms: Annotated[float, Bounds(at_least=0)] = 5.0

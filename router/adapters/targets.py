@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from checkpoint.adapters.directory import TENSORS_NAME, Adapter
 from checkpoint.errors import CheckpointError
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]*)(?=\.)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,8 @@ def check_fits(adapter: Adapter, targets: Sequence[AdapterTarget], max_rank: int
 
 def _target(module: str, targets: Sequence[AdapterTarget]) -> AdapterTarget | None:
     pattern, numbers = _NUMBER.sub("*", module), [int(number) for number in _NUMBER.findall(module)]
+    if "*" in module:  # stands for a number in a target's name, and is none itself
+        return None
     for target in targets:
         if target.name == pattern and all(
             first <= number <= last for number, (first, last) in zip(numbers, target.numbers, strict=True)

@@ -50,6 +50,7 @@ STATUS_OF: dict[type[RouterError], grpc.StatusCode] = {
     errors.AdaptersOff: grpc.StatusCode.UNIMPLEMENTED,
     errors.PathForbidden: grpc.StatusCode.PERMISSION_DENIED,
     errors.AdapterExists: grpc.StatusCode.ALREADY_EXISTS,
+    errors.AdapterConfigured: grpc.StatusCode.FAILED_PRECONDITION,
     errors.PromptTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.Unavailable: grpc.StatusCode.UNAVAILABLE,

@@ -58,6 +58,7 @@ STATUS_OF: dict[type[RouterError], int] = {
     errors.AdaptersOff: 404,
     errors.PathForbidden: 403,
     errors.AdapterExists: 409,
+    errors.AdapterConfigured: 409,
     errors.PromptTooLarge: 413,
     errors.UnsupportedEncoding: 415,
     errors.Overloaded: 429,

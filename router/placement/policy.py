@@ -46,7 +46,7 @@ class AdapterNeed:
     """The adapter of a request."""
 
     digest: bytes
-    is_loadable: bool  # a worker that does not hold it can read it; else its files are others now
+    is_loadable: bool  # a worker that does not hold it can read it; else the files at its path have another digest
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,5 +135,5 @@ def _most_homes(views: Sequence[WorkerView]) -> int:
 def _reject(need: AdapterNeed, views: Sequence[WorkerView]) -> Reject:
     if not any(view.takes_adapters for view in views):
         return Reject(RejectReason.NO_WORKER, "no worker that takes adapters is up")
-    message = f"no worker holds adapter {need.digest.hex()[:16]}, and its files are others now"
+    message = f"no worker holds adapter {need.digest.hex()[:16]}, and the files at its path have another digest"
     return Reject(RejectReason.NO_WORKER, message)

@@ -1,14 +1,17 @@
 """What every adapter registry does, asked of a process's memory, of a file and of a real Redis."""
 
+import sqlite3
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import redis
 
 from kvstore.connect import open_adapter_registry
 from kvstore.control.adapter_registry import AdapterRecord, AdapterRegistry, RegistryUnavailable
+from kvstore.control.redis_adapter_registry import PREFIX
 from tests.processes import RedisServer, free_port
 
 CLUSTER = "adapters-test"
@@ -100,6 +103,43 @@ def test_a_file_outlives_who_opened_it(tmp_path: Path) -> None:
     second = open_adapter_registry(url, "")
     assert second.records() == [SQL]
     second.close()
+
+
+DAMAGED = [
+    "",
+    "{",
+    "[]",
+    "{}",
+    '{"name": "x"}',
+    SQL.packed().replace('"aa', '"zz'),
+    SQL.packed().replace('"base"', "7"),
+]
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+@pytest.mark.parametrize("kind", ["file", pytest.param("redis", marks=pytest.mark.redis)])
+def test_a_damaged_record_is_passed_over_and_its_name_is_free(
+    kind: str, text: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    path = tmp_path / "adapters.sqlite"
+    if kind == "file":
+        registry = open_adapter_registry(f"file://{path}", "")
+        with sqlite3.connect(path) as database:
+            database.execute("insert into adapters values (?, ?)", (SQL.name, text))
+        database.close()
+    else:
+        server: RedisServer = request.getfixturevalue("redis_server")
+        registry = open_adapter_registry(server.url, request.node.name)
+        client = redis.Redis.from_url(server.url)
+        client.hset(PREFIX + request.node.name, SQL.name, text)
+        client.close()
+    registry.replace(LAW.name, None, LAW)
+    assert registry.records() == [LAW]
+    assert registry.find(SQL.name) is None
+    assert not registry.replace(SQL.name, LAW, SQL)
+    assert registry.replace(SQL.name, None, SQL)
+    assert registry.records() == [LAW, SQL]
+    registry.close()
 
 
 def test_a_file_that_is_no_registry_is_said_to_be_unavailable(tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def test_only_holders_are_asked_when_the_files_are_others_now() -> None:
     found, _ = place(request(adapter=gone), [able(first), able(second)], cheapest, Homes(), 0.0)
     assert isinstance(found, Reject)
     assert found.reason is RejectReason.NO_WORKER
-    assert "its files are others now" in found.message
+    assert "the files at its path have another digest" in found.message
 
 
 @pytest.mark.parametrize("views", [[], [view("a", Role.MIXED)]])

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NoReturn
 
+from checkpoint.adapters.directory import DIGEST_BYTES
 from grammars.compiler import GrammarCompiler
 from grammars.errors import GrammarError
 from grammars.grammar import Grammar
-from workers.engine.adapters.book import waiting_for
-from workers.engine.adapters.ref import DIGEST_BYTES, AdapterRef
+from workers.engine.adapters.ref import AdapterRef
 from workers.engine.outcome import UpdateResult
 from workers.engine.request import FinishReason, PromptLogprobs, Request, RequestEnd, TokenOutputs
 from workers.engine.scheduler import Scheduler
@@ -162,11 +162,9 @@ class Engine:
         now = self._clock()
         for request in [r for r in self.scheduler.requests.values() if r.deadline_s <= now]:
             yield self._end(request, FinishReason.CANCELLED)
-        timeout_s = self._adapter_timeout_s
-        for ref in list(self.scheduler.adapters.overdue(now, timeout_s)):
-            error = f"{ref.path}: the adapter was not read within {timeout_s:g} s"
-            for request in waiting_for(ref, self.scheduler.waiting, error):
-                yield self._end(request, FinishReason.ADAPTER_FAILED)
+        overdue = self.scheduler.adapters.overdue(self.scheduler.waiting, now, self._adapter_timeout_s)
+        for request in list(overdue):
+            yield self._end(request, FinishReason.ADAPTER_FAILED)
 
     def step(self) -> StepEvents | None:
         """One step; None when there is nothing to do before a command comes or a transfer ends.

@@ -13,8 +13,9 @@ from dataclasses import replace
 import numpy as np
 from switchyard.v1 import generation_pb2
 
+from checkpoint.adapters.directory import DIGEST_BYTES
 from grammars.grammar import Grammar
-from workers.engine.adapters.ref import DIGEST_BYTES, AdapterAction, AdapterOrder
+from workers.engine.adapters.ref import AdapterAction, AdapterOrder
 from workers.engine.step import BlockTransfer, Ints, RowState, SchedulerOutput, StepPlan
 from workers.sampling.params import SamplingParams
 

@@ -41,7 +41,7 @@ class TransferDone:
 
     transfer_id: int
     num_blocks: int  # whole and verified, or stored, on every rank; counted from the first. Of an adapter: 1, or 0
-    error: str = ""  # why an adapter was not read, as far as the leader's own rank knows
+    error: str = ""  # why an adapter was not read, on the first rank that could not
     is_unfit: bool = False  # no worker of this model can serve that adapter
 
 

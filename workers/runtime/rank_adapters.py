@@ -10,7 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -23,6 +23,7 @@ from workers.errors import AdapterError, StepFailed
 log = logging.getLogger(__name__)
 
 READ_THREADS = 8  # most of their time they wait for a disk; one that hangs must not hold up the others
+_UNFIT, _OTHER = "!", "-"  # what a reason begins with
 T = TypeVar("T")
 
 
@@ -127,3 +128,18 @@ class RankAdapters(Generic[T]):
         except Exception as error:  # its requests end, and no others
             log.exception("%s: the adapter was not read", order.path)
             return _Read(None, f"{order.path}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+
+
+def reason_of(done: TransferDone) -> str:
+    """Why a read failed on this rank, as the ranks tell each other; empty: it did not."""
+    return done.error and (_UNFIT if done.is_unfit else _OTHER) + done.error
+
+
+def with_reasons(done: TransferDone, reasons: Sequence[str]) -> TransferDone:
+    """A failed read with why it failed: here, or on the first rank where it did. reasons: reason_of, of each rank."""
+    is_unfit = any(reason.startswith(_UNFIT) for reason in reasons)
+    if done.error:
+        return replace(done, is_unfit=is_unfit)
+    found = next(((rank, reason) for rank, reason in enumerate(reasons) if reason), None)
+    error = "" if found is None else f"rank {found[0]}: {found[1][len(_UNFIT) :]}"
+    return replace(done, error=error, is_unfit=is_unfit)

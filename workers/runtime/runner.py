@@ -35,7 +35,7 @@ from workers.runtime.coordination.relay import TokenRelay
 from workers.runtime.graphs import GraphedStage
 from workers.runtime.host_copy import read_later
 from workers.runtime.pool_needs import PoolNeeds
-from workers.runtime.rank_adapters import RankAdapters
+from workers.runtime.rank_adapters import RankAdapters, reason_of, with_reasons
 from workers.runtime.step_threads import StepThreads
 from workers.runtime.step_transfers import STORE_GRACE_S, awaited, ended_of, finish_ended, poll_in_step
 from workers.runtime.token_chooser import TokenChooser
@@ -180,7 +180,16 @@ class TorchModelRunner:
         ended = ended_of(transfer_ids, counts)
         for done in ended:
             self._connector.claim(done)
-        return ended if self.adapters is None else self.adapters.claim(ended)
+        if self.adapters is None:
+            return ended
+        # A read that has ended on every rank is one of each rank's adapters: all of them ask for the reasons.
+        failed = {done.transfer_id for done in ended if self.adapters.poll(done.transfer_id) is not None}
+        failed &= {done.transfer_id for done in ended if not done.num_blocks}
+        claimed = self.adapters.claim(ended)
+        return [
+            with_reasons(done, self._groups.exchange_reasons(reason_of(done))) if done.transfer_id in failed else done
+            for done in claimed
+        ]
 
     def _poll_one(self, transfer_id: int) -> int:
         count = None if self.adapters is None else self.adapters.poll(transfer_id)

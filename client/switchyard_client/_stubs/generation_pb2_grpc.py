@@ -146,7 +146,7 @@ class GenerationServiceServicer(object):
 
     def UnloadAdapter(self, request, context):
         """Serves it no longer: requests that run go on, new ones get NOT_FOUND; those at other routers within
-        router.directory_poll_s.
+        router.directory_poll_s. FAILED_PRECONDITION for one of the configuration (adapters.modules), which stays.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

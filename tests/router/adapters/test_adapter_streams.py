@@ -99,7 +99,7 @@ async def test_a_stream_whose_digest_nobody_has_any_more_fails_clearly(model_dir
         await cluster.router._adapters.load("a", "sql", in_place=True)
         await home.kill()
         with pytest.raises(
-            GenerationError, match=r"no worker holds adapter .*, and its files are others now"
+            GenerationError, match=r"no worker holds adapter .*, and the files at its path have another digest"
         ) as failed:
             await answer
         assert failed.value.status == "UNAVAILABLE"

@@ -241,13 +241,25 @@ async def test_statuses_of_grpc(model_dir: Path, root: Path) -> None:
 
 async def test_adapters_of_the_configuration_are_there_from_the_start(model_dir: Path, root: Path) -> None:
     modules = {"sql-lora": str(root / "sql"), "broken": str(root / "none")}
-    async with served(model_dir, known(root, modules=modules)) as (_, client):
+    async with served(model_dir, known(root, modules=modules)) as (cluster, client):
         body = {"model": "sql-lora", "prompt": TEXT, "max_tokens": 12, "temperature": 0}
         answer = await client.post("/v1/completions", json=body)  # it waits, if it must
         assert answer.json()["choices"][0]["text"] == said(model_dir, adapter_digest(root / "sql"))
         assert (await client.post("/v1/completions", json={**body, "model": "broken"})).status_code == 404
         refused = await load(client, "sql-lora", "law", load_inplace=True)
         assert (refused.status_code, refused.json()["error"]["param"]) == (409, "lora_name")
+        stays = await client.post(UNLOAD, json={"lora_name": "sql-lora"})
+        assert (stays.status_code, stays.json()["error"]["code"]) == (409, "adapter_configured")
+
+        def talk() -> None:
+            with (
+                GenerationClient(cluster.grpc_address) as grpc_client,
+                pytest.raises(GenerationError, match=r"adapters\.modules") as stays,
+            ):
+                grpc_client.unload_adapter("sql-lora")
+            assert stays.value.status == "FAILED_PRECONDITION"
+
+        await asyncio.to_thread(talk)
 
 
 async def test_replacing_in_place_changes_new_requests_and_not_those_that_run(model_dir: Path, root: Path) -> None:

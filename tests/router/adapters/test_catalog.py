@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ from kvstore.connect import open_adapter_registry
 from kvstore.control.adapter_registry import AdapterRecord, AdapterRegistry, MemoryAdapterRegistry, RegistryUnavailable
 from router.adapters.catalog import AdapterCatalog
 from router.adapters.config import AdaptersConfig
-from router.adapters.files import read_fitting
-from router.errors import AdapterAway, AdapterExists, AdapterRefused, UnknownModel
+from router.adapters.files import below, read_fitting
+from router.errors import AdapterAway, AdapterConfigured, AdapterExists, AdapterRefused, UnknownModel
 from router.events import AdapterRef
 from tests.router.adapters.lora_files import TARGETS, write_adapter
 
@@ -212,11 +213,107 @@ async def test_the_configuration_is_registered_once_the_registry_is_there(
     registry.is_cut = False
     refs = [await catalog.find("a") for catalog in catalogs]
     assert refs[0] == refs[1]
-    await catalogs[0].unload("a")
-    while catalogs[1].served:
-        await asyncio.sleep(0.005)
     for task in following:
         task.cancel()
+
+
+async def test_what_is_configured_cannot_be_unloaded(make: Callable[..., AdapterCatalog], root: Path) -> None:
+    catalog = make(MemoryAdapterRegistry(), modules={"a": str(root / "sql")})
+    following = asyncio.create_task(catalog.run(0.005))
+    served = await catalog.find("a")
+    with pytest.raises(AdapterConfigured, match=r"^lora_name: 'a' is one of adapters\.modules") as refused:
+        await catalog.unload("a", "lora_name")
+    assert refused.value.param == "lora_name"
+    assert await catalog.find("a") == served
+    following.cancel()
+
+
+async def test_a_mount_that_hangs_keeps_nobody_from_the_registry(
+    make: Callable[..., AdapterCatalog], root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mount = threading.Event()
+
+    def hanging(*arguments: str) -> Path:
+        if arguments[1] == "hung":
+            mount.wait()
+        return below(*arguments)
+
+    monkeypatch.setattr(router.adapters.catalog, "below", hanging)
+    catalog = make(MemoryAdapterRegistry(), load_timeout_s=0.2)
+    await catalog.load("a", "sql")
+    loads = [asyncio.create_task(catalog.load(f"hung-{number}", "hung")) for number in range(8)]
+    await asyncio.sleep(0)
+    assert (await catalog.find("a")).name == "a"
+    with pytest.raises(UnknownModel):
+        await catalog.find("b")
+    for load in loads:
+        with pytest.raises(AdapterAway, match=r"^path: 'hung' was not resolved within 0\.2 s"):
+            await load
+    mount.set()
+
+
+async def test_a_hanging_configured_adapter_does_not_stop_the_others_news(
+    make: Callable[..., AdapterCatalog], root: Path, reading: Reading
+) -> None:
+    registry = MemoryAdapterRegistry()
+    catalog = make(registry, modules={"a": str(root / "sql")})
+    following = asyncio.create_task(catalog.run(0.005))
+    assert await asyncio.to_thread(reading.began.wait, 20)
+    registry.replace("b", None, AdapterRecord("b", str(root / "law"), "aa" * 32, BASE))
+    while [record.name for record in catalog.served] != ["b"]:
+        await asyncio.sleep(0.005)
+    reading.may_end.set()
+    assert (await catalog.find("a")).name == "a"
+    following.cancel()
+
+
+class Failing(MemoryAdapterRegistry):
+    """A registry with an error that nobody thought of."""
+
+    error: Exception | None = KeyError("digest")
+
+    def records(self) -> list[AdapterRecord]:
+        if self.error is not None:
+            raise self.error
+        return super().records()
+
+    def find(self, name: str) -> AdapterRecord | None:
+        if self.error is not None:
+            raise self.error
+        return super().find(name)
+
+
+async def test_an_error_of_no_known_kind_does_not_end_the_task(
+    make: Callable[..., AdapterCatalog], root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry = Failing()
+    catalog = make(registry, modules={"a": str(root / "sql")})
+    following = asyncio.create_task(catalog.run(0.005))
+    while len([line for line in caplog.messages if "was not read" in line]) < 3:
+        await asyncio.sleep(0.005)
+    registry.error = None
+    while not catalog.served:
+        await asyncio.sleep(0.005)
+    assert not following.done()
+    following.cancel()
+
+
+async def test_a_damaged_record_hides_no_other_and_its_name_can_be_loaded(
+    make: Callable[..., AdapterCatalog], tmp_path: Path
+) -> None:
+    path = tmp_path / "adapters.registry"
+    catalog = make(open_adapter_registry(f"file://{path}", ""))
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("insert into adapters values ('broken', '{')")
+    await make(open_adapter_registry(f"file://{path}", "")).load("a", "sql")
+    following = asyncio.create_task(catalog.run(0.005))
+    while [record.name for record in catalog.served] != ["a"]:
+        await asyncio.sleep(0.005)
+    with pytest.raises(UnknownModel):
+        await catalog.find("broken")
+    await catalog.load("broken", "law")
+    assert (await catalog.find("broken")).name == "broken"
+    following.cancel()
 
 
 async def test_adapters_of_another_model_are_not_served_and_their_names_are_free(

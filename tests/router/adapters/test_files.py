@@ -66,6 +66,8 @@ def test_a_fitting_adapter_is_read(root: Path) -> None:
         ({"model.layers.0.self_attn.q_proj": (16, 8)}, r"0\.self_attn\.q_proj\.lora_A.* is \[4, 8\].* 16 inputs"),
         ({"model.layers.2.mlp.down_proj": (32, 48)}, r"layers\.2\.mlp\.down_proj\.lora_B.* is \[32, 4\].* 16 outputs"),
         ({"model.layers.3.self_attn.q_proj": (16, 16)}, r"no linear module model\.layers\.3\.self_attn\.q_proj"),
+        ({"model.layers.*.self_attn.q_proj": (16, 16)}, r"no linear module model\.layers\.\*\.self_attn\.q_proj"),
+        ({"model.layers.02.self_attn.q_proj": (16, 16)}, r"no linear module model\.layers\.02\.self_attn"),
         ({"transformer.h.0.attn": (16, 16)}, r"no linear module transformer\.h\.0\.attn"),
     ],
 )  # fmt: skip

@@ -86,9 +86,9 @@ def until(engine: Engine, is_reached) -> None:
     raise AssertionError("never reached")
 
 
-def submit(engine: Engine, name: str, adapter: int, num_output: int = 40) -> None:
+def submit(engine: Engine, name: str, adapter: int, num_output: int = 40, arrival_s: float | None = None) -> None:
     one = request(name, 3, num_output, ignore_eos=True)
-    one.adapter, one.arrival_time_s = ref(adapter), next(_ARRIVALS_S)
+    one.adapter, one.arrival_time_s = ref(adapter), next(_ARRIVALS_S) if arrival_s is None else arrival_s
     engine.submit(one)
 
 
@@ -148,8 +148,8 @@ def test_a_hanging_read_ends_its_requests_after_the_time_out_and_no_others():
     now = [0.0]
     engine, runner = make(AdapterLimits(2, 2), clock=lambda: now[0])
     runner.hanging = {ref(0).path}
-    submit(engine, "hangs", 0)
-    submit(engine, "goes on", 1, 30)
+    submit(engine, "hangs", 0, arrival_s=0.0)
+    submit(engine, "goes on", 1, 30, arrival_s=0.0)
     until(engine, lambda: running(engine) == {"goes on"})
     assert list(engine.expire()) == []
     now[0] = 59.0
@@ -159,6 +159,33 @@ def test_a_hanging_read_ends_its_requests_after_the_time_out_and_no_others():
     assert [(end.request_id, end.reason) for end in ends] == [("hangs", FinishReason.ADAPTER_FAILED)]
     assert ends[0].error == "/adapters/0: the adapter was not read within 60 s"
     assert running(engine) == {"goes on"}
+
+
+def test_a_request_that_comes_during_a_read_has_its_whole_time():
+    now = [0.0]
+    engine, runner = make(AdapterLimits(2, 2), clock=lambda: now[0])
+    runner.hanging = {ref(0).path}
+    submit(engine, "first", 0, arrival_s=0.0)
+    engine.step()
+    assert list(engine.expire()) == []
+    now[0] = 50.0
+    submit(engine, "second", 0, arrival_s=50.0)
+    engine.step()
+    now[0] = 70.0
+    assert [end.request_id for end in engine.expire()] == ["first"]
+    now[0] = 111.0
+    assert [end.request_id for end in engine.expire()] == ["second"]
+
+
+def test_a_read_that_begins_late_has_its_whole_time():
+    now = [100.0]
+    engine, runner = make(AdapterLimits(2, 2), clock=lambda: now[0])
+    runner.hanging = {ref(0).path}
+    submit(engine, "queued for long", 0, arrival_s=0.0)
+    engine.step()
+    assert list(engine.expire()) == []
+    now[0] = 161.0
+    assert [end.request_id for end in engine.expire()] == ["queued for long"]
 
 
 def test_pinned_adapters_are_loaded_before_anybody_asks_and_stay():

@@ -18,6 +18,8 @@ from tests.workers.engine_group import EngineGroup
 from tests.workers.tiny_llama import make_checkpoint, prompts
 from workers.engine.adapters.ref import AdapterRef
 from workers.engine.request import FinishReason
+from workers.engine.step import TransferDone
+from workers.runtime.rank_adapters import reason_of, with_reasons
 
 NAME = "base_model.model.model.layers.2.mlp.down_proj.lora_B.weight"
 
@@ -73,7 +75,7 @@ def test_changed(split: EngineGroup, base: Path, adapters: list[AdapterRef], cop
 def test_damaged(split: EngineGroup, base: Path, adapters: list[AdapterRef], copy: Path) -> None:
     path, bad = copy / "adapter_model.safetensors", replace(ref_of(copy), digest=b"\2" * 32)
     path.write_bytes(path.read_bytes()[:-9])
-    check(split, base, adapters[1], bad, FinishReason.ADAPTER_FAILED, "its bytes are not there")
+    check(split, base, adapters[1], bad, FinishReason.ADAPTER_FAILED, "data_offsets reach beyond the file")
 
 
 def test_of_a_wider_model(split: EngineGroup, base: Path, folder: Path, adapters: list[AdapterRef]) -> None:
@@ -119,3 +121,26 @@ def test_the_same_bytes_in_another_place_are_no_reason_to_end_requests(
     found = single.run(config_of(base, single), prompts(), GREEDY, [bad, good, good])
     assert found.ends[0].reason is FinishReason.ADAPTER_FAILED
     assert [end.reason for end in found.ends[1:]] == [FinishReason.LENGTH] * 2
+
+
+def test_what_only_the_last_rank_finds_out_is_said(
+    split: EngineGroup, base: Path, adapters: list[AdapterRef], copy: Path
+) -> None:
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        tensors[name][-1, 0] = float("inf")  # of the last rank's share
+        return tensors
+
+    error = f"{name} holds values that are no finite numbers"
+    error = error if split.tp == 1 else f"rank 1: {copy}: {error}"
+    check(split, base, adapters[1], with_tensors(copy, spoil), FinishReason.ADAPTER_UNFIT, error)
+
+
+def test_an_adapter_that_only_another_rank_cannot_read_ends_with_that_ranks_error() -> None:
+    ended = TransferDone(7, 0)
+    here = TransferDone(7, 0, "own")
+    there = reason_of(TransferDone(7, 0, "/a/x: is cut short", is_unfit=True))
+    assert with_reasons(ended, ["", there]) == TransferDone(7, 0, "rank 1: /a/x: is cut short", is_unfit=True)
+    assert with_reasons(ended, ["", reason_of(here)]) == TransferDone(7, 0, "rank 1: own")
+    assert with_reasons(here, [reason_of(here), there]) == TransferDone(7, 0, "own", is_unfit=True)

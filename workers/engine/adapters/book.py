@@ -187,13 +187,22 @@ class AdapterBook:
         self._orders.append(AdapterOrder(AdapterAction.DROP, loaded.ref.digest))  # some rank may have read it
         return waiting_for(loaded.ref, waiting, done.error or f"{loaded.ref.path}: {_ELSEWHERE}")
 
-    def overdue(self, now_s: float, timeout_s: float) -> Iterator[AdapterRef]:
-        """Adapters that are being read for longer than that, as far as calls of this method show."""
-        for loaded in self._loaded.values():
-            if loaded.read_id:
-                loaded.began_s = now_s if loaded.began_s is None else loaded.began_s
-                if now_s - loaded.began_s >= timeout_s:
-                    yield loaded.ref
+    def overdue(self, waiting: Iterable[Request], now_s: float, timeout_s: float) -> Iterator[Request]:
+        """Waiting requests whose adapter is still being read so long after they came; says so in their `error`.
+
+        Where the read began later, as after a preemption, it counts from its begin, as far as calls show.
+        """
+        reads = [each for each in self._loaded.values() if each.read_id]
+        for loaded in reads:
+            loaded.began_s = now_s if loaded.began_s is None else loaded.began_s
+        by_digest = {each.ref.digest: each for each in reads}
+        for request in waiting if by_digest else ():
+            found = by_digest.get(request.adapter.digest) if request.adapter is not None else None
+            if found is None or found.began_s is None:
+                continue
+            if now_s - max(found.began_s, request.arrival_time_s) >= timeout_s:
+                request.error = f"{found.ref.path}: the adapter was not read within {timeout_s:g} s"
+                yield request
 
     def start_anew(self) -> None:
         """A step raised. Reads are forgotten, and the ranks are sent with a full plan what is where."""

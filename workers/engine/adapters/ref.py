@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
-DIGEST_BYTES = 32
-
 
 @dataclass(frozen=True, slots=True)
 class AdapterRef:

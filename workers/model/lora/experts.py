@@ -30,12 +30,33 @@ def adapted_experts(base: Experts, slots: LoraSlots, experts: ExpertMatrices, sh
     return base
 
 
+class _Space:
+    """For all slots, taken at the start: within the steps there may be none left."""
+
+    def __init__(self, base: DenseExperts, slots: LoraSlots) -> None:
+        num_experts, hidden, width = base.down.shape
+        rank, kind = slots.sizes.max_rank, {"dtype": slots.dtype, "device": slots.device}
+        count = slots.sizes.num_slots
+        inner = torch.zeros(count, num_experts, _PER_EXPERT, rank, width, **kind)
+        outer = torch.zeros(count, num_experts, _PER_EXPERT, rank, hidden, **kind)
+        self._width, self._hidden = inner, outer
+
+    def put(self, slot: int, index: int, part: LowRank) -> LowRank:
+        """A copy of a matrix's part in its place, of as many rows as it has."""
+        expert, which = divmod(index, _PER_EXPERT)
+        inner, outer = self._width[slot, expert, which], self._hidden[slot, expert, which]
+        down, up = (inner, outer) if which == 2 else (outer, inner)  # the third is the one that reads the width
+        rank = len(part.down)
+        return LowRank(down[:rank].copy_(part.down, non_blocking=True), up[:rank].copy_(part.up, non_blocking=True))
+
+
 class LoraExperts:
     """As Experts."""
 
     def __init__(self, base: DenseExperts, slots: LoraSlots, experts: ExpertMatrices, shard: Shard) -> None:
         self._base, self._slots = base, slots
-        self._parts: dict[int, Mapping[int, LowRank]] = {}  # by slot; of those that have some
+        self._parts: dict[int, Mapping[int, LowRank]] = {}  # by slot; of those that have some: views of _space
+        self._space = _Space(base, slots)
         product = slots.add(self)
         for number, matrices in enumerate(experts.as_matrices()):  # of each expert: gate and up, then down
             first = number // 2 * _PER_EXPERT + (2 if matrices.split is Split.INPUTS else 0)
@@ -47,11 +68,7 @@ class LoraExperts:
         """As in Adapted."""
         self._parts.pop(slot, None)
         if parts:
-            device = self._slots.device
-            self._parts[slot] = {
-                index: LowRank(part.down.to(device, non_blocking=True), part.up.to(device, non_blocking=True))
-                for index, part in parts.items()
-            }
+            self._parts[slot] = {index: self._space.put(slot, index, part) for index, part in parts.items()}
 
     def __call__(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """As in Experts."""

@@ -107,7 +107,7 @@ class LoraSlots:
     # ----------------------------------------------------------------------------------------- in any thread: loading
     def load(self, adapter: Adapter, content: bytes) -> LoadedAdapter:
         """The rank's share. content: of the file of tensors. Raises AdapterError when it does not fit this model."""
-        buffer = bytearray(content)  # torch wants to be able to write
+        buffer = memoryview(content)
         parts: dict[int, dict[int, LowRank]] = {}
         for module in adapter.modules:
             for place in self._places_of(module, adapter):
@@ -126,7 +126,7 @@ class LoraSlots:
         why = self._refused.get(module.name, "this model has no such matrix that takes adapters")
         raise AdapterError(f"{adapter.directory}: {module.name}: {why}", is_unfit=True)
 
-    def _share(self, module: LoraModule, place: Place, adapter: Adapter, buffer: bytearray) -> LowRank:
+    def _share(self, module: LoraModule, place: Place, adapter: Adapter, buffer: memoryview) -> LowRank:
         where = f"{adapter.directory}: {module.name}"
         if module.rank > self.sizes.max_rank:
             why = f"its rank {module.rank} is above max_lora_rank={self.sizes.max_rank}"
@@ -156,6 +156,8 @@ class LoraSlots:
             product.put(slot, loaded.parts.get(index, {}))
 
 
-def _read(tensor: LoraTensor, buffer: bytearray) -> Tensor:
-    dtype, count = _DTYPES[tensor.dtype], tensor.shape[0] * tensor.shape[1]
-    return torch.frombuffer(buffer, dtype=dtype, count=count, offset=tensor.begin).view(tensor.shape)
+def _read(tensor: LoraTensor, buffer: memoryview) -> Tensor:
+    """In memory of its own: a view would keep all of the file for as long as the adapter is held."""
+    return torch.frombuffer(bytearray(buffer[tensor.begin : tensor.end]), dtype=_DTYPES[tensor.dtype]).view(
+        tensor.shape
+    )
