@@ -10,7 +10,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,7 +40,6 @@ _MOST_CPUS = 100_000
 _PORT = Bounds(at_least=0, at_most=65535)
 _NAME = Matches("[A-Za-z0-9._-]{0,63}", "at most 63 letters, digits, dots, - and _")
 _SHORT_FOLDER = Matches("/.{0,23}", "an absolute path of at most 24 characters: sockets are made below it")
-_LORA_DEFAULTS = {one.name: one.default for one in fields(EngineOptions) if "lora" in one.name}
 _LONGEST_NAME = 63  # of a pool: it becomes a part of file and metric names
 
 
@@ -132,10 +131,6 @@ class PoolConfig(EngineOptions):
         EngineOptions.__post_init__(self)
         within = f"must be between min_replicas={self.fewest} and max_replicas={self.most}, not {self.replicas}"
         _require(self.fewest <= self.replicas <= self.most, "replicas", within)
-
-    def own_lora_key(self) -> str | None:
-        """The first key of adapters that differs from its default here: pools exchange blocks, so all serve alike."""
-        return next((key for key, default in _LORA_DEFAULTS.items() if getattr(self, key) != default), None)
 
     @property
     def fewest(self) -> int:
@@ -257,8 +252,6 @@ class ClusterConfig:
             is_one = pool.tp * pool.pp == 1
             _require(is_one or self.engine.runner != "fake", f"pools.{name}", "engine.runner=fake takes tp=1 and pp=1")
             self.speculative.check_engine(pool.pp, self.engine.runner)
-            if (key := pool.own_lora_key()) is not None:
-                raise ValueError(f"pools.{name}.{key}: adapters.* has it for all pools")
         budget = self.autoscaling.max_gpus
         least = sum(pool.fewest * pool.tp * pool.pp for pool in self.pools.values())
         enough = f"must be 0 or at least {least}, which the pools need at their smallest, not {budget}"

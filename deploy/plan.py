@@ -195,7 +195,8 @@ def _engine(
         ignore_keys=config.model.ignore_keys,
         plugins=config.model.plugins,
         **dataclasses.asdict(config.engine),
-        **{**pool.options(), **_adapter_options(config.adapters)},
+        **pool.options(),
+        **_adapter_options(config.adapters),
     )
 
 

@@ -223,29 +223,11 @@ class EngineOptions:
     largest step takes, and on cuda than all steps that are in flight."""
     scheduler: SchedulingOptions = dataclasses.field(default_factory=SchedulingOptions)
     """Which requests a step serves."""
-    enable_lora: bool = False
-    """Whether requests may name a LoRA adapter. Without it nothing of the model is prepared for adapters."""
-    max_loras: Annotated[int, Bounds(at_least=1, at_most=4096)] = 16
-    """Adapters on the device at a time: those of one step are among them. Their memory is taken at the start."""
-    max_lora_rank: Annotated[int, Bounds(at_least=1, at_most=512)] = 16
-    """Largest rank of an adapter; on cuda each takes memory and time as if it had this one."""
-    max_cpu_loras: Annotated[int, Bounds(at_least=0, at_most=65536)] = 0
-    """Adapters in host memory, those on the device included; 0 means four times max_loras."""
-    lora_load_timeout_s: Annotated[float, Bounds(more_than=0)] = 60.0
-    """How long a request waits, from its arrival, for its adapter to be read from its files. A rank reads at most eight
-    at a time; others wait their turn within that time."""
 
     def __post_init__(self) -> None:
         check_limits(self)
         is_both = self.tp > 1 and self.pp > 1
         _require(not (self.async_scheduling and is_both), "async_scheduling", "needs tp=1 or pp=1")
-        fits = not self.max_cpu_loras or self.max_cpu_loras >= self.max_loras
-        _require(fits, "max_cpu_loras", f"{self.max_cpu_loras} is less than max_loras={self.max_loras}")
-
-    @property
-    def num_cpu_loras(self) -> int:
-        """Adapters in host memory; see max_cpu_loras."""
-        return self.max_cpu_loras or 4 * self.max_loras
 
     def options(self) -> dict[str, Any]:
         """These fields alone, by name."""
@@ -288,6 +270,17 @@ class EngineConfig(EngineOptions):
     """As model.plugins."""
     speculative: SpeculativeOptions = dataclasses.field(default_factory=SpeculativeOptions)
     """The `speculative` branch of the configuration."""
+    enable_lora: bool = False
+    """Whether requests may name a LoRA adapter. Without it nothing of the model is prepared for adapters."""
+    max_loras: Annotated[int, Bounds(at_least=1, at_most=4096)] = 16
+    """Adapters on the device at a time: those of one step are among them. Their memory is taken at the start."""
+    max_lora_rank: Annotated[int, Bounds(at_least=1, at_most=512)] = 16
+    """Largest rank of an adapter; on cuda each takes memory and time as if it had this one."""
+    max_cpu_loras: Annotated[int, Bounds(at_least=0, at_most=65536)] = 0
+    """Adapters in host memory, those on the device included; 0 means four times max_loras."""
+    lora_load_timeout_s: Annotated[float, Bounds(more_than=0)] = 60.0
+    """How long a request waits, from its arrival, for its adapter to be read from its files. A rank reads at most eight
+    at a time; others wait their turn within that time."""
 
     def __post_init__(self) -> None:
         EngineOptions.__post_init__(self)
@@ -301,6 +294,13 @@ class EngineConfig(EngineOptions):
         is_fake = self.runner == "fake"
         _require(self.kv_cache_dtype == "auto" or not is_fake, "kv_cache_dtype", "must be auto with runner=fake")
         self.speculative.check_engine(self.pp, self.runner)
+        fits = not self.max_cpu_loras or self.max_cpu_loras >= self.max_loras
+        _require(fits, "max_cpu_loras", f"{self.max_cpu_loras} is less than max_loras={self.max_loras}")
+
+    @property
+    def num_cpu_loras(self) -> int:
+        """Adapters in host memory; see max_cpu_loras."""
+        return self.max_cpu_loras or 4 * self.max_loras
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,9 @@ router. So the ways are counted from the parsed pattern, generously, and bounded
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-import warnings
 from collections.abc import Sequence
 from re import _constants as sre  # type: ignore[attr-defined]  # no public module has the parsed pattern
 from re import _parser  # type: ignore[attr-defined]
@@ -16,6 +16,7 @@ from typing import Any
 
 MAX_NAME_CHARACTERS = 200  # of a module's name
 MAX_PATTERN_CHARACTERS = 1000
+_ASCII = 128
 _MAX_GROUPS = 50  # each within the other, they are far from the interpreter's limit of recursion
 _MAX_WAYS = 1 << 24  # to match one name: three .* and a few alternatives; a match then takes milliseconds
 
@@ -30,11 +31,9 @@ def problem_of(pattern: str, around: str = "{}") -> str:
         return f"has {pattern.count('(')} brackets; at most {_MAX_GROUPS} are taken"
     whole = around.format(pattern)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a set within a set may mean something else one day
-            re.compile(pattern)
-            re.compile(whole)
-            ways = _ways(_parser.parse(whole))
+        re.compile(pattern)
+        re.compile(whole)
+        ways = _ways(_parser.parse(whole))
     except (re.error, OverflowError) as error:
         return f"is not a regular expression ({ascii(str(error))[1:-1]})"
     except _Nested as error:
@@ -80,14 +79,15 @@ def _ways_of_repeat(first: int, last: Any, body: Sequence[tuple[Any, Any]]) -> i
 
 def _has_repeat(items: Any) -> bool:
     """Also of a fixed count, in whatever is nested."""
-    if isinstance(items, tuple) and items and items[0] in _REPEATS:
+    if isinstance(items, tuple) and items and any(items[0] is op for op in _REPEATS):  # a group's number may equal one
         return True
     is_parsed = isinstance(items, (tuple, list, _parser.SubPattern))
     return is_parsed and any(_has_repeat(item) for item in items)
 
 
 def _ways_of_branch(branches: Sequence[Any]) -> int:
-    """Of different words no more match at one place than begin each other."""
-    words = [tuple(code for _, code in branch) for branch in branches if all(op is sre.LITERAL for op, _ in branch)]
-    others = sum(_ways(branch) for branch in branches if not all(op is sre.LITERAL for op, _ in branch))
-    return others + max((sum(word[: len(other)] == other for other in words) for word in words), default=0)
+    """Of different words no more match at one place than begin each other. Case is passed over, as (?i) does."""
+    plain = [all(op is sre.LITERAL and code < _ASCII for op, code in branch) for branch in branches]
+    words = ["".join(chr(code) for _, code in branch).lower() for branch in itertools.compress(branches, plain)]
+    others = sum(_ways(branch) for branch, is_word in zip(branches, plain, strict=True) if not is_word)
+    return others + max((sum(word.startswith(other) for other in words) for word in words), default=0)

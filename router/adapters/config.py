@@ -26,7 +26,8 @@ class AdaptersConfig:
     """Directory below which /v1/load_lora_adapter and LoadAdapter find adapters; it has the same path on all hosts.
     Whoever reaches a router may load what is there. Empty means that none are loaded while the cluster runs."""
     max_loras: Annotated[int, Bounds(at_least=1, at_most=4096)] = 16
-    """Adapters on a worker's device at a time: most different ones in one step. Their memory is taken at the start."""
+    """Adapters on a worker's device at a time: most different ones in one step. Their memory is taken at the start: for
+    every linear module of the model, and for every expert of a mixture in floating point."""
     max_lora_rank: Annotated[int, Bounds(at_least=1, at_most=512)] = 16
     """Largest rank of an adapter; larger ones are refused. On cuda each takes memory and time as if it had this one."""
     max_cpu_loras: Annotated[int, Bounds(at_least=0, at_most=65536)] = 0

@@ -36,6 +36,8 @@ REFUSED = {
     r".*.*.*.*!": "can match a name in too many ways",
     "a?" * 30 + "a" * 30: "can match a name in too many ways",
     "(?:a|a)" * 40 + "!": "can match a name in too many ways",
+    "(?i)" + "(?:ab|AB)" * 40 + "!": "can match a name in too many ways",
+    "(?:ab|ab)" * 40 + "!": "can match a name in too many ways",
     r"(?:\b){4000000000}": "repeats something at least 4000000000 times",
     "a" * (MAX_PATTERN_CHARACTERS + 1): "has 1001 characters; at most 1000",
     "(a": "is not a regular expression",

@@ -35,11 +35,9 @@ class _Space:
 
     def __init__(self, base: DenseExperts, slots: LoraSlots) -> None:
         num_experts, hidden, width = base.down.shape
-        rank, kind = slots.sizes.max_rank, {"dtype": slots.dtype, "device": slots.device}
-        count = slots.sizes.num_slots
-        inner = torch.zeros(count, num_experts, _PER_EXPERT, rank, width, **kind)
-        outer = torch.zeros(count, num_experts, _PER_EXPERT, rank, hidden, **kind)
-        self._width, self._hidden = inner, outer
+        rows = (slots.sizes.num_slots, num_experts, _PER_EXPERT, slots.sizes.max_rank)
+        self._width = torch.zeros(*rows, width, dtype=slots.dtype, device=slots.device)
+        self._hidden = torch.zeros(*rows, hidden, dtype=slots.dtype, device=slots.device)
 
     def put(self, slot: int, index: int, part: LowRank) -> LowRank:
         """A copy of a matrix's part in its place, of as many rows as it has."""
