@@ -108,7 +108,9 @@ def test_drafts_of_a_head(
     """It is one of random weights: what it is right about is right by the noise that it shares with the model."""
     if group.pp > 1:
         pytest.skip("a head needs pp=1")
-    speculative = SpeculativeOptions(method="eagle3", model=str(head), draft_temperature_scale=2.0)
+    speculative = SpeculativeOptions(
+        method="eagle3", model=str(head), draft_temperature_scale=2.0, draft_model_lookup_min=0
+    )
     found = run(group, config_for(checkpoint, group, speculative=speculative, **changes))
     assert found.completions == plain.completions
     assert found.logprobs == plain.logprobs

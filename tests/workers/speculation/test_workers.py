@@ -34,6 +34,7 @@ def drafting(spec: WorkerSpec, method: str = "draft_model", model: str = "") -> 
         model=model or spec.engine.model_dir,
         enable_adaptive_verification=False,
         num_speculative_tokens=4,
+        draft_model_lookup_min=0,
     )
     return replace(spec, engine=replace(spec.engine, speculative=options))
 
