@@ -57,14 +57,25 @@ def load_with_flags(path: str | None, flags: ServeFlags, assignments: Sequence[s
             _branch(raw, branch)[name] = value
     if flags.speculative_config is not None:
         raw["speculative"] = {**(raw.get("speculative") or {}), **_json_object(flags.speculative_config)}
+        if "method" not in raw["speculative"]:
+            raise ConfigError("--speculative-config: method: missing")
     for assignment in assignments:
         config.set_key(raw, assignment)
     return config.parse(raw, path or "")
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which no key is given twice. Raises ConfigError."""
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ConfigError(f"--speculative-config: {key} is given twice")
+    return dict(pairs)
+
+
 def _json_object(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"--speculative-config: not JSON: {error}") from None
     if not isinstance(value, dict):

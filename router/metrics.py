@@ -159,7 +159,7 @@ class _WorkerMetrics(Collector):
             worker.KNOWN_BLOCKS, [(row, num_reported) for row, num_reported in known if num_reported is not None]
         )
         rows = [(row, loads[row[0]]) for row in labels if row[0] in loads]
-        for metric in (*worker.ENGINE, *worker.STORE, *worker.ADAPTERS):
+        for metric in (*worker.ENGINE, *worker.SPECULATION, *worker.DEMAND, *worker.STORE, *worker.ADAPTERS):
             yield _family(
                 metric, [((*row, *more), value) for row, load in rows for more, value in samples(metric, load)]
             )

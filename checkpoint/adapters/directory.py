@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,11 @@ def _digest(config: bytes, tensors: bytes) -> bytes:
 
 
 def _refuse_other_files(directory: Path) -> None:
-    if not directory.is_dir():
+    try:
+        is_there = directory.is_dir()
+    except OSError as error:  # such as a name that is too long
+        raise CheckpointError(f"{str(directory)[:200]}: {error.strerror}") from None
+    if not is_there:
         raise CheckpointError(f"{directory}: no such directory")
     for name in _PICKLES:
         if (directory / name).exists():
@@ -125,6 +130,8 @@ def _refuse_other_files(directory: Path) -> None:
 
 def _bytes(path: Path) -> bytes:
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for somebody who writes
+            raise CheckpointError(f"{path}: not a regular file")
         refuse_pointer(path)
         if path.stat().st_size > MAX_BYTES:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes are more than the {MAX_BYTES} of an adapter")

@@ -1,4 +1,4 @@
-"""What is wrong with a head of speculative decoding is said before anything starts, in one line that names it."""
+"""What is wrong with a draft model, or a head, is said before anything starts, in one line that names it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch
 from deploy import config
 from deploy.draft_model import check_draft
 from deploy.errors import ConfigError
+from deploy.overrides import ServeFlags, load_with_flags
 from deploy.preflight import find_model
 from tests.workers.speculation.tiny_eagle import HIDDEN, VOCAB, make_head
-from tests.workers.tiny_llama import make_checkpoint
+from tests.workers.tiny_llama import make_checkpoint, write_tokenizer
 
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 
@@ -138,3 +139,74 @@ def test_heads_of_deepseek_are_not_served_yet() -> None:
     assert str(refused.value).endswith(
         "speculative.method: mtp drafts by heads of DeepSeek-V3 checkpoints, a family that is not served yet"
     )
+
+
+# ---- smaller models
+
+
+def draft_refusal(target: Path, draft: Path | str, *overrides: str) -> str:
+    named = [f"speculative.model={draft}"] if draft else []
+    keys = ["speculative.method=draft_model", f"model.path={target}", *named, *overrides]
+    loaded = config.load(None, keys)
+    with pytest.raises(ConfigError) as refused:
+        check_draft(loaded, find_model(loaded))
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_a_draft_has_the_tokens_of_the_served_model(target: Path, tmp_path: Path) -> None:
+    draft = make_checkpoint("tied", tmp_path)
+    for path in (target, draft):
+        write_tokenizer(path / "tokenizer.json")
+    keys = ["speculative.method=draft_model", f"speculative.model={draft}", f"model.path={target}"]
+    loaded = config.load(None, keys)
+    assert check_draft(loaded, find_model(loaded)) == str(draft)
+    text = (draft / "tokenizer.json").read_text()
+    (draft / "tokenizer.json").write_text(text + " ")  # other bytes, the same tokens
+    assert check_draft(loaded, find_model(loaded)) == str(draft)
+    (draft / "tokenizer.json").write_text(text.replace('"A"', '"AA"'))
+    assert draft_refusal(target, draft) == f"speculative.model: {draft}: its tokenizer is not that of the served model"
+    (draft / "tokenizer.json").write_text("{")
+    assert draft_refusal(target, draft).startswith(f"speculative.model: {draft / 'tokenizer.json'}: ")
+    made = json.loads((draft / "config.json").read_text())
+    (draft / "config.json").write_text(json.dumps({**made, "vocab_size": 98}))
+    assert draft_refusal(target, draft).startswith("speculative.model: ")
+
+
+def test_a_draft_must_be_named_and_fit_the_context(target: Path) -> None:
+    missing = "speculative.model: method=draft_model needs a smaller model with the tokenizer of the served one"
+    assert draft_refusal(target, "") == missing
+    wanted = ["speculative.num_speculative_tokens=8", "model.max_model_len=8"]
+    found = draft_refusal(target, target, *wanted)
+    assert found == "speculative.num_speculative_tokens: 8 do not fit into a context of 8"
+    assert "no such model directory" in draft_refusal(target, "/nowhere")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ('{"method": "suffix", "method": "ngram"}', "--speculative-config: method is given twice"),
+        ('{"num_speculative_tokens": 3}', "--speculative-config: method: missing"),
+        ("[]", "--speculative-config: must be a JSON object"),
+        ("{", "--speculative-config: not JSON: "),
+        ('{"method": "guess"}', "speculative.method: must be one of none, ngram, "),
+        ('{"method": "ngram", "prompt_lookup_min": 6}', "speculative.prompt_lookup_min: must not be above "),
+        ('{"method": "ngram", "model": "x"}', "speculative.model: method=ngram has no draft model"),
+        ('{"method": "ngram", "num_speculative_tokens": 65}', "speculative.num_speculative_tokens: "),
+        (
+            '{"method": "ngram", "num_speculative_tokens_per_batch_size": [[1, 4, 2], [3, 9, 1]]}',
+            "speculative.num_speculative_tokens_per_batch_size: [3, 9, 1] must be a range of sizes after 4",
+        ),
+    ],
+)
+def test_what_is_wrong_with_the_flag_is_said_in_one_line(given: str, message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_with_flags(None, ServeFlags(speculative_config=given), [])
+    assert str(refused.value).startswith(message)
+
+
+def test_the_flag_sets_the_branch() -> None:
+    given = '{"method": "suffix", "num_speculative_tokens_per_batch_size": [[1, 4, 2]]}'
+    made = load_with_flags(None, ServeFlags(speculative_config=given), ["speculative.num_speculative_tokens=3"])
+    assert (made.speculative.method, made.speculative.num_speculative_tokens) == ("suffix", 3)
+    assert [made.speculative.most_tokens_at(n) for n in (1, 4, 5)] == [2, 2, 3]

@@ -16,6 +16,7 @@ import pytest
 
 from router.sampling import sampling_params
 from router.service.text import TextCodec
+from telemetry import worker as worker_metrics
 from tests.router.conftest import MODEL, Cluster, config_with, pair, running_cluster, until
 from tests.router.fake_worker import CONTEXT_TOKENS, VOCAB_SIZE, FakeWorker, expected_tokens
 from tests.router.test_grpc_api import PROMPT
@@ -401,6 +402,8 @@ async def test_metrics_count_requests_and_show_workers(model_dir: Path) -> None:
         f"{worker('tier_up', tier='redis')} 0.0",
     ):
         assert f"\n{line}\n" in text, line
+    for declared in worker_metrics.ROUTER_METRICS:
+        assert f"# TYPE {declared.name} " in text, "each metric that the documents promise is there"
 
 
 def _busy_load() -> Any:

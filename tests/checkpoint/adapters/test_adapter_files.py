@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -165,6 +166,16 @@ def test_what_cannot_be_served_is_refused_by_name(adapter: Path, damage: str) ->
         read_adapter(adapter)
     assert str(adapter) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_file_is_not_waited_for(adapter: Path) -> None:
+    tensors = adapter / "adapter_model.safetensors"
+    tensors.unlink()
+    os.mkfifo(tensors)
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        read_adapter(adapter)
+    with pytest.raises(CheckpointError, match="File name too long"):
+        read_adapter(adapter / ("a" * 5000))
 
 
 def test_an_adapter_is_a_value(adapter: Path) -> None:
