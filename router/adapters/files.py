@@ -41,8 +41,19 @@ def below(root: str, path: str, param: str) -> Path:
 def read_fitting(directory: Path, targets: Sequence[AdapterTarget], max_rank: int, param: str) -> Adapter:
     """The adapter in a directory, if the model can be served with it. Raises AdapterRefused."""
     try:
+        _refuse_pipes(directory)
         adapter = read_adapter(directory)
         check_fits(adapter, targets, max_rank)
     except CheckpointError as error:
         raise AdapterRefused(f"{param}: {error}", param=param) from None
     return adapter
+
+
+def _refuse_pipes(directory: Path) -> None:
+    """To open one would wait for somebody who writes. Raises CheckpointError."""
+    for path in (directory / CONFIG_NAME, directory / TENSORS_NAME):
+        try:
+            if path.exists() and not path.is_file():
+                raise CheckpointError(f"{path}: not a regular file")
+        except OSError as error:  # such as a name that is too long
+            raise CheckpointError(f"{str(path)[:100]}: {error.strerror}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,16 @@ def test_a_path_that_leads_out_is_refused_whether_it_is_there_or_not(root: Path,
         below(str(root), path, "lora_path")
     assert refused.value.param == "lora_path"
     assert isinstance(refused.value, PathForbidden) == (path != "")
+
+
+def test_a_pipe_is_not_waited_for(root: Path) -> None:
+    tensors = root / "team" / "sql" / "adapter_model.safetensors"
+    tensors.unlink()
+    os.mkfifo(tensors)
+    with pytest.raises(AdapterRefused, match="not a regular file"):
+        read_fitting(root / "team" / "sql", TARGETS, 16, "lora_path")
+    with pytest.raises(AdapterRefused, match="^lora_path: .*File name too long"):
+        read_fitting(root / ("a" * 5000), TARGETS, 16, "lora_path")
 
 
 def test_links_are_followed_before_the_look(root: Path) -> None:
