@@ -43,7 +43,7 @@ def test_a_pipe_is_not_waited_for(root: Path) -> None:
     os.mkfifo(tensors)
     with pytest.raises(AdapterRefused, match="not a regular file"):
         read_fitting(root / "team" / "sql", TARGETS, 16, "lora_path")
-    with pytest.raises(AdapterRefused, match="^lora_path: .*File name too long"):
+    with pytest.raises(AdapterRefused, match=r"^lora_path: .*File name too long"):
         read_fitting(root / ("a" * 5000), TARGETS, 16, "lora_path")
 
 
