@@ -82,9 +82,9 @@ class RequestStats:
     num_transferred_blocks: int = 0  # KV blocks from the prefill to the decode worker
     prefill_worker_id: str = ""
     decode_worker_id: str = ""
+    num_replacements: int = 0  # times that the stream was placed anew because a worker was lost
     num_draft_tokens: int = 0  # judged for this request, where workers decode speculatively
     num_accepted_tokens: int = 0  # of them, those that the model chose, too
-    num_replacements: int = 0  # times that the stream was placed anew because a worker was lost
 
 
 @dataclass(frozen=True, slots=True)
