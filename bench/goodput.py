@@ -30,7 +30,7 @@ from workers.engine.step import ModelRunnerOutput, SchedulerOutput
 from workers.sampling.params import SamplingParams
 from workers.speculation.drafters.drafter import DraftWanted
 from workers.speculation.speculator import Speculator
-from workers.speculation.step_costs import StepCosts, sizes_to_measure
+from workers.speculation.step_costs import StepCosts, lengths_of, sizes_to_measure
 
 SHAPE = DecoderSizes(4096, 14336, 32, 32, 8, 128, 128_256)  # Llama 3.1 8B
 GPU, DTYPE_BYTES = "h200", 2
@@ -149,10 +149,10 @@ def measure(num_tokens: int | None) -> list[WindowOutcome]:
         num_speculative_tokens=8 if num_tokens is None else num_tokens,
         enable_adaptive_verification=num_tokens is None,
     )
-    measured = {
-        (batch, width): step_s([width] * batch, [PROMPT_TOKENS + width] * batch, batch * width)
-        for batch, width in sizes_to_measure(MAX_NUM_SEQS, MAX_TOKENS)
-    }
+    measured = {}
+    for batch, drafts in sizes_to_measure(MAX_NUM_SEQS, MAX_TOKENS):
+        lengths = lengths_of(batch, drafts)
+        measured[batch, drafts] = step_s(lengths, [PROMPT_TOKENS + length for length in lengths], sum(lengths))
     clock = lambda: gpu.now_s  # noqa: E731
     speculation = None if num_tokens == 0 else Speculator(options, [VirtualDraft(gpu)], StepCosts(measured), clock)
     pools = BlockPools([BlockPool(100_000, 16, enable_prefix_caching=False)])

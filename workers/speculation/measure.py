@@ -1,4 +1,4 @@
-"""Measures how long steps take, by how many sequences and how many tokens of each they have: once, at a worker's start.
+"""Measures how long steps take, by how many sequences and draft tokens they have: once, at a worker's start.
 
 Every rank of a worker runs the same steps, since they have collectives in them. Knows nothing of models or devices.
 """
@@ -13,7 +13,7 @@ from typing import Protocol
 
 from workers.engine.direct_plan import DirectChunk, direct_plan
 from workers.engine.step import StepPlan
-from workers.speculation.step_costs import StepCosts, sizes_to_measure
+from workers.speculation.step_costs import StepCosts, lengths_of, sizes_to_measure
 
 log = logging.getLogger(__name__)
 
@@ -39,18 +39,20 @@ def measure_step_costs(
     """On all ranks at once, before requests come; nothing is written to the cache."""
     context = max(0, min(_CONTEXT_TOKENS, max_context_tokens - 16)) // block_size * block_size
     measured_s: dict[tuple[int, int], float] = {}
-    for num_seqs, width in sizes_to_measure(max_num_seqs, max_num_tokens):
-        end = context + width
-        blocks = [[0] * -(-end // block_size) for _ in range(num_groups)]
-        chunk = DirectChunk([0] * width, context, end, blocks, width)
-        plan = direct_plan([chunk] * num_seqs)
+    for num_seqs, num_drafts in sizes_to_measure(max_num_seqs, max_num_tokens):
+        chunks = []
+        for length in lengths_of(num_seqs, num_drafts):
+            end = context + length
+            blocks = [[0] * -(-end // block_size) for _ in range(num_groups)]
+            chunks.append(DirectChunk([0] * length, context, end, blocks, length))
+        plan = direct_plan(chunks)
         runner.start(plan)()
         took_s = []
         for _ in range(_RUNS):
             began_s = time.perf_counter()
             runner.start(plan)()
             took_s.append(time.perf_counter() - began_s)
-        measured_s[num_seqs, width] = statistics.median(took_s)
+        measured_s[num_seqs, num_drafts] = statistics.median(took_s)
     shown = ", ".join(f"{size}: {1000 * seconds:.2f}" for size, seconds in measured_s.items())
-    log.info("steps of (sequences, tokens of each) in ms: %s", shown)
+    log.info("steps of (sequences, draft tokens) in ms: %s", shown)
     return StepCosts(measured_s)

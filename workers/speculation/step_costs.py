@@ -1,7 +1,9 @@
 """How long a step takes, by how many sequences it has and how many draft tokens beside them.
 
-A table that is measured at the worker's start, between whose sizes it is interpolated. Steps that are measured later
-correct it: the size that a step was nearest to is moved towards what it took. Pure; reads no clock.
+A table that is measured at the worker's start, between whose sizes it is interpolated. The first draft token of a step
+costs more than a later one: the step then has sequences of several lengths, which take another way through attention.
+So steps with drafts are never interpolated from one without. Steps that are measured later correct the table: the size
+that a step was nearest to is moved towards what it took. Pure; reads no clock.
 """
 
 from __future__ import annotations
@@ -10,41 +12,59 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 
-WIDTHS = (1, 2, 3, 5, 9)  # tokens of each sequence that are measured
+DRAFTS = (1, 2, 4, 8)  # of each sequence that are measured, beside none, and one of one sequence
 _RATE = 0.1  # how far one step moves its size, as a logarithm
 _MOST_OFF = math.log(2)  # a step that took longer is a hiccup, and counts as so much
 
 
 def sizes_to_measure(max_num_seqs: int, max_num_tokens: int) -> list[tuple[int, int]]:
-    """(sequences, tokens of each) of the steps to measure, the smallest first."""
+    """(sequences, draft tokens in all) of the steps to measure, the smallest first."""
     batches = sorted({*(size for size in (1, 4, 16, 64, 256) if size < max_num_seqs), max_num_seqs})
-    return [(batch, width) for batch in batches for width in WIDTHS if batch * width <= max(max_num_tokens, batch)]
+    return [
+        (batch, drafts)
+        for batch in batches
+        for drafts in sorted({0, 1, *(batch * each for each in DRAFTS)})
+        if drafts <= 1 or batch + drafts <= max_num_tokens
+    ]
+
+
+def lengths_of(num_seqs: int, num_drafts: int) -> list[int]:
+    """Tokens of each sequence of a measured step: the drafts spread evenly, a single one on the first."""
+    each, rest = divmod(num_drafts, num_seqs)
+    return [1 + each + (index < rest) for index in range(num_seqs)]
 
 
 class StepCosts:
-    """measured_s: of (sequences, tokens of each) the seconds; at least for one token of each batch size."""
+    """measured_s: of (sequences, draft tokens in all) the seconds; for each batch size at least one without drafts."""
 
     def __init__(self, measured_s: Mapping[tuple[int, int], float]) -> None:
         self._batches = sorted({batch for batch, _ in measured_s})
-        self._widths = {batch: sorted(w for b, w in measured_s if b == batch) for batch in self._batches}
+        self._drafts = {batch: sorted(d for b, d in measured_s if b == batch and d) for batch in self._batches}
         self._measured = {size: math.log(max(seconds, 1e-9)) for size, seconds in measured_s.items()}
 
     def step_s(self, num_seqs: int, num_drafts: int) -> float:
         """A step of so many sequences with one token each, and so many draft tokens in all."""
-        width = 1 + num_drafts / num_seqs
-        return _between(self._batches, num_seqs, lambda batch: self._of(batch, width))
+        share = num_drafts / num_seqs
+        return _between(self._batches, num_seqs, lambda batch: self._of(batch, share * batch))
 
-    def _of(self, batch: int, width: float) -> float:
-        return _between(self._widths[batch], width, lambda measured: math.exp(self._measured[batch, measured]))
+    def _of(self, batch: int, drafts: float) -> float:
+        measured = self._drafts[batch]
+        if not drafts:
+            return math.exp(self._measured[batch, 0])
+        if not measured:
+            return math.exp(self._measured[batch, 0]) * (1 + drafts / batch)
+        return _between(measured, max(1.0, drafts), lambda size: math.exp(self._measured[batch, size]))
 
     def observe(self, num_seqs: int, num_drafts: int, duration_s: float) -> None:
         """A step is through."""
         if not 0 < duration_s < math.inf:
             return
-        off = math.log(duration_s / self.step_s(num_seqs, num_drafts))
-        moved = _RATE * max(-_MOST_OFF, min(_MOST_OFF, off))
         batch = _nearest(self._batches, num_seqs)
-        self._measured[batch, _nearest(self._widths[batch], 1 + num_drafts / num_seqs)] += moved
+        if num_drafts and not self._drafts[batch]:
+            return
+        off = math.log(duration_s / self.step_s(num_seqs, num_drafts))
+        size = _nearest(self._drafts[batch], max(1.0, num_drafts * batch / num_seqs)) if num_drafts else 0
+        self._measured[batch, size] += _RATE * max(-_MOST_OFF, min(_MOST_OFF, off))
 
 
 def _between(sizes: Sequence[int], at: float, value: Callable[[int], float]) -> float:

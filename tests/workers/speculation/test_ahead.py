@@ -65,7 +65,7 @@ def test_tokens_are_the_same(tmp_path: Path, shape: str) -> None:
         draft = load_draft(replace(config, batch_invariant=False), torch.device("cpu"))
         assert isinstance(draft, DraftModel)
         counted = Counted(draft)
-        costs = StepCosts({(batch, width): 1.0 for batch in (1, 4) for width in (1, 9)})
+        costs = StepCosts({(batch, drafts): 1.0 for batch in (1, 4) for drafts in (0, 1, 32)})
         speculator = Speculator(config.speculative, [counted], costs, lambda: 0.0) if is_drafted else None
         executor = RecordingExecutor(runner, ALONE, 1)
         engine = make_engine(config, model, runner, executor, b"names", lambda: 0.0, speculation=speculator)
