@@ -176,7 +176,7 @@ def compare(
     bench: Bench, draft: str, prompts: Sequence[Sequence[int]], temperature: float, clocks: Clocks
 ) -> list[Row]:
     """All shapes at one temperature."""
-    run = bench.run(bench.engine("none")(), prompts, temperature)
+    run = bench.run(bench.engine("none")(), prompts, temperature, len(prompts))
     streams = [[*prompt, *ids] for prompt, ids in zip(prompts, run.token_ids, strict=True)]
     own = ranks_along(streams, len(prompts[0]), temperature, str(DEMO_MODEL))
     ranks = ranks_along(streams, len(prompts[0]), temperature, draft)

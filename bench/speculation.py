@@ -46,7 +46,7 @@ BATCHES = (1, 8, 32)
 TEMPERATURES = (0.0, 0.7)
 ROUNDS = 5
 _CPU = torch.device("cpu")
-_PROMPT_TOKENS, _OUTPUT_TOKENS = 128, 96
+_PROMPT_TOKENS, _OUTPUT_TOKENS, _PROMPTS_PER_STREAM = 128, 96, 2
 _QUOTE = "<|im_start|>user\nRepeat this code exactly as it is:\n```python\n{}\n```<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -62,7 +62,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One batch of requests, from their first to their last token but for the prompts."""
+    """Requests of one method, of which `batch` run at a time."""
 
     tokens_per_s: float
     tokens_per_step: float  # of each request
@@ -133,29 +133,35 @@ class Bench:
 
         return make
 
-    def run(self, engine: Engine, prompts: Sequence[Sequence[int]], temperature: float) -> Run:
-        """Generate for all prompts at once."""
+    def run(self, engine: Engine, prompts: Sequence[Sequence[int]], temperature: float, batch: int) -> Run:
+        """Generate for all prompts, so many at a time. Steps count in which so many decode and no prompt is read: with
+        drafts some requests end sooner, and a batch that shrinks would say little."""
         engine.resend_state()  # another engine ran on the same weights
         sampling = SamplingParams(temperature=temperature, max_tokens=_OUTPUT_TOKENS, ignore_eos=True)
-        names = [f"r{next(self._numbers)}" for _ in prompts]
-        for seed, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
-            engine.submit(Request(name, list(prompt), len(prompt), replace(sampling, seed=seed), arrival_time_s=seed))
-        found: dict[str, list[int]] = {name: [] for name in names}
-        began_s, num_before, num_steps = 0.0, 0, 0
-        while (events := engine.step()) is not None:
+        found: dict[str, list[int]] = {f"r{next(self._numbers)}": [] for _ in prompts}
+        coming = [
+            Request(name, list(prompt), len(prompt), replace(sampling, seed=seed), arrival_time_s=seed)
+            for seed, (name, prompt) in enumerate(zip(found, prompts, strict=True))
+        ][::-1]
+        took_s, num_tokens, num_steps = 0.0, 0, 0
+        while coming or engine.scheduler.requests:
+            while coming and len(engine.scheduler.requests) < batch:
+                engine.submit(coming.pop())
+            scheduler = engine.scheduler
+            counts = len(scheduler.running) == batch and not scheduler.queues.num_queued_tokens
+            began_s = time.perf_counter()
+            events = engine.step()
+            step_s = time.perf_counter() - began_s
+            assert events is not None, "there is always something to compute"
             for token in events.tokens:
                 found[token.request_id].append(token.token_id)
-            if began_s:
-                num_steps += 1
-            elif all(found.values()):
-                began_s, num_before = time.perf_counter(), sum(map(len, found.values()))
-        took_s = time.perf_counter() - began_s
-        num_tokens = sum(map(len, found.values())) - num_before
+            if counts:
+                took_s, num_tokens, num_steps = took_s + step_s, num_tokens + len(events.tokens), num_steps + 1
         counters = engine.speculation.counters if engine.speculation is not None else None
         accepted = counters.num_accepted_tokens_per_pos if counters is not None else []
         reached = counters.num_reached_tokens_per_pos if counters is not None else []
         shares = [right / judged for right, judged in zip(accepted, reached, strict=True) if judged]
-        return Run(num_tokens / took_s, num_tokens / num_steps / len(prompts), shares, list(found.values()))
+        return Run(num_tokens / took_s, num_tokens / num_steps / batch, shares, list(found.values()))
 
 
 def measure(
@@ -183,9 +189,9 @@ def _compare(
     engines = {method: make() for method, make in makes.items()}
     runs: dict[str, list[Run]] = {method: [] for method in engines}
     for _ in range(rounds):
-        taken = prompts.take(case.batch)
+        taken = prompts.take(_PROMPTS_PER_STREAM * case.batch)
         for method, engine in engines.items():
-            runs[method].append(bench.run(engine, taken, case.temperature))
+            runs[method].append(bench.run(engine, taken, case.temperature, case.batch))
     plain = runs.pop(PLAIN)
     return [
         Measurement(
@@ -208,7 +214,7 @@ def _compare(
                     for one, base in zip(found, plain, strict=True)
                     for a, b in zip(one.token_ids, base.token_ids, strict=True)
                 )
-                / (rounds * case.batch),
+                / (rounds * _PROMPTS_PER_STREAM * case.batch),
                 "plain_tokens_per_s": round(sum(base.tokens_per_s for base in plain) / rounds, 1),
             },
         )

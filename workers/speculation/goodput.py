@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 _FADE = 0.95  # of what a step counts, with each one more
 _BIAS = (1.0, 4.0)  # least and most
-_RELAXED = 0.5
+_RELAXED = 0.8
 
 
 @dataclass(frozen=True, slots=True)

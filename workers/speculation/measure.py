@@ -13,11 +13,13 @@ from typing import Protocol
 
 from workers.engine.direct_plan import DirectChunk, direct_plan
 from workers.engine.step import StepPlan
+from workers.sampling.params import SamplingParams
 from workers.speculation.step_costs import StepCosts, lengths_of, sizes_to_measure
 
 log = logging.getLogger(__name__)
 
 _RUNS = 3
+_SAMPLED = SamplingParams(temperature=1.0)  # noise is drawn for every row, which on a small model is much of a step
 _CONTEXT_TOKENS = 256  # before each sequence's tokens
 
 
@@ -44,7 +46,7 @@ def measure_step_costs(
         for length in lengths_of(num_seqs, num_drafts):
             end = context + length
             blocks = [[0] * -(-end // block_size) for _ in range(num_groups)]
-            chunks.append(DirectChunk([0] * length, context, end, blocks, length))
+            chunks.append(DirectChunk([0] * length, context, end, blocks, length, _SAMPLED))
         plan = direct_plan(chunks)
         runner.start(plan)()
         took_s = []

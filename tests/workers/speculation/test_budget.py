@@ -141,7 +141,7 @@ def test_drafts_that_bring_less_than_expected_must_promise_more() -> None:
     for _ in range(100):
         bias.note(1.5, 1.0)
     assert bias.ratio == pytest.approx(1.5, rel=0.01)
-    for _ in range(8):
+    for _ in range(20):
         bias.relax()
     assert bias.ratio == pytest.approx(1.0, abs=0.01)
     for _ in range(200):
