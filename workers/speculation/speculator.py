@@ -173,9 +173,11 @@ class Speculator:
             draft.length = draft.wanted.num_tokens if is_unasked else len(draft.token_ids)
             draft.drafted_by = last if is_unasked else draft.drafted_by
 
+        is_sampled = _are_sampled(scheduler.running)
+
         def step_s(lengths: Sequence[int], num_drafts: int) -> float:
             drafted = [length for length, is_unasked in zip(lengths, is_open, strict=True) if is_unasked and length]
-            return costs.step_s(num_running, num_drafts) + (costly.draft_s(drafted) if drafted else 0.0)
+            return costs.step_s(num_running, num_drafts, is_sampled) + (costly.draft_s(drafted) if drafted else 0.0)
 
         survival = [self._estimates[draft.drafted_by].survival(draft.request_id, draft.length) for draft in drafts]
         min_gain, spare = MIN_GAIN * self._bias.ratio, _spare_tokens(scheduler, num_running)
@@ -217,7 +219,8 @@ class Speculator:
         if not draft_s:
             return
         num_seqs = len(plan.requests)
-        num_tokens = int(self._costs.step_s(num_seqs, sum(plan.num_tokens) - num_seqs) / draft_s)
+        num_drafts, is_sampled = sum(plan.num_tokens) - num_seqs, _are_sampled(plan.requests)
+        num_tokens = int(self._costs.step_s(num_seqs, num_drafts, is_sampled) / draft_s)
         if num_tokens > 1:  # the first one stands for the token that follows the last draft
             with self._guard():
                 self._drafters[last].ahead(judged, min(num_tokens, self._options.most_tokens + 1))
@@ -255,8 +258,9 @@ class Speculator:
     ) -> None:
         assert self._costs is not None, "without costs no step is timed"
         num_seqs, num_drafts = len(plan.requests), sum(plan.num_tokens) - len(plan.requests)
-        plain_s = self._costs.step_s(num_seqs, 0)
-        self._costs.observe(num_seqs, num_drafts, duration_s)
+        is_sampled = _are_sampled(plan.requests)
+        plain_s = self._costs.step_s(num_seqs, 0, is_sampled)
+        self._costs.observe(num_seqs, num_drafts, duration_s, is_sampled)
         if judged and duration_s > 0:
             num_tokens = 1 + sum(one.num_right for one in judged) / num_seqs  # of each sequence, on average
             took_s = duration_s + sum(one.drafting_s for one in proposed)
@@ -272,6 +276,10 @@ class Speculator:
             for drafter, estimates in zip(self._drafters, self._estimates, strict=True):
                 estimates.forget(request.request_id)
                 drafter.forget(request)
+
+
+def _are_sampled(requests: Sequence[Request]) -> bool:
+    return any(request.sampling.temperature > 0 for request in requests)
 
 
 def _is_ready(request: Request) -> bool:

@@ -35,7 +35,27 @@ def lengths_of(num_seqs: int, num_drafts: int) -> list[int]:
 
 
 class StepCosts:
-    """measured_s: of (sequences, draft tokens in all) the seconds; for each batch size at least one without drafts."""
+    """measured_s: of (sequences, draft tokens in all) the seconds; for each batch size at least one without drafts.
+    sampled_s: the same where tokens are sampled: noise is drawn for each row, which on a small model is much of a step;
+    None: as measured_s."""
+
+    def __init__(
+        self, measured_s: Mapping[tuple[int, int], float], sampled_s: Mapping[tuple[int, int], float] | None = None
+    ) -> None:
+        self._greedy = _Table(measured_s)
+        self._sampled = _Table(measured_s if sampled_s is None else sampled_s)
+
+    def step_s(self, num_seqs: int, num_drafts: int, is_sampled: bool = False) -> float:
+        """A step of so many sequences with one token each, and so many draft tokens in all."""
+        return (self._sampled if is_sampled else self._greedy).step_s(num_seqs, num_drafts)
+
+    def observe(self, num_seqs: int, num_drafts: int, duration_s: float, is_sampled: bool = False) -> None:
+        """A step is through."""
+        (self._sampled if is_sampled else self._greedy).observe(num_seqs, num_drafts, duration_s)
+
+
+class _Table:
+    """Of one kind of step."""
 
     def __init__(self, measured_s: Mapping[tuple[int, int], float]) -> None:
         self._batches = sorted({batch for batch, _ in measured_s})
@@ -43,7 +63,6 @@ class StepCosts:
         self._measured = {size: math.log(max(seconds, 1e-9)) for size, seconds in measured_s.items()}
 
     def step_s(self, num_seqs: int, num_drafts: int) -> float:
-        """A step of so many sequences with one token each, and so many draft tokens in all."""
         share = num_drafts / num_seqs
         return _between(self._batches, num_seqs, lambda batch: self._of(batch, share * batch))
 
@@ -56,7 +75,6 @@ class StepCosts:
         return _between(measured, max(1.0, drafts), lambda size: math.exp(self._measured[batch, size]))
 
     def observe(self, num_seqs: int, num_drafts: int, duration_s: float) -> None:
-        """A step is through."""
         if not 0 < duration_s < math.inf:
             return
         batch = _nearest(self._batches, num_seqs)
