@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from workers.engine.direct_plan import DirectChunk, direct_plan
-from workers.engine.step import ModelRunner, StepPlan
+from workers.engine.step import StepPlan
 from workers.sampling.params import GREEDY, SamplingParams
 from workers.speculation.step_costs import StepCosts, lengths_of, sizes_to_measure
 
@@ -59,7 +59,7 @@ def _plan(size: tuple[int, int], context: int, block_size: int, num_groups: int,
     return direct_plan(chunks)
 
 
-def _step_s(runner: ModelRunner, plan: StepPlan) -> float:
+def _step_s(runner: TakesSteps, plan: StepPlan) -> float:
     runner.start(plan)()
     took_s = []
     for _ in range(_RUNS):
