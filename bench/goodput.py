@@ -3,8 +3,9 @@ over an executor whose steps take as long as the roofline of a named GPU says.
 
     python -m bench.goodput            # a table: fixed numbers of draft tokens beside the adaptive budget
 
-Requests come ever more often. Each has an acceptance of its own, of which nobody is told. While few run, a step waits
-for the weights, and drafts are nearly free; when many run it waits for the arithmetic, and each wrong draft costs time.
+Requests come ever more often. Each has an acceptance of its own, which the engine does not know. While few run, a step
+waits for the weights, and drafts are nearly free; when many run it waits for the arithmetic, and each wrong draft costs
+time.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 # In alphabetical order, so many as fit: small modules that are mostly functions.
 _TRAIN_BYTES, _HELD_OUT_BYTES = 150_000, 40_000
 _MODULE_BYTES = range(1_500, 14_000)
-_MOST_DEFAULT = 16  # characters of a default that is told
+_MOST_DEFAULT = 16  # characters of a default that a docstring mentions
 _NAMES = {"__init__": "Initialize the object.", "__repr__": "Describe the object.", "__str__": "Describe the object."}
 
 
@@ -117,8 +117,8 @@ def _args(function: Function) -> list[str]:
         if name in ("self", "cls"):
             continue
         default = defaults.get(name, "")
-        is_told = default and len(default) <= _MOST_DEFAULT and not set(default) & set("\\\"'")
-        end = f" Defaults to {default}." if is_told else ""
+        is_mentioned = default and len(default) <= _MOST_DEFAULT and not set(default) & set("\\\"'")
+        end = f" Defaults to {default}." if is_mentioned else ""
         found.append(f"{stars.get(name, '')}{name}: The {_words(name)}.{end}")
     return found
 

@@ -1,4 +1,4 @@
-"""The seam between an engine and speculative decoding: who proposes draft tokens before a step, and hears of it after.
+"""The seam between an engine and speculative decoding: draft tokens before a step, its outcome after it.
 
 Knows nothing of where drafts come from.
 """

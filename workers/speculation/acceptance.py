@@ -37,7 +37,7 @@ class AcceptanceEstimates:
         self._num_positions = num_positions
         self._worker = Acceptance(num_positions, _WORKER_FADE)
         self._requests: dict[str, Acceptance] = {}
-        self._priors = self._worker_shares()
+        self._priors: Sequence[float] | None = None  # None: stale; a step judges many drafts
 
     def note(self, request_id: str, num_drafts: int, num_right: int) -> None:
         """A draft of a request was judged."""
@@ -46,7 +46,7 @@ class AcceptanceEstimates:
             own = self._requests[request_id] = Acceptance(self._num_positions, _FADE)
         own.note(num_drafts, num_right)
         self._worker.note(num_drafts, num_right)
-        self._priors = self._worker_shares()
+        self._priors = None
 
     def forget(self, request_id: str) -> None:
         """The request has left."""
@@ -54,6 +54,8 @@ class AcceptanceEstimates:
 
     def survival(self, request_id: str, num_tokens: int) -> list[float]:
         """Of each of the first so many tokens of a draft, how likely it is that it and all before it are accepted."""
+        if self._priors is None:
+            self._priors = self._worker_shares()
         own = self._requests.get(request_id)
         found, share = [], 1.0
         for position in range(min(num_tokens, self._num_positions)):

@@ -1,4 +1,4 @@
-"""A step that raises on one rank: the others' requests go on with their adapters, which the ranks are told anew."""
+"""A step that raises on one rank: the others' requests go on, and the ranks get their adapters again."""
 
 from __future__ import annotations
 

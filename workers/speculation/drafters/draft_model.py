@@ -18,7 +18,6 @@ from workers.speculation.drafters.draft_plan import (
     Wait,
     append,
     chain_s,
-    draft_sampling,
     drafts_of,
     take_row,
     until_failed,
@@ -97,7 +96,7 @@ class DraftModel:
             for turn in turns:
                 sequence, known = turn.sequence, None if step else [turn.sequence.next_id or 0]
                 if not step:
-                    self._take_row(plan, turn)
+                    take_row(plan, sequence, turn.request, self._temperature_scale)
                 append(plan, sequence, ends[turn.request.request_id] + step, known, 1)
             waits.append(self._start(plan))
         chosen = drafts_of(waits, [(turn.request.request_id, num_tokens) for turn in turns])
@@ -142,15 +141,11 @@ class DraftModel:
             left -= turn.end - start
             if turn.end < request.num_tokens:
                 turn.num_tokens = 0
-            self._take_row(plan, turn)
+            take_row(plan, sequence, request, self._temperature_scale)
             append(plan, sequence, start, request.token_ids[start : turn.end], int(turn.num_tokens > 0))
             planned.append(turn)
         turns[:] = planned
         return self._start(plan)
-
-    def _take_row(self, plan: SchedulerOutput, turn: _Turn) -> None:
-        sampling = draft_sampling(turn.request.sampling, self._temperature_scale)
-        take_row(plan, turn.sequence, turn.request.num_prompt_tokens, sampling)
 
     def _next_step(self, turns: Sequence[_Turn], step: int) -> Wait:
         """One more token of each, after the one that the last step chooses."""

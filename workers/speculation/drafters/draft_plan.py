@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from workers.engine.plan_wire import decode_plan, encode_plan
+from workers.engine.request import Request
 from workers.engine.step import ModelRunnerOutput, RowState, SchedulerOutput, StepPlan
 from workers.sampling.params import SamplingParams
 from workers.speculation.drafters.sequences import DraftSequence
@@ -43,13 +44,19 @@ class PlanNumbers:
         return decode_plan(encode_plan(plan, self._number, self._number == 1))
 
 
-def take_row(plan: SchedulerOutput, sequence: DraftSequence, num_prompt_tokens: int, sampling: SamplingParams) -> None:
-    """What the runner does not know yet of a sequence: all of it, or blocks that it got since."""
+def take_row(
+    plan: SchedulerOutput, sequence: DraftSequence, request: Request, temperature_scale: float, num_before: int = 0
+) -> None:
+    """What the runner does not know yet of a sequence: all of it, or blocks that it got since.
+
+    num_before: tokens of the request before the first that has an entry in the cache.
+    """
     tables = sequence.block_tables
     if sequence.is_new:
         sequence.is_new = False
         block_ids = [table.block_ids for table in tables]
-        plan.new_rows.append(RowState(sequence.row, num_prompt_tokens, sampling, block_ids))
+        sampling = _draft_sampling(request.sampling, temperature_scale)
+        plan.new_rows.append(RowState(sequence.row, request.num_prompt_tokens - num_before, sampling, block_ids))
     else:
         for group, table in enumerate(tables):
             for index in range(sequence.num_sent_blocks, len(table.block_ids)):
@@ -72,7 +79,7 @@ def append(
     plan.token_ids += token_ids or ()
 
 
-def draft_sampling(asked: SamplingParams, temperature_scale: float) -> SamplingParams:
+def _draft_sampling(asked: SamplingParams, temperature_scale: float) -> SamplingParams:
     """How a drafter chooses for a request: with its seed, its filters, and what changes logits at all positions."""
     neutral = {
         name: getattr(_NEUTRAL, name)

@@ -21,7 +21,6 @@ from workers.speculation.drafters.draft_plan import (
     Wait,
     append,
     chain_s,
-    draft_sampling,
     drafts_of,
     take_row,
     until_failed,
@@ -196,9 +195,8 @@ class FeatureHead:
             if turn.end == turn.start:
                 break
             left -= turn.end - turn.start
-            sampling = draft_sampling(request.sampling, self._temperature_scale)
             # An entry has the token behind its position: that is the first of the completion one entry earlier.
-            take_row(plan, sequence, request.num_prompt_tokens - BEFORE_FIRST, sampling)
+            take_row(plan, sequence, request, self._temperature_scale, BEFORE_FIRST)
             token_ids = request.token_ids[turn.start + BEFORE_FIRST : turn.end + BEFORE_FIRST]
             append(plan, sequence, turn.start - sequence.num_left_out, token_ids, int(turn.num_tokens > 0))
             runs.append(turn.waiting.between(turn.start, turn.end))
