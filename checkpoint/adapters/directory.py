@@ -75,11 +75,6 @@ class Adapter:
     """By name."""
 
     @property
-    def max_rank(self) -> int:
-        """The largest of any module."""
-        return max(module.rank for module in self.modules)
-
-    @property
     def num_bytes(self) -> int:
         """Of all matrices, as they are stored."""
         return sum(t.end - t.begin for module in self.modules for t in (module.a, module.b))
