@@ -83,7 +83,7 @@ def test_the_head_says_what_the_demo_says() -> None:
     bench = speculation.Bench("demo", False, options)
     make, prompts = bench.engine("eagle3"), speculation.Prompts("demo", bench.directory)
     for temperature, least in ((0.0, 0.6), (0.7, 0.5)):
-        assert bench.run(make(), prompts.take(8), temperature).accepted[0] > least
+        assert bench.run(make(), prompts.take(8), temperature, 8).accepted[0] > least
 
 
 def test_the_head_is_small() -> None:
