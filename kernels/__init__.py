@@ -19,6 +19,7 @@ definition that both are tested against. Importing touches no GPU.
         kv_scales=None         fp32; of a float8_e4m3fn cache [kv_heads, 2], of an int8 one [blocks, kv_heads, 2,
                                block_size]: a cached number times its scale is meant
         batch_invariant=False  a token's bits then depend on its own sequence only (kernels/attention/ says how far)
+        plan=None              on a CPU: what follows from lengths and block tables, made once for all layers of a step
     tree_attention(q, kv_cache, block_table, query_start_loc, seq_lens, ancestors, max_query_len, scale, ...)
         -> shaped as q; each sequence's query tokens are the nodes of a tree, at most 64; ancestors: [num_tokens] int64,
         bit j of a node's word is set for its ancestors and itself; options as above but the last

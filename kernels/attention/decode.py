@@ -17,7 +17,7 @@ import torch
 
 from costs import ops as costs
 from kernels.attention.cases import PLAIN, Options, OptionValues
-from kernels.attention.decode_cpu import DecodeBatch
+from kernels.attention.decode_cpu import DecodePlan, attend_decodes
 from kernels.attention.paged import (
     Softmax,
     attend_in_fixed_order,
@@ -219,6 +219,7 @@ def launch(
     soft_cap: float = 0.0,
     kv_scales: torch.Tensor | None = None,
     batch_invariant: bool = False,
+    plan: DecodePlan | None = None,
 ) -> torch.Tensor:
     batch, num_q_heads, head_dim = q.shape
     _, num_kv_heads, _, block_size, _ = kv_cache.shape
@@ -264,6 +265,7 @@ def reference(
     soft_cap: float = 0.0,
     kv_scales: torch.Tensor | None = None,
     batch_invariant: bool = False,
+    plan: DecodePlan | None = None,
 ) -> torch.Tensor:
     softmax = Softmax(scale, window, sinks, soft_cap)
     out = torch.zeros_like(q)
@@ -285,18 +287,19 @@ def cpu(
     soft_cap: float = 0.0,
     kv_scales: torch.Tensor | None = None,
     batch_invariant: bool = False,
+    plan: DecodePlan | None = None,
 ) -> torch.Tensor:
     softmax = Softmax(scale, window, sinks, soft_cap)
-    lengths: list[int] = seq_lens.tolist()
-    if batch_invariant:
-        out = torch.zeros_like(q)
-        for i, length in enumerate(lengths):
-            if length:
-                kv = gather_sequence(kv_cache, block_table[i], length, kv_scales, softmax.first_key(length - 1))
-                out[i : i + 1] = attend_in_fixed_order(q[i : i + 1], kv, length, softmax)
-        return out
-    batch = DecodeBatch(q, kv_cache, block_table, seq_lens, lengths, [0] * len(lengths), softmax, kv_scales)
-    return (batch.cut_to_window() if window else batch).attend()
+    if not batch_invariant:
+        if plan is None:
+            plan = DecodePlan.of(block_table, seq_lens, kv_cache, q.dtype, window)
+        return attend_decodes(q, kv_cache, plan, softmax, kv_scales)
+    out = torch.zeros_like(q)
+    for i, length in enumerate(seq_lens.tolist()):
+        if length:
+            kv = gather_sequence(kv_cache, block_table[i], length, kv_scales, softmax.first_key(length - 1))
+            out[i : i + 1] = attend_in_fixed_order(q[i : i + 1], kv, length, softmax)
+    return out
 
 
 def _cost(
@@ -310,6 +313,7 @@ def _cost(
     soft_cap: float = 0.0,
     kv_scales: torch.Tensor | None = None,
     batch_invariant: bool = False,
+    plan: DecodePlan | None = None,
 ) -> costs.OpCost:
     _, num_q_heads, head_dim = q.shape
     return costs.decode_attention(

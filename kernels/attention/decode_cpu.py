@@ -1,16 +1,22 @@
 """Decode attention on a CPU: few calls of torch's attention, each for sequences of similar length.
 
-Knows nothing of Triton.
+What follows from block tables and lengths alone is in a plan, which all layers of a step can share. Knows nothing of
+Triton.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from kernels.attention.paged import Softmax, gather_blocks, softmax_attention
+from kernels.attention.paged import Softmax, block_rows, gather_rows, seen_bias, softmax_attention
 from kernels.jit import cdiv
+
+Ints = npt.NDArray[np.integer]
 
 # A part of the batch gets a call of its own when that saves padding by more than this many cache elements. A call
 # costs about 0.2 ms, a gathered and attended element about 1 ns.
@@ -18,94 +24,123 @@ _ELEMENTS_WORTH_A_CALL = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeBatch:
-    q: torch.Tensor
-    kv_cache: torch.Tensor
-    block_table: torch.Tensor
-    seq_lens: torch.Tensor
-    lengths: list[int]  # seq_lens again
-    num_skipped: list[int]  # of each sequence, tokens at its beginning that are outside the window
-    softmax: Softmax
-    kv_scales: torch.Tensor | None
+class _Part:
+    """Sequences of similar length, for one call of torch's attention."""
 
-    def cut_to_window(self) -> DecodeBatch:
-        """Without the blocks that lie wholly outside the window: no sequence then skips more than a block."""
-        block_size = self.kv_cache.shape[3]
-        first_keys = [self.softmax.first_key(length - 1) for length in self.lengths]
-        first_blocks = [first // block_size for first in first_keys]
-        if not any(first_keys):
-            return self
-        lengths = [n - block_size * first for n, first in zip(self.lengths, first_blocks, strict=True)]
-        columns = torch.arange(cdiv(max(lengths), block_size)) + torch.tensor(first_blocks).unsqueeze(1)
-        return replace(
-            self,
-            block_table=self.block_table.gather(1, columns.clamp_(max=self.block_table.shape[1] - 1)),
-            seq_lens=torch.tensor(lengths, dtype=torch.int32),
-            lengths=lengths,
-            num_skipped=[first % block_size for first in first_keys],
-        )
+    members: torch.Tensor | None  # int64: which; None: all, in their order
+    num_sequences: int
+    rows: torch.Tensor  # as in gather_rows
+    reach: slice  # of the gathered tokens of each sequence, those that are attended to
+    foreign: torch.Tensor | None  # int64 rows of the gathered [sequences * 2 * kv_heads * tokens]: count as zeros
+    bias: torch.Tensor | None  # [sequences, 1, 1, tokens], added to scores; None: all are seen
 
-    def attend(self) -> torch.Tensor:
-        groups = similar_lengths(self.lengths, 2 * self.kv_cache.shape[1] * self.kv_cache.shape[4])
-        if len(groups) == 1:
-            return self._attend()
-        out = torch.empty_like(self.q)
-        for members in groups:
-            index = torch.tensor(members)
-            part = replace(
-                self,
-                q=self.q[index],
-                block_table=self.block_table[index],
-                seq_lens=self.seq_lens[index],
-                lengths=[self.lengths[i] for i in members],
-                num_skipped=[self.num_skipped[i] for i in members],
-            )
-            out[index] = part._attend()
-        return out
 
-    def _attend(self) -> torch.Tensor:
-        if len(set(self.lengths)) > 1 or len(set(self.num_skipped)) > 1:
-            return self._attend_padded()
-        if not any(self.lengths):
-            return torch.zeros_like(self.q)
-        return self._attend_equal(self.num_skipped[0], self.lengths[0])
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """Which tokens of the cache the sequences of a step read, and in which calls."""
 
-    def _attend_equal(self, skipped: int, length: int) -> torch.Tensor:
-        """All sequences are alike: no mask, and what lies outside is cut off."""
-        kv = self._gather(self.block_table[:, : cdiv(length, self.kv_cache.shape[3])])
-        return self._softmax_attention(kv[:, :, :, skipped:length], None)
+    parts: tuple[_Part, ...]
+    is_whole: bool  # each sequence is in a part; else those without tokens are in none
 
-    def _attend_padded(self) -> torch.Tensor:
-        block_size = self.kv_cache.shape[3]
-        num_blocks = cdiv(max(self.lengths), block_size)
-        position = torch.arange(num_blocks * block_size, dtype=torch.int32)
-        in_reach = position < self.seq_lens.unsqueeze(1)
-        # An unused table entry may hold anything, and so may a slot outside the window or behind the end, even a NaN
-        # of another request: read block 0 for the first, and let both weigh exactly nothing.
-        kv = self._gather(torch.where(in_reach[:, ::block_size], self.block_table[:, :num_blocks], 0))
-        for i, length in enumerate(self.lengths):
-            kv[i, :, :, length:] = 0
-            kv[i, :, :, : self.num_skipped[i]] = 0
-        if any(self.num_skipped):
-            in_reach &= position >= torch.tensor(self.num_skipped).unsqueeze(1)
-        if min(self.lengths) == 0:
-            in_reach[:, 0] |= self.seq_lens == 0  # a sequence of no tokens attends to the zeros just written
-        return self._softmax_attention(kv, in_reach.view(len(self.lengths), 1, 1, -1))
+    @staticmethod
+    def of(
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        kv_cache: torch.Tensor,
+        dtype: torch.dtype,
+        window: int = 0,
+    ) -> DecodePlan:
+        """kv_cache: any layer's; its shape counts. dtype: of q. window: as in Softmax."""
+        spans = _Spans.of(seq_lens.numpy(), kv_cache.shape[3], window)
+        parts = tuple(_parts(spans, block_table.numpy(), kv_cache, dtype))
+        return DecodePlan(parts, sum(part.num_sequences for part in parts) == len(seq_lens))
 
-    def _gather(self, block_table: torch.Tensor) -> torch.Tensor:
-        return gather_blocks(self.kv_cache, block_table, self.kv_scales, self.q.dtype)
 
-    def _softmax_attention(self, kv: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        batch, num_q_heads, head_dim = self.q.shape
-        num_kv_heads = self.kv_cache.shape[1]
-        # The group's heads are query rows: K and V are read once.
-        rows = self.q.view(batch, num_kv_heads, -1, head_dim)
-        out = softmax_attention(rows, kv[:, :, 0], kv[:, :, 1], mask, self.softmax, (num_kv_heads, -1, 1))
-        return out.reshape(batch, num_q_heads, head_dim)
+@dataclass(frozen=True, slots=True)
+class _Spans:
+    """Of each sequence, what it reads: tokens from `begin` to `end`, counted from its block of that number."""
+
+    first_block: Ints
+    begin: Ints
+    end: Ints
+
+    @staticmethod
+    def of(lengths: Ints, block_size: int, window: int) -> _Spans:
+        first_key = np.maximum(0, lengths - window) if window else np.zeros_like(lengths)
+        first_block = first_key // block_size
+        return _Spans(first_block, first_key % block_size, lengths - block_size * first_block)
+
+    def of_group(self, group: list[int]) -> _Spans:
+        """Some of the sequences; each field as a column."""
+        return _Spans(self.first_block[group, None], self.begin[group, None], self.end[group, None])
+
+
+def _parts(spans: _Spans, block_table: Ints, kv_cache: torch.Tensor, dtype: torch.dtype) -> Iterator[_Part]:
+    _, num_kv_heads, _, block_size, head_dim = kv_cache.shape
+    groups = similar_lengths(spans.end.tolist(), 2 * num_kv_heads * head_dim)
+    for group in groups:
+        of = spans.of_group(group)
+        last = int(of.end.max())
+        if not last:
+            continue
+        members = None if len(groups) == 1 else torch.tensor(group)
+        columns = np.arange(cdiv(last, block_size)) + of.first_block
+        table = np.take_along_axis(block_table[group], np.minimum(columns, block_table.shape[1] - 1), 1)
+        if (of.begin == of.begin[0]).all() and (of.end == last).all():
+            rows = block_rows(torch.from_numpy(table), num_kv_heads)
+            yield _Part(members, len(group), rows, slice(int(of.begin[0, 0]), last), None, None)
+            continue
+        position, is_empty = np.arange(table.shape[1] * block_size), of.end == 0
+        is_seen = (position < of.end) & (position >= of.begin) | is_empty & (position == 0)
+        bias = seen_bias(torch.from_numpy(is_seen), dtype)[:, None, None]
+        # An unused table entry may hold anything: the sequence's own first block is read in its place.
+        table = np.where(position[::block_size] < of.end, table, np.where(is_empty, 0, table[:, :1]))
+        # A slot outside may hold anything too, even a NaN of another request; weighed with 0 it would stay one.
+        read = np.where(position < -(-of.end // block_size) * block_size, position, position % block_size)
+        is_foreign = (read < of.begin) | (read >= of.end)
+        foreign = _head_rows_of(is_foreign, 2 * num_kv_heads)
+        yield _Part(members, len(group), block_rows(torch.from_numpy(table), num_kv_heads), slice(None), foreign, bias)
+
+
+def _head_rows_of(is_foreign: npt.NDArray[np.bool_], num_heads: int) -> torch.Tensor:
+    """is_foreign: [sequences, tokens] -> their rows in [sequences * heads * tokens]."""
+    sequence, token = is_foreign.nonzero()
+    heads = np.arange(num_heads)[:, None]
+    return torch.from_numpy(((sequence * num_heads + heads) * is_foreign.shape[1] + token).reshape(-1))
+
+
+def attend_decodes(
+    q: torch.Tensor, kv_cache: torch.Tensor, plan: DecodePlan, softmax: Softmax, kv_scales: torch.Tensor | None
+) -> torch.Tensor:
+    """q [sequences, q_heads, head_dim] -> the same shape. softmax: its window is the plan's."""
+    if plan.is_whole and len(plan.parts) == 1 and plan.parts[0].members is None:
+        return _attend_part(q, kv_cache, plan.parts[0], softmax, kv_scales)
+    out = torch.empty_like(q) if plan.is_whole else torch.zeros_like(q)
+    for part in plan.parts:
+        rows = q if part.members is None else q.index_select(0, part.members)
+        attended = _attend_part(rows, kv_cache, part, softmax, kv_scales)
+        if part.members is None:
+            return attended
+        out.index_copy_(0, part.members, attended)
+    return out
+
+
+def _attend_part(
+    q: torch.Tensor, kv_cache: torch.Tensor, part: _Part, softmax: Softmax, kv_scales: torch.Tensor | None
+) -> torch.Tensor:
+    num_kv_heads, head_dim = kv_cache.shape[1], kv_cache.shape[4]
+    kv = gather_rows(kv_cache, part.rows, part.num_sequences, kv_scales, q.dtype)
+    if part.foreign is not None:
+        kv.view(-1, head_dim).index_fill_(0, part.foreign, 0)
+    k, v = kv[:, :, :, part.reach].unbind(2)
+    # The group's heads are query rows: K and V are read once.
+    rows = q.reshape(part.num_sequences, num_kv_heads, -1, head_dim)
+    out = softmax_attention(rows, k, v, part.bias, softmax, (num_kv_heads, -1, 1))
+    return out.reshape(q.shape)
 
 
 def similar_lengths(lengths: list[int], elements_per_token: int) -> list[list[int]]:
-    """Cut the batch, shortest sequence first, wherever a group's padding would cost more than a call."""
+    """Cut the batch wherever a group's padding would cost more than a call; in a group in the batch's order."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     groups: list[list[int]] = [[]]
     num_tokens = 0  # of the last group
@@ -116,4 +151,4 @@ def similar_lengths(lengths: list[int], elements_per_token: int) -> list[list[in
             num_tokens = 0
         groups[-1].append(i)
         num_tokens += lengths[i]
-    return groups
+    return [sorted(group) for group in groups]

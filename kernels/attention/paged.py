@@ -47,26 +47,36 @@ def _head_rows(num_rows: int) -> torch.Tensor:
     return torch.arange(num_rows, dtype=torch.int32).unsqueeze(1)
 
 
-def gather_blocks(
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    kv_scales: torch.Tensor | None = None,
-    dtype: torch.dtype | None = None,
+def block_rows(block_table: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """A [batch, blocks] table as what gather_rows reads: [batch * kv_heads * 2 * blocks], in this order."""
+    heads = _head_rows(2 * num_kv_heads)
+    return torch.add(heads, block_table.unsqueeze(1), alpha=2 * num_kv_heads).view(-1)
+
+
+def gather_rows(
+    kv_cache: torch.Tensor, rows: torch.Tensor, batch: int, kv_scales: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The blocks of a [batch, blocks] table as [batch, kv_heads, 2, tokens, head_dim], in one copy."""
+    """[batch, kv_heads, 2, tokens, head_dim] of the cache, in one copy. rows: one head's K or V of one block each, as
+    block_rows counts them."""
     num_blocks, num_kv_heads, _, block_size, head_dim = kv_cache.shape
-    batch, num_tokens = block_table.shape[0], block_table.shape[1] * block_size
-    rows = torch.add(_head_rows(2 * num_kv_heads), block_table.unsqueeze(1), alpha=2 * num_kv_heads).view(-1)
     picked = kv_cache.view(num_blocks * 2 * num_kv_heads, block_size * head_dim).index_select(0, rows)
-    kv = picked.view(batch, num_kv_heads, 2, num_tokens, head_dim)
-    if dtype is not None and dtype != kv.dtype:
+    kv = picked.view(batch, num_kv_heads, 2, -1, head_dim)
+    if dtype != kv.dtype:
         kv = kv.to(dtype)
     if kv_scales is None:
         return kv
     if is_per_head(kv_scales):
         return kv.mul_(kv_scales[:, :, None, None])
     scales = kv_scales.view(num_blocks * 2 * num_kv_heads, block_size).index_select(0, rows)
-    return kv.mul_(scales.view(batch, num_kv_heads, 2, num_tokens, 1))
+    return kv.mul_(scales.view(batch, num_kv_heads, 2, -1, 1))
+
+
+def gather_blocks(
+    kv_cache: torch.Tensor, block_table: torch.Tensor, kv_scales: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """The blocks of a [batch, blocks] table as [batch, kv_heads, 2, tokens, head_dim]."""
+    rows = block_rows(block_table, kv_cache.shape[1])
+    return gather_rows(kv_cache, rows, block_table.shape[0], kv_scales, dtype)
 
 
 def is_per_head(kv_scales: torch.Tensor) -> bool:
@@ -122,23 +132,28 @@ def define(q: torch.Tensor, kv: torch.Tensor, softmax: Softmax, seen: torch.Tens
     return out
 
 
+def seen_bias(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is added to scores: 0 where seen, else -inf. torch would make it of a bool mask in every call."""
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
+
+
 def softmax_attention(
     rows: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
     softmax: Softmax,
     sinks_shape: tuple[int, ...],
 ) -> torch.Tensor:
-    """rows [..., n, head_dim], k and v [..., length, head_dim]; mask (True: seen) broadcasts to [..., n, length].
+    """rows [..., n, head_dim], k and v [..., length, head_dim]; bias, from seen_bias, broadcasts to [..., n, length].
 
     Sinks in `sinks_shape` broadcast to [..., n, 1].
     """
     if softmax.sinks is None and not softmax.soft_cap:
-        return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=softmax.scale)
+        return F.scaled_dot_product_attention(rows, k, v, attn_mask=bias, scale=softmax.scale)
     scores = softmax.scores(torch.matmul(rows.float(), k.float().transpose(-1, -2)))
-    if mask is not None:
-        scores.masked_fill_(~mask, float("-inf"))
+    if bias is not None:
+        scores += bias
     if softmax.sinks is not None:
         sinks = softmax.sinks.view(sinks_shape).expand(*scores.shape[:-1], 1)
         scores = torch.cat((scores, sinks), dim=-1)

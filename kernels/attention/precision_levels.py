@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from costs.packed_kv import PackedBits
-from kernels.attention.paged import KEY_TILE, QUERY_TILE, Softmax, TileSums, softmax_attention
+from kernels.attention.paged import KEY_TILE, QUERY_TILE, Softmax, TileSums, seen_bias, softmax_attention
 from kernels.jit import cdiv
 from kernels.kv.packed_blocks import ChannelScales, Packed, unpack_blocks
 
@@ -114,7 +114,8 @@ def attend_levels(
         end = min(begin + _QUERY_ROWS, n)
         positions = torch.arange(length - n + begin, length - n + end)
         mask = torch.cat([_seen(level, positions, level.keys, softmax) for level in levels], 1)
-        attended = softmax_attention(rows[:, :, begin:end], k, v, mask, softmax, (num_kv_heads, -1, 1, 1))
+        bias = seen_bias(mask, q.dtype)
+        attended = softmax_attention(rows[:, :, begin:end], k, v, bias, softmax, (num_kv_heads, -1, 1, 1))
         out[begin:end] = attended.permute(2, 0, 1, 3)
     return out.view(n, num_q_heads, head_dim)
 

@@ -20,20 +20,15 @@ from kernels.attention.paged import (
     Softmax,
     attend_in_fixed_order,
     define,
-    gather_blocks,
     gather_sequence,
     is_per_head,
     kv_token_bytes,
-    softmax_attention,
 )
+from kernels.attention.prefill_cpu import PrefillPlan, attend_prefills
 from kernels.attention.tile import attend, score_factors
 from kernels.cases import Draw, PagedShape
 from kernels.jit import Value, cdiv, constexpr, jit, next_power_of_2, tl
 from kernels.op import Case, Op, Target
-
-# Of one call of torch's attention on a CPU, which computes what its mask leaves out: the rows of a small tile share
-# nearly all of their keys.
-_CPU_QUERY_ROWS = 64
 
 
 @jit
@@ -157,6 +152,7 @@ def launch(
     soft_cap: float = 0.0,
     kv_scales: torch.Tensor | None = None,
     batch_invariant: bool = False,
+    plan: PrefillPlan | None = None,
 ) -> torch.Tensor:
     _, num_q_heads, head_dim = q.shape
     _, num_kv_heads, _, block_size, _ = kv_cache.shape
@@ -194,6 +190,7 @@ def reference(
     soft_cap: float = 0.0,
     kv_scales: torch.Tensor | None = None,
     batch_invariant: bool = False,
+    plan: PrefillPlan | None = None,
 ) -> torch.Tensor:
     softmax = Softmax(scale, window, sinks, soft_cap)
     out = torch.zeros_like(q)
@@ -218,55 +215,22 @@ def cpu(
     soft_cap: float = 0.0,
     kv_scales: torch.Tensor | None = None,
     batch_invariant: bool = False,
+    plan: PrefillPlan | None = None,
 ) -> torch.Tensor:
-    """One sequence at a time: a step has few chunks, and a batch of them would be mostly padding."""
     softmax = Softmax(scale, window, sinks, soft_cap)
+    if not batch_invariant:
+        if plan is None:
+            plan = PrefillPlan.of(block_table, query_start_loc, seq_lens, kv_cache, q.dtype, window)
+        return attend_prefills(q, kv_cache, plan, softmax, kv_scales)
     starts: list[int] = query_start_loc.tolist()
     out = torch.empty(q.shape, dtype=q.dtype)
     for i, length in enumerate(seq_lens.tolist()):
         rows = q[starts[i] : starts[i + 1]]
-        if len(rows) == 0:
-            continue
-        if batch_invariant:
+        if len(rows):
             first_key = softmax.first_key(length - len(rows))
             kv = gather_sequence(kv_cache, block_table[i], length, kv_scales, first_key)
-            attended = attend_in_fixed_order(rows, kv, length, softmax)
-        else:
-            attended = _attend_chunk(rows, kv_cache, block_table[i], length, kv_scales, softmax)
-        out[starts[i] : starts[i + 1]] = attended
+            out[starts[i] : starts[i + 1]] = attend_in_fixed_order(rows, kv, length, softmax)
     return out
-
-
-def _attend_chunk(
-    q: torch.Tensor,
-    kv_cache: torch.Tensor,
-    table_row: torch.Tensor,
-    length: int,
-    kv_scales: torch.Tensor | None,
-    softmax: Softmax,
-) -> torch.Tensor:
-    """q are the last tokens of a sequence."""
-    n, num_q_heads, head_dim = q.shape
-    num_kv_heads, block_size = kv_cache.shape[1], kv_cache.shape[3]
-    first_key = softmax.first_key(length - n)
-    first_block = first_key // block_size
-    table = table_row[None, first_block : cdiv(length, block_size)]
-    kv = gather_blocks(kv_cache, table, kv_scales, q.dtype)[0]
-    kv = kv[:, :, first_key - first_block * block_size : length - first_block * block_size]
-    # The KV head is the batch and its group the heads, so that K and V are shared without a copy.
-    rows = q.view(n, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
-    k, v = (kv[:, i : i + 1].expand(-1, rows.shape[1], -1, -1) for i in range(2))
-    out = torch.empty(n, num_kv_heads, rows.shape[1], head_dim, dtype=q.dtype)
-    for begin in range(0, n, _CPU_QUERY_ROWS):
-        end = min(begin + _CPU_QUERY_ROWS, n)
-        first, last = softmax.first_key(length - n + begin), length - n + end
-        keys, seen = torch.arange(first, last), slice(first - first_key, last - first_key)
-        mask = None if end - begin == 1 and not softmax.window else softmax.is_seen(keys[begin - end :], keys)
-        attended = softmax_attention(
-            rows[:, :, begin:end], k[:, :, seen], v[:, :, seen], mask, softmax, (num_kv_heads, -1, 1, 1)
-        )
-        out[begin:end] = attended.permute(2, 0, 1, 3)
-    return out.view(n, num_q_heads, head_dim)
 
 
 def _cost(
@@ -282,6 +246,7 @@ def _cost(
     soft_cap: float = 0.0,
     kv_scales: torch.Tensor | None = None,
     batch_invariant: bool = False,
+    plan: PrefillPlan | None = None,
 ) -> costs.OpCost:
     _, num_q_heads, head_dim = q.shape
     return costs.prefill_attention(

@@ -26,6 +26,7 @@ from kernels.attention.paged import (
     gather_sequence,
     is_per_head,
     kv_token_bytes,
+    seen_bias,
     softmax_attention,
 )
 from kernels.attention.prefill import tile_shape
@@ -259,8 +260,8 @@ def cpu(
         kv = kv[:, :, first_key - first_block * block_size : length - first_block * block_size]
         rows = q[nodes].view(num_nodes, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
         k, v = (kv[:, j : j + 1].expand(-1, rows.shape[1], -1, -1) for j in range(2))
-        seen = seen_by_nodes(ancestors[nodes], length, window)[:, first_key:]
-        attended = softmax_attention(rows, k, v, seen, softmax, (num_kv_heads, -1, 1, 1))
+        bias = seen_bias(seen_by_nodes(ancestors[nodes], length, window)[:, first_key:], q.dtype)
+        attended = softmax_attention(rows, k, v, bias, softmax, (num_kv_heads, -1, 1, 1))
         out[nodes] = attended.permute(2, 0, 1, 3).flatten(1, 2)
     return out
 

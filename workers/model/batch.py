@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 from torch import Tensor
+
+_Plan = TypeVar("_Plan")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,3 +35,12 @@ class Batch:
     query_start_loc: Tensor  # int32 [prefills + 1], counted from the first prefill row
     max_query_len: int  # of the prefills
     logit_rows: Tensor  # int64: rows whose logits are wanted
+    _plans: dict[Hashable, object] = field(default_factory=dict, init=False)
+
+    def plan(self, key: tuple[type[_Plan], Hashable], make: Callable[[], _Plan]) -> _Plan:
+        """What layers make of the batch alone, and only the first of them has to. key: its type, and what it is of."""
+        found = self._plans.get(key)
+        if found is None:
+            found = self._plans[key] = make()
+        assert isinstance(found, key[0]), "a key begins with the plan's type"
+        return found

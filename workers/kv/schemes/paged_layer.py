@@ -8,6 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 
 import kernels
+from kernels.attention.decode_cpu import DecodePlan
+from kernels.attention.prefill_cpu import PrefillPlan
 from workers.model.batch import Batch
 from workers.model.layers.layer_cache import AttentionTerms
 
@@ -37,27 +39,40 @@ class PagedLayer:
     def attend_decodes(self, q: Tensor, batch: Batch, terms: AttentionTerms) -> Tensor:
         """As in LayerCache."""
         n = batch.num_decodes
+        block_table, seq_lens = batch.groups[self._group].block_table[:n], batch.seq_lens[:n]
+        plan = None
+        if not q.is_cuda:
+            key = DecodePlan, (self._group, terms.window)
+            plan = batch.plan(key, lambda: DecodePlan.of(block_table, seq_lens, self._kv_cache, q.dtype, terms.window))
         return kernels.decode_attention(
             q,
             self._kv_cache,
-            batch.groups[self._group].block_table[:n],
-            batch.seq_lens[:n],
+            block_table,
+            seq_lens,
             terms.scale,
             window=terms.window,
             sinks=terms.sinks,
             soft_cap=terms.soft_cap,
             kv_scales=self._scales(terms),
+            plan=plan,
         )
 
     def attend_prefills(self, q: Tensor, batch: Batch, terms: AttentionTerms) -> Tensor:
         """As in LayerCache."""
-        n = batch.num_decodes
+        n, starts = batch.num_decodes, batch.query_start_loc
+        block_table, seq_lens = batch.groups[self._group].block_table[n:], batch.seq_lens[n:]
+        plan = None
+        if not (q.is_cuda or terms.batch_invariant):
+            key = PrefillPlan, (self._group, terms.window)
+            plan = batch.plan(
+                key, lambda: PrefillPlan.of(block_table, starts, seq_lens, self._kv_cache, q.dtype, terms.window)
+            )
         return kernels.prefill_attention(
             q,
             self._kv_cache,
-            batch.groups[self._group].block_table[n:],
-            batch.query_start_loc,
-            batch.seq_lens[n:],
+            block_table,
+            starts,
+            seq_lens,
             batch.max_query_len,
             terms.scale,
             window=terms.window,
@@ -65,6 +80,7 @@ class PagedLayer:
             soft_cap=terms.soft_cap,
             kv_scales=self._scales(terms),
             batch_invariant=terms.batch_invariant,
+            plan=plan,
         )
 
     def _scales(self, terms: AttentionTerms) -> Tensor | None:
