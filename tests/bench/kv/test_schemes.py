@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from bench.kv_schemes import SchemeOptions, bytes_of_stream, markdown, measure, measure_all, scheme_config, segments_of
-from bench.needle import DEPTHS, needles, num_found
+from bench.kv.needle import DEPTHS, needles, num_found
+from bench.kv.schemes import SchemeOptions, bytes_of_stream, markdown, measure, measure_all, scheme_config, segments_of
 from bench.run import main
 from deploy.config import DEMO_MODEL, ROOT
 from workers.model.registry import load_config

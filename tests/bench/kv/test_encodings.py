@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.kv_loss import LossMeter, prompts_of
-from bench.kv_transfer import BlockMover
+from bench.kv.encodings import LossMeter, prompts_of
+from bench.kv.transfer import BlockMover
 from deploy.config import DEMO_MODEL, ROOT
 from kvstore.config import KV_ENCODINGS
 from kvstore.store import FragmentStore

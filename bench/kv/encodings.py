@@ -1,6 +1,6 @@
 """What KV blocks lose in 8 bits: how far keys and values move, and how many greedy tokens change.
 
-    python -m bench.kv_loss --model models/demo --text workers   # a JSON line per encoding
+    python -m bench.kv.encodings --model models/demo --text workers   # a JSON line per encoding
 
 Each prompt is computed; its blocks are published and pulled as between two workers, through a tier in memory; then the
 tokens that follow are chosen twice, one by one over the same history: on the blocks that were computed, and on those
@@ -147,7 +147,7 @@ def prompts_of(folder: Path, model_dir: str, num_prompts: int, prompt_tokens: in
 
 def main(arguments: Sequence[str]) -> int:
     """Exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.kv_loss", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.kv.encodings", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="models/demo", help="directory of the model")
     parser.add_argument("--text", type=Path, default=Path("workers"), help="folder with Python files for prompts")
     parser.add_argument("--prompts", type=int, default=16)

@@ -1,7 +1,7 @@
 """Draft trees beside chains: tokens a step, and what they cost, along the demo model's own streams.
 
-    python -m bench.draft_trees              # a table; rows are appended to bench/results/cpu.jsonl
-    python -m bench.draft_trees --streams 8 --dry
+    python -m bench.speculation.trees              # a table; rows are appended to bench/results/cpu.jsonl
+    python -m bench.speculation.trees --streams 8 --dry
 
 The target's streams continue prompts from held-out modules. Verification is by equality, so what a step accepts follows
 from the stream alone: of each position, which of the draft's candidates the stream's token is. Candidates are the K
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from bench.rows import ROOT, Measurement, append_rows
-from bench.speculation import DEMO_MODEL, Bench, Prompts
+from bench.speculation.drafters import DEMO_MODEL, Bench, Prompts
 from compress.calibration.walk import ModelWalk
 from workers.config import EngineConfig, SpeculativeOptions
 from workers.engine.direct_plan import DirectChunk, direct_plan
@@ -250,7 +250,7 @@ def main() -> None:
         show(rows)
         found += measurements(rows, temperature)
     if not given.dry:
-        append_rows("cpu.jsonl", found, "python -m bench.draft_trees")
+        append_rows("cpu.jsonl", found, "python -m bench.speculation.trees")
 
 
 if __name__ == "__main__":

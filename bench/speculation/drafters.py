@@ -1,8 +1,8 @@
 """Speculative decoding beside plain decoding: one engine each over the same weights, in turns, without a cluster.
 
-    python -m bench.speculation                       # the demo model; rows are appended to bench/results/cpu.jsonl
-    python -m bench.speculation --model smollm2       # prompts that ask for text that stands in them
-    python -m bench.speculation --fixed               # with all drafts that are proposed, instead of those that pay
+    python -m bench.speculation.drafters                  # the demo model; rows are appended to bench/results/cpu.jsonl
+    python -m bench.speculation.drafters --model smollm2  # prompts that ask for text that stands in them
+    python -m bench.speculation.drafters --fixed          # with all drafts that are proposed, not those that pay alone
 
 Each round has other prompts, which plain decoding gets too, so that nothing is remembered of an answer. Figures are
 tokens a second over those of plain decoding in the same round. Prompts are cut from modules that the demo model was not
@@ -266,7 +266,9 @@ def main() -> None:
             f" equal {s['equal_tokens']:.3f}"
         )
     if not given.dry:
-        append_rows("cpu.jsonl", measurements, shlex.join(["python", "-m", "bench.speculation", *sys.argv[1:]]))
+        append_rows(
+            "cpu.jsonl", measurements, shlex.join(["python", "-m", "bench.speculation.drafters", *sys.argv[1:]])
+        )
 
 
 if __name__ == "__main__":

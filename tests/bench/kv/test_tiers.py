@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.tiers import BandwidthRow, BenchFailed, BenchShape, can_make_hosts, measure_kv_transfer, measure_tier
+from bench.kv.tiers import BandwidthRow, BenchFailed, BenchShape, can_make_hosts, measure_kv_transfer, measure_tier
 from kvstore.tiers.memory_tier import MemoryTier
 from tests.processes import REPOSITORY, RedisServer, python_environment
 

@@ -1,4 +1,6 @@
-"""`python -m bench.adapters`: a hundred LoRA adapters on one worker of which sixteen are on its device at a time.
+"""A hundred LoRA adapters on one worker of which sixteen are on its device at a time.
+
+    python -m bench.adapters.one_worker
 
 Requests choose their adapter by Zipf's law, as popularity among tenants is skewed. In turns with it runs the same load
 without adapters on an engine that takes none, on one that takes them, and with one adapter for all. What is measured is
@@ -209,7 +211,7 @@ def main() -> None:
         print(
             f"{row.name:24} {row.setting['streams']:3} streams  {row.setting['load']!s:12} {row.median:8.3f} {row.unit}"
         )
-    append_rows("cpu.jsonl", rows, "python -m bench.adapters")
+    append_rows("cpu.jsonl", rows, "python -m bench.adapters.one_worker")
 
 
 if __name__ == "__main__":

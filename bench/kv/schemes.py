@@ -1,7 +1,7 @@
 """What the ways to keep keys and values cost and save: loss of held-out text, bytes per token, and streams that fit.
 
     make bench ARGS="kv_schemes --kv-model models/demo"      # rows in bench/results/cpu.jsonl, and a table
-    python -m bench.kv_schemes --kv-model DIR                 # the table alone
+    python -m bench.kv.schemes --kv-model DIR                 # the table alone
 
 The loss is the engine's own: the text is served as prompts that ask for the logprobs of their tokens, in chunks, so
 that most of it is attended to through the cache. Bytes are those of a cache beside bfloat16 activations, whatever the
@@ -215,7 +215,7 @@ def options_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Sch
 
 def main(arguments: Sequence[str]) -> int:
     """Exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.kv_schemes", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.kv.schemes", description=__doc__.split("\n")[0])
     add_to(parser)
     print(markdown(measure_all(options_of(parser, parser.parse_args(arguments)))), end="")
     return 0

@@ -1,6 +1,6 @@
 """Whether a model still finds a sentence in a long text when its cache is quantized: needle retrieval.
 
-    python -m bench.needle --kv-model DIR --kv-schemes auto kivi2 kivi4   # a table: of how many needles each finds
+    python -m bench.kv.needle --kv-model DIR --kv-schemes auto kivi2 kivi4   # a table: of how many needles each finds
 
 A needle is a sentence with a number, put into held-out text at several depths; the prompt ends with the beginning of
 the same sentence, and the model is to complete the number. Knows nothing of routers and clusters.
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from tokenizers import Tokenizer
 
-from bench.kv_schemes import CPU, SchemeOptions, add_to, options_of, scheme_config
+from bench.kv.schemes import CPU, SchemeOptions, add_to, options_of, scheme_config
 from workers.engine.request import Request
 from workers.model.registry import load_config
 from workers.parallel import ParallelGroups, Shard
@@ -76,7 +76,7 @@ def num_found(scheme: str, options: SchemeOptions, wanted: Sequence[Needle]) -> 
 
 def main(arguments: Sequence[str]) -> int:
     """Exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.needle", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.kv.needle", description=__doc__.split("\n")[0])
     add_to(parser)
     parser.add_argument("--per-depth", type=int, default=4, help="needles at each depth; default: %(default)s")
     args = parser.parse_args(arguments)

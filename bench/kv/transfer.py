@@ -22,8 +22,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from bench.kv.tiers import BenchShape, measure_memcpy, node_process
 from bench.rows import Measurement
-from bench.tiers import BenchShape, measure_memcpy, node_process
 from kvstore.format.copying import is_compiled
 from kvstore.store import FragmentStore
 from kvstore.tiers.host.host_tier import HostTier

@@ -1,6 +1,6 @@
 """What placement by residency is worth: requests with many adapters on a few workers, in virtual time.
 
-    python -m bench.adapter_placement
+    python -m bench.adapters.placement
 
 The routers' code is the production code (`router.fleet.fleet.Fleet`, `router.placement`); a worker is a model of one:
 slots on the device and in host memory, least recently used out first, a read or a copy before a request begins, steps
@@ -191,7 +191,7 @@ def main() -> None:
         rows.append(Measurement("adapter_placement.ttft", "s", means, setting))
         rows.append(Measurement("adapter_placement.on_device", "", [run.hit_share for run in runs], setting))
     if options.record:
-        append_rows("cpu.jsonl", rows, "python -m bench.adapter_placement")
+        append_rows("cpu.jsonl", rows, "python -m bench.adapters.placement")
 
 
 def _line(rate: float, way: str, runs: Sequence[Outcome]) -> str:

@@ -1,7 +1,7 @@
 """Speculation under a load that rises past the point where drafts pay, in virtual time: the engine that workers run,
 over an executor whose steps take as long as the roofline of a named GPU says.
 
-    python -m bench.goodput            # a table: fixed numbers of draft tokens beside the adaptive budget
+    python -m bench.speculation.goodput            # a table: fixed numbers of draft tokens beside the adaptive budget
 
 Requests come ever more often. Each has an acceptance of its own, which the engine does not know. While few run, a step
 waits for the weights, and drafts are nearly free; when many run it waits for the arithmetic, and each wrong draft costs
@@ -222,7 +222,9 @@ def measure_goodput() -> list[Measurement]:
 
 def main() -> int:
     """Exit code."""
-    argparse.ArgumentParser(prog="python -m bench.goodput", description=(__doc__ or "").split("\n")[0]).parse_args()
+    argparse.ArgumentParser(
+        prog="python -m bench.speculation.goodput", description=(__doc__ or "").split("\n")[0]
+    ).parse_args()
     print("draft tokens  " + "".join(f"{rate:>22.0f}/s" for rate in RATES))
     for num_tokens in (*FIXED, None):
         cells = [

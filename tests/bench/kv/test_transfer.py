@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.kv_transfer import BlockMover, CacheShape, KVTransferFailed, measure_paged_kv_transfer
+from bench.kv.transfer import BlockMover, CacheShape, KVTransferFailed, measure_paged_kv_transfer
 from tests.processes import REPOSITORY, python_environment
 
 SHAPE = CacheShape(num_layers=2, num_kv_heads=2, head_dim=16, block_size=4, chunk_blocks=(4, 2), num_runs=3)

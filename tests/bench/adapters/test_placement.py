@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.adapter_placement import NUM_WORKERS, simulate
+from bench.adapters.placement import NUM_WORKERS, simulate
 
 
 def test_homes_keep_more_adapters_where_they_are_and_load_spreads_all_the_same() -> None:
