@@ -43,7 +43,7 @@ from tests.processes import DEADLINE_S, REPOSITORY, free_port, wait_until
 from workers.config import EngineConfig, WorkerSpec
 from workers.model.identity import weights_identity
 from workers.model.registry import load_config
-from workers.runtime.fake_model import fake_completion
+from workers.runtime.fake.model import fake_completion
 
 DEMO = REPOSITORY / "models" / "demo"
 MODEL_NAME = "fake"

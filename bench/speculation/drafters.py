@@ -34,8 +34,8 @@ from workers.model.config import ModelConfig
 from workers.model.registry import load_config
 from workers.parallel import ParallelGroups, Shard
 from workers.runtime.build import make_engine, make_executor
+from workers.runtime.drafting.build import feature_layers, load_draft, make_speculator, measure_costs
 from workers.runtime.runner import TorchModelRunner
-from workers.runtime.speculation import feature_layers, load_draft, make_speculator, measure_costs
 from workers.sampling.params import SamplingParams
 
 DEMO_MODEL = ROOT / "models" / "demo"

@@ -22,7 +22,7 @@ from tests.cluster.test_kill_at_every_token import Once
 from tests.fake_cluster import MODEL_NAME, SIZES, FakeCluster, Shape
 from tests.forked import Prefork
 from tests.router.chat_templates import QWEN3
-from workers.runtime.fake_model import fake_completion
+from workers.runtime.fake.model import fake_completion
 
 pytestmark = [pytest.mark.cluster]
 

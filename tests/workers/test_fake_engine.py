@@ -23,8 +23,8 @@ from workers.model.identity import weights_identity
 from workers.model.registry import load_config
 from workers.parallel import ParallelGroups, Shard
 from workers.runtime.build import load_runner, make_engine, make_executor
-from workers.runtime.fake_model import fake_completion
-from workers.runtime.fake_runner import FakeModelRunner
+from workers.runtime.fake.model import fake_completion
+from workers.runtime.fake.runner import FakeModelRunner
 from workers.sampling.params import SamplingParams
 
 VOCAB_SIZE, BLOCK_SIZE = 997, 4

@@ -17,7 +17,7 @@ from tests.workers.test_disaggregation import prompt, spec_for, worker
 from tests.workers.worker_client import WorkerClient, wait_until
 from workers.config import WorkerSpec
 from workers.engine.adapters.ref import AdapterRef
-from workers.runtime.fake_model import fake_completion
+from workers.runtime.fake.model import fake_completion
 
 MIXED = worker_pb2.REQUEST_ROLE_MIXED
 

@@ -17,7 +17,7 @@ from workers.engine.request import Request
 from workers.model.registry import load_config
 from workers.parallel import ParallelGroups, Shard
 from workers.runtime.build import make_engine
-from workers.runtime.speculation import load_draft
+from workers.runtime.drafting.build import load_draft
 from workers.speculation.drafters.draft_model import DraftModel
 from workers.speculation.speculator import Speculator
 from workers.speculation.step_costs import StepCosts

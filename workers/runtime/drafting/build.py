@@ -26,7 +26,7 @@ from workers.model.loader import Checkpoint
 from workers.model.registry import load_config
 from workers.parallel import ParallelGroups, Shard
 from workers.runtime.build import LoadedRunner, kv_fingerprint
-from workers.runtime.head_runner import Eagle3Runner
+from workers.runtime.drafting.eagle3_runner import Eagle3Runner
 from workers.runtime.runner import TorchModelRunner, pick_dtype
 from workers.speculation.drafters.draft_model import DraftModel
 from workers.speculation.drafters.draft_plan import DraftLimits

@@ -1,7 +1,7 @@
 """The fake engine's runner: carries out plans without weights, yet through a real KV cache.
 
 Scheduler, loop, server, transfer, tiers and leases are the real ones; only the forward pass is replaced, by hashes
-that are written to and read from the paged cache (workers.runtime.fake_model). So whole-cluster fault tests run in
+that are written to and read from the paged cache (workers.runtime.fake.model). So whole-cluster fault tests run in
 seconds, and bytes that should never have been used show as wrong tokens. Knows nothing of requests beyond the plan.
 """
 
@@ -23,7 +23,7 @@ from workers.kv.paged_cache import CacheLayout, PagedCache
 from workers.model.cache_spec import CacheSpec, cache_groups
 from workers.model.config import ModelConfig
 from workers.parallel import Shard
-from workers.runtime.fake_model import (
+from workers.runtime.fake.model import (
     SlotCode,
     adapter_word,
     choose,
