@@ -20,7 +20,7 @@ from router.api.openai.schema import ChatRequest, CompletionRequest
 from router.config import RouterConfig
 from tests.router.conftest import MODEL
 from tests.router.fake_worker import CONTEXT_TOKENS, FakeWorker
-from tests.router.test_http_api import BASE, served
+from tests.router.http_calls import BASE, served
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
 

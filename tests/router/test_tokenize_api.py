@@ -12,7 +12,7 @@ import pytest
 from deploy.config import ROOT
 from router.service.text import TextCodec
 from tests.router.conftest import MODEL, pair
-from tests.router.test_http_api import served
+from tests.router.http_calls import served
 
 TEXT = "def fibonacci(n):\n    return 1"
 
