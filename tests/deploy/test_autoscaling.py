@@ -23,7 +23,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.fake_cluster import write_fake_model
+from tests.fake_model import write_fake_model
 from tests.hosts import Host, require, wired_hosts
 from tests.processes import python_environment, redis_executable, wait_until
 

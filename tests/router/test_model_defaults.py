@@ -22,7 +22,7 @@ from router.fleet.messages import generation_request, journal_record
 from router.model_files import ModelFiles, SamplingDefaults
 from router.sampling import SamplingParams, check_sampling, sampling_message, sampling_params
 from router.service.defaults import settled
-from tests.fake_cluster import write_fake_model
+from tests.fake_model import write_fake_model
 from tests.router.chat_templates import QWEN3
 from tests.router.conftest import DEMO, MODEL, running_cluster
 from tests.router.fake_worker import CONTEXT_TOKENS, VOCAB_SIZE, FakeWorker

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from switchyard.v1 import worker_pb2
 
-from tests.fake_cluster import write_fake_model
+from tests.fake_model import write_fake_model
 from tests.workers.test_disaggregation import prompt, spec_for, worker
 from tests.workers.test_scheduler import finish_all, make_engine, make_request
 from tests.workers.worker_client import wait_until

@@ -16,7 +16,7 @@ from kvstore.connect import open_directory
 from kvstore.names import block_names, root_name
 from kvstore.tiers.host.host_tier import HostTier
 from kvstore.tiers.prefetch import Prefetcher
-from tests.fake_cluster import expected, write_fake_model
+from tests.fake_model import expected, write_fake_model
 from tests.forked import Prefork, Server
 from tests.kvstore.fragments import SECRET
 from tests.processes import KVNode, RedisServer
