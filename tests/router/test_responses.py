@@ -167,6 +167,16 @@ async def test_forms_and_required_calls_are_grammars(make_model: MakeModel) -> N
         assert not worker.submits[-1].sampling.HasField("grammar")
 
 
+async def test_sampling_options_reach_the_worker(make_model: MakeModel) -> None:
+    options = {"top_k": 5, "seed": 7, "num_speculative_tokens": 0}
+    async with saying(make_model(HERMES), "x") as (client, worker, _):
+        await client.responses.create(model=MODEL, input="x", extra_body=options)
+        sent = worker.submits[-1].sampling
+        assert {name: getattr(sent, name) for name in options} == options
+        await client.responses.create(model=MODEL, input="x")
+        assert not worker.submits[-1].sampling.HasField("num_speculative_tokens")
+
+
 async def test_the_effort_reaches_the_template(make_model: MakeModel) -> None:
     model = make_model(HARMONY + "{{ '<|' ~ (reasoning_effort or 'medium') ~ '|>' }}")
     async with saying(model, "<|channel|>final<|message|>x") as (client, worker, _):
@@ -215,6 +225,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"truncation": "auto"}, "truncation"),
     ({"include": ["message.output_text.logprobs"]}, "include"),
     ({"max_output_tokens": 0}, "max_output_tokens"),
+    ({"num_speculative_tokens": 65}, "num_speculative_tokens"),
+    ({"num_speculative_tokens": -1}, "num_speculative_tokens"),
+    ({"num_speculative_tokens": "2"}, "num_speculative_tokens"),
     ({"temperature": -1}, "temperature"),
     ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
     ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
