@@ -120,6 +120,11 @@ class VirtualDraft:
     def forget(self, request: Request) -> None:
         """As in Drafter."""
 
+    @property
+    def is_costly(self) -> bool:
+        """As in Drafter."""
+        return True
+
     def draft_s(self, lengths: Sequence[int]) -> float:
         """As in Drafter."""
         counts = [sum(length > step for length in lengths) for step in range(max(lengths, default=0))]

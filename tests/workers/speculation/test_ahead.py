@@ -29,6 +29,8 @@ NUMBERS = range(9)
 class Counted:
     """A draft model whose steps seem to take no time beside the model's, and that counts what it does ahead."""
 
+    is_costly = True
+
     def __init__(self, draft: DraftModel) -> None:
         self._draft = draft
         self.num_ahead = 0
