@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvstore.blocks.block_pool import BlockPool
 from kvstore.blocks.block_pools import BlockPools
@@ -22,7 +25,7 @@ from tests.workers.test_scheduler import (
 from workers.config import POLICIES, SchedulingOptions
 from workers.engine.engine import Engine
 from workers.engine.loop import EngineLoop, LoopEvents, Submit
-from workers.engine.request import FinishReason, RequestEnd, RequestRole
+from workers.engine.request import FinishReason, Request, RequestEnd, RequestRole
 from workers.engine.scheduler import Scheduler, SchedulerConfig
 from workers.errors import InvalidRequest
 
@@ -35,8 +38,9 @@ def test_one_that_expires_while_it_waits_costs_nothing(policy, role):
     engine._clock = lambda: now[0]
     engine.submit(make_request("running", 6, max_tokens=30, ignore_eos=True))
     engine.step()
-    engine.submit(make_request("late", 9, role=role, arrival=1.0, start=20))
-    engine.scheduler.requests["late"].deadline_s = 5.0
+    late = make_request("late", 9, role=role, arrival=1.0, start=20)
+    late.deadline_s = 5.0
+    engine.submit(late)
     now[0] = 4.9
     assert list(engine.expire()) == []
     engine.step()
@@ -66,6 +70,57 @@ def test_one_that_expires_with_a_step_in_flight_gets_no_other():
         engine.step()
     assert len(runner.plans) == num_plans
     assert scheduler.pool.num_referenced == 0
+
+
+@given(st.lists(st.tuples(st.sampled_from(["submit", "cancel", "wait"]), st.integers(0, 9)), max_size=40))
+def test_all_that_are_due_expire_and_no_others(changes):
+    engine, _ = make_engine(num_blocks=512, max_num_seqs=64, context=48)
+    now, due_s = 0.0, {}
+    engine._clock = lambda: now
+    for index, (change, number) in enumerate(changes):
+        if change == "submit":
+            request = make_request(f"r{index}", 3)
+            request.deadline_s = due_s[request.request_id] = now + number if number else math.inf
+            engine.submit(request)
+        elif change == "cancel" and due_s:
+            request_id = list(due_s)[number % len(due_s)]
+            engine.cancel(request_id)
+            del due_s[request_id]
+        else:
+            now += number
+        expected = {request_id for request_id, at_s in due_s.items() if at_s <= now}
+        assert {end.request_id for end in engine.expire()} == expected
+        due_s = {request_id: at_s for request_id, at_s in due_s.items() if request_id not in expected}
+
+
+class Counted(dict[str, Request]):
+    """Requests, and how often all of them were looked at."""
+
+    num_looks = 0
+
+    def values(self):
+        self.num_looks += 1
+        return super().values()
+
+
+def test_requests_are_looked_at_only_when_one_is_due():
+    engine, _ = make_engine()
+    now = [0.0]
+    engine._clock = lambda: now[0]
+    requests = engine.scheduler.requests = Counted(engine.scheduler.requests)
+    for number, deadline_s in enumerate((7.0, 5.0, math.inf)):
+        request = make_request(f"r{number}", 3)
+        request.deadline_s = deadline_s
+        engine.submit(request)
+
+    def expired_at(now_s: float) -> tuple[list[str], bool]:
+        """Who expires, and whether all requests were looked at for it."""
+        before, now[0] = requests.num_looks, now_s
+        return [end.request_id for end in engine.expire()], requests.num_looks > before
+
+    assert [expired_at(now_s) for now_s in (0.0, 4.9, 5.0, 6.9, 9.0, 99.0)] == [
+        ([], False), ([], False), (["r1"], True), ([], False), (["r0"], True), ([], False)
+    ]  # fmt: skip
 
 
 class Running:
