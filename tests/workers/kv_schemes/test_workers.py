@@ -22,8 +22,8 @@ from kvstore.names import NAME_BYTES
 from tests.cluster.faults.storages import ArenaStorage
 from tests.cluster.faults.ways import FaultInjector, fragment_keys
 from tests.processes import KVNode
+from tests.workers.kv.test_disaggregation import ALWAYS, prompt, worker
 from tests.workers.kv_schemes.scheme_workers import BLOCK_SIZE, SchemeWorkers, mixed, scheme_spec, start
-from tests.workers.test_disaggregation import ALWAYS, prompt, worker
 from tests.workers.tiny_llama import make_checkpoint, with_kv_channels
 from tests.workers.worker_client import WorkerClient, disaggregate, wait_until
 
