@@ -37,7 +37,7 @@ smollm2: env     ## install a small real model for `make serve ARGS="--model smo
 TWO_AT_A_TIME := $(addprefix tests/,checkpoint compress costs grammars kernels kvstore planner quant router settings telemetry training workers)
 ONE_AT_A_TIME := $(filter-out $(TWO_AT_A_TIME) %/__pycache__,$(patsubst %/,%,$(wildcard tests/*/))) \
   $(wildcard tests/test_*.py)
-TIMED := tests/router/test_grpc_api.py tests/router/test_http_api.py
+TIMED := tests/router/api/test_grpc_api.py tests/router/api/test_http_api.py
 
 test: env-test   ## the whole suite; ARGS="tests/router -k resume" runs a part
 ifdef ARGS

@@ -38,15 +38,16 @@ from urllib.parse import urlsplit
 
 from switchyard_client import GenerationClient, GenerationRequest, SamplingParams, Tokens
 
-from bench import direct, kv_schemes, tiers
-from bench.adapters import measure_adapters
+from bench import direct
+from bench.adapters.one_worker import measure_adapters
 from bench.cluster import cluster
-from bench.goodput import measure_goodput
 from bench.host_step import SIZES as HOST_STEP_SIZES
 from bench.host_step import measure as measure_host_step
-from bench.kv_transfer import measure_paged_kv_transfer
+from bench.kv import schemes, tiers
+from bench.kv.long_prompts import bench_failover, bench_overlap
+from bench.kv.stalled_tier import measure_stalled_tier
+from bench.kv.transfer import measure_paged_kv_transfer
 from bench.loadgen import play
-from bench.long_prompts import bench_failover, bench_overlap
 from bench.peers import options as peer_options
 from bench.peers.comparison import measure_peers
 from bench.peers.table import markdown, newest_run
@@ -54,8 +55,8 @@ from bench.quantized import measure_quantized
 from bench.rows import Measurement, append_rows
 from bench.scaling import measure_scaling
 from bench.scheduling import measure_scheduling
-from bench.speculation import measure_speculation
-from bench.stalled_tier import measure_stalled_tier
+from bench.speculation.drafters import measure_speculation
+from bench.speculation.goodput import measure_goodput
 from kvstore.network.addresses import listen
 from planner.trace import TraceRequest
 
@@ -232,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     said = f"of {', '.join(known)}; default: all but kv_schemes and peers"
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=said)
     peer_options.add_to(parser)
-    kv_schemes.add_to(parser)
+    schemes.add_to(parser)
     args = parser.parse_args(arguments)
     unknown = set(args.sections) - set(known)
     if unknown:
@@ -240,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     comparison = peer_options.comparison_of(parser, args)
     sections: dict[str, Callable[[], list[Measurement]]] = {
         **SECTIONS,
-        "kv_schemes": partial(kv_schemes.measurements, kv_schemes.options_of(parser, args)),
+        "kv_schemes": partial(schemes.measurements, schemes.options_of(parser, args)),
         "peers": partial(measure_peers, comparison),
     }
     for name in args.sections or list(SECTIONS):

@@ -73,7 +73,7 @@ class KVStoreConfig:
     """back: fragments go to disk before the arena gives their slots away; through: as soon as they are complete."""
     kv_encoding: Annotated[str, OneOf(KV_ENCODINGS)] = "none"
     """none, or int8 or fp8 (e4m3): keys and values travel, and lie in all tiers, as 8-bit numbers with a scale per
-    row. A fourth of the bytes of float32, half of bfloat16's; some tokens change (`python -m bench.kv_loss`)."""
+    row. A fourth of the bytes of float32, half of bfloat16's; some tokens change (`python -m bench.kv.encodings`)."""
     kv_cache_dtype: Annotated[str, OneOf(KV_CACHE_DTYPES)] = "auto"
     """How the paged cache itself keeps keys and values, and so all tiers; what it saves is streams that fit. auto: in
     the model's dtype. int8: with a scale of each token and head. fp8 (e4m3): divided by a fixed scale of each head,

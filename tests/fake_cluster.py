@@ -1,7 +1,7 @@
 """A whole cluster without Ray and without weights: a KV node, workers with the fake engine, routers.
 
 Every part is the real program in a process of its own that can be killed, on free ports. What the right tokens are,
-`expected` says.
+`expected` in tests/fake_model.py says.
 """
 
 from __future__ import annotations
@@ -33,33 +33,17 @@ from switchyard_client import (
 )
 
 from deploy.preflight import FoundModel
-from kvstore.config import KVStoreConfig
 from kvstore.connect import open_directory
 from kvstore.control.directory import DirectoryUnavailable
 from router.adapters.config import AdaptersConfig
 from router.config import RouterConfig, RouterSpec
-from tests.forked import SECRET, ForkedNode, Prefork, Server
-from tests.processes import DEADLINE_S, REPOSITORY, free_port, wait_until
-from workers.config import EngineConfig, WorkerSpec
+from tests.fake_model import write_fake_model
+from tests.fake_shape import NUM_BLOCKS, Shape
+from tests.forked import ForkedNode, Prefork, Server
+from tests.processes import DEADLINE_S, free_port, wait_until
 from workers.model.identity import weights_identity
 from workers.model.registry import load_config
-from workers.runtime.fake_model import fake_completion
 
-DEMO = REPOSITORY / "models" / "demo"
-MODEL_NAME = "fake"
-VOCAB_SIZE = 4096  # the demo tokenizer's
-NUM_BLOCKS = 1024  # of a worker
-SIZES = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "vocab_size": VOCAB_SIZE,
-    "max_position_embeddings": 2048,
-}
 QUICK = RouterConfig(
     directory_poll_s=0.05,
     worker_silence_s=1.0,
@@ -70,15 +54,6 @@ QUICK = RouterConfig(
 )
 
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-def write_fake_model(directory: Path, **sizes: int) -> Path:
-    """A model directory for the fake engine: config and tokenizer."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DEMO / name, directory / name)
-    (directory / "config.json").write_text(json.dumps({**SIZES, **sizes}))
-    return directory
 
 
 @dataclass
@@ -98,77 +73,6 @@ class Answer:
     def longest_gap_s(self) -> float:
         """Between two messages."""
         return max((b - a for a, b in zip(self.times_s, self.times_s[1:], strict=False)), default=0.0)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a fake cluster is made of."""
-
-    prefill: int = 2
-    decode: int = 2
-    mixed: int = 0
-    routers: int = 2
-    step_s: float = 0.0
-    token_s: float = 0.0
-    control: str = ""  # empty: the node's directory
-    tier: str = ""  # empty: the node's arena alone
-    uses_arena: bool = True
-    hosts: int = 1  # KV nodes; prefill and decode workers of one number are on different ones
-    peers: bool = False  # whether hosts pull from each other
-    peer_transport: str = "tcp"
-    disk_bytes: int = 0  # of each node; 0: no disk tier
-    disk_dir: str = ""  # empty: in the cluster's folder
-    silent: tuple[str, ...] = ()  # workers that the directory does not list, nor what they publish
-    journal: str = ""  # empty: a file
-    block_size: int = 4
-    num_slots: int = 8192
-    engine: dict[str, object] = field(default_factory=dict)  # of EngineConfig
-    engine_of: dict[str, dict[str, object]] = field(default_factory=dict)  # the same for one role or worker alone
-    router: dict[str, object] = field(default_factory=dict)  # of RouterConfig
-    adapters_root: str = ""  # where adapters are loaded from; empty: none are served
-    sizes: dict[str, int] = field(default_factory=dict)  # of the model
-    cluster: str = ""  # its name
-    model_name: str = MODEL_NAME
-    secret: str = SECRET  # of the tiers
-    model_dir: str = ""  # of a real model, for the real engine; empty: one for the fake engine is made
-
-    @property
-    def roles(self) -> dict[str, int]:
-        """Workers by role."""
-        return {"prefill": self.prefill, "decode": self.decode, "mixed": self.mixed}
-
-    def worker_spec(self, model_dir: Path, name: str, worker_id: str) -> WorkerSpec:
-        """Of a worker that is called ROLE-NUMBER; its addresses are left open."""
-        role = name.partition("-")[0]
-        settings = {
-            "dtype": "float32",
-            "device": "cpu",
-            "block_size": self.block_size,
-            "num_blocks": NUM_BLOCKS,
-            "runner": "fake",
-            "fake_step_s": self.step_s,
-            "fake_token_s": self.token_s,
-            "enable_lora": bool(self.adapters_root),
-            **self.engine,
-            **self.engine_of.get(role, {}),
-            **self.engine_of.get(name, {}),
-        }
-        return WorkerSpec(
-            worker_id=worker_id,
-            pool=role,
-            role=role,
-            engine=EngineConfig(str(model_dir), **settings),
-            model_name=self.model_name,
-            cluster=self.cluster,
-            kvstore=KVStoreConfig(
-                tier=self.tier,
-                peers=self.peers,
-                peer_transport=self.peer_transport,
-                prefix_fetch="always",  # no probe at the start, and whatever may be pulled is pulled
-            ),
-            tier_secret=self.secret if self.tier or self.peers else "",
-            layers_per_fragment=1,
-        )
 
 
 class FakeCluster:
@@ -423,10 +327,3 @@ class FakeCluster:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def expected(
-    prompt: Sequence[int], num_tokens: int, temperature: float = 0.0, seed: int = 1, adapter: bytes = b""
-) -> list[int]:
-    """What every fake cluster makes of a prompt. adapter: digest."""
-    return fake_completion(prompt, num_tokens, VOCAB_SIZE, temperature, seed, adapter)

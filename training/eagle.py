@@ -213,7 +213,7 @@ head of {layer.head_dim}, MLP {layer.intermediate_size}, bf16; the embedding is 
 | trained on | {training.history[-1]["tokens"] / 1e6:.1f} M tokens that `demo` said, or read in its training modules; \
 sequences of {_ROW_TOKENS} tokens |
 | training | {len(training.history)} steps, Muon and Adam, seed {train.SEED}: `python -m training.eagle` |
-| how often it says what `demo` says | `python -m bench.speculation --methods eagle3` |
+| how often it says what `demo` says | `python -m bench.speculation.drafters --methods eagle3` |
 
 Licence: the weights are derived from the CPython standard library, under the PSF License Agreement; the script that
 makes them is under Switchyard's Apache-2.0.

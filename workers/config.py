@@ -143,8 +143,8 @@ class SpeculativeOptions:
     tenant, what followed them there is proposed, as with suffix, and the draft model is not asked; 0: it always is."""
     draft_temperature_scale: Annotated[float, Bounds(at_least=0, at_most=4)] = 1.0
     """draft_model, eagle3: times the request's temperature, in choosing drafts; 0: greedily."""
-    draft_tensor_parallel_size: Annotated[int, Bounds(at_least=0, at_most=1)] = 0
-    """draft_model, eagle3: ranks that compute the draft. It runs on rank 0 alone: 0 and 1 mean the same."""
+    draft_tensor_parallel_size: Annotated[int, Bounds(at_least=1, at_most=1)] = 1
+    """draft_model, eagle3: ranks that compute the draft. It runs on rank 0 alone, so 1 is the only value."""
     draft_num_blocks: Annotated[int, Bounds(at_least=0, less_than=2**31)] = 0
     """draft_model, eagle3: KV blocks of the draft; 0 means as many as all sequences may need, within 64 MiB on a CPU
     and a tenth of the free memory on CUDA, but at least one whole context."""
@@ -152,6 +152,8 @@ class SpeculativeOptions:
     def __post_init__(self) -> None:
         if self.method == "mtp":
             raise ValueError("method: mtp drafts by heads of DeepSeek-V3 checkpoints, a family that is not served yet")
+        size = self.draft_tensor_parallel_size
+        _require(size == 1, "draft_tensor_parallel_size", f"must be 1, since a draft runs on rank 0 alone, not {size}")
         check_limits(self)
         if self.prompt_lookup_min > self.prompt_lookup_max:
             raise ValueError(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoint.adapters.layers import AROUND_PATTERN, ChosenLayers
 from checkpoint.adapters.patterns import problem_of
 from checkpoint.errors import CheckpointError
 from checkpoint.keys import Key, check_keys, harmless, refused, understood
@@ -29,8 +30,8 @@ _KEYS: dict[str, Key] = {
     "lora_alpha": understood("scale: lora_alpha / r"),
     "target_modules": understood("which modules have tensors"),
     "exclude_modules": understood("which modules have none"),
-    "layers_to_transform": harmless("the tensors show it"),
-    "layers_pattern": harmless("the tensors show it"),
+    "layers_to_transform": understood("of which layers"),
+    "layers_pattern": understood("what comes before a layer's number"),
     "rank_pattern": understood("ranks of some modules"),
     "alpha_pattern": understood("lora_alpha of some modules"),
     "use_rslora": understood("scale: lora_alpha / sqrt(r)"),
@@ -79,6 +80,8 @@ class LoraConfig:
     target_modules: tuple[str, ...] | str
     """Ends of names; or a regular expression that a whole name must match, or "all-linear"."""
     exclude_modules: tuple[str, ...] | str
+    layers: ChosenLayers | None
+    """None: all. Modules that target_modules gives by their whole names are targets in any layer."""
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     use_rslora: bool
@@ -96,10 +99,14 @@ class LoraConfig:
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def is_target(self, module: str) -> bool:
-        """Whether the adapter changes a linear module of this name, by target_modules and exclude_modules."""
+        """Whether the adapter changes a linear module of this name, by target_modules, exclude_modules and layers."""
         if self.exclude_modules and _matches(self.exclude_modules, module):
             return False
-        return self.target_modules == "all-linear" or _matches(self.target_modules, module)
+        if self.target_modules == "all-linear":
+            return True
+        if not _matches(self.target_modules, module):
+            return False
+        return self.layers is None or module in self.target_modules or self.layers.has(module)
 
 
 def _matches(wanted: tuple[str, ...] | str, module: str) -> bool:
@@ -119,12 +126,14 @@ def read_config(raw: Mapping[str, Any], path: Path) -> LoraConfig:
     if kind != "LORA":
         raise CheckpointError(f"{path}: peft_type={_shown(kind)} is not supported: only LORA is")
     check_keys(raw, _KEYS, path, if_unknown="")
+    target_modules = _modules(raw.get("target_modules"), f"{path}: target_modules", is_required=True)
     return LoraConfig(
         path=path,
         rank=_rank(raw.get("r"), f"{path}: r"),
         alpha=_number(raw.get("lora_alpha"), f"{path}: lora_alpha"),
-        target_modules=_modules(raw.get("target_modules"), f"{path}: target_modules", is_required=True),
+        target_modules=target_modules,
         exclude_modules=_modules(raw.get("exclude_modules"), f"{path}: exclude_modules"),
+        layers=_layers(raw, isinstance(target_modules, str), path),
         rank_pattern={key: _rank(value, where) for key, value, where in _patterns(raw, "rank_pattern", path)},
         alpha_pattern={key: _number(value, where) for key, value, where in _patterns(raw, "alpha_pattern", path)},
         use_rslora=_flag(raw.get("use_rslora"), f"{path}: use_rslora"),
@@ -159,6 +168,27 @@ def _modules(value: object, where: str, is_required: bool = False) -> tuple[str,
     if isinstance(value, list) and all(isinstance(name, str) for name in value) and (value or not is_required):
         return tuple(value)
     raise CheckpointError(f"{where}: {_shown(value)} is neither a list of names nor a regular expression")
+
+
+def _layers(raw: Mapping[str, Any], has_expression: bool, path: Path) -> ChosenLayers | None:
+    """has_expression: target_modules is one. PEFT refuses the same combinations."""
+    numbers, patterns = raw.get("layers_to_transform"), raw.get("layers_pattern")
+    for name, value in (("layers_to_transform", numbers), ("layers_pattern", patterns)):
+        if has_expression and value is not None:
+            raise CheckpointError(f"{path}: {name}: is only possible where target_modules is a list of names")
+    if numbers is None:
+        if patterns:
+            raise CheckpointError(f"{path}: layers_pattern: is only possible with layers_to_transform")
+        return None
+    numbers = numbers if isinstance(numbers, list) else [numbers]
+    if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
+        raise CheckpointError(f"{path}: layers_to_transform: {_shown(numbers)} is neither a layer's number nor a list")
+    patterns = [] if patterns in (None, "") else [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise CheckpointError(f"{path}: layers_pattern: {_shown(patterns)} is neither a pattern nor a list of them")
+    for pattern in patterns:
+        _check_pattern(pattern, f"{path}: layers_pattern", AROUND_PATTERN)
+    return ChosenLayers(frozenset(numbers), tuple(patterns)) if numbers else None
 
 
 def _patterns(raw: Mapping[str, Any], name: str, path: Path) -> list[tuple[str, object, str]]:

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from checkpoint.adapters.config import CONFIG_NAME, LoraConfig, read_config
 from checkpoint.adapters.patterns import MAX_NAME_CHARACTERS
 from checkpoint.errors import CheckpointError
@@ -26,6 +28,8 @@ _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _ELEMENT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_EXPONENTS = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}  # all of its bits are set in NaN and infinity alone
+_CHECKED_AT_ONCE = 1 << 20  # elements
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,10 @@ def open_adapter(directory: Path) -> tuple[Adapter, bytes]:
     raw_config, tensors = _bytes(config_path), _bytes(path)
     config = read_config(parse_json(raw_config, config_path), config_path)
     modules = _modules(_tensors(tensors, path), config, path)
+    for module in modules:
+        for tensor in (module.a, module.b):
+            if not _is_finite(tensor, tensors):
+                raise CheckpointError(f"{path}: {tensor.name} holds values that are not finite numbers")
     return Adapter(directory, _digest(raw_config, tensors), config, modules), tensors
 
 
@@ -164,6 +172,15 @@ def _tensor(name: str, entry: Mapping[str, object], data: int) -> LoraTensor:
     return LoraTensor(name, str(entry["dtype"]), (shape[0], shape[1]), data + offsets[0], data + offsets[1])
 
 
+def _is_finite(tensor: LoraTensor, content: bytes) -> bool:
+    """With one such value, each request with the adapter would fail, one by one."""
+    num_bytes, exponent = _ELEMENT_BYTES[tensor.dtype], _EXPONENTS[tensor.dtype]
+    count = (tensor.end - tensor.begin) // num_bytes
+    bits = np.frombuffer(content, f"<u{num_bytes}", count, tensor.begin)
+    parts = (bits[i : i + _CHECKED_AT_ONCE] for i in range(0, count, _CHECKED_AT_ONCE))
+    return not any(bool((part & exponent == exponent).any()) for part in parts)
+
+
 def _modules(tensors: Mapping[str, LoraTensor], config: LoraConfig, path: Path) -> tuple[LoraModule, ...]:
     names = {_module_of(name, path) for name in tensors}
     if not names:
@@ -196,7 +213,7 @@ def _module(name: str, tensors: Mapping[str, LoraTensor], config: LoraConfig, pa
     assert b is not None
     rank = config.rank_of(name)
     if not config.is_target(name):
-        raise CheckpointError(f"{path}: {a.name}: {name} is not among target_modules of {CONFIG_NAME}")
+        raise CheckpointError(f"{path}: {a.name}: {name} is not among target_modules and layers of {CONFIG_NAME}")
     for tensor, stored, what in ((a, a.shape[0], "rows"), (b, b.shape[1], "columns")):
         if stored != rank:
             raise CheckpointError(

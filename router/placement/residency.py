@@ -32,7 +32,7 @@ from router.placement.policy import (
 
 COOL_S = 60.0
 # Reads that a read at a new home causes later: of the adapter that it takes the place of, and of itself, once its place
-# is taken. Without them adapters chase each other through all workers (`python -m bench.adapter_placement`).
+# is taken. Without them adapters chase each other through all workers (`python -m bench.adapters.placement`).
 EVICTION_READS = 2
 
 

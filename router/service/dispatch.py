@@ -5,6 +5,7 @@ Knows nothing of text, of APIs, or of what a client may ask for.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
@@ -36,7 +37,7 @@ class Dispatcher:
         self.observer = observer
         self.connections: dict[str, WorkerConnection] = {}  # those that are up
         self.loads: dict[str, worker_pb2.WorkerLoad] = {}
-        self.waiting: set[LiveStream] = set()  # for any change of the fleet
+        self.waiting: set[asyncio.Event] = set()  # of requests that no worker is up for
         self.on_fleet_change: Callable[[], None] = lambda: None
         self.weights: Callable[[], str] = lambda: ""  # that the workers serve now
         self.is_loadable: Callable[[AdapterRef], bool] = lambda ref: True  # by a worker that does not hold it
@@ -62,14 +63,29 @@ class Dispatcher:
         for worker_id, mine in pinned.items():
             self.connections[worker_id].pin(mine)
 
+    async def wait_for_worker(self, woken: asyncio.Event, timeout_s: float) -> None:
+        """Until a worker comes, or somebody sets the event, or so long. Clears the event."""
+        self.waiting.add(woken)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await woken.wait()
+            woken.clear()
+        except TimeoutError:
+            pass
+        finally:
+            self.waiting.discard(woken)
+
+    def _wake_waiting(self) -> None:
+        for woken in self.waiting:
+            woken.set()
+
     # -- WorkerListener
 
     def on_up(self, connection: WorkerConnection, info: WorkerInfo) -> None:
         log.info("worker %s is up: %s in pool %s at %s", info.worker_id, info.role.value, info.pool, connection.address)
         self.connections[info.worker_id] = connection
         self.fleet.add(info)
-        for stream in self.waiting:
-            stream.wake()
+        self._wake_waiting()
         self.on_fleet_change()
 
     def on_load(self, worker_id: str, load: worker_pb2.WorkerLoad) -> None:
@@ -77,8 +93,7 @@ class Dispatcher:
         self.loads[worker_id] = load
         self.fleet.report(worker_id, load_report(load))
         if is_first and load.num_adapter_slots:  # not in its hello: who has an adapter may go there from now on
-            for stream in self.waiting:
-                stream.wake()
+            self._wake_waiting()
 
     def on_retired(self, worker_id: str) -> None:
         self.fleet.retire(worker_id, True)

@@ -78,7 +78,8 @@ async def _embed(dispatcher: Dispatcher, request: TokenRequest, pooling: Pooling
                 raise same_failure(report, same_failures[report.outcome])
         why = f"{worker_id}: {'connection lost' if report is None else report.error or report.outcome.value}"
         failed.add(worker_id)
-        await asyncio.sleep(_RETRY_S)
+        if worker_id in dispatcher.connections:  # it failed rather than died, and may be the only one
+            await asyncio.sleep(_RETRY_S)
     raise WorkersLost(f"placed {len(failed)} times and lost each time; last: {why}")
 
 
@@ -91,9 +92,10 @@ async def _place(dispatcher: Dispatcher, request: TokenRequest, avoid: frozenset
         found = dispatcher.fleet.pick(route, request.names, dispatcher.clock())
         if isinstance(found, Placement):
             return found.prefill_id or found.decode_id
-        if dispatcher.clock() >= give_up_s or found.reason is RejectReason.TOO_LARGE:
+        left_s = give_up_s - dispatcher.clock()
+        if left_s <= 0 or found.reason is RejectReason.TOO_LARGE:
             raise _refusal(found)
-        await asyncio.sleep(_RETRY_S)
+        await dispatcher.wait_for_worker(asyncio.Event(), left_s)
 
 
 def _refusal(reject: Reject) -> RouterError:

@@ -174,10 +174,6 @@ class LiveStream:
         self._do(self._state.on_lost(worker_id))
         self._wake.set()
 
-    def wake(self) -> None:
-        """Wakes a waiting stream: something changed that may let it go on."""
-        self._wake.set()
-
     # -- placement
 
     async def _place(self) -> None:
@@ -202,7 +198,7 @@ class LiveStream:
             elif left_s <= 0:
                 self._do(state.fail(NoWorker(result.message, retry_after_s=1.0)))
             else:
-                await self._wait_for_worker(left_s)
+                await dispatcher.wait_for_worker(self._wake, left_s)
 
     async def _before_replacement(self) -> None:
         dispatcher, state = self._dispatcher, self._state
@@ -252,17 +248,6 @@ class LiveStream:
             self._dispatcher.observer.placed(placement, self._placed_s - self._request.arrived_s)
         self._num_credited = self._num_taken
         self._do(self._state.place(placement))
-
-    async def _wait_for_worker(self, timeout_s: float) -> None:
-        self._dispatcher.waiting.add(self)
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._wake.wait()
-            self._wake.clear()
-        except TimeoutError:
-            pass
-        finally:
-            self._dispatcher.waiting.discard(self)
 
     # -- carrying out
 

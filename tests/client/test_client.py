@@ -25,9 +25,9 @@ from switchyard_client import (
 from switchyard_client._messages import event_of, request_message
 
 from router.service.text import TextCodec
+from tests.router.api.test_grpc_api import PROMPT, request
 from tests.router.conftest import MODEL, pair, running_cluster
 from tests.router.fake_worker import CONTEXT_TOKENS, VOCAB_SIZE, expected_tokens
-from tests.router.test_grpc_api import PROMPT, request
 
 
 def test_the_package_has_its_public_names_and_no_others() -> None:

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fake_cluster import FakeCluster, expected
+from tests.fake_cluster import FakeCluster
+from tests.fake_model import expected
 from tests.processes import DEADLINE_S, REPOSITORY, free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.fake_cluster import FakeCluster, Shape
+from tests.fake_cluster import FakeCluster
+from tests.fake_shape import Shape
 from tests.forked import Prefork
 
 

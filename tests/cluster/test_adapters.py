@@ -12,7 +12,8 @@ from switchyard_client import GenerationError
 
 from checkpoint.adapters.directory import adapter_digest
 from tests.cluster.test_kill_at_every_token import STEP_S, Once, busy, prompt
-from tests.fake_cluster import FakeCluster, expected
+from tests.fake_cluster import FakeCluster
+from tests.fake_model import expected
 from tests.processes import RedisServer, wait_until
 from tests.router.adapters.lora_files import write_adapter
 
@@ -21,7 +22,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 NUM_TOKENS = 48
 NAMES = ("sql", "law", "art")
 MakeCluster = Callable[..., FakeCluster]
-MODULES = {f"model.layers.{layer}.self_attn.q_proj": (8, 16) for layer in range(2)}  # of tests.fake_cluster.SIZES
+MODULES = {f"model.layers.{layer}.self_attn.q_proj": (8, 16) for layer in range(2)}  # of tests.fake_model.SIZES
 
 
 @pytest.fixture

@@ -19,10 +19,12 @@ from transformers import PreTrainedTokenizerFast
 
 from router.service.text import TextCodec
 from tests.cluster.test_kill_at_every_token import Once
-from tests.fake_cluster import MODEL_NAME, SIZES, FakeCluster, Shape
+from tests.fake_cluster import FakeCluster
+from tests.fake_model import MODEL_NAME, SIZES
+from tests.fake_shape import Shape
 from tests.forked import Prefork
 from tests.router.chat_templates import QWEN3
-from workers.runtime.fake_model import fake_completion
+from workers.runtime.fake.model import fake_completion
 
 pytestmark = [pytest.mark.cluster]
 

@@ -20,7 +20,8 @@ from switchyard.v1 import kvnode_pb2
 
 from kvstore.config import CALLS_SUFFIX
 from kvstore.tiers.host.slot_calls import SlotCalls
-from tests.fake_cluster import VOCAB_SIZE, FakeCluster, expected
+from tests.fake_cluster import FakeCluster
+from tests.fake_model import VOCAB_SIZE, expected
 from tests.processes import KVNode, RedisServer, redis_executable, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.redis]

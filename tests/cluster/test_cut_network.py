@@ -22,7 +22,9 @@ import pytest
 
 from router.config import RouterSpec
 from tests.cluster.test_kill_at_every_token import NUM_TOKENS, prompt
-from tests.fake_cluster import MODEL_NAME, QUICK, Shape, expected, write_fake_model
+from tests.fake_cluster import QUICK
+from tests.fake_model import MODEL_NAME, expected, write_fake_model
+from tests.fake_shape import Shape
 from tests.forked import ForkedNode, Prefork, Server
 from tests.hosts import require
 from tests.processes import redis_executable, wait_until

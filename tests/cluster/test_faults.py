@@ -18,7 +18,8 @@ from switchyard_client import GenerationClient
 
 from tests.cluster.test_cut_network import require
 from tests.cluster.test_kill_at_every_token import NUM_TOKENS, STEP_S, Once, busy, check, moves, prompt
-from tests.fake_cluster import FakeCluster, expected
+from tests.fake_cluster import FakeCluster
+from tests.fake_model import expected
 from tests.processes import RedisServer, redis_executable, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]

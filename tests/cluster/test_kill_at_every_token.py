@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from switchyard_client import GenerationClient
 
-from tests.fake_cluster import Answer, FakeCluster, expected
+from tests.fake_cluster import Answer, FakeCluster
+from tests.fake_model import expected
 from tests.processes import wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.fake_cluster import FakeCluster, expected
+from tests.fake_cluster import FakeCluster
+from tests.fake_model import expected
 from tests.processes import wait_until
 
 pytestmark = pytest.mark.cluster

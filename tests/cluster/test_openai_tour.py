@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.fake_cluster import DEMO, FakeCluster, Shape
+from tests.fake_cluster import FakeCluster
+from tests.fake_model import DEMO
+from tests.fake_shape import Shape
 from tests.forked import Prefork
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]

@@ -12,7 +12,8 @@ import pytest
 from switchyard_client import GenerationClient
 
 from tests.cluster.test_kill_at_every_token import NUM_TOKENS, Once, busy, prompt
-from tests.fake_cluster import DEMO, Answer, FakeCluster
+from tests.fake_cluster import Answer, FakeCluster
+from tests.fake_model import DEMO
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 

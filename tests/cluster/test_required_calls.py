@@ -11,7 +11,9 @@ from typing import Any
 import openai
 import pytest
 
-from tests.fake_cluster import DEMO, MODEL_NAME, FakeCluster, Shape
+from tests.fake_cluster import FakeCluster
+from tests.fake_model import DEMO, MODEL_NAME
+from tests.fake_shape import Shape
 from tests.forked import Prefork
 from tests.router.chat_templates import HERMES
 

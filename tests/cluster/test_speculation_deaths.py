@@ -15,7 +15,7 @@ import pytest
 from tests.cluster.test_kill_at_every_token import EVERY, NUM_TOKENS, SPREAD, Once, all_positions, busy
 from tests.fake_cluster import Answer, FakeCluster
 from workers.config import SpeculativeOptions
-from workers.runtime.fake_model import fake_completion
+from workers.runtime.fake.model import fake_completion
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 

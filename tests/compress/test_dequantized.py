@@ -15,7 +15,7 @@ from compress.job import compress_model, open_model
 from compress.request import Request, recipe_for
 from tests.compress.models import make_blocks, make_model
 from tests.workers.engine_group import EngineGroup
-from tests.workers.test_batch_invariance import GREEDY
+from tests.workers.runtime.test_batch_invariance import GREEDY
 from workers.config import EngineConfig, resolve_model
 
 DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"  # has the tokenizer that a GGUF needs

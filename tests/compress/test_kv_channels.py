@@ -12,7 +12,7 @@ from compress.request import Request, recipe_for
 from kernels.kv.packed_blocks import pack_blocks, unpack_blocks
 from tests.compress.models import make_blocks, make_model
 from tests.workers.engine_group import EngineGroup
-from tests.workers.test_batch_invariance import GREEDY
+from tests.workers.runtime.test_batch_invariance import GREEDY
 from workers.config import EngineConfig
 from workers.model.cache_spec import CacheSpec
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 
 from switchyard_client import Finished, GenerationClient, GenerationRequest, SamplingParams, Tokens
 
-from workers.runtime.fake_model import fake_completion
+from workers.runtime.fake.model import fake_completion
 
 VOCAB_SIZE = 4096
 

@@ -14,7 +14,7 @@ from checkpoint.gguf.directory import open_gguf
 from deploy import cpu_dtype
 from deploy.cpu_dtype import fastest_cpu_dtype
 from tests.checkpoint.gguf.gguf_files import demo_tokenizer, quantised, stored_tensors, weights_of, write_gguf
-from tests.fake_cluster import DEMO
+from tests.fake_model import DEMO
 
 WITH_BF16 = "processor\t: 0\nmodel name\t: Fast CPU\nflags\t\t: fpu avx512f avx512_bf16\n"
 WITHOUT = "processor\t: 0\nmodel name\t: Old CPU\nflags\t\t: fpu avx2\n"

@@ -193,6 +193,13 @@ def test_a_draft_must_be_named_and_fit_the_context(target: Path) -> None:
         ('{"method": "ngram", "prompt_lookup_min": 6}', "speculative.prompt_lookup_min: must not be above "),
         ('{"method": "ngram", "model": "x"}', "speculative.model: method=ngram has no draft model"),
         ('{"method": "ngram", "num_speculative_tokens": 65}', "speculative.num_speculative_tokens: "),
+        *(
+            (
+                f'{{"method": "draft_model", "draft_tensor_parallel_size": {size}}}',
+                f"speculative.draft_tensor_parallel_size: must be 1, since a draft runs on rank 0 alone, not {size}",
+            )
+            for size in (0, 2)
+        ),
         (
             '{"method": "ngram", "num_speculative_tokens_per_batch_size": [[1, 4, 2], [3, 9, 1]]}',
             "speculative.num_speculative_tokens_per_batch_size: [3, 9, 1] must be a range of sizes after 4",
@@ -206,7 +213,9 @@ def test_what_is_wrong_with_the_flag_is_said_in_one_line(given: str, message: st
 
 
 def test_the_flag_sets_the_branch() -> None:
-    given = '{"method": "suffix", "num_speculative_tokens_per_batch_size": [[1, 4, 2]]}'
+    given = (
+        '{"method": "suffix", "num_speculative_tokens_per_batch_size": [[1, 4, 2]], "draft_tensor_parallel_size": 1}'
+    )
     made = load_with_flags(None, ServeFlags(speculative_config=given), ["speculative.num_speculative_tokens=3"])
     assert (made.speculative.method, made.speculative.num_speculative_tokens) == ("suffix", 3)
     assert [made.speculative.most_tokens_at(n) for n in (1, 4, 5)] == [2, 2, 3]

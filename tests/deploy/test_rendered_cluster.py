@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.kubernetes_api import self_signed
+from tests.deploy.kubernetes.fake_api import self_signed
 from tests.deploy.pods import Pod, operator_environment, ray_start
 from tests.helm.rendering import objects
 from tests.hosts import Host, require, wired_hosts
@@ -54,7 +54,7 @@ class Kubernetes:
             "objects.json": json.dumps([pod]),
         }.items():
             (folder / name).write_text(content)
-        command = [sys.executable, "-m", "tests.deploy.kubernetes_process", str(folder)]
+        command = [sys.executable, "-m", "tests.deploy.kubernetes.process", str(folder)]
         self._process = subprocess.Popen(
             host.command(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=python_environment()
         )

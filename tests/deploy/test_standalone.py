@@ -17,7 +17,7 @@ from deploy import config
 from deploy.application import build
 from deploy.errors import ConfigError
 from deploy.standalone import check_standalone, cluster_id, router_spec, run_dir
-from tests.fake_cluster import write_fake_model
+from tests.fake_model import write_fake_model
 from tests.processes import RedisServer, free_port, python_environment, redis_executable, wait_until
 
 SECRET = "a secret of many characters"

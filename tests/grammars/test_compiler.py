@@ -11,7 +11,7 @@ from grammars.compiler import MAX_CHOICES, MAX_SOURCE_BYTES, GrammarCompiler
 from grammars.errors import GrammarError
 from grammars.grammar import Grammar, GrammarKind
 from router.service.text import TextCodec
-from tests.fake_cluster import DEMO
+from tests.fake_model import DEMO
 
 VOCAB_SIZE = 4096
 CODEC = TextCodec(DEMO / "tokenizer.json")

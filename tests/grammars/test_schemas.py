@@ -22,7 +22,7 @@ from grammars.compiler import GrammarCompiler
 from grammars.errors import GrammarError
 from grammars.grammar import Grammar, GrammarKind
 from router.service.text import TextCodec
-from tests.fake_cluster import DEMO
+from tests.fake_model import DEMO
 
 VOCAB_SIZE, END_ID = 4096, 0
 MASKBENCH = Path(__file__).parents[3] / "shared" / "schemas" / "maskbench_sample.jsonl.gz"

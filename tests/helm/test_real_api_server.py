@@ -18,7 +18,7 @@ from deploy.kubernetes.client import EVENTS, LEASES, RAY_SERVICES, KubernetesApi
 from deploy.kubernetes.events import EventLog, ObjectReference
 from deploy.kubernetes.facts import ClusterFacts, release_of_pod
 from deploy.kubernetes.lease import LeaseHolder
-from tests.deploy import kubernetes_contract as contract
+from tests.deploy.kubernetes import contract
 from tests.helm.api_server import ADMIN, LIMITED, ApiServer, Json
 from tests.helm.api_server_build import CannotBuild, binaries
 from tests.helm.down_convert import down_converted

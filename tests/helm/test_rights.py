@@ -6,8 +6,8 @@ from deploy.kubernetes.client import RAY_SERVICES
 from deploy.kubernetes.events import EventLog, ObjectReference
 from deploy.kubernetes.facts import ClusterFacts, release_of_pod
 from deploy.kubernetes.lease import LeaseHolder
-from tests.deploy.kubernetes_api import FakeKubernetes, api_of
-from tests.deploy.kubernetes_contract import ray_service
+from tests.deploy.kubernetes.contract import ray_service
+from tests.deploy.kubernetes.fake_api import FakeKubernetes, api_of
 from tests.helm.rendering import objects, of_kind, pods
 from tests.helm.rendering import ray_service as ray_service_of
 

@@ -22,11 +22,11 @@ from router.fleet.messages import generation_request, journal_record
 from router.model_files import ModelFiles, SamplingDefaults
 from router.sampling import SamplingParams, check_sampling, sampling_message, sampling_params
 from router.service.defaults import settled
-from tests.fake_cluster import write_fake_model
+from tests.fake_model import write_fake_model
+from tests.router.api.test_grpc_api import PROMPT
 from tests.router.chat_templates import QWEN3
 from tests.router.conftest import DEMO, MODEL, running_cluster
 from tests.router.fake_worker import CONTEXT_TOKENS, VOCAB_SIZE, FakeWorker
-from tests.router.test_grpc_api import PROMPT
 from tests.workers.sampling import mask_top_k_top_p
 from workers.model.registry import load_config
 

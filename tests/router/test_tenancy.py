@@ -9,9 +9,9 @@ import pytest
 from switchyard_client import GenerationClient
 
 from router.api.tenancy import tenant_salt
+from tests.router.api.test_grpc_api import PROMPT, request
 from tests.router.conftest import MODEL, running_cluster
 from tests.router.fake_worker import FakeWorker
-from tests.router.test_grpc_api import PROMPT, request
 
 
 def test_a_credential_is_one_tenant_however_it_is_written() -> None:

@@ -23,8 +23,8 @@ from workers.parallel import ParallelGroups, Shard
 from workers.runtime.batching import PreparedBatch
 from workers.runtime.build import make_engine
 from workers.runtime.coordination.executor import GroupExecutor, follow
+from workers.runtime.drafting.build import feature_layers, load_draft, make_speculator
 from workers.runtime.runner import TorchModelRunner
-from workers.runtime.speculation import feature_layers, load_draft, make_speculator
 from workers.sampling.params import SamplingParams, TokenLogprobs
 from workers.sampling.row_reports import Reported
 from workers.speculation.drafters.drafter import Drafter

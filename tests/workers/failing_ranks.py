@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.workers.test_failed_steps import run_on
+from tests.workers.engine.test_failed_steps import run_on
 from workers.config import EngineConfig
 from workers.engine.adapters.ref import AdapterRef
 from workers.engine.request import Request

@@ -8,6 +8,7 @@ nothing of gRPC, text, Ray or other workers. Not thread-safe: one thread owns an
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -87,6 +88,7 @@ class Engine:
         self.speculation = speculation
         self._in_flight: deque[tuple[SchedulerOutput, Callable[[], ModelRunnerOutput]]] = deque()
         self._num_failed_steps = 0  # in a row
+        self._next_deadline_s = math.inf  # no request here has an earlier one
 
     def check(self, request: Request) -> None:
         """Raise InvalidRequest when a request can never be served here; else name its blocks. Takes long for a long
@@ -130,6 +132,7 @@ class Engine:
         if not request.is_checked:
             self.check(request)
         self.scheduler.add(request)
+        self._next_deadline_s = min(self._next_deadline_s, request.deadline_s)
 
     def continue_request(self, request_id: str, token_ids: list[int]) -> RequestEnd | None:
         """Let a request that waits for KV begin to decode; ends it when the tokens already complete it."""
@@ -160,8 +163,10 @@ class Engine:
     def expire(self) -> Iterator[RequestEnd]:
         """End what is past its deadline."""
         now = self._clock()
-        for request in [r for r in self.scheduler.requests.values() if r.deadline_s <= now]:
-            yield self._end(request, FinishReason.CANCELLED)
+        if now >= self._next_deadline_s:  # called before each step: all requests are looked at only when one is due
+            for request in [r for r in self.scheduler.requests.values() if r.deadline_s <= now]:
+                yield self._end(request, FinishReason.CANCELLED)
+            self._next_deadline_s = min((r.deadline_s for r in self.scheduler.requests.values()), default=math.inf)
         overdue = self.scheduler.adapters.overdue(self.scheduler.waiting, now, self._adapter_timeout_s)
         for request in list(overdue):
             yield self._end(request, FinishReason.ADAPTER_FAILED)

@@ -10,7 +10,7 @@ from checkpoint.tensors import weights_digest
 from workers.errors import ModelError
 from workers.model.config import ModelConfig
 
-_FAKE_WEIGHTS = "hashes of the history, 1"  # of the fake engine: changes with workers.runtime.fake_model
+_FAKE_WEIGHTS = "hashes of the history, 1"  # of the fake engine: changes with workers.runtime.fake.model
 
 
 def weights_identity(directory: Path, model: ModelConfig, runner: str) -> str:

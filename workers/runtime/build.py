@@ -22,7 +22,7 @@ from workers.model.config import ModelConfig, described
 from workers.parallel import ParallelGroups
 from workers.runtime.coordination.executor import GroupExecutor
 from workers.runtime.coordination.progress import StepProgress
-from workers.runtime.fake_runner import FakeModelRunner
+from workers.runtime.fake.runner import FakeModelRunner
 from workers.runtime.runner import TorchModelRunner, pick_dtype, schedules_async
 
 LoadedRunner = TorchModelRunner | FakeModelRunner
@@ -61,7 +61,7 @@ def make_engine(
     """An engine over a loaded runner; on rank 0 only.
 
     kv_names: from kv_fingerprint. transfer_cost: of its KV tiers, where there are any. speculation: from
-    workers.runtime.speculation, where there is some.
+    workers.runtime.drafting.build, where there is some.
     """
     context_tokens = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
     groups = runner.cache.layout.groups
@@ -105,8 +105,8 @@ def load_runner(
     device: torch.device,
     feature_layers: Sequence[int] = (),
 ) -> LoadedRunner:
-    """The runner that the config asks for, its weights loaded. feature_layers: of workers.runtime.speculation. Raises
-    ModelError."""
+    """The runner that the config asks for, its weights loaded. feature_layers: of workers.runtime.drafting.build.
+    Raises ModelError."""
     if config.runner == "fake":
         return FakeModelRunner(config, model, pick_dtype(config, device))
     return TorchModelRunner(config, model, groups, device, feature_layers=feature_layers)

@@ -32,9 +32,9 @@ from workers.parallel import ParallelGroups, Shard
 from workers.runtime.build import kv_fingerprint, load_runner, make_engine, make_executor
 from workers.runtime.coordination.executor import follow
 from workers.runtime.coordination.watch import RankWatch, WatchLimits
+from workers.runtime.drafting.build import feature_layers, load_draft, make_speculator, measure_costs
 from workers.runtime.leader import WorkerFacts, WorkerLeader
 from workers.runtime.runner import pick_device, pick_dtype
-from workers.runtime.speculation import feature_layers, load_draft, make_speculator, measure_costs
 from workers.speculation.step_costs import StepCosts
 
 log = logging.getLogger(__name__)

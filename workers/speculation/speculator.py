@@ -144,7 +144,7 @@ class Speculator:
         drafts = [_Draft(one) for one in wanted]
         is_adaptive = self._costs is not None
         for index, drafter in enumerate(self._drafters):
-            if not (is_adaptive and drafter.draft_s([1]) > 0):
+            if not (is_adaptive and drafter.is_costly):
                 self._ask(index, [draft for draft in drafts if not draft.token_ids])
         if is_adaptive:
             self._choose_lengths(scheduler, drafts, num_running)
@@ -167,8 +167,7 @@ class Speculator:
         costs, last = self._costs, len(self._drafters) - 1
         assert costs is not None, "without costs every draft is taken"
         costly = self._drafters[last]
-        is_costly = costly.draft_s([1]) > 0
-        is_open = [is_costly and not draft.token_ids for draft in drafts]
+        is_open = [costly.is_costly and not draft.token_ids for draft in drafts]
         for draft, is_unasked in zip(drafts, is_open, strict=True):
             draft.length = draft.wanted.num_tokens if is_unasked else len(draft.token_ids)
             draft.drafted_by = last if is_unasked else draft.drafted_by
@@ -215,11 +214,11 @@ class Speculator:
         last = len(self._drafters) - 1
         drafted = (r for r in plan.running_requests() if r.drafts_in_flight)
         judged = [r for r in drafted if self._proposed.get(r.request_id, _UNKNOWN).drafted_by == last]
-        draft_s = self._drafters[last].draft_s([1] * len(judged)) if judged else 0.0
-        if not draft_s:
+        if not (judged and self._drafters[last].is_costly):
             return
         num_seqs = len(plan.requests)
         num_drafts, is_sampled = sum(plan.num_tokens) - num_seqs, _are_sampled(plan.requests)
+        draft_s = self._drafters[last].draft_s([1] * len(judged))
         num_tokens = int(self._costs.step_s(num_seqs, num_drafts, is_sampled) / draft_s)
         if num_tokens > 1:  # the first one stands for the token that follows the last draft
             with self._guard():

@@ -25,6 +25,7 @@ _SERVED: tuple[tuple[str, str], ...] = (
     ("top_p", "in (0, 1]"),
     ("top_k", "an extension; 0 and -1 mean no limit"),
     ("seed", "an extension; the same seed gives the same tokens"),
+    ("num_speculative_tokens", "an extension; as of chats"),
     ("stream", "server-sent events, typed and numbered"),
     ("store", "false, which is what it is when it is left out, too"),
     ("chat_template_kwargs", "an extension; given to the chat template"),

@@ -84,6 +84,7 @@ class ResponsesRequest(BaseModel):
     # Extensions.
     top_k: Integer | None = None
     seed: Integer | None = None
+    num_speculative_tokens: Integer | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     cache_salt: str | None = None
     deadline_s: float | None = None
@@ -96,6 +97,7 @@ class ResponsesRequest(BaseModel):
             top_p=self.top_p,
             top_k=0 if self.top_k == -1 else self.top_k,
             seed=self.seed,
+            num_speculative_tokens=self.num_speculative_tokens,
             max_tokens=default_max_tokens if self.max_output_tokens is None else self.max_output_tokens,
             grammar=self._form(),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import shutil
 from collections.abc import Callable
@@ -55,6 +56,7 @@ def of_peft(base: Path, directory: Path) -> dict[str, tuple[int, float]]:
         {"target_modules": r".*layers\.[02]\.self_attn\.(q|v)_proj"},
         {"target_modules": ["mlp.down_proj"], "use_rslora": True},
         {"exclude_modules": ["k_proj"], "layers_to_transform": [1]},
+        {"layers_to_transform": 2, "layers_pattern": ["h", "layers"]},
         {
             "rank_pattern": {"q_proj": 3, r"layers\.1\.mlp\.up_proj": 2, "^model.layers.2.*down_proj": 7},
             "alpha_pattern": {"q_proj": 5, "mlp.gate_proj": 1},
@@ -119,6 +121,14 @@ def pickled(directory: Path) -> None:
     (directory / "adapter_model.bin").write_bytes(pickle.dumps({}))
 
 
+def with_value(name: str, value: float, dtype: torch.dtype) -> Callable[[Path], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = tensors[name].to(dtype)
+        tensors[name][-1, -1] = value
+
+    return set_tensors(change)
+
+
 def as_embedding(tensors: dict[str, torch.Tensor]) -> None:
     tensors["base_model.model.model.embed_tokens.lora_embedding_A"] = tensors.pop(A_NAME)
 
@@ -153,6 +163,11 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "embedding": (set_tensors(as_embedding), "lora_embedding_A: matrices of an embedding; not supported"),
     "stranger": (set_tensors(lambda t: t.update(x=torch.zeros(1, 1))), "adapter_model.safetensors: x: no matrix"),
     "untargeted": (set_config(target_modules=["k_proj"]), "is not among target_modules"),
+    "layers": (set_config(layers_to_transform=[0, 2]), r"model.layers.1.\S+ is not among target_modules and layers"),
+    "nan": (with_value(A_NAME, math.nan, torch.float32), f"safetensors: {A_NAME} holds values that are not finite"),
+    "inf": (with_value(B_NAME, math.inf, torch.float32), f"safetensors: {B_NAME} holds values that are not finite"),
+    "nan16": (with_value(B_NAME, math.nan, torch.float16), f"safetensors: {B_NAME} holds values that are not finite"),
+    "-inf16": (with_value(A_NAME, -math.inf, torch.bfloat16), f"safetensors: {A_NAME} holds values that are not"),
     "empty": (set_tensors(lambda t: t.clear()), "adapter_model.safetensors: no tensors"),
 }  # fmt: skip
 
@@ -165,6 +180,13 @@ def test_what_cannot_be_served_is_refused_by_name(adapter: Path, damage: str) ->
         read_adapter(adapter)
     assert str(adapter) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_largest_numbers_are_finite(adapter: Path, dtype: torch.dtype) -> None:
+    for value in (torch.finfo(dtype).max, torch.finfo(dtype).min):
+        with_value(A_NAME, value, dtype)(adapter)
+        read_adapter(adapter)
 
 
 def test_a_name_that_is_too_long_is_refused(adapter: Path) -> None:

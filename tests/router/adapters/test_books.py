@@ -8,7 +8,7 @@ from router.placement.policy import AdapterNeed, Placement, Role, RouteRequest
 from router.placement.residency import HeldAdapters, by_rendezvous
 from router.service.generation import Account
 from telemetry.router import MAX_ADAPTER_LABELS
-from tests.router.test_fleet import fleet_of, info
+from tests.router.fleet.test_fleet import fleet_of, info
 
 DIGEST, OTHER = b"a" * 32, b"b" * 32
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.workers.failing_ranks import Fault, Outcome, run_with
-from tests.workers.test_failed_step_ranks import check
+from tests.workers.runtime.test_failed_step_ranks import check
 from workers.config import EngineConfig
 from workers.engine.adapters.ref import AdapterRef
 

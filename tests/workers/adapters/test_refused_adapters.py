@@ -28,8 +28,9 @@ def rename(old: str, new: str) -> Callable[[dict[str, torch.Tensor]], dict[str, 
     return lambda tensors: {name.replace(old, new): tensor for name, tensor in tensors.items()}
 
 
-def write_infinity(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    tensors[NAME][1, 1] = float("inf")
+def write_too_large(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A number that is infinite once it is multiplied by the adapter's scale."""
+    tensors[NAME][1, 1] = torch.finfo(torch.float32).max
     return tensors
 
 
@@ -91,7 +92,7 @@ def test_of_a_wider_model(split: EngineGroup, base: Path, folder: Path, adapters
         (rename("layers.2.mlp.down_proj", "layers.7.mlp.down_proj"), "layers.7.mlp.down_proj: this model has no such"),
         (rename("model.model.layers.1.mlp", "model.model.layers.1.ffn"), "layers.1.ffn.down_proj: this model has no"),
         (rename("model.model.layers.0.mlp.up_proj", "model.lm_head.up_proj"), "lm_head.up_proj: this model has no"),
-        (write_infinity, f"{NAME} holds values that are no finite numbers"),
+        (write_too_large, f"{NAME} holds values that are no finite numbers"),
     ],
 )
 def test_of_another_model(
@@ -129,7 +130,7 @@ def test_what_only_the_last_rank_finds_out_is_said(
     name = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
 
     def spoil(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        tensors[name][-1, 0] = float("inf")  # of the last rank's share
+        tensors[name][-1, 0] = torch.finfo(torch.float32).max  # of the last rank's share; infinite once it is scaled
         return tensors
 
     error = f"{name} holds values that are no finite numbers"

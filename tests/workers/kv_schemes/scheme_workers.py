@@ -15,7 +15,7 @@ from switchyard.v1 import worker_pb2
 
 from kvstore.config import KVStoreConfig
 from tests.processes import KVNode
-from tests.workers.test_disaggregation import ALWAYS, spec_for, worker
+from tests.workers.kv.test_disaggregation import ALWAYS, spec_for, worker
 from tests.workers.worker_client import WorkerClient
 from workers.config import WorkerSpec
 from workers.kv.grid import FragmentGrid

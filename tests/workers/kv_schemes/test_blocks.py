@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from kvstore.config import KV_CACHE_DTYPES, KVStoreConfig
 from tests.workers.engine_group import EngineGroup
-from tests.workers.test_batch_invariance import GREEDY
+from tests.workers.runtime.test_batch_invariance import GREEDY
 from tests.workers.tiny_llama import make_checkpoint, prompts, with_kv_channels
 from workers.config import EngineConfig
 from workers.engine.step import BlockTransfer

@@ -10,8 +10,8 @@ import torch
 
 from tests.quant.served import FIXTURES, MODELS, oracle
 from tests.workers.engine_group import EngineGroup
-from tests.workers.test_batch_invariance import GREEDY, SAMPLED, assert_same, many_prompts, pick
-from tests.workers.test_family_plugin import CONFIG, PLUGINS, make_random
+from tests.workers.model.test_family_plugin import CONFIG, PLUGINS, make_random
+from tests.workers.runtime.test_batch_invariance import GREEDY, SAMPLED, assert_same, many_prompts, pick
 from tests.workers.tiny_llama import make_checkpoint, with_kv_channels
 from workers.config import EngineConfig
 

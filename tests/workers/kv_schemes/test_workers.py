@@ -19,11 +19,11 @@ from switchyard.v1 import worker_pb2
 from kvstore.config import KV_CACHE_DTYPES, KVStoreConfig
 from kvstore.format.sealing import HEADER_BYTES
 from kvstore.names import NAME_BYTES
-from tests.cluster.test_fault_injection import FaultInjector, fragment_keys
-from tests.fault_injector import ArenaStorage
+from tests.cluster.faults.storages import ArenaStorage
+from tests.cluster.faults.ways import FaultInjector, fragment_keys
 from tests.processes import KVNode
+from tests.workers.kv.test_disaggregation import ALWAYS, prompt, worker
 from tests.workers.kv_schemes.scheme_workers import BLOCK_SIZE, SchemeWorkers, mixed, scheme_spec, start
-from tests.workers.test_disaggregation import ALWAYS, prompt, worker
 from tests.workers.tiny_llama import make_checkpoint, with_kv_channels
 from tests.workers.worker_client import WorkerClient, disaggregate, wait_until
 
@@ -113,7 +113,7 @@ def num_equal_fragments(workers: SchemeWorkers, token_ids: Sequence[int], other_
 
 
 def test_damaged_blocks_are_computed_again(workers: SchemeWorkers) -> None:
-    """Damaged and stale ones: the kinds that tests.fault_injector knows, in turn. Of each form that blocks have."""
+    """Damaged and stale ones: the kinds that tests.cluster.faults.injector knows, in turn. Of each form of blocks."""
     prompts = [prompt(95, seed=60 + i) for i in range(6)]
     grid, *nearer = workers.grids()
     right = workers.undisturbed(prompts, 8)

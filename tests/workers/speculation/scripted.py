@@ -59,6 +59,11 @@ class Scripted:
     def forget(self, request: Request) -> None:
         """As in Drafter."""
 
+    @property
+    def is_costly(self) -> bool:
+        """As in Drafter."""
+        return False
+
     def draft_s(self, lengths: Sequence[int]) -> float:
         """As in Drafter."""
         return 0.0

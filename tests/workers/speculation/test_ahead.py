@@ -17,7 +17,7 @@ from workers.engine.request import Request
 from workers.model.registry import load_config
 from workers.parallel import ParallelGroups, Shard
 from workers.runtime.build import make_engine
-from workers.runtime.speculation import load_draft
+from workers.runtime.drafting.build import load_draft
 from workers.speculation.drafters.draft_model import DraftModel
 from workers.speculation.speculator import Speculator
 from workers.speculation.step_costs import StepCosts
@@ -28,6 +28,8 @@ NUMBERS = range(9)
 
 class Counted:
     """A draft model whose steps seem to take no time beside the model's, and that counts what it does ahead."""
+
+    is_costly = True
 
     def __init__(self, draft: DraftModel) -> None:
         self._draft = draft

@@ -13,7 +13,7 @@ from kvstore.blocks.block_pools import BlockPools
 from tests.workers.tiny_llama import make_checkpoint
 from workers.config import EngineConfig, SpeculativeOptions
 from workers.engine.request import Request
-from workers.runtime.speculation import load_draft
+from workers.runtime.drafting.build import load_draft
 from workers.sampling.params import SamplingParams
 from workers.speculation.drafters.draft_model import DraftModel
 from workers.speculation.drafters.drafter import DraftWanted

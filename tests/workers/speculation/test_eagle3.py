@@ -18,7 +18,7 @@ from workers.engine.adapters.ref import AdapterRef
 from workers.engine.request import Request
 from workers.engine.step import SchedulerOutput
 from workers.model.heads.eagle3 import Eagle3Head
-from workers.runtime.speculation import load_draft
+from workers.runtime.drafting.build import load_draft
 from workers.sampling.params import SamplingParams
 from workers.speculation.drafters.drafter import DraftWanted
 from workers.speculation.drafters.feature_head import FeatureHead

@@ -43,6 +43,11 @@ class Drafter(Protocol):
         """The request has left the engine. What it has may be used to propose tokens for its tenant's next ones."""
         ...
 
+    @property
+    def is_costly(self) -> bool:
+        """Whether the time that proposing takes is worth counting."""
+        ...
+
     def draft_s(self, lengths: Sequence[int]) -> float:
-        """How long it takes to propose so many tokens for each of some requests; 0 where that is not worth counting."""
+        """How long it takes to propose so many tokens for each of some requests; 0 where is_costly is false."""
         ...

@@ -227,6 +227,11 @@ class FeatureHead:
         self._waiting.pop(request.request_id, None)
         self._sequences.forget(request.request_id)
 
+    @property
+    def is_costly(self) -> bool:
+        """As in Drafter."""
+        return self._costs is not None
+
     def draft_s(self, lengths: Sequence[int]) -> float:
         """As in Drafter."""
         return chain_s(self._costs, lengths)

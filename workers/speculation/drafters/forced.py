@@ -85,6 +85,11 @@ class ForcedTokens:
         """As in Drafter."""
         self._positions.pop(request.request_id, None)
 
+    @property
+    def is_costly(self) -> bool:
+        """As in Drafter."""
+        return False
+
     def draft_s(self, lengths: Sequence[int]) -> float:
         """As in Drafter."""
         return 0.0
@@ -117,6 +122,11 @@ class WithinGrammar:
     def forget(self, request: Request) -> None:
         """As in Drafter."""
         self._drafter.forget(request)
+
+    @property
+    def is_costly(self) -> bool:
+        """As in Drafter."""
+        return self._drafter.is_costly
 
     def draft_s(self, lengths: Sequence[int]) -> float:
         """As in Drafter."""

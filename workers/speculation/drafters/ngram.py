@@ -53,6 +53,11 @@ class NgramDrafter:
         """As in Drafter."""
         self._past.pop(request.request_id, None)
 
+    @property
+    def is_costly(self) -> bool:
+        """As in Drafter."""
+        return False
+
     def draft_s(self, lengths: Sequence[int]) -> float:
         """As in Drafter."""
         return 0.0

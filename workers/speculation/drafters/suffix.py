@@ -148,6 +148,11 @@ class SuffixDrafter:
         if request.num_output_tokens:
             self._remembered.add(_tenant(request), tuple(request.token_ids))
 
+    @property
+    def is_costly(self) -> bool:
+        """As in Drafter."""
+        return False
+
     def draft_s(self, lengths: Sequence[int]) -> float:
         """As in Drafter."""
         return 0.0

@@ -1,0 +1,1 @@
+"""Speculative decoding: its drafters, its budget under load, and trees beside chains."""
