@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -131,7 +131,8 @@ class GraphedStage:
     def _whole(self, batch: Batch, size: int) -> Call:
         def call() -> tuple[Tensor, ...]:
             features: list[Tensor] = []
-            return self._stage.forward(batch, self._kv_caches, self._received_rows(size), features), *features
+            anew = replace(batch)  # without plans: lengths are others in each replay
+            return self._stage.forward(anew, self._kv_caches, self._received_rows(size), features), *features
 
         return call
 

@@ -23,11 +23,13 @@ from workers.speculation.drafters.drafter import Drafter, DraftWanted
 from workers.speculation.goodput import GainBias, draft_budget
 from workers.speculation.quiet import QuietRequests
 from workers.speculation.step_costs import StepCosts
+from workers.speculation.trials import DraftTrials
 
 log = logging.getLogger(__name__)
 
 _LONGEST_PAUSE = 32  # steps between two probes while no drafts pay
 _PROBE_TOKENS = 1
+_LONGEST_INTERVAL = 3.0  # between two steps, times what the later one took
 MIN_GAIN = 1.03  # times as many tokens a second as without drafts: less is within the error of the estimates
 
 
@@ -80,6 +82,8 @@ class Speculator:
         self._pause = 0  # steps to come without a look at drafts
         self._next_pause = 1
         self._bias = GainBias()
+        self._trials = DraftTrials()
+        self._last_step = (0, 0.0)  # sequences of the step before, if all of them decoded, and when it ended
         self._is_broken = False  # a drafter has raised
         positions = [0] * options.most_tokens
         self.counters = SpeculationCounters(
@@ -90,6 +94,10 @@ class Speculator:
     def propose(self, scheduler: Scheduler) -> None:
         """Give the scheduler drafts for the plan that it makes next."""
         if self._is_broken:
+            return
+        if self._costs is not None and not self._trials.has_drafts(len(scheduler.running)):
+            for request in scheduler.running:
+                request.awaits_drafts = False
             return
         if self._pause:
             self._pause -= 1
@@ -233,10 +241,15 @@ class Speculator:
 
     def step_took(self, plan: SchedulerOutput, judged: Sequence[JudgedDrafts], duration_s: float) -> None:
         """A step is through. duration_s: from its start to its end, without the drafting before it."""
+        num_before, ended_s = self._last_step
+        is_timed = self._costs is not None and plan.requests and plan.num_tokens == plan.num_logits
+        self._last_step = (len(plan.requests) if is_timed else 0, self._clock())
         with self._guard():
             proposed = [self._note(one) for one in judged]
-            if self._costs is not None and plan.requests and plan.num_tokens == plan.num_logits:
+            if is_timed:
                 self._note_time(plan, judged, proposed, duration_s)
+                if num_before == len(plan.requests):
+                    self._note_interval(judged, proposed, duration_s, self._last_step[1] - ended_s)
 
     def _note(self, one: JudgedDrafts) -> _Proposed:
         counters, request_id = self.counters, one.request.request_id
@@ -266,6 +279,15 @@ class Speculator:
             self.counters.saved_seconds += num_tokens * plain_s - took_s
             if expected_gain := max(one.expected_gain for one in proposed):
                 self._bias.note(expected_gain, num_tokens * plain_s / took_s)
+
+    def _note_interval(
+        self, judged: Sequence[JudgedDrafts], proposed: Sequence[_Proposed], duration_s: float, interval_s: float
+    ) -> None:
+        """interval_s: since the end of the step before, which had as many sequences."""
+        took_s = duration_s + sum(one.drafting_s for one in proposed)
+        if 0 < interval_s < _LONGEST_INTERVAL * took_s:  # else the engine has waited for a client
+            num_seqs = self._last_step[0]
+            self._trials.note(num_seqs, 1 + sum(one.num_right for one in judged) / num_seqs, interval_s)
 
     def forget(self, request: Request) -> None:
         """The request has left the engine."""
