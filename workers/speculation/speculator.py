@@ -27,7 +27,7 @@ from workers.speculation.trials import DraftTrials
 
 log = logging.getLogger(__name__)
 
-_LONGEST_PAUSE = 32  # steps between two probes while no drafts pay
+_LONGEST_PAUSE = 64  # steps between two probes while no drafts pay
 _PROBE_TOKENS = 1
 _LONGEST_INTERVAL = 3.0  # between two steps, times what the later one took
 MIN_GAIN = 1.03  # times as many tokens a second as without drafts: less is within the error of the estimates
@@ -81,6 +81,7 @@ class Speculator:
         self._quiet = QuietRequests()
         self._pause = 0  # steps to come without a look at drafts
         self._next_pause = 1
+        self._probed = ""  # the request that had the last probe
         self._bias = GainBias()
         self._trials = DraftTrials()
         self._last_step = (0, 0.0)  # sequences of the step before, if all of them decoded, and when it ended
@@ -205,14 +206,16 @@ class Speculator:
         self._ask(last, asked)
 
     def _probe(self, scheduler: Scheduler, drafts: Sequence[_Draft]) -> Sequence[int]:
-        """No drafts pay: let one request have one, so that a change is noticed, and look again after a pause."""
+        """No drafts pay: let one request have one, so that a change is noticed, and look again after a pause. The same
+        one as before, if it can: a draft model has read its prompt."""
         self._bias.relax()
         self._pause = self._next_pause
         self._next_pause = min(2 * self._next_pause, _LONGEST_PAUSE)
         for request in scheduler.running:
             request.awaits_drafts = False
         able = [index for index, draft in enumerate(drafts) if draft.length]
-        probed = able[self.counters.num_drafts % len(able)]
+        probed = next((index for index in able if drafts[index].request_id == self._probed), able[0])
+        self._probed = drafts[probed].request_id
         return [min(_PROBE_TOKENS, draft.length) * (index == probed) for index, draft in enumerate(drafts)]
 
     def while_computing(self, plan: SchedulerOutput) -> None:

@@ -1,19 +1,21 @@
 """Whether drafts pay at all in a batch of some size, by what whole steps were seen to bring with them and without.
 
 Estimates of single drafts leave out what the host does between steps. So each way is tried for a few steps, and the
-faster one is kept until the other is tried again: so rarely that all trials cost a hundredth of the time. Pure.
+faster one is kept until the other is tried again: so rarely that trials cost half a hundredth of the time. Pure.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 _TRIAL_STEPS = 16
 _SETTLING_STEPS = 3  # of a stretch that do not count: some were planned before it, and a draft catches up
-_TRIAL_SHARE = 0.01  # of the time, lost in trials
-_PERIOD = (64, 1024)  # steps between two trials, least and most
+_TRIAL_SHARE = 0.005  # of the time, lost in trials
+_PERIOD = (64, 2048)  # steps between two trials, least and most
 _OUTLIERS = 8  # of so many steps the slowest does not count
-_TIE = 0.99  # of the time with drafts: without them a step must take less than this share, or drafts stay
+_MIN_GAIN = math.log(1.01)  # of drafts that stay
+_LATEST = 0.4  # weight of the last comparison: machines are noisy
 
 
 class DraftTrials:
@@ -44,35 +46,35 @@ class _Batches:
     def __init__(self) -> None:
         self.is_drafted = True
         self._is_trial = True
-        self._num_steps = 0  # of this stretch
+        self._num_steps, self._num_tokens, self._took_s = 0, 0.0, 0.0  # of this stretch
         self._length = _TRIAL_STEPS
         self._steps: deque[tuple[float, float]] = deque(maxlen=4 * _TRIAL_STEPS)  # tokens, seconds
         self._token_s: dict[bool, float] = {}  # of each way, at the end of its last stretch
+        self._gain: float | None = None  # logarithm of how many times as fast drafts make it
 
     def note(self, num_tokens: float, interval_s: float) -> None:
         """As in DraftTrials."""
-        self._num_steps += 1
+        self._num_steps, self._num_tokens = self._num_steps + 1, self._num_tokens + num_tokens
+        self._took_s += interval_s
         if self._num_steps > _SETTLING_STEPS:
             self._steps.append((num_tokens, interval_s))
         if self._num_steps < self._length:
             return
         self._token_s[self.is_drafted] = _token_s(self._steps)
         if self._is_trial and len(self._token_s) == 2:
-            plain_s, drafted_s = self._token_s[False], self._token_s[True]
-            lost = _TRIAL_STEPS * (1 - min(plain_s, drafted_s) / max(plain_s, drafted_s))
-            self._begin(plain_s >= _TIE * drafted_s, _clamped(round(lost / _TRIAL_SHARE)))
+            gain = math.log(self._token_s[False] / self._token_s[True])
+            self._gain = gain if self._gain is None else self._gain + _LATEST * (gain - self._gain)
+            lost = self._took_s / min(self._token_s.values()) - self._num_tokens  # steps; what does not count, too
+            self._begin(self._gain >= _MIN_GAIN, round(min(max(lost / _TRIAL_SHARE, _PERIOD[0]), _PERIOD[1])))
             self._is_trial = False
         else:
             self._begin(not self.is_drafted, _TRIAL_STEPS)
             self._is_trial = True
 
     def _begin(self, is_drafted: bool, length: int) -> None:
-        self.is_drafted, self._length, self._num_steps = is_drafted, length, 0
+        self.is_drafted, self._length = is_drafted, length
+        self._num_steps, self._num_tokens, self._took_s = 0, 0.0, 0.0
         self._steps.clear()
-
-
-def _clamped(num_steps: int) -> int:
-    return min(max(num_steps, _PERIOD[0]), _PERIOD[1])
 
 
 def _token_s(steps: deque[tuple[float, float]]) -> float:

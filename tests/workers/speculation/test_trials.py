@@ -50,23 +50,24 @@ def _is_drafted_next(trials: DraftTrials, gain: float) -> bool:
 
 
 def test_a_change_is_noticed() -> None:
-    """Drafts that cost a tenth begin to pay: they are back after at most as many steps as lie between two trials."""
+    """Drafts that cost a tenth begin to pay: they are back after a few trials."""
     trials = DraftTrials()
     shares(1000, lambda _: (0.9, 1.0), lambda _: (1.0, 1.0), trials)
-    assert not trials.has_drafts(8)
-    shares(300, lambda _: (1.5, 1.0), lambda _: (1.0, 1.0), trials)
+    assert sum(_is_drafted_next(trials, 0.9) for _ in range(500)) < 50
+    shares(1000, lambda _: (1.5, 1.0), lambda _: (1.0, 1.0), trials)
     assert sum(_is_drafted_next(trials, 1.5) for _ in range(200)) > 150
 
 
-def test_drafts_that_cost_nothing_stay() -> None:
+def test_drafts_that_bring_nothing_are_tried_often() -> None:
+    """They cost nothing, so that trials may come one after the other; but they do not stay."""
     trials = DraftTrials()
-    shares(200, lambda _: (1.0, 1.005), lambda _: (1.0, 1.0), trials)
-    assert sum(_is_drafted_next(trials, 1.0) for _ in range(500)) > 350
+    shares(200, lambda _: (1.0, 1.0), lambda _: (1.0, 1.0), trials)
+    assert 80 < sum(_is_drafted_next(trials, 1.0) for _ in range(800)) < 240
 
 
 @pytest.mark.parametrize("num_seqs", [1, 4, 32])
 def test_batches_of_another_size_are_judged_alone(num_seqs: int) -> None:
     trials = DraftTrials()
-    shares(1000, lambda _: (0.7, 1.0), lambda _: (1.0, 1.0), trials)
+    shares(500, lambda _: (0.7, 1.0), lambda _: (1.0, 1.0), trials)
     assert not trials.has_drafts(8)
     assert trials.has_drafts(num_seqs)
