@@ -34,7 +34,7 @@ smollm2: env     ## install a small real model for `make serve ARGS="--model smo
 
 # These run two at a time: tests that compute, and tests whose processes mostly wait for one another.
 # The others listen to clocks or start whole clusters, so each has the machine; so have the files that hold to a second.
-TWO_AT_A_TIME := $(addprefix tests/,checkpoint compress costs grammars kernels kvstore planner quant router settings telemetry training workers)
+TWO_AT_A_TIME := $(addprefix tests/,bench checkpoint compress costs grammars helm kernels kvstore planner quant router settings telemetry training workers)
 ONE_AT_A_TIME := $(filter-out $(TWO_AT_A_TIME) %/__pycache__,$(patsubst %/,%,$(wildcard tests/*/))) \
   $(wildcard tests/test_*.py)
 TIMED := tests/router/api/test_grpc_api.py tests/router/api/test_http_api.py

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from switchyard_client import Finished, GenerationRequest, SamplingParams, Tokens
 
 from tests.cluster.test_kill_at_every_token import EVERY, NUM_TOKENS, SPREAD, Once, all_positions, busy
 from tests.fake_cluster import Answer, FakeCluster
@@ -74,4 +75,24 @@ def test_a_drafting_worker_may_die_at_any_token(
         cluster.wait_complete()
     assert num_replaced >= len(positions) // 3
     assert 0 < num_accepted < num_drafts
+    cluster.wait_at_rest()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_each_choice_of_a_request_has_its_own_tokens(fake_cluster: MakeCluster, temperature: float) -> None:
+    """Several choices over shared prompt blocks, all with drafts; the second time they are in the worker's memory."""
+    cluster = fake_cluster(step_s=STEP_S, engine=DRAFTS, sizes={"vocab_size": VOCAB_SIZE})
+    client, num_choices = cluster.client(), 4
+    sampling = SamplingParams(temperature=temperature, max_tokens=NUM_TOKENS, ignore_eos=True, seed=1)
+    num_accepted = 0
+    for _ in range(2):
+        ids: list[list[int]] = [[] for _ in range(num_choices)]
+        for index, event in client.generate_many([GenerationRequest(tuple(prompt(3)), sampling)], num_choices):
+            if isinstance(event, Tokens):
+                ids[index] += event.ids
+            elif isinstance(event, Finished):
+                num_accepted += event.stats.num_accepted_tokens
+        seeds = range(1, num_choices + 1)
+        assert ids == [fake_completion(prompt(3), NUM_TOKENS, VOCAB_SIZE, temperature, seed) for seed in seeds]
+    assert num_accepted > 0
     cluster.wait_at_rest()
