@@ -17,10 +17,9 @@ import torch
 
 from costs import ops as costs
 from kernels.attention.cases import PLAIN, Options, OptionValues
-from kernels.attention.decode_cpu import DecodePlan, attend_decodes
+from kernels.attention.decode_cpu import DecodePlan, attend_decodes, attend_decodes_in_fixed_order
 from kernels.attention.paged import (
     Softmax,
-    attend_in_fixed_order,
     define,
     gather_sequence,
     is_per_head,
@@ -290,16 +289,11 @@ def cpu(
     plan: DecodePlan | None = None,
 ) -> torch.Tensor:
     softmax = Softmax(scale, window, sinks, soft_cap)
-    if not batch_invariant:
-        if plan is None:
-            plan = DecodePlan.of(block_table, seq_lens, kv_cache, q.dtype, window)
-        return attend_decodes(q, kv_cache, plan, softmax, kv_scales)
-    out = torch.zeros_like(q)
-    for i, length in enumerate(seq_lens.tolist()):
-        if length:
-            kv = gather_sequence(kv_cache, block_table[i], length, kv_scales, softmax.first_key(length - 1))
-            out[i : i + 1] = attend_in_fixed_order(q[i : i + 1], kv, length, softmax)
-    return out
+    if batch_invariant:
+        return attend_decodes_in_fixed_order(q, kv_cache, block_table, seq_lens, softmax, kv_scales)
+    if plan is None:
+        plan = DecodePlan.of(block_table, seq_lens, kv_cache, q.dtype, window)
+    return attend_decodes(q, kv_cache, plan, softmax, kv_scales)
 
 
 def _cost(

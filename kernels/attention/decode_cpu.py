@@ -13,7 +13,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kernels.attention.paged import Softmax, block_rows, gather_rows, seen_bias, softmax_attention
+from kernels.attention.paged import (
+    Softmax,
+    attend_in_fixed_order,
+    block_rows,
+    gather_rows,
+    gather_sequence,
+    seen_bias,
+    softmax_attention,
+)
 from kernels.jit import cdiv
 
 Ints = npt.NDArray[np.integer]
@@ -39,8 +47,7 @@ class _Part:
 class DecodePlan:
     """Which tokens of the cache the sequences of a step read, and in which calls."""
 
-    parts: tuple[_Part, ...]
-    is_whole: bool  # each sequence is in a part; else those without tokens are in none
+    parts: tuple[_Part, ...]  # some sequences without tokens are in none
 
     @staticmethod
     def of(
@@ -52,8 +59,7 @@ class DecodePlan:
     ) -> DecodePlan:
         """kv_cache: any layer's; its shape counts. dtype: of q. window: as in Softmax."""
         spans = _Spans.of(seq_lens.numpy(), kv_cache.shape[3], window)
-        parts = tuple(_parts(spans, block_table.numpy(), kv_cache, dtype))
-        return DecodePlan(parts, sum(part.num_sequences for part in parts) == len(seq_lens))
+        return DecodePlan(tuple(_parts(spans, block_table.numpy(), kv_cache, dtype)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,15 +119,12 @@ def attend_decodes(
     q: torch.Tensor, kv_cache: torch.Tensor, plan: DecodePlan, softmax: Softmax, kv_scales: torch.Tensor | None
 ) -> torch.Tensor:
     """q [sequences, q_heads, head_dim] -> the same shape. softmax: its window is the plan's."""
-    if plan.is_whole and len(plan.parts) == 1 and plan.parts[0].members is None:
-        return _attend_part(q, kv_cache, plan.parts[0], softmax, kv_scales)
-    out = torch.empty_like(q) if plan.is_whole else torch.zeros_like(q)
+    out = torch.zeros_like(q)
     for part in plan.parts:
-        rows = q if part.members is None else q.index_select(0, part.members)
-        attended = _attend_part(rows, kv_cache, part, softmax, kv_scales)
         if part.members is None:
-            return attended
-        out.index_copy_(0, part.members, attended)
+            return _attend_part(q, kv_cache, part, softmax, kv_scales)
+        rows = q.index_select(0, part.members)
+        out.index_copy_(0, part.members, _attend_part(rows, kv_cache, part, softmax, kv_scales))
     return out
 
 
@@ -137,6 +140,23 @@ def _attend_part(
     rows = q.reshape(part.num_sequences, num_kv_heads, -1, head_dim)
     out = softmax_attention(rows, k, v, part.bias, softmax, (num_kv_heads, -1, 1))
     return out.reshape(q.shape)
+
+
+def attend_decodes_in_fixed_order(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    softmax: Softmax,
+    kv_scales: torch.Tensor | None,
+) -> torch.Tensor:
+    """As attend_decodes, in batch-invariant mode: one sequence at a time."""
+    out = torch.zeros_like(q)
+    for i, length in enumerate(seq_lens.tolist()):
+        if length:
+            kv = gather_sequence(kv_cache, block_table[i], length, kv_scales, softmax.first_key(length - 1))
+            out[i : i + 1] = attend_in_fixed_order(q[i : i + 1], kv, length, softmax)
+    return out
 
 
 def similar_lengths(lengths: list[int], elements_per_token: int) -> list[list[int]]:

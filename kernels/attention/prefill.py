@@ -18,13 +18,12 @@ from costs import ops as costs
 from kernels.attention.cases import PLAIN, Options, OptionValues
 from kernels.attention.paged import (
     Softmax,
-    attend_in_fixed_order,
     define,
     gather_sequence,
     is_per_head,
     kv_token_bytes,
 )
-from kernels.attention.prefill_cpu import PrefillPlan, attend_prefills
+from kernels.attention.prefill_cpu import PrefillPlan, attend_prefills, attend_prefills_in_fixed_order
 from kernels.attention.tile import attend, score_factors
 from kernels.cases import Draw, PagedShape
 from kernels.jit import Value, cdiv, constexpr, jit, next_power_of_2, tl
@@ -218,19 +217,11 @@ def cpu(
     plan: PrefillPlan | None = None,
 ) -> torch.Tensor:
     softmax = Softmax(scale, window, sinks, soft_cap)
-    if not batch_invariant:
-        if plan is None:
-            plan = PrefillPlan.of(block_table, query_start_loc, seq_lens, kv_cache, q.dtype, window)
-        return attend_prefills(q, kv_cache, plan, softmax, kv_scales)
-    starts: list[int] = query_start_loc.tolist()
-    out = torch.empty(q.shape, dtype=q.dtype)
-    for i, length in enumerate(seq_lens.tolist()):
-        rows = q[starts[i] : starts[i + 1]]
-        if len(rows):
-            first_key = softmax.first_key(length - len(rows))
-            kv = gather_sequence(kv_cache, block_table[i], length, kv_scales, first_key)
-            out[starts[i] : starts[i + 1]] = attend_in_fixed_order(rows, kv, length, softmax)
-    return out
+    if batch_invariant:
+        return attend_prefills_in_fixed_order(q, kv_cache, block_table, query_start_loc, seq_lens, softmax, kv_scales)
+    if plan is None:
+        plan = PrefillPlan.of(block_table, query_start_loc, seq_lens, kv_cache, q.dtype, window)
+    return attend_prefills(q, kv_cache, plan, softmax, kv_scales)
 
 
 def _cost(

@@ -10,7 +10,15 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.attention.paged import Softmax, block_rows, gather_rows, seen_bias, softmax_attention
+from kernels.attention.paged import (
+    Softmax,
+    attend_in_fixed_order,
+    block_rows,
+    gather_rows,
+    gather_sequence,
+    seen_bias,
+    softmax_attention,
+)
 from kernels.jit import cdiv
 
 # Of one call of torch's attention, which computes what its bias leaves out: the rows of a small tile share nearly all
@@ -100,4 +108,25 @@ def attend_prefills(
                 (num_kv_heads, -1, 1, 1),
             )  # fmt: skip
             attended[tile.queries] = found.permute(2, 0, 1, 3)
+    return out
+
+
+def attend_prefills_in_fixed_order(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    softmax: Softmax,
+    kv_scales: torch.Tensor | None,
+) -> torch.Tensor:
+    """As attend_prefills, in batch-invariant mode."""
+    starts: list[int] = query_start_loc.tolist()
+    out = torch.empty(q.shape, dtype=q.dtype)
+    for i, length in enumerate(seq_lens.tolist()):
+        rows = q[starts[i] : starts[i + 1]]
+        if len(rows):
+            first_key = softmax.first_key(length - len(rows))
+            kv = gather_sequence(kv_cache, block_table[i], length, kv_scales, first_key)
+            out[starts[i] : starts[i + 1]] = attend_in_fixed_order(rows, kv, length, softmax)
     return out

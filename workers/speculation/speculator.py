@@ -97,8 +97,7 @@ class Speculator:
         if self._is_broken:
             return
         if self._costs is not None and not self._trials.has_drafts(len(scheduler.running)):
-            for request in scheduler.running:
-                request.awaits_drafts = False
+            _await_no_drafts(scheduler)
             return
         if self._pause:
             self._pause -= 1
@@ -211,8 +210,7 @@ class Speculator:
         self._bias.relax()
         self._pause = self._next_pause
         self._next_pause = min(2 * self._next_pause, _LONGEST_PAUSE)
-        for request in scheduler.running:
-            request.awaits_drafts = False
+        _await_no_drafts(scheduler)
         able = [index for index, draft in enumerate(drafts) if draft.length]
         probed = next((index for index in able if drafts[index].request_id == self._probed), able[0])
         self._probed = drafts[probed].request_id
@@ -300,6 +298,12 @@ class Speculator:
             for drafter, estimates in zip(self._drafters, self._estimates, strict=True):
                 estimates.forget(request.request_id)
                 drafter.forget(request)
+
+
+def _await_no_drafts(scheduler: Scheduler) -> None:
+    """Requests may be planned ahead of their tokens."""
+    for request in scheduler.running:
+        request.awaits_drafts = False
 
 
 def _are_sampled(requests: Sequence[Request]) -> bool:
