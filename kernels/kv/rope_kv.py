@@ -208,8 +208,12 @@ def cpu(
 
 
 def write_kv(k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-    """All tokens at once where there are many; the same result as write_rows."""
+    """All tokens at once where there are many; the same result as write_rows. While it is exported it takes any number
+    of tokens, all of them to be written."""
     block_size = kv_cache.shape[3]
+    if torch.compiler.is_exporting():
+        _write_all(k, v, kv_cache, slot_mapping)
+        return
     if k.shape[0] <= _FEW_TOKENS:
         for i, slot in enumerate(slot_mapping.tolist()):
             if slot >= 0:
@@ -220,9 +224,15 @@ def write_kv(k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, slot_mapp
     if bool((slot_mapping < 0).any()):
         keep = slot_mapping >= 0
         k, v, slot_mapping = k[keep], v[keep], slot_mapping[keep]
-    blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
-    kv_cache[blocks, :, 0, offsets] = k
-    kv_cache[blocks, :, 1, offsets] = v
+    _write_all(k, v, kv_cache, slot_mapping)
+
+
+def _write_all(k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    _, num_kv_heads, _, block_size, head_dim = kv_cache.shape
+    halves = torch.arange(2 * num_kv_heads)
+    first_rows = (slot_mapping // block_size).unsqueeze(1) * (2 * num_kv_heads) + halves
+    rows = first_rows * block_size + (slot_mapping % block_size).unsqueeze(1)
+    kv_cache.view(-1, head_dim)[rows] = torch.stack((k, v), dim=2).flatten(1, 2)
 
 
 def rope_cost(

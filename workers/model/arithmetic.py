@@ -36,7 +36,7 @@ class Arithmetic:
         """x -> x W^T + bias. The weight [outputs, inputs] may be packed: its owner need not keep it."""
         is_on_cpu = weight.device.type == "cpu"
         if is_on_cpu and not self.batch_invariant and weight.numel() and _onednn_takes(weight.dtype):
-            return _PackedProduct(torch.ops.mkldnn._reorder_linear_weight(weight), bias)
+            return PackedProduct(torch.ops.mkldnn._reorder_linear_weight(weight), bias)
         return lambda x: self.linear(x, weight, bias)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -49,7 +49,9 @@ class Arithmetic:
 
 
 @dataclass(frozen=True, slots=True)
-class _PackedProduct:
+class PackedProduct:
+    """A product by oneDNN."""
+
     weight: Tensor  # in oneDNN's layout, which no other operation reads
     bias: Tensor | None
 

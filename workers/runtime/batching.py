@@ -45,6 +45,7 @@ class PreparedBatch:
     last: tuple[Tensor, Tensor] | None  # of the wanted rows those that choose a request's next token, and their rows
     pending: tuple[Tensor, Tensor] | None  # token_ids that the step before chooses: where, and of which row
     adapter_slots: Ints | None  # of each row of the batch; -1: none. None: no row has one
+    writes_all: bool  # no row's keys and values are in the cache already
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +203,7 @@ class InputBuffers:
             (field["last_at"], field["last_rows"]) if shape.num_last else None,
             (field["pending_at"], field["pending_rows"]) if shape.num_pending else None,
             self._adapter_slots(columns),
+            writes_all=bool((columns.start_positions >= columns.write_from).all()),
         )
 
     def _adapter_slots(self, columns: PlanColumns) -> Ints | None:

@@ -31,6 +31,7 @@ from workers.model.tensor_layout import check_checkpoint
 from workers.parallel import ParallelGroups
 from workers.runtime.batching import NO_PADDING, InputBuffers, PreparedBatch
 from workers.runtime.chosen import NOTHING_CHOSEN, Chosen
+from workers.runtime.compiled.stage import CompiledStage, compiled_stage
 from workers.runtime.coordination.relay import TokenRelay
 from workers.runtime.graphs import GraphedStage
 from workers.runtime.host_copy import read_later
@@ -123,6 +124,7 @@ class TorchModelRunner:
         self._chooser = TokenChooser(groups, model.vocab_size, max_num_seqs, device, self.grammars)
         self._threads: StepThreads | None = None  # set where a step's number of threads is chosen
         self._graphs: GraphedStage | None = None
+        self._compiled: CompiledStage | None = None
         self.replays = True  # graphs, where there are any; a benchmark compares
         self.cache = self._make_cache(groups.min_over_ranks(self._pick_num_blocks()))
         self.attach(KVConnector(self.cache.memories(0, "none"), self.cache.grids(0), FragmentStore(())))
@@ -159,6 +161,11 @@ class TorchModelRunner:
     def attach(self, connector: KVConnector) -> None:
         """Give the rank its way to the KV tiers; at first it has none, and transfers end with no blocks."""
         self._connector = connector
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether steps run with compiled layers."""
+        return self._compiled is not None
 
     def on_progress(self, note: Callable[[], None]) -> None:
         """Call this for every layer from now on."""
@@ -216,6 +223,8 @@ class TorchModelRunner:
             with torch.inference_mode(), self._on_device():
                 graphs.capture(config.max_num_seqs, config.max_num_batched_tokens, config.block_size, is_leader)
             self._graphs = graphs
+        else:
+            self._compiled = compiled_stage(config, self._stage, self._layer_caches, len(self._layout.groups))
         if self._device.type == "cuda":
             self._run_largest_steps()
         elif not config.batch_invariant:  # which promises bits that depend on the number of threads
@@ -326,7 +335,7 @@ class TorchModelRunner:
         prepared, logits, hidden = self._forward(plan, features)
         reported = Reported(prepared.sampling, prepared.pooled, self._stage.hidden_size)
         if logits is not None and len(prepared.order):
-            tokens, numbers = self._choose(logits, hidden, prepared, reported)
+            tokens, numbers = self._chooser.choose(logits, hidden, prepared, reported)
             if prepared.last is not None and self._keeps_tokens:
                 at, rows = prepared.last
                 self._last_tokens.index_copy_(0, rows, tokens if len(at) == len(tokens) else tokens[at])
@@ -387,9 +396,6 @@ class TorchModelRunner:
         """As Stage.forward."""
         if graphs is not None:
             return graphs.run(prepared, received, features)
+        if self._compiled is not None and self.replays and prepared.writes_all:
+            return self._compiled.forward(prepared.batch, received, features)
         return self._stage.forward(prepared.batch, self._layer_caches, received, features)
-
-    def _choose(
-        self, logits: Tensor, hidden: Tensor | None, prepared: PreparedBatch, reported: Reported
-    ) -> tuple[Tensor, Tensor | None]:
-        return self._chooser.choose(logits, hidden, prepared, reported)

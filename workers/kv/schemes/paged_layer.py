@@ -26,6 +26,11 @@ class PagedLayer:
         self._token_scales = token_scales
         self._has_head_scales = has_head_scales
 
+    @property
+    def is_quantised(self) -> bool:
+        """Whether it keeps 8 bits."""
+        return self._has_head_scales or self._token_scales is not None
+
     def write(self, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, batch: Batch, terms: AttentionTerms) -> Tensor:
         """As in LayerCache."""
         slots = batch.groups[self._group].slot_mapping

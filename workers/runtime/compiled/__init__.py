@@ -1,0 +1,1 @@
+"""Steps on a CPU with what lies between attentions compiled by Inductor."""

@@ -1,0 +1,77 @@
+"""Traces code with torch.export and compiles it with Inductor, ahead of time; imported only where that is done.
+
+Products are calls of oneDNN inside the compiled code. Their weights are arguments, so that the layers of a model share
+a library, while Inductor knows packed weights only as constants: hence an operation of our own. Uses parts of Inductor
+that are not public; whoever calls this must go on without it when they have changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._inductor.config
+from torch import Tensor, nn
+from torch._inductor import ir, mkldnn_ir
+from torch._inductor.lowering import register_lowering
+from torch._inductor.utils import fresh_cache
+
+from workers.runtime.compiled.library import Traced
+
+_MOST_ROWS = 1 << 20
+_OPTIONS: dict[str, Any] = {
+    "cpp.dynamic_threads": True,  # small steps take one thread, see step_threads
+    "emulate_precision_casts": True,  # what is rounded between two operations is rounded here, too
+    "compile_threads": 1,
+    "cpp_cache_precompile_headers": False,  # takes longer than the few files that would gain
+    "cpp.vec_isa_ok": True,  # believe the processor what it can, rather than compile a test for each of its parts
+}
+_operations = torch.library.Library("switchyard", "DEF")
+_operations.define("packed_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+
+def _shape_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+torch.library.register_fake("switchyard::packed_linear", _shape_of, lib=_operations)
+
+
+@register_lowering(torch.ops.switchyard.packed_linear.default, type_promotion_kind=None)
+def _call_onednn(x: Any, weight: Any, bias: Any) -> Any:
+    return ir.TensorBox.create(mkldnn_ir.LinearUnary.create(x, weight, bias, "none", [], ""))
+
+
+class _Module(nn.Module):
+    def __init__(self, code: Callable[..., tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self._code = code
+
+    def forward(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        return self._code(*arguments)
+
+
+def compile_to(package: Path, traced: Traced) -> None:
+    """Write the package."""
+    num_rows = torch.export.Dim("num_rows", min=2, max=_MOST_ROWS)  # it computes one row as well
+    shapes: list[dict[int, Any] | None] = [{0: num_rows}] * traced.num_rows
+    for index, is_dynamic in enumerate(traced.is_dynamic):
+        shapes.append({0: torch.export.Dim(f"size_{index}", min=2)} if is_dynamic else None)
+    arguments = tuple(traced.arguments)
+    with torch.no_grad():
+        program = torch.export.export(_Module(traced.code), arguments, dynamic_shapes=(tuple(shapes),), strict=False)
+        if sum(node.op == "placeholder" for node in program.graph.nodes) != len(arguments):
+            raise ValueError("the code reads tensors that are not among its arguments")
+        _use_packed_linear(program.graph)
+        with fresh_cache(dir=str(package.parent)):  # what it leaves behind goes with the folder
+            torch._inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=_OPTIONS)
+
+
+def _use_packed_linear(graph: torch.fx.Graph) -> None:
+    for node in graph.nodes:
+        if node.target is torch.ops.mkldnn._linear_pointwise.default:
+            x, weight, bias, attribute, _, _ = node.args
+            assert attribute == "none"
+            node.target, node.args = torch.ops.switchyard.packed_linear.default, (x, weight, bias)

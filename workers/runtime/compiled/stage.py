@@ -1,0 +1,184 @@
+"""Runs a stage on a CPU with what lies between two attentions compiled: one call instead of dozens of operations.
+
+The same steps as Stage.forward, by the layers' own code, traced. Embedding, attention and head stay as they are. Layers
+of one kind share a library, and a library is made once for a processor; see library. Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workers.config import EngineConfig
+from workers.kv.schemes.paged_layer import PagedLayer
+from workers.model.arithmetic import Arithmetic, PackedProduct
+from workers.model.batch import Batch, GroupInputs
+from workers.model.layers.attention import Attention
+from workers.model.layers.decoder import PreNormLayer
+from workers.model.layers.layer_cache import AttentionTerms, LayerCache
+from workers.model.layers.linear import SummedLinear
+from workers.model.layers.mlp import SwiGlu
+from workers.model.layers.norm import HeadNorm, RmsNorm
+from workers.model.products.dense import DenseLinear
+from workers.model.quant.weights import InputChange
+from workers.model.stage import Stage
+from workers.runtime.compiled.held import NotDescribed, describe, in_place_of
+from workers.runtime.compiled.library import NotCompiled, Traced, compiled
+
+log = logging.getLogger(__name__)
+
+_LEAST_HIDDEN_SIZE = 256  # of a model that is compiled without being asked: smaller ones have little to gain
+_TRACED_ROWS = 6
+
+_KNOWN = (
+    PreNormLayer,
+    Attention,
+    AttentionTerms,
+    RmsNorm,
+    HeadNorm,
+    SwiGlu,
+    SummedLinear,
+    DenseLinear,
+    PackedProduct,
+    InputChange,
+)
+
+_Code = Callable[..., tuple[Tensor, ...]]
+_Piece = Callable[..., list[Tensor]]
+
+
+def compiled_stage(
+    config: EngineConfig, stage: Stage, kv_caches: Sequence[LayerCache], num_groups: int
+) -> CompiledStage | None:
+    """The stage's, where the config asks for one and it can be had; on a CPU. num_groups: of the cache."""
+    wanted = stage.hidden_size >= _LEAST_HIDDEN_SIZE if config.compile is None else config.compile
+    is_plain = config.tp == 1 and not (config.batch_invariant or config.enable_lora)
+    if not (wanted and is_plain and stage.device.type == "cpu"):
+        return None
+    try:
+        return CompiledStage(stage, kv_caches, num_groups)
+    except NotCompiled as error:
+        log.warning("steps run without compiled layers: %s", error)
+        return None
+
+
+class CompiledStage:
+    """A stage whose every token is written to the cache. Raises NotCompiled for layers that cannot be compiled."""
+
+    def __init__(self, stage: Stage, kv_caches: Sequence[LayerCache], num_groups: int) -> None:
+        self._stage, self._kv_caches, self._num_groups = stage, kv_caches, num_groups
+        for cache in kv_caches:
+            if not isinstance(cache, PagedLayer) or cache.is_quantised:
+                raise NotCompiled("keys and values are not cached as they are computed")
+        num_layers = len(stage.layers)
+        # A piece goes from one attention to the next, but where a drafter wants the hidden states between two layers.
+        wanted = {i for i in range(1, num_layers) if stage.layer_range[i] in stage.feature_layers}
+        self._before = {i: self._before_piece(i) for i in {0} | wanted}
+        self._between = {i: self._between_piece(i) for i in range(1, num_layers) if i not in wanted}
+        self._after = {i: self._after_piece(i) for i in {num_layers - 1} | {i - 1 for i in wanted}}
+
+    def forward(self, batch: Batch, received: Tensor | None, features: list[Tensor]) -> Tensor:
+        """As Stage.forward."""
+        stage, layers = self._stage, self._stage.layers
+        where = (batch.positions, *(group.slot_mapping for group in batch.groups))
+        hidden, residual = stage.enter(batch, received)
+        features += stage.features(stage.layer_range.start, hidden, residual)
+        q, residual = self._enter_layer(0, hidden, residual, where)
+        for index, kv_cache in enumerate(self._kv_caches):
+            attended = layers[index].attention(q, batch, kv_cache).contiguous()  # as it was when it was traced
+            stage.on_layer()
+            between = self._between.get(index + 1)
+            if between is not None:
+                q, residual = between(attended, residual, *where)
+                continue
+            hidden, residual = self._after[index](attended, residual)
+            features += stage.features(stage.layer_range.start + index + 1, hidden, residual)
+            if index + 1 < len(layers):
+                q, residual = self._enter_layer(index + 1, hidden, residual, where)
+        return stage.leave(hidden, residual, batch)
+
+    def _enter_layer(
+        self, index: int, hidden: Tensor, residual: Tensor | None, where: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        if residual is None:
+            (q,) = self._before[index](hidden, *where)
+            return q, hidden
+        q, residual = self._before[index](hidden, residual, *where)
+        return q, residual
+
+    # ------------------------------------------------------------------------------------------------------ the pieces
+    def _before_piece(self, index: int) -> _Piece:
+        """(hidden, residual, positions, slots) -> q and residual; the model's first layer without a residual stream."""
+        layer, kv_cache = self._stage.layers[index], self._kv_caches[index]
+
+        def first(hidden: Tensor, *where: Tensor) -> tuple[Tensor, ...]:
+            return layer.before_attention(hidden, None, _batch(*where), kv_cache)[:1]
+
+        def later(hidden: Tensor, residual: Tensor, *where: Tensor) -> tuple[Tensor, ...]:
+            return layer.before_attention(hidden, residual, _batch(*where), kv_cache)
+
+        widths = [self._stage.hidden_size]
+        if index == 0 and self._stage.is_first:
+            return self._compiled(first, widths, [layer], kv_cache)
+        return self._compiled(later, widths * 2, [layer], kv_cache)
+
+    def _between_piece(self, index: int) -> _Piece:
+        """(attended, residual, positions, slots) -> q and residual, of the next layer."""
+        before, layer = self._stage.layers[index - 1 : index + 1]
+        kv_cache = self._kv_caches[index]
+
+        def between(attended: Tensor, residual: Tensor, *where: Tensor) -> tuple[Tensor, ...]:
+            hidden, residual = before.after_attention(attended, residual)
+            return layer.before_attention(hidden, residual, _batch(*where), kv_cache)
+
+        widths = [before.attended_width, self._stage.hidden_size]
+        return self._compiled(between, widths, [before, layer], kv_cache)
+
+    def _after_piece(self, index: int) -> _Piece:
+        """(attended, residual) -> hidden and residual."""
+        layer = self._stage.layers[index]
+        widths = [layer.attended_width, self._stage.hidden_size]
+        return self._compiled(layer.after_attention, widths, [layer], None)
+
+    def _compiled(
+        self, code: _Code, widths: Sequence[int], layers: Sequence[Any], kv_cache: LayerCache | None
+    ) -> _Piece:
+        """widths: of the rows that it takes; with a cache also positions and slots."""
+        objects = layers if kv_cache is None else (*layers, kv_cache)
+        try:
+            described = describe(objects, _KNOWN, opaque=(Arithmetic,), dynamic=(PagedLayer,))
+        except NotDescribed as error:
+            raise NotCompiled(str(error)) from error
+        held = described.tensors
+        num_longs = 0 if kv_cache is None else 1 + self._num_groups
+        num_rows = len(widths) + num_longs
+
+        def on_arguments(*arguments: Tensor) -> tuple[Tensor, ...]:
+            with in_place_of(held, arguments[num_rows:]):
+                return code(*arguments[:num_rows])
+
+        def trace() -> Traced:
+            rows = [torch.zeros(_TRACED_ROWS, width, dtype=self._stage.dtype) for width in widths]
+            rows += [torch.arange(_TRACED_ROWS) for _ in range(num_longs)]
+            # Packed weights have no strides; as arguments they stand for themselves.
+            stand_ins = [
+                torch.empty(each.tensor.shape, dtype=each.tensor.dtype)
+                if each.tensor.is_mkldnn
+                else torch.empty_strided(each.tensor.shape, each.tensor.stride(), dtype=each.tensor.dtype)
+                for each in held
+            ]
+            return Traced(on_arguments, [*rows, *stand_ins], num_rows, [each.is_dynamic for each in held])
+
+        name = f"{getattr(code, '__name__', '')} {widths} {self._num_groups} {self._stage.dtype}"
+        run, weights = compiled((name, *described.rest), trace), [each.tensor for each in held]
+        return lambda *rows: run([*rows, *weights])
+
+
+def _batch(positions: Tensor, *slots: Tensor) -> Batch:
+    """What a layer sees of a batch outside of attention."""
+    groups = tuple(GroupInputs(each, each) for each in slots)
+    return Batch(positions, positions, groups, 0, positions, positions, 0, positions)
