@@ -215,7 +215,7 @@ class TorchModelRunner:
 
         Its first step writes into block 0, which no request owns yet.
         """
-        self.execute(self._direct(DirectChunk([0, 0], 0, 0, self._zeros(2)), self._sampled_token(0, GREEDY)))
+        self.execute(direct_plan([DirectChunk([0, 0], 0, 0, self._zeros(2)), self._sampled_token(0, GREEDY)]))
         config = self._config
         if self._uses_graphs:
             graphs = GraphedStage(self._stage, self._layer_caches, self._inputs)
@@ -229,18 +229,15 @@ class TorchModelRunner:
             self._run_largest_steps()
         elif not config.batch_invariant:  # which promises bits that depend on the number of threads
             threads = StepThreads(config.num_threads)
-            threads.measure(self._run_decodes, self._measured_sizes(), self._least_of_ranks)
+            threads.measure(self._run_decodes, self._measured_sizes(), lambda n: self._groups.min_over_ranks([n])[0])
             self._threads = threads if threads.vary else None
-
-    def _least_of_ranks(self, count: int) -> int:
-        return self._groups.min_over_ranks([count])[0]
 
     def _measured_sizes(self) -> list[int]:
         most = min(self._config.max_num_seqs, self._config.max_num_batched_tokens)
         return [size for size in (1, 4, 16, 64) if size < most] + [most]
 
     def _run_decodes(self, num_requests: int) -> None:
-        self.execute(self._direct(*[self._sampled_token(1, GREEDY)] * num_requests))
+        self.execute(direct_plan([self._sampled_token(1, GREEDY)] * num_requests))
 
     def _run_largest_steps(self) -> None:
         """Settles how much memory steps take, and compiles attention for all its tiles.
@@ -251,21 +248,17 @@ class TorchModelRunner:
         most = min(config.max_num_batched_tokens, self._context_tokens)
         for num_tokens in [n for n in _CHUNKS_OF_OTHER_TILES if n < most] + [most]:
             blocks = self._zeros(-(-num_tokens // config.block_size))
-            self.execute(self._direct(DirectChunk([0] * num_tokens, 0, num_tokens, blocks)))
+            self.execute(direct_plan([DirectChunk([0] * num_tokens, 0, num_tokens, blocks)]))
         sampled = self._sampled_token(1, SamplingParams(temperature=1.0, top_p=0.9))
-        self.execute(self._direct(*[sampled] * min(config.max_num_seqs, config.max_num_batched_tokens)))
+        self.execute(direct_plan([sampled] * min(config.max_num_seqs, config.max_num_batched_tokens)))
         if self._lora is not None:  # an empty slot: compiles what adds adapters
-            self.execute(self._direct(replace(sampled, adapter_slot=0)))
+            self.execute(direct_plan([replace(sampled, adapter_slot=0)]))
 
     def _zeros(self, num_blocks: int) -> list[list[int]]:
         return [[0] * num_blocks for _ in self._layout.groups]
 
     def _sampled_token(self, write_from: int, sampling: SamplingParams) -> DirectChunk:
         return DirectChunk([0], 0, write_from, self._zeros(1), 1, sampling)
-
-    @staticmethod
-    def _direct(*chunks: DirectChunk) -> StepPlan:
-        return direct_plan(chunks)
 
     def _on_device(self) -> AbstractContextManager[object]:
         """The current device is a setting of the thread, and this may be any."""
@@ -335,7 +328,7 @@ class TorchModelRunner:
         prepared, logits, hidden = self._forward(plan, features)
         reported = Reported(prepared.sampling, prepared.pooled, self._stage.hidden_size)
         if logits is not None and len(prepared.order):
-            tokens, numbers = self._chooser.choose(logits, hidden, prepared, reported)
+            tokens, numbers = self._choose(logits, hidden, prepared, reported)
             if prepared.last is not None and self._keeps_tokens:
                 at, rows = prepared.last
                 self._last_tokens.index_copy_(0, rows, tokens if len(at) == len(tokens) else tokens[at])
@@ -399,3 +392,8 @@ class TorchModelRunner:
         if self._compiled is not None and self.replays and prepared.writes_all:
             return self._compiled.forward(prepared.batch, received, features)
         return self._stage.forward(prepared.batch, self._layer_caches, received, features)
+
+    def _choose(
+        self, logits: Tensor, hidden: Tensor | None, prepared: PreparedBatch, reported: Reported
+    ) -> tuple[Tensor, Tensor | None]:
+        return self._chooser.choose(logits, hidden, prepared, reported)
