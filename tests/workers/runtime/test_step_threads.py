@@ -31,7 +31,7 @@ def used(threads: StepThreads, num_tokens: int) -> int:
 def test_a_step_takes_all_threads_from_where_they_pay() -> None:
     threads = StepThreads(4)
     assert used(threads, 1) == 4
-    threads.measure(steps_of(lambda n, t: 0.004 + 0.0005 * n / t), [1, 4, 16])
+    threads.measure(steps_of(lambda n, t: 0.004 + 0.001 * n / t), [1, 4, 16])
     assert [used(threads, n) for n in (1, 2, 16, 1, 512)] == [1, 4, 4, 1, 4]
 
 
@@ -48,6 +48,16 @@ def test_a_long_context_takes_all_threads() -> None:
     assert torch.get_num_threads() == 2
 
 
+def test_what_threads_save_must_be_more_than_the_others_work() -> None:
+    """1 ms for a step, and more with its tokens: a tenth of a long step is worth it, a third of a short one is not."""
+    threads = StepThreads(2)
+    threads.measure(steps_of(lambda n, t: 0.0015 * n if t == 1 else 0.001 * n), [1, 20])
+    assert [used(threads, n) for n in (1, 20)] == [1, 2]
+    threads = StepThreads(2)
+    threads.measure(steps_of(lambda n, t: 0.040 if t == 1 else 0.036), [1])
+    assert used(threads, 1) == 2
+
+
 def test_ranks_agree_on_the_least() -> None:
     counts: list[int] = []
     threads = StepThreads(2)
@@ -58,7 +68,7 @@ def test_ranks_agree_on_the_least() -> None:
 
 def test_where_they_always_help_none_does() -> None:
     threads = StepThreads(2)
-    threads.measure(steps_of(lambda n, t: 0.006 * n / t), [1, 4, 16])
+    threads.measure(steps_of(lambda n, t: 0.012 * n / t), [1, 4, 16])
     assert [used(threads, n) for n in (1, 16, 512)] == [2, 2, 2]
 
 
