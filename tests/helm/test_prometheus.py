@@ -29,7 +29,7 @@ from tests.helm.prometheus import Prometheus, programs, scrape_configs
 from tests.helm.rendering import CHART, Manifest, objects, of_kind, pods
 from tests.processes import RedisServer, wait_until
 
-pytestmark = [pytest.mark.cluster, pytest.mark.redis, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.redis, pytest.mark.timeout(300), pytest.mark.xdist_group("prometheus")]
 
 SETTINGS = ("monitoring.interval=1s",)
 _FIRST = "Ray's Counter takes no zero: its series begins with the first event, and none happens here"

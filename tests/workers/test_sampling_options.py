@@ -20,6 +20,8 @@ from workers.model.registry import load_config
 from workers.parallel import ParallelGroups, Shard
 from workers.runtime.build import make_engine
 
+pytestmark = pytest.mark.xdist_group("sampling options")  # its fixtures are processes, made once
+
 ALONE = ParallelGroups(Shard(), torch.device("cpu"))
 
 

@@ -22,7 +22,7 @@ from tests.kvstore.fragments import REDIS_PREFIX, SECRET, keys_of, make_fragment
 from tests.processes import free_port, redis_executable, wait_until
 from tests.redis_cluster import PASSWORD, RedisClusterServers
 
-pytestmark = pytest.mark.redis
+pytestmark = [pytest.mark.redis, pytest.mark.xdist_group("redis cluster")]
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,8 @@ from tests.workers.runtime.test_failed_step_ranks import check
 from workers.config import EngineConfig
 from workers.engine.adapters.ref import AdapterRef
 
+pytestmark = pytest.mark.xdist_group("failed steps with adapters")  # its fixtures are processes, made once
+
 
 @pytest.fixture(scope="module")
 def config(base: Path) -> EngineConfig:

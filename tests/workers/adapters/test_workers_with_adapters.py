@@ -19,6 +19,8 @@ from workers.config import WorkerSpec
 from workers.engine.adapters.ref import AdapterRef
 from workers.runtime.fake.model import fake_completion
 
+pytestmark = pytest.mark.xdist_group("workers with adapters")  # its fixtures are processes, made once
+
 MIXED = worker_pb2.REQUEST_ROLE_MIXED
 
 

@@ -22,6 +22,8 @@ from tests.workers.tiny_llama import generate_with_transformers, make_checkpoint
 from tests.workers.worker_client import WorkerClient, disaggregate, wait_until
 from workers.config import EngineConfig, WorkerSpec
 
+pytestmark = pytest.mark.xdist_group("disaggregation")  # its fixtures are processes, made once
+
 BLOCK_SIZE = 16
 ALWAYS = KVStoreConfig(prefix_fetch="always")
 LENGTHS = (1, 15, 16, 17, 48, 77)

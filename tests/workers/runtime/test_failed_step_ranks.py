@@ -11,6 +11,8 @@ from tests.workers.tiny_llama import make_checkpoint
 from workers.config import EngineConfig
 from workers.engine.engine import MAX_FAILED_STEPS
 
+pytestmark = pytest.mark.xdist_group("failed step ranks")  # its fixtures are processes, made once
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:

@@ -15,6 +15,8 @@ from tests.workers.tiny_llama import make_checkpoint
 from workers.config import EngineConfig
 from workers.sampling.params import SamplingParams
 
+pytestmark = pytest.mark.xdist_group("pipeline ranks")  # its fixtures are processes, made once
+
 
 def prompts() -> list[list[int]]:
     """Nine of several lengths, of which some begin alike."""

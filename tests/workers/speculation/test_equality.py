@@ -15,6 +15,8 @@ from tests.workers.speculation.tiny_eagle import make_head
 from tests.workers.tiny_llama import make_checkpoint, write_tokenizer
 from workers.config import EngineConfig, SpeculativeOptions
 
+pytestmark = pytest.mark.xdist_group("speculation equality")  # its fixtures are processes, made once
+
 NUMBERS = list(range(18))  # two requests of each kind
 REPEATED = [5, 9, 2, 44, 5, 9, 2, 44, 5, 9, 2]  # a prompt whose n-grams come again
 

@@ -19,6 +19,8 @@ from tests.workers.tiny_llama import generate_with_transformers, make_checkpoint
 from tests.workers.worker_client import WorkerClient, disaggregate
 from workers.config import SpeculativeOptions, WorkerSpec
 
+pytestmark = pytest.mark.xdist_group("speculation workers")  # its fixtures are processes, made once
+
 NUM_TOKENS = 24
 LENGTHS = (7, 16, 45)
 
