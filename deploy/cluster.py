@@ -67,6 +67,7 @@ from deploy.progress import Steps
 from kvstore.format.authenticity import cluster_secret
 from kvstore.network.addresses import join_host_port
 from router.config import RouterSpec
+from workers.runtime.compiled.choice import has_libraries, wants_compiled
 
 if TYPE_CHECKING:  # brings ray, which must find the environment that open_ray prepares
     from deploy.actors.kv_nodes import KVNodeSettings
@@ -254,7 +255,10 @@ class Cluster:
         with self._steps.step("Waiting for the KV node and routers"):
             self._check_node(described, settings)
             endpoints = routers.wait_ready()
+        engines = [pool.spec.engine for pool in plan.pools if pool.spec.engine.device == "cpu"]
         with self._steps.step("Waiting for the workers"):
+            if any(wants_compiled(engine, model.config.hidden_size) for engine in engines) and not has_libraries():
+                self._steps.note("layers are compiled for this processor (engine key `compile`): about a minute, once")
             wait_running(plan.pools, _WORKERS_TIMEOUT_S, self._steps.note)
             self._wait_seen(plan, endpoints)
         return Endpoints(tuple(endpoints), ray.address, ray.dashboard, ray.metrics)

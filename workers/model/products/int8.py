@@ -38,7 +38,7 @@ def int8_linear(
         if has_kernel:
             return _CudaInt8Linear.of(weight, sizes, dtype, bias)
     elif torch.cpu._is_vnni_supported():
-        return _CpuInt8Linear.of(weight, sizes, dtype, bias)
+        return CpuInt8Linear.of(weight, sizes, dtype, bias)
     return dequantized_linear(weight, sizes, dtype, arithmetic, bias, _KIND)
 
 
@@ -47,7 +47,9 @@ def _zero(weight: Int8Weight) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class _CpuInt8Linear:
+class CpuInt8Linear:
+    """The product by oneDNN."""
+
     weight: Tensor  # in oneDNN's layout
     scales: Tensor  # fp32 [outputs]
     zeros: Tensor  # int32 [outputs]
@@ -61,7 +63,7 @@ class _CpuInt8Linear:
     input_scheme: None = None  # the layers before would round to signed numbers
 
     @classmethod
-    def of(cls, weight: Int8Weight, sizes: list[int], dtype: torch.dtype, bias: Tensor | None) -> _CpuInt8Linear:
+    def of(cls, weight: Int8Weight, sizes: list[int], dtype: torch.dtype, bias: Tensor | None) -> CpuInt8Linear:
         threshold = weight.outlier_threshold
         return cls(
             torch.ops.onednn.qlinear_prepack(weight.codes, None),
@@ -91,12 +93,15 @@ class _CpuInt8Linear:
         return y if few is None else y + self.outliers.product(few)
 
     def _dynamic(self, x: Tensor) -> Tensor:
-        if len(x) == 1:
+        if torch.compiler.is_exporting():  # one code for any number of rows
+            parts = [_round_rows(x)]
+        elif len(x) == 1:
             wide = _copied(x)
             low, high = torch.aminmax(wide)
             scale = max(-low.item(), high.item(), _SMALLEST) / 127.0
             return self._product(_unsigned(wide.mul_(1.0 / scale), 128), scale, 128, self.bias, self.dtype)
-        parts = [_round_rows(rows) for rows in x.split(_ROWS_AT_A_TIME)]
+        else:
+            parts = [_round_rows(rows) for rows in x.split(_ROWS_AT_A_TIME)]
         codes, scales = parts[0] if len(parts) == 1 else (torch.cat(each) for each in zip(*parts, strict=True))
         y = self._product(codes, 1.0, 128, None, torch.float32).mul_(scales)
         return (y if self.bias is None else y.add_(self.bias)).to(self.dtype)

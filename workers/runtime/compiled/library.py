@@ -23,6 +23,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from workers.runtime.compiled.choice import library_folder
+
 log = logging.getLogger(__name__)
 
 Run = Callable[[list[Tensor]], list[Tensor]]
@@ -92,12 +94,8 @@ def _locked_folder() -> Iterator[Path]:
 
     Its libraries are loaded into the process, so nobody else may be able to write there.
     """
-    import platformdirs
-
     try:
-        folder = platformdirs.user_cache_path("switchyard", appauthor=False) / "compiled"
-        if not folder.is_absolute():
-            raise NotCompiled("the user has no home")
+        folder = library_folder()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         state = folder.lstat()
         if state.st_uid != os.geteuid() or state.st_mode & 0o022:

@@ -24,14 +24,15 @@ from workers.model.layers.linear import SummedLinear
 from workers.model.layers.mlp import SwiGlu
 from workers.model.layers.norm import HeadNorm, RmsNorm
 from workers.model.products.dense import DenseLinear
+from workers.model.products.int8 import CpuInt8Linear
 from workers.model.quant.weights import InputChange
 from workers.model.stage import Stage
+from workers.runtime.compiled.choice import wants_compiled
 from workers.runtime.compiled.held import NotDescribed, describe, in_place_of
 from workers.runtime.compiled.library import NotCompiled, Traced, compiled
 
 log = logging.getLogger(__name__)
 
-_LEAST_HIDDEN_SIZE = 256  # of a model that is compiled without being asked: smaller ones have little to gain
 _TRACED_ROWS = 6
 
 _KNOWN = (
@@ -43,6 +44,7 @@ _KNOWN = (
     SwiGlu,
     SummedLinear,
     DenseLinear,
+    CpuInt8Linear,
     PackedProduct,
     InputChange,
 )
@@ -55,9 +57,7 @@ def compiled_stage(
     config: EngineConfig, stage: Stage, kv_caches: Sequence[LayerCache], num_groups: int
 ) -> CompiledStage | None:
     """The stage's, where the config asks for one and it can be had; on a CPU. num_groups: of the cache."""
-    wanted = stage.hidden_size >= _LEAST_HIDDEN_SIZE if config.compile is None else config.compile
-    is_plain = config.tp == 1 and not (config.batch_invariant or config.enable_lora)
-    if not (wanted and is_plain and stage.device.type == "cpu"):
+    if stage.device.type != "cpu" or not wants_compiled(config, stage.hidden_size):
         return None
     try:
         return CompiledStage(stage, kv_caches, num_groups)
