@@ -8,6 +8,7 @@
     stalled_tier  the longest gap between two tokens while a tier that the streams do not need does not answer for 2 s
     host_step     the leader's Python of a decode step: plan, encode, fill, update
     scheduling    TTFT and times between tokens under each scheduling policy, in virtual time
+    compiled      steps with compiled layers beside steps without, engine alone
     quantized     weights in 8 and 4 bits beside the same model in bfloat16, engine alone
     speculation   tokens a second of each drafter over those of plain decoding, engine alone
     goodput       speculation under a rising load, in virtual time
@@ -41,6 +42,7 @@ from switchyard_client import GenerationClient, GenerationRequest, SamplingParam
 from bench import direct
 from bench.adapters.one_worker import measure_adapters
 from bench.cluster import cluster
+from bench.compiled_layers import measure_compiled_layers
 from bench.host_step import SIZES as HOST_STEP_SIZES
 from bench.host_step import measure as measure_host_step
 from bench.kv import schemes, tiers
@@ -218,6 +220,7 @@ SECTIONS = {
     "stalled_tier": bench_stalled_tier,
     "host_step": bench_host_step,
     "scheduling": measure_scheduling,
+    "compiled": measure_compiled_layers,
     "quantized": measure_quantized,
     "speculation": measure_speculation,
     "goodput": measure_goodput,

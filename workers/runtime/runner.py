@@ -125,7 +125,7 @@ class TorchModelRunner:
         self._threads: StepThreads | None = None  # set where a step's number of threads is chosen
         self._graphs: GraphedStage | None = None
         self._compiled: CompiledStage | None = None
-        self.replays = True  # graphs, where there are any; a benchmark compares
+        self.replays = True  # graphs and compiled layers, where there are any; a benchmark compares
         self.cache = self._make_cache(groups.min_over_ranks(self._pick_num_blocks()))
         self.attach(KVConnector(self.cache.memories(0, "none"), self.cache.grids(0), FragmentStore(())))
 

@@ -56,8 +56,11 @@ def _call_onednn(x: Any, weight: Any, bias: Any) -> Any:
 def _call_onednn_int8(codes: Any, weight: Any, scales: Any, zeros: Any) -> Any:
     one = V.graph.add_tensor_constant(torch.tensor(1.0), name="one")
     zero = V.graph.add_tensor_constant(torch.tensor(_UNSIGNED_ZERO, dtype=torch.int32), name="zero")
-    arguments = (codes, one, zero, weight, scales, zeros, None, 1.0, 0, torch.float32, "none", [], "")
-    return ir.TensorBox.create(mkldnn_ir.QLinearPointwisePT2E.create(*arguments))
+    no_bias: Any = None
+    product = mkldnn_ir.QLinearPointwisePT2E.create(
+        codes, one, zero, weight, scales, zeros, no_bias, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return ir.TensorBox.create(product)
 
 
 class _Module(nn.Module):
