@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.quant.served import FIXTURES
 from tests.workers.engine_group import EngineGroup
 from tests.workers.tiny_llama import make_checkpoint, prompts
 from workers.config import EngineConfig
+from workers.engine.direct_plan import DirectChunk, direct_plan
+from workers.engine.step import ModelRunnerOutput
 from workers.model.registry import load_config
 from workers.parallel import ParallelGroups, Shard
 from workers.runtime.compiled import library
@@ -21,6 +25,7 @@ from workers.runtime.compiled.held import NotDescribed, describe, in_place_of
 from workers.runtime.compiled.library import NotCompiled, Traced, compiled
 from workers.runtime.runner import TorchModelRunner
 from workers.sampling.params import SamplingParams
+from workers.speculation.features import StepFeatures
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
 SAMPLED = SamplingParams(temperature=1.1, top_p=0.9, seed=4, max_tokens=9, ignore_eos=True)
@@ -64,11 +69,55 @@ def test_tokens_are_those_of_eager_steps(shape: str, dtype: str, pp: int, home: 
     assert len(list(home.glob("*.so"))) >= 3
 
 
-def loaded(config: EngineConfig) -> TorchModelRunner:
-    model = load_config(config.model_dir)
-    runner = TorchModelRunner(config, model, ParallelGroups(Shard(), torch.device("cpu")), torch.device("cpu"))
+def loaded(config: EngineConfig, feature_layers: tuple[int, ...] = ()) -> TorchModelRunner:
+    model, device = load_config(config.model_dir), torch.device("cpu")
+    runner = TorchModelRunner(config, model, ParallelGroups(Shard(), device), device, feature_layers=feature_layers)
     runner.warm_up()
     return runner
+
+
+def both_ways(runner: TorchModelRunner, *lengths: int) -> list[ModelRunnerOutput]:
+    """The same step, of prompts of these lengths, with compiled layers and without."""
+    blocks, chunks = count(), []
+    for length in lengths:
+        table = [next(blocks) for _ in range(-(-length // 4))]
+        chunks.append(DirectChunk(list(range(1, length + 1)), 0, 0, [table], 1, GREEDY))
+    outputs = []
+    for runner.replays in (True, False):
+        outputs.append(runner.execute(direct_plan(chunks)))
+    return outputs
+
+
+@pytest.mark.slow
+def test_hidden_states_that_a_drafter_wants_are_those_of_eager_steps(home: Path, tmp_path: Path) -> None:
+    """Before the first layer, between two, and after the last."""
+    runner = loaded(engine("gqa", tmp_path, num_blocks=14, compile=True), (0, 2, 3))
+    assert runner.is_compiled
+    for lengths in ((1,), (7, 1, 5)):
+        compiled_step, eager = both_ways(runner, *lengths)
+        assert isinstance(compiled_step.features, StepFeatures)
+        assert isinstance(eager.features, StepFeatures)
+        assert compiled_step.features.hidden.shape == (sum(lengths), 3 * 32)
+        torch.testing.assert_close(compiled_step.features.hidden, eager.features.hidden, rtol=1e-4, atol=1e-4)
+        assert list(compiled_step.sampled_token_ids) == list(eager.sampled_token_ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "is_compiled"),
+    [
+        pytest.param("ct-w8a8", "float32", True, marks=pytest.mark.slow),
+        ("ct-w8a8-static", "float32", False),
+        ("ct-w4a16-g32", "bfloat16", False),
+    ],
+)
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="integer products are those of other processors here")
+def test_weights_of_eight_bits_are_compiled(name: str, dtype: str, is_compiled: bool, home: Path) -> None:
+    config = EngineConfig(str(FIXTURES / name), dtype, "cpu", block_size=4, num_blocks=14, compile=True)
+    runner = loaded(config)
+    assert runner.is_compiled == is_compiled
+    for lengths in ((1,), (7, 1, 5)):
+        compiled_step, eager = both_ways(runner, *lengths)
+        assert list(compiled_step.sampled_token_ids) == list(eager.sampled_token_ids)
 
 
 @pytest.mark.parametrize("reason", ["compiler", "home", "others"])
