@@ -22,7 +22,7 @@ from workers.model.registry import load_config
 from workers.parallel import ParallelGroups, Shard
 from workers.runtime.compiled import library
 from workers.runtime.compiled.held import NotDescribed, describe, in_place_of
-from workers.runtime.compiled.library import NotCompiled, Traced, compiled
+from workers.runtime.compiled.library import Traced, compiled
 from workers.runtime.runner import TorchModelRunner
 from workers.sampling.params import SamplingParams
 from workers.speculation.features import StepFeatures
@@ -154,17 +154,26 @@ def test_small_models_are_compiled_only_when_asked(tmp_path: Path, home: Path) -
     assert not loaded(engine("gqa", tmp_path)).is_compiled
 
 
-def test_a_broken_library_is_said(home: Path, caplog: pytest.LogCaptureFixture) -> None:
-    def trace() -> Traced:
-        raise AssertionError("it is in the cache")
+def test_a_broken_library_is_made_anew(home: Path) -> None:
+    """And what a killed process left, or nobody has used for long, goes."""
 
-    home.mkdir(parents=True, exist_ok=True)
-    os.chmod(home, 0o700)
+    class MadeAnew(Exception):
+        pass
+
+    def trace() -> Traced:
+        raise MadeAnew
+
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (home / "left").mkdir()
+    (home / "old.so").touch()
+    os.utime(home / "old.so", (0, 0))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library.xxhash, "xxh3_128_hexdigest", lambda text: "broken")
         (home / "broken.so").write_bytes(b"no library")
-        with pytest.raises(NotCompiled, match=r"broken\.so cannot be loaded"):
+        with pytest.raises(MadeAnew):
             compiled(("anything",), trace)
+    assert {path.name for path in home.iterdir()} & {"left", "old.so", "broken.so"} == {"broken.so"}
+    (home / "broken.so").unlink()
 
 
 @dataclass

@@ -31,6 +31,7 @@ Run = Callable[[list[Tensor]], list[Tensor]]
 _ROOT = Path(__file__).resolve().parents[3]
 _SOURCES = ("kernels", "workers/model", "workers/kv/schemes", "workers/runtime/compiled")
 _COMPILERS = ("g++", "clang++")
+_UNUSED_S = 90 * 86400.0
 _CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -55,17 +56,29 @@ def compiled(description: Sequence[str], trace: Callable[[], Traced]) -> Run:
     name = xxhash.xxh3_128_hexdigest("\n".join((*description, _environment())))
     with _locked_folder() as folder:
         library = folder / f"{name}.so"
-        if not library.exists():
-            _make(trace(), library)
+        with contextlib.suppress(NotCompiled):  # it is not there, or broken
+            return _load(library)
+        _tidy(folder)
+        _make(trace(), library)
         return _load(library)
 
 
 def _load(library: Path) -> Run:
     try:
+        os.utime(library)  # it was used
         runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1)
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         raise NotCompiled(f"{library} cannot be loaded: {error}") from error
     return runner.run
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what a killed process left, and libraries that nobody has used for months: of other code, for instance."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.suffix == ".so" and time.time() - path.stat().st_mtime > _UNUSED_S:
+            path.unlink()
 
 
 def _make(traced: Traced, library: Path) -> None:
