@@ -219,7 +219,8 @@ class EngineOptions:
     compile: bool | None = None
     """Whether the operations between two attentions are compiled for this host's processor, by Inductor; on CPUs, with
     tp=1, without batch_invariant and adapters. null means for hidden sizes of 256 and more. It takes a C++ compiler and
-    about half a minute once; the libraries stay in the user's cache. Where that fails, steps run without."""
+    about a minute once; the libraries stay in the user's cache, so a pod needs a home that outlives it, or false. Where
+    there is no compiler or no cache, steps run without."""
     async_scheduling: bool | None = None
     """Whether a step is planned while the one before it runs, or with pp stages while pp of them do; null means on
     cuda, where pp is 1. Not possible where both tp and pp are above 1."""

@@ -30,7 +30,13 @@ CONFIG = "/etc/switchyard/cluster.yaml"
 HEAD, PREFILL, DECODE, FRONT, SCALER = (f"10.97.0.{n}" for n in range(1, 6))
 AUTOSCALER_POD = "r-switchyard-autoscaler-1"
 START_S = 60.0
-SETTINGS = ("ray.gcsFaultTolerance.enabled=true", "cluster.kvstore.host_bytes=33554432")
+# The images have no compiler, but these pods see the host's, and would compile at each start: their homes are new.
+SETTINGS = (
+    "ray.gcsFaultTolerance.enabled=true",
+    "cluster.kvstore.host_bytes=33554432",
+    "cluster.pools.prefill.compile=false",
+    "cluster.pools.decode.compile=false",
+)
 PROMPT = "def walk(tree):\n    for name in sorted(tree):\n        yield name, tree[name]\n"
 
 
