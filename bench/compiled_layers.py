@@ -6,11 +6,10 @@ import statistics
 from collections.abc import Callable
 from functools import partial
 
-import platformdirs
 import torch
 
 from bench.loaded_engine import CONTEXT, PROMPT, LoadedEngine, in_turns
-from bench.peers.models import MODELS, directory_of
+from bench.peers.models import MODELS, default_folder, directory_of
 from bench.rows import Measurement
 
 MODEL_NAMES = ("tiny", "half", "half-int8")
@@ -23,7 +22,7 @@ def measure_compiled_layers(
 ) -> list[Measurement]:
     """Milliseconds of both ways, and how many times as fast the compiled one is in the median of the rounds."""
     torch.set_num_threads(num_threads)
-    folder = platformdirs.user_cache_path("switchyard", appauthor=False) / "bench-peers"
+    folder = default_folder()
     rows: list[Measurement] = []
     for name in model_names:
         engine = LoadedEngine(directory_of(MODELS[name], folder), num_threads, max(_BATCHES))

@@ -9,11 +9,10 @@ from __future__ import annotations
 import statistics
 from functools import partial
 
-import platformdirs
 import torch
 
 from bench.loaded_engine import CONTEXT, PROMPT, LoadedEngine, in_turns
-from bench.peers.models import MODELS, directory_of
+from bench.peers.models import MODELS, default_folder, directory_of
 from bench.rows import Measurement
 
 MODEL_NAMES = ("half", "half-int8", "half-int4")  # the first is what the others are compared with
@@ -24,7 +23,7 @@ _ROUNDS = 5
 def measure_quantized(num_threads: int = 2, rounds: int = _ROUNDS) -> list[Measurement]:
     """Milliseconds of each model, and how many times as fast as bfloat16 it is in the median of the rounds."""
     torch.set_num_threads(num_threads)
-    folder = platformdirs.user_cache_path("switchyard", appauthor=False) / "bench-peers"
+    folder = default_folder()
     engines = {
         name: LoadedEngine(directory_of(MODELS[name], folder), num_threads, max(_BATCHES)) for name in MODEL_NAMES
     }

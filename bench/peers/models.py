@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import platformdirs
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -47,6 +48,11 @@ MODELS = {
         PeerModel("demo", "the demo model, 7 M parameters", ("batch",), None),
     )
 }
+
+
+def default_folder() -> Path:
+    """Where models are kept from one benchmark to the next."""
+    return platformdirs.user_cache_path("switchyard", appauthor=False) / "bench-peers"
 
 
 def directory_of(model: PeerModel, folder: Path) -> Path:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import platformdirs
-
 from bench.peers.comparison import Comparison
-from bench.peers.models import MODELS
+from bench.peers.models import MODELS, default_folder
 from bench.peers.ours import OurOptions
 from bench.peers.processes import PEERS
 from workers.config import DTYPES
@@ -32,7 +30,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--models-dir",
         type=Path,
-        default=platformdirs.user_cache_path("switchyard", appauthor=False) / "bench-peers",
+        default=default_folder(),
         help="models and what peers make of them are kept here; default: %(default)s",
     )
 

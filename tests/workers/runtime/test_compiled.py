@@ -192,6 +192,16 @@ class Outer:
 KNOWN = (Inner, Outer)
 
 
+def test_code_that_reads_other_tensors_is_not_compiled(tmp_path: Path) -> None:
+    """Its library would hold the first layer's, for all layers."""
+    from workers.runtime.compiled.inductor import compile_to
+
+    hidden = torch.rand(8)
+    traced = Traced(lambda x: (x + hidden,), [torch.zeros(6, 8)], 1, ())
+    with pytest.raises(ValueError, match="not among its arguments"):
+        compile_to(tmp_path / "piece.pt2", traced)
+
+
 def test_objects_are_described_by_all_but_their_tensors_values() -> None:
     def outer(scale: float = 1.0, rows: int = 3, is_shared: bool = True) -> Outer:
         inner = Inner(torch.rand(rows, 2), scale)

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 Run = Callable[[list[Tensor]], list[Tensor]]
 _ROOT = Path(__file__).resolve().parents[3]
 _SOURCES = ("kernels", "workers/model", "workers/kv/schemes", "workers/runtime/compiled")
-_COMPILERS = ("g++", "clang++")
+_COMPILER = "g++"  # that Inductor calls
 _UNUSED_S = 90 * 86400.0
 _CPUINFO = Path("/proc/cpuinfo")
 
@@ -82,8 +82,8 @@ def _tidy(folder: Path) -> None:
 
 
 def _make(traced: Traced, library: Path) -> None:
-    if not any(shutil.which(name) for name in _COMPILERS):
-        raise NotCompiled(f"there is no C++ compiler ({' or '.join(_COMPILERS)})")
+    if not shutil.which(_COMPILER):
+        raise NotCompiled(f"there is no C++ compiler ({_COMPILER})")
     began_s = time.monotonic()
     try:
         from workers.runtime.compiled.inductor import compile_to  # imports for seconds
