@@ -1,8 +1,9 @@
 """KV transfer on one host, from the paged cache of a prefill worker to that of a decode worker, and nothing else.
 
 Two processes, each with a cache of its own, share a KV node's arena. One publishes chunk after chunk, the other pulls
-each as soon as it is there; every byte is counted once, and every check is on. A copy of as many bytes in one process
-is timed before each run, so that both have seen the same machine.
+each as soon as it is there; neither waits for one transfer before it starts the next, as no step of an engine does.
+Every byte is counted once, and every check is on. A copy of as many bytes in one process is timed before each run, so
+that both have seen the same machine.
 """
 
 from __future__ import annotations
@@ -11,12 +12,11 @@ import itertools
 import multiprocessing
 import os
 import statistics
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 
 import torch
 import xxhash
@@ -88,37 +88,42 @@ class CacheShape:
 
 
 class BlockMover:
-    """A connector whose transfers are waited for, one after the other."""
+    """A connector, and which of its transfers have ended. For one thread."""
 
     def __init__(self, connector: KVConnector) -> None:
         self._connector = connector
-        self._ended = threading.Event()
-        connector.on_ended = self._ended.set
+        self._moving: dict[int, BlockTransfer] = {}
+        self.ended, self._on_ended = multiprocessing.Pipe(duplex=False)
+        """Readable when a transfer has ended; finished() is to be called then."""
+        connector.on_ended = lambda: self._on_ended.send_bytes(b"1")  # shorter than PIPE_BUF: threads do not mix
 
     def close(self) -> None:
         """Close the connector."""
         self._connector.close()
+        self.ended.close()
+        self._on_ended.close()
 
     def prepare(self, chunk: BlockTransfer) -> None:
         """As KVConnector.prepare."""
         self._connector.prepare(chunk)
 
-    def store(self, chunk: BlockTransfer) -> int:
-        """Publish blocks; how many are stored."""
+    def start_store(self, chunk: BlockTransfer) -> None:
+        """Publish blocks."""
+        self._moving[chunk.transfer_id] = chunk
         self._connector.start_store(chunk)
-        return self._wait(chunk)
 
-    def load(self, chunk: BlockTransfer) -> int:
-        """Pull blocks; how many came."""
+    def start_load(self, chunk: BlockTransfer) -> None:
+        """Pull blocks."""
+        self._moving[chunk.transfer_id] = chunk
         self._connector.start_load(chunk)
-        return self._wait(chunk)
 
-    def _wait(self, chunk: BlockTransfer) -> int:
-        self._ended.wait()
-        self._ended.clear()
-        count = self._connector.poll(chunk.transfer_id)
-        self._connector.finish(TransferDone(chunk.transfer_id, count))
-        return count
+    def finished(self) -> Iterator[tuple[BlockTransfer, bool]]:
+        """Waits until a transfer has ended; those that have, and whether all their blocks were moved."""
+        self.ended.recv_bytes()
+        for transfer_id in self._connector.ended():
+            chunk, count = self._moving.pop(transfer_id), self._connector.poll(transfer_id)
+            self._connector.finish(TransferDone(transfer_id, count))
+            yield chunk, count == len(chunk.block_ids)
 
 
 class KVTransferFailed(Exception):
@@ -167,16 +172,21 @@ def _kv_transfer(shape: CacheShape, sender: BlockMover, receiver: Connection, at
     """Seconds from the first publish until the last block is in the other cache; slots for what is published next is
     being made meanwhile, and for the first chunk before, as when each is computed in between."""
     chunks = shape.chunks(os.urandom(12))
+    published: list[BlockTransfer] = []
     sender.prepare(chunks[0])
     time.sleep(_STEP_S)
     began_s = time.perf_counter()
     for chunk, following in itertools.zip_longest(chunks, chunks[1:]):
         if following is not None:
             sender.prepare(following)
-        if sender.store(chunk) != len(chunk.block_ids):
-            raise KVTransferFailed("not all blocks were published")
-        if at_once:
-            receiver.send(chunk)
+        sender.start_store(chunk)
+    while len(published) < len(chunks):
+        for chunk, is_whole in sender.finished():
+            if not is_whole:
+                raise KVTransferFailed("not all blocks were published")
+            published.append(chunk)
+            if at_once:
+                receiver.send(chunk)
     if not at_once:
         for chunk in chunks:
             receiver.send(chunk)
@@ -210,11 +220,16 @@ def _receive(pipe: Connection, shape: CacheShape, host_address: str) -> None:
         pipe.send(None)
         with suppress(EOFError):  # the measurement is over
             while True:
+                ready = wait([pipe, mover.ended])
+                if mover.ended in ready:
+                    for _, is_whole in mover.finished():
+                        pipe.send((time.perf_counter(), is_whole))  # one clock for all processes of a machine
+                if pipe not in ready:
+                    continue
                 if (chunk := pipe.recv()) is None:
                     pipe.send(_digest(cache))
                 else:
-                    is_whole = mover.load(chunk) == len(chunk.block_ids)
-                    pipe.send((time.perf_counter(), is_whole))  # one clock for all processes of a machine
+                    mover.start_load(chunk)
 
 
 def _digest(cache: Tensor) -> int:

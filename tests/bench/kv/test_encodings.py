@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from bench.kv.encodings import LossMeter, prompts_of
-from bench.kv.transfer import BlockMover
 from deploy.config import DEMO_MODEL, ROOT
 from kvstore.config import KV_ENCODINGS
 from kvstore.store import FragmentStore
@@ -21,7 +20,7 @@ from tests.workers.kv.test_disaggregation import worker as real_worker
 from tests.workers.tiny_llama import make_checkpoint
 from tests.workers.worker_client import WorkerClient, disaggregate
 from workers.config import EngineConfig
-from workers.engine.step import BlockTransfer
+from workers.engine.step import BlockTransfer, TransferDone
 from workers.kv.blocks import block_memory
 from workers.kv.connector import KVConnector
 from workers.kv.grid import FragmentGrid
@@ -43,8 +42,16 @@ def test_what_the_demo_model_loses() -> None:
     assert exact.zstd_fragment_bytes < 0.9 * exact.fragment_bytes
 
 
-def mover(cache: torch.Tensor, grid: FragmentGrid, store: FragmentStore, encoding: str) -> BlockMover:
-    return BlockMover(KVConnector([block_memory(cache, grid.layers_per_fragment, encoding)], [grid], store))
+def connector_of(cache: torch.Tensor, grid: FragmentGrid, store: FragmentStore, encoding: str) -> KVConnector:
+    return KVConnector([block_memory(cache, grid.layers_per_fragment, encoding)], [grid], store)
+
+
+def num_moved(connector: KVConnector, transfer: BlockTransfer) -> int:
+    """Blocks of a transfer that was started, when it has ended."""
+    connector.wait([transfer], 10)
+    count = connector.poll(transfer.transfer_id)
+    connector.finish(TransferDone(transfer.transfer_id, count))
+    return count
 
 
 CACHE = (4, 6, 4, 2, 8, 16)  # layers, blocks, heads, K and V, slots, head_dim
@@ -56,15 +63,19 @@ def test_blocks_pass_between_ranks_that_own_other_heads_and_layers(encoding: str
     tier = MemoryTier()
     names, lengths = [bytes([i]) * 16 for i in range(3)], [8, 8, 5]
     source = torch.randn(CACHE)
-    writer = mover(source, FragmentGrid(range(4), 2, 0, 4), FragmentStore([tier]), encoding)
-    assert writer.store(BlockTransfer(1, 0, names, [4, 0, 2], lengths)) == 3
+    writer = connector_of(source, FragmentGrid(range(4), 2, 0, 4), FragmentStore([tier]), encoding)
+    stored = BlockTransfer(1, 0, names, [4, 0, 2], lengths)
+    writer.start_store(stored)
+    assert num_moved(writer, stored) == 3
     writer.close()
     for layer in (0, 2):
         for head in (0, 2):
             cache = torch.zeros(2, 6, 2, *CACHE[3:])
             grid = FragmentGrid(range(layer, layer + 2), 2, head, 2)
-            reader = mover(cache, grid, FragmentStore([tier]), encoding)
-            assert reader.load(BlockTransfer(1, 0, names, [1, 3, 5], lengths)) == 3
+            reader = connector_of(cache, grid, FragmentStore([tier]), encoding)
+            loaded = BlockTransfer(1, 0, names, [1, 3, 5], lengths)
+            reader.start_load(loaded)
+            assert num_moved(reader, loaded) == 3
             reader.close()
             for to, of, length in zip((1, 3, 5), (4, 0, 2), lengths, strict=True):
                 rows = source[layer : layer + 2, of, head : head + 2, :, :length]
@@ -77,11 +88,13 @@ def test_a_block_in_other_numbers_is_refused_and_counted() -> None:
     tier = MemoryTier()
     cache, transfer = torch.randn(CACHE), BlockTransfer(1, 0, [bytes(16)], [0], [8])
     grid = FragmentGrid(range(4), 4, 0, 4)
-    writer = mover(cache, grid, FragmentStore([tier]), "int8")
-    assert writer.store(transfer) == 1
+    writer = connector_of(cache, grid, FragmentStore([tier]), "int8")
+    writer.start_store(transfer)
+    assert num_moved(writer, transfer) == 1
     store = FragmentStore([tier])
-    reader = mover(cache, grid, store, "none")
-    assert reader.load(transfer) == 0
+    reader = connector_of(cache, grid, store, "none")
+    reader.start_load(transfer)
+    assert num_moved(reader, transfer) == 0
     assert store.stats().rejected == {"layout": 4}  # fragments
     writer.close()
     reader.close()

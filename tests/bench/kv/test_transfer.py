@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.kv.transfer import BlockMover, CacheShape, KVTransferFailed, measure_paged_kv_transfer
+from bench.kv.transfer import CacheShape, KVTransferFailed, measure_paged_kv_transfer
 from tests.processes import REPOSITORY, python_environment
+from workers.kv.connector import KVConnector
 
 SHAPE = CacheShape(num_layers=2, num_kv_heads=2, head_dim=16, block_size=4, chunk_blocks=(4, 2), num_runs=3)
 
@@ -31,7 +32,7 @@ def test_rows_and_nothing_left_behind(tmp_path: Path) -> None:
 
 
 def test_a_kv_transfer_that_loses_blocks_gives_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = BlockMover.store
-    monkeypatch.setattr(BlockMover, "store", lambda self, chunk: store(self, chunk) - 1)
+    poll = KVConnector.poll
+    monkeypatch.setattr(KVConnector, "poll", lambda self, transfer_id: poll(self, transfer_id) - 1)
     with pytest.raises(KVTransferFailed, match="not all blocks were published"):
         measure_paged_kv_transfer(str(tmp_path), SHAPE)
