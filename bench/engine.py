@@ -303,6 +303,9 @@ def main() -> None:
     parser.add_argument("--threads", type=_positive, default=2, help="of a CPU")
     parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=None, help="layers, on a CPU; default: by their size"
+    )
+    parser.add_argument(
         "--async-scheduling", action=argparse.BooleanOptionalAction, default=None, help="default: on CUDA"
     )
     parser.add_argument(
@@ -332,6 +335,7 @@ def main() -> None:
         max_num_seqs=max(largest, len(_COMPARED_PROMPTS)),
         max_num_batched_tokens=max(prompt, largest),
         cuda_graphs=options.graphs,
+        compile=options.compile,
         async_scheduling=options.async_scheduling,
     )
     ceilings = measure_ceilings(device.type)

@@ -5,17 +5,19 @@
     python -m kernels.harness.lanes gpu     # small and full cases on the CUDA device; --small leaves the full ones out
 
 A lane is a process of its own, because Triton decides at import whether it interprets. Exits 1 when a case failed to
-run or its result was wrong. `--only WORD` keeps the cases whose name holds the
-word.
+run or its result was wrong. `--only WORD` keeps the cases whose name holds the word.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,17 @@ from kernels.op import Case, Op
 
 Record = dict[str, Any]
 
+KERNELS = Path(__file__).parents[1]
+
+
+@functools.cache
+def sources_digest() -> str:
+    """Of all that decides what the paper lane compiles: the code below kernels/, and Triton's version."""
+    digest = hashlib.sha256(triton.__version__.encode())
+    for path in sorted(KERNELS.rglob("*.py")):
+        digest.update(b"\0%s\0%s" % (path.relative_to(KERNELS).as_posix().encode(), path.read_bytes()))
+    return digest.hexdigest()[:16]
+
 
 def interpreter_lane(op: Op[..., Any], case: Case) -> Record:
     return {"error": case_error(op, case, op.launch, "cpu"), "tolerance": op.tolerance[case.dtype]}
@@ -37,7 +50,7 @@ def paper_lane(op: Op[..., Any], case: Case) -> Record:
 
     with compile_only() as made:
         op.launch(*case.build("meta"))
-    return {"kernels": [dataclasses.asdict(describe(compiled)) for compiled in made]}
+    return {"sources": sources_digest(), "kernels": [dataclasses.asdict(describe(compiled)) for compiled in made]}
 
 
 def gpu_lane(op: Op[..., Any], case: Case) -> Record:
@@ -81,13 +94,14 @@ def main() -> None:
     parser.add_argument(
         "--part", type=_part, default=(0, 1), metavar="I/N", help="every N-th operation from the I-th on, from 0"
     )
+    parser.add_argument("--first", action="store_true", help="of each operation only the first case")
     options = parser.parse_args()
     _prepare(options.lane)
     run, cases = LANES[options.lane]
     failed = False
     first, step = options.part
     for op in OPS[first::step]:
-        for case in cases(op):
+        for case in list(cases(op))[: 1 if options.first else None]:
             if options.only not in f"{op.name} {case.name}" or (options.small and case not in op.small):
                 continue
             record: Record = {"op": op.name, "case": case.name}

@@ -83,12 +83,13 @@ def test_a_drafting_worker_may_die_at_any_token(
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_each_choice_of_a_request_has_its_own_tokens(fake_cluster: MakeCluster, temperature: float) -> None:
-    """Several choices over shared prompt blocks, all with drafts; the second time they are in the worker's memory."""
+    """Several choices over shared prompt blocks, all with drafts. Of three times, each choice comes twice to one of the
+    two decode workers, which has its tokens in memory then."""
     cluster = fake_cluster(step_s=STEP_S, engine=DRAFTS, sizes={"vocab_size": VOCAB_SIZE})
     client, num_choices = cluster.client(), 4
     sampling = SamplingParams(temperature=temperature, max_tokens=NUM_TOKENS, ignore_eos=True, seed=1)
     num_accepted = 0
-    for _ in range(2):
+    for _ in range(3):
         ids: list[list[int]] = [[] for _ in range(num_choices)]
         for index, event in client.generate_many([GenerationRequest(tuple(prompt(3)), sampling)], num_choices):
             if isinstance(event, Tokens):

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from kernels.harness import OPS, static_table
+from kernels.harness.lanes import sources_digest
 
 ROOT = Path(__file__).parents[2]
 PAPER_BASELINE = Path(__file__).with_name("paper_baseline.jsonl")
@@ -36,15 +37,29 @@ def part_of(op):
 
 
 @functools.cache
-def lane(name, part):
+def baseline():
+    return keyed(PAPER_BASELINE.read_text())
+
+
+# Compiling the same code again gives the same: while it is unchanged, one case of each operation is enough here.
+IS_UNCHANGED = {record["sources"] for record in baseline().values()} == {sources_digest()}
+
+
+def is_repeat(lane_name, op, case):
+    return lane_name == "paper" and IS_UNCHANGED and case != op.full[0]
+
+
+@functools.cache
+def lane(name, part, first=False):
     environment = {**os.environ, "TRITON_INTERPRET": str(int(name == "interpreter")), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "kernels.harness.lanes", name, "--part", f"{part}/{PARTS}"]
+    command = [sys.executable, "-m", "kernels.harness.lanes", name, "--part", f"{part}/{PARTS}", *["--first"] * first]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LANE_TIMEOUT_S)
     return keyed(done.stdout), done.stderr
 
 
 def result(name, op, case):
-    records, stderr = lane(name, part_of(op))
+    is_first = name == "paper" and IS_UNCHANGED and not is_repeat(name, op, case)
+    records, stderr = lane(name, part_of(op), is_first)
     assert (op.name, case.name) in records, f"the {name} lane said nothing of this case:\n{stderr[-2000:]}"
     record = records[op.name, case.name]
     assert "failure" not in record, record["failure"]
@@ -60,6 +75,7 @@ def cases(lane_name, *kinds):
             marks=[
                 pytest.mark.xdist_group(f"{lane_name} lane {part_of(op)}"),
                 pytest.mark.timeout(LANE_TIMEOUT_S + 60),
+                *[pytest.mark.slow] * is_repeat(lane_name, op, case),
             ],
         )
         for op in OPS
@@ -78,9 +94,9 @@ def test_interpreted(op, case):
 def test_compiled_for_hopper(op, case):
     kernels = result("paper", op, case)["kernels"]
     assert kernels
-    baseline = keyed(PAPER_BASELINE.read_text())[op.name, case.name]["kernels"]
-    assert [kernel["name"] for kernel in kernels] == [kernel["name"] for kernel in baseline]
-    for kernel, before in zip(kernels, baseline, strict=True):
+    committed = baseline()[op.name, case.name]["kernels"]
+    assert [kernel["name"] for kernel in kernels] == [kernel["name"] for kernel in committed]
+    for kernel, before in zip(kernels, committed, strict=True):
         assert kernel["shared_bytes"] <= 232_448
         assert kernel["local_bytes"] == 0, "it spills"
         assert kernel["registers"] <= 1.1 * before["registers"], f"if this is meant: {REGENERATE}"
@@ -89,7 +105,7 @@ def test_compiled_for_hopper(op, case):
 
 
 def test_the_committed_static_table_is_that_of_the_baseline():
-    assert STATIC_TABLE.read_text() == static_table.render(keyed(PAPER_BASELINE.read_text()).values()), (
+    assert STATIC_TABLE.read_text() == static_table.render(baseline().values()), (
         f"python -m kernels.harness.static_table {PAPER_BASELINE.relative_to(ROOT)} > {STATIC_TABLE.relative_to(ROOT)}"
     )
 

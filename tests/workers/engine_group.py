@@ -133,7 +133,10 @@ def run_job(
     drafter: Drafter | None = None,
 ) -> JobResult | None:
     """One rank's part of a job; the leader returns the result. drafter: in place of the config's own; every step takes
-    all that it proposes."""
+    all that it proposes. Layers are compiled where the config says so: where nothing was compiled before, it takes a
+    minute."""
+    if config.compile is None:
+        config = replace(config, compile=False)
     model = load_config(config.model_dir, config.ignore_keys, config.plugins)
     layers = feature_layers(config, groups.shard)
     runner = RecordingRunner(config, model, groups, torch.device("cpu"), feature_layers=layers)
