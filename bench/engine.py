@@ -303,7 +303,7 @@ def main() -> None:
     parser.add_argument("--threads", type=_positive, default=2, help="of a CPU")
     parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=None, help="layers, on a CPU; default: by their size"
+        "--compile", action=argparse.BooleanOptionalAction, default=None, help="a CPU's layers; default: by their size"
     )
     parser.add_argument(
         "--async-scheduling", action=argparse.BooleanOptionalAction, default=None, help="default: on CUDA"

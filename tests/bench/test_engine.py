@@ -34,8 +34,8 @@ def test_rates_of_decode_and_prefill_are_printed_and_written(tmp_path):
 
 
 def test_without_graphs_nothing_is_compared(tmp_path):
-    command = [sys.executable, "-m", "bench.engine", "--shape", "tiny", "--device", "cpu", "--no-graphs", "--no-compile"]
-    command += ["--async-scheduling", "--threads", "1", "--modes", "plain"]
+    command = [sys.executable, "-m", "bench.engine", "--shape", "tiny", "--device", "cpu", "--no-graphs"]
+    command += ["--no-compile", "--async-scheduling", "--threads", "1", "--modes", "plain"]
     command += ["--batch-sizes", "2", "--context", "20", "--prompt", "40"]
     done = subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
