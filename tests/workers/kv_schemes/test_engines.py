@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +32,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {shape: with_kv_channels(make_checkpoint(shape, directory)) for shape in ("gqa", "head_dim", "qwen3")}
 
 
+@pytest.fixture(scope="module")
+def alone() -> Iterator[EngineGroup]:
+    with EngineGroup(1, 1) as group:
+        yield group
+
+
 @pytest.fixture(scope="module", params=[(1, 1), (2, 1), (1, 2)], ids=lambda p: f"tp{p[0]}pp{p[1]}")
 def group(request):
     with EngineGroup(*request.param) as group:
@@ -47,16 +54,14 @@ def change(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("kv_cache_dtype", LOSSY)
 @pytest.mark.parametrize("model", ["demo", "gqa", "qwen3"])
-def test_first_logits_are_near_those_of_the_exact_cache(checkpoints, kv_cache_dtype: str, model: str) -> None:
+def test_first_logits_are_near_those_of_the_exact_cache(alone, checkpoints, kv_cache_dtype: str, model: str) -> None:
     """Of prompts in chunks: all but a prompt's last chunk is read from the cache only."""
     path = DEMO if model == "demo" else checkpoints[model]
     prompts = demo_prompts() if model == "demo" else many_prompts()
     config = EngineConfig(str(path), "float32", "cpu", block_size=4, num_blocks=128, max_num_batched_tokens=16)
-    with EngineGroup(1, 1) as alone:
-        exact, found = (
-            alone.run(replace(config, kv_cache_dtype=name, **EXACT), prompts, GREEDY)
-            for name in ("auto", kv_cache_dtype)
-        )
+    exact, found = (
+        alone.run(replace(config, kv_cache_dtype=name, **EXACT), prompts, GREEDY) for name in ("auto", kv_cache_dtype)
+    )
     changes = [change(a[0], b[0]) for a, b in zip(found.logits, exact.logits, strict=True)]
     assert 1e-4 < max(changes) < LARGEST_CHANGE[kv_cache_dtype]
 
@@ -89,25 +94,25 @@ def test_logits_have_the_same_bits_whatever_happens_around_a_request(group, chec
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kv_cache_dtype", ON_SPLITS)
-def test_tokens_do_not_depend_on_how_the_model_is_split(group, checkpoints, kv_cache_dtype: str, dtype: str) -> None:
+def test_tokens_do_not_depend_on_how_the_model_is_split(
+    alone, group, checkpoints, kv_cache_dtype: str, dtype: str
+) -> None:
     """Where sums are the same: with pipeline stages always, with other ranks as far as fp32 rounds alike."""
     if dtype == "bfloat16" and group.tp > 1:
         pytest.skip("two ranks add in another order, and bf16 rounds that into other tokens")
     config = EngineConfig(str(checkpoints["gqa"]), dtype, "cpu", num_blocks=64, kv_cache_dtype=kv_cache_dtype, **EXACT)
-    with EngineGroup(1, 1) as alone:
-        expected = alone.run(config, many_prompts(), GREEDY).completions
+    expected = alone.run(config, many_prompts(), GREEDY).completions
     assert group.run(replace(config, tp=group.tp, pp=group.pp), many_prompts(), GREEDY).completions == expected
 
 
 @pytest.mark.parametrize("kv_cache_dtype", LOSSY)
-def test_decode_attention_reads_them_as_well(checkpoints, kv_cache_dtype: str) -> None:
+def test_decode_attention_reads_them_as_well(alone, checkpoints, kv_cache_dtype: str) -> None:
     """Decode attention, which that mode does not use: one token at a time, over sequences of several lengths."""
     config = EngineConfig(str(checkpoints["head_dim"]), "float32", "cpu", block_size=4, num_blocks=256)
-    with EngineGroup(1, 1) as alone:
-        exact, found = (
-            alone.run(replace(config, kv_cache_dtype=name, **EXACT), many_prompts(), GREEDY)
-            for name in ("auto", kv_cache_dtype)
-        )
+    exact, found = (
+        alone.run(replace(config, kv_cache_dtype=name, **EXACT), many_prompts(), GREEDY)
+        for name in ("auto", kv_cache_dtype)
+    )
     for mine, theirs, a, b in zip(found.logits, exact.logits, found.completions, exact.completions, strict=True):
         num_same = next((i for i, pair in enumerate(zip(a, b, strict=True)) if pair[0] != pair[1]), len(a) - 1)
         for i in range(num_same + 1):  # of equal histories
@@ -115,31 +120,29 @@ def test_decode_attention_reads_them_as_well(checkpoints, kv_cache_dtype: str) -
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["int8", "kivi4"])
-def test_layers_with_a_window_of_their_own(tmp_path: Path, kv_cache_dtype: str) -> None:
+def test_layers_with_a_window_of_their_own(alone, tmp_path: Path, kv_cache_dtype: str) -> None:
     """Every other layer sees 6 tokens, of which 4 are exact here, and the 2 before them packed."""
     path = make_random(tmp_path, CONFIG)
     config = EngineConfig(
         str(path), "float32", "cpu", block_size=4, num_blocks=64, max_num_batched_tokens=16, batch_invariant=True,
         plugins=PLUGINS, kv_window_tokens=4, kv_sink_tokens=5,
     )  # fmt: skip
-    with EngineGroup(1, 1) as alone:
-        exact = alone.run(config, many_prompts(), GREEDY)
-        found = alone.run(replace(config, kv_cache_dtype=kv_cache_dtype), many_prompts(), GREEDY)
-        for other in ({"max_num_batched_tokens": 7}, {"num_blocks": 18}):
-            again = alone.run(replace(config, kv_cache_dtype=kv_cache_dtype, **other), many_prompts(), GREEDY)
-            assert_same(again, found, str(other))
+    exact = alone.run(config, many_prompts(), GREEDY)
+    found = alone.run(replace(config, kv_cache_dtype=kv_cache_dtype), many_prompts(), GREEDY)
+    for other in ({"max_num_batched_tokens": 7}, {"num_blocks": 18}):
+        again = alone.run(replace(config, kv_cache_dtype=kv_cache_dtype, **other), many_prompts(), GREEDY)
+        assert_same(again, found, str(other))
     changes = [change(a[0], b[0]) for a, b in zip(found.logits, exact.logits, strict=True)]
     assert 1e-4 < max(changes) < LARGEST_CHANGE[kv_cache_dtype]
 
 
 @pytest.mark.parametrize("name", [name for name in ("ct-fp8-kv",) if name in MODELS])
-def test_logits_of_a_checkpoint_with_a_calibrated_fp8_cache_are_the_oracles(name: str) -> None:
+def test_logits_of_a_checkpoint_with_a_calibrated_fp8_cache_are_the_oracles(alone, name: str) -> None:
     """llm-compressor's scales; its own model rounds keys and values, too."""
     said = oracle(name)
     token_ids, expected = said["token_ids"].flatten().tolist(), said["logits"].flatten(0, -2)
     prompts = [token_ids[: len(token_ids) - i] for i in reversed(range(len(expected)))]
     config = EngineConfig(str(FIXTURES / name), "float32", "cpu", num_blocks=64)
-    with EngineGroup(1, 1) as alone:
-        exact, fp8 = (alone.run(replace(config, kv_cache_dtype=kind), prompts, GREEDY) for kind in ("auto", "fp8"))
+    exact, fp8 = (alone.run(replace(config, kv_cache_dtype=kind), prompts, GREEDY) for kind in ("auto", "fp8"))
     assert max(change(a[0], b) for a, b in zip(fp8.logits, expected, strict=True)) < 1e-5
     assert min(change(a[0], b) for a, b in zip(exact.logits, expected, strict=True)) > 0.01
