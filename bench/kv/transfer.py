@@ -172,7 +172,7 @@ def _kv_transfer(shape: CacheShape, sender: BlockMover, receiver: Connection, at
     """Seconds from the first publish until the last block is in the other cache; slots for what is published next is
     being made meanwhile, and for the first chunk before, as when each is computed in between."""
     chunks = shape.chunks(os.urandom(12))
-    published: list[BlockTransfer] = []
+    num_published = 0
     sender.prepare(chunks[0])
     time.sleep(_STEP_S)
     began_s = time.perf_counter()
@@ -180,11 +180,11 @@ def _kv_transfer(shape: CacheShape, sender: BlockMover, receiver: Connection, at
         if following is not None:
             sender.prepare(following)
         sender.start_store(chunk)
-    while len(published) < len(chunks):
+    while num_published < len(chunks):
         for chunk, is_whole in sender.finished():
             if not is_whole:
                 raise KVTransferFailed("not all blocks were published")
-            published.append(chunk)
+            num_published += 1
             if at_once:
                 receiver.send(chunk)
     if not at_once:

@@ -29,15 +29,16 @@ from kernels.op import Case, Op
 
 Record = dict[str, Any]
 
-KERNELS = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
+_SOURCES = ("kernels/**/*.py", "kernels/configs/*.json", "costs/**/*.py")  # costs has layouts that kernels share
 
 
 @functools.cache
 def sources_digest() -> str:
-    """Of all that decides what the paper lane compiles: the code below kernels/, and Triton's version."""
+    """Of what decides what the paper lane compiles: code and tuned configurations, and Triton's version."""
     digest = hashlib.sha256(triton.__version__.encode())
-    for path in sorted(KERNELS.rglob("*.py")):
-        digest.update(b"\0%s\0%s" % (path.relative_to(KERNELS).as_posix().encode(), path.read_bytes()))
+    for path in sorted(path for pattern in _SOURCES for path in _ROOT.glob(pattern)):
+        digest.update(b"\0%s\0%s" % (path.relative_to(_ROOT).as_posix().encode(), path.read_bytes()))
     return digest.hexdigest()[:16]
 
 

@@ -55,8 +55,8 @@ def test_one_rank(config: EngineConfig, expected: Outcome, is_async: bool) -> No
     [
         pytest.param(2, 1, False, 0, "rank 0 of 2 (tp_rank 0, pp_stage 0)", marks=pytest.mark.slow),
         (2, 1, True, 1, "rank 1 of 2 (tp_rank 1, pp_stage 0)"),
-        pytest.param(1, 2, True, 0, "rank 0 of 2 (tp_rank 0, pp_stage 0)", marks=pytest.mark.slow),
-        (1, 2, False, 1, "rank 1 of 2 (tp_rank 0, pp_stage 1)"),
+        (1, 2, True, 0, "rank 0 of 2 (tp_rank 0, pp_stage 0)"),
+        pytest.param(1, 2, False, 1, "rank 1 of 2 (tp_rank 0, pp_stage 1)", marks=pytest.mark.slow),
         (2, 2, False, 3, "rank 3 of 4 (tp_rank 1, pp_stage 1)"),
     ],
 )
