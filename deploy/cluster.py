@@ -21,6 +21,16 @@ from deploy.config import ClusterConfig
 from deploy.cpu_dtype import fastest_cpu_dtype
 from deploy.draft_model import check_draft
 from deploy.errors import ConfigError, StartError, one_line
+from deploy.host import (
+    check_folder,
+    check_host_memory,
+    check_node_ip,
+    check_ports,
+    check_ray,
+    free_port,
+    has_gpu_driver,
+    memory_bytes,
+)
 from deploy.plan import (
     ClusterPlan,
     check_cpu_memory,
@@ -36,19 +46,11 @@ from deploy.preflight import (
     FoundModel,
     check_adapters,
     check_control,
-    check_folder,
-    check_host_memory,
     check_model,
-    check_node_ip,
     check_password_files,
     check_peer_transport,
-    check_ports,
-    check_ray,
     control_warning,
     disk_warning,
-    free_port,
-    has_gpu_driver,
-    memory_bytes,
     read_weights,
     tier_secret,
     tier_warning,

@@ -6,23 +6,15 @@ Knows nothing of Ray. What only shows itself later (a worker that cannot load) i
 from __future__ import annotations
 
 import dataclasses
-import errno
 import os
 import secrets
-import socket
-import tempfile
-from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-import psutil
-
-from deploy.config import DEMO_MODEL, ClusterConfig, EndpointsConfig, RayConfig
+from deploy.config import DEMO_MODEL, ClusterConfig
 from deploy.errors import ConfigError, StartError
-from deploy.ports import wanted_ports
 from kvstore.config import KVStoreConfig, is_redis
-from kvstore.network.addresses import bare_host, join_host_port, listen, split_host_port
 from kvstore.redis_client import read_password
 from kvstore.trial import TierMisconfigured, memory_risk, try_control, try_disk, try_tier
 from router.adapters.config import AdaptersConfig
@@ -39,7 +31,6 @@ from workers.model.identity import weights_identity
 from workers.model.registry import load_config
 from workers.model.tensor_layout import check_checkpoint, check_split, tensor_layout
 
-_REACH_TIMEOUT_S = 2.0
 _LEAST_SECRET_CHARACTERS = 16
 
 
@@ -134,53 +125,6 @@ def _check_texts(directory: Path, config: ClusterConfig, limits: ModelLimits) ->
         ChatTemplate(files.chat_template, files.special_tokens, files.chat_template_where)
 
 
-def check_ports(endpoints: EndpointsConfig, ray: RayConfig) -> None:
-    """See that every port that was asked for is free. Raises ConfigError naming the first that is not."""
-    for wanted in wanted_ports(endpoints, ray):
-        for port in wanted.ports:
-            problem = _bind_problem(wanted.host, port)
-            if problem:
-                raise ConfigError(f"{wanted.key}: {problem}")
-
-
-def _bind_problem(host: str, port: int) -> str:
-    """Why a port cannot be listened on, or ""."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(bare_host(host), port, type=socket.SOCK_STREAM)[0]
-    except OSError:
-        return f"{host} is not an address of this machine"
-    with socket.socket(family, kind, protocol) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(address)
-        except PermissionError:
-            return f"not allowed to listen on port {port}"
-        except OSError as error:
-            if error.errno == errno.EADDRNOTAVAIL:
-                return f"{host} is not an address of this machine"
-            is_taken = error.errno == errno.EADDRINUSE
-            return f"port {port} on {host} is in use" if is_taken else f"{join_host_port(host, port)}: {error.strerror}"
-    return ""
-
-
-def check_node_ip(node_ip: str) -> None:
-    """See that Ray can listen there; on another machine's address its start would hang. Raises ConfigError."""
-    if bare_host(node_ip) in ("0.0.0.0", "::"):
-        raise ConfigError(f"ray.node_ip: {node_ip} stands for all addresses, and others must be told one of them")
-    problem = _bind_problem(node_ip, 0) if node_ip else ""
-    if problem:
-        raise ConfigError(f"ray.node_ip: {problem}")
-
-
-def free_port(host: str, first: int = 0, reserved: Collection[int] = ()) -> int:
-    """A free port of this machine that is not reserved: the first from `first` up, or any one."""
-    for port in range(first, first + 200) if first else ():
-        if port not in reserved and not _bind_problem(host, port):
-            return port
-    with listen(host, 0, backlog=1) as probe:
-        return int(probe.getsockname()[1])
-
-
 def check_password_files(kvstore: KVStoreConfig) -> None:
     """See that the passwords of both Redis servers can be read. Raises ConfigError."""
     for key in ("control_password_file", "tier_password_file"):
@@ -203,47 +147,6 @@ def check_control(url: str, cluster: str) -> None:
         raise ConfigError(f"kvstore.control: {error}") from None
     if problem:
         raise StartError(f"kvstore.control: {problem}")
-
-
-def check_ray(address: str) -> None:
-    """See that the Ray cluster to join is there; Ray itself would try for minutes. Raises StartError."""
-    try:
-        host, port = split_host_port(address)
-    except ValueError:
-        raise ConfigError(f"ray.address: must be HOST:PORT, not {address!r}") from None
-    problem = _dial_problem(host, port)
-    if problem:
-        raise StartError(f"ray.address: no Ray cluster at {address} ({problem})")
-
-
-def check_folder(key: str, folder: str) -> None:
-    """See that files can be made in a folder that is there, by making one without a name. Raises ConfigError."""
-    if not os.path.isdir(folder):
-        why = "not a folder" if os.path.exists(folder) else "no such folder"
-        raise ConfigError(f"{key}: {folder}: {why}")
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except PermissionError:
-        raise ConfigError(f"{key}: {folder}: not allowed to make files there") from None
-    except OSError as error:
-        raise ConfigError(f"{key}: {folder}: no files can be made there ({error.strerror})") from None
-
-
-def check_host_memory(key: str, num_bytes: int) -> None:
-    """See that this machine has so much memory at all. Raises ConfigError."""
-    if num_bytes > memory_bytes():
-        raise ConfigError(f"{key}: {num_bytes} is more than this machine's memory ({memory_bytes()})")
-
-
-def memory_bytes() -> int:
-    """All of this machine's memory."""
-    return int(psutil.virtual_memory().total)
-
-
-def has_gpu_driver() -> bool:
-    """Whether Ray may find GPUs on this machine."""
-    return os.path.exists("/dev/nvidiactl")
 
 
 def tier_secret(path: str) -> str:
@@ -294,12 +197,3 @@ def disk_warning(kvstore: KVStoreConfig) -> str:
     except TierMisconfigured as error:
         raise ConfigError(f"kvstore.disk_dir: {error}") from None
     return f"kvstore.disk_dir: {problem}; serving without this tier until it is free" if problem else ""
-
-
-def _dial_problem(host: str, port: int) -> str:
-    """Why nothing can be reached there, or ""."""
-    try:
-        with socket.create_connection((host, port), timeout=_REACH_TIMEOUT_S):
-            return ""
-    except OSError as error:
-        return (error.strerror or str(error) or "no answer").lower()

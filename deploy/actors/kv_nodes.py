@@ -22,8 +22,8 @@ from switchyard.v1 import kvnode_pb2, kvnode_pb2_grpc
 
 from deploy.actors.metrics import RayMetrics
 from deploy.config import child_environment
+from deploy.host import check_folder
 from deploy.plan import ArenaPlan
-from deploy.preflight import check_folder
 from deploy.processes.leftovers import end_predecessor, hold_folder, leave_folder, record_arena, remove_leftovers
 from deploy.processes.supervise import Ready, SupervisedProcess
 from kvstore.config import KVStoreConfig, NodeSpec

@@ -13,7 +13,7 @@ import psutil
 import ray
 
 from deploy.actors.kv_nodes import KVNodeSettings, describe, kv_node_on
-from deploy.preflight import free_port
+from deploy.host import free_port
 from kvstore.network.addresses import join_host_port
 from workers.config import WorkerSpec, resolve_model
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from deploy.config import RayConfig, prepare_ray_environment, temporary_files_in
 from deploy.errors import StartError, one_line
-from deploy.preflight import free_port
+from deploy.host import free_port
 from kvstore.network.addresses import join_host_port
 
 _FIRST_DASHBOARD_PORT = 8265

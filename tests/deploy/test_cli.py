@@ -16,7 +16,7 @@ from switchyard_client import GenerationRequest
 from deploy import cli
 from deploy.config import ROOT
 from deploy.errors import StartError
-from deploy.preflight import free_port
+from deploy.host import free_port
 from tests.processes import RedisServer
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy.preflight import free_port
+from deploy.host import free_port
 from tests.deploy.serving import LOOPBACK, PROMPT, SWITCHYARD, Serving, Stream, Surroundings
 from tests.processes import wait_until
 

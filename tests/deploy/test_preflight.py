@@ -15,21 +15,9 @@ from deploy import config
 from deploy.cluster import Cluster
 from deploy.config import EndpointsConfig, RayConfig
 from deploy.errors import ConfigError, StartError
+from deploy.host import check_folder, check_host_memory, check_node_ip, check_ports, check_ray, free_port
 from deploy.plan import model_name
-from deploy.preflight import (
-    check_control,
-    check_folder,
-    check_host_memory,
-    check_model,
-    check_node_ip,
-    check_ports,
-    check_ray,
-    control_warning,
-    disk_warning,
-    free_port,
-    tier_secret,
-    tier_warning,
-)
+from deploy.preflight import check_control, check_model, control_warning, disk_warning, tier_secret, tier_warning
 from deploy.progress import Steps
 from kvstore.network.addresses import listen
 from kvstore.tiers.disk.segments import LOCK_NAME, lock_file

@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy.preflight import free_port
+from deploy.host import free_port
 from tests.deploy.conftest import write_tiny_model
 from tests.deploy.serving import LOOPBACK, SWITCHYARD, Serving, Surroundings
 from tests.helm.prometheus import Prometheus, programs, scrape_configs
