@@ -120,6 +120,11 @@ class RequestQueues:
         others = [r for r in self.waiting_for_kv if not r.has_load_in_flight]
         return max((*self.running, *others), key=lambda r: (r.is_stalled, self._policy.run_order(r)))
 
+    def has_later_pull(self, request: Request) -> bool:
+        """Whether one behind this request is pulling blocks, and can be preempted when they have come."""
+        order = self._policy.run_order(request)
+        return any(r.has_load_in_flight and self._policy.run_order(r) > order for r in self.waiting_for_kv)
+
 
 def _prompt_tokens(request: Request) -> int:
     return 0 if request.role is RequestRole.DECODE else request.num_given_tokens

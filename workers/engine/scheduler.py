@@ -352,12 +352,15 @@ class Scheduler:
 
     def _free_blocks_for(self, plan: SchedulerOutput, request: Request, num_tokens: int) -> bool:
         """Blocks for `num_tokens` tokens of a running request, preempting the last; False when it went itself, or has
-        to wait for blocks that are being copied."""
+        to wait for blocks that are being copied or that a later one is pulling: two that gave way to each other's pulls
+        would do so for ever."""
         num_blocks = -(-num_tokens // self.pool.block_size)
         while (missing := self.pool.num_missing(request.block_tables, num_blocks, self._all_groups)) > 0:
             if missing <= self.preemption.num_leaving_blocks:
                 return False
             victim = self.queues.victim()
+            if victim is request and self.queues.has_later_pull(request):
+                return False
             self.preemption.preempt(plan, victim)
             if victim is request:
                 return False

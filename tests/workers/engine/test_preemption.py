@@ -13,8 +13,8 @@ from switchyard.v1 import worker_pb2
 from costs.transfer import ALWAYS_FETCH, NEVER_FETCH, TransferCost
 from kvstore.config import KVStoreConfig
 from tests.workers.engine.test_scheduler import finish_all, make_engine, make_request
+from tests.workers.forked_worker import prompt, spec_for, worker
 from tests.workers.kv.test_cache_groups import WINDOWS, alone, request, run
-from tests.workers.kv.test_disaggregation import prompt, spec_for, worker
 from tests.workers.paged_runner import BLOCK_SIZE, PagedRunner, make
 from tests.workers.tiny_llama import generate_with_transformers, make_checkpoint
 from workers.config import POLICIES, SchedulingOptions
@@ -83,6 +83,20 @@ def test_tokens_are_those_of_each_request_alone(
     assert preemption.num_leaving_blocks == 0
     if cost is NEVER_FETCH and role is RequestRole.MIXED:
         assert preemption.num_swaps == 0
+
+
+def test_two_requests_do_not_give_way_to_each_others_pulls_for_ever() -> None:
+    """Two want a seventh block of twelve: a token that is being chosen is lost when its request is preempted."""
+    shapes, windows = [(1, 3, 0), (14, 4, 0), (22, 4, 1), (1, 2, 0), (22, 5, 0)], (0, 6)
+    expected = {f"r{i}": alone(request(f"r{i}", n, m, start=5 * k), windows) for i, (n, m, k) in enumerate(shapes)}
+    scheduling = SchedulingOptions(tpot_target_s=1.0, min_prefill_tokens=2)
+    engine, runner = make(
+        12, 7, True, 4, windows, writes_back=True, transfer_cost=TransferCost(1.0, 5.0, 1.0), scheduling=scheduling
+    )
+    first = submit_all(engine, runner, shapes, RequestRole.DECODE, windows)
+    tokens = run(engine)
+    assert {name: [*first[name], *tokens.get(name, [])] for name in expected} == expected
+    assert engine.scheduler.num_preemptions > 0
 
 
 @pytest.mark.parametrize(("is_async", "num_stages"), [(False, 1), (True, 1), (False, 2), (True, 3)])
