@@ -11,7 +11,7 @@ import torch
 
 from tests.quant.served import FIXTURES, MODELS, dequantized, last_logits, oracle
 from tests.workers.engine_group import EngineGroup
-from tests.workers.kv.test_disaggregation import spec_for, worker
+from tests.workers.forked_worker import spec_for, worker
 from tests.workers.worker_client import disaggregate
 from workers.config import EngineConfig
 from workers.errors import ModelError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from multiprocessing.connection import Connection
 import torch
 from torch import Tensor
 
+from tests.workers.forked_ranks import context, start_rank
 from workers.config import EngineConfig
 from workers.engine.adapters.ref import AdapterRef
 from workers.engine.engine import Engine, StepEvents
@@ -107,6 +107,32 @@ def outputs_to_end(
     assert engine.scheduler.pool.num_referenced == 0
     engine.scheduler.adapters.check()
     return tokens
+
+
+def run_on(
+    engine: Engine, requests: Sequence[Request], per_step: int = 2
+) -> tuple[dict[str, list[int]], dict[str, RequestEnd]]:
+    """To the end of all of them, however they end."""
+    tokens: dict[str, list[int]] = {r.request_id: [] for r in requests}
+    ends: dict[str, RequestEnd] = {}
+    coming = list(requests)
+    for _ in range(3000):
+        for new in coming[:per_step]:
+            engine.submit(new)
+        del coming[:per_step]
+        events = engine.step()
+        if events is None and not coming and not engine.scheduler.has_work():
+            break
+        if events is None:
+            time.sleep(0.0005)  # what moves beside the steps, does so in other threads
+        for token in events.tokens if events else ():
+            assert token.position == len(tokens[token.request_id])
+            tokens[token.request_id].append(token.token_id)
+        ends.update((end.request_id, end) for end in (events.ended if events else ()))
+    assert set(ends) == set(tokens)
+    assert engine.scheduler.pool.num_referenced == 0
+    engine.scheduler.pool.check()
+    return tokens, ends
 
 
 Sampling = SamplingParams | Sequence[SamplingParams | Pooling]  # of all requests, or of each; a pooling: an embedding
@@ -211,18 +237,15 @@ class EngineGroup:
 
     def __init__(self, tp: int, pp: int) -> None:
         self.tp, self.pp = tp, pp
-        context = multiprocessing.get_context("spawn")
         self._meeting = tempfile.TemporaryDirectory()
         url = f"file://{self._meeting.name}/meeting"
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(tp * pp):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_rank_process, args=(rank, tp, pp, url, theirs), daemon=True)
-            process.start()
+            ours, theirs = context().Pipe()
+            self._processes.append(start_rank(_rank_process, rank, tp, pp, url, theirs))
             theirs.close()
             self._pipes.append(ours)
-            self._processes.append(process)
 
     def __enter__(self) -> EngineGroup:
         return self

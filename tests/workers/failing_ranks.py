@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import tempfile
 from collections.abc import Sequence
@@ -13,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.workers.engine.test_failed_steps import run_on
+from tests.workers.engine_group import run_on
+from tests.workers.forked_ranks import context, start_rank
 from workers.config import EngineConfig
 from workers.engine.adapters.ref import AdapterRef
 from workers.engine.request import Request
@@ -132,14 +132,11 @@ def _rank(
 
 def run_with(config: EngineConfig, fault: Fault | None, adapters: Sequence[AdapterRef | None] = (None,)) -> Outcome:
     """Requests a to f at once, then g and h. adapters: theirs, in turns."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
+    ours, theirs = context().Pipe()
     with tempfile.TemporaryDirectory() as folder:
         args = (config, f"file://{folder}/meeting", fault, adapters, theirs)
         world = config.tp * config.pp
-        processes = [context.Process(target=_rank, args=(rank, *args), daemon=True) for rank in range(world)]
-        for process in processes:
-            process.start()
+        processes = [start_rank(_rank, rank, *args) for rank in range(world)]
         try:
             if not ours.poll(60):
                 raise TimeoutError("ranks wait for one another")

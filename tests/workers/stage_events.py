@@ -6,7 +6,6 @@ keeps them at work, and else the wait runs out.
 
 from __future__ import annotations
 
-import multiprocessing
 import tempfile
 import time
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.workers.forked_ranks import context, start_rank
 from workers.config import EngineConfig
 from workers.engine.request import Request
 from workers.engine.step import StepPlan
@@ -43,9 +43,9 @@ class StageEvents:
 
     @staticmethod
     def make(num_stages: int) -> StageEvents:
-        context = multiprocessing.get_context("spawn")
-        columns = [context.Array("q", num_stages * MAX_PLANS) for _ in range(2)]
-        return StageEvents(num_stages, context.Value("q", 0), *columns, context.Value("q", 0))
+        shared = context()
+        columns = [shared.Array("q", num_stages * MAX_PLANS) for _ in range(2)]
+        return StageEvents(num_stages, shared.Value("q", 0), *columns, shared.Value("q", 0))
 
     def note(self, kind: str, stage: int, sequence: int) -> None:
         with self.ticks.get_lock():
@@ -110,12 +110,9 @@ def _rank(rank: int, config: EngineConfig, url: str, events: StageEvents, steady
 def run_stages(config: EngineConfig, steady: tuple[int, int]) -> StageEvents:
     """Five requests to their ends."""
     events = StageEvents.make(config.pp)
-    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         args = (config, f"file://{folder}/meeting", events, steady)
-        processes = [context.Process(target=_rank, args=(rank, *args), daemon=True) for rank in range(config.pp)]
-        for process in processes:
-            process.start()
+        processes = [start_rank(_rank, rank, *args) for rank in range(config.pp)]
         for process in processes:
             process.join(timeout=120)
         codes = [process.exitcode for process in processes]

@@ -15,8 +15,8 @@ from kvstore.config import KV_ENCODINGS
 from kvstore.store import FragmentStore
 from kvstore.tiers.memory_tier import MemoryTier
 from tests.processes import KVNode
-from tests.workers.kv.test_disaggregation import ALWAYS, prompt, spec_for
-from tests.workers.kv.test_disaggregation import worker as real_worker
+from tests.workers.forked_worker import ALWAYS, prompt, spec_for
+from tests.workers.forked_worker import worker as real_worker
 from tests.workers.tiny_llama import make_checkpoint
 from tests.workers.worker_client import WorkerClient, disaggregate
 from workers.config import EngineConfig

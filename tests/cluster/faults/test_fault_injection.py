@@ -40,8 +40,8 @@ from tests.fake_model import VOCAB_SIZE, expected
 from tests.forked import SECRET
 from tests.kvstore.fragments import make_compressible, sealed_copy
 from tests.processes import KVNode, RedisServer, wait_until
-from tests.workers.kv.test_disaggregation import spec_for
-from tests.workers.kv.test_disaggregation import worker as real_worker
+from tests.workers.forked_worker import spec_for
+from tests.workers.forked_worker import worker as real_worker
 from tests.workers.tiny_llama import generate_with_transformers, make_checkpoint
 from tests.workers.worker_client import WorkerClient
 from workers.kv.grid import FragmentGrid

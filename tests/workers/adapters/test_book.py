@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.workers.adapters.paged_adapters import make, ref
 from tests.workers.engine.test_async_scheduling import request
-from tests.workers.engine.test_failed_steps import run_on
+from tests.workers.engine_group import run_on
 from workers.engine.adapters.ref import AdapterLimits
 from workers.engine.engine import Engine
 from workers.engine.request import FinishReason, Request

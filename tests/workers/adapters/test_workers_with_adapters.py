@@ -13,7 +13,7 @@ from switchyard.v1 import adapter_pb2, worker_pb2
 from tests.peft_adapters import load_adapted, load_base
 from tests.processes import KVNode
 from tests.workers.adapters.test_matches_peft import last_logits
-from tests.workers.kv.test_disaggregation import prompt, spec_for, worker
+from tests.workers.forked_worker import prompt, spec_for, worker
 from tests.workers.worker_client import WorkerClient, wait_until
 from workers.config import WorkerSpec
 from workers.engine.adapters.ref import AdapterRef

@@ -2,41 +2,16 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.workers.engine.test_async_scheduling import request
+from tests.workers.engine_group import run_on
 from tests.workers.paged_runner import BLOCK_SIZE, make
 from workers.engine.engine import MAX_FAILED_STEPS
-from workers.engine.request import FinishReason, RequestEnd, RequestRole
+from workers.engine.request import FinishReason, RequestRole
 from workers.errors import StepFailed
-
-
-def run_on(engine, requests, per_step=2) -> tuple[dict[str, list[int]], dict[str, RequestEnd]]:
-    """To the end of all of them, however they end."""
-    tokens: dict[str, list[int]] = {r.request_id: [] for r in requests}
-    ends: dict[str, RequestEnd] = {}
-    coming = list(requests)
-    for _ in range(3000):
-        for new in coming[:per_step]:
-            engine.submit(new)
-        del coming[:per_step]
-        events = engine.step()
-        if events is None and not coming and not engine.scheduler.has_work():
-            break
-        if events is None:
-            time.sleep(0.0005)  # what moves beside the steps, does so in other threads
-        for token in events.tokens if events else ():
-            assert token.position == len(tokens[token.request_id])
-            tokens[token.request_id].append(token.token_id)
-        ends.update((end.request_id, end) for end in (events.ended if events else ()))
-    assert set(ends) == set(tokens)
-    assert engine.scheduler.pool.num_referenced == 0
-    engine.scheduler.pool.check()
-    return tokens, ends
 
 
 @pytest.mark.parametrize(("is_async", "num_stages"), [(False, 1), (True, 1), (False, 2), (True, 2), (True, 3)])

@@ -2,66 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import torch
 from switchyard.v1 import worker_pb2
 
 from kvstore.config import KVStoreConfig
 from kvstore.connect import open_directory
 from kvstore.names import block_names, root_name
+from tests.workers.forked_worker import ALWAYS, BLOCK_SIZE, prompt, spec_for, worker
 from tests.workers.tiny_llama import generate_with_transformers, make_checkpoint
 from tests.workers.worker_client import WorkerClient, disaggregate, wait_until
-from workers.config import EngineConfig, WorkerSpec
 
 pytestmark = pytest.mark.xdist_group("disaggregation")  # its fixtures are processes, made once
 
-BLOCK_SIZE = 16
-ALWAYS = KVStoreConfig(prefix_fetch="always")
 LENGTHS = (1, 15, 16, 17, 48, 77)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     return make_checkpoint("gqa", tmp_path_factory.mktemp("tiny"))
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    return torch.randint(97, (length,), generator=torch.Generator().manual_seed(1000 * seed + length)).tolist()
-
-
-def spec_for(checkpoint: Path, role: str, node, **options) -> WorkerSpec:
-    engine = EngineConfig(
-        str(checkpoint), tp=options.pop("tp", 1), pp=options.pop("pp", 1), block_size=BLOCK_SIZE, num_blocks=40,
-        max_num_batched_tokens=options.pop("chunk", 20), device="cpu",
-    )  # fmt: skip
-    options = {"host_address": node.host_address, "control": node.control_url, "layers_per_fragment": 1, **options}
-    return WorkerSpec(worker_id=f"{role}-0", pool=role, role=role, engine=engine, node_id=node.node_id, **options)
-
-
-@contextmanager
-def worker(spec: WorkerSpec) -> Iterator[WorkerClient]:
-    """A worker as `python -m workers` starts it, its ranks as processes."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(asdict(spec), file)
-        file.flush()
-        command = [sys.executable, "-m", "workers", "--spec", file.name]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        ready = json.loads(process.stdout.readline())
-    try:
-        with WorkerClient(ready["address"]) as client:
-            yield client
-    finally:
-        process.terminate()
-        assert process.wait(timeout=30) == 0
 
 
 @pytest.fixture(scope="module")

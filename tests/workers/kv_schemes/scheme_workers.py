@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from switchyard.v1 import worker_pb2
 
 from kvstore.config import KVStoreConfig
 from tests.processes import KVNode
-from tests.workers.kv.test_disaggregation import ALWAYS, spec_for, worker
+from tests.workers.forked_worker import ALWAYS, spec_for, worker
 from tests.workers.worker_client import WorkerClient
 from workers.config import WorkerSpec
 from workers.kv.grid import FragmentGrid
@@ -39,17 +35,6 @@ def mixed(client: WorkerClient, stream_id: str, token_ids: list[int], max_tokens
     client.submit(stream_id, token_ids, worker_pb2.REQUEST_ROLE_MIXED, max_tokens=max_tokens)
     client.wait_finished(stream_id)
     return client.tokens[stream_id]
-
-
-def start(spec: WorkerSpec) -> tuple[subprocess.Popen[str], str]:
-    """A worker that the test kills itself: its process, and its address."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(asdict(spec), file)
-        file.flush()
-        command = [sys.executable, "-m", "workers", "--spec", file.name]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        return process, json.loads(process.stdout.readline())["address"]
 
 
 @dataclass

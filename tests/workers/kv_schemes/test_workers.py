@@ -6,7 +6,6 @@ others meet the same faults in the slow one.
 
 from __future__ import annotations
 
-import signal
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -22,8 +21,8 @@ from kvstore.names import NAME_BYTES
 from tests.cluster.faults.storages import ArenaStorage
 from tests.cluster.faults.ways import FaultInjector, fragment_keys
 from tests.processes import KVNode
-from tests.workers.kv.test_disaggregation import ALWAYS, prompt, worker
-from tests.workers.kv_schemes.scheme_workers import BLOCK_SIZE, SchemeWorkers, mixed, scheme_spec, start
+from tests.workers.forked_worker import ALWAYS, prompt, start, worker
+from tests.workers.kv_schemes.scheme_workers import BLOCK_SIZE, SchemeWorkers, mixed, scheme_spec
 from tests.workers.tiny_llama import make_checkpoint, with_kv_channels
 from tests.workers.worker_client import WorkerClient, disaggregate, wait_until
 
@@ -202,19 +201,18 @@ def is_published(workers: SchemeWorkers, client: WorkerClient, token_ids: list[i
     return all(arena.read(key) is not None for block in blocks for key in block)
 
 
-def test_a_stream_goes_on_elsewhere_when_its_worker_is_killed(workers: SchemeWorkers) -> None:
+def test_a_stream_goes_on_elsewhere_when_its_worker_is_killed(workers: SchemeWorkers, tmp_path: Path) -> None:
     """As a router places it again: with what was sent as the prompt, on a worker that finds the blocks in the tier."""
     token_ids = prompt(40, seed=90)
     (right,) = workers.undisturbed([token_ids], 60)
     other = workers.mixed
     spec = replace(workers.spec("mixed", kvstore=ALWAYS), worker_id=f"dying-{workers.kv_cache_dtype}")
-    process, address = start(spec)
-    with WorkerClient(address) as dying:
+    server = start(spec, tmp_path)
+    with WorkerClient(server.ready["address"]) as dying:
         dying.submit("s", token_ids, worker_pb2.REQUEST_ROLE_MIXED, max_tokens=60, window_tokens=30)
         wait_until(lambda: len(dying.tokens["s"]) >= 30)
         wait_until(lambda: is_published(workers, other, [*token_ids, *dying.tokens["s"]][: 3 * BLOCK_SIZE]))
-        process.send_signal(signal.SIGKILL)
-        process.wait(30)
+        server.kill()
         sent = dying.tokens["s"]
     other.submit("s", token_ids + sent, worker_pb2.REQUEST_ROLE_MIXED, max_tokens=60, num_prompt_tokens=len(token_ids))
     finished = other.wait_finished("s")

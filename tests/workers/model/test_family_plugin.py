@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.workers.engine_group import EngineGroup
-from tests.workers.kv.test_disaggregation import spec_for, worker
+from tests.workers.forked_worker import spec_for, worker
 from tests.workers.worker_client import disaggregate
 from workers.config import EngineConfig
 from workers.engine.request import SamplingParams

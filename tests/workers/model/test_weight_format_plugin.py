@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.plugins.int8_rows import Int8Linear
 from tests.workers.engine_group import EngineGroup, JobResult
-from tests.workers.kv.test_disaggregation import spec_for, worker
+from tests.workers.forked_worker import spec_for, worker
 from tests.workers.tiny_llama import generate_with_transformers, make_checkpoint, prompts
 from tests.workers.worker_client import disaggregate
 from workers.config import EngineConfig

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from switchyard.v1 import generation_pb2, worker_pb2
 
-from tests.workers.kv.test_disaggregation import prompt, spec_for, worker
+from tests.workers.forked_worker import prompt, spec_for, worker
 from tests.workers.speculation.tiny_eagle import make_head
 from tests.workers.tiny_llama import generate_with_transformers, make_checkpoint
 from tests.workers.worker_client import WorkerClient, disaggregate
