@@ -106,12 +106,12 @@ def test_hidden_states_that_a_drafter_wants_are_those_of_eager_steps(home: Path,
     ("name", "dtype", "is_compiled"),
     [
         pytest.param("ct-w8a8", "float32", True, marks=pytest.mark.slow),
+        pytest.param("ct-w4a16-g32", "bfloat16", True, marks=pytest.mark.slow),
         ("ct-w8a8-static", "float32", False),
-        ("ct-w4a16-g32", "bfloat16", False),
     ],
 )
 @pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="integer products are those of other processors here")
-def test_weights_of_eight_bits_are_compiled(name: str, dtype: str, is_compiled: bool, home: Path) -> None:
+def test_quantized_weights_are_compiled(name: str, dtype: str, is_compiled: bool, home: Path) -> None:
     config = EngineConfig(str(FIXTURES / name), dtype, "cpu", block_size=4, num_blocks=14, compile=True)
     runner = loaded(config)
     assert runner.is_compiled == is_compiled
@@ -197,7 +197,7 @@ def test_code_that_reads_other_tensors_is_not_compiled(tmp_path: Path) -> None:
     from workers.runtime.compiled.inductor import compile_to
 
     hidden = torch.rand(8)
-    traced = Traced(lambda x: (x + hidden,), [torch.zeros(6, 8)], 1, ())
+    traced = Traced(lambda x: (x + hidden,), [torch.zeros(6, 8)], 1, False, ())
     with pytest.raises(ValueError, match="not among its arguments"):
         compile_to(tmp_path / "piece.pt2", traced)
 

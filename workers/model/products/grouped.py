@@ -104,15 +104,24 @@ def _cpu_product(weight: GroupedWeight, arithmetic: Arithmetic, bias: Tensor | N
     parameters = torch.stack((weight.scales, minima), dim=-1).transpose(0, 1).to(torch.bfloat16).contiguous()
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.codes.int(), 1)
     many = arithmetic.product(replace(weight, inputs_change=NO_CHANGE).dense(torch.bfloat16), bias)
-    group_size = weight.group_size
+    return Int4Product(packed, parameters, weight.group_size, bias, many)
 
-    def product(x: Tensor) -> Tensor:
-        if len(x) > _PACKED_ROWS:
-            return many(x)
-        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, parameters)
-        return y if bias is None else y + bias
 
-    return product
+@dataclass(frozen=True, slots=True)
+class Int4Product:
+    """On a CPU: by torch's packed product for one row, by a bfloat16 copy for more."""
+
+    packed: Tensor  # uint8, in torch's layout
+    parameters: Tensor  # bfloat16 [groups, outputs, 2]: scales and minima
+    group_size: int
+    bias: Tensor | None
+    many: Product
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.shape[0] > _PACKED_ROWS:  # not len: it would be traced as a constant
+            return self.many(x)
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, self.group_size, self.parameters)
+        return y if self.bias is None else y + self.bias
 
 
 def _cuda_product(weight: GroupedWeight, dtype: torch.dtype, bias: Tensor | None) -> Product | None:

@@ -40,6 +40,8 @@ class Description:
     tensors: tuple[Held, ...]
     rest: tuple[str, ...]
     """Types, numbers and the tensors' shapes, each with its place."""
+    types: frozenset[type]
+    """Of the objects and of what they hold."""
 
 
 def describe(
@@ -53,7 +55,7 @@ def describe(
     walk = _Walk(known, opaque, dynamic)
     for index, root in enumerate(objects):
         walk.visit(root, str(index))
-    return Description(tuple(walk.tensors), tuple(walk.rest))
+    return Description(tuple(walk.tensors), tuple(walk.rest), frozenset(walk.types))
 
 
 @dataclass(slots=True)
@@ -63,6 +65,7 @@ class _Walk:
     dynamic: tuple[type, ...]
     tensors: list[Held] = dataclasses.field(default_factory=list)
     rest: list[str] = dataclasses.field(default_factory=list)
+    types: set[type] = dataclasses.field(default_factory=set)
     seen: dict[int, str] = dataclasses.field(default_factory=dict)
 
     def visit(self, value: Any, place: str) -> None:
@@ -76,6 +79,7 @@ class _Walk:
         if type(value) not in (*self.known, *self.dynamic, list, tuple):
             raise NotDescribed(f"there is no compiled form of {type(value).__qualname__}")
         self.seen[id(value)] = place
+        self.types.add(type(value))
         for name, part in _parts(value, place):
             inner = f"{place}.{name}"
             if isinstance(part, Tensor):

@@ -75,7 +75,7 @@ class _Module(nn.Module):
 def compile_to(package: Path, traced: Traced) -> None:
     """Write the package."""
     num_rows = torch.export.Dim("num_rows", min=2, max=_MOST_ROWS)  # it computes one row as well
-    shapes: list[dict[int, Any] | None] = [{0: num_rows}] * traced.num_rows
+    shapes: list[dict[int, Any] | None] = [None if traced.is_one_row else {0: num_rows}] * traced.num_with_rows
     for index, is_dynamic in enumerate(traced.is_dynamic):
         shapes.append({0: torch.export.Dim(f"size_{index}", min=2)} if is_dynamic else None)
     arguments = tuple(traced.arguments)

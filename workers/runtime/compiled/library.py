@@ -45,8 +45,10 @@ class Traced:
 
     code: Callable[..., tuple[Tensor, ...]]
     arguments: Sequence[Tensor]
-    num_rows: int
-    """The first so many of the arguments have one row per token, and any number of these."""
+    num_with_rows: int
+    """The first so many of the arguments have one row per token."""
+    is_one_row: bool
+    """Whether these have one row; otherwise any number."""
     is_dynamic: Sequence[bool]
     """Of the other arguments: whether the first dimension may be any."""
 

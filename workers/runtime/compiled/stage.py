@@ -24,6 +24,7 @@ from workers.model.layers.linear import SummedLinear
 from workers.model.layers.mlp import SwiGlu
 from workers.model.layers.norm import HeadNorm, RmsNorm
 from workers.model.products.dense import DenseLinear
+from workers.model.products.grouped import GroupedLinear, Int4Product
 from workers.model.products.int8 import CpuInt8Linear
 from workers.model.quant.weights import InputChange
 from workers.model.stage import Stage
@@ -44,13 +45,16 @@ _KNOWN = (
     SwiGlu,
     SummedLinear,
     DenseLinear,
+    GroupedLinear,
+    Int4Product,
     CpuInt8Linear,
     PackedProduct,
     InputChange,
 )
+_ROW_DEPENDENT = {Int4Product}  # other code for one row
 
 _Code = Callable[..., tuple[Tensor, ...]]
-_Piece = Callable[..., list[Tensor]]
+_Piece = Callable[..., Sequence[Tensor]]
 
 
 def compiled_stage(
@@ -136,7 +140,7 @@ class CompiledStage:
             return layer.before_attention(hidden, residual, _batch(*where), kv_cache)
 
         widths = [before.attended_width, self._stage.hidden_size]
-        return self._compiled(between, widths, [before, layer], kv_cache)
+        return self._compiled(between, widths, [before, layer], kv_cache, is_frequent=True)
 
     def _after_piece(self, index: int) -> _Piece:
         """(attended, residual) -> hidden and residual."""
@@ -145,9 +149,14 @@ class CompiledStage:
         return self._compiled(layer.after_attention, widths, [layer], None)
 
     def _compiled(
-        self, code: _Code, widths: Sequence[int], layers: Sequence[Any], kv_cache: LayerCache | None
+        self,
+        code: _Code,
+        widths: Sequence[int],
+        layers: Sequence[Any],
+        kv_cache: LayerCache | None,
+        is_frequent: bool = False,
     ) -> _Piece:
-        """widths: of the rows that it takes; with a cache also positions and slots."""
+        """widths: of the rows that it takes; with a cache also positions and slots. is_frequent: in a step."""
         objects = layers if kv_cache is None else (*layers, kv_cache)
         try:
             described = describe(objects, _KNOWN, opaque=(Arithmetic,), dynamic=(PagedLayer,))
@@ -155,15 +164,15 @@ class CompiledStage:
             raise NotCompiled(str(error)) from error
         held = described.tensors
         num_longs = 0 if kv_cache is None else 1 + self._num_groups
-        num_rows = len(widths) + num_longs
+        num_with_rows = len(widths) + num_longs
 
         def on_arguments(*arguments: Tensor) -> tuple[Tensor, ...]:
-            with in_place_of(held, arguments[num_rows:]):
-                return code(*arguments[:num_rows])
+            with in_place_of(held, arguments[num_with_rows:]):
+                return code(*arguments[:num_with_rows])
 
-        def trace() -> Traced:
-            rows = [torch.zeros(_TRACED_ROWS, width, dtype=self._stage.dtype) for width in widths]
-            rows += [torch.arange(_TRACED_ROWS) for _ in range(num_longs)]
+        def trace(num_rows: int) -> Traced:
+            rows = [torch.zeros(num_rows, width, dtype=self._stage.dtype) for width in widths]
+            rows += [torch.arange(num_rows) for _ in range(num_longs)]
             # Packed weights have no strides; as arguments they stand for themselves.
             stand_ins = [
                 torch.empty(each.tensor.shape, dtype=each.tensor.dtype)
@@ -171,11 +180,18 @@ class CompiledStage:
                 else torch.empty_strided(each.tensor.shape, each.tensor.stride(), dtype=each.tensor.dtype)
                 for each in held
             ]
-            return Traced(on_arguments, [*rows, *stand_ins], num_rows, [each.is_dynamic for each in held])
+            is_dynamic = [each.is_dynamic for each in held]
+            return Traced(on_arguments, [*rows, *stand_ins], num_with_rows, num_rows == 1, is_dynamic)
 
         name = f"{getattr(code, '__name__', '')} {widths} {self._num_groups} {self._stage.dtype}"
-        run, weights = compiled((name, *described.rest), trace), [each.tensor for each in held]
-        return lambda *rows: run([*rows, *weights])
+        weights = [each.tensor for each in held]
+        run = compiled((name, *described.rest), lambda: trace(_TRACED_ROWS))
+        if not described.types & _ROW_DEPENDENT:
+            return lambda *rows: run([*rows, *weights])
+        if not is_frequent:  # a second library would gain little
+            return lambda *rows: code(*rows) if len(rows[0]) == 1 else run([*rows, *weights])
+        run_one = compiled((f"{name} of one row", *described.rest), lambda: trace(1))
+        return lambda *rows: (run_one if len(rows[0]) == 1 else run)([*rows, *weights])
 
 
 def _batch(positions: Tensor, *slots: Tensor) -> Batch:
