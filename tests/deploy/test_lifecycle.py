@@ -142,6 +142,7 @@ def test_a_closed_terminal_ends_a_cluster_in_order(surroundings: Surroundings, s
     assert surroundings.left() == []
 
 
+@pytest.mark.slow  # a cluster in somebody else's Ray gets a second one, too
 def test_a_second_sigterm_ends_at_once_and_leaves_nothing(
     surroundings: Surroundings, serve: Callable[..., Serving]
 ) -> None:

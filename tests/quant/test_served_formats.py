@@ -81,6 +81,9 @@ def test_bfloat16_takes_other_products(name: str) -> None:
         assert ((found - expected).norm() / expected.norm()).item() < LOOSE
 
 
+WEIGHT_BITS = ("ct-w4a16-g32", "ct-w8a8", "ct-fp8-dynamic")  # of each kind of product one is served in `make test`
+
+
 def config_of(name: str) -> EngineConfig:
     return EngineConfig(str(FIXTURES / name), "float32", "cpu", block_size=4, num_blocks=64, max_num_batched_tokens=12)
 
@@ -117,7 +120,9 @@ def test_tokens_are_those_of_one_rank(name: str, alone: EngineGroup, several: En
     assert [tokens[:count] for tokens in found.completions] == [tokens[:count] for tokens in expected.completions]
 
 
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize(
+    "name", [name if name in WEIGHT_BITS else pytest.param(name, marks=pytest.mark.slow) for name in SERVED]
+)
 def test_it_is_served_disaggregated(name: str, alone: EngineGroup, shared_kv_node) -> None:
     expected = alone.run(replace(config_of(name), block_size=16), prompts(), GREEDY)
     specs = [spec_for(FIXTURES / name, role, shared_kv_node) for role in ("prefill", "decode")]

@@ -54,7 +54,7 @@ def test_embeddings(cluster: FakeCluster, client: openai.OpenAI, codec: TextCode
     assert [value / length for value in raw.values] == pytest.approx(expected(TEXT, "last"), abs=2e-4)
     assert raw.num_prompt_tokens == len(ids)
     assert raw.worker_id.startswith("prefill-0")
-    long_prompt = prompt(31, 1500)
+    long_prompt = prompt(31, 700)
     whole = grpc.embed(long_prompt, "mean")
     name = whole.worker_id.partition(".")[0]
     with ThreadPoolExecutor(8) as threads:

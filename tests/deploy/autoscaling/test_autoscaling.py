@@ -325,6 +325,7 @@ def _logged_at(log: str, action: str) -> list[float]:
     return [datetime.strptime(line, "%Y-%m-%d %H:%M:%S,%f").timestamp() for line in lines]
 
 
+@pytest.mark.slow
 def test_workers_that_cannot_be_had_are_counted_and_no_more_asked_for(fleet: Fleet) -> None:
     """Ray may have three nodes for decode, and the plan wants more workers than that."""
     more = ("pools.decode.max_replicas=7", "pools.decode.replicas=6", "autoscaling.not_reached_after_s=5")

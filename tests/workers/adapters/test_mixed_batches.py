@@ -38,7 +38,7 @@ def alone(group: EngineGroup, config: EngineConfig, asked: tuple[Any, Any]) -> l
     return [group.run(config, [prompt], GREEDY, [adapter]) for prompt, adapter in zip(*asked, strict=True)]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_bits_are_those_of_a_request_alone(
     split: EngineGroup, base: Path, adapters: list[AdapterRef], dtype: str
 ) -> None:
@@ -60,7 +60,7 @@ def test_bits_are_those_of_a_request_alone(
             assert torch.equal(result.logits[i], one.logits[0]), f"{why}: request {i}"
 
 
-@pytest.mark.parametrize("rule", ["perfect", "often_right", "wrong"])
+@pytest.mark.parametrize("rule", [pytest.param("perfect", marks=pytest.mark.slow), "often_right", "wrong"])
 def test_drafts_change_no_token(split: EngineGroup, base: Path, adapters: list[AdapterRef], rule: str) -> None:
     config = config_of(base, split, batch_invariant=True)
     asked, sampled = mixed(adapters), replace(GREEDY, temperature=0.9, max_tokens=12)

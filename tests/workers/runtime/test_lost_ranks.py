@@ -79,9 +79,19 @@ _NAMES = {
 }
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda n: n.name)
-@pytest.mark.parametrize("rank", [0, 1], ids=["leader", "follower"])
-@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)], ids=["tp2", "pp2"])
+@pytest.mark.parametrize(
+    ("tp", "pp", "rank", "number"),
+    [
+        pytest.param(
+            *split, rank, number,
+            id=f"tp{split[0]}-pp{split[1]}-{('leader', 'follower')[rank]}-{number.name}",
+            marks=[pytest.mark.slow] * (rank != (number == signal.SIGSTOP)),
+        )
+        for split in ((2, 1), (1, 2))
+        for rank in (0, 1)
+        for number in (signal.SIGKILL, signal.SIGSTOP)
+    ],
+)  # fmt: skip
 def test_a_rank_that_is_gone_is_named_and_ends_the_worker(tmp_path, checkpoint, tp, pp, rank, number) -> None:
     with worker(tmp_path, checkpoint, tp, pp) as running, WorkerClient(running.address) as client:
         client.submit("s", [1, 2, 3], worker_pb2.REQUEST_ROLE_MIXED, max_tokens=120)

@@ -40,7 +40,10 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_head(tmp_path_factory.mktemp("head"))
 
 
-@pytest.fixture(scope="module", params=[(1, 1), (2, 1), (1, 2), (2, 2)], ids=lambda p: f"tp{p[0]}-pp{p[1]}")
+_SPLITS = [(1, 1), pytest.param((2, 1), marks=pytest.mark.slow), pytest.param((1, 2), marks=pytest.mark.slow), (2, 2)]
+
+
+@pytest.fixture(scope="module", params=_SPLITS, ids=lambda p: f"tp{p[0]}-pp{p[1]}")
 def group(request: pytest.FixtureRequest) -> Iterator[EngineGroup]:
     with EngineGroup(*request.param) as started:
         yield started
