@@ -89,6 +89,8 @@ class PagedRunner:
         """Loads are of the tier as it is now, stores of what the earlier steps left in the cache."""
         while self.queue:
             self._run_next()
+        if self.error is not None:  # its step was refused, and nothing of it begun
+            return TransferDone(transfer.transfer_id, 0)
         cache, count = self.caches[transfer.group], 0
         is_store = transfer not in self.loads
         for name, block_id, num_tokens in zip(
