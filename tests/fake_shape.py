@@ -62,6 +62,7 @@ class Shape:
             "fake_step_s": self.step_s,
             "fake_token_s": self.token_s,
             "enable_lora": bool(self.adapters_root),
+            "compile": False,  # it takes a minute where it was not done before
             **self.engine,
             **self.engine_of.get(role, {}),
             **self.engine_of.get(name, {}),

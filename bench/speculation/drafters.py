@@ -99,14 +99,17 @@ class Prompts:
 
 class Bench:
     """One model in one mode. Engines share its weights and its cache, one after the other; but for a head's, which has
-    its own."""
+    its own. compile: as in EngineConfig."""
 
-    def __init__(self, model: str, is_invariant: bool, options: SpeculativeOptions) -> None:
+    def __init__(
+        self, model: str, is_invariant: bool, options: SpeculativeOptions, compile: bool | None = None
+    ) -> None:
         self.directory = DEMO_MODEL if model == "demo" else resolve_model(model).resolve()
         self._options = options
         self._config = EngineConfig(
             str(self.directory), device="cpu", batch_invariant=is_invariant, max_num_seqs=max(BATCHES),
             max_num_batched_tokens=512, enable_prefix_caching=False, num_blocks=max(BATCHES) * 32, max_model_len=2048,
+            compile=compile,
         )  # fmt: skip
         self._model: ModelConfig = load_config(self.directory)
         self._groups = ParallelGroups(Shard(), _CPU)

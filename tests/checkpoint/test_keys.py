@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig, LlamaConfig, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -110,6 +110,7 @@ def _not_neutral(key: Key) -> st.SearchStrategy[Any]:
 
 
 @pytest.mark.parametrize("name", ALL_TABLES)
+@settings(max_examples=20)  # each takes a value for every key
 @given(data=st.data())
 def test_a_refused_key_is_named_whatever_its_value(name: str, data: st.DataObject) -> None:
     keys = ALL_TABLES[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import typing
 from collections.abc import Iterator
@@ -100,6 +101,11 @@ def cases() -> Iterator[tuple[str, Any]]:
                     yield f"{path}.{key}", "?"
 
 
+@functools.cache
+def cluster_schema() -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator(json_schema(ClusterConfig))
+
+
 @pytest.mark.parametrize(("key", "value"), list(cases()))
 def test_the_clusters_class_and_schema_refuse_the_same(key: str, value: Any) -> None:
     raw: dict[str, Any] = {"pools": {"m": {"role": "mixed"}}}
@@ -110,7 +116,7 @@ def test_the_clusters_class_and_schema_refuse_the_same(key: str, value: Any) -> 
     branch[last] = value
     with pytest.raises(ConfigError, match=f"^{re.escape(key)}: "):
         config.parse(raw)
-    (refused,) = jsonschema.Draft202012Validator(json_schema(ClusterConfig)).iter_errors(raw)
+    (refused,) = cluster_schema().iter_errors(raw)
     assert ".".join(map(str, refused.absolute_path)) == key
 
 

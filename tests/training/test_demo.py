@@ -80,7 +80,7 @@ def test_the_draft_says_what_the_demo_says(documents: corpus.Corpus) -> None:
 def test_the_head_says_what_the_demo_says() -> None:
     """As it is served: `python -m bench.speculation.drafters --methods eagle3 --fixed --lookup 0` has more."""
     options = SpeculativeOptions(enable_adaptive_verification=False, num_speculative_tokens=2, draft_model_lookup_min=0)
-    bench = drafters.Bench("demo", False, options)
+    bench = drafters.Bench("demo", False, options, compile=False)
     make, prompts = bench.engine("eagle3"), drafters.Prompts("demo", bench.directory)
     for temperature, least in ((0.0, 0.6), (0.7, 0.5)):
         assert bench.run(make(), prompts.take(8), temperature, 8).accepted[0] > least
