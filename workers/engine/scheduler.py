@@ -199,7 +199,7 @@ class Scheduler:
             if request.is_leaving and num_active:
                 continue  # with nothing else to do it is not waited for: a tier may hang
             is_full = len(plan.requests) >= self._spread.max_requests  # the next plan takes it
-            if is_full or plan.has_preempted or num_active >= self.config.max_num_seqs:
+            if is_full or plan.has_preempted or plan.awaits_blocks or num_active >= self.config.max_num_seqs:
                 break
             most = budget.num_chunk_tokens  # it gets blocks for them, and takes none of what is planned already
             if most <= 0 and request.role is not RequestRole.DECODE:
@@ -351,15 +351,17 @@ class Scheduler:
         self._start_running(request, min(request.num_kv_tokens, request.num_tokens - 1))
 
     def _free_blocks_for(self, plan: SchedulerOutput, request: Request, num_tokens: int) -> bool:
-        """Blocks for `num_tokens` tokens of a running request, preempting the last; False when it went itself, or has
-        to wait for blocks that are being copied or that a later one is pulling: two that gave way to each other's pulls
-        would do so for ever."""
+        """Blocks for `num_tokens` tokens of a running request, preempting the last; False when it went itself or waits.
+
+        It waits for blocks that are being copied, and for a pull of a later request, which can be preempted then.
+        Otherwise two requests could give way to each other's pulls for ever.
+        """
         num_blocks = -(-num_tokens // self.pool.block_size)
         while (missing := self.pool.num_missing(request.block_tables, num_blocks, self._all_groups)) > 0:
-            if missing <= self.preemption.num_leaving_blocks:
-                return False
             victim = self.queues.victim()
-            if victim is request and self.queues.has_later_pull(request):
+            has_later_pull = victim is request and self.queues.has_later_pull(request)
+            if missing <= self.preemption.num_leaving_blocks or has_later_pull:
+                plan.awaits_blocks = True
                 return False
             self.preemption.preempt(plan, victim)
             if victim is request:

@@ -112,6 +112,7 @@ class SchedulerOutput:
     ends_prompts: bool = False  # tokens are sent when stores of this step have ended
     num_leaving_blocks: int = 0  # of preempted requests, in each group: held until this step has copied them
     has_preempted: bool = False  # requests lost their blocks, and may come back in the next plan
+    awaits_blocks: bool = False  # a running request waits for those of others: nobody new may take them
     adapter_orders: list[AdapterOrder] = field(default_factory=list)
 
     @property

@@ -17,7 +17,9 @@ from tests.forked import Prefork
 @pytest.fixture(scope="module")
 def cluster(prefork: Prefork) -> Iterator[FakeCluster]:
     engine = {"runner": "torch", "batch_invariant": True, "max_num_seqs": 32}
-    with FakeCluster(prefork, Shape(prefill=1, model_dir=str(DEMO), block_size=16, engine=engine)) as cluster:
+    patient = {"worker_silence_s": 5.0}  # a worker that computes on busy cores is not lost
+    shape = Shape(prefill=1, model_dir=str(DEMO), block_size=16, engine=engine, router=patient)
+    with FakeCluster(prefork, shape) as cluster:
         yield cluster
 
 

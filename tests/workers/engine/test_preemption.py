@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from switchyard.v1 import worker_pb2
 
@@ -97,6 +97,46 @@ def test_two_requests_do_not_give_way_to_each_others_pulls_for_ever() -> None:
     tokens = run(engine)
     assert {name: [*first[name], *tokens.get(name, [])] for name in expected} == expected
     assert engine.scheduler.num_preemptions > 0
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    num_blocks=st.integers(10, 20),
+    budget=st.integers(8, 28),
+    num_stages=st.integers(1, 3),
+    length=st.integers(20, 60),
+    later=st.lists(st.tuples(st.integers(5, 22), st.integers(2, 6), st.integers(0, 8)), min_size=2, max_size=3),
+)
+@example(17, 19, 1, 58, [(6, 2, 1), (7, 6, 1), (9, 2, 0)])  # two later ones took turns, each while the other pulled
+def test_a_long_prompt_gets_its_blocks_though_later_requests_pull_theirs(
+    num_blocks, budget, num_stages, length, later
+) -> None:
+    """later: length, tokens and step of requests that a prefill worker has computed."""
+    engine, runner = make(num_blocks, budget, True, 4, writes_back=True, num_stages=num_stages)
+    first = replace(request("first", min(length, num_blocks * BLOCK_SIZE - 8), 2), arrival_time_s=0.0)
+    expected = {"first": alone(request("first", first.num_prompt_tokens, 2), (0,))}
+    engine.submit(first)
+    coming, tokens = [], {"first": []}
+    for i, (size, max_tokens, step) in enumerate(later):
+        name, start = f"later{i}", 7 * i + 3
+        expected[name] = alone(request(name, size, max_tokens, start=start), (0,))
+        prefill, source = make(64, 200, False)
+        source.tier = runner.tier
+        prefill.submit(request(name, size, max_tokens, RequestRole.PREFILL, start))
+        tokens[name] = run(prefill)[name]
+        new = replace(request(name, size, max_tokens, RequestRole.DECODE, start), arrival_time_s=1.0 + step + 0.1 * i)
+        coming.append((step, new))
+    for number in range(1000):
+        for step, new in coming:
+            if step == number:
+                engine.submit(new)
+                engine.continue_request(new.request_id, list(tokens[new.request_id]))
+        events = engine.step()
+        for token in events.tokens if events else ():
+            tokens[token.request_id].append(token.token_id)
+        if number > 8 and not engine.scheduler.has_work():
+            break
+    assert tokens == expected
 
 
 @pytest.mark.parametrize(("is_async", "num_stages"), [(False, 1), (True, 1), (False, 2), (True, 3)])

@@ -85,7 +85,7 @@ _NAMES = {
         pytest.param(
             *split, rank, number,
             id=f"tp{split[0]}-pp{split[1]}-{('leader', 'follower')[rank]}-{number.name}",
-            marks=[pytest.mark.slow] * (rank != (number == signal.SIGSTOP)),
+            marks=[] if (rank, number) in ((0, signal.SIGKILL), (1, signal.SIGSTOP)) else [pytest.mark.slow],
         )
         for split in ((2, 1), (1, 2))
         for rank in (0, 1)

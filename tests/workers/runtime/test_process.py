@@ -1,4 +1,4 @@
-"""`python -m workers`: what is said when a worker cannot start."""
+"""`python -m workers`: how a worker starts and ends, and what is said when it cannot start."""
 
 import json
 import subprocess
@@ -49,6 +49,7 @@ def test_a_worker_on_ipv6_in_a_folder_with_foreign_modules(tmp_path):
     line = process.stdout.readline()
     process.terminate()
     _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
     assert not (tmp_path / "executed").exists(), (tmp_path / "executed").read_text()
     assert json.loads(line or "{}").get("address", said).startswith("[::1]:"), said
 

@@ -156,7 +156,10 @@ class CompiledStage:
         kv_cache: LayerCache | None,
         is_frequent: bool = False,
     ) -> _Piece:
-        """widths: of the rows that it takes; with a cache also positions and slots. is_frequent: in a step."""
+        """widths: of the rows that it takes; with a cache also positions and slots.
+
+        is_frequent: it runs for most layers of a step. Only such a piece gets a library of its own for one row.
+        """
         objects = layers if kv_cache is None else (*layers, kv_cache)
         try:
             described = describe(objects, _KNOWN, opaque=(Arithmetic,), dynamic=(PagedLayer,))
@@ -188,7 +191,7 @@ class CompiledStage:
         run = compiled((name, *described.rest), lambda: trace(_TRACED_ROWS))
         if not described.types & _ROW_DEPENDENT:
             return lambda *rows: run([*rows, *weights])
-        if not is_frequent:  # a second library would gain little
+        if not is_frequent:
             return lambda *rows: code(*rows) if len(rows[0]) == 1 else run([*rows, *weights])
         run_one = compiled((f"{name} of one row", *described.rest), lambda: trace(1))
         return lambda *rows: (run_one if len(rows[0]) == 1 else run)([*rows, *weights])
