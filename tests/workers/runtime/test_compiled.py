@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -20,7 +20,7 @@ from workers.engine.direct_plan import DirectChunk, direct_plan
 from workers.engine.step import ModelRunnerOutput
 from workers.model.registry import load_config
 from workers.parallel import ParallelGroups, Shard
-from workers.runtime.compiled import library
+from workers.runtime.compiled import library, stage
 from workers.runtime.compiled.held import NotDescribed, describe, in_place_of
 from workers.runtime.compiled.library import Traced, compiled
 from workers.runtime.runner import TorchModelRunner
@@ -113,11 +113,37 @@ def test_hidden_states_that_a_drafter_wants_are_those_of_eager_steps(home: Path,
 @pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="integer products are those of other processors here")
 def test_quantized_weights_are_compiled(name: str, dtype: str, is_compiled: bool, home: Path) -> None:
     config = EngineConfig(str(FIXTURES / name), dtype, "cpu", block_size=4, num_blocks=14, compile=True)
+    before = set(home.glob("*.so"))
     runner = loaded(config)
     assert runner.is_compiled == is_compiled
+    num_libraries = 4 if "w4" in name else 3  # another one for one row
+    assert len(set(home.glob("*.so")) - before) == is_compiled * num_libraries
     for lengths in ((1,), (7, 1, 5)):
         compiled_step, eager = both_ways(runner, *lengths)
         assert list(compiled_step.sampled_token_ids) == list(eager.sampled_token_ids)
+
+
+def test_one_row_of_4_bit_weights_takes_a_library_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced, and run as it is in place of compiled code."""
+    ran: list[bool] = []
+
+    def uncompiled(description: Sequence[str], trace: Callable[[], Traced]) -> library.Run:
+        traced = trace()
+
+        def run(arguments: list[Tensor]) -> list[Tensor]:
+            ran.append(traced.is_one_row)
+            return list(traced.code(*arguments))
+
+        return run
+
+    monkeypatch.setattr(stage, "compiled", uncompiled)
+    config = EngineConfig(str(FIXTURES / "ct-w4a16-g32"), "bfloat16", "cpu", block_size=4, num_blocks=14, compile=True)
+    runner = loaded(config)
+    for lengths, expected in (((1,), True), ((7, 1, 5), False)):
+        ran.clear()
+        compiled_step, eager = both_ways(runner, *lengths)
+        assert list(compiled_step.sampled_token_ids) == list(eager.sampled_token_ids)
+        assert set(ran) == {expected}
 
 
 @pytest.mark.parametrize("reason", ["compiler", "home", "others"])
