@@ -17,7 +17,7 @@ from bench.rows import Measurement
 
 MODEL_NAMES = ("half", "half-int8", "half-int4")  # the first is what the others are compared with
 _BATCHES = (1, 4, 16)
-_ROUNDS = 5
+_ROUNDS = 11
 
 
 def measure_quantized(num_threads: int = 2, rounds: int = _ROUNDS) -> list[Measurement]:
