@@ -11,7 +11,7 @@ import pytest
 from switchyard_client import GenerationError
 
 from checkpoint.adapters.directory import adapter_digest
-from tests.cluster.test_kill_at_every_token import STEP_S, Once, at_work, prompt
+from tests.cluster.test_kill_at_every_token import STEP_S, Once, busy, prompt
 from tests.fake_cluster import FakeCluster
 from tests.fake_model import expected
 from tests.processes import RedisServer, wait_until
@@ -80,7 +80,7 @@ def test_a_death_leaves_the_stream_with_its_adapter(
     digest = adapter_digest(root / "sql")
 
     def kill() -> None:
-        name = "router-0" if victim == "router" else at_work(cluster, victim)
+        name = "router-0" if victim == "router" else busy(cluster, victim)
         if name:
             cluster.kill(name)
 

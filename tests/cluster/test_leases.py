@@ -11,7 +11,7 @@ import pytest
 
 from kvstore.connect import open_directory
 from kvstore.control.directory import DirectoryUnavailable
-from tests.cluster.test_kill_at_every_token import NUM_TOKENS, Once, at_work, check, prompt
+from tests.cluster.test_kill_at_every_token import NUM_TOKENS, Once, busy, check, prompt
 from tests.fake_cluster import FakeCluster
 from tests.processes import wait_until
 
@@ -38,7 +38,7 @@ def test_a_worker_that_was_stopped_for_longer_than_its_lease_is_another(
     stopped: list[str] = []
 
     def stop() -> None:
-        stopped.append(at_work(cluster, "mixed"))
+        stopped.append(busy(cluster, "mixed"))
         cluster.workers[stopped[0]].signal(signal.SIGSTOP)
 
     with ThreadPoolExecutor(1) as threads:

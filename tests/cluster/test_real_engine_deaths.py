@@ -11,7 +11,7 @@ import psutil
 import pytest
 from switchyard_client import GenerationClient
 
-from tests.cluster.test_kill_at_every_token import NUM_TOKENS, Once, at_work, prompt
+from tests.cluster.test_kill_at_every_token import NUM_TOKENS, Once, busy, prompt
 from tests.fake_cluster import Answer, FakeCluster
 from tests.fake_model import DEMO
 
@@ -41,7 +41,7 @@ def test_a_stream_goes_on_elsewhere_when_a_rank_is_stopped(
     stopped: list[int] = []
 
     def stop() -> None:
-        leader = psutil.Process(cluster.workers[at_work(cluster, "mixed")].pid)
+        leader = psutil.Process(cluster.workers[busy(cluster, "mixed")].pid)
         stopped.append(leader.pid if rank == 0 else leader.children()[0].pid)
         os.kill(stopped[0], signal.SIGSTOP)
 
@@ -69,7 +69,7 @@ def test_a_stream_of_two_ranks_goes_on_with_the_same_bits(
         killed: list[str] = []
 
         def kill(killed: list[str] = killed, rank: int = number % 2) -> None:
-            killed.append(at_work(cluster, "decode"))
+            killed.append(busy(cluster, "decode"))
             kill_rank(cluster, killed[0], rank)
 
         once = Once(position, kill)

@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from router.service.text import TextCodec
-from tests.cluster.test_kill_at_every_token import NUM_TOKENS, Once, at_work, check, prompt
+from tests.cluster.test_kill_at_every_token import NUM_TOKENS, Once, busy, check, prompt
 from tests.fake_cluster import FakeCluster
 from tests.fake_model import DEMO, MODEL_NAME, expected
 from tests.fake_shape import Shape
@@ -45,7 +45,7 @@ def killer(cluster: FakeCluster, position: int) -> Callable[[int], None]:
 
     def look(num_tokens: int) -> None:
         if num_tokens >= position and not killed:
-            killed.append(at_work(cluster, "decode"))
+            killed.append(busy(cluster, "decode"))
             cluster.restart(killed[0])
 
     return look

@@ -7,7 +7,7 @@ import pytest
 
 from router.service.text import TextCodec
 from tests.cluster.options.completions import KINDS, NUM_TOKENS, TEXT, complete
-from tests.cluster.test_kill_at_every_token import Once, at_work, prompt
+from tests.cluster.test_kill_at_every_token import Once, busy, prompt
 from tests.fake_cluster import FakeCluster
 from tests.fake_model import MODEL_NAME
 
@@ -28,7 +28,7 @@ def test_logprobs_come_whole_through_deaths(cluster: FakeCluster, kind: int) -> 
     killed: list[str] = []
 
     def kill() -> None:
-        killed.append(at_work(cluster, "decode"))
+        killed.append(busy(cluster, "decode"))
         cluster.kill(killed[0])
 
     assert cluster.ask(grpc, prompt(5), NUM_TOKENS, Once(13, kill), **options).logprobs == whole.logprobs

@@ -9,7 +9,7 @@ import pytest
 
 from router.service.text import TextCodec
 from tests.cluster.options.completions import KINDS, NUM_TOKENS, NUMBERS, TEXT, complete
-from tests.cluster.test_kill_at_every_token import Once, at_work, prompt
+from tests.cluster.test_kill_at_every_token import Once, busy, prompt
 from tests.fake_cluster import FakeCluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -30,7 +30,7 @@ def test_a_seed_gives_the_same_tokens_alone_in_a_batch_and_after_a_death(cluster
         killed: list[str] = []
 
         def kill(killed: list[str] = killed) -> None:
-            killed.append(at_work(cluster, "decode"))
+            killed.append(busy(cluster, "decode"))
             cluster.kill(killed[0])
 
         answer = cluster.ask(grpc, prompt(i), NUM_TOKENS, Once(9 + i, kill), seed=7 + i, **kind)
