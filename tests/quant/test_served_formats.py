@@ -46,6 +46,7 @@ SERVED = [
     for name in ("ct-w4a16-g32", "ct-w8a8", "ct-fp8-dynamic", "gptq-v1", "awq-gemm", "bnb-nf4", "fp8-deepseek")
     if name in MODELS
 ]
+QUICK = ("ct-w4a16-g32", "ct-w8a8", "ct-fp8-dynamic")  # one of each kind of product; the others are slow
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -79,9 +80,6 @@ def test_bfloat16_takes_other_products(name: str) -> None:
         expected = last_logits(FIXTURES / name, torch.float32, token_ids[:length], 1)
         found = last_logits(FIXTURES / name, torch.bfloat16, token_ids[:length], 1)
         assert ((found - expected).norm() / expected.norm()).item() < LOOSE
-
-
-WEIGHT_BITS = ("ct-w4a16-g32", "ct-w8a8", "ct-fp8-dynamic")  # of each kind of product one is served in `make test`
 
 
 def config_of(name: str) -> EngineConfig:
@@ -121,7 +119,7 @@ def test_tokens_are_those_of_one_rank(name: str, alone: EngineGroup, several: En
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in WEIGHT_BITS else pytest.param(name, marks=pytest.mark.slow) for name in SERVED]
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SERVED]
 )
 def test_it_is_served_disaggregated(name: str, alone: EngineGroup, shared_kv_node) -> None:
     expected = alone.run(replace(config_of(name), block_size=16), prompts(), GREEDY)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.workers.engine_group import EngineGroup
+from tests.workers.engine_group import EngineGroup, run_on
 from tests.workers.paged_runner import BLOCK_SIZE, VOCAB, make
 from tests.workers.tiny_llama import make_checkpoint, prompts
 from workers.config import EngineConfig
@@ -28,25 +28,9 @@ def request(name: str, length: int, max_tokens: int, start: int = 0, **options) 
 
 def run(engine: Engine, requests: list[Request], per_step: int) -> tuple[dict, dict]:
     """Submits so many requests before each step; all tokens and all ends."""
-    tokens: dict[str, list[int]] = {r.request_id: [] for r in requests}
-    ends: dict[str, FinishReason] = {}
-    coming = list(requests)
-    for _ in range(2000):
-        for new in coming[:per_step]:
-            engine.submit(new)
-        del coming[:per_step]
-        events = engine.step()
-        if events is None and not coming and not engine.scheduler.has_work():
-            break
-        for token in events.tokens if events else ():
-            assert token.position == len(tokens[token.request_id])
-            tokens[token.request_id].append(token.token_id)
-        ends.update((end.request_id, end.reason) for end in events.ended if events)
-    assert set(ends) == set(tokens)
-    assert engine.scheduler.pool.num_referenced == 0
-    engine.scheduler.pool.check()
+    tokens, ends = run_on(engine, requests, per_step)
     engine.close()
-    return tokens, ends
+    return tokens, {name: end.reason for name, end in ends.items()}
 
 
 @settings(max_examples=150, deadline=None)
