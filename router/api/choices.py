@@ -1,7 +1,8 @@
 """Several choices of one prompt: a stream for each, with a seed of its own, over one prompt's blocks.
 
-The first stream of a prompt computes it; the others begin when its first token has come, and find the prompt's blocks
-where it left them. Knows nothing of HTTP, or of how a stream is served.
+The first stream of a prompt computes it; the others begin when its second token has come, and find the prompt's blocks
+wherever they are placed: a decode worker has chosen that token, so the blocks are in the host tier. The first token may
+come before they are stored there. Knows nothing of HTTP, or of how a stream is served.
 """
 
 from __future__ import annotations
@@ -60,39 +61,44 @@ def best(choices: Sequence[Sequence[Tokens]], n: int) -> list[int]:
 def streams_over_one_prompt(
     requests: Sequence[GenerationRequest], begin: Callable[[GenerationRequest], Events]
 ) -> list[Events]:
-    """The requests' streams; those after the first wait until the prompt is computed."""
+    """The requests' streams; those after the first wait until the prompt's blocks are stored."""
     first, *others = (begin(request) for request in requests)
     if not others:
         return [first]
-    is_computed = asyncio.Event()
-    return [_leading(first, is_computed), *(_following(stream, is_computed) for stream in others)]
+    is_stored = asyncio.Event()
+    return [_leading(first, is_stored), *(_following(stream, is_stored) for stream in others)]
 
 
-async def _leading(stream: Events, is_computed: asyncio.Event) -> Events:
-    """Reads one event ahead at first: whoever reads the streams may want the others' first events before the second."""
-    async with contextlib.aclosing(stream):
-        first = await anext(stream)
-        second = asyncio.create_task(_next(stream))
-        second.add_done_callback(lambda _: is_computed.set())
+async def _leading(stream: Events, is_stored: asyncio.Event) -> Events:
+    """Reads ahead up to the second token: whoever reads the streams may want the others' first events before it."""
+    ahead: asyncio.Queue[Event | None] = asyncio.Queue()  # None: no more is read ahead
+
+    async def read_ahead() -> None:
+        num_tokens = 0
         try:
-            yield first
-            if (event := await second) is None:
-                return
-            yield event
+            while num_tokens < 2 and (event := await anext(stream, None)) is not None:
+                num_tokens += len(event.ids) if isinstance(event, Tokens) else 0
+                ahead.put_nowait(event)
         finally:
-            second.cancel()
-            await asyncio.gather(second, return_exceptions=True)
+            ahead.put_nowait(None)
+            is_stored.set()
+
+    async with contextlib.aclosing(stream):
+        reader = asyncio.create_task(read_ahead())
+        try:
+            while (event := await ahead.get()) is not None:
+                yield event
+            await reader  # raises what ended the stream
+        finally:
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
         async for event in stream:
             yield event
 
 
-async def _next(stream: Events) -> Event | None:
-    return await anext(stream, None)
-
-
-async def _following(stream: Events, is_computed: asyncio.Event) -> Events:
+async def _following(stream: Events, is_stored: asyncio.Event) -> Events:
     async with contextlib.aclosing(stream):
-        await is_computed.wait()
+        await is_stored.wait()
         async for event in stream:
             yield event
 
