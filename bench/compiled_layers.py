@@ -6,11 +6,10 @@ import statistics
 from collections.abc import Callable
 from functools import partial
 
-import torch
-
 from bench.loaded_engine import CONTEXT, PROMPT, LoadedEngine, in_turns
 from bench.peers.models import MODELS, default_folder, directory_of
 from bench.rows import Measurement
+from workers.runtime.cpu_settings import prepare_cpu
 
 MODEL_NAMES = ("tiny", "half", "half-int8")
 _BATCHES = (1, 4, 16)
@@ -21,7 +20,7 @@ def measure_compiled_layers(
     num_threads: int = 2, rounds: int = _ROUNDS, model_names: tuple[str, ...] = MODEL_NAMES
 ) -> list[Measurement]:
     """Milliseconds of both ways, and how many times as fast the compiled one is in the median of the rounds."""
-    torch.set_num_threads(num_threads)
+    prepare_cpu(num_threads)
     folder = default_folder()
     rows: list[Measurement] = []
     for name in model_names:

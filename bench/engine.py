@@ -40,6 +40,7 @@ from workers.model.parts import AttentionConfig, ExpertsConfig, MlpConfig, RopeC
 from workers.model.quant.plain import PLAIN_FORMAT
 from workers.parallel import ParallelGroups, Shard
 from workers.runtime.build import make_executor
+from workers.runtime.cpu_settings import prepare_cpu
 from workers.runtime.runner import TorchModelRunner, pick_device, pick_dtype, schedules_async
 from workers.sampling.params import SamplingParams
 
@@ -313,7 +314,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=None, help="folder; rows are appended to engine.jsonl there")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    prepare_cpu(options.threads)
     sizes = SHAPES[options.shape]
     try:
         device = pick_device(EngineConfig("", device=options.device), 0)

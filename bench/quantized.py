@@ -9,11 +9,10 @@ from __future__ import annotations
 import statistics
 from functools import partial
 
-import torch
-
 from bench.loaded_engine import CONTEXT, PROMPT, LoadedEngine, in_turns
 from bench.peers.models import MODELS, default_folder, directory_of
 from bench.rows import Measurement
+from workers.runtime.cpu_settings import prepare_cpu
 
 MODEL_NAMES = ("half", "half-int8", "half-int4")  # the first is what the others are compared with
 _BATCHES = (1, 4, 16)
@@ -22,7 +21,7 @@ _ROUNDS = 11
 
 def measure_quantized(num_threads: int = 2, rounds: int = _ROUNDS) -> list[Measurement]:
     """Milliseconds of each model, and how many times as fast as bfloat16 it is in the median of the rounds."""
-    torch.set_num_threads(num_threads)
+    prepare_cpu(num_threads)
     folder = default_folder()
     engines = {
         name: LoadedEngine(directory_of(MODELS[name], folder), num_threads, max(_BATCHES)) for name in MODEL_NAMES

@@ -33,6 +33,7 @@ from workers.model.registry import load_config
 from workers.parallel import ParallelGroups, Shard
 from workers.runtime.build import load_runner, make_engine
 from workers.runtime.coordination.executor import GroupExecutor
+from workers.runtime.cpu_settings import prepare_cpu
 from workers.runtime.runner import pick_device, pick_dtype
 from workers.sampling.params import SamplingParams, SamplingRows
 from workers.sampling.sampler import sample
@@ -118,7 +119,7 @@ def _shares(profiled: profile) -> dict[str, float]:
 
 def measure(model_dir: str, dtype: str, num_threads: int) -> StepProfile:
     """In this process, whose number of threads it sets."""
-    torch.set_num_threads(num_threads)
+    prepare_cpu(num_threads)
     config = EngineConfig(model_dir, dtype=dtype, device="cpu", num_threads=num_threads)
     model = load_config(model_dir)
     device = pick_device(config, 0)

@@ -32,6 +32,7 @@ from workers.parallel import ParallelGroups, Shard
 from workers.runtime.build import kv_fingerprint, load_runner, make_engine, make_executor
 from workers.runtime.coordination.executor import follow
 from workers.runtime.coordination.watch import RankWatch, WatchLimits
+from workers.runtime.cpu_settings import prepare_cpu
 from workers.runtime.drafting.build import feature_layers, load_draft, make_speculator, measure_costs
 from workers.runtime.leader import WorkerFacts, WorkerLeader
 from workers.runtime.runner import pick_device, pick_dtype
@@ -68,7 +69,7 @@ class Rank:
 
     def _connect(self, init_method: str, interface: str) -> None:
         engine = self.spec.engine
-        torch.set_num_threads(engine.num_threads)
+        prepare_cpu(engine.num_threads)
         device = torch.device("cpu") if engine.runner == "fake" else pick_device(engine, self.shard.tp_rank)
         if device.type == "cuda":
             torch.cuda.set_device(device)
