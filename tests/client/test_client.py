@@ -25,7 +25,7 @@ from switchyard_client import (
 from switchyard_client._messages import event_of, request_message
 
 from router.service.text import TextCodec
-from tests.router.api.test_grpc_api import PROMPT, request
+from tests.router.api.asking import PROMPT, request
 from tests.router.conftest import MODEL, pair, running_cluster
 from tests.router.fake_worker import CONTEXT_TOKENS, VOCAB_SIZE, expected_tokens
 

@@ -15,7 +15,7 @@ from kvstore.control.directory import WorkerRecord
 from router.config import RouterConfig
 from router.service.text import TextCodec
 from tests.processes import KVNode
-from tests.router.api.test_grpc_api import PROMPT, collect, request
+from tests.router.api.asking import PROMPT, collect, request
 from tests.router.conftest import config_with, running_cluster, until
 from tests.router.fake_worker import FakeWorker, expected_tokens
 from tests.router.test_process import process, spec_file

@@ -11,7 +11,7 @@ import pytest
 from switchyard_client import GenerationError
 
 from checkpoint.adapters.directory import adapter_digest
-from tests.cluster.test_kill_at_every_token import STEP_S, Once, busy, prompt
+from tests.cluster.deaths import STEP_S, Once, busy, prompt
 from tests.fake_cluster import FakeCluster
 from tests.fake_model import expected
 from tests.processes import RedisServer, wait_until

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from router.service.text import TextCodec
-from tests.cluster.test_kill_at_every_token import Once
+from tests.cluster.deaths import Once
 from tests.fake_cluster import FakeCluster
 from tests.fake_model import MODEL_NAME, SIZES
 from tests.fake_shape import Shape

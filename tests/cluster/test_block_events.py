@@ -9,7 +9,7 @@ import pytest
 from switchyard.v1 import worker_pb2
 from switchyard_client import GenerationClient
 
-from tests.cluster.test_kill_at_every_token import prompt
+from tests.cluster.deaths import prompt
 from tests.fake_cluster import FakeCluster
 from tests.fake_model import expected
 from tests.processes import wait_until

@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from router.config import RouterSpec
-from tests.cluster.test_kill_at_every_token import NUM_TOKENS, prompt
+from tests.cluster.deaths import NUM_TOKENS, prompt
 from tests.fake_cluster import QUICK
 from tests.fake_model import MODEL_NAME, expected, write_fake_model
 from tests.fake_shape import Shape

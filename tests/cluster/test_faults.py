@@ -16,8 +16,8 @@ import pytest
 from switchyard.v1 import kvnode_pb2, kvnode_pb2_grpc
 from switchyard_client import GenerationClient
 
+from tests.cluster.deaths import NUM_TOKENS, STEP_S, Once, at_work, check, moves, prompt
 from tests.cluster.test_cut_network import require
-from tests.cluster.test_kill_at_every_token import NUM_TOKENS, STEP_S, Once, at_work, check, moves, prompt
 from tests.fake_cluster import FakeCluster
 from tests.fake_model import expected
 from tests.processes import RedisServer, redis_executable, wait_until

@@ -11,7 +11,7 @@ import pytest
 
 from kvstore.connect import open_directory
 from kvstore.control.directory import DirectoryUnavailable
-from tests.cluster.test_kill_at_every_token import NUM_TOKENS, Once, busy, check, prompt
+from tests.cluster.deaths import NUM_TOKENS, Once, busy, check, prompt
 from tests.fake_cluster import FakeCluster
 from tests.processes import wait_until
 

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from switchyard_client import GenerationClient
 
-from tests.cluster.test_kill_at_every_token import NUM_TOKENS, Once, busy, prompt
+from tests.cluster.deaths import NUM_TOKENS, Once, busy, prompt
 from tests.fake_cluster import Answer, FakeCluster
 from tests.fake_model import DEMO
 

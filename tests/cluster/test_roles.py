@@ -12,7 +12,7 @@ import pytest
 from switchyard.v1 import worker_pb2 as pb
 from switchyard.v1 import worker_pb2_grpc
 
-from tests.cluster.test_kill_at_every_token import NUM_TOKENS, check, prompt
+from tests.cluster.deaths import NUM_TOKENS, check, prompt
 from tests.cluster.test_leases import epochs
 from tests.fake_cluster import Answer, FakeCluster
 from tests.processes import DEADLINE_S, wait_until

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 from switchyard_client import Finished, GenerationRequest, SamplingParams, Tokens
 
-from tests.cluster.test_kill_at_every_token import EVERY, NUM_TOKENS, SPREAD, Once, all_positions, busy
+from tests.cluster.deaths import EVERY, NUM_TOKENS, SPREAD, Once, all_positions, busy
 from tests.fake_cluster import Answer, FakeCluster
 from workers.config import SpeculativeOptions
 from workers.runtime.fake.model import fake_completion

@@ -18,7 +18,7 @@ from planner.scaling.config import AutoscalingConfig
 from planner.scaling.decide import ScalingState, decide
 from planner.scaling.observation import Observation, PoolObservation
 from planner.scaling.record import DecisionRecord, Start
-from tests.cluster.test_kill_at_every_token import prompt
+from tests.cluster.deaths import prompt
 from tests.fake_cluster import FakeCluster
 from tests.processes import RedisServer, free_port, python_environment, wait_until
 

@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from router.service.text import TextCodec
-from tests.cluster.test_kill_at_every_token import NUM_TOKENS, Once, busy, check, prompt
+from tests.cluster.deaths import NUM_TOKENS, Once, busy, check, prompt
 from tests.fake_cluster import FakeCluster
 from tests.fake_model import DEMO, MODEL_NAME, expected
 from tests.fake_shape import Shape

@@ -12,7 +12,7 @@ from switchyard_client import GenerationError
 
 from router import events
 from router.sampling import SamplingParams
-from tests.router.api.test_grpc_api import PROMPT, collect, request
+from tests.router.api.asking import PROMPT, collect, request
 from tests.router.conftest import MODEL, config_with, pair, running_cluster, until
 from tests.router.fake_worker import FakeWorker, expected_tokens
 

@@ -23,7 +23,7 @@ from router.model_files import ModelFiles, SamplingDefaults
 from router.sampling import SamplingParams, check_sampling, sampling_message, sampling_params
 from router.service.defaults import settled
 from tests.fake_model import write_fake_model
-from tests.router.api.test_grpc_api import PROMPT
+from tests.router.api.asking import PROMPT
 from tests.router.chat_templates import QWEN3
 from tests.router.conftest import DEMO, MODEL, running_cluster
 from tests.router.fake_worker import CONTEXT_TOKENS, VOCAB_SIZE, FakeWorker

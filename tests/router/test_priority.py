@@ -12,7 +12,7 @@ from switchyard.v1 import generation_pb2
 from switchyard_client import GenerationClient, GenerationError
 
 from router.api.tenancy import tenant_salt
-from tests.router.api.test_grpc_api import PROMPT, collect, request
+from tests.router.api.asking import PROMPT, collect, request
 from tests.router.conftest import MODEL, pair, running_cluster
 from tests.router.fake_worker import FakeWorker, expected_tokens
 from tests.router.test_resume import MINE, TOKENS, Reader, journal_url, message, two_routers

@@ -24,7 +24,7 @@ from router.app import _epochs
 from router.config import RouterConfig, RouterSpec
 from settings.loading import SettingsError, load, write
 from tests.processes import KVNode, python_environment
-from tests.router.api.test_grpc_api import PROMPT, collect, request
+from tests.router.api.asking import PROMPT, collect, request
 from tests.router.conftest import config_with, running_cluster, until
 from tests.router.fake_worker import FakeWorker, expected_tokens
 

@@ -18,7 +18,7 @@ from kvstore.connect import open_journal
 from router.model_files import ModelFiles
 from router.service.text import TextCodec
 from tests.processes import RedisServer
-from tests.router.api.test_grpc_api import PROMPT
+from tests.router.api.asking import PROMPT
 from tests.router.conftest import MODEL, Cluster, running_cluster, until
 from tests.router.fake_worker import FakeWorker, expected_tokens
 

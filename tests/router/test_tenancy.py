@@ -9,7 +9,7 @@ import pytest
 from switchyard_client import GenerationClient
 
 from router.api.tenancy import tenant_salt
-from tests.router.api.test_grpc_api import PROMPT, request
+from tests.router.api.asking import PROMPT, request
 from tests.router.conftest import MODEL, running_cluster
 from tests.router.fake_worker import FakeWorker
 

@@ -17,8 +17,8 @@ from switchyard_client import (
 )
 
 from router.service.text import TextCodec
+from tests.cluster.deaths import prompt
 from tests.cluster.options.completions import NUM_TOKENS, TEXT, complete
-from tests.cluster.test_kill_at_every_token import prompt
 from tests.fake_cluster import FakeCluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]

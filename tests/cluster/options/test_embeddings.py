@@ -15,8 +15,8 @@ from switchyard_client import (
 from transformers import AutoModel
 
 from router.service.text import TextCodec
+from tests.cluster.deaths import prompt
 from tests.cluster.options.completions import TEXT
-from tests.cluster.test_kill_at_every_token import prompt
 from tests.fake_cluster import FakeCluster
 from tests.fake_model import DEMO, MODEL_NAME
 

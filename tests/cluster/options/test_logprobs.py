@@ -6,8 +6,8 @@ import openai
 import pytest
 
 from router.service.text import TextCodec
+from tests.cluster.deaths import Once, busy, prompt
 from tests.cluster.options.completions import KINDS, NUM_TOKENS, TEXT, complete
-from tests.cluster.test_kill_at_every_token import Once, busy, prompt
 from tests.fake_cluster import FakeCluster
 from tests.fake_model import MODEL_NAME
 

@@ -22,7 +22,7 @@ from router.placement.residency import by_rendezvous
 from router.service.text import TextCodec
 from tests.router.adapters.lora_files import write_adapter
 from tests.router.adapters.test_api import known, worker
-from tests.router.api.test_grpc_api import PROMPT, collect, request
+from tests.router.api.asking import PROMPT, collect, request
 from tests.router.conftest import MODEL, Adapters, Cluster, running_cluster, until
 from tests.router.fake_worker import FakeWorker, expected_tokens
 from tests.router.test_resume import NUM_TOKENS, Reader, message

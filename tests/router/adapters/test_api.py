@@ -21,7 +21,7 @@ from router.adapters.config import AdaptersConfig
 from router.placement.residency import by_rendezvous
 from router.service.text import TextCodec
 from tests.router.adapters.lora_files import TARGETS, write_adapter
-from tests.router.api.test_grpc_api import PROMPT, collect, request
+from tests.router.api.asking import PROMPT, collect, request
 from tests.router.conftest import MODEL, QUICK, Adapters, Cluster, pair, running_cluster, until
 from tests.router.fake_worker import BLOCK_SIZE, FakeWorker, expected_tokens
 

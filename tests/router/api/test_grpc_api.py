@@ -14,47 +14,17 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from switchyard.v1 import generation_pb2, worker_pb2
 from switchyard_client import (
-    Finished,
     FinishReason,
-    GenerationClient,
     GenerationError,
     GenerationRequest,
     SamplingParams,
-    Started,
-    Target,
-    Tokens,
 )
 
 from router.model_files import ModelFiles
 from router.service.text import TextCodec
+from tests.router.api.asking import PROMPT, collect, request
 from tests.router.conftest import MODEL, config_with, pair, running_cluster, until
 from tests.router.fake_worker import CONTEXT_TOKENS, VOCAB_SIZE, FakeWorker, expected_tokens
-
-PROMPT = tuple(range(1, 40))
-
-
-def request(prompt: object = PROMPT, **sampling: object) -> GenerationRequest:
-    options = {"max_tokens": 20, "temperature": 0.0, **sampling}
-    return GenerationRequest(prompt, SamplingParams(**options))
-
-
-async def collect(
-    target: Target, order: GenerationRequest, resume_within_s: float = 30.0
-) -> tuple[Started, list[int], str, Finished]:
-    """Run one stream and check the shape that the contract gives it."""
-    ids: list[int] = []
-    text = ""
-    async with GenerationClient(target, resume_within_s) as client:
-        events = [event async for event in client.generate_async(order)]
-    assert isinstance(events[0], Started)
-    assert isinstance(events[-1], Finished)
-    for event in events[1:-1]:
-        assert isinstance(event, Tokens)
-        assert event.first_position == len(ids)
-        ids += event.ids
-        text += event.text
-    assert events[-1].num_output_tokens == len(ids)
-    return events[0], ids, text, events[-1]
 
 
 async def test_prefill_and_decode_workers_share_a_stream(model_dir: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from router.sampling import sampling_params
 from router.service.text import TextCodec
-from tests.router.api.test_grpc_api import PROMPT
+from tests.router.api.asking import PROMPT
 from tests.router.conftest import MODEL, pair, until
 from tests.router.fake_worker import FakeWorker, expected_tokens
 from tests.router.http_calls import BASE, TEXT, decoded, served, served_to_openai, sse

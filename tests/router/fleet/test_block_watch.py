@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from router.fleet.fleet import name_blocks
-from tests.router.api.test_grpc_api import PROMPT, collect, request
+from tests.router.api.asking import PROMPT, collect, request
 from tests.router.conftest import Cluster, running_cluster, until
 from tests.router.fake_worker import FakeWorker, expected_tokens
 from workers.server.block_events import BlockFeed

@@ -11,7 +11,7 @@ from switchyard_client import GenerationError
 
 from checkpoint.identity import ServedModel, tokenizer_digest
 from router.fleet.identity import ServedIdentity
-from tests.router.api.test_grpc_api import collect, request
+from tests.router.api.asking import collect, request
 from tests.router.conftest import MODEL, QUICK, running_cluster, until
 from tests.router.fake_worker import FakeWorker
 

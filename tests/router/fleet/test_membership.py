@@ -11,7 +11,7 @@ import pytest
 
 from checkpoint.identity import ServedModel, tokenizer_digest
 from kvstore.control.directory import DirectoryUnavailable, LeasedWorker, WorkerRecord
-from tests.router.api.test_grpc_api import PROMPT, collect, request
+from tests.router.api.asking import PROMPT, collect, request
 from tests.router.conftest import MODEL, WEIGHTS, Cluster, running_cluster, until
 from tests.router.fake_worker import FakeWorker, expected_tokens
 

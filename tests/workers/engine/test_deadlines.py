@@ -13,15 +13,7 @@ from hypothesis import strategies as st
 from kvstore.blocks.block_pool import BlockPool
 from kvstore.blocks.block_pools import BlockPools
 from tests.processes import wait_until
-from tests.workers.engine.test_scheduler import (
-    BLOCK_SIZE,
-    EOS,
-    VOCAB,
-    FakeRunner,
-    finish_all,
-    make_engine,
-    make_request,
-)
+from tests.workers.engine.fake_runner import BLOCK_SIZE, EOS, VOCAB, FakeRunner, finish_all, make_engine, make_request
 from workers.config import POLICIES, SchedulingOptions
 from workers.engine.engine import Engine
 from workers.engine.loop import EngineLoop, LoopEvents, Submit

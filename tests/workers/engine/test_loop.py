@@ -10,7 +10,7 @@ import pytest
 
 from kvstore.control.directory import MemoryDirectory
 from tests.processes import wait_until
-from tests.workers.engine.test_scheduler import make_engine
+from tests.workers.engine.fake_runner import make_engine
 from tests.workers.paged_runner import make
 from workers.engine.loop import EngineLoop, LoopEvents, Submit
 from workers.engine.request import FinishReason, Request, RequestEnd, RequestRole

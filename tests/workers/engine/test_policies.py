@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from switchyard.v1 import worker_pb2
 
 from tests.fake_model import write_fake_model
-from tests.workers.engine.test_scheduler import finish_all, make_engine, make_request
+from tests.workers.engine.fake_runner import finish_all, make_engine, make_request
 from tests.workers.forked_worker import prompt, spec_for, worker
 from tests.workers.worker_client import wait_until
 from workers.config import POLICIES, EngineConfig, SchedulingOptions

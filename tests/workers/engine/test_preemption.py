@@ -12,7 +12,7 @@ from switchyard.v1 import worker_pb2
 
 from costs.transfer import ALWAYS_FETCH, NEVER_FETCH, TransferCost
 from kvstore.config import KVStoreConfig
-from tests.workers.engine.test_scheduler import finish_all, make_engine, make_request
+from tests.workers.engine.fake_runner import finish_all, make_engine, make_request
 from tests.workers.forked_worker import prompt, spec_for, worker
 from tests.workers.kv.test_cache_groups import WINDOWS, alone, request, run
 from tests.workers.paged_runner import BLOCK_SIZE, PagedRunner, make

@@ -20,7 +20,7 @@ from tests.fake_model import expected, write_fake_model
 from tests.forked import Prefork, Server
 from tests.kvstore.fragments import SECRET
 from tests.processes import KVNode, RedisServer
-from tests.workers.engine.test_scheduler import make_engine, make_request
+from tests.workers.engine.fake_runner import make_engine, make_request
 from tests.workers.forked_worker import BLOCK_SIZE, prompt, spec_for, worker
 from tests.workers.tiny_llama import generate_with_transformers, make_checkpoint
 from tests.workers.worker_client import WorkerClient, wait_until

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from costs.step_time import StepCost, StepCostFit, StepWork
 from kvstore.blocks.block_pool import BlockPool
 from kvstore.blocks.block_pools import BlockPools
-from tests.workers.engine.test_scheduler import BLOCK_SIZE, EOS, VOCAB, FakeRunner, make_engine, make_request
+from tests.workers.engine.fake_runner import BLOCK_SIZE, EOS, VOCAB, FakeRunner, make_engine, make_request
 from tests.workers.kv.test_cache_groups import alone, request, run
 from tests.workers.paged_runner import make as make_paged
 from workers.config import SchedulingOptions

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
 from costs.transfer import ALWAYS_FETCH, NEVER_FETCH
-from tests.workers.engine.test_scheduler import BLOCK_SIZE, EOS, finish_all, make_engine, make_request
+from tests.workers.engine.fake_runner import BLOCK_SIZE, EOS, finish_all, make_engine, make_request
 from workers.config import POLICIES, SchedulingOptions
 from workers.engine.request import RequestRole
 
