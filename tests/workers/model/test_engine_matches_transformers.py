@@ -30,7 +30,8 @@ def expected(checkpoints) -> dict[str, list[list[int]]]:
 
 
 SPLITS = {(tp, pp): f"tp{tp}pp{pp}" for tp, pp in ((1, 1), (2, 1), (1, 2), (2, 2))}
-ON_FOUR_RANKS = ("gqa", "qwen3_experts")  # two cores take long for four ranks: the other shapes run in the slow lane
+# Two cores take long for several ranks: the other shapes run there in the slow lane.
+ON_RANKS = {1: SHAPES, 2: ("gqa", "qwen3_experts", "head_dim", "tied"), 4: ("gqa", "qwen3_experts")}
 
 
 @pytest.fixture(scope="module", params=SPLITS, ids=SPLITS.values())
@@ -48,7 +49,7 @@ def config_for(path: Path, group: EngineGroup, **options) -> EngineConfig:
     [
         pytest.param(
             split, shape, id=f"{name}-{shape}",
-            marks=[pytest.mark.slow] * (split == (2, 2) and shape not in ON_FOUR_RANKS),
+            marks=[pytest.mark.slow] * (shape not in ON_RANKS[split[0] * split[1]]),
         )
         for split, name in SPLITS.items()
         for shape in SHAPES

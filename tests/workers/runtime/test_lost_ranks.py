@@ -73,6 +73,7 @@ def worker(folder: Path, checkpoint: Path, tp: int, pp: int) -> Iterator[Worker]
         process.communicate()
 
 
+QUICK = {((2, 1), 0, signal.SIGKILL), ((1, 2), 1, signal.SIGSTOP)}  # each split, each rank and each signal once
 _NAMES = {
     (2, 1): ["rank 0 of 2 (tp_rank 0, pp_stage 0", "rank 1 of 2 (tp_rank 1, pp_stage 0"],
     (1, 2): ["rank 0 of 2 (tp_rank 0, pp_stage 0", "rank 1 of 2 (tp_rank 0, pp_stage 1"],
@@ -85,7 +86,7 @@ _NAMES = {
         pytest.param(
             *split, rank, number,
             id=f"tp{split[0]}-pp{split[1]}-{('leader', 'follower')[rank]}-{number.name}",
-            marks=[] if (rank, number) in ((0, signal.SIGKILL), (1, signal.SIGSTOP)) else [pytest.mark.slow],
+            marks=[] if (split, rank, number) in QUICK else [pytest.mark.slow],
         )
         for split in ((2, 1), (1, 2))
         for rank in (0, 1)

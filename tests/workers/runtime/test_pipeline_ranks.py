@@ -73,10 +73,18 @@ def group(request: pytest.FixtureRequest) -> Iterator[EngineGroup]:
         yield made
 
 
-@pytest.mark.parametrize("is_async", [False, True], ids=["waiting", "async"])
+@pytest.mark.parametrize(
+    ("group", "is_async"),
+    [
+        pytest.param((1, 2), False, id="tp1pp2-waiting"),
+        pytest.param((1, 2), True, id="tp1pp2-async", marks=pytest.mark.slow),
+        pytest.param((2, 2), False, id="tp2pp2-waiting"),  # async is refused there
+        pytest.param((1, 3), False, id="tp1pp3-waiting", marks=pytest.mark.slow),
+        pytest.param((1, 3), True, id="tp1pp3-async"),
+    ],
+    indirect=["group"],
+)
 def test_the_tokens_are_those_of_one_rank(checkpoint, expected, group, is_async):
-    if is_async and group.tp > 1:
-        pytest.skip("refused with more than one rank and more than one stage")
     for case in CASES:
         config = replace(config_for(checkpoint, case), tp=group.tp, pp=group.pp, async_scheduling=is_async)
         for name, sampling in SAMPLINGS.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +38,19 @@ def draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_head(tmp_path_factory.mktemp("head"))
+
+
+def on_splits(name: str, values: Sequence[object], on_four: Sequence[object]) -> pytest.MarkDecorator:
+    """Each value on one rank, and some on four, which two cores take long for; the rest is for the slow lane."""
+    cases = [
+        pytest.param(
+            split, value, id=f"tp{split[0]}-pp{split[1]}-{value}",
+            marks=[pytest.mark.slow] * (split != (1, 1) and (split != (2, 2) or value not in on_four)),
+        )
+        for split in ((1, 1), (2, 1), (1, 2), (2, 2))
+        for value in values
+    ]  # fmt: skip
+    return pytest.mark.parametrize(("group", name), cases, indirect=["group"])
 
 
 _SPLITS = [(1, 1), pytest.param((2, 1), marks=pytest.mark.slow), pytest.param((1, 2), marks=pytest.mark.slow), (2, 2)]
@@ -77,7 +90,7 @@ def completions_of(result: JobResult) -> dict[str, list[int]]:
     return {f"r{i}": completion for i, completion in enumerate(result.completions)}
 
 
-@pytest.mark.parametrize("rule", RULES)
+@on_splits("rule", RULES, on_four=("sometimes", "often_right"))
 def test_scripted_drafters(group: EngineGroup, checkpoint: Path, plain: JobResult, rule: str) -> None:
     assert len(KINDS) * 2 == len(NUMBERS)
     found = run(group, config_for(checkpoint, group), Scripted(rule, completions_of(plain), 97))
@@ -94,7 +107,7 @@ def test_scripted_drafters(group: EngineGroup, checkpoint: Path, plain: JobResul
         assert counters.num_accepted_tokens == 0
 
 
-@pytest.mark.parametrize("method", ["ngram", "suffix", "grammar", "draft_model"])
+@on_splits("method", ["ngram", "suffix", "grammar", "draft_model"], on_four=["draft_model"])
 def test_real_drafters(group: EngineGroup, checkpoint: Path, draft: Path, plain: JobResult, method: str) -> None:
     speculative = SpeculativeOptions(method=method, model=str(draft) if method == "draft_model" else "")
     found = run(group, config_for(checkpoint, group, speculative=speculative))
@@ -105,7 +118,13 @@ def test_real_drafters(group: EngineGroup, checkpoint: Path, draft: Path, plain:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"num_blocks": 34}, {"async_scheduling": True}, {"cuda_graphs": True}], ids=str
+    "changes",
+    [
+        {},
+        {"num_blocks": 34},
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ({"async_scheduling": True}, {"cuda_graphs": True})),
+    ],
+    ids=str,
 )
 def test_drafts_of_a_head(
     group: EngineGroup, checkpoint: Path, head: Path, plain: JobResult, changes: dict[str, object]

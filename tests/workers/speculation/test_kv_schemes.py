@@ -18,6 +18,7 @@ from workers.parallel import ParallelGroups, Shard
 
 ALONE = ParallelGroups(Shard(), torch.device("cpu"))
 NUMBERS = range(9)
+QUICK = ("int8", "fp8", "kivi2", "wkv4")  # one scheme of each kind; the others run in the slow lane
 FEW_EXACT = {"kv_window_tokens": 6, "kv_sink_tokens": 5}  # so that most of a short prompt is packed
 
 
@@ -28,7 +29,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kv_cache_dtype", KV_CACHE_DTYPES[1:])
+@pytest.mark.parametrize(
+    "kv_cache_dtype",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in KV_CACHE_DTYPES[1:]],
+)
 def test_drafts_change_no_token(checkpoint: Path, kv_cache_dtype: str) -> None:
     config = EngineConfig(
         str(checkpoint), "float32", "cpu", block_size=4, num_blocks=400, max_num_seqs=4, batch_invariant=True,
