@@ -28,8 +28,15 @@ def kill_rank(cluster: FakeCluster, name: str, rank: int) -> None:
     leader.wait(60)  # a worker ends when any of its ranks does
 
 
-@pytest.mark.parametrize("rank", [0, 1], ids=["leader", "follower"])
-@pytest.mark.parametrize("split", [{"tp": 2}, {"pp": 2}], ids=["tp2", "pp2"])
+@pytest.mark.parametrize(
+    ("split", "rank"),
+    [
+        pytest.param({"tp": 2}, 0, id="tp2-leader"),
+        pytest.param({"tp": 2}, 1, id="tp2-follower", marks=pytest.mark.slow),
+        pytest.param({"pp": 2}, 0, id="pp2-leader", marks=pytest.mark.slow),
+        pytest.param({"pp": 2}, 1, id="pp2-follower"),
+    ],
+)
 def test_a_stream_goes_on_elsewhere_when_a_rank_is_stopped(
     fake_cluster: Callable[..., FakeCluster], split: dict[str, int], rank: int
 ) -> None:

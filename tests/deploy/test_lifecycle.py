@@ -188,7 +188,9 @@ def test_what_was_killed_or_has_failed_goes_at_the_next_start(
     assert surroundings.left() == []
 
 
-@pytest.mark.parametrize("after_s", [0.3, 1.5, 3.0, 5.0])
+@pytest.mark.parametrize(
+    "after_s", [pytest.param(0.3, marks=pytest.mark.slow), 1.5, pytest.param(3.0, marks=pytest.mark.slow), 5.0]
+)
 def test_a_start_that_is_interrupted_leaves_nothing(
     surroundings: Surroundings, serve: Callable[..., Serving], after_s: float
 ) -> None:

@@ -60,7 +60,10 @@ def test_bits_are_those_of_a_request_alone(
             assert torch.equal(result.logits[i], one.logits[0]), f"{why}: request {i}"
 
 
-@pytest.mark.parametrize("rule", [pytest.param("perfect", marks=pytest.mark.slow), "often_right", "wrong"])
+@pytest.mark.parametrize(
+    "rule",
+    [pytest.param("perfect", marks=pytest.mark.slow), "often_right", pytest.param("wrong", marks=pytest.mark.slow)],
+)
 def test_drafts_change_no_token(split: EngineGroup, base: Path, adapters: list[AdapterRef], rule: str) -> None:
     config = config_of(base, split, batch_invariant=True)
     asked, sampled = mixed(adapters), replace(GREEDY, temperature=0.9, max_tokens=12)
@@ -100,7 +103,7 @@ def test_blocks_are_shared_within_an_adapter_only(
     assert found.completions[1] != found.completions[0] != found.completions[2]
 
 
-@pytest.mark.parametrize("num_slots", [1, 2, 3])
+@pytest.mark.parametrize("num_slots", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_more_adapters_than_slots_take_turns(
     split: EngineGroup, base: Path, adapters: list[AdapterRef], num_slots: int
 ) -> None:
