@@ -29,16 +29,22 @@ class GainBias:
     maximum of noisy estimates is too high (the winner's curse)."""
 
     def __init__(self) -> None:
-        self._expected = self._brought = 1.0
+        self._expected = self._brought = self._weight = 1.0
 
     def note(self, expected: float, brought: float) -> None:
         """A step with drafts is through."""
         self._expected = _FADE * self._expected + expected
         self._brought = _FADE * self._brought + brought
+        self._weight = _FADE * self._weight + 1
 
     def relax(self) -> None:
         """No drafts pay, and nothing is learnt: believe in them a little more, or they would never be tried again."""
         self._expected = self._brought + _RELAXED * (self._expected - self._brought)
+
+    @property
+    def brought(self) -> float:
+        """By a step, on average."""
+        return self._brought / self._weight
 
     @property
     def ratio(self) -> float:

@@ -20,15 +20,15 @@ from workers.engine.speculation import SpeculationCounters
 from workers.engine.step import SchedulerOutput
 from workers.speculation.acceptance import AcceptanceEstimates
 from workers.speculation.drafters.drafter import Drafter, DraftWanted
-from workers.speculation.goodput import GainBias, draft_budget
+from workers.speculation.goodput import draft_budget
 from workers.speculation.quiet import QuietRequests
+from workers.speculation.standing import DraftStandings
 from workers.speculation.step_costs import StepCosts
-from workers.speculation.trials import DraftTrials
 
 log = logging.getLogger(__name__)
 
-_LONGEST_PAUSE = 64  # steps between two probes while no drafts pay
 _PROBE_TOKENS = 1
+_PLAIN_EVERY = 64  # steps with drafts: one goes without, so that its time is known
 _LONGEST_INTERVAL = 3.0  # between two steps, times what the later one took
 MIN_GAIN = 1.03  # times as many tokens a second as without drafts: less is within the error of the estimates
 
@@ -55,10 +55,9 @@ class _Proposed:
 
     drafted_by: int  # index of the drafter
     expected_gain: float  # of the step; 0: nothing is expected of it
-    drafting_s: float  # this request's share
 
 
-_UNKNOWN = _Proposed(0, 0.0, 0.0)
+_UNKNOWN = _Proposed(0, 0.0)
 
 
 class Speculator:
@@ -79,11 +78,11 @@ class Speculator:
         self._estimates = [AcceptanceEstimates(options.most_tokens) for _ in drafters]
         self._proposed: dict[str, _Proposed] = {}  # of requests whose drafts are being judged
         self._quiet = QuietRequests()
-        self._pause = 0  # steps to come without a look at drafts
-        self._next_pause = 1
         self._probed = ""  # the request that had the last probe
-        self._bias = GainBias()
-        self._trials = DraftTrials()
+        self._standings = DraftStandings()
+        self._num_drafted = 0  # steps with drafts since one without
+        self._drafting_s = 0.0  # since the last step was through
+        self._vain_gain = 0.0  # expected of drafts for which a drafter was asked, and proposed none
         self._last_step = (0, 0.0)  # sequences of the step before, if all of them decoded, and when it ended
         self._is_broken = False  # a drafter has raised
         positions = [0] * options.most_tokens
@@ -96,16 +95,18 @@ class Speculator:
         """Give the scheduler drafts for the plan that it makes next."""
         if self._is_broken:
             return
-        if self._costs is not None and not self._trials.has_drafts(len(scheduler.running)):
+        if self._costs is not None and self._num_drafted >= _PLAIN_EVERY:
+            self._num_drafted = 0
             _await_no_drafts(scheduler)
             return
-        if self._pause:
-            self._pause -= 1
+        if self._standings.of(len(scheduler.running)).passes():
             return
         with self._guard():
             began_s = self._clock()
-            self._propose_to(scheduler, began_s)
-            self.counters.drafting_seconds += self._clock() - began_s
+            self._propose_to(scheduler)
+            took_s = self._clock() - began_s
+            self._drafting_s += took_s
+            self.counters.drafting_seconds += took_s
         if self._is_broken:
             for request in scheduler.running:
                 request.awaits_drafts, request.draft_token_ids = False, []
@@ -119,7 +120,7 @@ class Speculator:
             log.exception("drafts cannot be proposed any more; decoding goes on without them")
             self._is_broken, self._drafters, self._estimates = True, (), []
 
-    def _propose_to(self, scheduler: Scheduler, began_s: float) -> None:
+    def _propose_to(self, scheduler: Scheduler) -> None:
         waiting = [r for r in scheduler.waiting_for_kv if self._limit(r, 1) > 0]
         for drafter in self._drafters if waiting else ():
             drafter.prepare(waiting)
@@ -133,10 +134,8 @@ class Speculator:
             if limit > 0 and _is_ready(request):
                 wanted.append(DraftWanted(request, limit))
         if wanted:
-            drafts = self._propose(scheduler, wanted, len(running))
-            share_s = (self._clock() - began_s) / max(1, len(drafts))
-            for draft in drafts:
-                self._proposed[draft.request_id] = _Proposed(draft.drafted_by, draft.expected_gain, share_s)
+            for draft in self._propose(scheduler, wanted, len(running)):
+                self._proposed[draft.request_id] = _Proposed(draft.drafted_by, draft.expected_gain)
 
     def _limit(self, request: Request, num_running: int) -> int:
         """Most draft tokens of a request, whatever they are."""
@@ -160,7 +159,9 @@ class Speculator:
             self._quiet.note(draft.request_id, has_drafts=bool(draft.token_ids))
             if draft.token_ids:
                 scheduler.propose(draft.request_id, list(draft.token_ids))
-        return [draft for draft in drafts if draft.token_ids]
+        proposed = [draft for draft in drafts if draft.token_ids]
+        self._vain_gain = 0.0 if proposed else max(draft.expected_gain for draft in drafts)
+        return proposed
 
     def _ask(self, index: int, drafts: Sequence[_Draft]) -> None:
         """Let one of the drafters propose tokens."""
@@ -187,15 +188,14 @@ class Speculator:
             return costs.step_s(num_running, num_drafts, is_sampled) + (costly.draft_s(drafted) if drafted else 0.0)
 
         survival = [self._estimates[draft.drafted_by].survival(draft.request_id, draft.length) for draft in drafts]
-        min_gain, spare = MIN_GAIN * self._bias.ratio, _spare_tokens(scheduler, num_running)
-        budget = draft_budget(survival, num_running, spare, step_s, min_gain)
+        min_gain = MIN_GAIN * self._standings.of(num_running).bias
+        budget = draft_budget(survival, num_running, _spare_tokens(scheduler, num_running), step_s, min_gain)
         lengths = budget.lengths
         if any(lengths):
-            self._next_pause = 1
             for draft in drafts:
                 draft.expected_gain = budget.gain
         elif any(draft.length for draft in drafts):
-            lengths = self._probe(scheduler, drafts)
+            lengths = self._probe(scheduler, drafts, num_running)
         asked = []
         for draft, length, is_unasked in zip(drafts, lengths, is_open, strict=True):
             draft.token_ids = draft.token_ids[:length]
@@ -204,12 +204,10 @@ class Speculator:
                 asked.append(draft)
         self._ask(last, asked)
 
-    def _probe(self, scheduler: Scheduler, drafts: Sequence[_Draft]) -> Sequence[int]:
+    def _probe(self, scheduler: Scheduler, drafts: Sequence[_Draft], num_running: int) -> Sequence[int]:
         """No drafts pay: let one request have one, so that a change is noticed, and look again after a pause. The same
         one as before, if it can: a draft model has read its prompt."""
-        self._bias.relax()
-        self._pause = self._next_pause
-        self._next_pause = min(2 * self._next_pause, _LONGEST_PAUSE)
+        self._standings.of(num_running).pause()
         _await_no_drafts(scheduler)
         able = [index for index, draft in enumerate(drafts) if draft.length]
         probed = next((index for index in able if drafts[index].request_id == self._probed), able[0])
@@ -245,12 +243,13 @@ class Speculator:
         num_before, ended_s = self._last_step
         is_timed = self._costs is not None and plan.requests and plan.num_tokens == plan.num_logits
         self._last_step = (len(plan.requests) if is_timed else 0, self._clock())
+        drafting_s, self._drafting_s = self._drafting_s, 0.0
         with self._guard():
             proposed = [self._note(one) for one in judged]
-            if is_timed:
-                self._note_time(plan, judged, proposed, duration_s)
-                if num_before == len(plan.requests):
-                    self._note_interval(judged, proposed, duration_s, self._last_step[1] - ended_s)
+            if is_timed and num_before == len(plan.requests):
+                interval_s = self._last_step[1] - ended_s
+                if 0 < interval_s < _LONGEST_INTERVAL * (duration_s + drafting_s):  # else it has waited for a client
+                    self._note_interval(plan, judged, proposed, interval_s, drafting_s)
 
     def _note(self, one: JudgedDrafts) -> _Proposed:
         counters, request_id = self.counters, one.request.request_id
@@ -266,29 +265,26 @@ class Speculator:
             self._estimates[proposed.drafted_by].note(request_id, one.num_drafts, one.num_right)
         return proposed
 
-    def _note_time(
-        self, plan: SchedulerOutput, judged: Sequence[JudgedDrafts], proposed: Sequence[_Proposed], duration_s: float
+    def _note_interval(
+        self,
+        plan: SchedulerOutput,
+        judged: Sequence[JudgedDrafts],
+        proposed: Sequence[_Proposed],
+        interval_s: float,
+        drafting_s: float,
     ) -> None:
+        """interval_s: since the end of the step before, which had as many sequences. drafting_s: of that."""
         assert self._costs is not None, "without costs no step is timed"
         num_seqs, num_drafts = len(plan.requests), sum(plan.num_tokens) - len(plan.requests)
         is_sampled = _are_sampled(plan.requests)
         plain_s = self._costs.step_s(num_seqs, 0, is_sampled)
-        self._costs.observe(num_seqs, num_drafts, duration_s, is_sampled)
-        if judged and duration_s > 0:
-            num_tokens = 1 + sum(one.num_right for one in judged) / num_seqs  # of each sequence, on average
-            took_s = duration_s + sum(one.drafting_s for one in proposed)
-            self.counters.saved_seconds += num_tokens * plain_s - took_s
-            if expected_gain := max(one.expected_gain for one in proposed):
-                self._bias.note(expected_gain, num_tokens * plain_s / took_s)
-
-    def _note_interval(
-        self, judged: Sequence[JudgedDrafts], proposed: Sequence[_Proposed], duration_s: float, interval_s: float
-    ) -> None:
-        """interval_s: since the end of the step before, which had as many sequences."""
-        took_s = duration_s + sum(one.drafting_s for one in proposed)
-        if 0 < interval_s < _LONGEST_INTERVAL * took_s:  # else the engine has waited for a client
-            num_seqs = self._last_step[0]
-            self._trials.note(num_seqs, 1 + sum(one.num_right for one in judged) / num_seqs, interval_s)
+        self._costs.observe(num_seqs, num_drafts, interval_s - drafting_s, is_sampled)
+        self._num_drafted = self._num_drafted + 1 if judged else 0
+        num_tokens = 1 + sum(one.num_right for one in judged) / num_seqs  # of each sequence, on average
+        if judged:
+            self.counters.saved_seconds += num_tokens * plain_s - interval_s
+        if expected_gain := max((one.expected_gain for one in proposed), default=self._vain_gain):
+            self._standings.of(num_seqs).note(expected_gain, num_tokens * plain_s / interval_s)
 
     def forget(self, request: Request) -> None:
         """The request has left the engine."""

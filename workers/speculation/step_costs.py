@@ -2,8 +2,11 @@
 
 A table that is measured at the worker's start, between whose sizes it is interpolated. The first draft token of a step
 costs more than a later one: the step then has sequences of several lengths, which take another way through attention.
-So steps with drafts are never interpolated from one without. Steps that are measured later correct the table: the size
-that a step was nearest to is moved towards what it took. Pure; reads no clock.
+So steps with drafts are never interpolated from one without.
+
+Steps that are measured later correct the table. They count with what the host does between two steps, which no
+measurement at start has. The size that a step was nearest to is moved towards what it took, and all sizes of its batch
+are moved with it a little: a machine that gets slower does so with drafts and without. Pure; reads no clock.
 """
 
 from __future__ import annotations
@@ -13,8 +16,9 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 
 DRAFTS = (1, 2, 4, 8)  # of each sequence that are measured, beside none, and one of one sequence
-_RATE = 0.1  # how far one step moves its size, as a logarithm
-_MOST_OFF = math.log(2)  # a step that took longer is a hiccup, and counts as so much
+_RATE = 0.15  # how far one step moves its size, as a logarithm
+_BATCH_RATE = 0.05  # and all sizes of its batch
+_MOST_OFF = math.log(1.5)  # a step that took longer is a hiccup, and counts as so much
 
 
 def sizes_to_measure(max_num_seqs: int, max_num_tokens: int) -> list[tuple[int, int]]:
@@ -50,7 +54,7 @@ class StepCosts:
         return (self._sampled if is_sampled else self._greedy).step_s(num_seqs, num_drafts)
 
     def observe(self, num_seqs: int, num_drafts: int, duration_s: float, is_sampled: bool = False) -> None:
-        """A step is through."""
+        """A step is through. duration_s: since the one before it, but for the drafting."""
         (self._sampled if is_sampled else self._greedy).observe(num_seqs, num_drafts, duration_s)
 
 
@@ -61,6 +65,7 @@ class _Table:
         self._batches = sorted({batch for batch, _ in measured_s})
         self._drafts = {batch: sorted(d for b, d in measured_s if b == batch and d) for batch in self._batches}
         self._measured = {size: math.log(max(seconds, 1e-9)) for size, seconds in measured_s.items()}
+        self._slower = dict.fromkeys(self._batches, 0.0)  # logarithm, of all sizes of a batch
 
     def step_s(self, num_seqs: int, num_drafts: int) -> float:
         share = num_drafts / num_seqs
@@ -69,10 +74,13 @@ class _Table:
     def _of(self, batch: int, drafts: float) -> float:
         measured = self._drafts[batch]
         if not drafts:
-            return math.exp(self._measured[batch, 0])
+            return self._size_s(batch, 0)
         if not measured:
-            return math.exp(self._measured[batch, 0]) * (1 + drafts / batch)
-        return _between(measured, max(1.0, drafts), lambda size: math.exp(self._measured[batch, size]))
+            return self._size_s(batch, 0) * (1 + drafts / batch)
+        return _between(measured, max(1.0, drafts), lambda size: self._size_s(batch, size))
+
+    def _size_s(self, batch: int, drafts: int) -> float:
+        return math.exp(self._measured[batch, drafts] + self._slower[batch])
 
     def observe(self, num_seqs: int, num_drafts: int, duration_s: float) -> None:
         if not 0 < duration_s < math.inf:
@@ -81,8 +89,10 @@ class _Table:
         if num_drafts and not self._drafts[batch]:
             return
         off = math.log(duration_s / self.step_s(num_seqs, num_drafts))
+        off = max(-_MOST_OFF, min(_MOST_OFF, off))
         size = _nearest(self._drafts[batch], max(1.0, num_drafts * batch / num_seqs)) if num_drafts else 0
-        self._measured[batch, size] += _RATE * max(-_MOST_OFF, min(_MOST_OFF, off))
+        self._measured[batch, size] += _RATE * off
+        self._slower[batch] += _BATCH_RATE * off
 
 
 def _between(sizes: Sequence[int], at: float, value: Callable[[int], float]) -> float:

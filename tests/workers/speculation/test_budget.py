@@ -118,15 +118,27 @@ def test_steps_that_take_longer_than_measured_are_learnt() -> None:
     costs = StepCosts({(batch, drafts): law(batch, drafts) for batch in (1, 8) for drafts in (0, 1, 8, 16, 32)})
     costs.observe(8, 0, 100.0)
     assert costs.step_s(8, 0) < 1.1 * law(8, 0)  # one hiccup teaches little
-    for _ in range(200):
+    for _ in range(300):
         costs.observe(8, 0, 2 * law(8, 0))
         costs.observe(8, 1, 3 * law(8, 1))
-    assert costs.step_s(8, 0) == pytest.approx(2 * law(8, 0), rel=0.01)  # those with drafts leave it alone
+    assert costs.step_s(8, 0) == pytest.approx(2 * law(8, 0), rel=0.01)
     assert costs.step_s(8, 1) == pytest.approx(3 * law(8, 1), rel=0.01)
     assert costs.step_s(1, 0) == pytest.approx(law(1, 0))
     for duration_s in (0.0, -1.0, float("inf"), float("nan")):
         costs.observe(8, 0, duration_s)
     assert costs.step_s(8, 0) == pytest.approx(2 * law(8, 0), rel=0.01)
+
+
+def test_a_machine_that_gets_slower_does_so_with_drafts_and_without() -> None:
+    """What pays is not changed by it, though only steps with drafts are seen."""
+    costs = StepCosts({(batch, drafts): law(batch, drafts) for batch in (1, 8) for drafts in (0, 1, 8, 16, 32)})
+    for _ in range(300):
+        costs.observe(8, 8, 2 * law(8, 8))
+    assert costs.step_s(8, 8) == pytest.approx(2 * law(8, 8), rel=0.01)
+    assert 1.1 * law(8, 0) < costs.step_s(8, 0) < 1.5 * law(8, 0)
+    for _ in range(15):
+        costs.observe(8, 0, 2 * law(8, 0))
+    assert costs.step_s(8, 0) == pytest.approx(2 * law(8, 0), rel=0.05)
 
 
 def test_one_measured_size_is_enough() -> None:
