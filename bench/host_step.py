@@ -26,6 +26,7 @@ from workers.engine.request import Request
 from workers.engine.scheduler import Scheduler, SchedulerConfig
 from workers.engine.step import ModelRunnerOutput
 from workers.runtime.batching import InputBuffers
+from workers.runtime.cpu_settings import prepare_cpu
 from workers.sampling.params import SamplingParams
 
 SIZES = ((32, 2048, 16), (256, 2048, 64), (256, 32000, 16), (256, 32000, 64), (512, 8000, 64))
@@ -102,5 +103,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    prepare_cpu(1)
     sys.exit(main(sys.argv[1:]))

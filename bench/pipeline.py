@@ -24,6 +24,7 @@ from workers.engine.request import Request
 from workers.parallel import ParallelGroups, Shard
 from workers.runtime.build import make_engine, make_executor
 from workers.runtime.coordination.executor import follow
+from workers.runtime.cpu_settings import prepare_cpu
 from workers.runtime.runner import TorchModelRunner
 from workers.sampling.params import SamplingParams
 
@@ -47,7 +48,7 @@ def _config(stages: int, is_async: bool, requests: int) -> EngineConfig:
 
 
 def _rank(rank: int, config: EngineConfig, url: str, runs: int, pipe: Connection) -> None:
-    torch.set_num_threads(1)
+    prepare_cpu(1)
     device = torch.device("cpu")
     groups = ParallelGroups.connect(Shard.of_rank(rank, 1, config.pp), device, url, "lo")
     runner = TorchModelRunner(config, SIZES.model(), groups, device, RandomWeights(torch.float32, device))

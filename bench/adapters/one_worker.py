@@ -32,6 +32,7 @@ from workers.engine.request import Request
 from workers.model.registry import load_config
 from workers.parallel import ParallelGroups, Shard
 from workers.runtime.build import make_engine, make_executor
+from workers.runtime.cpu_settings import prepare_cpu
 from workers.runtime.runner import TorchModelRunner
 from workers.sampling.params import SamplingParams
 
@@ -161,7 +162,7 @@ def measure_adapters(
     num_streams: int = 16, num_requests: int = 300, rounds: int = 3, num_threads: int = 1
 ) -> list[Measurement]:
     """Hit rate, and milliseconds of a token of each kind of load, in turns."""
-    torch.set_num_threads(num_threads)
+    prepare_cpu(num_threads)
     model_dir = ROOT / "models" / "demo"
     runs: dict[str, list[RunResult]] = {kind: [] for kind in _KINDS}
     with tempfile.TemporaryDirectory() as folder:

@@ -34,6 +34,7 @@ from workers.model.config import ModelConfig
 from workers.model.registry import load_config
 from workers.parallel import ParallelGroups, Shard
 from workers.runtime.build import make_engine, make_executor
+from workers.runtime.cpu_settings import prepare_cpu
 from workers.runtime.drafting.build import feature_layers, load_draft, make_speculator, measure_costs
 from workers.runtime.runner import TorchModelRunner
 from workers.sampling.params import SamplingParams
@@ -252,7 +253,7 @@ def main() -> None:
     parser.add_argument("--fixed", action="store_true")
     parser.add_argument("--dry", action="store_true", help="append no rows")
     given = parser.parse_args()
-    torch.set_num_threads(1)
+    prepare_cpu(1)
     options = SpeculativeOptions(
         enable_adaptive_verification=not given.fixed,
         num_speculative_tokens=given.tokens,

@@ -1,8 +1,8 @@
 """Several choices of one prompt: a stream for each, with a seed of its own, over one prompt's blocks.
 
 The first stream of a prompt computes it; the others begin when its second token has come, and find the prompt's blocks
-wherever they are placed: a decode worker has chosen that token, so the blocks are in the host tier. The first token may
-come before they are stored there. Knows nothing of HTTP, or of how a stream is served.
+wherever they are placed. Where prefill is apart, a decode worker has chosen that token, so the blocks are in the host
+tier; the first token may come before they are stored there. Knows nothing of HTTP, or of how a stream is served.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ async def _leading(stream: Events, is_stored: asyncio.Event) -> Events:
             while num_tokens < 2 and (event := await anext(stream, None)) is not None:
                 num_tokens += len(event.ids) if isinstance(event, Tokens) else 0
                 ahead.put_nowait(event)
+            is_stored.set()
         finally:
             ahead.put_nowait(None)
-            is_stored.set()
 
     async with contextlib.aclosing(stream):
         reader = asyncio.create_task(read_ahead())

@@ -25,14 +25,14 @@ class DraftBudget:
 
 
 class GainBias:
-    """How much more was expected of drafts than they brought, lately. Estimates leave out the time of the host, and the
-    maximum of noisy estimates is too high (the winner's curse)."""
+    """How much more was expected of drafts than they brought, lately: the maximum of noisy estimates is too high (the
+    winner's curse)."""
 
     def __init__(self) -> None:
         self._expected = self._brought = self._weight = 1.0
 
     def note(self, expected: float, brought: float) -> None:
-        """A step with drafts is through."""
+        """A step is through for which drafts were asked."""
         self._expected = _FADE * self._expected + expected
         self._brought = _FADE * self._brought + brought
         self._weight = _FADE * self._weight + 1

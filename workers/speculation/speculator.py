@@ -28,8 +28,7 @@ from workers.speculation.step_costs import StepCosts
 log = logging.getLogger(__name__)
 
 _PROBE_TOKENS = 1
-_PLAIN_EVERY = 64  # steps with drafts: one goes without, so that its time is known
-_LONGEST_INTERVAL = 3.0  # between two steps, times what the later one took
+_LONGEST_INTERVAL = 3.0  # between two steps, times what the later one and its drafting took
 MIN_GAIN = 1.03  # times as many tokens a second as without drafts: less is within the error of the estimates
 
 
@@ -50,14 +49,23 @@ class _Draft:
 
 
 @dataclass(frozen=True, slots=True)
+class _Expected:
+    """Of a step with drafts."""
+
+    gain: float  # times as many tokens a second as without; 0: nothing is expected
+    num_running: int  # requests that were looked at
+
+
+@dataclass(frozen=True, slots=True)
 class _Proposed:
     """Drafts that are being judged. Steps may be in flight, so each keeps what was expected of its own."""
 
     drafted_by: int  # index of the drafter
-    expected_gain: float  # of the step; 0: nothing is expected of it
+    expected: _Expected
 
 
-_UNKNOWN = _Proposed(0, 0.0)
+_NOTHING = _Expected(0.0, 0)
+_UNKNOWN = _Proposed(0, _NOTHING)
 
 
 class Speculator:
@@ -80,9 +88,8 @@ class Speculator:
         self._quiet = QuietRequests()
         self._probed = ""  # the request that had the last probe
         self._standings = DraftStandings()
-        self._num_drafted = 0  # steps with drafts since one without
         self._drafting_s = 0.0  # since the last step was through
-        self._vain_gain = 0.0  # expected of drafts for which a drafter was asked, and proposed none
+        self._in_vain = _NOTHING  # of the last look, if a drafter was asked and proposed nothing
         self._last_step = (0, 0.0)  # sequences of the step before, if all of them decoded, and when it ended
         self._is_broken = False  # a drafter has raised
         positions = [0] * options.most_tokens
@@ -95,11 +102,8 @@ class Speculator:
         """Give the scheduler drafts for the plan that it makes next."""
         if self._is_broken:
             return
-        if self._costs is not None and self._num_drafted >= _PLAIN_EVERY:
-            self._num_drafted = 0
+        if self._costs is not None and self._standings.of(_num_looked_at(scheduler)).passes():
             _await_no_drafts(scheduler)
-            return
-        if self._standings.of(len(scheduler.running)).passes():
             return
         with self._guard():
             began_s = self._clock()
@@ -135,7 +139,8 @@ class Speculator:
                 wanted.append(DraftWanted(request, limit))
         if wanted:
             for draft in self._propose(scheduler, wanted, len(running)):
-                self._proposed[draft.request_id] = _Proposed(draft.drafted_by, draft.expected_gain)
+                expected = _Expected(draft.expected_gain, len(running))
+                self._proposed[draft.request_id] = _Proposed(draft.drafted_by, expected)
 
     def _limit(self, request: Request, num_running: int) -> int:
         """Most draft tokens of a request, whatever they are."""
@@ -160,7 +165,8 @@ class Speculator:
             if draft.token_ids:
                 scheduler.propose(draft.request_id, list(draft.token_ids))
         proposed = [draft for draft in drafts if draft.token_ids]
-        self._vain_gain = 0.0 if proposed else max(draft.expected_gain for draft in drafts)
+        if not proposed:
+            self._in_vain = _Expected(max(draft.expected_gain for draft in drafts), num_running)
         return proposed
 
     def _ask(self, index: int, drafts: Sequence[_Draft]) -> None:
@@ -244,12 +250,14 @@ class Speculator:
         is_timed = self._costs is not None and plan.requests and plan.num_tokens == plan.num_logits
         self._last_step = (len(plan.requests) if is_timed else 0, self._clock())
         drafting_s, self._drafting_s = self._drafting_s, 0.0
+        in_vain, self._in_vain = self._in_vain, _NOTHING
         with self._guard():
             proposed = [self._note(one) for one in judged]
             if is_timed and num_before == len(plan.requests):
                 interval_s = self._last_step[1] - ended_s
                 if 0 < interval_s < _LONGEST_INTERVAL * (duration_s + drafting_s):  # else it has waited for a client
-                    self._note_interval(plan, judged, proposed, interval_s, drafting_s)
+                    expected = max((one.expected for one in proposed), default=in_vain, key=lambda one: one.gain)
+                    self._note_interval(plan, judged, expected, interval_s, drafting_s)
 
     def _note(self, one: JudgedDrafts) -> _Proposed:
         counters, request_id = self.counters, one.request.request_id
@@ -269,22 +277,21 @@ class Speculator:
         self,
         plan: SchedulerOutput,
         judged: Sequence[JudgedDrafts],
-        proposed: Sequence[_Proposed],
+        expected: _Expected,
         interval_s: float,
         drafting_s: float,
     ) -> None:
-        """interval_s: since the end of the step before, which had as many sequences. drafting_s: of that."""
+        """interval_s: since the end of the step before, which had as many sequences. drafting_s: how much of it was
+        spent drafting; where that overlaps with steps in flight, too much is taken off."""
         assert self._costs is not None, "without costs no step is timed"
         num_seqs, num_drafts = len(plan.requests), sum(plan.num_tokens) - len(plan.requests)
         is_sampled = _are_sampled(plan.requests)
         plain_s = self._costs.step_s(num_seqs, 0, is_sampled)
         self._costs.observe(num_seqs, num_drafts, interval_s - drafting_s, is_sampled)
-        self._num_drafted = self._num_drafted + 1 if judged else 0
         num_tokens = 1 + sum(one.num_right for one in judged) / num_seqs  # of each sequence, on average
-        if judged:
-            self.counters.saved_seconds += num_tokens * plain_s - interval_s
-        if expected_gain := max((one.expected_gain for one in proposed), default=self._vain_gain):
-            self._standings.of(num_seqs).note(expected_gain, num_tokens * plain_s / interval_s)
+        self.counters.saved_seconds += num_tokens * plain_s - interval_s if judged else -drafting_s
+        if expected.gain:
+            self._standings.of(expected.num_running).note(expected.gain, num_tokens * plain_s / interval_s)
 
     def forget(self, request: Request) -> None:
         """The request has left the engine."""
@@ -294,6 +301,11 @@ class Speculator:
             for drafter, estimates in zip(self._drafters, self._estimates, strict=True):
                 estimates.forget(request.request_id)
                 drafter.forget(request)
+
+
+def _num_looked_at(scheduler: Scheduler) -> int:
+    """Requests that may get drafts."""
+    return sum(not request.is_stalled for request in scheduler.running)
 
 
 def _await_no_drafts(scheduler: Scheduler) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from workers.speculation.goodput import GainBias
 
 _LONGEST_PAUSE = 128  # steps between two probes
+_PLAIN_EVERY = 64  # steps with drafts: one goes without, so that its time is known
 
 
 class DraftStanding:
@@ -14,6 +17,7 @@ class DraftStanding:
         self._bias = GainBias()
         self._pause = 0  # steps to come without a look at drafts
         self._next_pause = 1
+        self._num_drafted = 0  # steps with drafts since one that had to go without
 
     @property
     def bias(self) -> float:
@@ -22,9 +26,12 @@ class DraftStanding:
 
     def passes(self) -> bool:
         """Whether the next step is made without a look at drafts; each call is a step."""
-        if not self._pause:
+        if self._pause:
+            self._pause -= 1
+            return True
+        if self._num_drafted < _PLAIN_EVERY:
             return False
-        self._pause -= 1
+        self._num_drafted = 0
         return True
 
     def pause(self) -> None:
@@ -34,7 +41,9 @@ class DraftStanding:
         self._next_pause = min(2 * self._next_pause, _LONGEST_PAUSE)
 
     def note(self, expected: float, brought: float) -> None:
-        """A step with drafts is through; both are times as many tokens a second as without."""
+        """A step is through for which drafts were asked, even if none came. Both are times as many tokens a second as
+        without."""
+        self._num_drafted += 1
         self._bias.note(expected, brought)
         if self._bias.brought > 1:
             self._next_pause = 1
@@ -44,8 +53,8 @@ class DraftStandings:
     """Of one engine."""
 
     def __init__(self) -> None:
-        self._of: dict[int, DraftStanding] = {}
+        self._of: defaultdict[int, DraftStanding] = defaultdict(DraftStanding)
 
     def of(self, num_seqs: int) -> DraftStanding:
         """Of batches of about so many sequences."""
-        return self._of.setdefault(num_seqs.bit_length(), DraftStanding())
+        return self._of[num_seqs.bit_length()]
