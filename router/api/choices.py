@@ -79,9 +79,9 @@ async def _leading(stream: Events, is_stored: asyncio.Event) -> Events:
             while num_tokens < 2 and (event := await anext(stream, None)) is not None:
                 num_tokens += len(event.ids) if isinstance(event, Tokens) else 0
                 ahead.put_nowait(event)
-            is_stored.set()
         finally:
             ahead.put_nowait(None)
+            is_stored.set()  # also at a failure, which is only read when all have begun
 
     async with contextlib.aclosing(stream):
         reader = asyncio.create_task(read_ahead())
