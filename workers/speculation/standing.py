@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 from workers.speculation.goodput import GainBias
 
-_LONGEST_PAUSE = 128  # steps between two probes
+LONGEST_PAUSE = 32  # steps between two probes, for one sequence; a probe costs all of a batch, and tells of one of them
 _PLAIN_EVERY = 64  # steps with drafts: one goes without, so that its time is known
 
 
 class DraftStanding:
-    """Of one engine's batches of like size."""
+    """Of one engine's batches of like size. longest_pause: steps between two probes."""
 
-    def __init__(self) -> None:
+    def __init__(self, longest_pause: int = LONGEST_PAUSE) -> None:
+        self._longest_pause = longest_pause
         self._bias = GainBias()
         self._pause = 0  # steps to come without a look at drafts
         self._next_pause = 1
@@ -38,7 +37,7 @@ class DraftStanding:
         """No drafts pay now: steps go without a look, twice as many each time until some have paid."""
         self._bias.relax()
         self._pause = self._next_pause
-        self._next_pause = min(2 * self._next_pause, _LONGEST_PAUSE)
+        self._next_pause = min(2 * self._next_pause, self._longest_pause)
 
     def note(self, expected: float, brought: float) -> None:
         """A step is through for which drafts were asked, even if none came. Both are times as many tokens a second as
@@ -53,8 +52,11 @@ class DraftStandings:
     """Of one engine."""
 
     def __init__(self) -> None:
-        self._of: defaultdict[int, DraftStanding] = defaultdict(DraftStanding)
+        self._of: dict[int, DraftStanding] = {}
 
     def of(self, num_seqs: int) -> DraftStanding:
         """Of batches of about so many sequences."""
-        return self._of[num_seqs.bit_length()]
+        size = num_seqs.bit_length()
+        if size not in self._of:
+            self._of[size] = DraftStanding(LONGEST_PAUSE * max(1, size))
+        return self._of[size]

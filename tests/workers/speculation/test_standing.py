@@ -36,20 +36,20 @@ def tokens_a_second(num_steps: int, expected: float, gain: Callable[[int], float
 def test_what_is_expected_too_much_of_costs_little(expected, share, noise, seed) -> None:
     """Drafts bring a share of what is expected of them."""
     chance, gain = random.Random(seed), expected * share
-    reached = tokens_a_second(4000, expected, lambda _: gain * (1 + noise * chance.uniform(-1, 1)), DraftStanding())
+    reached = tokens_a_second(4000, expected, lambda _: gain * (1 + noise * chance.uniform(-1, 1)), DraftStanding(128))
     assert reached >= 0.98
     if gain > 1.1 + noise:
         assert reached >= 0.9 * gain
 
 
 def test_drafts_that_begin_to_pay_are_back_after_a_few_looks() -> None:
-    standing = DraftStanding()
+    standing = DraftStanding(128)
     tokens_a_second(3000, 1.5, lambda _: 0.7, standing)
     assert tokens_a_second(1500, 1.5, lambda _: 1.5, standing) > 1.2
 
 
 def test_pauses_get_longer_until_drafts_have_paid() -> None:
-    standing, pauses = DraftStanding(), []
+    standing, pauses = DraftStanding(128), []
     for _ in range(10):
         standing.pause()
         pauses.append(sum(iter(standing.passes, False)))
