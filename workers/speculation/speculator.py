@@ -102,7 +102,7 @@ class Speculator:
         """Give the scheduler drafts for the plan that it makes next."""
         if self._is_broken:
             return
-        if self._costs is not None and self._standings.of(_num_looked_at(scheduler)).passes():
+        if self._costs is not None and self._standings.of(len(_looked_at(scheduler))).passes():
             _await_no_drafts(scheduler)
             return
         with self._guard():
@@ -128,7 +128,7 @@ class Speculator:
         waiting = [r for r in scheduler.waiting_for_kv if self._limit(r, 1) > 0]
         for drafter in self._drafters if waiting else ():
             drafter.prepare(waiting)
-        running = [r for r in scheduler.running if not r.is_stalled]
+        running = _looked_at(scheduler)
         if not running:
             return
         wanted = []
@@ -303,9 +303,9 @@ class Speculator:
                 drafter.forget(request)
 
 
-def _num_looked_at(scheduler: Scheduler) -> int:
-    """Requests that may get drafts."""
-    return sum(not request.is_stalled for request in scheduler.running)
+def _looked_at(scheduler: Scheduler) -> Sequence[Request]:
+    """Running requests that may get drafts."""
+    return [request for request in scheduler.running if not request.is_stalled]
 
 
 def _await_no_drafts(scheduler: Scheduler) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from workers.speculation.goodput import GainBias
 
-LONGEST_PAUSE = 32  # steps between two probes, for one sequence; a probe costs all of a batch, and tells of one of them
+_LONGEST_PAUSE = 32  # steps between two probes of one sequence; a probe costs all of a batch, and tells of one of them
 _PLAIN_EVERY = 64  # steps with drafts: one goes without, so that its time is known
 
 
 class DraftStanding:
     """Of one engine's batches of like size. longest_pause: steps between two probes."""
 
-    def __init__(self, longest_pause: int = LONGEST_PAUSE) -> None:
+    def __init__(self, longest_pause: int) -> None:
         self._longest_pause = longest_pause
         self._bias = GainBias()
         self._pause = 0  # steps to come without a look at drafts
@@ -58,5 +58,5 @@ class DraftStandings:
         """Of batches of about so many sequences."""
         size = num_seqs.bit_length()
         if size not in self._of:
-            self._of[size] = DraftStanding(LONGEST_PAUSE * max(1, size))
+            self._of[size] = DraftStanding(_LONGEST_PAUSE * max(1, size))
         return self._of[size]

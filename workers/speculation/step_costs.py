@@ -5,8 +5,8 @@ costs more than a later one: the step then has sequences of several lengths, whi
 So steps with drafts are never interpolated from one without.
 
 Steps that are measured later correct the table. They include the host's time between two steps, which no measurement at
-start has. The size that a step was nearest to is moved towards what it took, and all sizes of its batch
-are moved with it a little: a machine that gets slower does so with drafts and without. Pure; reads no clock.
+start has. The size that a step was nearest to is moved towards what it took, and all sizes of its batch are moved with
+it a little: a machine that gets slower does so with drafts and without. Pure; reads no clock.
 """
 
 from __future__ import annotations
