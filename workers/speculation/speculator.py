@@ -22,14 +22,13 @@ from workers.speculation.acceptance import AcceptanceEstimates
 from workers.speculation.drafters.drafter import Drafter, DraftWanted
 from workers.speculation.goodput import draft_budget
 from workers.speculation.quiet import QuietRequests
-from workers.speculation.standing import DraftStandings
+from workers.speculation.standing import MIN_GAIN, DraftStandings
 from workers.speculation.step_costs import StepCosts
 
 log = logging.getLogger(__name__)
 
 _PROBE_TOKENS = 1
 _LONGEST_INTERVAL = 3.0  # between two steps, times what the later one and its drafting took
-MIN_GAIN = 1.03  # times as many tokens a second as without drafts: less is within the error of the estimates
 
 
 @dataclass(slots=True)
