@@ -265,8 +265,8 @@ def fleet() -> Iterator[Fleet]:
 def test_an_advisor_changes_nothing_and_a_second_autoscaler_waits(fleet: Fleet) -> None:
     fleet.start_autoscaler("autoscaling.mode=advise")
     with fleet.streams(NUM_STREAMS, 100) as seen:
-        wait_until(lambda: "(advice, not carried out)" in fleet.scale("--explain"), "more workers are advised")
-        assert "start 2 in decode" in fleet.scale("--explain")
+        advice = "start 2 in decode (advice, not carried out)"  # fewer in plans made while streams still start
+        wait_until(lambda: advice in fleet.scale("--explain"), "more workers are advised")
         fleet.start_second_autoscaler()
         wait_until(lambda: "switchyard_autoscaler_leader 1.0" in fleet.metrics(), "the first one acts")
         decided = fleet.num_decisions()
