@@ -4,9 +4,9 @@
     python -m bench.speculation.drafters --model smollm2  # prompts that ask for text that stands in them
     python -m bench.speculation.drafters --fixed          # with all drafts that are proposed, not those that pay alone
 
-Each round has other prompts, which plain decoding gets too, so that nothing is remembered of an answer. Figures are
-tokens a second over those of plain decoding in the same round. Prompts are cut from modules that the demo model was not
-trained on.
+Each round has other prompts, which plain decoding gets too, so that nothing is remembered of an answer. Plain decoding
+takes the first and the last turn of a round: figures are tokens a second over the mean of the two, and the second over
+the first shows the machine's noise. Prompts are cut from modules that the demo model was not trained on.
 """
 
 from __future__ import annotations
@@ -194,14 +194,16 @@ def _compare(
     runs: dict[str, list[Run]] = {method: [] for method in engines}
     for _ in range(rounds):
         taken = prompts.take(_PROMPTS_PER_STREAM * case.batch)
-        for method, engine in engines.items():
-            runs[method].append(bench.run(engine, taken, case.temperature, case.batch))
-    plain = runs.pop(PLAIN)
+        for method in (*engines, PLAIN):
+            runs[method].append(bench.run(engines[method], taken, case.temperature, case.batch))
+    first, last = (runs[PLAIN][turn::2] for turn in (0, 1))
+    plain_tokens_per_s = [(one.tokens_per_s + other.tokens_per_s) / 2 for one, other in zip(first, last, strict=True)]
+    del runs[PLAIN]
     return [
         Measurement(
             "speculation.speedup",
             "times plain",
-            [one.tokens_per_s / base.tokens_per_s for one, base in zip(found, plain, strict=True)],
+            [one.tokens_per_s / base for one, base in zip(found, plain_tokens_per_s, strict=True)],
             {
                 "model": case.model,
                 "mode": "batch-invariant" if case.is_invariant else "fast",
@@ -215,11 +217,12 @@ def _compare(
                 "accepted_by_position": [round(share, 3) for share in found[-1].accepted],
                 "equal_tokens": sum(
                     a == b
-                    for one, base in zip(found, plain, strict=True)
+                    for one, base in zip(found, first, strict=True)
                     for a, b in zip(one.token_ids, base.token_ids, strict=True)
                 )
                 / (rounds * _PROMPTS_PER_STREAM * case.batch),
-                "plain_tokens_per_s": round(sum(base.tokens_per_s for base in plain) / rounds, 1),
+                "plain_tokens_per_s": round(sum(plain_tokens_per_s) / rounds, 1),
+                "plain_again": [round(b.tokens_per_s / a.tokens_per_s, 3) for a, b in zip(first, last, strict=True)],
             },
         )
         for method, found in runs.items()
@@ -267,7 +270,7 @@ def main() -> None:
             f"{s['model']:8} {s['mode']:15} T={s['temperature']} batch {s['batch']:2} {s['method']:11}"
             f" {one.median:5.2f} times ({min(one.runs):.2f}-{max(one.runs):.2f}),"
             f" {s['tokens_per_step']} tokens a step, accepted {s['accepted_by_position'][:4]},"
-            f" equal {s['equal_tokens']:.3f}"
+            f" equal {s['equal_tokens']:.3f}, plain again {s['plain_again']}"
         )
     if not given.dry:
         append_rows(
