@@ -19,14 +19,15 @@ from bench.peers.models import MODELS, PeerModel, directory_of, full_model, writ
 from bench.peers.ours import OurCluster, OurOptions, our_cluster
 from bench.peers.peer_side import PeerOptions
 from bench.peers.processes import LLAMA_CPP, PEERS, PeerFailed, PeerSpec, RunningPeer, peer
-from bench.peers.step_profile import StepProfile, profile_alone
+from bench.peers.step_profile import StepProfile, engine_alone
 from bench.peers.table import ratio_to_best
-from bench.peers.workload import QUANTITIES, Call, Completion, calls_of, figures_of, step_call, warm_up
+from bench.peers.workload import QUANTITIES, Call, Completion, calls_of, figures_of, prompt_call, step_call, warm_up
 from bench.rows import Measurement
 
 _MAX_NUM_SEQS = 16  # the largest batch
 _PEER_DTYPE = "bfloat16"
 _NUM_FIRST_TOKENS = 4
+_NUM_TURNS = 6  # of the cluster and of its engine alone, in each round
 
 Run = Callable[[Call], Sequence[Completion]]
 
@@ -43,6 +44,16 @@ class Comparison:
     specs: Mapping[str, PeerSpec] = field(default_factory=lambda: PEERS)
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What our cluster takes for a prompt and for a token of one stream, and its engine alone right after it."""
+
+    ttft_ms: float  # at the client
+    token_ms: float
+    step_ms: float
+    alone: StepProfile
+
+
 @dataclass(slots=True)
 class ModelResults:
     """Of one model; figures by engine and quantity, one of each round."""
@@ -51,9 +62,7 @@ class ModelResults:
     about: dict[str, dict[str, str]] = field(default_factory=dict)
     first_tokens: dict[str, list[int]] = field(default_factory=dict)  # of one prompt: engines can be compared
     not_measured: dict[str, str] = field(default_factory=dict)
-    steps_in_cluster_ms: list[float] = field(default_factory=list)
-    tokens_at_client_ms: list[float] = field(default_factory=list)
-    steps_alone: list[StepProfile] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
 
     def add_turn(self, engine: str, run: Run, model: PeerModel, vocab_size: int, number: int) -> None:
         """Run all workloads of a round."""
@@ -80,7 +89,7 @@ def measure_peers(comparison: Comparison) -> list[Measurement]:
             _say(f"{name}: not measured: {engine}: {reason}")
         rows += _rows(comparison, model, results)
         if "single" in model.workloads:
-            rows.append(_step_row(comparison, model, results))
+            rows += _cluster_rows(comparison, model, results.turns)
     return rows
 
 
@@ -97,9 +106,8 @@ def _measure_model(comparison: Comparison, model: PeerModel, directory: Path) ->
                 _run_all(cluster.run, warm_up(vocab_size))
                 results.add_turn(ours.NAME, cluster.run, model, vocab_size, number)
                 if "single" in model.workloads:
-                    _note_steps(cluster, results, step_call(vocab_size, number))
-            if "single" in model.workloads:
-                results.steps_alone.append(profile_alone(directory, comparison.ours))
+                    seeds = range(number * _NUM_TURNS, (number + 1) * _NUM_TURNS)
+                    results.turns += _turns(cluster, directory, comparison.ours, vocab_size, seeds)
             _say_turn(model, number, ours.NAME, results)
             for name, one in list(running.items()):
                 try:
@@ -154,12 +162,21 @@ def _run_all(run: Run, calls: Sequence[Call]) -> list[Sequence[Completion]]:
     return [run(call) for call in calls]
 
 
-def _note_steps(cluster: OurCluster, results: ModelResults, call: Call) -> None:
-    before_s, num_before = cluster.step_seconds()
-    ((one,),) = _run_all(cluster.run, [call])
-    after_s, num_after = cluster.step_seconds()
-    results.steps_in_cluster_ms.append(1000 * (after_s - before_s) / (num_after - num_before))
-    results.tokens_at_client_ms.append(1000 * (one.end_s - one.first_s) / (len(one.token_ids) - 1))
+def _turns(
+    cluster: OurCluster, directory: Path, options: OurOptions, vocab_size: int, seeds: Sequence[int]
+) -> list[Turn]:
+    """Neither the cluster nor the engine alone computes while it is the other's turn."""
+    turns = []
+    with engine_alone(directory, options) as measure:
+        for seed in seeds:
+            (prompt,) = cluster.run(prompt_call(vocab_size, seed))
+            before_s, num_before = cluster.step_seconds()
+            (one,) = cluster.run(step_call(vocab_size, seed))
+            after_s, num_after = cluster.step_seconds()
+            step_ms = 1000 * (after_s - before_s) / (num_after - num_before)
+            token_ms = 1000 * (one.end_s - one.first_s) / (len(one.token_ids) - 1)
+            turns.append(Turn(1000 * prompt.first_s, token_ms, step_ms, measure(seed)))
+    return turns
 
 
 # ---- rows
@@ -190,27 +207,32 @@ def _rows(comparison: Comparison, model: PeerModel, results: ModelResults) -> li
     return rows
 
 
-def _step_row(comparison: Comparison, model: PeerModel, results: ModelResults) -> Measurement:
-    """A token of one stream in our cluster, and its parts as far as they are known."""
-    step_ms = median(one.step_ms for one in results.steps_alone)
-    sampling_ms = median(one.sampling_ms for one in results.steps_alone)
-    scheduling_ms = median(one.scheduling_ms for one in results.steps_alone)
-    in_cluster_ms = median(results.steps_in_cluster_ms)
+def _cluster_rows(comparison: Comparison, model: PeerModel, turns: Sequence[Turn]) -> list[Measurement]:
+    """A token of one stream in our cluster and its parts; and how much longer it and a prompt take than alone."""
+    alone = [turn.alone for turn in turns]
+    step_ms, sampling_ms = median(one.step_ms for one in alone), median(one.sampling_ms for one in alone)
+    scheduling_ms, in_cluster_ms = median(one.scheduling_ms for one in alone), median(turn.step_ms for turn in turns)
     parts = {
         "model": step_ms - sampling_ms - scheduling_ms,
         "sampling": sampling_ms,
         "scheduling": scheduling_ms,
         "slower_in_cluster": in_cluster_ms - step_ms,
-        "transport": median(results.tokens_at_client_ms) - in_cluster_ms,
+        "transport": median(turn.token_ms for turn in turns) - in_cluster_ms,
     }
     setting: dict[str, object] = {
         "model": model.name,
         "engine": ours.NAME,
         "threads": comparison.ours.num_threads,
         "dtype": comparison.ours.dtype,
-        "operation_shares": results.steps_alone[-1].operation_shares,
+        "operation_shares": alone[-1].operation_shares,
     }
-    return Measurement("peers.decode_step", "ms", results.tokens_at_client_ms, setting, parts)
+    tokens = [turn.token_ms / turn.alone.step_ms for turn in turns]
+    prompts = [turn.ttft_ms / turn.alone.ttft_ms for turn in turns]
+    return [
+        Measurement("peers.decode_step", "ms", [turn.token_ms for turn in turns], setting, parts),
+        Measurement("peers.token_in_cluster", "of the engine alone", tokens, setting),
+        Measurement("peers.ttft_in_cluster", "of the engine alone", prompts, setting),
+    ]
 
 
 def _say_turn(model: PeerModel, number: int, engine: str, results: ModelResults) -> None:

@@ -1,21 +1,24 @@
 """Where a decode step's time goes on the engine alone, in a process of its own: one stream, as in the cluster.
 
-    python -m bench.peers.step_profile MODEL_DIR --dtype bfloat16 --threads 2   # prints one JSON object
+    echo 0 | python -m bench.peers.step_profile MODEL_DIR --dtype bfloat16 --threads 2
 
-Whole steps are timed, and the part of them that the model runner takes. Sampling is timed on its own, on logits of the
-same size. The rest of the runner's part is the model, its inputs included; the rest of the step is scheduling: to plan,
-to encode, to decode, to update.
+Each line of stdin is the seed of a turn, and is answered by one JSON object: the cluster has its turns in between, so
+that both see the same machine. Whole steps are timed, and the part of them that the model runner takes. Sampling is
+timed on its own, on logits of the same size. The rest of the runner's part is the model, its inputs included; the rest
+of the step is scheduling: to plan, to encode, to decode, to update.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -24,7 +27,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.peers.ours import OurOptions
-from bench.peers.workload import Call, step_call
+from bench.peers.workload import Call, prompt_call, step_call
 from workers.config import EngineConfig
 from workers.engine.engine import Engine
 from workers.engine.request import Request
@@ -46,6 +49,7 @@ _TOP_OPERATIONS = 4
 class StepProfile:
     """Medians over the steps, in milliseconds, but for the last."""
 
+    ttft_ms: float  # of one prompt, as in prompt_call
     step_ms: float
     model_ms: float
     sampling_ms: float
@@ -117,34 +121,62 @@ def _shares(profiled: profile) -> dict[str, float]:
     return {name: round(times_us[name] / total_us, 3) for name in largest}
 
 
-def measure(model_dir: str, dtype: str, num_threads: int) -> StepProfile:
-    """In this process, whose number of threads it sets."""
-    prepare_cpu(num_threads)
-    config = EngineConfig(model_dir, dtype=dtype, device="cpu", num_threads=num_threads)
-    model = load_config(model_dir)
-    device = pick_device(config, 0)
-    groups = ParallelGroups(Shard(), device)
-    runner = load_runner(config, model, groups, device)
-    runner.warm_up()
-    timed = TimedRunner(runner)
-    engine = make_engine(config, model, runner, GroupExecutor(timed, groups), b"bench", time.perf_counter)
-    _decode(engine, "warm-up", step_call(model.vocab_size, 0))
-    timed.took_s.clear()
-    steps_s = _decode(engine, "timed", step_call(model.vocab_size, 1))
-    step_ms, runner_ms = (1000 * statistics.median(times) for times in (steps_s, timed.took_s))
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        _decode(engine, "profiled", step_call(model.vocab_size, 2))
-    engine.close()
-    sampling_ms = 1000 * _sampling_s(model.vocab_size, pick_dtype(config, device), groups)
-    return StepProfile(step_ms, runner_ms - sampling_ms, sampling_ms, step_ms - runner_ms, _shares(profiled))
+class EngineAlone:
+    """A loaded engine without a cluster. In this process, whose number of threads it sets."""
+
+    def __init__(self, model_dir: str, dtype: str, num_threads: int) -> None:
+        prepare_cpu(num_threads)
+        config = EngineConfig(model_dir, dtype=dtype, device="cpu", num_threads=num_threads)
+        model = load_config(model_dir)
+        device = pick_device(config, 0)
+        groups = ParallelGroups(Shard(), device)
+        runner = load_runner(config, model, groups, device)
+        runner.warm_up()
+        self._vocab_size = model.vocab_size
+        self._runner = TimedRunner(runner)
+        self._engine = make_engine(
+            config, model, runner, GroupExecutor(self._runner, groups), b"bench", time.perf_counter
+        )
+        _decode(self._engine, "warm-up", step_call(model.vocab_size, -1))
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            _decode(self._engine, "profiled", step_call(model.vocab_size, -2))
+        self._shares = _shares(profiled)
+        self._sampling_ms = 1000 * _sampling_s(model.vocab_size, pick_dtype(config, device), groups)
+
+    def measure(self, seed: int) -> StepProfile:
+        """One turn. A seed gives the same prompts as the cluster's; no two turns may have one."""
+        ttft_ms = 1000 * sum(_decode(self._engine, f"prompt {seed}", prompt_call(self._vocab_size, seed)))
+        self._runner.took_s.clear()
+        steps_s = _decode(self._engine, f"steps {seed}", step_call(self._vocab_size, seed))
+        step_ms, runner_ms = (1000 * statistics.median(times) for times in (steps_s, self._runner.took_s))
+        model_ms = runner_ms - self._sampling_ms
+        return StepProfile(ttft_ms, step_ms, model_ms, self._sampling_ms, step_ms - runner_ms, self._shares)
+
+    def close(self) -> None:
+        """Nothing is running."""
+        self._engine.close()
 
 
-def profile_alone(model_dir: Path, options: OurOptions) -> StepProfile:
-    """As measure, in a process of its own."""
+@contextmanager
+def engine_alone(model_dir: Path, options: OurOptions) -> Iterator[Callable[[int], StepProfile]]:
+    """EngineAlone.measure of an engine in a process of its own, which sleeps between its turns."""
     command = [sys.executable, "-P", "-m", "bench.peers.step_profile", str(model_dir)]
     command += ["--dtype", options.dtype, "--threads", str(options.num_threads)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return StepProfile(**json.loads(done.stdout.splitlines()[-1]))
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        questions, answers = process.stdin, process.stdout
+
+        def measure(seed: int) -> StepProfile:
+            print(seed, file=questions, flush=True)
+            if not (line := answers.readline()):
+                raise RuntimeError(f"{shlex.join(command)} has ended")
+            return StepProfile(**json.loads(line))
+
+        try:
+            yield measure
+        finally:
+            questions.close()
 
 
 def main() -> None:
@@ -153,7 +185,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    print(json.dumps(asdict(measure(options.model_dir, options.dtype, options.threads))), flush=True)
+    engine = EngineAlone(options.model_dir, options.dtype, options.threads)
+    for line in sys.stdin:
+        print(json.dumps(asdict(engine.measure(int(line)))), flush=True)
+    engine.close()
 
 
 if __name__ == "__main__":

@@ -234,12 +234,17 @@ def measure_speculation() -> list[Measurement]:
     return measure(cases_of("demo"), SpeculativeOptions())
 
 
-def cases_of(model: str, batches: Sequence[int] = BATCHES, modes: Sequence[bool] = (False, True)) -> list[Case]:
-    """Both modes, all temperatures and batches."""
+def cases_of(
+    model: str,
+    batches: Sequence[int] = BATCHES,
+    temperatures: Sequence[float] = TEMPERATURES,
+    modes: Sequence[bool] = (False, True),
+) -> list[Case]:
+    """modes: batch-invariant or not."""
     return [
         Case(model, is_invariant, temperature, batch)
         for is_invariant in modes
-        for temperature in TEMPERATURES
+        for temperature in temperatures
         for batch in batches
     ]
 
@@ -249,6 +254,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(METHODS), default="demo")
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--temperatures", type=float, nargs="+", default=TEMPERATURES)
+    parser.add_argument("--fast", action="store_true", help="not in batch-invariant mode")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--tokens", type=int, default=0, help="num_speculative_tokens")
     parser.add_argument("--methods", nargs="+", choices=METHODS["demo"], default=(), help="default: all of the model")
@@ -263,7 +270,8 @@ def main() -> None:
         method=PLAIN,
         draft_model_lookup_min=given.lookup,
     )
-    measurements = measure(cases_of(given.model, given.batches), options, given.rounds, given.methods)
+    cases = cases_of(given.model, given.batches, given.temperatures, (False,) if given.fast else (False, True))
+    measurements = measure(cases, options, given.rounds, given.methods)
     for one in measurements:
         s: dict[str, Any] = one.setting
         print(

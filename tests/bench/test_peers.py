@@ -24,7 +24,7 @@ from bench.peers.models import write_random_model
 from bench.peers.ours import OurOptions, our_cluster
 from bench.peers.peer_side import PeerOptions
 from bench.peers.processes import PeerFailed, PeerSpec, peer
-from bench.peers.step_profile import measure
+from bench.peers.step_profile import EngineAlone
 from bench.peers.table import markdown, newest_run, ratio_to_best
 from bench.peers.workload import (
     BATCH,
@@ -43,7 +43,7 @@ from bench.rows import append_rows
 from tests.processes import wait_until
 from training.llama import Shape
 
-SMALL = Shape(512, 32, 64, 2, 2, 1, 16, 256)
+SMALL = Shape(512, 32, 64, 2, 2, 1, 16, 1024)
 
 
 # ---- the workload
@@ -280,12 +280,15 @@ def test_a_profile_adds_up_to_the_step(tmp_path: Path) -> None:
     write_random_model(tmp_path / "model", SMALL)
     before = torch.get_num_threads()
     try:
-        profile = measure(str(tmp_path / "model"), "float32", 1)
+        engine = EngineAlone(str(tmp_path / "model"), "float32", 1)
+        profile = engine.measure(0)
+        engine.close()
     finally:
         torch.set_num_threads(before)
     parts = profile.model_ms + profile.sampling_ms + profile.scheduling_ms
     assert parts == pytest.approx(profile.step_ms)
     assert profile.sampling_ms > 0
+    assert profile.ttft_ms > 0
     assert 0 < sum(profile.operation_shares.values()) <= 1
 
 
