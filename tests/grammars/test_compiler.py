@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import psutil
 import pytest
 
 from grammars.compiler import MAX_CHOICES, MAX_SOURCE_BYTES, GrammarCompiler
@@ -111,6 +112,14 @@ def chain_of_rules(length: int, assign: str, first: str) -> str:
 def test_long_chains_of_references_do_not_end_the_process(compiler: GrammarCompiler, grammar: Grammar) -> None:
     assert len(grammar.source) > MAX_SOURCE_BYTES - 32768
     assert not compiler.matcher(grammar).is_error()
+
+
+def test_nested_repetitions_take_little_memory(compiler: GrammarCompiler) -> None:
+    compiler.matcher(ANY_JSON)  # the tokenizer is read
+    before = psutil.Process().memory_info().rss
+    matchers = [compiler.matcher(Grammar(GrammarKind.REGEX, f"(({letter}{{1000}}){{1000}}){{50}}")) for letter in "ab"]
+    assert all(matcher.try_consume_tokens(list(CODEC.encode("a", False))) >= 0 for matcher in matchers)
+    assert psutil.Process().memory_info().rss - before < 150 << 20
 
 
 def test_thousands_of_alternatives(compiler: GrammarCompiler) -> None:
