@@ -63,8 +63,11 @@ def summary(completion: Completion) -> list[str]:
         if stats.prefill_worker_id != stats.decode_worker_id
         else f"on {stats.decode_worker_id}"
     )
-    accepted = f"{stats.num_accepted_tokens} of {stats.num_draft_tokens} accepted"
-    drafts = [f"draft tokens          {accepted}"] if stats.num_draft_tokens else []
+    drafts = []
+    if stats.num_drafts:
+        length = 1 + stats.num_accepted_tokens / stats.num_drafts
+        accepted = f"{stats.num_accepted_tokens} of {stats.num_draft_tokens} accepted"
+        drafts.append(f"draft tokens          {accepted}; {length:.2f} tokens a step with drafts")
     return [
         f"time to first token   {completion.ttft_s * 1000:.1f} ms",
         f"tokens per second     {completion.tokens_per_s:.1f}",

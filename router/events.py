@@ -72,6 +72,7 @@ class RequestStats:
     prefill_worker_id: str = ""
     decode_worker_id: str = ""
     num_replacements: int = 0
+    num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
 

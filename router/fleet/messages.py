@@ -252,6 +252,7 @@ def part_report(message: worker.RequestFinished) -> PartReport:
         num_cached_prompt_tokens=message.num_cached_prompt_tokens,
         num_computed_prompt_tokens=message.num_computed_prompt_tokens,
         num_transferred_blocks=message.num_transferred_blocks,
+        num_drafts=message.num_drafts,
         num_draft_tokens=message.num_draft_tokens,
         num_accepted_tokens=message.num_accepted_tokens,
         embedding=tuple(message.embedding),
@@ -299,6 +300,7 @@ def _stats_message(stats: RequestStats) -> generation.RequestStats:
         prefill_worker_id=stats.prefill_worker_id,
         decode_worker_id=stats.decode_worker_id,
         num_replacements=stats.num_replacements,
+        num_drafts=stats.num_drafts,
         num_draft_tokens=stats.num_draft_tokens,
         num_accepted_tokens=stats.num_accepted_tokens,
     )

@@ -87,6 +87,7 @@ class PartReport:
     num_cached_prompt_tokens: int = 0
     num_computed_prompt_tokens: int = 0
     num_transferred_blocks: int = 0
+    num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     times: PartTimes = PartTimes()
@@ -145,7 +146,7 @@ class Stream:
         self.num_computed_prompt_tokens = 0
         self.num_recomputed_prompt_tokens = 0
         self.num_transferred_blocks = 0
-        self.num_draft_tokens = self.num_accepted_tokens = 0
+        self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
         self.kv_transfer: KVTransfer | None = None  # of the last placement, once its decode worker has reported
         self._prefilled_s = 0.0  # end of its last chunk; 0 while not known
         self._prefill_id: str | None = None  # set while that worker has a part to play
@@ -325,6 +326,7 @@ class Stream:
 
     def _count(self, part: Part, report: PartReport) -> None:
         self.num_computed_prompt_tokens += report.num_computed_prompt_tokens
+        self.num_drafts += report.num_drafts
         self.num_draft_tokens += report.num_draft_tokens
         self.num_accepted_tokens += report.num_accepted_tokens
         times = report.times

@@ -139,6 +139,7 @@ class LiveStream:
             prefill_worker_id=self._prefill_worker_id,
             decode_worker_id=self._decode_worker_id,
             num_replacements=max(0, state.epoch - 1),
+            num_drafts=state.num_drafts,
             num_draft_tokens=state.num_draft_tokens,
             num_accepted_tokens=state.num_accepted_tokens,
         )

@@ -57,8 +57,10 @@ def test_tokens_are_those_of_plain_decoding(
         answer = cluster.ask(client, ids, NUM_TOKENS, Once(position, kill), **options)
         assert answer.ids == plain.ids
         assert answer.finished is not None
-        num_accepted += answer.finished.stats.num_accepted_tokens
-        num_replaced += answer.finished.stats.num_replacements
+        stats = answer.finished.stats
+        assert stats.num_drafts <= stats.num_draft_tokens <= 3 * stats.num_drafts
+        num_accepted += stats.num_accepted_tokens
+        num_replaced += stats.num_replacements
         for name in killed:
             cluster.start_worker(name)
         cluster.wait_complete()

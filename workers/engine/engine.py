@@ -301,6 +301,7 @@ class Engine:
             request.num_tokens - request.num_given_tokens,
             request.num_transferred_blocks,
             request.num_published_blocks,
+            request.num_drafts,
             request.num_draft_tokens,
             request.num_accepted_tokens,
             request.arrival_time_s,

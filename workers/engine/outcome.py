@@ -134,6 +134,7 @@ class StepOutcomes:
         while num_right < len(drafts) and choices[num_right] == drafts[num_right]:
             num_right += 1
         result.judged.append(JudgedDrafts(request, len(drafts), num_right))
+        request.num_drafts += 1
         request.num_draft_tokens += len(drafts)
         request.num_accepted_tokens += num_right
         request.num_computed_tokens -= len(drafts) - num_right

@@ -116,7 +116,8 @@ class Request:
     num_cached_prompt_tokens: int = 0
     num_computed_prompt_tokens: int = 0
     num_transferred_blocks: int = 0
-    num_draft_tokens: int = 0  # judged so far
+    num_drafts: int = 0  # runs of draft tokens that were judged so far
+    num_draft_tokens: int = 0  # in them
     num_accepted_tokens: int = 0  # of them
     continued_time_s: float | None = None  # when the prefill side was reported to be through (DECODE)
     first_step_time_s: float | None = None  # when the first step that computes tokens of it began
@@ -248,6 +249,7 @@ class RequestEnd:
     num_generated_tokens: int
     num_transferred_blocks: int
     num_published_blocks: int
+    num_drafts: int
     num_draft_tokens: int
     num_accepted_tokens: int
     arrival_time_s: float  # all on the engine's clock; None for what did not happen here

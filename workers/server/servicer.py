@@ -369,6 +369,7 @@ class WorkerServicer(RegistrationServicer):
             num_computed_prompt_tokens=end.num_computed_prompt_tokens,
             num_transferred_blocks=end.num_transferred_blocks,
             num_published_blocks=end.num_published_blocks,
+            num_drafts=end.num_drafts,
             num_draft_tokens=end.num_draft_tokens,
             num_accepted_tokens=end.num_accepted_tokens,
             times=self._times(end),

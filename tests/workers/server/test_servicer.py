@@ -59,7 +59,7 @@ async def test_a_failed_step_is_told_from_other_failures() -> None:
     await serving._submit(submit(0), connection)
     (command,) = engine.posted
     end = RequestEnd(
-        command.request.request_id, 1, FinishReason.STEP_FAILED, *[0] * 7, 0.0, None, None, None, "MemoryError: x"
+        command.request.request_id, 1, FinishReason.STEP_FAILED, *[0] * 8, 0.0, None, None, None, "MemoryError: x"
     )
     serving._dispatch(LoopEvents(StepEvents(ended=[end])))
     finished = (await connection.outbox.get()).finished

@@ -223,7 +223,7 @@ class Finished(_message.Message):
     def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., num_output_tokens: _Optional[int] = ..., stats: _Optional[_Union[RequestStats, _Mapping]] = ...) -> None: ...
 
 class RequestStats(_message.Message):
-    __slots__ = ("ttft_s", "duration_s", "num_cached_prompt_tokens", "num_computed_prompt_tokens", "num_recomputed_prompt_tokens", "num_transferred_blocks", "prefill_worker_id", "decode_worker_id", "num_replacements", "num_draft_tokens", "num_accepted_tokens")
+    __slots__ = ("ttft_s", "duration_s", "num_cached_prompt_tokens", "num_computed_prompt_tokens", "num_recomputed_prompt_tokens", "num_transferred_blocks", "prefill_worker_id", "decode_worker_id", "num_replacements", "num_draft_tokens", "num_accepted_tokens", "num_drafts")
     TTFT_S_FIELD_NUMBER: _ClassVar[int]
     DURATION_S_FIELD_NUMBER: _ClassVar[int]
     NUM_CACHED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -235,6 +235,7 @@ class RequestStats(_message.Message):
     NUM_REPLACEMENTS_FIELD_NUMBER: _ClassVar[int]
     NUM_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DRAFTS_FIELD_NUMBER: _ClassVar[int]
     ttft_s: float
     duration_s: float
     num_cached_prompt_tokens: int
@@ -246,7 +247,8 @@ class RequestStats(_message.Message):
     num_replacements: int
     num_draft_tokens: int
     num_accepted_tokens: int
-    def __init__(self, ttft_s: _Optional[float] = ..., duration_s: _Optional[float] = ..., num_cached_prompt_tokens: _Optional[int] = ..., num_computed_prompt_tokens: _Optional[int] = ..., num_recomputed_prompt_tokens: _Optional[int] = ..., num_transferred_blocks: _Optional[int] = ..., prefill_worker_id: _Optional[str] = ..., decode_worker_id: _Optional[str] = ..., num_replacements: _Optional[int] = ..., num_draft_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ...) -> None: ...
+    num_drafts: int
+    def __init__(self, ttft_s: _Optional[float] = ..., duration_s: _Optional[float] = ..., num_cached_prompt_tokens: _Optional[int] = ..., num_computed_prompt_tokens: _Optional[int] = ..., num_recomputed_prompt_tokens: _Optional[int] = ..., num_transferred_blocks: _Optional[int] = ..., prefill_worker_id: _Optional[str] = ..., decode_worker_id: _Optional[str] = ..., num_replacements: _Optional[int] = ..., num_draft_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., num_drafts: _Optional[int] = ...) -> None: ...
 
 class EmbedRequest(_message.Message):
     __slots__ = ("model", "text", "token_ids", "pooling", "is_raw", "cache_salt", "priority")

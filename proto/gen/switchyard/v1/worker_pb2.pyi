@@ -236,7 +236,7 @@ class TokenBatch(_message.Message):
     def __init__(self, stream_ids: _Optional[_Iterable[str]] = ..., epochs: _Optional[_Iterable[int]] = ..., stream_index: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprob_index: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_generation_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
 
 class RequestFinished(_message.Message):
-    __slots__ = ("stream_id", "epoch", "outcome", "error", "is_invalid_request", "num_cached_prompt_tokens", "num_computed_prompt_tokens", "num_transferred_blocks", "num_published_blocks", "times", "embedding", "num_draft_tokens", "num_accepted_tokens")
+    __slots__ = ("stream_id", "epoch", "outcome", "error", "is_invalid_request", "num_cached_prompt_tokens", "num_computed_prompt_tokens", "num_transferred_blocks", "num_published_blocks", "times", "embedding", "num_draft_tokens", "num_accepted_tokens", "num_drafts")
     STREAM_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
@@ -250,6 +250,7 @@ class RequestFinished(_message.Message):
     EMBEDDING_FIELD_NUMBER: _ClassVar[int]
     NUM_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DRAFTS_FIELD_NUMBER: _ClassVar[int]
     stream_id: str
     epoch: int
     outcome: RequestOutcome
@@ -263,7 +264,8 @@ class RequestFinished(_message.Message):
     embedding: _containers.RepeatedScalarFieldContainer[float]
     num_draft_tokens: int
     num_accepted_tokens: int
-    def __init__(self, stream_id: _Optional[str] = ..., epoch: _Optional[int] = ..., outcome: _Optional[_Union[RequestOutcome, str]] = ..., error: _Optional[str] = ..., is_invalid_request: bool = ..., num_cached_prompt_tokens: _Optional[int] = ..., num_computed_prompt_tokens: _Optional[int] = ..., num_transferred_blocks: _Optional[int] = ..., num_published_blocks: _Optional[int] = ..., times: _Optional[_Union[PartTimes, _Mapping]] = ..., embedding: _Optional[_Iterable[float]] = ..., num_draft_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ...) -> None: ...
+    num_drafts: int
+    def __init__(self, stream_id: _Optional[str] = ..., epoch: _Optional[int] = ..., outcome: _Optional[_Union[RequestOutcome, str]] = ..., error: _Optional[str] = ..., is_invalid_request: bool = ..., num_cached_prompt_tokens: _Optional[int] = ..., num_computed_prompt_tokens: _Optional[int] = ..., num_transferred_blocks: _Optional[int] = ..., num_published_blocks: _Optional[int] = ..., times: _Optional[_Union[PartTimes, _Mapping]] = ..., embedding: _Optional[_Iterable[float]] = ..., num_draft_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., num_drafts: _Optional[int] = ...) -> None: ...
 
 class PartTimes(_message.Message):
     __slots__ = ("continued_s", "first_step_s", "first_token_s")
