@@ -120,8 +120,7 @@ class SpeculativeOptions:
     grammar."""
     enable_adaptive_verification: bool = True
     """Whether each step takes only as many drafts as are expected to save time, by what was accepted of each request
-    and by measured step times; none at all when none pay, or when whole steps without them were seen to be faster. Else
-    every step takes all that are proposed."""
+    and by measured step times; none at all when none pay. Else every step takes all that are proposed."""
     num_speculative_tokens_per_batch_size: tuple[tuple[int, int, int], ...] = ()
     """[first, last, most]: with so many running requests, at most so many draft tokens of each. Sizes that no entry has
     are bounded by num_speculative_tokens alone."""

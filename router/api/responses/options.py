@@ -24,7 +24,7 @@ _SERVED: tuple[tuple[str, str], ...] = (
     ("temperature", ">= 0; 0 is greedy"),
     ("top_p", "in (0, 1]"),
     ("top_k", "an extension; 0 and -1 mean no limit"),
-    ("seed", "an extension; the same seed gives the same tokens"),
+    ("seed", "an extension; the same tokens where logits are the same: always with model.batch_invariant"),
     ("num_speculative_tokens", "an extension; as of chats"),
     ("stream", "server-sent events, typed and numbered"),
     ("store", "false, which is what it is when it is left out, too"),
