@@ -94,3 +94,8 @@ def test_a_salt_parts_the_cache(cluster: FakeCluster, client: openai.OpenAI) -> 
 
     assert [num_cached(), num_cached(cache_salt="a"), num_cached(cache_salt="b")] == [0, 0, 0]
     assert num_cached() == num_cached(cache_salt="a") == num_cached(cache_salt="b") == 80
+
+
+def test_a_suffix_is_refused_by_name(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="suffix"):
+        complete(client, suffix="return")
