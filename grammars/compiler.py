@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # imported when the first grammar comes: an engine measured a
 
 MAX_SOURCE_BYTES = 128 << 10
 MAX_CHOICES = 4096
-_MAX_KEPT = 32  # expressions may take 30 MiB each, see _limits
+_MAX_KEPT = 32  # the largest expressions that were measured take 30 MiB, see _limits
 _SPECIAL = frozenset(r"\.+*?()|[]{}^$#&-~/")
 _HARMLESS_WARNING = "Unknown format: "  # by JSON Schema's own rules a format that is not known says nothing
 _MAX_SHOWN = 300  # characters of an error
@@ -33,9 +33,9 @@ _stack_size = threading.Lock()  # it is a setting of the process
 
 
 def _limits() -> llguidance.LLParserLimits:
-    """Of one grammar. Nested repetitions use up the fuel at first: ((a{1000}){1000}){50} took 0.1 s and 30 MiB, and 165
-    MiB with five times the fuel, which none of 728 schemas needs. By llguidance's own figures a step takes 15 ms of
-    lexing and 3 ms of parsing at most, and 50,000 lexer states 1 to 2 kB each."""
+    """Of one grammar. Compiling nested repetitions uses up the initial fuel: ((a{1000}){1000}){50} took 0.1 s and 30
+    MiB, and 165 MiB with five times the fuel, which none of 728 schemas needs. By llguidance's own figures a step takes
+    15 ms of lexing and 3 ms of parsing at most, and 50,000 lexer states 1 to 2 kB each."""
     import llguidance
 
     return llguidance.LLParserLimits(
@@ -107,10 +107,11 @@ class GrammarCompiler:
         for warning in matcher.get_grammar_warnings():
             if not warning.startswith(_HARMLESS_WARNING):
                 raise GrammarError(_short(warning))
-        first = matcher.deep_copy()
-        mask = first.compute_bitmask()
-        if first.is_error() or not any(mask):
-            raise GrammarError("no text has this form, or finding one is too much work")
+        for _ in range(2):  # copies share a lexer: where the first mask used it up, the second one fails
+            first = matcher.deep_copy()
+            mask = first.compute_bitmask()
+            if first.is_error() or not any(mask):
+                raise GrammarError("no text has this form, or finding one is too much work")
         return matcher
 
 

@@ -273,13 +273,14 @@ class FakeCluster:
         temperature: float = 0.0,
         seed: int = 1,
         model: str = "",
+        cache_salt: bytes = b"",
         **options: Any,
     ) -> Answer:
         """One stream to its end. model: name of an adapter. options: more of SamplingParams."""
         answer = Answer(prompt)
         values = {"temperature": temperature, "max_tokens": num_tokens, "ignore_eos": True, "seed": seed, **options}
         sampling = SamplingParams(**values)
-        for event in client.generate(GenerationRequest(tuple(prompt), sampling, model)):
+        for event in client.generate(GenerationRequest(tuple(prompt), sampling, model, cache_salt=cache_salt)):
             if isinstance(event, Started):
                 answer.times_s.append(time.monotonic())
             elif isinstance(event, PromptTokens):

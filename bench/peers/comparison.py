@@ -165,7 +165,7 @@ def _run_all(run: Run, calls: Sequence[Call]) -> list[Sequence[Completion]]:
 def _turns(
     cluster: OurCluster, directory: Path, options: OurOptions, vocab_size: int, seeds: Sequence[int]
 ) -> list[Turn]:
-    """Neither the cluster nor the engine alone computes while it is the other's turn."""
+    """Neither has work while it is the other's turn. The idle cluster is not stopped: what it costs is in both."""
     turns = []
     with engine_alone(directory, options) as measure:
         for seed in seeds:
@@ -210,15 +210,14 @@ def _rows(comparison: Comparison, model: PeerModel, results: ModelResults) -> li
 def _cluster_rows(comparison: Comparison, model: PeerModel, turns: Sequence[Turn]) -> list[Measurement]:
     """A token of one stream in our cluster and its parts; and how much longer it and a prompt take than alone."""
     alone = [turn.alone for turn in turns]
-    step_ms, sampling_ms = median(one.step_ms for one in alone), median(one.sampling_ms for one in alone)
-    scheduling_ms, in_cluster_ms = median(one.scheduling_ms for one in alone), median(turn.step_ms for turn in turns)
+    token_ms = median(turn.token_ms for turn in turns)
     parts = {
-        "model": step_ms - sampling_ms - scheduling_ms,
-        "sampling": sampling_ms,
-        "scheduling": scheduling_ms,
-        "slower_in_cluster": in_cluster_ms - step_ms,
-        "transport": median(turn.token_ms for turn in turns) - in_cluster_ms,
+        "sampling": median(one.sampling_ms for one in alone),
+        "scheduling": median(one.scheduling_ms for one in alone),
+        "slower_in_cluster": median(turn.step_ms - turn.alone.mean_step_ms for turn in turns),
+        "transport": median(turn.token_ms - turn.step_ms for turn in turns),
     }
+    parts = {"model": token_ms - sum(parts.values()), **parts}
     setting: dict[str, object] = {
         "model": model.name,
         "engine": ours.NAME,
@@ -226,7 +225,7 @@ def _cluster_rows(comparison: Comparison, model: PeerModel, turns: Sequence[Turn
         "dtype": comparison.ours.dtype,
         "operation_shares": alone[-1].operation_shares,
     }
-    tokens = [turn.token_ms / turn.alone.step_ms for turn in turns]
+    tokens = [turn.token_ms / turn.alone.mean_step_ms for turn in turns]
     prompts = [turn.ttft_ms / turn.alone.ttft_ms for turn in turns]
     return [
         Measurement("peers.decode_step", "ms", [turn.token_ms for turn in turns], setting, parts),

@@ -2,10 +2,10 @@
 
     echo 0 | python -m bench.peers.step_profile MODEL_DIR --dtype bfloat16 --threads 2
 
-Each line of stdin is the seed of a turn, and is answered by one JSON object: the cluster has its turns in between, so
-that both see the same machine. Whole steps are timed, and the part of them that the model runner takes. Sampling is
-timed on its own, on logits of the same size. The rest of the runner's part is the model, its inputs included; the rest
-of the step is scheduling: to plan, to encode, to decode, to update.
+It says "ready" when the engine is loaded. Each line of stdin then is the seed of a turn, and is answered by one JSON
+object: the cluster has its turns in between, so that both see the same machine. Whole steps are timed, and the part of
+them that the model runner takes. Sampling is timed on its own, on logits of the same size. The rest of the runner's
+part is the model, its inputs included; the rest of the step is scheduling: to plan, to encode, to decode, to update.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,9 +49,10 @@ _TOP_OPERATIONS = 4
 
 @dataclass(frozen=True, slots=True)
 class StepProfile:
-    """Medians over the steps, in milliseconds, but for the last."""
+    """Milliseconds, but for the last; medians over the steps, but for the mean."""
 
     ttft_ms: float  # of one prompt, as in prompt_call
+    mean_step_ms: float  # but for the first one, which reads the prompt
     step_ms: float
     model_ms: float
     sampling_ms: float
@@ -141,7 +144,7 @@ class EngineAlone:
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             _decode(self._engine, "profiled", step_call(model.vocab_size, -2))
         self._shares = _shares(profiled)
-        self._sampling_ms = 1000 * _sampling_s(model.vocab_size, pick_dtype(config, device), groups)
+        self._time_sampling = partial(_sampling_s, model.vocab_size, pick_dtype(config, device), groups)
 
     def measure(self, seed: int) -> StepProfile:
         """One turn. A seed gives the same prompts as the cluster's; no two turns may have one."""
@@ -149,8 +152,16 @@ class EngineAlone:
         self._runner.took_s.clear()
         steps_s = _decode(self._engine, f"steps {seed}", step_call(self._vocab_size, seed))
         step_ms, runner_ms = (1000 * statistics.median(times) for times in (steps_s, self._runner.took_s))
-        model_ms = runner_ms - self._sampling_ms
-        return StepProfile(ttft_ms, step_ms, model_ms, self._sampling_ms, step_ms - runner_ms, self._shares)
+        sampling_ms = 1000 * self._time_sampling()
+        return StepProfile(
+            ttft_ms,
+            1000 * statistics.fmean(steps_s[1:]),
+            step_ms,
+            runner_ms - sampling_ms,
+            sampling_ms,
+            step_ms - runner_ms,
+            self._shares,
+        )
 
     def close(self) -> None:
         """Nothing is running."""
@@ -159,7 +170,8 @@ class EngineAlone:
 
 @contextmanager
 def engine_alone(model_dir: Path, options: OurOptions) -> Iterator[Callable[[int], StepProfile]]:
-    """EngineAlone.measure of an engine in a process of its own, which sleeps between its turns."""
+    """EngineAlone.measure of an engine that is loaded in a process of its own, and sleeps between its turns. Raises
+    RuntimeError when the process ends."""
     command = [sys.executable, "-P", "-m", "bench.peers.step_profile", str(model_dir)]
     command += ["--dtype", options.dtype, "--threads", str(options.num_threads)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -167,16 +179,23 @@ def engine_alone(model_dir: Path, options: OurOptions) -> Iterator[Callable[[int
         assert process.stdout is not None
         questions, answers = process.stdin, process.stdout
 
+        def answer() -> Any:
+            """The next JSON object or text; libraries may print other lines."""
+            for line in answers:
+                with suppress(ValueError):
+                    return json.loads(line)
+            raise RuntimeError(f"{shlex.join(command)} has ended")
+
         def measure(seed: int) -> StepProfile:
             print(seed, file=questions, flush=True)
-            if not (line := answers.readline()):
-                raise RuntimeError(f"{shlex.join(command)} has ended")
-            return StepProfile(**json.loads(line))
+            return StepProfile(**answer())
 
         try:
+            answer()
             yield measure
         finally:
-            questions.close()
+            with suppress(BrokenPipeError):
+                questions.close()
 
 
 def main() -> None:
@@ -186,6 +205,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     engine = EngineAlone(options.model_dir, options.dtype, options.threads)
+    print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         print(json.dumps(asdict(engine.measure(int(line)))), flush=True)
     engine.close()

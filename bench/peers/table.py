@@ -19,7 +19,11 @@ from bench.rows import RESULTS
 
 _OURS = "switchyard"
 _STEP = "peers.decode_step"
-_IN_CLUSTER = {"peers.token_in_cluster": "of the engine alone", "peers.ttft_in_cluster": "TTFT, of the engine alone"}
+_IN_CLUSTER = {
+    "peers.token_in_cluster": "token, times the engine alone",
+    "peers.ttft_in_cluster": "TTFT, times the engine alone",
+}
+_OF_THE_CLUSTER = (_STEP, *_IN_CLUSTER)
 _PARTS = {
     "model": "model",
     "sampling": "sampling",
@@ -53,14 +57,14 @@ def markdown(rows: Sequence[Row]) -> str:
         of_model = [row for row in rows if row["setting"]["model"] == model]
         parts.append(_model_table(model, of_model))
         parts += _not_measured(of_model)
-    parts += _steps([row for row in rows if row["name"] in (_STEP, *_IN_CLUSTER)])
+    parts += _steps([row for row in rows if row["name"] in _OF_THE_CLUSTER])
     return "\n\n".join(parts) + "\n"
 
 
 def _model_table(model: str, rows: Sequence[Row]) -> str:
     quantities = [q for q in QUANTITIES.values() if any(row["name"] == f"peers.{q.name}" for row in rows)]
     lines = [_line([model, *(quantity.title for quantity in quantities)]), _line(["---"] * (1 + len(quantities)))]
-    engines = dict.fromkeys(row["setting"]["engine"] for row in rows if row["name"] not in (_STEP, *_IN_CLUSTER))
+    engines = dict.fromkeys(row["setting"]["engine"] for row in rows if row["name"] not in _OF_THE_CLUSTER)
     for engine in sorted(engines, key=lambda name: name != _OURS):
         cells = [_cell(q, _median(rows, f"peers.{q.name}", engine)) for q in quantities]
         lines.append(_line([_with_version(rows, engine), *cells]))
@@ -105,12 +109,12 @@ def _steps(rows: Sequence[Row]) -> list[str]:
         return []
     titles = ["a token of one stream", *_PARTS.values(), "at the client", *_IN_CLUSTER.values()]
     lines = [_line(titles), _line(["---"] * len(titles))]
+    medians = {(row["setting"]["model"], row["name"]): row["median"] for row in rows}
     for row in rows:
         if row["name"] != _STEP:
             continue
         model = row["setting"]["model"]
-        of_model = [each for each in rows if each["setting"]["model"] == model]
-        ratios = [_median(of_model, name, _OURS) for name in _IN_CLUSTER]
+        ratios = [medians.get((model, name)) for name in _IN_CLUSTER]  # rows of old runs have none
         cells = [f"{row['beside'][part]:.2f} ms" for part in _PARTS]
         cells += [f"{row['median']:.2f} ms", *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios)]
         lines.append(_line([model, *cells]))

@@ -63,7 +63,7 @@ PREFIX = Quantity("prefix.warm_ttft", "TTFT, warm prefix of 1,024", "s", False)
 QUANTITIES = {quantity.name: quantity for quantity in (TTFT, DECODE, BATCH, PREFIX)}
 
 
-def calls_of(workload: str, vocab_size: int, seed: int | str) -> list[Call]:
+def calls_of(workload: str, vocab_size: int, seed: int) -> list[Call]:
     """Of `single`, `batch` or `prefix`; equal for equal arguments."""
     rng = random.Random(f"{workload} {vocab_size} {seed}")  # a text: hash() of a tuple would differ by process
 
@@ -96,9 +96,9 @@ def step_call(vocab_size: int, seed: int) -> Call:
 
 
 def prompt_call(vocab_size: int, seed: int) -> Call:
-    """The prompt of `single`, and one token: a TTFT."""
-    (single,) = calls_of("single", vocab_size, f"prompt {seed}")
-    return Call(single.prompts, 1)
+    """A prompt as long as that of `single`, and one token: a TTFT."""
+    rng = random.Random(f"prompt {vocab_size} {seed}")
+    return Call([[rng.randrange(FIRST_ID, vocab_size) for _ in range(_SINGLE_PROMPT)]], 1)
 
 
 def check(call: Call, completions: Sequence[Completion]) -> None:

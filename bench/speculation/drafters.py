@@ -45,6 +45,7 @@ PLAIN = "none"
 METHODS = {"demo": ("ngram", "suffix", "draft_model", "eagle3"), "smollm2": ("ngram", "suffix")}
 BATCHES = (1, 8, 32)
 TEMPERATURES = (0.0, 0.7)
+MODES = (False, True)  # is_invariant
 ROUNDS = 5
 _CPU = torch.device("cpu")
 _PROMPT_TOKENS, _OUTPUT_TOKENS, _PROMPTS_PER_STREAM = 128, 96, 2
@@ -238,9 +239,9 @@ def cases_of(
     model: str,
     batches: Sequence[int] = BATCHES,
     temperatures: Sequence[float] = TEMPERATURES,
-    modes: Sequence[bool] = (False, True),
+    modes: Sequence[bool] = MODES,
 ) -> list[Case]:
-    """modes: batch-invariant or not."""
+    """All combinations. modes: as in Case.is_invariant."""
     return [
         Case(model, is_invariant, temperature, batch)
         for is_invariant in modes
@@ -255,7 +256,7 @@ def main() -> None:
     parser.add_argument("--model", choices=sorted(METHODS), default="demo")
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--temperatures", type=float, nargs="+", default=TEMPERATURES)
-    parser.add_argument("--fast", action="store_true", help="not in batch-invariant mode")
+    parser.add_argument("--fast", action="store_true", help="the fast mode only")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--tokens", type=int, default=0, help="num_speculative_tokens")
     parser.add_argument("--methods", nargs="+", choices=METHODS["demo"], default=(), help="default: all of the model")
@@ -270,7 +271,7 @@ def main() -> None:
         method=PLAIN,
         draft_model_lookup_min=given.lookup,
     )
-    cases = cases_of(given.model, given.batches, given.temperatures, (False,) if given.fast else (False, True))
+    cases = cases_of(given.model, given.batches, given.temperatures, (False,) if given.fast else MODES)
     measurements = measure(cases, options, given.rounds, given.methods)
     for one in measurements:
         s: dict[str, Any] = one.setting

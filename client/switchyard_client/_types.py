@@ -85,7 +85,7 @@ class RequestStats:
     num_replacements: int = 0  # times that the stream was placed anew because a worker was lost
     num_draft_tokens: int = 0  # judged for this request, where workers decode speculatively
     num_accepted_tokens: int = 0  # of them, those that the model chose, too
-    num_drafts: int = 0  # runs of draft tokens: a step with drafts brought 1 + num_accepted_tokens / num_drafts tokens
+    num_drafts: int = 0  # runs of them; a step with drafts chose 1 + num_accepted_tokens / num_drafts tokens on average
 
 
 @dataclass(frozen=True, slots=True)

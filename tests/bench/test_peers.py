@@ -239,6 +239,9 @@ def test_who_is_not_measured_is_named_in_rows_and_table(
     (step,) = [row for row in recorded if row["name"] == "peers.decode_step"]
     assert sum(step["beside"].values()) == pytest.approx(step["median"])
     assert step["setting"]["operation_shares"]
+    in_cluster = [row for row in recorded if row["name"] in ("peers.token_in_cluster", "peers.ttft_in_cluster")]
+    assert [len(row["runs"]) for row in in_cluster] == [12, 12]
+    assert "| at the client | token, times the engine alone | TTFT, times the engine alone |" in table
 
 
 def small_model(workloads: tuple[str, ...]) -> comparison.PeerModel:

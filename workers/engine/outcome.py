@@ -27,7 +27,7 @@ class JudgedDrafts:
     """Draft tokens of a request that a step computed."""
 
     request: Request
-    num_drafts: int
+    num_draft_tokens: int
     num_right: int  # those that the model chose, too, up to the first that it did not
 
 

@@ -261,15 +261,15 @@ class Speculator:
     def _note(self, one: JudgedDrafts) -> _Proposed:
         counters, request_id = self.counters, one.request.request_id
         counters.num_drafts += 1
-        counters.num_draft_tokens += one.num_drafts
+        counters.num_draft_tokens += one.num_draft_tokens
         counters.num_accepted_tokens += one.num_right
         for position in range(one.num_right):
             counters.num_accepted_tokens_per_pos[position] += 1
-        for position in range(min(one.num_drafts, one.num_right + 1)):
+        for position in range(min(one.num_draft_tokens, one.num_right + 1)):
             counters.num_reached_tokens_per_pos[position] += 1
         proposed = self._proposed.pop(request_id, _UNKNOWN)
         if self._estimates:
-            self._estimates[proposed.drafted_by].note(request_id, one.num_drafts, one.num_right)
+            self._estimates[proposed.drafted_by].note(request_id, one.num_draft_tokens, one.num_right)
         return proposed
 
     def _note_interval(
