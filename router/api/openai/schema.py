@@ -308,9 +308,14 @@ def _refusal(error: ValidationError) -> InvalidRequest:
     # Of a union's errors the deepest is that of the branch that was meant.
     worst = max(error.errors(include_url=False), key=lambda entry: len(entry["loc"]))
     param = str(worst["loc"][0]) if worst["loc"] else None
-    path = ".".join(str(part) for part in worst["loc"] if isinstance(part, int) or part.isidentifier())
+    path = ".".join(str(part) for part in worst["loc"] if isinstance(part, int) or _is_field(part))
     complaint = "is not a field of this request" if worst["type"] == "extra_forbidden" else worst["msg"]
     return InvalidRequest(f"{path or 'request body'}: {complaint}", param=param)
+
+
+def _is_field(part: str) -> bool:
+    """Not the name of a union's branch, such as `str` or `list[str]`."""
+    return part.isidentifier() and part not in ("str", "int", "float", "bool")
 
 
 def _invalid(param: str, complaint: str) -> InvalidRequest:

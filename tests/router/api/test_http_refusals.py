@@ -66,6 +66,8 @@ BAD = [
     ({"banned_token_ids": list(range(VOCAB_SIZE))}, 400, "banned_token_ids"),
     ({"banned_sequences": [[]]}, 400, "banned_sequences"),
     ({"banned_sequences": [[1] * 33]}, 400, "banned_sequences"),
+    ({"stop": 5}, 400, "stop"),
+    ({"stop": ["a", 5]}, 400, "stop"),
     ({"stop": [""]}, 400, "stop"),
     ({"stop": ["a"] * 17}, 400, "stop"),
     ({"stop_token_ids": [VOCAB_SIZE]}, 400, "stop_token_ids"),
@@ -86,6 +88,7 @@ async def test_bad_completions_are_refused_by_name(model_dir: Path) -> None:
                 response = await client.post("/v1/completions", content=content)
                 assert (response.status_code, response.json()["error"]["param"]) == (status, param), param
                 assert "\n" not in response.json()["error"]["message"]
+                assert ".str:" not in response.json()["error"]["message"], "a field that there is not"
         assert (await client.post("/v1/completions", json=BASE)).status_code == 200
     assert len(worker.submits) == 1
 
