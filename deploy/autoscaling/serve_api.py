@@ -108,7 +108,7 @@ class ServeApi:
         try:
             said = outcome.get(timeout=self._timeout_s)
         except queue.Empty:
-            raise ServeUnavailable(f"{self._url}: no answer within {self._timeout_s:g} s") from None
+            raise self._no_answer_in_time() from None
         if isinstance(said, ServeUnavailable):
             raise said
         try:
@@ -128,9 +128,14 @@ class ServeApi:
         except urllib.error.HTTPError as error:
             outcome.put(ServeUnavailable(f"{where}: {error.code} {_detail(error)}"))
         except (OSError, http.client.HTTPException, ValueError) as error:
-            outcome.put(
-                ServeUnavailable(f"{self._url}: {getattr(error, 'reason', None) or error or type(error).__name__}")
-            )
+            reason = getattr(error, "reason", None) or error
+            if isinstance(reason, TimeoutError):  # the socket's, which may be sooner than that of the whole call
+                outcome.put(self._no_answer_in_time())
+            else:
+                outcome.put(ServeUnavailable(f"{self._url}: {str(reason) or type(error).__name__}"))
+
+    def _no_answer_in_time(self) -> ServeUnavailable:
+        return ServeUnavailable(f"{self._url}: no answer within {self._timeout_s:g} s")
 
 
 def _authorization() -> dict[str, str]:

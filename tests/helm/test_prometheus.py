@@ -143,7 +143,7 @@ class Traffic(threading.Thread):
 @pytest.fixture(scope="module")
 def grafana() -> Iterator[str]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Grafana)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
