@@ -14,9 +14,10 @@ import asyncio
 import json
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import openai
+import pydantic
 
 PERSON = {
     "type": "object",
@@ -27,6 +28,7 @@ PERSON = {
     "required": ["name", "age"],
     "additionalProperties": False,
 }
+READ: Any = {"type": "function", "function": {"name": "read", "parameters": PERSON}}
 HELLO: list[Any] = [{"role": "user", "content": "Open a file and read its lines."}]
 FEATURES: dict[str, Callable[[openai.OpenAI, str], str]] = {}
 
@@ -76,6 +78,17 @@ def batch(client: openai.OpenAI, model: str) -> str:
     return f"{len(logprobs.token_logprobs)} logprobs, the first {logprobs.token_logprobs[0]}"
 
 
+@feature("completions of two prompts, streamed")
+def streamed_completions(client: openai.OpenAI, model: str) -> str:
+    texts = ["", ""]
+    prompts = ["import os", "class A:"]
+    for chunk in client.completions.create(model=model, prompt=prompts, max_tokens=8, temperature=0, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    alone = client.completions.create(model=model, prompt=prompts[1], max_tokens=8, temperature=0).choices[0].text
+    return f"{texts[0]!r}, {compared(texts[1], alone)}"
+
+
 @feature("best_of")
 def best_of(client: openai.OpenAI, model: str) -> str:
     answer = client.completions.create(model=model, prompt="x = ", best_of=3, max_tokens=4, seed=1)
@@ -88,6 +101,17 @@ def plain_chat(client: openai.OpenAI, model: str) -> str:
     answer = chat(client, model)
     assert answer.choices[0].message.role == "assistant"
     return repr(answer.choices[0].message.content)
+
+
+@feature("three choices of a chat, streamed")
+def choices(client: openai.OpenAI, model: str) -> str:
+    whole = [choice.message.content for choice in chat(client, model, n=3, temperature=1.0).choices]
+    texts = [""] * 3
+    for chunk in chat(client, model, n=3, temperature=1.0, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+    assert len(set(whole)) > 1
+    return compared("\n".join(texts), "\n".join(whole))
 
 
 @feature("the same seed, the same text")
@@ -152,6 +176,21 @@ def json_schema(client: openai.OpenAI, model: str) -> str:
     return str(person)
 
 
+class Review(pydantic.BaseModel):
+    """What the model fills in."""
+
+    language: Literal["Python", "C"]
+    stars: int = pydantic.Field(ge=0, le=5)
+
+
+@feature("structured output by a class, read by the client")
+def parsed(client: openai.OpenAI, model: str) -> str:
+    answer = client.chat.completions.parse(model=model, messages=HELLO, response_format=Review, max_tokens=200, seed=3)
+    review = answer.choices[0].message.parsed
+    assert isinstance(review, Review)
+    return repr(review)
+
+
 @feature("a schema that cannot be held to is refused by name")
 def bad_schema(client: openai.OpenAI, model: str) -> str:
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {"type": "null"}}}}
@@ -165,15 +204,47 @@ def bad_schema(client: openai.OpenAI, model: str) -> str:
 
 @feature("tools")
 def tools(client: openai.OpenAI, model: str) -> str:
-    tool: Any = {"type": "function", "function": {"name": "read", "parameters": PERSON}}
     try:
-        answer = chat(client, model, tools=[tool], tool_choice="required", max_tokens=200)
-    except openai.BadRequestError as error:  # the demo's template has no place for tools
+        answer = chat(client, model, tools=[READ], tool_choice="required", max_tokens=200)
+    except openai.BadRequestError as error:  # the model's template does not show tools; the demo's does
         assert error.param in ("tools", "tool_choice")
         return f"refused: {error.body['message']}" if isinstance(error.body, dict) else str(error)
     call = answer.choices[0].message.tool_calls[0]
     assert set(json.loads(call.function.arguments)) == {"name", "age"}
     return f"{call.function.name}({call.function.arguments})"
+
+
+@feature("a call, streamed, and its result handed back")
+def called(client: openai.OpenAI, model: str) -> str:
+    name = arguments = call_id = ""
+    one_call = {"tools": [READ], "tool_choice": "required", "parallel_tool_calls": False}
+    try:
+        for chunk in chat(client, model, **one_call, max_tokens=200, stream=True):
+            for choice in chunk.choices:
+                for part in choice.delta.tool_calls or []:
+                    call_id = part.id or call_id
+                    name += part.function.name or ""
+                    arguments += part.function.arguments or ""
+    except openai.BadRequestError as error:
+        assert error.param in ("tools", "tool_choice")
+        return f"refused: {error.param}"
+    assert name == "read"
+    assert set(json.loads(arguments)) == {"name", "age"}
+    call = {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+    result = {"role": "tool", "tool_call_id": call_id, "content": "two lines"}
+    messages = [*HELLO, {"role": "assistant", "content": None, "tool_calls": [call]}, result]
+    return repr(chat(client, model, messages=messages, tools=[READ]).choices[0].message.content)
+
+
+@feature("an image is refused by name")
+def image(client: openai.OpenAI, model: str) -> str:
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    try:
+        chat(client, model, messages=[{"role": "user", "content": [part]}])
+    except openai.BadRequestError as error:
+        assert "messages" in str(error.param)
+        return str(error.param)
+    raise AssertionError("it was accepted")
 
 
 @feature("responses")
@@ -185,6 +256,33 @@ def responses(client: openai.OpenAI, model: str) -> str:
     text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
     assert events[0].type == "response.created"
     return f"{len(events)} events, {compared(text, answer.output_text)}"
+
+
+@feature("responses with a tool, and with a class")
+def forms_of_responses(client: openai.OpenAI, model: str) -> str:
+    review = client.responses.parse(model=model, input="Review.", text_format=Review, max_output_tokens=200)
+    assert isinstance(review.output_parsed, Review)
+    tool: Any = {"type": "function", "strict": True, **READ["function"]}
+    try:
+        answer = client.responses.create(
+            model=model, input="Read.", tools=[tool], tool_choice="required", max_output_tokens=200
+        )
+    except openai.BadRequestError as error:
+        assert error.param in ("tools", "tool_choice")
+        return f"{review.output_parsed!r}, tools are refused"
+    call = next(item for item in answer.output if item.type == "function_call")
+    assert set(json.loads(call.arguments)) == {"name", "age"}
+    return f"{review.output_parsed!r}, {call.name}({call.arguments})"
+
+
+@feature("a request's id comes with its answer")
+def request_id(client: openai.OpenAI, model: str) -> str:
+    answer = client.with_options(default_headers={"X-Request-Id": "tour-1"}).completions.with_raw_response.create(
+        model=model, prompt="x", max_tokens=1
+    )
+    assert answer.headers["x-request-id"] == "tour-1"
+    assert answer.parse().choices
+    return str(answer.headers["x-request-id"])
 
 
 @feature("embeddings")

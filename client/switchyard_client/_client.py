@@ -71,12 +71,12 @@ class GenerationClient:
                 call.cancel()
 
     def generate_many(
-        self, requests: Sequence[GenerationRequest], n: int = 1, best_of: int = 0
+        self, requests: Sequence[GenerationRequest], n: int = 1, best_of: int | None = None
     ) -> Iterator[tuple[int, Event]]:
         """The events of n choices of each request, each with the request's index times n plus the choice's.
 
-        best_of: choices to generate, of which the n with the greatest mean logprob come, when all have ended; 0 means
-        n. Choice i has the request's seed plus i. The shortest deadline counts for all. Raises GenerationError, also
+        best_of: choices to generate, of which the n with the greatest mean logprob come, when all have ended; n if left
+        out. Choice i has the request's seed plus i. The shortest deadline counts for all. Raises GenerationError, also
         when the router is lost: what has come of each stream says where to resume it.
         """
         message = many_message(requests, n, best_of)

@@ -52,7 +52,9 @@ def request_message(request: GenerationRequest) -> generation_pb2.GenerateReques
     return message
 
 
-def many_message(requests: Sequence[GenerationRequest], n: int, best_of: int) -> generation_pb2.GenerateManyRequest:
+def many_message(
+    requests: Sequence[GenerationRequest], n: int, best_of: int | None
+) -> generation_pb2.GenerateManyRequest:
     """A GenerateMany call's message. Raises GenerationError for what a field cannot carry."""
     messages = [request_message(request) for request in requests]
     try:

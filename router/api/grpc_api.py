@@ -126,8 +126,8 @@ class _Servicer(generation_pb2_grpc.GenerationServiceServicer):
     async def GenerateMany(
         self, request: generation_pb2.GenerateManyRequest, context: grpc.aio.ServicerContext
     ) -> None:
-        n = request.n or 1
-        best_of = request.best_of or n
+        n = request.n if request.HasField("n") else 1
+        best_of = request.best_of if request.HasField("best_of") else n
         if not request.requests:
             raise invalid("requests", "must not be empty")
         check_counts(len(request.requests), n, best_of, is_stream=False)

@@ -41,5 +41,7 @@ def test_the_tour(cluster: FakeCluster, major: int) -> None:
     assert done.stdout.count("the same text") >= 5
     assert "another text" not in done.stdout
     assert first.startswith(f"openai {major}.")
-    assert len(features) >= 18
+    assert len(features) == 25
+    assert "refused: tools" not in done.stdout  # the demo's template shows them
+    assert "tools are refused" not in done.stdout
     print(done.stdout)

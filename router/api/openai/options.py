@@ -132,6 +132,7 @@ _IGNORED: tuple[tuple[str, Api, str], ...] = (
     ("prompt_cache_key", _B, "routing finds the cached prefix without it"),
     ("prompt_cache_options", _M, "prefixes are cached anyway"),
     ("prompt_cache_retention", _M, "prefixes are cached anyway"),
+    ("prediction", _M, "the answer is the same without it"),
     ("request_id", _B, "the header X-Request-Id names a request"),
     ("return_tokens_as_token_ids", _B, "return_token_ids has the ids"),
 )
@@ -139,7 +140,6 @@ _REFUSED: tuple[tuple[str, Api, str, tuple[str, ...]], ...] = (
     ("suffix", _C, "models that fill in the middle are not served", ('""',)),
     ("modalities", _M, _TEXT_ONLY, ('["text"]',)),
     ("audio", _M, _TEXT_ONLY, ()),
-    ("prediction", _M, "the answer would be the same, but its price would not be counted", ()),
     ("verbosity", _M, "a template's option goes into chat_template_kwargs", ('"medium"',)),
     ("web_search_options", _M, "there is no search", ()),
     ("moderation", _M, "nothing is moderated", ()),

@@ -60,7 +60,7 @@ def test_many_choices_of_many_prompts_in_one_call(cluster: FakeCluster) -> None:
         for i in (1, 2)
     ]
 
-    def many(n: int, best_of: int = 0) -> list[list[int]]:
+    def many(n: int, best_of: int | None = None) -> list[list[int]]:
         ids: dict[int, list[int]] = {}
         ends: list[int] = []
         for index, event in grpc.generate_many(requests, n, best_of):
@@ -78,8 +78,10 @@ def test_many_choices_of_many_prompts_in_one_call(cluster: FakeCluster) -> None:
     best = [sorted(answers, key=lambda one: -sum(each.logprob for each in one.logprobs))[:2] for answers in alone]
     assert many(2, 3) == [one.ids for answers in best for one in answers]
     for bad, param in (
-        ((requests, 0, 500), "best_of"),
-        ((requests, 100, 0), "n"),
+        ((requests, 0), "n"),
+        ((requests, 1, 0), "best_of"),
+        ((requests, 1, 500), "best_of"),
+        ((requests, 100), "n"),
         ((requests, 3, 2), "best_of"),
         (([],), "requests"),
     ):

@@ -179,6 +179,7 @@ NEUTRAL = [
     {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}},
 ]
 NEUTRAL_CHATS = [
+    {"prediction": {"type": "content", "content": "x"}},
     {"prediction": None, "modalities": ["text"], "audio": None, "web_search_options": None, "reasoning_effort": None},
     {"verbosity": "medium", "functions": [], "function_call": "auto", "tools": [], "tool_choice": "none"},
     {"metadata": {"a": "b"}, "store": True, "prompt_cache_retention": "24h", "parallel_tool_calls": True},
@@ -202,7 +203,6 @@ async def test_what_asks_for_nothing_is_accepted(model_dir: Path) -> None:
     [
         {"audio": {"voice": "alloy"}},
         {"modalities": ["text", "audio"]},
-        {"prediction": {"type": "content", "content": "x"}},
         {"web_search_options": {}},
         {"reasoning_effort": "high"},
         {"verbosity": "low"},
