@@ -20,6 +20,22 @@ from workers.parallel import ParallelGroups, Shard
 CPU = torch.device("cpu")
 FIXTURES = Path(__file__).parent / "fixtures"
 MODELS = sorted(path.parent.name for path in FIXTURES.glob("*/config.json"))
+# Formats whose inputs are rounded by the tool that made them, and in which way otherwise than here.
+ROUNDS_INPUTS = {
+    "ct-w8a8": "scale = largest / 127.5 there, / 127 here",
+    "ct-w4a8": "the same",
+    "ct-mixed": "the same",
+    "bnb-int8": "whole columns with outliers stay unrounded there, the outliers alone here",
+    "ct-fp8-dynamic": "inputs are rounded to e4m3 there, not at all here",
+    "ct-fp8-static": "the same",
+    "ct-fp8-block": "the same",
+    "ct-fp8-kv": "the same, and the KV cache",
+    "ct-nvfp4": "inputs of 4 bits are rounded there, not at all here",
+    "ct-nvfp4-a4": "the same",
+    "modelopt-fp8": "inputs are rounded to e4m3 there, not at all here",
+    "modelopt-fp8-kv": "the same",
+    "modelopt-int8-sq": "half-integers may be rounded to the other side",
+}
 _BLOCK_SIZE = 16
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
 import torch
 
-from tests.quant.served import FIXTURES, MODELS, dequantized, last_logits, oracle
+from tests.quant.served import FIXTURES, MODELS, ROUNDS_INPUTS, dequantized, last_logits, oracle
 from tests.workers.engine_group import EngineGroup
-from tests.workers.forked_worker import spec_for, worker
-from tests.workers.worker_client import disaggregate
 from workers.config import EngineConfig
 from workers.errors import ModelError
 from workers.model.registry import load_config
@@ -22,31 +19,10 @@ from workers.sampling.params import SamplingParams
 pytestmark = pytest.mark.timeout(300)
 
 # Largest relative difference from the oracle's logits, in fp32. These random models amplify what is rounded otherwise.
-ROUNDS_INPUTS = {
-    "ct-w8a8": "scale = largest / 127.5 there, / 127 here",
-    "ct-w4a8": "the same",
-    "ct-mixed": "the same",
-    "bnb-int8": "whole columns with outliers stay unrounded there, the outliers alone here",
-    "ct-fp8-dynamic": "inputs are rounded to e4m3 there, not at all here",
-    "ct-fp8-static": "the same",
-    "ct-fp8-block": "the same",
-    "ct-fp8-kv": "the same, and the KV cache",
-    "ct-nvfp4": "inputs of 4 bits are rounded there, not at all here",
-    "ct-nvfp4-a4": "the same",
-    "modelopt-fp8": "inputs are rounded to e4m3 there, not at all here",
-    "modelopt-fp8-kv": "the same",
-    "modelopt-int8-sq": "half-integers may be rounded to the other side",
-}
 LOOSE, VERY_LOOSE, EXACT = 0.1, 0.35, 5e-3
 REFUSED = {"ct-w4a16-k96": "tp=2 does not divide num_attention_heads=3"}  # on two ranks
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
-SERVED = [
-    name
-    for name in ("ct-w4a16-g32", "ct-w8a8", "ct-fp8-dynamic", "gptq-v1", "awq-gemm", "bnb-nf4", "fp8-deepseek")
-    if name in MODELS
-]
-QUICK = ("ct-w4a16-g32", "ct-w8a8", "ct-fp8-dynamic")  # one of each kind of product; the others are slow
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -116,17 +92,3 @@ def test_tokens_are_those_of_one_rank(name: str, alone: EngineGroup, several: En
     # Where inputs are rounded row by row, each rank rounds its share of a row by its own scale.
     count = 1 if several.tp > 1 and name in ROUNDS_INPUTS else GREEDY.max_tokens
     assert [tokens[:count] for tokens in found.completions] == [tokens[:count] for tokens in expected.completions]
-
-
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SERVED]
-)
-def test_it_is_served_disaggregated(name: str, alone: EngineGroup, shared_kv_node) -> None:
-    expected = alone.run(replace(config_of(name), block_size=16), prompts(), GREEDY)
-    specs = [spec_for(FIXTURES / name, role, shared_kv_node) for role in ("prefill", "decode")]
-    with ExitStack() as stack:
-        prefill, decode = (stack.enter_context(worker(spec)) for spec in specs)
-        for token_ids, completion in zip(prompts(), expected.completions, strict=True):
-            tokens, _, decoded = disaggregate(prefill, decode, token_ids, max_tokens=6)
-            assert tokens == completion
-            assert decoded.num_computed_prompt_tokens == 0
