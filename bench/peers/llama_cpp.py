@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class LlamaCppPeer:
         for threads in (parameters.cpuparams, parameters.cpuparams_batch):
             threads.n_threads = options.num_threads
         self._server = xllamacpp.Server(parameters)
-        self.about = {"version": str(xllamacpp.BUILD_INFO), "dtype": found[0].stem}
+        self.about = {"version": metadata.version("xllamacpp"), "dtype": found[0].stem}
 
     def run(self, call: Call) -> Sequence[Completion]:
         """As in Peer."""
