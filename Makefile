@@ -47,8 +47,8 @@ else
 	exit $$failed
 endif
 
-test-slow: env-test  ## the long sweeps
-	$(PY) -m pytest -m slow --timeout 3600 $(ARGS)
+test-slow: env-test  ## the long sweeps; property tests draw new examples
+	$(PY) -m pytest -m slow --timeout 3600 --hypothesis-profile explore $(ARGS)
 
 check: env-test  ## lint, types, import contracts
 	$(PY) -m ruff check .

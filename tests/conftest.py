@@ -1,6 +1,8 @@
 """Fixtures that several packages' tests use, and what tests measured, printed at the end of the run."""
 
 import os
+import random
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 
@@ -9,11 +11,22 @@ import pytest
 
 from tests.processes import KVNode, RedisServer, redis_executable
 
-# A slow machine is no error: no test asserts a time.
-hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
-hypothesis.settings.load_profile("untimed")
+# A slow machine is no error: no test asserts a time. `make test` looks at the same examples in every run, so that it
+# fails where something was changed; `make test-slow` takes the profile that draws new ones.
+_UNTIMED = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile("explore", _UNTIMED)
+hypothesis.settings.register_profile("repeat", _UNTIMED, derandomize=True)
+hypothesis.settings.load_profile("repeat")
 
 _MEASURED = pytest.StashKey[dict[str, list[float]]]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Before any fixture of a test is made: what a test or a fixture draws does not depend on the tests before it."""
+    random.seed(0)
+    if torch := sys.modules.get("torch"):  # not imported here: the tests of the client and the router go without
+        torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

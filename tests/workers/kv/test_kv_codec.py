@@ -18,6 +18,12 @@ def round_trip(rows: torch.Tensor, encoding: str) -> torch.Tensor:
     return decode(encode(rows[None], encoding), rows.shape[-1], rows.dtype, encoding)[0].view(rows.shape)
 
 
+def rounding(rows: torch.Tensor) -> torch.Tensor:
+    """How far apart two numbers of the rows' dtype are at each; below its smallest normal number, as far as there."""
+    numbers = torch.finfo(rows.dtype)
+    return rows.float().abs().clamp(min=numbers.smallest_normal) * numbers.eps
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("encoding", KV_ENCODINGS)
 def test_a_fragment_has_the_size_that_is_said(encoding: str, dtype: torch.dtype) -> None:
@@ -41,9 +47,7 @@ def test_int8_is_within_half_a_step_of_each_number(dtype: torch.dtype, head_dim:
     rows = (torch.randn(4, 2, 16, head_dim, generator=random) * torch.logspace(-4, 3, 16)[:, None]).to(dtype)
     got = round_trip(rows, "int8")
     step = rows.float().abs().amax(-1, keepdim=True) / 127
-    numbers = torch.finfo(dtype)  # below its smallest normal number they are as far apart as there
-    own_rounding = rows.float().abs().clamp(min=numbers.smallest_normal) * numbers.eps
-    assert ((got.float() - rows.float()).abs() <= step * 0.5001 + own_rounding).all()
+    assert ((got.float() - rows.float()).abs() <= step * 0.5001 + rounding(rows)).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -53,8 +57,8 @@ def test_fp8_is_within_a_sixteenth_of_each_number(dtype: torch.dtype, head_dim: 
     rows = (torch.randn(4, 2, 16, head_dim) * torch.logspace(-2, 2, 16)[:, None]).to(dtype)
     got = round_trip(rows, "fp8")
     smallest = rows.float().abs().amax(-1, keepdim=True) / 448 * 2.0**-10
-    own_rounding = rows.float().abs() * torch.finfo(dtype).eps
-    assert ((got.float() - rows.float()).abs() <= rows.float().abs() * 0.0626 + smallest * 1.001 + own_rounding).all()
+    bound = rows.float().abs() * 0.0626 + smallest * 1.001 + rounding(rows)
+    assert ((got.float() - rows.float()).abs() <= bound).all()
 
 
 @pytest.mark.parametrize(("encoding", "bound"), [("int8", 0.015), ("fp8", 0.035)])
