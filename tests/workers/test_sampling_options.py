@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Semaphore
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -19,6 +24,7 @@ from workers.engine.request import Request, RequestRole
 from workers.model.registry import load_config
 from workers.parallel import ParallelGroups, Shard
 from workers.runtime.build import make_engine
+from workers.sampling.grammar_masks import GrammarMasks, MaskedRun
 
 pytestmark = pytest.mark.xdist_group("sampling options")  # its fixtures are processes, made once
 
@@ -181,3 +187,25 @@ def test_min_tokens_holds_off_the_end_tokens(checkpoint: Path) -> None:
         assert result is not None
         counts.append(len(result.completions[0]))
     assert counts == [MAX_TOKENS, 0, 7]
+
+
+def test_masks_are_filled_while_the_pass_runs(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass of each step here goes on when its masks are there: it would wait in vain if they were made after it."""
+    filled, in_time = Semaphore(0), []
+    fill, forward = GrammarMasks._fill, RecordingRunner._run_stage
+
+    def fill_and_tell(masks: GrammarMasks, runs: Sequence[MaskedRun]) -> npt.NDArray[np.bool_]:
+        masks_of_step = fill(masks, runs)
+        filled.release()
+        return masks_of_step
+
+    def forward_after_masks(runner: RecordingRunner, *step: Any) -> torch.Tensor:
+        if runner._chooser._has_grammar.any():  # not in the steps that the engine measures at its start
+            in_time.append(filled.acquire(timeout=20))
+        return forward(runner, *step)
+
+    monkeypatch.setattr(GrammarMasks, "_fill", fill_and_tell)
+    monkeypatch.setattr(RecordingRunner, "_run_stage", forward_after_masks)
+    assert run(config_for(checkpoint), [6]).completions[0]
+    assert len(in_time) > 2
+    assert all(in_time)
