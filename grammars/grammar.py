@@ -13,9 +13,10 @@ from switchyard.v1 import generation_pb2
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
-JSON_OPTIONS: JsonCompileOptions = {"lenient": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,16}"}
+JSON_OPTIONS: JsonCompileOptions = {"lenient": True, "whitespace_pattern": r"(\x20|\r?\n[\x20\x09]{0,32})?"}
 """llguidance's options for JSON schemas. Lenient: it warns of keywords that it does not know, and the compiler refuses
-them. White space between two tokens is bounded: a model that likes line breaks would write nothing else."""
+them. Between two tokens of JSON stands a space, or a line break and its indentation, or nothing: a model that likes
+white space would write nothing else until its max_tokens are used up."""
 
 
 class GrammarKind(Enum):

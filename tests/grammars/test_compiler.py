@@ -51,6 +51,16 @@ def test_each_kind(compiler: GrammarCompiler, grammar: Grammar, right: str, wron
     assert Grammar.of(grammar.message()) == grammar
 
 
+@pytest.mark.parametrize("dumps", [{}, {"indent": 2}, {"indent": "\t"}, {"separators": (",", ":")}], ids=str)
+def test_json_has_the_white_space_of_common_writers(compiler: GrammarCompiler, dumps: dict[str, object]) -> None:
+    assert fits(compiler, ANY_JSON, json.dumps({"a": [1, {"b": None}], "c": {}}, **dumps))
+
+
+@pytest.mark.parametrize("between", ["  ", "\n\n", " \n", "\n" + 33 * " "], ids=repr)
+def test_white_space_does_not_go_on_and_on(compiler: GrammarCompiler, between: str) -> None:
+    assert not fits(compiler, ANY_JSON, f'{{"a":{between}1}}')
+
+
 def nested(depth: int) -> str:
     return '{"items": ' * depth + "{}" + "}" * depth
 
