@@ -125,8 +125,11 @@ def _check_token_rules(sampling: SamplingParams, vocab_size: int) -> None:
     check_token_ids("logit_bias", tuple(bias), vocab_size)
     if not all(-100 <= value <= 100 for value in bias.values()):
         raise invalid("logit_bias", "values must be in [-100, 100]")
-    check_token_ids("allowed_token_ids", sampling.allowed_token_ids, vocab_size)
-    check_token_ids("banned_token_ids", sampling.banned_token_ids, vocab_size)
+    for name in ("allowed_token_ids", "banned_token_ids"):
+        ids: Sequence[int] = getattr(sampling, name)
+        if len(ids) > vocab_size:
+            raise invalid(name, f"at most {vocab_size} ids, the vocabulary, not {len(ids)}")
+        check_token_ids(name, ids, vocab_size)
     if len(sampling.banned_sequences) > MAX_BANNED_SEQUENCES:
         raise invalid("banned_sequences", f"at most {MAX_BANNED_SEQUENCES}, not {len(sampling.banned_sequences)}")
     for sequence in sampling.banned_sequences:

@@ -19,7 +19,7 @@ from switchyard.v1 import generation_pb2, generation_pb2_grpc, status_pb2_grpc
 
 from kvstore.network.addresses import join_host_port
 from router import errors
-from router.api.choices import best_choices, check_counts, interleave, spread, streams_over_one_prompt
+from router.api.choices import MAX_STREAMS, best_choices, check_counts, interleave, spread, streams_over_one_prompt
 from router.api.request_ids import REQUEST_ID, request_id
 from router.api.status_api import SERVICE as STATUS_SERVICE
 from router.api.status_api import StatusServicer
@@ -130,6 +130,8 @@ class _Servicer(generation_pb2_grpc.GenerationServiceServicer):
         best_of = request.best_of if request.HasField("best_of") else n
         if not request.requests:
             raise invalid("requests", "must not be empty")
+        if len(request.requests) > MAX_STREAMS:
+            raise invalid("requests", f"at most {MAX_STREAMS}, not {len(request.requests)}")
         check_counts(len(request.requests), n, best_of, is_stream=False)
         deadline_s, salt = context.time_remaining(), _tenant_salt(context)
         orders = [generation_request(one, deadline_s, salt) for one in request.requests]

@@ -275,7 +275,8 @@ class _Endpoints:
         messages, calls = checked_messages(body.messages), tools.calls()
         sampling = body.sampling(self._generation.files.sampling_defaults.max_new_tokens)
         options = {**self._generation.chat.effort_options(body.reasoning_effort), **body.template_options()}
-        prompt = self._generation.chat.prompt(messages, options, calls, sampling.grammar)
+        with renaming(body.renamed_fields()):
+            prompt = self._generation.chat.prompt(messages, options, calls, sampling.grammar)
         check_counts(1, style.num_choices, style.num_candidates, style.is_stream)
         order = dataclasses.replace(
             self._order(prompt.text, dataclasses.replace(sampling, grammar=prompt.grammar), body, request),

@@ -9,7 +9,7 @@ from router.errors import InvalidRequest, is_counted, mark_counted
 from router.events import Event
 
 # Of other fields the name is a part of the client's, and stays in the message.
-_OTHER_FIELDS = ("prompt", "grammar", "messages", "reasoning_effort")
+_OTHER_FIELDS = ("prompt", "grammar", "messages", "reasoning_effort", "max_tokens")
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ from router.placement.affinity import BlockChanges, BlockEvent, SnapshotPart
 from router.placement.policy import Role
 from router.placement.residency import HeldAdapters
 from router.placement.streams import Outcome, Part, PartReport, PartTimes
-from router.sampling import NO_COMPLETION, SamplingParams, sampling_message, sampling_params
+from router.sampling import NO_COMPLETION, SamplingParams, invalid, sampling_message, sampling_params
 
 _ROLES = {number: Role(name) for number, name in ROLE_NAMES.items()}
 _PARTS = {
@@ -122,7 +122,9 @@ def adapter_info(record: AdapterRecord) -> generation.AdapterInfo:
 def generation_request(
     message: generation.GenerateRequest, deadline_s: float | None, tenant_salt: bytes
 ) -> GenerationRequest:
-    """The request of a gRPC client; a prompt that is not set is an empty one."""
+    """The request of a gRPC client; a prompt that is not set is an empty one. Raises InvalidRequest."""
+    if message.sampling.HasField("grammar") and message.sampling.grammar.WhichOneof("kind") is None:
+        raise invalid("grammar", "must have one of its kinds")
     return GenerationRequest(
         prompt=_prompt(message),
         sampling=sampling_params(message.sampling),
@@ -137,7 +139,9 @@ def generation_request(
 def embed_request(
     message: generation.EmbedRequest, deadline_s: float | None, tenant_salt: bytes
 ) -> tuple[GenerationRequest, Pooling]:
-    """What a gRPC client wants embedded."""
+    """What a gRPC client wants embedded. Raises InvalidRequest."""
+    if message.pooling not in generation.Pooling.values():
+        raise invalid("pooling", f"{message.pooling} is not known")
     request = GenerationRequest(
         prompt=_prompt(message),
         sampling=NO_COMPLETION,

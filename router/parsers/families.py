@@ -105,6 +105,7 @@ class AnswerFormat:
     names: frozenset[str] = frozenset()  # of the functions that may be called; none: calls are content
     is_parallel: bool = True
     starts_in_reasoning: bool = False
+    has_content: bool = True  # else a call must come: what else is written stands around it
 
     @property
     def markers(self) -> tuple[str, ...]:
@@ -114,7 +115,12 @@ class AnswerFormat:
     def parser(self, stream_id: str, special_markers: Collection[str]) -> AnswerParser:
         """A fresh one. special_markers: those markers that are special tokens of the vocabulary."""
         options = ParserOptions(
-            self._call_id(stream_id), self.names, frozenset(special_markers), self.is_parallel, self.starts_in_reasoning
+            self._call_id(stream_id),
+            self.names,
+            frozenset(special_markers),
+            self.is_parallel,
+            self.starts_in_reasoning,
+            self.has_content,
         )
         out = DeltaBuffer(options)
         calls = self.family.calls if self._reads_calls else None

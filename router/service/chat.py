@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import jinja2
 
 from grammars.grammar import Grammar
-from router.errors import InvalidRequest, ModelFilesError
+from router.errors import ContextLengthExceeded, InvalidRequest, ModelFilesError
 from router.model_files import ModelFiles
 from router.parsers.families import AnswerFormat, family_of
 from router.parsers.forms import Function, MarkerToken, Wanted, answer_form
@@ -24,6 +24,7 @@ from router.service.text import TextCodec
 # Names under which clients send a message's reasoning; the first one is what most templates read, gpt-oss' read the
 # second.
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")  # of OpenAI's API
 _ANSWER = "probeanswer"
 
 
@@ -52,6 +53,7 @@ class ChatModel:
     def __init__(self, files: ModelFiles, codec: TextCodec) -> None:
         """Raises ModelFilesError."""
         self._name = files.name
+        self._context_tokens = files.context_tokens
         self.template: ChatTemplate | None = None
         if files.chat_template:
             self.template = ChatTemplate(files.chat_template, files.special_tokens, files.chat_template_where)
@@ -75,6 +77,8 @@ class ChatModel:
         source = self._source
         if "reasoning_effort" in source and not (effort == "none" and "enable_thinking" in source):
             return {"reasoning_effort": effort}
+        if effort not in _EFFORTS:
+            raise InvalidRequest(f"reasoning_effort: must be one of {', '.join(_EFFORTS)}", param="reasoning_effort")
         if "enable_thinking" in source:
             return {"enable_thinking": effort != "none"}
         complaint = f"the chat template of model {self._name!r} does not look at it"
@@ -93,6 +97,9 @@ class ChatModel:
         """
         if self.template is None:
             raise InvalidRequest(f"messages: model {self._name!r} has no chat template", param="messages")
+        if len(messages) > self._context_tokens:  # rendering them would take long, and each has a token at least
+            complaint = f"{len(messages)} are more than the {self._context_tokens} tokens of this model's context"
+            raise ContextLengthExceeded(f"messages: {complaint}", param="messages")
         if calls.functions:
             self._check_tools(self.template, calls.param)
             options = {**options, "tools": [function.shown() for function in calls.functions]}
@@ -103,7 +110,8 @@ class ChatModel:
         if calls.is_required and content is not None:
             raise InvalidRequest("grammar: cannot be combined with a tool call that is required", param="grammar")
         names = frozenset(function.name for function in calls.functions)
-        answer = AnswerFormat(family, names, calls.is_parallel, family.starts_in_reasoning(text))
+        reasons = family.starts_in_reasoning(text)
+        answer = AnswerFormat(family, names, calls.is_parallel, reasons, has_content=not calls.is_required)
         wanted = Wanted(calls.functions, calls.is_required, content)
         return ChatPrompt(text, answer, answer_form(answer, wanted, self._tokens))
 

@@ -26,7 +26,7 @@ def checked_messages(value: object) -> Sequence[Mapping[str, object]]:
 def _checked(message: object, path: str) -> Json:
     message = object_of(message, path)
     role = text_of(message, "role", path)
-    for name in ("name", "refusal", "tool_call_id"):
+    for name in ("name", "refusal", "tool_call_id", "reasoning_content", "reasoning", "thinking"):
         if message.get(name) is not None:
             text_of(message, name, path)
     if role == "tool":

@@ -50,7 +50,7 @@ def chat_tools(request: ChatRequest) -> ToolUse:
     Raises InvalidRequest.
     """
     functions, choice = request.functions, request.function_call
-    is_deprecated = bool(functions)
+    is_deprecated = functions is not None and functions != []
     if is_deprecated and request.tools:
         raise invalid("functions", "cannot be given together with tools")
     if is_deprecated:
@@ -64,7 +64,7 @@ def chat_tools(request: ChatRequest) -> ToolUse:
             raise invalid("function_call", "needs functions")
         tools = checked_tools(request.tools, IN_FUNCTION)
         chosen = chosen_tools(tools, request.tool_choice, "tool_choice", IN_FUNCTION)
-    is_parallel = request.parallel_tool_calls is not False and not is_deprecated
+    is_parallel = chosen.is_parallel and request.parallel_tool_calls is not False and not is_deprecated
     return ToolUse(chosen.tools, chosen.is_required, is_parallel, is_deprecated)
 
 
@@ -147,7 +147,8 @@ def chosen_tools(tools: tuple[Function, ...], choice: object, param: str, place:
         return _allowed(tools, allowed, param if is_flat else f"{param}.allowed_tools", place)
     if choice.get("type") != "function":
         raise invalid(f"{param}.type", f"{choice.get('type')!r} is not supported here; function and allowed_tools are")
-    return ToolUse((_named(tools, *_placed(choice, param, place)),), is_required=True)
+    named = _named(tools, *_placed(choice, param, place))
+    return ToolUse((named,), is_required=True, is_parallel=False)  # one call, as OpenAI answers
 
 
 def _allowed(tools: tuple[Function, ...], allowed: object, path: str, place: str) -> ToolUse:

@@ -70,7 +70,7 @@ _SERVED: tuple[tuple[str, Api, str], ...] = (
     ("bad_words", _B, "texts, banned as the tokenizer spells them at the start of a text and after a space"),
     ("banned_sequences", _B, "lists of ids; the last one is not chosen after the others"),
     ("min_tokens", _B, "no end token, stop token or stop text before"),
-    ("stop", _B, "a text, or at most 16"),
+    ("stop", _B, "a text, or at most 16; ends an answer that must have a form too, before the form does"),
     ("include_stop_str_in_output", _B, "the stop text is shown"),
     ("stop_token_ids", _B, "end the answer, and are not shown"),
     ("ignore_eos", _B, "the model's end tokens do not end the answer"),

@@ -194,7 +194,8 @@ class ChatRequest(_Request):
         return self.top_logprobs or 0 if self.logprobs else None
 
     def renamed_fields(self) -> Mapping[str, str]:
-        return {**super().renamed_fields(), "prompt": "messages"}
+        limit = {} if self.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"}
+        return {**super().renamed_fields(), **limit, "prompt": "messages"}
 
     def template_options(self) -> Mapping[str, object]:
         """What the chat template is given besides the messages. Raises InvalidRequest."""
@@ -246,8 +247,9 @@ def _bias_by_id(bias: Mapping[str, float]) -> Mapping[int, float]:
 
 def template_options(given: dict[str, Any] | None) -> Mapping[str, object]:
     """chat_template_kwargs. Raises InvalidRequest."""
-    if given and "messages" in given:
-        raise _invalid("chat_template_kwargs", "must not have messages: they are a field of the request")
+    for name in ("messages", "tools", "add_generation_prompt"):
+        if given and name in given:
+            raise _invalid("chat_template_kwargs", f"must not have {name}: the request's other fields decide it")
     return given or {}
 
 

@@ -59,7 +59,7 @@ class ResponsesApi:
     def _order(self, body: ResponsesRequest, salt: bytes) -> GenerationRequest:
         sampling = body.sampling(self._generation.files.sampling_defaults.max_new_tokens)
         messages, calls = messages_of(body.input, body.instructions), body.tool_use().calls()
-        with renaming(_RENAMED):
+        with renaming({**_RENAMED, "grammar": "text.format"}):
             options = {**self._generation.chat.effort_options(body.effort), **body.template_options()}
             prompt = self._generation.chat.prompt(messages, options, calls, sampling.grammar)
         return GenerationRequest(

@@ -113,7 +113,8 @@ class ResponsesRequest(BaseModel):
     def tool_use(self) -> ToolUse:
         """Raises InvalidRequest."""
         chosen = chosen_tools(checked_tools(self.tools, FLAT), self.tool_choice, "tool_choice", FLAT)
-        return ToolUse(chosen.tools, chosen.is_required, self.parallel_tool_calls is not False)
+        is_parallel = chosen.is_parallel and self.parallel_tool_calls is not False
+        return ToolUse(chosen.tools, chosen.is_required, is_parallel)
 
     def template_options(self) -> Mapping[str, object]:
         """What the chat template is given besides the messages. Raises InvalidRequest."""

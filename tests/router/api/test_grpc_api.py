@@ -12,7 +12,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from switchyard.v1 import generation_pb2, worker_pb2
+from switchyard.v1 import generation_pb2, generation_pb2_grpc, worker_pb2
 from switchyard_client import (
     FinishReason,
     GenerationError,
@@ -211,6 +211,24 @@ async def test_bad_requests_are_refused_by_name(model_dir: Path) -> None:
             assert "\n" not in caught.value.message
         assert (await collect(cluster.grpc_address, request()))[1] == expected_tokens(PROMPT, 20)
     assert len(worker.submits) == 1
+
+
+async def test_messages_that_say_nothing_known_are_refused_by_name(model_dir: Path) -> None:
+    sampling, text = generation_pb2.SamplingParams(max_tokens=3, grammar=generation_pb2.Grammar()), "a"
+    plain = generation_pb2.GenerateRequest(text=text)
+    async with (
+        running_cluster(model_dir, FakeWorker("mixed-0", "mixed")) as cluster,
+        grpc.aio.insecure_channel(cluster.grpc_address) as channel,
+    ):
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        for call, field in (
+            (stub.Generate(generation_pb2.GenerateRequest(text=text, sampling=sampling)).read(), "grammar"),
+            (stub.GenerateMany(generation_pb2.GenerateManyRequest(requests=[plain] * 129)).read(), "requests"),
+            (stub.Embed(generation_pb2.EmbedRequest(text=text, pooling=77)), "pooling"),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError, match=f"{field}: ") as caught:
+                await call
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_invalid_utf8_and_oversized_messages_leave_the_server_up(model_dir: Path) -> None:

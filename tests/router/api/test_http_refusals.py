@@ -42,6 +42,7 @@ BAD = [
     ({"suffix": "end"}, 400, "suffix"),
     ({"deadline_s": 0}, 400, "deadline_s"),
     ({"cache_salt": ""}, 400, "cache_salt"),
+    ({"banned_token_ids": [1] * (VOCAB_SIZE + 1)}, 400, "banned_token_ids"),
     ({"logprobs": 21}, 400, "logprobs"),
     ({"logprobs": 10_000}, 400, "logprobs"),
     ({"logprobs": -1}, 400, "logprobs"),
@@ -121,7 +122,12 @@ async def test_bad_chats_are_refused(model_dir: Path) -> None:
             ({"messages": "hello"}, "messages"),
             ({"tools": [{"type": "function"}]}, "tools"),
             ({"response_format": {"type": "yaml"}}, "response_format.type"),
-            ({"max_completion_tokens": 0, "max_tokens": None}, "max_tokens"),
+            ({"max_completion_tokens": 0, "max_tokens": None}, "max_completion_tokens: must be"),
+            ({"messages": body["messages"] * 2049}, "messages: 2049 are more than the 2048 tokens"),
+            ({"messages": [{"role": "assistant", "reasoning_content": 5}]}, "messages.0.reasoning_content"),
+            ({"chat_template_kwargs": {"tools": 3}}, "chat_template_kwargs: must not have tools"),
+            ({"chat_template_kwargs": {"add_generation_prompt": False}}, "must not have add_generation_prompt"),
+            ({"functions": {}}, "functions: must be a list"),
         ):
             response = await client.post("/v1/chat/completions", json={**body, **change})
             assert response.status_code == 400

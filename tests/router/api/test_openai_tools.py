@@ -27,6 +27,7 @@ TOOL = {
 }
 CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Weather?"}]}
 ASKED = {**CHAT, "tools": [TOOL]}
+NAMED = {"type": "function", "function": {"name": "get_weather"}}
 HERMES = chat_templates.HERMES
 MISTRAL = chat_templates.MISTRAL_WITH_TOOLS
 HARMONY = chat_templates.HARMONY
@@ -248,6 +249,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "function", "function": {"name": "f", "strict": 1}}]}, "tools.0.function.strict"),
     ({"tools": [{"type": "function", "function": {"name": f"f{i}"}} for i in range(129)]}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": "required", "response_format": {"type": "json_object"}}, "response_format"),
     ({"tools": [TOOL], "tool_choice": "always"}, "tool_choice"),
     ({"tools": [TOOL], "tool_choice": {"type": "custom"}}, "tool_choice.type"),
     ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice.function"),
@@ -364,13 +366,15 @@ async def test_calls_of_other_families(make_model: MakeModel, family: str) -> No
         answer = await client.chat.completions.create(**ASKED)
         message, _ = await streamed(client, **ASKED)
         required = await client.chat.completions.create(**ASKED, tool_choice="required")
+        named = await client.chat.completions.create(**ASKED, tool_choice=NAMED)
     calls = [["get_weather", ARGUMENTS], ["get_weather", "{}"]]
     assert [call[1:] for call in message["tool_calls"]] == calls
-    for choice in (answer.choices[0], required.choices[0]):
-        assert [[call.function.name, call.function.arguments] for call in choice.message.tool_calls] == calls
-        assert (choice.message.content or "", choice.finish_reason) == (content, "tool_calls")
+    for chat, shown, wanted in ((answer, content, calls), (required, "", calls), (named, "", calls[:1])):
+        (choice,) = chat.choices
+        assert [[call.function.name, call.function.arguments] for call in choice.message.tool_calls] == wanted
+        assert (choice.message.content or "", choice.finish_reason) == (shown, "tool_calls")
     assert (message["content"], message["finish_reason"]) == (content, "tool_calls")
-    assert [submit.sampling.HasField("grammar") for submit in worker.submits] == [False, False, True]
+    assert [submit.sampling.HasField("grammar") for submit in worker.submits] == [False, False, True, True]
 
 
 async def test_deepseek_thinks_where_its_template_opens_it(make_model: MakeModel) -> None:

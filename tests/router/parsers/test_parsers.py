@@ -348,3 +348,12 @@ def test_families_are_told_from_the_template() -> None:
     assert closed == FAMILIES["hermes"]
     assert FAMILIES["hermes_think"].after("</think>Hello<|im_start|>assistant\n") == FAMILIES["hermes_think"]
     assert not FAMILIES["llama"].starts_in_reasoning("<think>\n")
+
+
+@pytest.mark.parametrize(
+    ("family", "begun"),
+    [("hermes", '\n<tool_call>\n{"name": "f", "argum'), ("hermes", "</to"), ("mistral", '[TOOL_CALLS] [{"na')],
+)
+def test_a_call_that_must_come_and_is_cut_off_is_no_content(family: str, begun: str) -> None:
+    assert parsed(family, begun, has_content=False) == ("", "", ())
+    assert parsed(family, begun)[0], "else it is text like any other"
