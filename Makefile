@@ -47,8 +47,17 @@ else
 	exit $$failed
 endif
 
-test-slow: env-test  ## the long sweeps; property tests draw new examples
+PROPERTIES := $(shell grep -rlE '^(from|import) hypothesis' tests --include 'test_*.py')
+
+test-slow: env-test  ## the long sweeps, and all property tests on examples that are drawn anew
+ifdef ARGS
 	$(PY) -m pytest -m slow --timeout 3600 --hypothesis-profile explore $(ARGS)
+else
+	failed=0; \
+	$(PY) -m pytest -m slow --timeout 3600 --hypothesis-profile explore || failed=1; \
+	$(PY) -m pytest -m "not slow" -n 2 --dist loadfile --hypothesis-profile explore $(PROPERTIES) || failed=1; \
+	exit $$failed
+endif
 
 check: env-test  ## lint, types, import contracts
 	$(PY) -m ruff check .

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # imported when the first grammar comes: an engine measured a
 
 MAX_SOURCE_BYTES = 128 << 10
 MAX_CHOICES = 4096
-_MAX_KEPT = 32  # the largest expressions that were measured take 30 MiB, see _limits
+_MAX_KEPT = 32  # a large one takes some 30 MiB, see _limits
 _SPECIAL = frozenset(r"\.+*?()|[]{}^$#&-~/")
 _HARMLESS_WARNING = "Unknown format: "  # by JSON Schema's own rules a format that is not known says nothing
 _MAX_SHOWN = 300  # characters of an error

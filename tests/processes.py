@@ -30,6 +30,7 @@ def wait_until(condition: Callable[[], bool], what: str, deadline_s: float = DEA
 
 
 _given_ports: set[int] = set()
+_ports = random.SystemRandom()  # unseeded: else all processes of a run draw the same ports
 
 
 def free_port() -> int:
@@ -38,7 +39,7 @@ def free_port() -> int:
     Below those that the kernel gives to outgoing connections, which would take it before the server does.
     """
     while True:
-        port = random.randrange(20_000, 32_000)
+        port = _ports.randrange(20_000, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             if port not in _given_ports:

@@ -56,7 +56,7 @@ class ParserOptions:
     hidden: frozenset[str] = frozenset()  # markers that are special tokens: never shown, whatever they come to mean
     is_parallel: bool = True  # more than one call
     starts_in_reasoning: bool = False  # the prompt opened it
-    has_content: bool = True  # else content is the beginning of a call that was cut off, and is not shown
+    shows_content: bool = True  # false where a call is required: other text is what stands around it, or a part of it
 
 
 class AnswerParser(Protocol):
@@ -97,7 +97,7 @@ class DeltaBuffer:
 
     def content(self, text: str) -> None:
         """Text for the reader."""
-        if not self.options.has_content:
+        if not self.options.shows_content:
             return
         text = self._held + text
         shown = text.rstrip() if self.options.names else text

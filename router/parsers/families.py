@@ -105,7 +105,7 @@ class AnswerFormat:
     names: frozenset[str] = frozenset()  # of the functions that may be called; none: calls are content
     is_parallel: bool = True
     starts_in_reasoning: bool = False
-    has_content: bool = True  # else a call must come: what else is written stands around it
+    shows_content: bool = True  # as in ParserOptions
 
     @property
     def markers(self) -> tuple[str, ...]:
@@ -120,7 +120,7 @@ class AnswerFormat:
             frozenset(special_markers),
             self.is_parallel,
             self.starts_in_reasoning,
-            self.has_content,
+            self.shows_content,
         )
         out = DeltaBuffer(options)
         calls = self.family.calls if self._reads_calls else None

@@ -111,7 +111,7 @@ class ChatModel:
             raise InvalidRequest("grammar: cannot be combined with a tool call that is required", param="grammar")
         names = frozenset(function.name for function in calls.functions)
         reasons = family.starts_in_reasoning(text)
-        answer = AnswerFormat(family, names, calls.is_parallel, reasons, has_content=not calls.is_required)
+        answer = AnswerFormat(family, names, calls.is_parallel, reasons, shows_content=not calls.is_required)
         wanted = Wanted(calls.functions, calls.is_required, content)
         return ChatPrompt(text, answer, answer_form(answer, wanted, self._tokens))
 

@@ -13,7 +13,7 @@ from tests.processes import wait_until
 
 pytestmark = [pytest.mark.cluster]
 
-LENGTH, LATE_LENGTH, NUM_TOKENS = 400, 30, 20
+LENGTH, LATE_LENGTH, NUM_TOKENS = 500, 30, 20
 
 
 @pytest.mark.parametrize("roles", [{"prefill": 1, "decode": 1}, {"prefill": 0, "decode": 0, "mixed": 1}], ids=str)
@@ -22,14 +22,16 @@ def test_one_that_expires_while_it_waits_costs_nothing(fake_cluster: MakeCluster
     engine = {"max_num_seqs": 1, "max_num_batched_tokens": 16}
     cluster = fake_cluster(**roles, routers=1, step_s=0.02, token_s=0.01, engine=engine)
     first = next(iter(cluster.workers))  # where prompts are computed
-    with ThreadPoolExecutor(1) as threads:
+    with ThreadPoolExecutor(2) as threads:
         running = threads.submit(cluster.ask, cluster.client(), prompt(1, LENGTH), NUM_TOKENS)
         wait_until(lambda: cluster.load(first).num_running == 1, "the first request runs")
-        late = GenerationRequest(tuple(prompt(2, LATE_LENGTH)), SamplingParams(max_tokens=NUM_TOKENS), deadline_s=0.4)
-        with pytest.raises(GenerationError) as refused:
-            list(cluster.client().generate(late))
-        assert refused.value.status == "DEADLINE_EXCEEDED"
-        assert cluster.load(first).num_running == 1, "nothing else was running while it waited"
+        late = GenerationRequest(tuple(prompt(2, LATE_LENGTH)), SamplingParams(max_tokens=NUM_TOKENS), deadline_s=1.5)
+        refused = threads.submit(list, cluster.client().generate(late))
+        wait_until(lambda: cluster.load(first).num_requests == 2, "the worker has both")
+        with pytest.raises(GenerationError, match="DEADLINE_EXCEEDED"):
+            refused.result()
+        wait_until(lambda: cluster.load(first).num_ended_requests >= 1, "the late one has left the worker")
+        assert cluster.load(first).num_running == 1, "the first one still runs: the late one had no turn"
         assert running.result().ids == expected(prompt(1, LENGTH), NUM_TOKENS)
     cluster.wait_at_rest()
     load = cluster.load(first)

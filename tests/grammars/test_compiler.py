@@ -130,7 +130,7 @@ def test_nested_repetitions_are_refused_and_take_little_memory(compiler: Grammar
     for letter in "abcd":
         with pytest.raises(GrammarError, match="too much work"):
             compiler.matcher(Grammar(GrammarKind.REGEX, f"(({letter}{{1000}}){{1000}}){{50}}"))
-    assert psutil.Process().memory_info().rss - before < 150 << 20
+    assert psutil.Process().memory_info().rss - before < 300 << 20  # each took 165 MiB once, and kept it
 
 
 def test_thousands_of_alternatives(compiler: GrammarCompiler) -> None:

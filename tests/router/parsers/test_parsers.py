@@ -355,5 +355,5 @@ def test_families_are_told_from_the_template() -> None:
     [("hermes", '\n<tool_call>\n{"name": "f", "argum'), ("hermes", "</to"), ("mistral", '[TOOL_CALLS] [{"na')],
 )
 def test_a_call_that_must_come_and_is_cut_off_is_no_content(family: str, begun: str) -> None:
-    assert parsed(family, begun, has_content=False) == ("", "", ())
+    assert parsed(family, begun, shows_content=False) == ("", "", ())
     assert parsed(family, begun)[0], "else it is text like any other"
