@@ -260,7 +260,9 @@ def responses(client: openai.OpenAI, model: str) -> str:
 
 @feature("responses with a tool, and with a class")
 def forms_of_responses(client: openai.OpenAI, model: str) -> str:
-    review = client.responses.parse(model=model, input="Review.", text_format=Review, max_output_tokens=200, temperature=0)
+    review = client.responses.parse(
+        model=model, input="Review.", text_format=Review, max_output_tokens=200, temperature=0
+    )
     assert isinstance(review.output_parsed, Review)
     tool: Any = {"type": "function", "strict": True, **READ["function"]}
     try:
