@@ -1,7 +1,6 @@
 """Fixtures that several packages' tests use, and what tests measured, printed at the end of the run."""
 
 import os
-import random
 import sys
 import uuid
 from collections.abc import Callable, Iterator
@@ -23,8 +22,8 @@ _MEASURED = pytest.StashKey[dict[str, list[float]]]()
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Before any fixture of a test is made: what a test or a fixture draws does not depend on the tests before it."""
-    random.seed(0)
+    """Before any fixture of a test is made: numbers that torch draws do not depend on the tests before it. Python's own
+    stay as they are: tests make keys of them that no other test has."""
     if torch := sys.modules.get("torch"):  # not imported here: the tests of the client and the router go without
         torch.manual_seed(0)
 

@@ -30,7 +30,7 @@ def wait_until(condition: Callable[[], bool], what: str, deadline_s: float = DEA
 
 
 _given_ports: set[int] = set()
-_ports = random.SystemRandom()  # unseeded: else all processes of a run draw the same ports
+_ports = random.SystemRandom()  # never seeded: else all processes of a run would draw the same ports
 
 
 def free_port() -> int:
