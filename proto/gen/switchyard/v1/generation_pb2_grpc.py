@@ -26,9 +26,8 @@ if _version_not_supported:
 
 
 class GenerationServiceStub(object):
-    """Text generation for clients of the cluster. Errors are gRPC statuses; the message names the offending field:
-    INVALID_ARGUMENT (bad field), NOT_FOUND (unknown model or adapter), RESOURCE_EXHAUSTED (queue full or prompt too large),
-    UNAVAILABLE (no worker can serve), DEADLINE_EXCEEDED, CANCELLED, ABORTED (the stream was resumed elsewhere).
+    """Text generation. Errors are gRPC statuses whose message names the field: INVALID_ARGUMENT, NOT_FOUND (model, adapter),
+    RESOURCE_EXHAUSTED (queue, prompt), UNAVAILABLE (workers), DEADLINE_EXCEEDED, CANCELLED, ABORTED (resumed elsewhere).
     """
 
     def __init__(self, channel):
@@ -85,9 +84,8 @@ class GenerationServiceStub(object):
 
 
 class GenerationServiceServicer(object):
-    """Text generation for clients of the cluster. Errors are gRPC statuses; the message names the offending field:
-    INVALID_ARGUMENT (bad field), NOT_FOUND (unknown model or adapter), RESOURCE_EXHAUSTED (queue full or prompt too large),
-    UNAVAILABLE (no worker can serve), DEADLINE_EXCEEDED, CANCELLED, ABORTED (the stream was resumed elsewhere).
+    """Text generation. Errors are gRPC statuses whose message names the field: INVALID_ARGUMENT, NOT_FOUND (model, adapter),
+    RESOURCE_EXHAUSTED (queue, prompt), UNAVAILABLE (workers), DEADLINE_EXCEEDED, CANCELLED, ABORTED (resumed elsewhere).
     """
 
     def Generate(self, request, context):
@@ -98,17 +96,15 @@ class GenerationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GenerateMany(self, request, context):
-        """Several prompts, several choices of each, in one call: a stream for every choice, interleaved. When one of them fails,
-        so does the call. Each stream can be resumed by its own stream_id.
+        """A stream for every choice of every prompt, interleaved; each has a stream_id to resume. When one fails, the call does.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Resume(self, request, context):
-        """Goes on with a stream of any router's whose connection broke: Started again, then the tokens after those that the
-        client has, each position once. Whoever carried the stream before stops. NOT_FOUND when no journal knows the
-        stream (any more), UNAVAILABLE while the journal is away.
+        """Goes on with any router's stream: Started again, then the tokens that the client lacks, each position once. Whoever
+        carried it before stops. NOT_FOUND when no journal knows it (any more), UNAVAILABLE while the journal is away.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -136,17 +132,15 @@ class GenerationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def LoadAdapter(self, request, context):
-        """Serves a LoRA adapter, in PEFT's layout, as a model of its own. UNIMPLEMENTED unless the cluster has a directory to
-        load adapters from (adapters.root); PERMISSION_DENIED for a path that leads out of it; INVALID_ARGUMENT for files that are
-        no adapter of this model; ALREADY_EXISTS when the name is taken.
+        """Serves a LoRA adapter, in PEFT's layout, as a model. UNIMPLEMENTED without adapters.root, PERMISSION_DENIED for a path
+        outside it, INVALID_ARGUMENT for what is no adapter of this model, ALREADY_EXISTS when the name is taken.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadAdapter(self, request, context):
-        """Serves it no longer: requests that run go on, new ones get NOT_FOUND; those at other routers within
-        router.directory_poll_s. FAILED_PRECONDITION for one of the configuration (adapters.modules), which stays.
+        """Serves it no longer: what runs goes on, new requests get NOT_FOUND. FAILED_PRECONDITION for one of adapters.modules.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -216,9 +210,8 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GenerationService(object):
-    """Text generation for clients of the cluster. Errors are gRPC statuses; the message names the offending field:
-    INVALID_ARGUMENT (bad field), NOT_FOUND (unknown model or adapter), RESOURCE_EXHAUSTED (queue full or prompt too large),
-    UNAVAILABLE (no worker can serve), DEADLINE_EXCEEDED, CANCELLED, ABORTED (the stream was resumed elsewhere).
+    """Text generation. Errors are gRPC statuses whose message names the field: INVALID_ARGUMENT, NOT_FOUND (model, adapter),
+    RESOURCE_EXHAUSTED (queue, prompt), UNAVAILABLE (workers), DEADLINE_EXCEEDED, CANCELLED, ABORTED (resumed elsewhere).
     """
 
     @staticmethod

@@ -96,8 +96,7 @@ class WorkerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Lists the worker as retired: routers send nothing new, and what runs goes on. What still runs at the
-        time-out is moved to other workers by its router. Answers at once; a second call changes the time-out.
+        """Retires the worker: nothing new is sent, and what still runs at the time-out moves. A second call changes the latter.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -112,8 +111,7 @@ class WorkerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Announce(self, request, context):
-        """Lets the worker take requests, under a new epoch: after a drain that is called off, or with a new role. A worker that
-        takes them already stays as it is.
+        """Lets the worker take requests, under a new epoch, if it does not: after a drain called off, or with a new role.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
